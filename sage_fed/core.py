@@ -1,0 +1,257 @@
+"""The words of the project: jobs, routes, deltas, usage, prices.
+
+Floor 0. Owns the frozen values that travel between floors.
+Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
+Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
+or plain plurals, as in `docs/architecture.md`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+UATP_PER_ATP = 1_000_000
+
+
+class Tier(enum.Enum):
+    """A role that the operator binds to a model; the order is the order of depth."""
+
+    TACTICAL = "tactical"
+    STRATEGIC = "strategic"
+
+    @property
+    def depth(self) -> int:
+        """0 for tactical, 1 for strategic: what "a lower tier" compares."""
+        return 0 if self is Tier.TACTICAL else 1
+
+
+class TierState(enum.Enum):
+    """What a tier is doing; only READY admits jobs."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    DRAINING = "draining"
+
+
+class Priority(enum.IntEnum):
+    """Order of starting, never of displacing: a running job is not pushed out."""
+
+    LOW = 1
+    NORMAL = 2
+    HIGH = 3
+
+
+class Phase(enum.Enum):
+    """What kind of token is priced."""
+
+    PREFILL = "prefill"
+    CACHED = "cached"
+    DECODE = "decode"
+    DRAFT = "draft"
+    VERIFY = "verify"
+
+
+class StopReason(enum.Enum):
+    """Why a job that delivered an ending stopped."""
+
+    END_OF_TEXT = "end_of_text"
+    LENGTH = "length"
+    STOP_STRING = "stop_string"
+    DEADLINE = "deadline"
+    ABORTED = "aborted"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Exactly one of the two: a conversation to be templated, or token ids as they are."""
+
+    messages: tuple[Message, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """Sampling fields as the client sent them; None is "the model's default"."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling with every default resolved; what the engine runs."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    top_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, without any randomness."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """One request, validated; `requested` None is AUTO."""
+
+    account: str
+    prompt: Prompt
+    requested: Tier | None = None
+    allow_downgrade: bool = False
+    max_cost_uatp: int | None = None
+    complexity: float | None = None
+    priority: Priority = Priority.NORMAL
+    client_request_id: str = ""
+    sampling: SamplingRequest = field(default_factory=SamplingRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The decision for one job; `reason` is a stable code and a metric label."""
+
+    tier: Tier
+    reason: str
+    requested: Tier | None
+    downgraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A named "no"; `retry_after_s` None means that waiting does not help."""
+
+    reason: str
+    message: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of a token before temperature and filters.
+
+    `top` holds (token id, log-probability), best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one job."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Durations of one job in seconds; 0.0 for a phase that was not reached."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a job cost; `rate_card` was frozen at admission."""
+
+    charged_uatp: int
+    held_uatp: int
+    rate_card: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of a stream: the job is accepted, held and queued."""
+
+    job_id: str
+    route: Route
+    held_uatp: int
+    prompt_tokens: int
+    seed: int
+    max_new_tokens: int
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Output since the last event; `output_tokens` is cumulative."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Last event of a stream."""
+
+    stop_reason: StopReason
+    usage: Usage
+    timing: Timing
+    price: Price
+    balance_uatp: int
+
+
+Event = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One account's books at one instant, refill included."""
+
+    account: str
+    balance_uatp: int
+    held_uatp: int
+    discharged_uatp: int
+    capacity_uatp: int
+    refill_uatp_per_s: int
+    strategic_floor_uatp: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierLoad:
+    """What a tier is doing now, as the executor last said; rates None until measured."""
+
+    tier: Tier
+    state: TierState
+    running: int = 0
+    waiting: int = 0
+    waiting_limit: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+    max_context_tokens: int = 0
+    queued_prompt_tokens: int = 0
+    decode_step_s: float | None = None
+    prefill_tokens_per_s: float | None = None

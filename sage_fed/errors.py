@@ -1,0 +1,136 @@
+"""The error tree: everything that the world, not our code, can get wrong.
+
+Floor 0. Each class carries what its row of the error table needs (see `docs/architecture.md`);
+`service` holds the one table from class to gRPC status. Texts are written for the client:
+they name the field and say what to do next, and never carry internals, prompts or paths.
+"""
+
+from __future__ import annotations
+
+
+class SageFedError(Exception):
+    """Root of the tree. `reason` is a stable UPPER_SNAKE code for programs."""
+
+    reason = "ERROR"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidField(SageFedError):
+    """A malformed or out-of-range field of a request."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.description = message
+
+
+class Unauthenticated(SageFedError):
+    """No token, or one that nobody has."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class Forbidden(SageFedError):
+    """A known account that may not do this."""
+
+    reason = "FORBIDDEN"
+
+
+class NoSuchAccount(SageFedError):
+    """An account without a budget."""
+
+    reason = "NO_SUCH_ACCOUNT"
+
+
+class NotFound(SageFedError):
+    """A named thing that does not exist."""
+
+    reason = "NOT_FOUND"
+
+
+class Retryable(SageFedError):
+    """An error that passes; `retry_after_s` None means that waiting does not help."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class CannotAfford(Retryable):
+    """The balance, the strategic floor or max_cost does not cover the worst case."""
+
+    reason = "CANNOT_AFFORD"
+
+    def __init__(
+        self, message: str, *, account: str, reason: str, retry_after_s: float | None
+    ) -> None:
+        super().__init__(message, retry_after_s)
+        self.account = account
+        self.detail = reason
+
+
+class QueueFull(Retryable):
+    """The tier's bounded inbox has no place."""
+
+    reason = "QUEUE_FULL"
+
+
+class TierUnavailable(Retryable):
+    """Draining, or the tier is loading or down."""
+
+    reason = "TIER_UNAVAILABLE"
+
+
+class DeadlineInfeasible(SageFedError):
+    """The worst case takes longer than the deadline; nothing was held."""
+
+    reason = "DEADLINE_INFEASIBLE"
+
+    def __init__(self, message: str, *, estimate_s: float) -> None:
+        super().__init__(message)
+        self.estimate_s = estimate_s
+
+
+class RequestIdConflict(SageFedError):
+    """The client request id was used with another payload, or its job still runs."""
+
+    reason = "REQUEST_ID_CONFLICT"
+
+
+class DeviceOutOfMemory(SageFedError):
+    """The device had no memory for this job; the daemon goes on."""
+
+    reason = "DEVICE_OUT_OF_MEMORY"
+
+
+class Internal(SageFedError):
+    """Our bug: the client gets an id, the log gets the story."""
+
+    reason = "INTERNAL"
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error {error_id}; the daemon's log has the details")
+        self.error_id = error_id
+
+
+class ConfigError(SageFedError):
+    """A setting that cannot work; the text names it. The daemon does not start."""
+
+    reason = "CONFIG"
+
+
+class ModelLoadError(SageFedError):
+    """A checkpoint that cannot be served; the text names what and why."""
+
+    reason = "MODEL_LOAD"
+
+
+class LedgerCorrupt(SageFedError):
+    """The books do not balance; the daemon does not start on them."""
+
+    reason = "LEDGER_CORRUPT"

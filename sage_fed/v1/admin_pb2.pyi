@@ -1,0 +1,87 @@
+from sage_fed.v1 import model_pb2 as _model_pb2
+from sage_fed.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AbortRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ("aborted",)
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    aborted: bool
+    def __init__(self, aborted: _Optional[bool] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("grace_s",)
+    GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    grace_s: float
+    def __init__(self, grace_s: _Optional[float] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("jobs_running",)
+    JOBS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    jobs_running: int
+    def __init__(self, jobs_running: _Optional[int] = ...) -> None: ...
+
+class SetBudgetRequest(_message.Message):
+    __slots__ = ("account", "balance_uatp", "capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_UATP_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_UATP_FIELD_NUMBER: _ClassVar[int]
+    REFILL_UATP_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STRATEGIC_FLOOR_UATP_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    balance_uatp: int
+    capacity_uatp: int
+    refill_uatp_per_s: int
+    strategic_floor_uatp: int
+    def __init__(self, account: _Optional[str] = ..., balance_uatp: _Optional[int] = ..., capacity_uatp: _Optional[int] = ..., refill_uatp_per_s: _Optional[int] = ..., strategic_floor_uatp: _Optional[int] = ...) -> None: ...
+
+class SetBudgetResponse(_message.Message):
+    __slots__ = ("budget",)
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    budget: _types_pb2.Budget
+    def __init__(self, budget: _Optional[_Union[_types_pb2.Budget, _Mapping]] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("tiers", "jobs", "held_uatp")
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    HELD_UATP_FIELD_NUMBER: _ClassVar[int]
+    tiers: _containers.RepeatedCompositeFieldContainer[_model_pb2.TierStatus]
+    jobs: _containers.RepeatedCompositeFieldContainer[RunningJob]
+    held_uatp: int
+    def __init__(self, tiers: _Optional[_Iterable[_Union[_model_pb2.TierStatus, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[RunningJob, _Mapping]]] = ..., held_uatp: _Optional[int] = ...) -> None: ...
+
+class RunningJob(_message.Message):
+    __slots__ = ("job_id", "account", "tier", "age_s", "prompt_tokens", "output_tokens", "held_uatp", "priority")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HELD_UATP_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    account: str
+    tier: _types_pb2.Tier
+    age_s: float
+    prompt_tokens: int
+    output_tokens: int
+    held_uatp: int
+    priority: _types_pb2.Priority
+    def __init__(self, job_id: _Optional[str] = ..., account: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., age_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., held_uatp: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
