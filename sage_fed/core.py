@@ -228,6 +228,57 @@ Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class TierQuote:
+    """One route's worst case; `estimated_s` None until the tier has been measured."""
+
+    tier: Tier
+    worst_case_uatp: int
+    affordable: bool
+    estimated_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a job would cost at most, per route, and which decision would be taken now."""
+
+    decision: Route | Refusal
+    tiers: tuple[TierQuote, ...]
+    rate_card: str
+    prompt_tokens: int
+    max_new_tokens: int
+    balance_uatp: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningJob:
+    """One accepted job that has not ended, as an operator sees it."""
+
+    job_id: str
+    account: str
+    tier: Tier
+    priority: Priority
+    age_s: float
+    prompt_tokens: int
+    output_tokens: int
+    held_uatp: int
+
+
+class Role(enum.Enum):
+    """What a caller may do: users spend their own budget, admins operate the daemon."""
+
+    USER = "user"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling: the account that pays, and the role."""
+
+    account: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """One account's books at one instant, refill included."""
 
