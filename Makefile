@@ -1,0 +1,57 @@
+# One command each: `make demo` and `make test` work from nothing on Python 3.11+.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# uv does not read pip's settings: pass on where pip is configured to look for wheels.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help setup demo test lint format proto lock clean
+
+help:
+	@echo "make demo    from nothing to streamed answers of both tiers, with prices and metrics"
+	@echo "make test    the whole test suite, from nothing"
+	@echo "make lint    ruff, mypy --strict, buf"
+	@echo "make proto   regenerate sage_fed/v1 from proto/"
+	@echo "make lock    resolve constraints.txt anew"
+
+setup: $(VENV)/.ready
+
+# The stamp is made last, so that an interrupted set-up is done again.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3,11) <= sys.version_info[:2] <= (3,13) else "sage-fed needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d; set PYTHON=python3.11 or newer" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv -c constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/sage-fed demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format -w
+
+proto: setup
+	$(BIN)/buf format -w
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --grpc_python_out=. --pyi_out=. proto/sage_fed/v1/*.proto
+
+# torch stays at the one version that installs the same here, in CI and on a laptop.
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev \
+		--constraint constraints.in --no-header --no-annotate \
+		--no-emit-index-url pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,118 @@
+"""Imports go down only: the picture in docs/architecture.md is enforced here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sage_fed"
+
+FLOORS: dict[str, int] = {
+    "__init__": 0,
+    "core": 0,
+    "errors": 0,
+    "steps": 0,
+    "settings": 0,
+    "tasks": 0,
+    "v1": 0,
+    "text": 1,
+    "engine": 1,
+    "scheduler": 1,
+    "pricing": 1,
+    "router": 1,
+    "ledger": 1,
+    "metrics": 1,
+    "executor": 2,
+    "broker": 2,
+    "service": 3,
+    "auth": 3,
+    "daemon": 3,
+    "client": 3,
+    "cli": 3,
+}
+
+OWNERS: dict[str, set[str]] = {
+    # third-party package -> the only parts that may know it
+    "torch": {"engine"},
+    "transformers": {"engine", "text"},
+    "safetensors": {"engine"},
+    "apsw": {"ledger"},
+    "pydantic": {"settings"},
+    "pydantic_settings": {"settings"},
+    "prometheus_client": {"metrics"},
+    "grpc": {"service", "client", "v1"},
+    "google": {"service", "client", "v1"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+}
+
+SIDEWAYS: set[tuple[str, str]] = {
+    # (importer, imported) on one floor, where one is plainly the other's part
+    ("errors", "core"),
+    ("settings", "core"),
+    ("settings", "errors"),
+    ("steps", "core"),
+    ("steps", "errors"),
+    ("broker", "executor"),  # the broker runs jobs on the executor
+    ("service", "auth"),
+    ("daemon", "auth"),
+    ("daemon", "service"),
+    ("cli", "client"),
+    ("cli", "daemon"),
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, wherever in the file it does."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} uses a relative import"
+            assert node.module is not None
+            names.add(node.module)
+            if node.module == "sage_fed":
+                names |= {f"sage_fed.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if part_of(path) != "v1")
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_every_part_stands_on_a_floor() -> None:
+    """A new file or package has to be given its floor before it can be imported."""
+    assert set() == {part_of(path) for path in FILES} - FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_go_down_only(path: Path) -> None:
+    """A file imports its own part, lower floors, and the named neighbours; nothing else of ours."""
+    here = part_of(path)
+    for name in imports_of(path):
+        if not name.startswith("sage_fed."):
+            continue
+        there = name.split(".")[1]
+        if there.startswith("__") or there == here:
+            continue
+        allowed = FLOORS[there] < FLOORS[here] or (here, there) in SIDEWAYS
+        assert allowed, f"{ids(path)} imports {name}: upward or sideways"
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_a_library_stays_with_its_owner(path: Path) -> None:
+    """Torch, SQLite, protobuf and the others are known only where the design puts them."""
+    here = part_of(path)
+    for name in imports_of(path):
+        owners = OWNERS.get(name.split(".")[0])
+        assert owners is None or here in owners, f"{ids(path)} imports {name}"
