@@ -292,6 +292,42 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a checkpoint's own generation configuration says; greedy where it is silent."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A loaded model, as operators and clients see it; `revision` "" for a local directory."""
+
+    name: str
+    revision: str
+    architecture: str
+    parameters: int
+    precision: str
+    device: str
+    weight_bytes: int
+    kv_cache_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """One tier's life: state, load progress from 0 to 1, and why it FAILED."""
+
+    tier: Tier
+    state: TierState
+    load_progress: float = 0.0
+    info: ModelInfo | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TierLoad:
     """What a tier is doing now, as the executor last said; rates None until measured."""
 

@@ -1,13 +1,16 @@
 """What the scheduler asks of an engine for one step, and what the engine answers.
 
-Floor 0, so that `scheduler` (no torch) and `engine` (no queues) need not know each other.
+Floor 0, so that `scheduler` (no torch) and `engine` (no queues) need not know each other,
+and `metrics` need not know the executor that reports its steps.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+from typing import Protocol
 
-from sage_fed.core import Logprob, Sampling, Tier
+from sage_fed.core import GenerationDefaults, Logprob, ModelInfo, Sampling, Tier
 
 BLOCK_SIZE = 16
 """Tokens in one KV block; a sequence owns whole blocks."""
@@ -63,3 +66,64 @@ class Drawn:
     seq_id: int
     token_id: int
     logprob: Logprob | None = None
+
+
+class StepKind(enum.Enum):
+    """What a step was made of; a metric label."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What was done by one step, or by several of a kind where the event loop had stalled.
+
+    `num_prefill_tokens` and `num_decode_tokens` are tokens fed to the model, `num_sequences`
+    the sum of the steps' batch sizes, `elapsed_s` the device's time.
+    """
+
+    tier: Tier
+    kind: StepKind
+    num_steps: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_sequences: int
+    elapsed_s: float
+    out_of_memory: bool = False
+
+
+class Engine(Protocol):
+    """One model on one device; used by one thread at a time.
+
+    `run` raises `DeviceOutOfMemory` where the step did not fit; it may then be run again,
+    because all that a step leaves behind are KV entries that a repetition overwrites.
+    After any other exception the engine is not used again.
+    """
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of `BLOCK_SIZE` tokens; a chunk's `blocks` are below it."""
+
+    @property
+    def max_context_tokens(self) -> int:
+        """The longest sequence, prompt and output together."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        """The checkpoint's own sampling."""
+
+    def run(self, step: Step) -> tuple[Drawn, ...]:
+        """Run one forward pass; one `Drawn` a chunk with a `draw`, in the chunks' order."""
+
+    def close(self) -> None:
+        """Free the device's memory."""
