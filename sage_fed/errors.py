@@ -102,6 +102,22 @@ class RequestIdConflict(SageFedError):
     reason = "REQUEST_ID_CONFLICT"
 
 
+class HoldClosed(SageFedError):
+    """A hold that ended another way; `how` is settled, voided or expired. Nothing was moved."""
+
+    reason = "HOLD_CLOSED"
+
+    def __init__(self, message: str, *, how: str) -> None:
+        super().__init__(message)
+        self.how = how
+
+
+class LedgerDown(Retryable):
+    """The ledger is closed, died on a failed commit, or did not answer in time."""
+
+    reason = "LEDGER_DOWN"
+
+
 class DeviceOutOfMemory(SageFedError):
     """The device had no memory for this job; the daemon goes on."""
 
