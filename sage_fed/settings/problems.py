@@ -1,0 +1,132 @@
+"""Mistakes in settings, as one text that an operator can act on.
+
+Owns the wording: for each problem the dotted key, where its value came from, what is wrong and
+what would be right. Never repeats the value of an unknown or a secret key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from sage_fed.errors import ConfigError
+
+
+def config_error(problems: Sequence[str]) -> ConfigError:
+    """One error for all `problems`, each on a line of its own."""
+    if len(problems) == 1:
+        return ConfigError(problems[0])
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    return ConfigError(f"{len(problems)} settings cannot be used:\n{lines}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The tail of a message about `word`: the nearest known one, else the choice."""
+    choice = sorted(known)
+    near = difflib.get_close_matches(word, choice, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known: {', '.join(choice)}" if choice else "nothing can be set here"
+
+
+def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str] | None:
+    """Keys that may stand under `path`; None where any name is allowed (accounts)."""
+    if not path:
+        return list(model.model_fields)
+    field, rest = _field(model, path)
+    if field is None or rest:
+        return []
+    if get_origin(field.annotation) is dict:
+        return None
+    section = section_of(field.annotation)
+    return list(section.model_fields) if section is not None else []
+
+
+def unknown_key(model: type[BaseModel], path: Sequence[str]) -> str:
+    """What to say about the first part of `path` that names no key."""
+    for depth in range(len(path)):
+        known = known_keys(model, path[:depth])
+        if known is not None and path[depth] not in known:
+            prefix = "".join(f"{part}." for part in path[:depth])
+            whole = [f"{prefix}{name}" for name in known]
+            return f"unknown key; {did_you_mean(f'{prefix}{path[depth]}', whole)}"
+    return "unknown key"
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """The model inside an annotation such as `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (section_of(argument) for argument in get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether the field's value must never be printed."""
+    return SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def validation_problems(
+    error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]
+) -> list[str]:
+    """One line per error of `error`, with the origin of every key that it involves."""
+    return [_problem(details, model, origins) for details in error.errors(include_url=False)]
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Where `key` came from: its own origin, or that of the nearest key above or below it."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if (origin := origins.get(".".join(parts[:end]))) is not None:
+            return origin
+    below = {origin for name, origin in origins.items() if name.startswith(f"{key}.")}
+    return ", ".join(sorted(below)) if below else "not set anywhere"
+
+
+def _problem(details: ErrorDetails, model: type[BaseModel], origins: Mapping[str, str]) -> str:
+    path = [str(part) for part in details["loc"]]
+    kind, message = details["type"], details["msg"]
+    if kind == "conflict":
+        prefix = "".join(f"{part}." for part in path)
+        keys = [f"{prefix}{key}" for key in details["ctx"]["keys"]]
+        return f"{', '.join(f'{key} ({origin_of(key, origins)})' for key in keys)}: {message}"
+    if kind == "extra_forbidden":
+        key = ".".join(path)
+        return f"{key} ({origin_of(key, origins)}): {unknown_key(model, path)}"
+    field, rest = _field(model, path)
+    key = ".".join(path[: len(path) - len(rest)])
+    meaning = f" [{field.description}]" if field is not None and field.description else ""
+    if kind == "missing":
+        return f"{key} ({origin_of(key, origins)}): missing{meaning}"
+    shown = "" if field is not None and is_secret(field) else f", not {_short(details['input'])}"
+    message = message.removeprefix("Value error, ").replace("Input should", "should")
+    return f"{key} ({origin_of(key, origins)}): {message}{shown}{meaning}"
+
+
+def _field(model: type[BaseModel], path: Sequence[str]) -> tuple[FieldInfo | None, Sequence[str]]:
+    """The deepest field on `path` and what is left of it.
+
+    Pydantic appends names of its own to a location (union members, `[key]`); they are the rest.
+    """
+    section: type[BaseModel] | None = model
+    field: FieldInfo | None = None
+    rest = list(path)
+    while rest and section is not None and rest[0] in section.model_fields:
+        field = section.model_fields[rest.pop(0)]
+        section = section_of(field.annotation)
+        if rest and section is not None and get_origin(field.annotation) is dict:
+            rest.pop(0)
+    return field, rest
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - whatever a file held
+    if isinstance(value, Mapping):
+        return "a table"
+    text = str(value) if isinstance(value, Decimal) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

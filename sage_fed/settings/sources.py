@@ -1,0 +1,221 @@
+"""Where settings come from: flags over environment over TOML file over profile over defaults.
+
+Owns the order, the merge and the origin of every value. Reads one file at most besides the
+packaged profile, and no environment but the one passed in.
+Fails with `ConfigError` for everything: a missing file, bad TOML, unknown keys or variables.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import EnvSettingsSource, SettingsError
+
+from sage_fed.errors import ConfigError
+from sage_fed.settings.model import Settings
+from sage_fed.settings.problems import (
+    config_error,
+    did_you_mean,
+    origin_of,
+    unknown_key,
+    validation_problems,
+)
+from sage_fed.settings.table import leaves
+
+DEFAULT_PROFILE = "qwen2.5"
+ENV_PREFIX = "SAGE_FED_"
+NOT_SETTINGS = frozenset({"SAGE_FED_CONFIG", "SAGE_FED_ADDRESS", "SAGE_FED_TOKEN"})
+"""Variables that are not keys: where the file is, and what a client uses."""
+
+_PROFILES = Path(__file__).parent.parent / "profiles"
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """Settings that hold, with the origin of each dotted key.
+
+    An origin reads `flag`, `environment SAGE_FED_DEVICE`, `file config.toml`, `profile demo`
+    or `default`.
+    """
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def rows(self) -> tuple[tuple[str, str, str], ...]:
+        """(key, value, origin) of every key, secrets masked; what `sage-fed config` prints."""
+        return tuple((key, value, self.origins[key]) for key, value in leaves(self.settings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Nested values of one source and the origin of each dotted leaf."""
+
+    values: Values
+    origins: Mapping[str, str]
+
+
+def load_settings(
+    flags: Mapping[str, Any], environ: Mapping[str, str], config: Path | None
+) -> Effective:
+    """Layer every source and validate the result.
+
+    Args:
+        flags: dotted key -> value; None means that the flag was not given.
+        environ: the process environment; `SAGE_FED_A__B` sets key `a.b`.
+        config: a TOML file; without it, `SAGE_FED_CONFIG` may name one.
+
+    Raises:
+        ConfigError: naming each offending key, its origin, what is wrong and what is right.
+    """
+    if config is None and environ.get("SAGE_FED_CONFIG"):
+        config = Path(environ["SAGE_FED_CONFIG"])
+    given = [_environment_layer(environ), _flag_layer(flags)]
+    if config is not None:
+        given.insert(0, _file_layer(config))
+    profile, origin = DEFAULT_PROFILE, "default"
+    for layer in given:
+        if "profile" in layer.values:
+            profile, origin = layer.values["profile"], layer.origins.get("profile", "")
+    base = _Layer({"profile": DEFAULT_PROFILE}, {"profile": "default"})
+    merged: Values = {}
+    origins: dict[str, str] = {}
+    for layer in (base, _state_dir_layer(environ), _profile_layer(profile, origin), *given):
+        _merge(merged, origins, layer)
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as error:
+        raise config_error(validation_problems(error, Settings, origins)) from None
+    complete = {key: _known_origin(key, origins) for key, _ in leaves(settings)}
+    return Effective(settings, MappingProxyType(complete))
+
+
+def profile_names() -> tuple[str, ...]:
+    """The packaged profiles."""
+    return tuple(sorted(path.stem for path in _PROFILES.glob("*.toml")))
+
+
+def _flag_layer(flags: Mapping[str, Any]) -> _Layer:
+    values: Values = {}
+    for key, value in flags.items():
+        if value is None:
+            continue
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return _layer(values, "flag")
+
+
+def _environment_layer(environ: Mapping[str, str]) -> _Layer:
+    names = {
+        name.lower(): name
+        for name in environ
+        if name.startswith(ENV_PREFIX) and name not in NOT_SETTINGS
+    }
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {lower: environ[name] for lower, name in names.items()}
+    try:
+        values = source()
+    except SettingsError as error:
+        key = next(iter(sorted(names.values())))
+        raise ConfigError(f"environment: {error}; expected JSON, as in {key}") from None
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+    for lower, name in sorted(names.items()):
+        path = lower.removeprefix(ENV_PREFIX.lower()).split("__")
+        if not _has(values, path):
+            # Pydantic's source skips what it does not know, so a typo would have no effect.
+            problems.append(f"{'.'.join(path)} (environment {name}): {unknown_key(Settings, path)}")
+        origins[".".join(path)] = f"environment {name}"
+    if problems:
+        raise config_error(problems)
+    return _Layer(values, origins)
+
+
+def _file_layer(path: Path) -> _Layer:
+    return _layer(_read_toml(path, f"configuration file {path}"), f"file {path}")
+
+
+def _profile_layer(name: object, origin: str) -> _Layer:
+    known = profile_names()
+    if name not in known:
+        raise ConfigError(
+            f"profile ({origin}): no profile {name!r}; {did_you_mean(str(name), known)}"
+        )
+    return _layer(_read_toml(_PROFILES / f"{name}.toml", f"profile {name}"), f"profile {name}")
+
+
+def _state_dir_layer(environ: Mapping[str, str]) -> _Layer:
+    if systemd := environ.get("STATE_DIRECTORY"):
+        # systemd lists several directories with colons; the unit's first one is ours.
+        path, origin = Path(systemd.split(":")[0]), "environment STATE_DIRECTORY"
+    elif xdg := environ.get("XDG_STATE_HOME"):
+        path, origin = Path(xdg) / "sage-fed", "environment XDG_STATE_HOME"
+    else:
+        home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+        path, origin = home / ".local" / "state" / "sage-fed", "default"
+    return _Layer({"state_dir": path}, {"state_dir": origin})
+
+
+def _read_toml(path: Path, what: str) -> Values:
+    try:
+        with path.open("rb") as file:
+            # Decimal keeps an amount exactly as it was written.
+            return tomllib.load(file, parse_float=Decimal)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{what}: cannot be read: {reason}; expected a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{what}: not valid TOML: {error}") from None
+
+
+def _layer(values: Values, origin: str) -> _Layer:
+    return _Layer(values, {".".join(path): origin for path, _ in _walk(values)})
+
+
+def _walk(values: Values, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _walk(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _has(values: object, path: list[str]) -> bool:
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _merge(merged: Values, origins: dict[str, str], layer: _Layer) -> None:
+    for tier in ("tactical", "strategic"):
+        section = layer.values.get(tier)
+        if isinstance(section, dict) and "model" in section and isinstance(merged.get(tier), dict):
+            # A revision belongs to its model: another model starts without the old one's.
+            merged[tier].pop("revision", None)
+            origins.pop(f"{tier}.revision", None)
+    for path, value in _walk(layer.values):
+        section = merged
+        for part in path[:-1]:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[path[-1]] = value
+        key = ".".join(path)
+        origins[key] = origin_of(key, layer.origins)
+
+
+def _known_origin(key: str, origins: Mapping[str, str]) -> str:
+    return origins.get(key, "default")
