@@ -128,6 +128,15 @@ class JobSpec:
     priority: Priority = Priority.NORMAL
     client_request_id: str = ""
     sampling: SamplingRequest = field(default_factory=SamplingRequest)
+    # How long the caller's own call waits. No part of the job's identity: a repeated request
+    # has another one, and must still be recognised (`repr` feeds the payload hash).
+    call_deadline_s: float | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Seconds from arrival until the job is stopped: the sooner of the job's and the call's."""
+        deadlines = (self.sampling.deadline_s, self.call_deadline_s)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,3 +351,42 @@ class TierLoad:
     queued_prompt_tokens: int = 0
     decode_step_s: float | None = None
     prefill_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A tier's model: as configured, and as loaded (0 and "" until it is).
+
+    `load_progress` goes from 0 to 1; `message` says why the tier FAILED;
+    `decode_uatp` is the price of one decoded token on the card in force.
+    """
+
+    tier: Tier
+    state: TierState
+    name: str
+    revision: str
+    precision: str
+    device: str
+    architecture: str = ""
+    parameters: int = 0
+    weight_bytes: int = 0
+    kv_cache_bytes: int = 0
+    kv_cache_tokens: int = 0
+    max_context_tokens: int = 0
+    load_s: float = 0.0
+    load_progress: float = 0.0
+    decode_uatp: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatus:
+    """The daemon at a glance; `cost_ratio` is strategic over tactical decode price."""
+
+    version: str
+    uptime_s: float
+    draining: bool
+    device: str
+    rate_card: str
+    cost_ratio: float
+    tiers: tuple[TierLoad, ...]

@@ -150,3 +150,23 @@ class LedgerCorrupt(SageFedError):
     """The books do not balance; the daemon does not start on them."""
 
     reason = "LEDGER_CORRUPT"
+
+
+class CannotConnect(SageFedError):
+    """Client side: nobody answers at the address, or the connection broke."""
+
+    reason = "CANNOT_CONNECT"
+
+    def __init__(self, address: str, message: str | None = None) -> None:
+        super().__init__(message or f"cannot connect to {address}")
+        self.address = address
+
+
+class CallFailed(SageFedError):
+    """Client side: a gRPC status that is none of the above; `status` is its name."""
+
+    reason = "CALL_FAILED"
+
+    def __init__(self, message: str, *, status: str) -> None:
+        super().__init__(message)
+        self.status = status

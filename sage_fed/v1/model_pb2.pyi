@@ -88,7 +88,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s")
+    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,9 @@ class TierStatus(_message.Message):
     KV_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     requests_running: int
@@ -105,4 +108,7 @@ class TierStatus(_message.Message):
     kv_tokens_total: int
     decode_step_s: float
     prefill_tokens_per_s: float
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    requests_waiting_limit: int
+    queued_prompt_tokens: int
+    max_context_tokens: int
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
