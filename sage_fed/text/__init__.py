@@ -1,0 +1,12 @@
+"""Text to token ids and back: chat template, encoding, incremental decoding, stop strings.
+
+Owns one checkpoint's tokenizer and the promise that nothing a client writes becomes a
+control token. Does not know tiers, jobs or the model that consumes the ids.
+Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that cannot be encoded.
+"""
+
+from sage_fed.text.decoding import IncrementalDecoder
+from sage_fed.text.stopping import StopMatcher
+from sage_fed.text.tokenizer import Tokenizer
+
+__all__ = ["IncrementalDecoder", "StopMatcher", "Tokenizer"]

@@ -1,0 +1,236 @@
+"""One checkpoint's tokenizer: conversations and text to ids, ids to text.
+
+Owns the chat template and the promise that nothing a client writes becomes a control token.
+Does not know tiers, jobs or the model that consumes the ids.
+Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that cannot be encoded.
+
+Encoding is blocking (seconds for megabytes): call it in a thread. A `Tokenizer` may be used
+from any number of threads at once: it is never changed after construction, its two Rust
+tokenizers release the interpreter lock while they encode, and the flags that `transformers`
+flips per call (the cause of its "Already borrowed") are fixed in two separate copies instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from transformers import AutoTokenizer
+
+from sage_fed.core import Message
+from sage_fed.errors import InvalidField, ModelLoadError
+from sage_fed.text.decoding import ByteDecoder, IncrementalDecoder, WindowDecoder
+
+ROLES = ("system", "user", "assistant")
+
+
+class Tokenizer:
+    """The tokenizer and chat template of one checkpoint. Thread-safe.
+
+    `num_valid_ids` is one above the largest id that has a meaning; a model's padded
+    vocabulary is larger, and its logits beyond this are noise.
+    """
+
+    def __init__(self, hf: Any) -> None:  # noqa: ANN401 - transformers does not type it
+        serialized = hf.backend_tokenizer.to_str()
+        self._hf = hf
+        self._rust = _plain_copy(serialized)
+        self._literal = _plain_copy(serialized)
+        self._literal.encode_special_tokens = True
+        self._byte_level = _is_byte_level(serialized)
+        self._byte_of = _byte_alphabet()
+        added = self._rust.get_added_tokens_decoder()
+        self._special = {token.content: id_ for id_, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special.values())
+        self._special_text = _alternation(self._special)
+        # Where a vocabulary has no bytes, an unknown character honestly is the unk token.
+        self._unk_id: int | None = hf.unk_token_id
+        self.num_valid_ids = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def load(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
+        """Reads it from a local directory or, pinned to `revision`, from the hub.
+
+        Blocking. Never runs code of the checkpoint. Raises `ModelLoadError`.
+        """
+        local = Path(source).is_dir()
+        try:
+            hf = AutoTokenizer.from_pretrained(
+                str(source), revision=revision, trust_remote_code=False, local_files_only=local
+            )
+        except Exception as error:  # tokenizers raises it bare for a bad file
+            raise ModelLoadError(f"no usable tokenizer in {source}: {error}") from error
+        if not hf.is_fast:
+            raise ModelLoadError(f"{source} has no tokenizer.json; convert its tokenizer first")
+        return cls(hf)
+
+    def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a conversation under the chat template, ready for the assistant's turn.
+
+        Equal to `transformers`' `apply_chat_template`, except that special tokens spelled out
+        in a message stay plain text. Raises `InvalidField` where the model has no template,
+        or one that refuses or leaves out a message.
+        """
+        self._check(messages)
+        # Unguessable, so that no message can contain a mark.
+        nonce = secrets.token_hex(8)
+        skeleton = self._render([(m.role, f"{nonce}@{i}@") for i, m in enumerate(messages)])
+        for i, message in enumerate(messages):
+            if f"{nonce}@{i}@" not in skeleton:
+                raise InvalidField(
+                    f"job.chat.messages[{i}]",
+                    f"the model's chat template leaves out this {message.role} message",
+                )
+        specials = tuple(self._special)
+        numbers = {text: f"{nonce}#{i}#" for i, text in enumerate(specials)}
+        text = self._render(
+            [
+                (m.role, self._special_text.sub(lambda hit: numbers[hit[0]], m.content))
+                for m in messages
+            ]
+        )
+        # A template may cut and join contents so that a control token comes into being that
+        # it did not write; then the contents go in untouched by it.
+        if self._special_text.findall(text) != self._special_text.findall(skeleton):
+            text = skeleton
+        if nonce not in text and (ids := self._encode_marked(text)) is not None:
+            return ids
+        contents = [message.content for message in messages]
+        return self._encode_pieces(text, _Marks(nonce, specials, contents))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """The ids of bare text: no template, and special tokens spelled out stay plain text."""
+        ids = self._literal.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if any(id_ in self._special_ids and id_ != self._unk_id for id_ in ids):
+            raise InvalidField(
+                "job.chat", "a message spells a control token that this tokenizer cannot escape"
+            )
+        return tuple(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids` without special tokens and without any clean-up of spaces."""
+        return str(self._rust.decode(list(token_ids), skip_special_tokens=True))
+
+    def decoder(self) -> IncrementalDecoder:
+        """A decoder for one stream of ids."""
+        return ByteDecoder(self) if self._byte_level else WindowDecoder(self)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a byte-level token adds to the text; empty for special and meaningless ids."""
+        if token_id in self._special_ids:
+            return b""
+        token = self._rust.id_to_token(token_id) or ""
+        try:
+            return bytes(self._byte_of[char] for char in token)
+        except KeyError:
+            return token.encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves this token out."""
+        return token_id in self._special_ids
+
+    def validate_ids(self, token_ids: Sequence[int]) -> None:
+        """Refuses an empty prompt and ids without a meaning, with `InvalidField`."""
+        if not token_ids:
+            raise InvalidField("job.token_ids.ids", "give at least one token id")
+        for i, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self.num_valid_ids:
+                raise InvalidField(
+                    f"job.token_ids.ids[{i}]",
+                    f"{token_id} is not a token of this model; ids are 0 to "
+                    f"{self.num_valid_ids - 1}",
+                )
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        if not self._hf.chat_template:
+            raise InvalidField("job.chat", "this model has no chat template; send token_ids")
+        if not messages:
+            raise InvalidField("job.chat.messages", "give at least one message")
+        for i, message in enumerate(messages):
+            if message.role not in ROLES:
+                raise InvalidField(f"job.chat.messages[{i}].role", f"one of {', '.join(ROLES)}")
+
+    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
+        conversation = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return str(
+                self._hf.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            reason = str(error)[:200]
+            raise InvalidField(
+                "job.chat.messages", f"the model's chat template refuses them: {reason}"
+            ) from error
+
+    def _encode_marked(self, text: str) -> tuple[int, ...] | None:
+        """Encodes text whose every special token is the template's own.
+
+        None where the tokenizer sees more of them than the text spells (it normalises first).
+        """
+        ids = self._rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        found = sum(id_ in self._special_ids and id_ != self._unk_id for id_ in ids)
+        spelled = sum(
+            self._special[hit] != self._unk_id for hit in self._special_text.findall(text)
+        )
+        return tuple(ids) if found == spelled else None
+
+    def _encode_pieces(self, text: str, marks: _Marks) -> tuple[int, ...]:
+        """Encodes the template's control tokens one by one and what is between them literally."""
+        ids: list[int] = []
+        position = 0
+        for hit in self._special_text.finditer(text):
+            ids += self.encode_text(marks.restore(text[position : hit.start()]))
+            ids.append(self._special[hit[0]])
+            position = hit.end()
+        ids += self.encode_text(marks.restore(text[position:]))
+        return tuple(ids)
+
+
+class _Marks:
+    """Puts back what was replaced by marks: whole contents and special tokens' spellings."""
+
+    def __init__(self, nonce: str, specials: Sequence[str], contents: Sequence[str]) -> None:
+        self._pattern = re.compile(rf"{nonce}(?:#(\d+)#|@(\d+)@)")
+        self._specials = specials
+        self._contents = contents
+
+    def restore(self, text: str) -> str:
+        return self._pattern.sub(self._original, text)
+
+    def _original(self, mark: re.Match[str]) -> str:
+        return self._specials[int(mark[1])] if mark[1] else self._contents[int(mark[2])]
+
+
+def _plain_copy(serialized: str) -> tokenizers.Tokenizer:
+    """A tokenizer of its own that neither truncates nor pads."""
+    copy = tokenizers.Tokenizer.from_str(serialized)
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _is_byte_level(serialized: str) -> bool:
+    decoder = json.loads(serialized).get("decoder") or {}
+    return bool(decoder.get("type") == "ByteLevel")
+
+
+def _alternation(texts: Sequence[str] | dict[str, int]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest first, as the tokenizer does; nothing if empty."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
