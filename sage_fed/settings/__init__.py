@@ -1,14 +1,16 @@
 """The settings of one daemon: what can be set, and where each value came from.
 
-Floor 0. `model` says which keys exist, `sources` layers flags, environment, file and profile,
-`problems` turns a mistake into one readable error, `values` holds the small parsers.
+Floor 0. `sections` and `model` say which keys exist, `fields` how one value is read,
+`sources` layers flags, environment, file and profile, `problems` words a mistake, `table` prints,
+`values` holds the small parsers that others use too.
 Pydantic stops here: the rest of the house reads frozen values.
 Fails with `ConfigError`, whose text names every offending key, its origin and what is allowed.
 """
 
 from __future__ import annotations
 
-from sage_fed.settings.model import (
+from sage_fed.settings.model import Settings
+from sage_fed.settings.sections import (
     AccountSettings,
     AuthSettings,
     BudgetSettings,
@@ -16,10 +18,9 @@ from sage_fed.settings.model import (
     LimitSettings,
     MetricsSettings,
     RoutingSettings,
-    Settings,
     TierSettings,
 )
-from sage_fed.settings.sources import Effective, load_settings
+from sage_fed.settings.sources import Effective, load_settings, profile_names
 from sage_fed.settings.table import KeyDescription, describe
 from sage_fed.settings.values import (
     Address,
@@ -48,6 +49,7 @@ __all__ = [
     "format_size",
     "load_settings",
     "parse_size",
+    "profile_names",
     "resolve_model",
     "uatp_from_atp",
 ]

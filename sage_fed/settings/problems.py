@@ -37,14 +37,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str] | None:
     """Keys that may stand under `path`; None where any name is allowed (accounts)."""
-    if not path:
-        return list(model.model_fields)
-    field, rest = _field(model, path)
-    if field is None or rest:
-        return []
-    if get_origin(field.annotation) is dict:
-        return None
-    section = section_of(field.annotation)
+    section: type[BaseModel] | None = model
+    rest = list(path)
+    while rest:
+        if section is None or rest[0] not in section.model_fields:
+            return []
+        field = section.model_fields[rest.pop(0)]
+        section = section_of(field.annotation)
+        if get_origin(field.annotation) is dict:
+            if not rest:
+                return None
+            rest.pop(0)
     return list(section.model_fields) if section is not None else []
 
 
@@ -56,7 +59,7 @@ def unknown_key(model: type[BaseModel], path: Sequence[str]) -> str:
             prefix = "".join(f"{part}." for part in path[:depth])
             whole = [f"{prefix}{name}" for name in known]
             return f"unknown key; {did_you_mean(f'{prefix}{path[depth]}', whole)}"
-    return "unknown key"
+    return "a variable for the whole table is set too; set its keys one by one"
 
 
 def section_of(annotation: object) -> type[BaseModel] | None:
@@ -104,6 +107,8 @@ def _problem(details: ErrorDetails, model: type[BaseModel], origins: Mapping[str
     meaning = f" [{field.description}]" if field is not None and field.description else ""
     if kind == "missing":
         return f"{key} ({origin_of(key, origins)}): missing{meaning}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "expected a table with keys of its own"
     shown = "" if field is not None and is_secret(field) else f", not {_short(details['input'])}"
     message = message.removeprefix("Value error, ").replace("Input should", "should")
     return f"{key} ({origin_of(key, origins)}): {message}{shown}{meaning}"

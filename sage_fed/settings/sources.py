@@ -8,7 +8,7 @@ Fails with `ConfigError` for everything: a missing file, bad TOML, unknown keys 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_settings import EnvSettingsSource, SettingsError
+from pydantic_settings import EnvSettingsSource
 
 from sage_fed.errors import ConfigError
 from sage_fed.settings.model import Settings
@@ -94,7 +94,7 @@ def load_settings(
         settings = Settings.model_validate(merged)
     except ValidationError as error:
         raise config_error(validation_problems(error, Settings, origins)) from None
-    complete = {key: _known_origin(key, origins) for key, _ in leaves(settings)}
+    complete = {key: origins.get(key, "default") for key, _ in leaves(settings)}
     return Effective(settings, MappingProxyType(complete))
 
 
@@ -108,11 +108,7 @@ def _flag_layer(flags: Mapping[str, Any]) -> _Layer:
     for key, value in flags.items():
         if value is None:
             continue
-        *sections, name = key.split(".")
-        section = values
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
+        _put(values, key.split("."), value)
     return _layer(values, "flag")
 
 
@@ -124,11 +120,7 @@ def _environment_layer(environ: Mapping[str, str]) -> _Layer:
     }
     source = EnvSettingsSource(Settings)
     source.env_vars = {lower: environ[name] for lower, name in names.items()}
-    try:
-        values = source()
-    except SettingsError as error:
-        key = next(iter(sorted(names.values())))
-        raise ConfigError(f"environment: {error}; expected JSON, as in {key}") from None
+    values = source()
     origins: dict[str, str] = {}
     problems: list[str] = []
     for lower, name in sorted(names.items()):
@@ -159,7 +151,7 @@ def _state_dir_layer(environ: Mapping[str, str]) -> _Layer:
     if systemd := environ.get("STATE_DIRECTORY"):
         # systemd lists several directories with colons; the unit's first one is ours.
         path, origin = Path(systemd.split(":")[0]), "environment STATE_DIRECTORY"
-    elif xdg := environ.get("XDG_STATE_HOME"):
+    elif (xdg := environ.get("XDG_STATE_HOME")) and Path(xdg).is_absolute():
         path, origin = Path(xdg) / "sage-fed", "environment XDG_STATE_HOME"
     else:
         home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
@@ -201,21 +193,28 @@ def _has(values: object, path: list[str]) -> bool:
 
 def _merge(merged: Values, origins: dict[str, str], layer: _Layer) -> None:
     for tier in ("tactical", "strategic"):
-        section = layer.values.get(tier)
-        if isinstance(section, dict) and "model" in section and isinstance(merged.get(tier), dict):
+        old, new = (values.get(tier) for values in (merged, layer.values))
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            continue
+        if "model" in new and new["model"] != old.get("model"):
             # A revision belongs to its model: another model starts without the old one's.
-            merged[tier].pop("revision", None)
+            old.pop("revision", None)
             origins.pop(f"{tier}.revision", None)
     for path, value in _walk(layer.values):
-        section = merged
-        for part in path[:-1]:
-            if not isinstance(section.get(part), dict):
-                section[part] = {}
-            section = section[part]
-        section[path[-1]] = value
-        key = ".".join(path)
-        origins[key] = origin_of(key, layer.origins)
+        if _put(merged, path, value):
+            key = ".".join(path)
+            origins[key] = origin_of(key, layer.origins)
 
 
-def _known_origin(key: str, origins: Mapping[str, str]) -> str:
-    return origins.get(key, "default")
+def _put(values: Values, path: Sequence[str], value: object) -> bool:
+    """Set one leaf; False where an empty table meets a table, which changes nothing."""
+    *sections, name = path
+    section = values
+    for part in sections:
+        if not isinstance(section.get(part), dict):
+            section[part] = {}
+        section = section[part]
+    if value == {} and isinstance(section.get(name), dict):
+        return False
+    section[name] = value
+    return True

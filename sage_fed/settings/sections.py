@@ -1,0 +1,202 @@
+"""The tables of the settings: their keys, types, ranges and meanings.
+
+Owns the rules inside one table; what holds between tables is in `model`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sage_fed.core import Role
+from sage_fed.settings.fields import (
+    AccountOrNobody,
+    Amount,
+    EmptyIsNone,
+    ModelName,
+    Real,
+    Revision,
+    Section,
+    Size,
+    UserPath,
+    Whole,
+    conflict,
+)
+from sage_fed.settings.values import resolve_model, uatp_from_atp
+
+
+class TierSettings(Section):
+    """One tier: its model, its memory and the size of its queues and batches."""
+
+    model: ModelName = Field(
+        description="Hub id, directory (starts with /, ./, ../ or ~) or bundled:NAME."
+    )
+    revision: Annotated[Revision | None, EmptyIsNone] = Field(
+        default=None,
+        description="Commit of the hub repository, 40 hexadecimal digits; a hub id needs it.",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        description="Number format of weights and KV cache."
+    )
+    kv_cache_bytes: Size = Field(
+        gt=0, description="Memory of the KV cache, allocated at start; for example 512MiB."
+    )
+    max_context_tokens: Whole = Field(gt=0, description="Prompt and output of one job, in tokens.")
+    max_batch: Whole = Field(gt=0, description="Sequences that run at once.")
+    max_waiting: Whole = Field(
+        ge=0, description="Jobs that may wait to start; one more is refused with a retry delay."
+    )
+    prefill_chunk_tokens: Whole = Field(
+        gt=0, description="Most prompt tokens in one step; smaller keeps other streams smoother."
+    )
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if isinstance(resolve_model(self.model), str) and self.revision is None:
+            raise conflict(
+                f"{self.model} is a hub id and needs a pinned revision: the 40 hexadecimal digits "
+                "of a commit of its repository",
+                "revision",
+                "model",
+            )
+        return self
+
+
+class RoutingSettings(Section):
+    """When a request that leaves the choice to the daemon goes to the strategic tier."""
+
+    complexity_threshold: Real = Field(
+        default=0.5, ge=0, le=1, description="Client's complexity hint from which on AUTO thinks."
+    )
+    strategic_prompt_tokens: Whole = Field(
+        default=1024, gt=0, description="Prompt length in tokens from which on AUTO thinks."
+    )
+
+
+class LimitSettings(Section):
+    """Bounds of one request and of all, checked before anything is allocated."""
+
+    max_message_bytes: Size = Field(
+        default=4 * 2**20, ge=1024, le=2**31 - 1, description="Largest gRPC message received."
+    )
+    max_prompt_chars: Whole = Field(
+        default=200_000, gt=0, description="Characters of all messages together."
+    )
+    max_messages: Whole = Field(default=256, gt=0, description="Messages of one conversation.")
+    max_stop_strings: Whole = Field(default=16, ge=0, description="Stop strings of one request.")
+    max_stop_chars: Whole = Field(default=128, gt=0, description="Characters of one stop string.")
+    max_top_logprobs: Whole = Field(
+        default=20, ge=0, description="Alternatives reported per token."
+    )
+    max_new_tokens: Whole = Field(
+        default=4096, gt=0, description="Most output tokens that a request may ask for."
+    )
+    default_new_tokens: Whole = Field(
+        default=512, gt=0, description="Output tokens of a request that does not say."
+    )
+    max_request_id_chars: Whole = Field(
+        default=128, gt=0, description="Characters of a client request id."
+    )
+    max_deadline_s: Real = Field(
+        default=3600.0, gt=0, description="Longest deadline that a request may ask for."
+    )
+    max_jobs: Whole = Field(
+        default=512, gt=0, description="Jobs accepted and not ended, over all tiers and accounts."
+    )
+
+    @model_validator(mode="after")
+    def _default_within_maximum(self) -> Self:
+        if self.default_new_tokens > self.max_new_tokens:
+            raise conflict(
+                f"default_new_tokens ({self.default_new_tokens}) must be at most max_new_tokens "
+                f"({self.max_new_tokens})",
+                "default_new_tokens",
+                "max_new_tokens",
+            )
+        return self
+
+
+class BudgetSettings(Section):
+    """What an account starts with and how it refills; amounts in ATP, exact to 0.000001."""
+
+    initial_atp: Amount = Field(description="Balance of a new account.")
+    capacity_atp: Amount = Field(gt=0, description="Refill stops at this balance.")
+    refill_atp_per_s: Amount = Field(description="Refill per second.")
+    strategic_floor_atp: Amount = Field(
+        description="Below this balance an account gets tactical work only."
+    )
+
+    @property
+    def initial_uatp(self) -> int:
+        """`initial_atp` in uATP."""
+        return uatp_from_atp(self.initial_atp)
+
+    @property
+    def capacity_uatp(self) -> int:
+        """`capacity_atp` in uATP."""
+        return uatp_from_atp(self.capacity_atp)
+
+    @property
+    def refill_uatp_per_s(self) -> int:
+        """`refill_atp_per_s` in uATP per second."""
+        return uatp_from_atp(self.refill_atp_per_s)
+
+    @property
+    def strategic_floor_uatp(self) -> int:
+        """`strategic_floor_atp` in uATP."""
+        return uatp_from_atp(self.strategic_floor_atp)
+
+    @model_validator(mode="after")
+    def _within_capacity(self) -> Self:
+        for key in ("initial_atp", "strategic_floor_atp"):
+            amount = getattr(self, key)
+            if amount > self.capacity_atp:
+                raise conflict(
+                    f"{key} ({amount}) must be at most capacity_atp ({self.capacity_atp})",
+                    key,
+                    "capacity_atp",
+                )
+        return self
+
+
+class AccountSettings(Section):
+    """One named account."""
+
+    role: Role = Field(
+        default=Role.USER, description="user, or admin for the operator's commands too."
+    )
+    budget: BudgetSettings | None = Field(
+        default=None, description="Its own budget, all four keys; without it, [budget] holds."
+    )
+
+
+class AuthSettings(Section):
+    """Who may call."""
+
+    tokens_file: Annotated[UserPath | None, EmptyIsNone] = Field(
+        default=None, description="TOML file with the SHA-256 of each bearer token, its account."
+    )
+    anonymous_account: AccountOrNobody = Field(
+        default="local",
+        description="Account of callers without a token on a loopback address; empty refuses them.",
+    )
+
+
+class LedgerSettings(Section):
+    """How long the ledger waits and remembers."""
+
+    hold_ttl_s: Real = Field(
+        default=7200.0, gt=0, description="A hold older than this is given back."
+    )
+    result_retention_s: Real = Field(
+        default=86_400.0, ge=0, description="How long a finished request id can be replayed."
+    )
+
+
+class MetricsSettings(Section):
+    """What Prometheus may see."""
+
+    per_account_balance: bool = Field(
+        default=False, description="One balance series per account; off keeps names out of metrics."
+    )

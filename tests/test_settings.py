@@ -1,0 +1,483 @@
+"""Settings: layers and origins, strictness at every level, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from sage_fed.core import Role, Tier
+from sage_fed.errors import ConfigError
+from sage_fed.settings import (
+    Address,
+    Effective,
+    atp_from_uatp,
+    describe,
+    format_size,
+    load_settings,
+    parse_size,
+    profile_names,
+    resolve_model,
+    uatp_from_atp,
+)
+from sage_fed.settings.problems import validation_problems
+from sage_fed.settings.table import leaves
+
+DEMO = {"profile": "demo"}
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    config: Path | None = None,
+) -> Effective:
+    """Load on top of the demo profile, away from this process's own environment."""
+    return load_settings({**DEMO, **(flags or {})}, {"HOME": "/home/x", **(environ or {})}, config)
+
+
+def refusal(
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    config: Path | None = None,
+) -> str:
+    """The text of the ConfigError that loading raises."""
+    with pytest.raises(ConfigError) as caught:
+        load(flags, environ, config)
+    return caught.value.message
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return tmp_path / "config.toml"
+
+
+def test_each_layer_wins_over_the_ones_below_and_says_so(toml: Path) -> None:
+    """Flags beat the environment, that the file, that the profile, that the default."""
+    toml.write_text(
+        '[tactical]\nmax_batch = 3\nmax_waiting = 4\nkv_cache_bytes = "1GiB"\n[ledger]\n'
+    )
+    environ = {"SAGE_FED_TACTICAL__MAX_BATCH": "5", "SAGE_FED_TACTICAL__MAX_WAITING": "6"}
+    effective = load({"tactical.max_batch": 7}, environ, toml)
+    rows = {key: (value, origin) for key, value, origin in effective.rows()}
+    assert ("7", "flag") == rows["tactical.max_batch"]
+    assert ("6", "environment SAGE_FED_TACTICAL__MAX_WAITING") == rows["tactical.max_waiting"]
+    assert ("1GiB", f"file {toml}") == rows["tactical.kv_cache_bytes"]
+    assert ("fp32", "profile demo") == rows["tactical.precision"]
+    assert ("7200.0", "default") == rows["ledger.hold_ttl_s"]
+    assert 7 == effective.settings.tier(Tier.TACTICAL).max_batch
+
+
+def test_a_flag_that_was_not_given_changes_nothing() -> None:
+    """None is how the command line says "not given"."""
+    assert "default" == load({"listen": None}).origins["listen"]
+
+
+def test_the_file_may_come_from_the_environment(toml: Path) -> None:
+    """SAGE_FED_CONFIG names the file where no flag does."""
+    toml.write_text('log_level = "DEBUG"\n')
+    effective = load(environ={"SAGE_FED_CONFIG": str(toml)})
+    assert "debug" == effective.settings.log_level
+    assert f"file {toml}" == effective.origins["log_level"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "text", "expected", "origin"),
+    [
+        ({}, {}, "", "qwen2.5", "default"),
+        ({}, {}, 'profile = "demo"', "demo", "file"),
+        ({}, {"SAGE_FED_PROFILE": "qwen2.5"}, 'profile = "demo"', "qwen2.5", "environment"),
+        ({"profile": "demo"}, {"SAGE_FED_PROFILE": "qwen2.5"}, "", "demo", "flag"),
+    ],
+)
+def test_the_profile_follows_the_same_order(
+    toml: Path,
+    flags: dict[str, str],
+    environ: dict[str, str],
+    text: str,
+    expected: str,
+    origin: str,
+) -> None:
+    """The highest layer that names a profile chooses it."""
+    toml.write_text(text)
+    effective = load_settings(flags, environ, toml)
+    assert expected == effective.settings.profile
+    assert origin == effective.origins["profile"].split()[0]
+    assert f"profile {expected}" == effective.origins["tactical.model"]
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen2.5"])
+def test_each_packaged_profile_loads(name: str) -> None:
+    """A profile alone is a complete set of settings, and is among those that are offered."""
+    settings = load_settings({"profile": name}, {}, None).settings
+    assert name == settings.profile
+    assert name in profile_names()
+
+
+def test_the_demo_pair_has_room_for_64_clients() -> None:
+    """64 jobs of a full context fit each tier's KV cache in fp32."""
+    settings = load().settings
+    for tier, layers, kv_heads in ((Tier.TACTICAL, 4, 1), (Tier.STRATEGIC, 8, 2)):
+        token_bytes = 2 * layers * kv_heads * 32 * 4
+        needed = 64 * settings.tier(tier).max_context_tokens * token_bytes
+        assert needed <= settings.tier(tier).kv_cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected", "origin"),
+    [
+        ({}, "/home/x/.local/state/sage-fed", "default"),
+        ({"XDG_STATE_HOME": "/xdg"}, "/xdg/sage-fed", "environment XDG_STATE_HOME"),
+        ({"XDG_STATE_HOME": "relative"}, "/home/x/.local/state/sage-fed", "default"),
+        (
+            {"XDG_STATE_HOME": "/xdg", "STATE_DIRECTORY": "/var/lib/a:/var/lib/b"},
+            "/var/lib/a",
+            "environment STATE_DIRECTORY",
+        ),
+        (
+            {"STATE_DIRECTORY": "/var/lib/a", "SAGE_FED_STATE_DIR": "/mine"},
+            "/mine",
+            "environment SAGE_FED_STATE_DIR",
+        ),
+    ],
+)
+def test_the_state_directory_is_where_the_system_puts_state(
+    environ: dict[str, str], expected: str, origin: str
+) -> None:
+    """The one of systemd, else of XDG, else of the home; a setting of ours beats them all."""
+    effective = load(environ=environ)
+    assert Path(expected) == effective.settings.state_dir
+    assert origin == effective.origins["state_dir"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "hint"),
+    [
+        ('devise = "cpu"', "devise", "did you mean device?"),
+        ("[tactical]\nmax_bach = 1", "tactical.max_bach", "did you mean tactical.max_batch?"),
+        ("[budgets]\n", "budgets", "did you mean budget?"),
+        (
+            '[accounts.robot]\nrolle = "user"',
+            "accounts.robot.rolle",
+            "did you mean accounts.robot.role?",
+        ),
+        ("[zzz]\na = 1", "zzz", "known: accounts, auth, budget"),
+    ],
+)
+def test_an_unknown_key_in_the_file_is_refused(toml: Path, text: str, key: str, hint: str) -> None:
+    """At every level, with the file's name and the nearest key."""
+    toml.write_text(text)
+    message = refusal(config=toml)
+    assert f"{key} (file {toml}): unknown key; {hint}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "hint"),
+    [
+        ("SAGE_FED_DEVISE", "devise", "did you mean device?"),
+        ("SAGE_FED_LIMITS__MAX_JOB", "limits.max_job", "did you mean limits.max_jobs?"),
+        ("SAGE_FED_DEVICE__X", "device.x", "nothing can be set here"),
+    ],
+)
+def test_an_unknown_variable_is_refused(name: str, key: str, hint: str) -> None:
+    """A mistyped variable would otherwise have no effect, silently."""
+    expected = f"{key} (environment {name}): unknown key; {hint}"
+    assert expected == refusal(environ={name: "1"})
+
+
+def test_variables_that_are_not_settings_pass() -> None:
+    """A client's variables and other programs' are not ours to refuse."""
+    load(environ={"SAGE_FED_ADDRESS": "a:1", "SAGE_FED_TOKEN": "t", "SAGE_FEDERATION": "x"})
+
+
+def test_a_table_is_not_set_by_one_variable() -> None:
+    """Text where a table belongs is refused, also beside variables for single keys."""
+    alone = refusal(environ={"SAGE_FED_TACTICAL": "{}"})
+    assert "tactical (environment SAGE_FED_TACTICAL): expected a table" in alone
+    both = refusal(environ={"SAGE_FED_TACTICAL": "{}", "SAGE_FED_TACTICAL__MAX_BATCH": "1"})
+    assert "tactical.max_batch (environment SAGE_FED_TACTICAL__MAX_BATCH): a variable" in both
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"device": "gpu"}, "device (flag): expected cpu or cuda:N, for example cuda:0, not 'gpu'"),
+        ({"listen": "::1:6590"}, "listen (flag): expected HOST:PORT, for example"),
+        ({"tactical.kv_cache_bytes": "1XB"}, "tactical.kv_cache_bytes (flag): expected a size"),
+        ({"tactical.max_context_tokens": 0}, "should be greater than 0, not 0"),
+        ({"tactical.max_batch": True}, "tactical.max_batch (flag): expected a number, not True"),
+        ({"strategic.prefill_chunk_tokens": "x"}, "strategic.prefill_chunk_tokens (flag): should"),
+        ({"strategic.precision": "int3"}, "should be 'fp32', 'bf16' or 'fp16', not 'int3'"),
+        ({"strategic.model": "a b"}, "strategic.model (flag): expected a hub id"),
+        ({"strategic.revision": "main"}, "strategic.revision (flag): expected a commit"),
+        ({"budget.initial_atp": "0.0000001"}, "budget.initial_atp (flag): expected at most 6"),
+        ({"budget.initial_atp": "-1"}, "budget.initial_atp (flag): expected an amount from 0"),
+        ({"drain_grace_s": "inf"}, "drain_grace_s (flag): should be a finite number"),
+        ({"auth.anonymous_account": "A B"}, "auth.anonymous_account (flag): expected 1 to 64"),
+        ({"accounts.Robot.role": "user"}, "accounts.Robot (flag): expected 1 to 64 lower-case"),
+        ({"accounts.robot.role": "root"}, "should be 'user' or 'admin', not 'root'"),
+        ({"state_dir": ""}, "state_dir (flag): expected a path, not ''"),
+        ({"profile": "dem"}, "profile (flag): no profile 'dem'; did you mean demo?"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named_with_its_origin_and_what_is_right(
+    flags: dict[str, Any], expected: str
+) -> None:
+    """An operator can act on the text alone."""
+    assert expected in refusal(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "second"),
+    [
+        (
+            {"budget.initial_atp": "6000"},
+            "budget.initial_atp (flag)",
+            "budget.capacity_atp (profile demo)",
+        ),
+        (
+            {"budget.strategic_floor_atp": 9999},
+            "budget.strategic_floor_atp (flag)",
+            "budget.capacity_atp (profile demo)",
+        ),
+        (
+            {"limits.max_new_tokens": 9},
+            "limits.default_new_tokens (profile demo)",
+            "limits.max_new_tokens (flag)",
+        ),
+        (
+            {"tactical.max_context_tokens": 64},
+            "limits.default_new_tokens (profile demo)",
+            "tactical.max_context_tokens (flag)",
+        ),
+        ({"listen": "0.0.0.0:6590"}, "listen (flag)", "auth.tokens_file (not set anywhere)"),
+        ({"listen": "127.0.0.1:9659"}, "listen (flag)", "metrics_listen (not set anywhere)"),
+        (
+            {"strategic.model": "Qwen/Qwen3-8B"},
+            "strategic.revision (not set anywhere)",
+            "strategic.model (flag)",
+        ),
+    ],
+)
+def test_a_combination_that_cannot_work_names_every_key(
+    flags: dict[str, Any], first: str, second: str
+) -> None:
+    """Each of the keys is a place to mend it, so each comes with its origin."""
+    assert refusal(flags).startswith(f"{first}, {second}: ")
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    """One start shows every problem of the values."""
+    message = refusal({"device": "gpu", "log_level": "loud"})
+    assert message.startswith("2 settings cannot be used:\n")
+    assert "device (flag)" in message
+    assert "log_level (flag)" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"a = = 1", "not valid TOML"), (b'a = "\xff"', "not UTF-8 text"), (None, "No such file")],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    toml: Path, content: bytes | None, expected: str
+) -> None:
+    """A file that was asked for and cannot be read never counts as empty."""
+    if content is not None:
+        toml.write_bytes(content)
+    message = refusal(config=toml)
+    assert message.startswith(f"configuration file {toml}: ")
+    assert expected in message
+
+
+def test_another_model_does_not_inherit_the_revision() -> None:
+    """A revision belongs to its model; the same model keeps it."""
+    local = load_settings({"tactical.model": "/models/small"}, {}, None).settings
+    assert (None, "Qwen/Qwen2.5-7B-Instruct") == (local.tactical.revision, local.strategic.model)
+    same = load_settings({"tactical.model": "Qwen/Qwen2.5-0.5B-Instruct"}, {}, None).settings
+    assert same.tactical.revision is not None
+    pinned = load_settings({"tactical.model": "a/b", "tactical.revision": "0" * 40}, {}, None)
+    assert "0" * 40 == pinned.settings.tactical.revision
+
+
+def test_beyond_loopback_with_a_tokens_file_is_fine(tmp_path: Path) -> None:
+    """The guard is about strangers, not about networks."""
+    flags = {"listen": "[::]:6590", "auth.tokens_file": str(tmp_path / "tokens.toml")}
+    assert Address("::", 6590) == load(flags).settings.listen
+
+
+def test_accounts_have_budgets_of_their_own_or_the_common_one(toml: Path) -> None:
+    """Amounts stay exact from the file to uATP."""
+    toml.write_text(
+        '[accounts.robot]\nrole = "admin"\n[accounts.robot.budget]\ninitial_atp = 0.1\n'
+        "capacity_atp = 6.59\nrefill_atp_per_s = 0.000001\nstrategic_floor_atp = 0\n"
+    )
+    effective = load(environ={"SAGE_FED_ACCOUNTS__GUEST__ROLE": "user"}, config=toml)
+    settings = effective.settings
+    robot = settings.account_budget("robot")
+    assert Role.ADMIN == settings.accounts["robot"].role
+    assert (100_000, 6_590_000, 1, 0) == (
+        robot.initial_uatp,
+        robot.capacity_uatp,
+        robot.refill_uatp_per_s,
+        robot.strategic_floor_uatp,
+    )
+    assert settings.budget == settings.account_budget("guest")
+    assert settings.budget == settings.account_budget("nobody-we-know")
+    origin = "environment SAGE_FED_ACCOUNTS__GUEST__ROLE"
+    assert origin == effective.origins["accounts.guest.role"]
+    assert f"file {toml}" == effective.origins["accounts.robot.budget.initial_atp"]
+
+
+def test_an_incomplete_account_budget_is_refused(toml: Path) -> None:
+    """Half a budget would leave the other half to a guess."""
+    toml.write_text("[accounts.robot.budget]\ninitial_atp = 1\n")
+    message = refusal(config=toml)
+    assert "accounts.robot.budget.capacity_atp (not set anywhere): missing" in message
+
+
+def test_an_empty_text_unsets_an_optional_value() -> None:
+    """The environment has no other way to say "none"."""
+    environ = {"SAGE_FED_CARDS_DIR": "", "SAGE_FED_AUTH__TOKENS_FILE": ""}
+    settings = load(environ=environ).settings
+    assert (None, None) == (settings.cards_dir, settings.auth.tokens_file)
+
+
+def test_settings_do_not_change() -> None:
+    """What was parsed once is trusted for the life of the daemon."""
+    settings = load().settings
+    with pytest.raises(ValidationError):
+        settings.device = "cuda:0"
+    with pytest.raises(ValidationError):
+        settings.tactical.max_batch = 1
+
+
+def test_every_key_is_described() -> None:
+    """`sage-fed config` and the documentation list the same keys, each with its meaning."""
+    described = {row.key: row.description for row in describe()}
+    printed = {key for key, _, _ in load().rows()}
+    assert printed - {"accounts"} == {key for key in described if ".NAME." not in key}
+    assert "accounts.NAME.budget.capacity_atp" in described
+    assert [] == [key for key, description in described.items() if not description]
+
+
+class Door(BaseModel):
+    """A section with a secret, as a later one may have."""
+
+    code: SecretStr
+    spare: SecretStr | None = None
+    hinges: int = 2
+
+
+class House(BaseModel):
+    """Settings with that section."""
+
+    door: Door
+
+
+def test_a_secret_is_masked_where_it_is_printed() -> None:
+    """The type alone is enough; no caller has to remember."""
+    house = House(door=Door(code=SecretStr("hunter2"), spare=SecretStr("hunter3")))
+    rows = dict(leaves(house))
+    assert {"door.code": "**********", "door.spare": "**********", "door.hinges": "2"} == rows
+
+
+def test_a_secret_is_not_repeated_in_an_error() -> None:
+    """Neither a secret of the wrong type nor the value of an unknown key is shown."""
+    with pytest.raises(ValidationError) as caught:
+        House.model_validate({"door": {"code": 271828, "spare": 314159, "hinges": "many"}})
+    problems = "\n".join(validation_problems(caught.value, House, {}))
+    assert "door.code" in problems
+    assert "271828" not in problems
+    assert "314159" not in problems
+    assert "not 'many'" in problems
+    assert "hunter2" not in refusal({"auth.token": "hunter2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "loopback"),
+    [
+        ("127.0.0.1:6590", Address("127.0.0.1", 6590), True),
+        ("127.9.9.9:0", Address("127.9.9.9", 0), True),
+        ("localhost:1", Address("localhost", 1), True),
+        ("[::1]:6590", Address("::1", 6590), True),
+        ("[0:0::1]:6590", Address("::1", 6590), True),
+        ("0.0.0.0:65535", Address("0.0.0.0", 65535), False),
+        ("[::]:1", Address("::", 1), False),
+        ("robot.local:1", Address("robot.local", 1), False),
+    ],
+)
+def test_an_address_is_read_and_written(text: str, expected: Address, loopback: bool) -> None:
+    """IPv4, bracketed IPv6 and names; what is written is read back the same."""
+    assert expected == Address.parse(text)
+    assert expected == Address.parse(str(expected))
+    assert loopback == expected.is_loopback
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "6590", ":6590", "localhost", "::1:6590", "[::1]", "[x]:1", "1.2.3:1", "1.2.3.4.5:1",
+     "a:65536", "a:-1", "a:1:2", "http://a:1", "a b:1"],
+)  # fmt: skip
+def test_a_malformed_address_is_refused(text: str) -> None:
+    """Nothing is guessed."""
+    with pytest.raises(ValueError, match=r".+"):
+        Address.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("2GB", 2_000_000_000), ("7b", 7)],
+)
+def test_a_size_is_read(text: str, expected: int) -> None:
+    """Binary and decimal units, in any case."""
+    assert expected == parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "1.5", "0.3KiB", "1 PiB", "1,5GiB"])
+def test_a_malformed_size_is_refused(text: str) -> None:
+    """A size is a whole number of bytes in a known unit."""
+    with pytest.raises(ValueError, match="expected"):
+        parse_size(text)
+
+
+@given(st.integers(0, 2**50))
+def test_a_printed_size_is_read_back(num_bytes: int) -> None:
+    """`sage-fed config` prints what a file may hold."""
+    assert num_bytes == parse_size(format_size(num_bytes))
+
+
+@given(st.integers(0, 10**15))
+def test_an_amount_is_exact_both_ways(uatp: int) -> None:
+    """No budget gains or loses a uATP on its way."""
+    assert uatp == uatp_from_atp(atp_from_uatp(uatp))
+    assert atp_from_uatp(-uatp) == -atp_from_uatp(uatp)
+
+
+@pytest.mark.parametrize("amount", ["x", "nan", "inf", "-0.1", "1000000000.000001", "1.0000001"])
+def test_an_amount_that_is_not_exact_uatp_is_refused(amount: str) -> None:
+    """A budget is never rounded."""
+    with pytest.raises(ValueError, match="expected"):
+        uatp_from_atp(amount)
+    assert 6_590_000 == uatp_from_atp(Decimal("6.59"))
+
+
+def test_a_model_name_is_a_bundled_model_a_directory_or_a_hub_id() -> None:
+    """The form alone decides, so the same settings mean the same on every machine."""
+    bundled = resolve_model("bundled:demo-tactical")
+    assert isinstance(bundled, Path)
+    assert ("sage_fed", "models", "demo-tactical") == bundled.parts[-3:]
+    assert Path("/models/x") == resolve_model("/models/x")
+    assert Path("models/x") == resolve_model("./models/x")
+    assert "Qwen/Qwen2.5-7B-Instruct" == resolve_model("Qwen/Qwen2.5-7B-Instruct")
+
+
+@pytest.mark.parametrize("name", ["", "qwen", "a/b/c", "bundled:", "bundled:../x", "bundled:/etc"])
+def test_another_model_name_is_refused(name: str) -> None:
+    """A bundled name cannot leave the package's folder."""
+    with pytest.raises(ValueError, match="expected a hub id"):
+        resolve_model(name)
