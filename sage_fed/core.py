@@ -200,6 +200,29 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """What one tier would ask for a job: the prompt's price and a price per output token.
+
+    Integers of one rate card, so every price made from them is exact.
+    """
+
+    tier: Tier
+    prompt_tokens: int
+    max_new_tokens: int
+    prompt_uatp: int
+    decode_uatp: int
+
+    @property
+    def worst_case_uatp(self) -> int:
+        """The price if every token is made."""
+        return self.prompt_uatp + self.max_new_tokens * self.decode_uatp
+
+    def tokens_within(self, amount_uatp: int) -> int:
+        """The largest `max_new_tokens` that `amount_uatp` would cover; 0 where none is."""
+        return max(0, (amount_uatp - self.prompt_uatp) // self.decode_uatp)
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """First event of a stream: the job is accepted, held and queued."""
 
