@@ -274,7 +274,7 @@ class Quote:
     """What a job would cost at most, per route, and which decision would be taken now."""
 
     decision: Route | Refusal
-    tiers: tuple[TierQuote, ...]
+    tiers: tuple[RouteQuote, ...]
     rate_card: str
     prompt_tokens: int
     max_new_tokens: int
