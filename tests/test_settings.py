@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
 
+import sage_fed
 from sage_fed.core import Role, Tier
 from sage_fed.errors import ConfigError
 from sage_fed.settings import (
@@ -71,6 +72,12 @@ def test_each_layer_wins_over_the_ones_below_and_says_so(toml: Path) -> None:
     assert ("fp32", "profile demo") == rows["tactical.precision"]
     assert ("7200.0", "default") == rows["ledger.hold_ttl_s"]
     assert 7 == effective.settings.tier(Tier.TACTICAL).max_batch
+
+
+def test_an_empty_table_takes_nothing_away(toml: Path) -> None:
+    """A heading without keys leaves the profile's values in place."""
+    toml.write_text("[routing]\n")
+    assert load().rows() == load(config=toml).rows()
 
 
 def test_a_flag_that_was_not_given_changes_nothing() -> None:
@@ -193,6 +200,20 @@ def test_an_unknown_variable_is_refused(name: str, key: str, hint: str) -> None:
 def test_variables_that_are_not_settings_pass() -> None:
     """A client's variables and other programs' are not ours to refuse."""
     load(environ={"SAGE_FED_ADDRESS": "a:1", "SAGE_FED_TOKEN": "t", "SAGE_FEDERATION": "x"})
+
+
+def test_only_the_environment_passed_in_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads with the same arguments are the same, wherever they run."""
+    expected = load().rows()
+    monkeypatch.setenv("SAGE_FED_LOG_LEVEL", "debug")
+    monkeypatch.setenv("STATE_DIRECTORY", "/elsewhere")
+    assert expected == load().rows()
+
+
+def test_the_default_rate_card_is_in_the_package() -> None:
+    """The daemon starts without a setting for its prices."""
+    cards = Path(sage_fed.__file__).parent / "cards"
+    assert (cards / f"{load().settings.rate_card}.toml").is_file()
 
 
 def test_a_table_is_not_set_by_one_variable() -> None:
@@ -331,6 +352,18 @@ def test_accounts_have_budgets_of_their_own_or_the_common_one(toml: Path) -> Non
     origin = "environment SAGE_FED_ACCOUNTS__GUEST__ROLE"
     assert origin == effective.origins["accounts.guest.role"]
     assert f"file {toml}" == effective.origins["accounts.robot.budget.initial_atp"]
+
+
+def test_an_amount_finer_than_one_uatp_in_a_file_is_refused(toml: Path) -> None:
+    """Also where a binary float would have hidden the difference."""
+    toml.write_text("[budget]\ninitial_atp = 1.00000000000000000001\n")
+    assert "budget.initial_atp" in refusal(config=toml)
+
+
+def test_two_free_ports_are_not_the_same_port() -> None:
+    """Port 0 asks the kernel, which gives each listener its own."""
+    settings = load({"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"}).settings
+    assert (0, 0) == (settings.listen.port, settings.metrics_listen.port)
 
 
 def test_an_incomplete_account_budget_is_refused(toml: Path) -> None:

@@ -67,7 +67,9 @@ class Settings(BaseSettings):
     tactical: TierSettings = Field(description="The fast tier.")
     strategic: TierSettings = Field(description="The deep tier.")
     rate_card: str = Field(
-        default="default-1", min_length=1, description="Version of a rate card, or its path."
+        default="thor-fp16-2025-11-05",
+        min_length=1,
+        description="Version of a rate card, or its path.",
     )
     cards_dir: Annotated[UserPath | None, EmptyIsNone] = Field(
         default=None, description="Directory of the operator's own rate cards."
