@@ -260,7 +260,7 @@ Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
-class TierQuote:
+class RouteQuote:
     """One route's worst case; `estimated_s` None until the tier has been measured."""
 
     tier: Tier
