@@ -18,8 +18,8 @@ def require_tool(name: str) -> str:
     """Return the path of a system tool; skip where it is missing, fail in CI."""
     path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if path is None:
-        if os.environ.get("SAGE_FED_REQUIRE_TOOLS"):
-            pytest.fail(f"{name} is not installed, and SAGE_FED_REQUIRE_TOOLS is set")
+        if os.environ.get("REQUIRE_TOOLS"):
+            pytest.fail(f"{name} is not installed, and REQUIRE_TOOLS is set")
         pytest.skip(f"{name} is not installed")
     return path
 
