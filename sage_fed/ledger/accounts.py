@@ -1,0 +1,249 @@
+"""Accounts: their balances, terms and refill.
+
+Owns the `account` table and every entry's insertion (`post`). Knows no jobs or threads; runs
+inside the caller's transaction. Fails with `NoSuchAccount` and `InvalidField`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import apsw
+
+from sage_fed.core import Budget
+from sage_fed.errors import InvalidField, NoSuchAccount
+from sage_fed.ledger.clock import Now
+from sage_fed.ledger.refill import Accrual, Mark, accrue, wait_s
+from sage_fed.ledger.words import (
+    MAX_LIFETIME_UATP,
+    MOVES,
+    NS_PER_S,
+    AccountTerms,
+    BudgetChange,
+    EntryKind,
+    require_amount,
+    require_text,
+)
+
+REFILL_QUANTUM_NS = NS_PER_S
+"""Refill younger than this is not written unless it is needed: at most about one entry a second."""
+
+MARK_AGE_NS = 60 * NS_PER_S
+"""Refill older than this is written by `keep_marks`, so a crash and reboot lose at most this."""
+
+COLUMNS = (
+    "account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
+    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One row, as of its refill mark."""
+
+    account: str
+    charged_uatp: int
+    held_uatp: int
+    discharged_uatp: int
+    capacity_uatp: int
+    refill_uatp_per_s: int
+    strategic_floor_uatp: int
+    refill_epoch: str
+    refill_ns: int
+    refill_remainder: int
+
+    def accrual(self, now: Now) -> Accrual:
+        """Refill since the mark. Held amounts count: voiding them must not pass the capacity."""
+        outstanding = self.charged_uatp + self.held_uatp
+        return accrue(
+            Mark(self.refill_epoch, self.refill_ns, self.refill_remainder),
+            now,
+            rate_uatp_per_s=self.refill_uatp_per_s,
+            room_uatp=min(
+                self.capacity_uatp - outstanding,
+                MAX_LIFETIME_UATP - outstanding - self.discharged_uatp,
+            ),
+        )
+
+    def available_uatp(self, now: Now) -> int:
+        """What may be held now, refill included."""
+        return self.charged_uatp + self.accrual(now).amount_uatp
+
+    def retry_after_s(self, needed_uatp: int, now: Now) -> float | None:
+        """When refill will have covered `needed_uatp`; None where it never will."""
+        if self.refill_uatp_per_s == 0 or needed_uatp > self.capacity_uatp:
+            return None
+        accrual = self.accrual(now)
+        deficit = needed_uatp - self.charged_uatp - accrual.amount_uatp
+        assert deficit > 0, "only a refused amount has a wait"
+        return wait_s(
+            deficit, rate_uatp_per_s=self.refill_uatp_per_s, remainder=accrual.mark.remainder
+        )
+
+
+class Accounts:
+    """The `account` table on one connection."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def find(self, account: str) -> Account | None:
+        """The row, or None."""
+        row = self._db.execute(
+            f"SELECT {COLUMNS} FROM account WHERE account = ?",  # noqa: S608 - a constant
+            (account,),
+        ).fetchone()
+        return None if row is None else Account(*cast("tuple[Any, ...]", row))
+
+    def read(self, account: str) -> Account:
+        """The row; `NoSuchAccount` where there is none."""
+        row = self.find(account)
+        if row is None:
+            raise NoSuchAccount("this account has no budget; ask the operator for one")
+        return row
+
+    def budget(self, account: str, now: Now) -> Budget:
+        """The books of an account with refill counted until now, without writing it."""
+        row = self.read(account)
+        return Budget(
+            account=account,
+            balance_uatp=row.available_uatp(now),
+            held_uatp=row.held_uatp,
+            discharged_uatp=row.discharged_uatp,
+            capacity_uatp=row.capacity_uatp,
+            refill_uatp_per_s=row.refill_uatp_per_s,
+            strategic_floor_uatp=row.strategic_floor_uatp,
+        )
+
+    def post(
+        self, account: str, kind: EntryKind, amount_uatp: int, now: Now, job_id: str | None = None
+    ) -> None:
+        """Add an entry, which moves the balances; an amount of 0 moves nothing."""
+        assert amount_uatp >= 0, "an entry only ever moves forward"
+        if amount_uatp == 0:
+            return
+        self._db.execute(
+            "INSERT INTO entry (time_ns, account, kind, job_id, amount_uatp, debit, credit) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (now.wall_ns, account, kind.value, job_id, amount_uatp, *MOVES[kind]),
+        )
+
+    def write_refill(self, row: Account, now: Now, *, needed_uatp: int = 0) -> None:
+        """Write the refill since the mark, before an operation that moves this account.
+
+        Left for later where that changes no sum: the account was never full since its mark,
+        `needed_uatp` is there already, and the mark is younger than `REFILL_QUANTUM_NS`.
+        """
+        accrual = row.accrual(now)
+        if (
+            not accrual.capped
+            and needed_uatp <= row.charged_uatp
+            and accrual.elapsed_ns < REFILL_QUANTUM_NS
+            and now.epoch == row.refill_epoch
+        ):
+            return
+        self._write(row, accrual, now)
+
+    def keep_marks(self, now: Now, *, age_ns: int = MARK_AGE_NS) -> None:
+        """Write the refill of every account whose mark is at least `age_ns` old."""
+        rows = self._db.execute(
+            f"SELECT {COLUMNS} FROM account WHERE refill_uatp_per_s > 0"  # noqa: S608
+        ).fetchall()
+        for row in (Account(*cast("tuple[Any, ...]", values)) for values in rows):
+            accrual = row.accrual(now)
+            if accrual.elapsed_ns >= age_ns or now.epoch != row.refill_epoch:
+                self._write(row, accrual, now)
+
+    def ensure(self, account: str, terms: AccountTerms, now: Now) -> Budget:
+        """Create the account, or apply what the settings changed since they were last applied.
+
+        A term that an operator has set stays until the settings themselves change it.
+        """
+        require_text("account", account)
+        for name in AccountTerms.__slots__:
+            require_amount(name, getattr(terms, name))
+        row = self.find(account)
+        declared = (terms.capacity_uatp, terms.refill_uatp_per_s, terms.strategic_floor_uatp)
+        if row is None:
+            self._create(account, BudgetChange(terms.initial_uatp, *declared), now)
+        else:
+            before = self._db.execute(
+                "SELECT declared_capacity_uatp, declared_refill_uatp_per_s, declared_floor_uatp "
+                "FROM account WHERE account = ?",
+                (account,),
+            ).fetchone()
+            assert before is not None, "the row was just read"
+            changed = [
+                new if new != old else None for new, old in zip(declared, before, strict=True)
+            ]
+            self._change(row, BudgetChange(None, *changed), now)
+        self._db.execute(
+            "UPDATE account SET declared_capacity_uatp = ?, declared_refill_uatp_per_s = ?, "
+            "declared_floor_uatp = ? WHERE account = ?",
+            (*declared, account),
+        )
+        return self.budget(account, now)
+
+    def set_budget(self, account: str, change: BudgetChange, now: Now) -> Budget:
+        """Create the account or change it; what a new one is not told is 0.
+
+        Raises `InvalidField` on amounts out of range.
+        """
+        require_text("account", account)
+        for name in BudgetChange.__slots__:
+            amount = getattr(change, name)
+            if amount is not None:
+                require_amount(name, amount)
+        row = self.find(account)
+        if row is None:
+            self._create(account, change, now)
+        else:
+            self._change(row, change, now)
+        return self.budget(account, now)
+
+    def _create(self, account: str, terms: BudgetChange, now: Now) -> None:
+        self._db.execute(
+            "INSERT INTO account (account, capacity_uatp, refill_uatp_per_s, "
+            "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder) "
+            "VALUES (?, ?, ?, ?, ?, ?, 0)",
+            (
+                account,
+                terms.capacity_uatp or 0,
+                terms.refill_uatp_per_s or 0,
+                terms.strategic_floor_uatp or 0,
+                now.epoch,
+                now.ns,
+            ),
+        )
+        self.post(account, EntryKind.GRANT, terms.balance_uatp or 0, now)
+
+    def _change(self, row: Account, change: BudgetChange, now: Now) -> None:
+        # The time until now was lived under the old terms.
+        self._write(row, row.accrual(now), now)
+        row = self.read(row.account)
+        if change.balance_uatp is not None:
+            rise_uatp = change.balance_uatp - row.charged_uatp
+            if change.balance_uatp + row.held_uatp + row.discharged_uatp > MAX_LIFETIME_UATP:
+                raise InvalidField("balance_uatp", "this account has got as much as it ever can")
+            self.post(row.account, EntryKind.GRANT, max(0, rise_uatp), now)
+            self.post(row.account, EntryKind.REVOKE, max(0, -rise_uatp), now)
+        self._db.execute(
+            "UPDATE account SET capacity_uatp = coalesce(?, capacity_uatp), "
+            "refill_uatp_per_s = coalesce(?, refill_uatp_per_s), "
+            "strategic_floor_uatp = coalesce(?, strategic_floor_uatp) WHERE account = ?",
+            (
+                change.capacity_uatp,
+                change.refill_uatp_per_s,
+                change.strategic_floor_uatp,
+                row.account,
+            ),
+        )
+
+    def _write(self, row: Account, accrual: Accrual, now: Now) -> None:
+        self.post(row.account, EntryKind.REFILL, accrual.amount_uatp, now)
+        self._db.execute(
+            "UPDATE account SET refill_epoch = ?, refill_ns = ?, refill_remainder = ? "
+            "WHERE account = ?",
+            (accrual.mark.epoch, accrual.mark.ns, accrual.mark.remainder, row.account),
+        )

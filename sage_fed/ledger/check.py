@@ -1,0 +1,196 @@
+"""The audit: do the books balance, from the entries alone?
+
+Owns the list of what must hold. Reads only, in one transaction, so that it works beside a
+running daemon. Reports every violation in words; never repairs.
+`balance_violations` is the part that a boot affords; `check` is all of it, for the command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+
+from sage_fed.ledger import schema, store
+
+SIGNED = "sum(CASE '{book}' WHEN credit THEN amount_uatp WHEN debit THEN -amount_uatp ELSE 0 END)"
+"""What entries leave in a book. One signed sum: those of each side alone could overflow."""
+
+BALANCES = (
+    (
+        "account {0}: {1} is {2} uATP, its entries say {3}",
+        f"""
+        WITH said AS (
+          SELECT account, {SIGNED.format(book="charged")} AS charged,
+            {SIGNED.format(book="held")} AS held, {SIGNED.format(book="discharged")} AS discharged
+          FROM entry GROUP BY account),
+        pair AS (
+          SELECT account.account, 'charged' AS book, charged_uatp AS kept, said.charged AS said
+            FROM account LEFT JOIN said USING (account)
+          UNION ALL SELECT account.account, 'held', held_uatp, said.held
+            FROM account LEFT JOIN said USING (account)
+          UNION ALL SELECT account.account, 'discharged', discharged_uatp, said.discharged
+            FROM account LEFT JOIN said USING (account))
+        SELECT account, book, kept, coalesce(said, 0) FROM pair WHERE kept <> coalesce(said, 0)
+        """,  # noqa: S608 - a constant
+    ),
+    (
+        "account {0}: {1} uATP are held, its open jobs hold {2}",
+        """
+        SELECT account.account, account.held_uatp, coalesce(open.held, 0) FROM account LEFT JOIN (
+          SELECT account, sum(held_uatp) AS held FROM job WHERE state = 'held' GROUP BY account
+        ) AS open USING (account) WHERE account.held_uatp <> coalesce(open.held, 0)
+        """,
+    ),
+)
+
+HISTORY = (
+    (
+        "entries: there are {0}, but the last id is {1}: some were removed",
+        "SELECT count(*), max(entry_id) FROM entry HAVING count(*) <> max(entry_id)",
+    ),
+    (
+        "account {0}: {1} fell to {2} uATP at entry {3}",
+        f"""
+        WITH run AS (
+          SELECT account, entry_id, {SIGNED.format(book="charged")} OVER line AS charged,
+            {SIGNED.format(book="held")} OVER line AS held
+          FROM entry WINDOW line AS (PARTITION BY account ORDER BY entry_id))
+        SELECT account, 'charged', charged, min(entry_id) FROM run WHERE charged < 0
+          GROUP BY account
+        UNION ALL
+        SELECT account, 'held', held, min(entry_id) FROM run WHERE held < 0 GROUP BY account
+        """,  # noqa: S608 - a constant
+    ),
+    (
+        "entry {0} of job {1} is on account {2}, the job on {3}",
+        """
+        SELECT entry_id, job.job_id, entry.account, job.account FROM entry JOIN job USING (job_id)
+        WHERE entry.account <> job.account
+        """,
+    ),
+    (
+        (
+            "job {0} of account {1} is {2} at {4} of {3} uATP, its entries say "
+            "hold {5}, settle {6}, release {7}, void {8}, expire {9}"
+        ),
+        """
+        WITH said AS (
+          SELECT job_id, sum(iif(kind = 'hold', amount_uatp, 0)) AS hold,
+            sum(iif(kind = 'settle', amount_uatp, 0)) AS settle,
+            sum(iif(kind = 'release', amount_uatp, 0)) AS release,
+            sum(iif(kind = 'void', amount_uatp, 0)) AS void,
+            sum(iif(kind = 'expire', amount_uatp, 0)) AS expire
+          FROM entry WHERE job_id IS NOT NULL GROUP BY job_id),
+        pair AS (
+          SELECT job.job_id, account, state, held_uatp, charged_uatp, coalesce(hold, 0) AS hold,
+            coalesce(settle, 0) AS settle, coalesce(release, 0) AS release,
+            coalesce(void, 0) AS void, coalesce(expire, 0) AS expire
+          FROM job LEFT JOIN said USING (job_id))
+        SELECT * FROM pair WHERE (hold, settle, release, void, expire) IS NOT (
+          held_uatp, iif(state = 'settled', charged_uatp, 0),
+          iif(state = 'settled', held_uatp - charged_uatp, 0),
+          iif(state = 'voided', held_uatp, 0), iif(state = 'expired', held_uatp, 0))
+        """,
+    ),
+    (
+        "job {0} of account {1} is {2}, {3} uATP charged",
+        """
+        SELECT job_id, account, state, charged_uatp FROM job
+        WHERE state <> 'settled' AND charged_uatp <> 0
+        """,
+    ),
+    (
+        "job {0} of account {1} ended at entry {2}, before its hold at {3}",
+        """
+        SELECT first.job_id, first.account, min(other.entry_id), first.entry_id
+        FROM entry AS first JOIN entry AS other USING (job_id)
+        WHERE first.kind = 'hold' AND other.entry_id < first.entry_id GROUP BY first.job_id
+        """,
+    ),
+    (
+        "account {0}: client request {1!r} stands for job {2} of account {3}, which is {4}",
+        """
+        SELECT request.account, client_request_id, job.job_id, job.account, state
+        FROM request JOIN job USING (job_id)
+        WHERE job.account <> request.account OR state NOT IN ('held', 'settled')
+          OR (state = 'held') <> (settled_ns IS NULL)
+        """,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What was looked at and every violation found; balanced where there is none."""
+
+    accounts: int
+    jobs: int
+    open_holds: int
+    entries: int
+    violations: tuple[str, ...]
+
+
+def check(path: Path) -> CheckReport:
+    """Audit the ledger at `path`, which a daemon may have open.
+
+    Raises `ConfigError` where there is none and `LedgerCorrupt` where SQLite cannot read it.
+    """
+    with store.readable(path) as db:
+        return CheckReport(
+            accounts=int(db.execute("SELECT count(*) FROM account").get),
+            jobs=int(db.execute("SELECT count(*) FROM job").get),
+            open_holds=int(db.execute("SELECT count(*) FROM job WHERE state = 'held'").get),
+            entries=int(db.execute("SELECT count(*) FROM entry").get),
+            violations=(*_file_violations(db), *_schema_violations(db), *audit(db)),
+        )
+
+
+def audit(db: apsw.Connection) -> tuple[str, ...]:
+    """Every way in which accounts, jobs, requests and entries contradict each other."""
+    return (*balance_violations(db), *_violations(db, HISTORY))
+
+
+def balance_violations(db: apsw.Connection) -> tuple[str, ...]:
+    """Where kept balances differ from the entries or from the open jobs."""
+    return _violations(db, BALANCES)
+
+
+def _violations(db: apsw.Connection, audits: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    found = []
+    for sentence, query in audits:
+        try:
+            found += [sentence.format(*row) for row in db.execute(query)]
+        except apsw.SQLError as error:
+            # Amounts that no operation could have written, for example.
+            found.append(f"the audit {sentence!r} could not be computed: {error}")
+    return tuple(found)
+
+
+def _file_violations(db: apsw.Connection) -> tuple[str, ...]:
+    lines = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+    links = db.execute("PRAGMA foreign_key_check").fetchall()
+    return (
+        *(f"file: {line}" for line in lines if line != "ok"),
+        *(
+            f"table {table}: a row names a {parent} that is not there"
+            for table, _, parent, _ in links
+        ),
+    )
+
+
+def _schema_violations(db: apsw.Connection) -> tuple[str, ...]:
+    fresh = apsw.Connection(":memory:")
+    schema.migrate(fresh)
+    kept, expected = _objects(db), _objects(fresh)
+    fresh.close()
+    return tuple(
+        f"schema: {name} is {'altered' if name in kept else 'missing'}"
+        for name, text in sorted(expected.items())
+        if kept.get(name) != text
+    )
+
+
+def _objects(db: apsw.Connection) -> dict[str, str]:
+    return dict(db.execute("SELECT type || ' ' || name, coalesce(sql, '') FROM sqlite_schema"))
