@@ -331,6 +331,7 @@ class GenerationDefaults:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
