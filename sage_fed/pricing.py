@@ -1,4 +1,4 @@
-"""Rate cards, offers and charges: from token counts to exact integer prices.
+"""Rate cards, quotes and charges: from token counts to exact integer prices.
 
 Owns the one place where money is rounded: a card's decimal ATP become whole uATP per token,
 upwards, when the card is read; everything after that is integer arithmetic.
@@ -79,7 +79,7 @@ class RateCard:
         return strategic.uatp / tactical.uatp
 
 
-def offer(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -> Offer:
+def quote(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -> Offer:
     """What `tier` would ask for a job of this size, nothing of it being cached."""
     rates = card.lines[tier]
     return Offer(
@@ -93,7 +93,7 @@ def offer(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -
 
 def worst_case(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -> int:
     """The most uATP that a job of this size can cost; what is held for it."""
-    return offer(card, tier, prompt_tokens, max_new_tokens).worst_case_uatp
+    return quote(card, tier, prompt_tokens, max_new_tokens).worst_case_uatp
 
 
 def charge(card: RateCard, tier: Tier, usage: Usage) -> int:

@@ -17,7 +17,7 @@ from sage_fed.pricing import (
     RateCard,
     available_cards,
     charge,
-    offer,
+    quote,
     worst_case,
 )
 
@@ -183,7 +183,7 @@ def test_an_offer_knows_what_an_amount_would_cover(
     tier: Tier, prompt_tokens: int, max_new_tokens: int, amount_uatp: int
 ) -> None:
     """`tokens_within` is the largest output that the amount pays for, prompt included."""
-    fits = offer(CARD, tier, prompt_tokens, max_new_tokens).tokens_within(amount_uatp)
+    fits = quote(CARD, tier, prompt_tokens, max_new_tokens).tokens_within(amount_uatp)
 
     assert worst_case(CARD, tier, prompt_tokens, fits + 1) > amount_uatp
     assert not fits or worst_case(CARD, tier, prompt_tokens, fits) <= amount_uatp
