@@ -151,11 +151,15 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A named "no"; `retry_after_s` None means that waiting does not help."""
+    """A named "no"; `retry_after_s` None means that waiting does not help.
+
+    `estimate_s` is how long the job would take, where that is the reason.
+    """
 
     reason: str
     message: str
     retry_after_s: float | None = None
+    estimate_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
