@@ -1,0 +1,11 @@
+"""One model on one device: load, KV cache, ragged prefill and decode, sampling.
+
+The only part that knows torch. `load_engine` builds an `Engine`; `locate` finds or downloads
+a checkpoint, so that its tokenizer can be read from the same directory.
+"""
+
+from sage_fed.engine.checkpoint import locate
+from sage_fed.engine.engine import Engine
+from sage_fed.engine.load import PRECISIONS, EngineOptions, load_engine
+
+__all__ = ["PRECISIONS", "Engine", "EngineOptions", "load_engine", "locate"]

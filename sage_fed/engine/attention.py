@@ -1,0 +1,135 @@
+"""Attention of a ragged batch over the paged cache, group by group.
+
+A group is a run of the batch's rows that one kernel call can serve. What does not change from
+layer to layer (block tables, masks) is prepared once per step; `attend` runs once per layer,
+after the step's own keys and values have been stored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every reader of torch knows
+
+from sage_fed.engine.kv_cache import KVCache
+
+
+class AttentionGroup(Protocol):
+    """Rows of the batch that attend together."""
+
+    def attend(self, layer: int, qkv: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Attend for the group's rows of `qkv` [tokens, heads + 2 * kv_heads, head_dim].
+
+        Queries and keys are rotated already. Returns [rows, heads * head_dim].
+        """
+
+
+class Heads:
+    """How the fused projection splits into queries, keys and values."""
+
+    __slots__ = ("group", "kv", "query")
+
+    def __init__(self, num_heads: int, num_kv_heads: int) -> None:
+        self.query = num_heads
+        self.kv = num_kv_heads
+        self.group = num_heads // num_kv_heads
+
+
+class DecodeGroup:
+    """Sequences that add one token each.
+
+    `blocks` is int64 [sequences * blocks_each], every sequence's table padded to the longest;
+    `lengths` int64 [sequences] counts the tokens to attend to, the new one included.
+    Query heads that share a KV head are treated as that head's queries, so nothing is repeated.
+    `uniform_length` is the length where all are equal: then there is nothing to mask. Without
+    it every shape follows from `sequences` and `blocks_each` alone, as a CUDA graph needs.
+    """
+
+    def __init__(
+        self,
+        rows: slice,
+        heads: Heads,
+        blocks: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        context_slots: int,
+        uniform_length: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._rows = rows
+        self._heads = heads
+        self._blocks = blocks
+        self._sequences = rows.stop - rows.start
+        self._length = uniform_length or context_slots
+        self._mask: torch.Tensor | None = None
+        if uniform_length is None:
+            positions = torch.arange(context_slots, device=blocks.device)
+            hidden = positions >= lengths[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=blocks.device)
+            self._mask = mask.masked_fill_(hidden, -math.inf)[:, None, None]
+
+    def attend(self, layer: int, qkv: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Attend; see `AttentionGroup`."""
+        heads = self._heads
+        queries = qkv[self._rows, : heads.query].view(self._sequences, heads.kv, heads.group, -1)
+        keys, values = cache.gather(layer, self._blocks, self._sequences)
+        if self._mask is None:
+            keys, values = keys[:, :, : self._length], values[:, :, : self._length]
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask)
+        return out.reshape(self._sequences, -1)
+
+
+class PromptGroup:
+    """The first tokens of one sequence: they attend to themselves only, cache unread."""
+
+    def __init__(self, rows: slice, heads: Heads) -> None:
+        self._rows = rows
+        self._heads = heads
+
+    def attend(self, layer: int, qkv: torch.Tensor, cache: KVCache) -> torch.Tensor:  # noqa: ARG002
+        """Attend; see `AttentionGroup`."""
+        heads = self._heads
+        own = qkv[self._rows].transpose(0, 1)
+        queries, keys, values = own.split_with_sizes((heads.query, heads.kv, heads.kv))
+        out = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], is_causal=True, enable_gqa=heads.group > 1
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+
+class ContextGroup:
+    """Later tokens of one sequence: they attend to its cached prefix and to themselves.
+
+    `blocks` int64 [blocks] covers all of the sequence up to its newest token.
+    """
+
+    def __init__(
+        self, rows: slice, heads: Heads, blocks: torch.Tensor, start: int, dtype: torch.dtype
+    ) -> None:
+        self._rows = rows
+        self._heads = heads
+        self._blocks = blocks
+        tokens = rows.stop - rows.start
+        self._length = start + tokens
+        mask = torch.full((tokens, self._length), -math.inf, dtype=dtype, device=blocks.device)
+        self._mask = mask.triu_(start + 1)
+
+    def attend(self, layer: int, qkv: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Attend; see `AttentionGroup`."""
+        heads = self._heads
+        queries = qkv[self._rows, : heads.query].transpose(0, 1)[None]
+        keys, values = cache.gather(layer, self._blocks, 1)
+        keys, values = keys[:, :, : self._length], values[:, :, : self._length]
+        share = heads.group > 1
+        if share and qkv.is_cuda:
+            # With a mask and shared heads CUDA falls back to the kernel that materialises
+            # tokens x context scores; repeating the heads costs far less.
+            keys = keys.repeat_interleave(heads.group, dim=1)
+            values = values.repeat_interleave(heads.group, dim=1)
+            share = False
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=self._mask, enable_gqa=share
+        )
+        return out[0].transpose(0, 1).flatten(1)

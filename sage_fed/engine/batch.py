@@ -1,0 +1,195 @@
+"""One step's ragged batch as tensors: which token goes where, and who attends to what.
+
+Tokens of all chunks are laid out one after another: first the chunks of one token (decode),
+grouped by context length, then the longer ones. Everything the device needs to know crosses
+in one copy. Knows no weights. A chunk that contradicts itself is a bug of the caller (assert).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sage_fed.engine.attention import (
+    AttentionGroup,
+    ContextGroup,
+    DecodeGroup,
+    Heads,
+    PromptGroup,
+)
+from sage_fed.steps import BLOCK_SIZE, Chunk, Draw
+
+_SMALLEST_GROUP_BLOCKS = 16
+"""Decode contexts up to this many blocks share one gather; above it, contexts within a factor
+of two do, which bounds what padding a short context beside a long one can cost."""
+
+Vectors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step on the device.
+
+    `token_ids`, `positions` and `slots` are int64 [tokens]. `stale` are the slots behind the
+    newest token of a block that was just entered, to be cleared before the pass.
+    `rows` selects the tokens whose logits are wanted, one for each of `draws`; None is all.
+    `drawing[i]` is the index, in the step, of the chunk that `draws[i]` belongs to.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    stale: torch.Tensor | None
+    groups: tuple[AttentionGroup, ...]
+    rows: torch.Tensor | None
+    draws: tuple[Draw, ...]
+    drawing: tuple[int, ...]
+
+
+class BatchBuilder:
+    """Lays out steps for one model; `dtype` is that of its attention masks."""
+
+    def __init__(
+        self, heads: Heads, *, max_context_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._heads = heads
+        self._max_context_tokens = max_context_tokens
+        self._dtype = dtype
+        self._device = device
+
+    def build(self, chunks: Sequence[Chunk]) -> Batch:
+        """Lay out `chunks` and move them to the device."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        stale: list[int] = []
+        rows: list[int] = []
+        drawing: list[int] = []
+        draws: list[Draw] = []
+        packer = _Packer()
+        plans: list[Callable[[Vectors], AttentionGroup]] = []
+        for members in _layout(chunks):
+            first = len(token_ids)
+            for index in members:
+                chunk = chunks[index]
+                self._check(chunk)
+                token_ids += chunk.token_ids
+                positions += range(chunk.start, chunk.start + len(chunk.token_ids))
+                _add_slots(chunk, slots, stale)
+                if chunk.draw is not None:
+                    rows.append(len(token_ids) - 1)
+                    drawing.append(index)
+                    draws.append(chunk.draw)
+            group_rows = slice(first, len(token_ids))
+            plans.append(self._plan([chunks[index] for index in members], group_rows, packer))
+        common = [packer.add(v) for v in (token_ids, positions, slots, stale, rows)]
+        vectors = packer.move(self._device)
+        on_device = [vectors[index] for index in common]
+        return Batch(
+            token_ids=on_device[0],
+            positions=on_device[1],
+            slots=on_device[2],
+            stale=on_device[3] if stale else None,
+            groups=tuple(plan(vectors) for plan in plans),
+            rows=on_device[4] if len(rows) < len(token_ids) else None,
+            draws=tuple(draws),
+            drawing=tuple(drawing),
+        )
+
+    def _check(self, chunk: Chunk) -> None:
+        end = chunk.start + len(chunk.token_ids)
+        assert chunk.token_ids, "a chunk without tokens"
+        assert end <= len(chunk.blocks) * BLOCK_SIZE, "a chunk without blocks for its tokens"
+        assert end <= self._max_context_tokens, "a chunk beyond the context"
+
+    def _plan(
+        self, members: Sequence[Chunk], rows: slice, packer: _Packer
+    ) -> Callable[[Vectors], AttentionGroup]:
+        """Pack a group's vectors; the group itself can be built once they are on the device."""
+        if len(members[0].token_ids) == 1:
+            return self._plan_decode(members, rows, packer)
+        (chunk,) = members
+        if chunk.start == 0:
+            return lambda _: PromptGroup(rows, self._heads)
+        blocks = packer.add(chunk.blocks[: _blocks_used(chunk)])
+        return lambda vectors: ContextGroup(
+            rows, self._heads, vectors[blocks], chunk.start, self._dtype
+        )
+
+    def _plan_decode(
+        self, members: Sequence[Chunk], rows: slice, packer: _Packer
+    ) -> Callable[[Vectors], AttentionGroup]:
+        width = max(_blocks_used(chunk) for chunk in members)
+        table: list[int] = []
+        for chunk in members:
+            used = chunk.blocks[:width]
+            # Padding with the sequence's own first block keeps strangers' memory out of reach.
+            table += used + used[:1] * (width - len(used))
+        lengths = [chunk.start + 1 for chunk in members]
+        blocks_at, lengths_at = packer.add(table), packer.add(lengths)
+        return lambda vectors: DecodeGroup(
+            rows,
+            self._heads,
+            vectors[blocks_at],
+            vectors[lengths_at],
+            context_slots=width * BLOCK_SIZE,
+            uniform_length=lengths[0] if len(set(lengths)) == 1 else None,
+            dtype=self._dtype,
+        )
+
+
+class _Packer:
+    """Collects integer vectors on the host and moves them to the device in one copy."""
+
+    def __init__(self) -> None:
+        self._values = array("q")
+        self._sizes: list[int] = []
+
+    def add(self, values: Sequence[int]) -> int:
+        """Append a vector; returns its index in what `move` returns."""
+        self._values.extend(values)
+        self._sizes.append(len(values))
+        return len(self._sizes) - 1
+
+    def move(self, device: torch.device) -> Vectors:
+        """All vectors, in the order of `add`."""
+        packed = torch.frombuffer(self._values, dtype=torch.int64)
+        if device.type != "cpu":
+            packed = packed.to(device)
+        return packed.split_with_sizes(self._sizes)
+
+
+def _layout(chunks: Sequence[Chunk]) -> list[list[int]]:
+    """Indices of the chunks that attend together, group by group."""
+    decode: dict[int, list[int]] = {}
+    longer: list[list[int]] = []
+    for index, chunk in enumerate(chunks):
+        if len(chunk.token_ids) == 1:
+            blocks = max(_blocks_used(chunk), _SMALLEST_GROUP_BLOCKS)
+            decode.setdefault((blocks - 1).bit_length(), []).append(index)
+        else:
+            longer.append([index])
+    return [*decode.values(), *longer]
+
+
+def _blocks_used(chunk: Chunk) -> int:
+    return -(-(chunk.start + len(chunk.token_ids)) // BLOCK_SIZE)
+
+
+def _add_slots(chunk: Chunk, slots: list[int], stale: list[int]) -> None:
+    """Append the cache slots of the chunk's tokens, and the stale ones behind the newest."""
+    blocks, end = chunk.blocks, chunk.start + len(chunk.token_ids)
+    if len(chunk.token_ids) == 1:
+        block, offset = divmod(chunk.start, BLOCK_SIZE)
+        slots.append(blocks[block] * BLOCK_SIZE + offset)
+    else:
+        slots += [
+            blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            for position in range(chunk.start, end)
+        ]
+    newest, used = slots[-1], (end - 1) % BLOCK_SIZE + 1
+    if chunk.start <= end - used:  # the newest block was entered by this chunk
+        stale += range(newest + 1, newest + 1 + BLOCK_SIZE - used)

@@ -1,0 +1,172 @@
+"""A checkpoint on disk: where it is, which files hold its weights, and their streaming.
+
+Accepts a local directory, or a hub id with the commit it is pinned to. Weights come from
+safetensors only: a pickle runs code when it is read. Tensors are read one at a time, each
+straight into its final place, so the host never holds more than one beside the model.
+Fails with a `ModelLoadError` that names the file or the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from sage_fed.engine.weights import Place
+from sage_fed.errors import ModelLoadError
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # saved by old versions, and never needed
+_NAMES_SHOWN = 3
+
+
+def locate(model: str, revision: str = "") -> Path:
+    """The directory of a checkpoint, downloaded if need be.
+
+    `model` is a directory, or a hub id (`owner/name`); the latter needs `revision`, a commit.
+
+    Raises:
+        ModelLoadError: neither, no pinned revision, or the hub did not deliver.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if not _HUB_ID.fullmatch(model):
+        raise ModelLoadError(f"model {model!r} is neither a directory nor a hub id (owner/name)")
+    if not _COMMIT.fullmatch(revision):
+        raise ModelLoadError(
+            f"model {model}: revision {revision!r} is not a commit (40 hex digits); "
+            "a hub model has to be pinned to one, because branches and tags move"
+        )
+    try:
+        cached = Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=_FILES, local_files_only=True
+            )
+        )
+        weight_files(cached)
+    except (LocalEntryNotFoundError, ModelLoadError):
+        pass  # not there yet, or a download that was interrupted
+    else:
+        return cached
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, OSError) as error:
+        # Not the error's text: it may hold addresses and tokens.
+        raise ModelLoadError(
+            f"model {model} at {revision[:12]} could not be downloaded ({type(error).__name__})"
+        ) from error
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, all of which exist.
+
+    Raises:
+        ModelLoadError: none, a missing shard, or pickled weights only.
+    """
+    index = directory / _INDEX
+    if index.is_file():
+        return _shards(index)
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return (single,)
+    for pattern in _PICKLES:
+        for pickle in sorted(directory.glob(pattern)):
+            raise ModelLoadError(
+                f"weights in pickle form only ({pickle.name}), which runs code when it is read; "
+                "convert them to safetensors"
+            )
+    raise ModelLoadError("the checkpoint has no model.safetensors")
+
+
+def stream_weights(
+    directory: Path, places: Mapping[str, Place], placed: Callable[[int], None]
+) -> None:
+    """Read every tensor of the checkpoint into its place.
+
+    `placed` is called after each tensor with the number of elements read so far.
+
+    Raises:
+        ModelLoadError: a missing, unexpected or doubled tensor, a wrong shape or type, or a
+            broken file.
+    """
+    missing = set(places)
+    elements = 0
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                    if _is_redundant(name, places):
+                        continue
+                    tensor = _read(file, name, places, missing)
+                    places[name].put(tensor)
+                    missing.remove(name)
+                    elements += tensor.numel()
+                    placed(elements)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{path.name} cannot be read: {error}") from error
+    if missing:
+        raise ModelLoadError(f"the checkpoint lacks {_some(missing)}")
+
+
+def _is_redundant(name: str, places: Mapping[str, Place]) -> bool:
+    """Whether a tensor that some checkpoints hold says nothing new: a tied head, say."""
+    tied_head = name == "lm_head.weight" and name not in places
+    return tied_head or _RECOMPUTED.search(name) is not None
+
+
+def _read(
+    file: Any,  # noqa: ANN401 - safetensors types its reader as a context manager only
+    name: str,
+    places: Mapping[str, Place],
+    missing: AbstractSet[str],
+) -> torch.Tensor:
+    place = places.get(name)
+    if place is None:
+        raise ModelLoadError(
+            f"the checkpoint holds {name}, for which the architecture has no place"
+        )
+    if name not in missing:
+        raise ModelLoadError(f"the checkpoint holds {name} twice")
+    header = file.get_slice(name)
+    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    if shape != place.shape:
+        raise ModelLoadError(f"{name} has shape {list(shape)}, not {list(place.shape)}")
+    if dtype not in _FLOATS:
+        raise ModelLoadError(f"{name} is of type {dtype}; the engine reads {', '.join(_FLOATS)}")
+    tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(f"{index.name} cannot be used: {error!r}") from error
+    for name in names:
+        # A plain name: an index must not reach outside its own directory.
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ModelLoadError(f"{index.name} names {name!r}, which is no safetensors file here")
+        if not (index.parent / name).is_file():
+            raise ModelLoadError(f"the checkpoint lacks the file {name}")
+    return tuple(index.parent / name for name in names)
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few of `names`, and how many more there are."""
+    listed = sorted(names)
+    more = len(listed) - _NAMES_SHOWN
+    return ", ".join(listed[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

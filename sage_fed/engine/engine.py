@@ -1,0 +1,83 @@
+"""A loaded model that runs the scheduler's steps.
+
+Owns the device's memory for one tier. Knows nothing of queues, prompts as text, prices or
+time. Used by one thread at a time. A step fails with `DeviceOutOfMemory` where the device had
+no room, and may then be run again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sage_fed.core import GenerationDefaults, ModelInfo
+from sage_fed.engine.batch import BatchBuilder
+from sage_fed.engine.decoder import Decoder
+from sage_fed.engine.sampling import choose
+from sage_fed.errors import DeviceOutOfMemory
+from sage_fed.steps import Drawn, Step
+
+
+class Engine:
+    """A loaded model; built by `load_engine`. Satisfies `sage_fed.steps.Engine`."""
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        decoder: Decoder,
+        batches: BatchBuilder,
+        device: torch.device,
+        num_blocks: int,
+        max_context_tokens: int,
+        eos_token_ids: frozenset[int],
+        defaults: GenerationDefaults,
+    ) -> None:
+        self.info = info
+        self.num_blocks = num_blocks
+        self.max_context_tokens = max_context_tokens
+        self.eos_token_ids = eos_token_ids
+        self.defaults = defaults
+        self._decoder: Decoder | None = decoder
+        self._batches = batches
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> tuple[Drawn, ...]:
+        """Run one forward pass; one `Drawn` a chunk with a `draw`, in the chunks' order.
+
+        Returns when the device has finished, after one copy of the results to the host.
+
+        Raises:
+            DeviceOutOfMemory: the step did not fit; the cache is as good as before.
+        """
+        assert self._decoder is not None, "a closed engine was asked to run"
+        try:
+            return self._run(self._decoder, step)
+        except torch.OutOfMemoryError as error:
+            num_chunks = len(step.chunks)
+            raise DeviceOutOfMemory(
+                f"the device has no memory for a step of {step.num_tokens} tokens "
+                f"in {num_chunks} sequences"
+            ) from error
+
+    def close(self) -> None:
+        """Free the device's memory; the engine cannot be used afterwards."""
+        self._decoder = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, decoder: Decoder, step: Step) -> tuple[Drawn, ...]:
+        batch = self._batches.build(step.chunks)
+        hidden = decoder.forward(batch)
+        if not batch.draws:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # or the step's time would be a lie
+            return ()
+        if batch.rows is not None:
+            hidden = hidden.index_select(0, batch.rows)
+        chosen = choose(decoder.logits(hidden), batch.draws)
+        drawn = sorted(zip(batch.drawing, chosen, strict=True), key=lambda pair: pair[0])
+        return tuple(
+            Drawn(step.chunks[index].seq_id, token_id, logprob)
+            for index, (token_id, logprob) in drawn
+        )

@@ -1,0 +1,76 @@
+"""A checkpoint's own generation defaults and end-of-text tokens.
+
+Reads `generation_config.json` where there is one; without it a model is greedy and ends where
+`config.json` says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sage_fed.core import GenerationDefaults
+from sage_fed.errors import ModelLoadError
+
+
+def read_generation(directory: Path) -> tuple[GenerationDefaults, frozenset[int]]:
+    """The defaults, and the ids that end a text.
+
+    Raises:
+        ModelLoadError: a file that cannot be read or holds impossible values.
+    """
+    path = directory / "generation_config.json"
+    generation = _read(path) if path.is_file() else {}
+    ends = generation.get("eos_token_id")
+    if ends is None:
+        ends = _read(directory / "config.json").get("eos_token_id")
+    return _defaults(generation), _token_ids(ends)
+
+
+def _defaults(generation: dict[str, Any]) -> GenerationDefaults:
+    sampled = bool(generation.get("do_sample"))
+    defaults = GenerationDefaults(
+        temperature=_number(generation, "temperature", 1.0) if sampled else 0.0,
+        top_p=_number(generation, "top_p", 1.0) if sampled else 1.0,
+        top_k=int(_number(generation, "top_k", 0.0)) if sampled else 0,
+        min_p=_number(generation, "min_p", 0.0) if sampled else 0.0,
+        repetition_penalty=_number(generation, "repetition_penalty", 1.0),
+    )
+    for name, valid in (
+        ("temperature", defaults.temperature >= 0),
+        ("top_p", 0 < defaults.top_p <= 1),
+        ("top_k", defaults.top_k >= 0),
+        ("min_p", 0 <= defaults.min_p <= 1),
+        ("repetition_penalty", defaults.repetition_penalty > 0),
+    ):
+        if not valid:
+            value = getattr(defaults, name)
+            raise ModelLoadError(f"generation_config.json: {name} cannot be {value}")
+    return defaults
+
+
+def _number(generation: dict[str, Any], name: str, default: float) -> float:
+    value = generation.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ModelLoadError(f"generation_config.json: {name} is not a number")
+    return float(value)
+
+
+def _token_ids(raw: object) -> frozenset[int]:
+    values = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    if not all(isinstance(value, int) for value in values):
+        raise ModelLoadError("eos_token_id is neither a token id nor a list of them")
+    return frozenset(values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path.name} cannot be read as JSON") from error
+    if not isinstance(raw, dict):
+        raise ModelLoadError(f"{path.name} is not a JSON object")
+    return raw

@@ -1,0 +1,178 @@
+"""From a checkpoint to a running engine: every check and every allocation, in order.
+
+The device is the one that was asked for, or loading fails: there is no quiet fallback.
+Fails with a `ModelLoadError` that names the culprit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sage_fed.core import ModelInfo
+from sage_fed.engine.architecture import ModelSpec, read_spec
+from sage_fed.engine.attention import Heads
+from sage_fed.engine.batch import BatchBuilder
+from sage_fed.engine.checkpoint import locate, stream_weights
+from sage_fed.engine.decoder import Decoder
+from sage_fed.engine.engine import Engine
+from sage_fed.engine.generation import read_generation
+from sage_fed.engine.kv_cache import KVCache, blocks_in_budget
+from sage_fed.engine.linear import DenseFormat
+from sage_fed.engine.rotary import rotary_table
+from sage_fed.engine.weights import WeightsBuilder
+from sage_fed.errors import ModelLoadError
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What to load and where.
+
+    `model` is a directory or a hub id, the latter with `revision`, a commit. `name` is what
+    the world calls it; "" takes the directory's name or the hub id. `max_context_tokens` None
+    takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
+    are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
+    """
+
+    model: str
+    kv_cache_bytes: int
+    device: str = "cpu"
+    precision: str = "fp32"
+    revision: str = ""
+    name: str = ""
+    max_context_tokens: int | None = None
+    num_valid_ids: int | None = None
+
+
+@torch.inference_mode()
+def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> Engine:
+    """Load a model; blocks. `progress` gets the loaded share, rising from 0 to 1.
+
+    Raises:
+        ModelLoadError: anything that keeps the model from being served, by name.
+    """
+    began = time.monotonic()
+    progress(0.0)
+    device = _device(options.device)
+    dtype = _dtype(options.precision)
+    directory = locate(options.model, options.revision)
+    name = options.name or _display_name(options.model)
+    try:
+        spec = read_spec(directory)
+        context = _context(spec, options.max_context_tokens)
+        num_blocks = blocks_in_budget(spec, dtype, options.kv_cache_bytes, context)
+        defaults, eos_token_ids = read_generation(directory)
+        builder = _weights_builder(spec, options.num_valid_ids, dtype, device)
+        _fill(builder, directory, progress)
+        weights = builder.build()
+        cache = KVCache(spec, num_blocks, dtype, device)
+        rotary = rotary_table(spec.rope, spec.head_dim, context, dtype, device)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model {name}: {error.message}") from error
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(f"model {name}: {device} has not enough memory for it") from error
+    heads = Heads(spec.num_heads, spec.num_kv_heads)
+    engine = Engine(
+        info=ModelInfo(
+            name=name,
+            revision=options.revision,
+            architecture=spec.architecture,
+            parameters=weights.parameters,
+            precision=options.precision,
+            device=str(device),
+            weight_bytes=weights.nbytes,
+            kv_cache_bytes=cache.nbytes,
+            load_s=time.monotonic() - began,
+        ),
+        decoder=Decoder(spec, weights, cache, rotary),
+        batches=BatchBuilder(heads, max_context_tokens=context, dtype=dtype, device=device),
+        device=device,
+        num_blocks=num_blocks,
+        max_context_tokens=context,
+        eos_token_ids=eos_token_ids,
+        defaults=defaults,
+    )
+    progress(1.0)
+    return engine
+
+
+def _device(name: str) -> torch.device:
+    """The device that was asked for, or an error: never another one."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelLoadError(f"device {name!r} is not a device; use cpu or cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ModelLoadError(f"device {name!r} is not supported; use cpu or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        build = (
+            "built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+        )
+        raise ModelLoadError(
+            f"device {name} was asked for, but torch ({build}) sees {count} CUDA devices; "
+            "ask for cpu if that is what you want"
+        )
+    return torch.device("cuda", index)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    dtype = PRECISIONS.get(precision)
+    if dtype is None:
+        raise ModelLoadError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    return dtype
+
+
+def _display_name(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def _context(spec: ModelSpec, asked: int | None) -> int:
+    """The longest sequence to serve, which the model must have been built for."""
+    context = spec.max_position if asked is None else asked
+    if not 0 < context <= spec.max_position:
+        raise ModelLoadError(
+            f"a context of {context} tokens was asked for; the model has {spec.max_position}"
+        )
+    if spec.sliding_window is not None and context > spec.sliding_window:
+        raise ModelLoadError(
+            f"attention over a sliding window of {spec.sliding_window} tokens is not supported; "
+            f"set max_context_tokens to {spec.sliding_window} or less"
+        )
+    return context
+
+
+def _weights_builder(
+    spec: ModelSpec, num_valid_ids: int | None, dtype: torch.dtype, device: torch.device
+) -> WeightsBuilder:
+    valid = spec.vocab_size if num_valid_ids is None else num_valid_ids
+    if not 0 < valid <= spec.vocab_size:
+        raise ModelLoadError(
+            f"the tokenizer has {valid} ids, the vocabulary {spec.vocab_size}: "
+            "they do not belong together"
+        )
+    linears = DenseFormat(dtype, device)
+    try:
+        return WeightsBuilder(spec, linears, num_valid_ids=valid, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch's out-of-memory errors on every device
+        raise ModelLoadError(f"{device} has no memory for the weights") from error
+
+
+def _fill(builder: WeightsBuilder, directory: Path, progress: Callable[[float], None]) -> None:
+    total = sum(torch.Size(place.shape).numel() for place in builder.places.values())
+    # The pool and the tables are still to come, so the weights alone never make it 1.
+    stream_weights(directory, builder.places, lambda done: progress(0.99 * done / total))

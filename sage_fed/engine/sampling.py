@@ -1,0 +1,183 @@
+"""From logits to tokens: penalties, filters, draws and log-probabilities, row by row.
+
+Order, as in `transformers`: repetition penalty, temperature, top_k, top_p, min_p; each filter
+sees the distribution renormalised over what the previous ones left. (vLLM applies min_p before
+top_k; being relative to the best token it commutes with top_k, but not with top_p.)
+The draw inverts the cumulative distribution at one uniform number, so it is a function of the
+row's logits, its settings, its seed and its index alone. Log-probabilities are of the raw
+logits, in fp32, before any of the above. Logits hold the tokenizer's own ids only, so padding
+of the vocabulary can neither be drawn nor counted.
+Every function works on the device; results cross to the host in one copy.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from sage_fed.core import Logprob, Sampling
+from sage_fed.engine.randomness import uniform
+from sage_fed.steps import Draw
+
+Choice = tuple[int, Logprob | None]
+
+_COLDEST = 1e-30  # a lower temperature would round to zero in fp32 and make 0 / 0
+
+
+def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    """Choose a token for every row of `logits` [rows, ids], of any floating type."""
+    if all(_is_plain(draw.sampling) for draw in draws):
+        return [(token, None) for token in logits.argmax(-1).tolist()]
+    raw = logits.float()
+    scores = _penalised(raw, draws)
+    tokens = scores.argmax(-1)
+    for pick, rows in _by_method(draws).items():
+        index = torch.tensor(rows, device=logits.device)
+        tokens[index] = pick(
+            scores[index], _Controls.of([draws[row] for row in rows], logits.device)
+        )
+    if all(draw.sampling.top_logprobs is None for draw in draws):
+        return [(token, None) for token in tokens.tolist()]
+    return _with_logprobs(raw, tokens, draws)
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    return sampling.greedy and sampling.repetition_penalty == 1.0 and sampling.top_logprobs is None
+
+
+def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Scale the logits of seen tokens away from choice, as CTRL (arXiv 1909.05858) does."""
+    rows, ids, penalties = array("q"), array("q"), array("d")
+    for row, draw in enumerate(draws):
+        penalty = draw.sampling.repetition_penalty
+        if penalty != 1.0:
+            seen = [token for token in set(draw.seen) if token < logits.shape[1]]
+            ids.extend(seen)
+            rows.extend([row] * len(seen))
+            penalties.extend([penalty] * len(seen))
+    if not ids:
+        return logits
+    at = tuple(torch.frombuffer(v, dtype=torch.int64).to(logits.device) for v in (rows, ids))
+    factor = torch.frombuffer(penalties, dtype=torch.float64).to(logits.device, torch.float32)
+    seen_logits = logits[at]
+    worse = torch.where(seen_logits > 0, seen_logits / factor, seen_logits * factor)
+    return logits.index_put(at, worse)
+
+
+@dataclass(frozen=True, slots=True)
+class _Controls:
+    """The settings of some rows on the device, each float64 [rows, 1].
+
+    `log_min_p` is -inf where min_p is off, `number` the uniform number of each row's draw.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    log_min_p: torch.Tensor
+    number: torch.Tensor
+    largest_top_k: int
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], device: torch.device) -> Self:
+        values = array("d")
+        for draw in draws:
+            s = draw.sampling
+            floor = math.log(s.min_p) if s.min_p > 0 else -math.inf
+            values.extend((max(s.temperature, _COLDEST), float(s.top_k), s.top_p, floor))
+            values.append(uniform(s.seed, draw.index))
+        columns = torch.frombuffer(values, dtype=torch.float64).view(len(draws), -1).to(device)
+        largest = max(draw.sampling.top_k for draw in draws)
+        temperature, top_k, top_p, log_min_p, number = columns[:, :, None].unbind(1)
+        return cls(temperature, top_k, top_p, log_min_p, number, largest)
+
+
+Pick = Callable[[torch.Tensor, _Controls], torch.Tensor]
+
+
+def _by_method(draws: Sequence[Draw]) -> dict[Pick, list[int]]:
+    """Which random rows are drawn how; chosen per row, so a row's neighbours change nothing."""
+    methods: dict[Pick, list[int]] = {}
+    for row, draw in enumerate(draws):
+        sampling = draw.sampling
+        if sampling.greedy:
+            continue
+        if sampling.top_k > 0:
+            pick: Pick = _pick_from_best
+        elif sampling.top_p < 1.0:
+            pick = _pick_sorted
+        else:
+            pick = _pick_unsorted
+        methods.setdefault(pick, []).append(row)
+    return methods
+
+
+def _relative(scores: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Scores over temperature, shifted to a best of 0: log of the ratio to the best token."""
+    return (scores - scores.amax(-1, keepdim=True)) / temperature.float()
+
+
+def _invert(probabilities: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Column [rows, 1] at which the cumulative sum of each row passes `number` of its total."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    target = number * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
+
+
+def _pick_unsorted(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    """Draw in the order of ids: no filter of these rows needs a sorted distribution."""
+    relative = _relative(scores, controls.temperature)
+    relative = relative.masked_fill(relative < controls.log_min_p, -math.inf)
+    return _invert(relative.softmax(-1), controls.number).squeeze(-1)
+
+
+def _pick_from_best(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    """Draw among the best top_k; sorting a whole vocabulary costs far more."""
+    width = min(controls.largest_top_k, scores.shape[-1])
+    best, ids = scores.topk(width, dim=-1)
+    return _pick_descending(best, ids, controls)
+
+
+def _pick_sorted(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    best, ids = scores.sort(stable=True, dim=-1, descending=True)
+    return _pick_descending(best, ids, controls)
+
+
+def _pick_descending(best: torch.Tensor, ids: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    """Draw from scores in descending order, whose token ids are `ids` [rows, width]."""
+    relative = _relative(best, controls.temperature)
+    rank = torch.arange(best.shape[-1], device=best.device)
+    beyond = (rank >= controls.top_k) & (controls.top_k > 0)
+    relative = relative.masked_fill(beyond, -math.inf)
+    probabilities = relative.softmax(-1, dtype=torch.float64)
+    # A token stays while the mass before it is short of top_p; the best one always does.
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = (before >= controls.top_p) | (relative < controls.log_min_p)
+    dropped[:, 0] = False
+    column = _invert(probabilities.masked_fill_(dropped, 0.0), controls.number)
+    return ids.gather(-1, column).squeeze(-1)
+
+
+def _with_logprobs(raw: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    wanted = [draw.sampling.top_logprobs for draw in draws]
+    width = min(max(top or 0 for top in wanted), raw.shape[1])
+    logprobs = raw.log_softmax(-1)
+    chosen = logprobs.gather(-1, tokens[:, None])
+    top = logprobs.topk(width, dim=-1)
+    # Doubles hold ids and fp32 log-probabilities exactly, so one copy carries them all.
+    packed = torch.cat((tokens[:, None].double(), chosen, top.indices.double(), top.values), dim=-1)
+    choices: list[Choice] = []
+    for row, count in zip(packed.tolist(), wanted, strict=True):
+        token = int(row[0])
+        if count is None:
+            choices.append((token, None))
+            continue
+        ids, values = row[2 : 2 + width], row[2 + width :]
+        best = tuple((int(i), v) for i, v in zip(ids, values, strict=True))[:count]
+        choices.append((token, Logprob(token, row[1], best)))
+    return choices
