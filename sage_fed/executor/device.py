@@ -1,0 +1,219 @@
+"""The one thread that touches the device: takes messages, runs steps, hands results over.
+
+Owns the engines and the scheduler. Knows nothing of the event loop but the hand-over.
+An engine that raises anything but DeviceOutOfMemory is broken: its tier's sequences end
+FAILED and the other tier goes on. If the thread itself fails, its last word says so and the
+event loop ends every stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from sage_fed.core import Tier, TierLoad, TierState, TierStatus
+from sage_fed.errors import DeviceOutOfMemory, SageFedError
+from sage_fed.executor.handover import Handover, Opened
+from sage_fed.executor.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
+from sage_fed.executor.loader import close_engine
+from sage_fed.scheduler import Ended, EndReason, Outcome, Scheduler
+from sage_fed.steps import Engine, Step, StepKind, StepReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life for a watchdog: `busy` and no new `last_progress_s` means stuck.
+
+    `last_progress_s` is on the executor's monotonic clock.
+    """
+
+    steps_done: int
+    last_progress_s: float
+    busy: bool
+
+
+class DeviceThread:
+    """The thread "sage-fed-device"; `loads` and `heartbeat` are swapped whole for any reader."""
+
+    def __init__(
+        self,
+        *,
+        inbox: Inbox,
+        handover: Handover,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+    ) -> None:
+        self.exited: Future[None] = Future()
+        self.loads: Mapping[Tier, TierLoad] = {}
+        self.heartbeat = Heartbeat(0, clock(), busy=False)
+        self._inbox = inbox
+        self._handover = handover
+        self._scheduler = scheduler
+        self._clock = clock
+        self._engines: dict[Tier, Engine] = {}
+        self._steps_done = 0
+        self._thread = threading.Thread(target=self._main, name="sage-fed-device", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def _main(self) -> None:
+        reason = EndReason.FAILED
+        try:
+            reason = self._serve()
+        except BaseException:
+            # The last line of defence: report and die. Streams are ended by `closed` below.
+            logger.exception("the device's thread died")
+        finally:
+            self._beat(busy=False)
+            self._leave(reason)
+            self.exited.set_result(None)
+
+    def _serve(self) -> EndReason:
+        while True:
+            for message in self._inbox.take(wait=not self._scheduler.has_work):
+                if isinstance(message, Stop):
+                    self._end_all(EndReason.SHUTDOWN)
+                    return EndReason.SHUTDOWN
+                self._handle(message)
+            self._beat(busy=True)
+            step = self._scheduler.next_step(self._clock())
+            # Places that the step has freed in the queue are free from now, not from its end.
+            self._publish()
+            if step is not None:
+                self._run(step)
+            self._beat(busy=self._scheduler.has_work)
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Submit):
+            try:
+                self._scheduler.add(message.spec, message.submitted_s)
+            except SageFedError:
+                # The tier failed while the sequence was under way.
+                self._handover.post(ended=[_never_started(message, self._clock())])
+        elif isinstance(message, Cancel):
+            if ended := self._scheduler.cancel(message.seq_id, self._clock()):
+                self._handover.post(ended=ended)
+        elif isinstance(message, OpenTier):
+            self._open(message)
+
+    def _open(self, message: OpenTier) -> None:
+        tier, engine = message.tier, message.engine
+        self._engines[tier] = engine
+        self._scheduler.open_tier(tier, message.limits, engine.eos_token_ids)
+        self._handover.post(
+            status=TierStatus(tier, TierState.READY, 1.0, engine.info),
+            opened=Opened(message.limits, engine.defaults),
+        )
+
+    def _run(self, step: Step) -> None:
+        """Run one step from beginning to end.
+
+        Overlapping the device's work with the host's would split this in two: launch the
+        step, and take in the one before it.
+        """
+        begun_s = self._clock()
+        memory_short = False
+        try:
+            drawn = self._engines[step.tier].run(step)
+            now = self._clock()
+            elapsed_s = now - begun_s
+            outcome = self._scheduler.complete(step, drawn, now=now, elapsed_s=elapsed_s)
+        except DeviceOutOfMemory:
+            now = self._clock()
+            elapsed_s = now - begun_s
+            memory_short = True
+            logger.warning("a step of the %s tier did not fit the device", step.tier.value)
+            outcome = self._scheduler.out_of_memory(step, now=now, elapsed_s=elapsed_s)
+        except Exception:  # an engine may break in any way; only its own tier goes with it
+            logger.exception("the %s tier's engine is broken", step.tier.value)
+            self._break(step.tier)
+            return
+        self._steps_done += 1
+        self._publish()
+        self._handover.post(
+            drawn=outcome.drawn,
+            ended=outcome.ended,
+            report=_report(step, outcome, elapsed_s, memory_short=memory_short),
+        )
+
+    def _break(self, tier: Tier) -> None:
+        engine = self._engines.pop(tier)
+        info = engine.info
+        ended = self._scheduler.close_tier(tier, EndReason.FAILED, self._clock())
+        self._publish()
+        message = "the engine failed; the daemon's log has the details"
+        self._handover.post(
+            ended=ended, status=TierStatus(tier, TierState.FAILED, 0.0, info, message)
+        )
+        close_engine(engine)
+
+    def _end_all(self, reason: EndReason) -> None:
+        now = self._clock()
+        for tier in tuple(self._engines):
+            self._handover.post(ended=self._scheduler.close_tier(tier, reason, now))
+
+    def _leave(self, reason: EndReason) -> None:
+        unread = self._inbox.close()
+        try:
+            # Before the engines are closed, which may take long: readers are waiting.
+            self._handover.post(closed=reason)
+        except RuntimeError:
+            logger.exception("the event loop closed before the executor was stopped")
+        for message in unread:
+            if isinstance(message, OpenTier):
+                close_engine(message.engine)
+        for engine in self._engines.values():
+            close_engine(engine)
+
+    def _publish(self) -> None:
+        loads: dict[Tier, TierLoad] = {}
+        for tier in self._engines:
+            load = self._scheduler.load(tier)
+            assert load is not None
+            loads[tier] = load
+            retry_after_s = self._scheduler.retry_after_s(tier)
+            self._inbox.note_waiting(tier, load.waiting, retry_after_s)
+        self.loads = loads
+
+    def _beat(self, *, busy: bool) -> None:
+        self.heartbeat = Heartbeat(self._steps_done, self._clock(), busy)
+
+
+def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool) -> StepReport:
+    num_decode = step.num_tokens - outcome.num_prefill_tokens
+    if not outcome.num_prefill_tokens:
+        kind = StepKind.DECODE
+    else:
+        kind = StepKind.MIXED if num_decode else StepKind.PREFILL
+    return StepReport(
+        tier=step.tier,
+        kind=kind,
+        num_steps=1,
+        num_prefill_tokens=outcome.num_prefill_tokens,
+        num_decode_tokens=num_decode,
+        num_sequences=len(step.chunks),
+        elapsed_s=elapsed_s,
+        out_of_memory=memory_short,
+    )
+
+
+def _never_started(message: Submit, now: float) -> Ended:
+    return Ended(
+        seq_id=message.spec.seq_id,
+        reason=EndReason.FAILED,
+        submitted_s=message.submitted_s,
+        started_s=None,
+        first_token_s=None,
+        last_token_s=None,
+        ended_s=now,
+        prompt_tokens=0,
+        output_tokens=0,
+        device_s=0.0,
+    )

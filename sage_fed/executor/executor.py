@@ -1,0 +1,272 @@
+"""The event loop's side of the device: submit, cancel, load, start, stop.
+
+Owns the live streams and the tiers' states as clients see them. All methods run on the event
+loop and none of them blocks it. Fails with InvalidField, QueueFull or TierUnavailable before a
+sequence is accepted; an accepted one ends with exactly one `Ended`, also if the device's thread
+dies or does not come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Protocol
+
+from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
+from sage_fed.errors import TierUnavailable
+from sage_fed.executor.device import DeviceThread, Heartbeat
+from sage_fed.executor.handover import Handover, Opened, Parcel
+from sage_fed.executor.inbox import Cancel, Inbox, Stop, Submit
+from sage_fed.executor.loader import Loader, TierSetup
+from sage_fed.executor.stream import TokenStream
+from sage_fed.scheduler import Ended, EndReason, Scheduler, SequenceSpec
+from sage_fed.steps import StepReport
+
+logger = logging.getLogger(__name__)
+
+_RETRY_LOADING_S = 5.0
+_EXIT_S = 10.0
+"""How long a stop waits for a thread to come back from the device or from a load."""
+
+
+class ExecutorObserver(Protocol):
+    """Hears what happens, on the event loop, after the streams have."""
+
+    def step_done(self, report: StepReport) -> None:
+        """One step was run, or several of a kind where the loop had stalled."""
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """A tier's state or load progress changed."""
+
+
+class Executor:
+    """Two engines on one device, shared by many streams.
+
+    Args:
+        tiers: how to load each tier and its bounds; loaded in the order of depth.
+        observers: told of steps and of tiers.
+        tactical_share: of device time, while both tiers have work.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        tiers: Mapping[Tier, TierSetup],
+        *,
+        observers: Sequence[ExecutorObserver] = (),
+        tactical_share: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._setups = dict(sorted(tiers.items(), key=lambda item: item[0].depth))
+        self._observers = tuple(observers)
+        self._tactical_share = tactical_share
+        self._clock = clock
+        self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
+        self._streams: dict[int, TokenStream] = {}
+        self._statuses = {tier: TierStatus(tier, TierState.LOADING) for tier in self._setups}
+        self._opened: dict[Tier, Opened] = {}
+        self._news = asyncio.Event()
+        self._draining = False
+        self._device: DeviceThread | None = None
+        self._loader: Loader | None = None
+
+    async def start(self) -> None:
+        """Start the threads and return at once; `loaded` waits for a tier."""
+        assert self._device is None, "an executor starts once"
+        handover = Handover(asyncio.get_running_loop(), self._deliver)
+        self._device = DeviceThread(
+            inbox=self._inbox,
+            handover=handover,
+            scheduler=Scheduler(tactical_share=self._tactical_share),
+            clock=self._clock,
+        )
+        self._loader = Loader(self._setups, self._inbox, handover)
+        self._device.start()
+        self._loader.start()
+
+    async def loaded(self, tier: Tier) -> TierStatus:
+        """Wait until a tier has left LOADING: it serves, or says why it does not."""
+        while self._statuses[tier].state is TierState.LOADING:
+            self._news.clear()
+            await self._news.wait()
+        return self._statuses[tier]
+
+    def submit(self, spec: SequenceSpec) -> TokenStream:
+        """Accept a sequence; `spec.seq_id` is not in use by another live one.
+
+        Raises:
+            TierUnavailable: the tier is loading, failed, unknown or draining.
+            InvalidField: the sequence can never fit.
+            QueueFull: too many wait already.
+        """
+        assert spec.seq_id not in self._streams, "a sequence id is in use once"
+        status = self._statuses.get(spec.tier)
+        opened = self._opened.get(spec.tier)
+        if status is None or status.state is not TierState.READY or opened is None:
+            raise _unavailable(spec.tier, status)
+        opened.limits.check(spec)
+        submitted_s = self._clock()
+        self._inbox.submit(Submit(spec, submitted_s))
+        stream = TokenStream(spec, submitted_s)
+        self._streams[spec.seq_id] = stream
+        return stream
+
+    def cancel(self, seq_id: int) -> bool:
+        """End a sequence at the next step boundary; False where it has ended already."""
+        stream = self._streams.get(seq_id)
+        if stream is None:
+            return False
+        if not stream.cancel_asked:
+            stream.cancel_asked = True
+            self._inbox.post(Cancel(seq_id))
+        return True
+
+    async def abort_all(self) -> None:
+        """Cancel every live sequence and wait until all have ended."""
+        streams = list(self._streams.values())
+        for stream in streams:
+            self.cancel(stream.spec.seq_id)
+        for stream in streams:
+            await stream.wait_ended()
+
+    def load(self, tier: Tier) -> TierLoad:
+        """Return what a tier is doing, as of its last step; `waiting` is as of now."""
+        status = self._statuses[tier]
+        opened = self._opened.get(tier)
+        if self._device is None or opened is None or status.state is TierState.FAILED:
+            return TierLoad(tier, status.state, waiting_limit=self._setups[tier].max_waiting)
+        load = self._device.loads.get(tier) or TierLoad(
+            tier,
+            status.state,
+            waiting_limit=opened.limits.max_waiting,
+            kv_tokens_total=opened.limits.kv_tokens,
+            max_context_tokens=opened.limits.max_context_tokens,
+        )
+        return replace(load, state=status.state, waiting=self._inbox.waiting(tier))
+
+    def status(self, tier: Tier) -> TierStatus:
+        """Return a tier's state, load progress and model."""
+        return self._statuses[tier]
+
+    def defaults(self, tier: Tier) -> GenerationDefaults | None:
+        """Return the loaded checkpoint's own sampling; None until it is loaded."""
+        opened = self._opened.get(tier)
+        return opened.defaults if opened else None
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that were accepted and have not ended."""
+        return len(self._streams)
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """The device thread's last sign of life; None before `start`."""
+        return self._device.heartbeat if self._device else None
+
+    async def stop(self, grace_s: float) -> None:
+        """Admit no more, let live sequences end within the grace, end the rest with SHUTDOWN.
+
+        Returns when the threads have ended, or after a bounded wait for a device or a load
+        that does not come back; streams are ended in any case. May be called again with a
+        shorter grace while it runs.
+        """
+        self._drain()
+        if self._device is None or self._loader is None:
+            return
+        await self._wait_for_streams(grace_s)
+        self._loader.abandon()
+        self._inbox.post(Stop())
+        for name, exited in (("device", self._device.exited), ("loader", self._loader.exited)):
+            if not await _wait_for_exit(exited):
+                logger.critical("the %s's thread did not stop in %.0f s", name, _EXIT_S)
+        # What a thread posts before it exits is opened before its exit is heard; what is left
+        # belongs to a device that hangs.
+        self._end_all(EndReason.SHUTDOWN)
+
+    def _drain(self) -> None:
+        self._draining = True
+        self._tell([self._change(status) for status in tuple(self._statuses.values())])
+
+    async def _wait_for_streams(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                for stream in tuple(self._streams.values()):
+                    await stream.wait_ended()
+        except TimeoutError:
+            logger.warning("%d sequences outlived the grace", len(self._streams))
+
+    def _deliver(self, parcel: Parcel) -> None:
+        """Open a parcel: streams first, observers last, so that none of them costs a token."""
+        for seq_id, drawn in parcel.drawn.items():
+            if stream := self._streams.get(seq_id):
+                stream.push(drawn)
+        for ended in parcel.ended:
+            if stream := self._streams.pop(ended.seq_id, None):
+                stream.end(ended)
+        self._opened |= parcel.opened
+        changed = [self._change(status) for status in parcel.statuses.values()]
+        if parcel.closed:
+            self._end_all(parcel.closed)
+        if parcel.closed is EndReason.FAILED:
+            changed += [self._change(_died(status)) for status in tuple(self._statuses.values())]
+        self._tell(changed)
+        for report in (*parcel.reports, *parcel.merged.values()):
+            for observer in self._observers:
+                observer.step_done(report)
+
+    def _end_all(self, reason: EndReason) -> None:
+        """End the streams that the device's thread did not end itself."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.end(
+                Ended(
+                    seq_id=stream.spec.seq_id,
+                    reason=reason,
+                    submitted_s=stream.submitted_s,
+                    started_s=None,
+                    first_token_s=None,
+                    last_token_s=None,
+                    ended_s=self._clock(),
+                    prompt_tokens=0,
+                    output_tokens=stream.num_tokens,
+                    device_s=0.0,
+                )
+            )
+
+    def _change(self, status: TierStatus) -> TierStatus:
+        """Take in a tier's news: FAILED is final, and what drains does not get ready again."""
+        if self._statuses[status.tier].state is TierState.FAILED:
+            return self._statuses[status.tier]
+        if self._draining and status.state is not TierState.FAILED:
+            status = replace(status, state=TierState.DRAINING)
+        self._statuses[status.tier] = status
+        self._news.set()
+        return status
+
+    def _tell(self, changed: Iterable[TierStatus]) -> None:
+        for status in changed:
+            for observer in self._observers:
+                observer.tier_changed(status)
+
+
+async def _wait_for_exit(exited: Future[None]) -> bool:
+    try:
+        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(exited)), _EXIT_S)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _unavailable(tier: Tier, status: TierStatus | None) -> TierUnavailable:
+    state = status.state if status else TierState.FAILED
+    retry_after_s = _RETRY_LOADING_S if state is TierState.LOADING else None
+    return TierUnavailable(f"the {tier.value} tier is {state.value}", retry_after_s)
+
+
+def _died(status: TierStatus) -> TierStatus:
+    message = "the device's thread failed; the daemon's log has the details"
+    return replace(status, state=TierState.FAILED, message=message)

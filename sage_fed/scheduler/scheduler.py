@@ -1,0 +1,123 @@
+"""Both tiers' sequences and the order of their steps: the state machine the executor drives.
+
+Owns the tiers' schedules and the interleaving. No torch, no thread, no clock: `now` (monotonic
+seconds) and measured step times are given, so every decision can be tested without a device.
+A tier is opened when its engine is loaded and closed when that engine is broken or done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sage_fed.core import Tier, TierLoad, TierState
+from sage_fed.errors import TierUnavailable
+from sage_fed.scheduler.interleave import Interleave, shared_chunk_tokens
+from sage_fed.scheduler.sequence import Ended, EndReason, SequenceSpec
+from sage_fed.scheduler.tier import Outcome, TierLimits, TierSchedule
+from sage_fed.steps import BLOCK_SIZE, Drawn, Step
+
+
+class Scheduler:
+    """Admits, builds steps, takes in results. One caller; at most one step a tier in flight."""
+
+    def __init__(self, *, tactical_share: float = 0.5) -> None:
+        self._tiers: dict[Tier, TierSchedule] = {}
+        self._interleave = Interleave(tactical_share)
+
+    def open_tier(self, tier: Tier, limits: TierLimits, eos_token_ids: frozenset[int]) -> None:
+        """Begin to admit sequences of a tier."""
+        assert tier not in self._tiers
+        self._tiers[tier] = TierSchedule(tier, limits, eos_token_ids)
+
+    def close_tier(self, tier: Tier, reason: EndReason, now: float) -> tuple[Ended, ...]:
+        """End all of a tier's sequences and admit no more; a closed tier is no error."""
+        schedule = self._tiers.pop(tier, None)
+        return schedule.end_all(reason, now) if schedule else ()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `next_step` would return a step."""
+        return any(schedule.has_work for schedule in self._tiers.values())
+
+    def add(self, spec: SequenceSpec, submitted_s: float) -> None:
+        """Queue a sequence.
+
+        Raises:
+            InvalidField: it could never run on its tier.
+            QueueFull: the tier's waiting list is full.
+            TierUnavailable: the tier is not open.
+        """
+        schedule = self._tiers.get(spec.tier)
+        if schedule is None:
+            raise TierUnavailable(f"the {spec.tier.value} tier is not serving")
+        schedule.add(spec, submitted_s)
+
+    def cancel(
+        self, seq_id: int, now: float, reason: EndReason = EndReason.CANCELLED
+    ) -> tuple[Ended, ...]:
+        """End a sequence at the next step boundary.
+
+        The ending is returned here, or by `complete` if the sequence is in a step in flight.
+        An unknown id is no error: the sequence may have ended a moment ago.
+        """
+        for schedule in self._tiers.values():
+            if ended := schedule.cancel(seq_id, reason, now):
+                return ended
+        return ()
+
+    def next_step(self, now: float) -> Step | None:
+        """Return what to run next, or None where there is nothing to do."""
+        tactical = self._tiers.get(Tier.TACTICAL)
+        strategic = self._tiers.get(Tier.STRATEGIC)
+        tactical_works = tactical is not None and tactical.has_work
+        strategic_works = strategic is not None and strategic.has_work
+        tier = self._interleave.pick(tactical=tactical_works, strategic=strategic_works)
+        if tier is None:
+            return None
+        schedule = self._tiers[tier]
+        limit = schedule.limits.prefill_chunk_tokens
+        if tier is Tier.STRATEGIC and tactical is not None and tactical_works:
+            limit = min(limit, shared_chunk_tokens(tactical.rates, schedule.rates))
+        return schedule.build(limit, now)
+
+    def complete(
+        self, step: Step, drawn: Iterable[Drawn], *, now: float, elapsed_s: float
+    ) -> Outcome:
+        """Take in what a step computed; `elapsed_s` is the device's time for it."""
+        outcome = self._tiers[step.tier].complete(step, drawn, now=now, elapsed_s=elapsed_s)
+        self._note(step.tier, elapsed_s)
+        return outcome
+
+    def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
+        """End as few sequences as possible after a step that did not fit the device."""
+        outcome = self._tiers[step.tier].out_of_memory(step, now=now, elapsed_s=elapsed_s)
+        self._note(step.tier, elapsed_s)
+        return outcome
+
+    def load(self, tier: Tier) -> TierLoad | None:
+        """Return an open tier's load as it is now."""
+        schedule = self._tiers.get(tier)
+        if schedule is None:
+            return None
+        return TierLoad(
+            tier=tier,
+            state=TierState.READY,
+            running=schedule.num_running,
+            waiting=schedule.num_waiting,
+            waiting_limit=schedule.limits.max_waiting,
+            kv_tokens_used=schedule.pool.num_owned * BLOCK_SIZE,
+            kv_tokens_total=schedule.pool.num_blocks * BLOCK_SIZE,
+            max_context_tokens=schedule.limits.max_context_tokens,
+            queued_prompt_tokens=schedule.queued_prompt_tokens,
+            decode_step_s=schedule.rates.decode_step_s,
+            prefill_tokens_per_s=schedule.rates.prefill_tokens_per_s,
+        )
+
+    def retry_after_s(self, tier: Tier) -> float | None:
+        """Return when an open tier may have a waiting place again."""
+        schedule = self._tiers.get(tier)
+        return schedule.retry_after_s if schedule else None
+
+    def _note(self, tier: Tier, elapsed_s: float) -> None:
+        contended = any(s.has_work for t, s in self._tiers.items() if t is not tier)
+        self._interleave.note(tier, elapsed_s, contended=contended)

@@ -1,0 +1,268 @@
+"""One tier's sequences: waiting in order, running in a ragged batch, ending once.
+
+Owns the tier's waiting list, running set and KV blocks. Knows nothing of the other tier, of
+threads or of a clock: `now` is given. World's errors are raised by `add` only
+(`InvalidField`, `QueueFull`); a wrong call anywhere else is our bug and asserts.
+
+Order of starting: a sequence ranks by the time it was submitted, less `ageing_s` for each level
+of priority. So a higher priority goes first, the same priority is first come first served, and
+nobody is passed by sequences submitted more than `2 * ageing_s` after it. The first in rank is
+never passed by a smaller one behind it: a long prompt would otherwise wait for ever.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sage_fed.core import Tier
+from sage_fed.errors import InvalidField, QueueFull
+from sage_fed.scheduler.blocks import BlockPool
+from sage_fed.scheduler.rates import StepRates
+from sage_fed.scheduler.sequence import Ended, EndReason, Sequence, SequenceSpec
+from sage_fed.steps import BLOCK_SIZE, Chunk, Drawn, Step
+
+_RETRY_S = 1.0
+"""How soon a place may be free, where nothing has been measured."""
+_RETRY_MIN_S = 0.1
+_RETRY_MAX_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierLimits:
+    """A tier's bounds; `prefill_chunk_tokens` are prompt tokens a step, over all sequences."""
+
+    num_blocks: int
+    max_context_tokens: int
+    max_batch: int = 16
+    max_waiting: int = 64
+    prefill_chunk_tokens: int = 512
+    ageing_s: float = 30.0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV blocks hold."""
+        return self.num_blocks * BLOCK_SIZE
+
+    def check(self, spec: SequenceSpec) -> None:
+        """Refuse a sequence that could never run.
+
+        Raises:
+            InvalidField: naming the field that has to be smaller.
+        """
+        if not spec.prompt:
+            raise InvalidField("prompt", "is empty")
+        if spec.max_new_tokens < 1:
+            raise InvalidField("sampling.max_new_tokens", "has to be at least 1")
+        longest = min(self.max_context_tokens, self.kv_tokens)
+        if len(spec.prompt) >= longest:
+            raise InvalidField(
+                "prompt",
+                f"{len(spec.prompt)} tokens leave no room for output; "
+                f"the {spec.tier.value} tier holds {longest} tokens, prompt and output together",
+            )
+        if len(spec.prompt) + spec.max_new_tokens > longest:
+            raise InvalidField(
+                "sampling.max_new_tokens",
+                f"at most {longest - len(spec.prompt)} fit behind this prompt; "
+                f"the {spec.tier.value} tier holds {longest} tokens, prompt and output together",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step delivered and which sequences it ended; a token comes before its ending.
+
+    `num_prefill_tokens` of the step's tokens were prompt tokens.
+    """
+
+    drawn: tuple[Drawn, ...] = ()
+    ended: tuple[Ended, ...] = ()
+    num_prefill_tokens: int = 0
+
+
+class TierSchedule:
+    """The sequences of one tier; at most one step is in flight."""
+
+    def __init__(self, tier: Tier, limits: TierLimits, eos_token_ids: frozenset[int]) -> None:
+        self.tier = tier
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self.rates = StepRates()
+        self._eos_token_ids = eos_token_ids
+        self._waiting: list[Sequence] = []
+        self._running: dict[int, Sequence] = {}
+        self._added = 0
+        self._in_flight: Step | None = None
+        self._out_of_memory_alone: int | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step can be built: the first in rank always fits an empty tier."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have not started."""
+        return len(self._waiting)
+
+    @property
+    def queued_prompt_tokens(self) -> int:
+        """Prompt tokens that the model has yet to be fed."""
+        return sum(seq.prefill_left for seq in (*self._waiting, *self._running.values()))
+
+    @property
+    def retry_after_s(self) -> float:
+        """When a waiting place may be free: at the worst case of the nearest ending."""
+        step_s = self.rates.decode_step_s
+        if step_s is None or not self._running:
+            return _RETRY_S
+        left = min(s.spec.max_new_tokens - s.num_output for s in self._running.values())
+        return min(max(left * step_s, _RETRY_MIN_S), _RETRY_MAX_S)
+
+    def add(self, spec: SequenceSpec, submitted_s: float) -> None:
+        """Queue a sequence.
+
+        Raises:
+            InvalidField: it could never run.
+            QueueFull: `max_waiting` sequences wait already.
+        """
+        self.limits.check(spec)
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise QueueFull(
+                f"{len(self._waiting)} jobs wait for the {self.tier.value} tier already",
+                self.retry_after_s,
+            )
+        assert self.find(spec.seq_id) is None, "a sequence id is in use once"
+        insort(self._waiting, Sequence(spec, submitted_s, order=self._added), key=self._rank)
+        self._added += 1
+
+    def find(self, seq_id: int) -> Sequence | None:
+        """Return the sequence, waiting or running, if it has not ended."""
+        if seq_id in self._running:
+            return self._running[seq_id]
+        return next((seq for seq in self._waiting if seq.spec.seq_id == seq_id), None)
+
+    def cancel(self, seq_id: int, reason: EndReason, now: float) -> tuple[Ended, ...]:
+        """End a sequence: now, or with the step that it is in; an unknown id is no error."""
+        seq = self.find(seq_id)
+        if seq is None:
+            return ()
+        if self._in_flight and any(c.seq_id == seq_id for c in self._in_flight.chunks):
+            # The device may still write to its blocks.
+            seq.cancelled = seq.cancelled or reason
+            return ()
+        return (self._end(seq, reason, now),)
+
+    def end_all(self, reason: EndReason, now: float) -> tuple[Ended, ...]:
+        """End every sequence at once, a step in flight or not; the engine is not used again."""
+        self._in_flight = None
+        everyone = (*self._running.values(), *self._waiting)
+        return tuple(self._end(seq, reason, now) for seq in everyone)
+
+    def build(self, prefill_limit: int, now: float) -> Step:
+        """Return the next step: a token of each decoding sequence, then pieces of prompts.
+
+        At most `prefill_limit` prompt tokens; sequences start in rank while some of the limit,
+        a place in the batch and the blocks of their worst case are left.
+        """
+        assert self._in_flight is None
+        assert self.has_work
+        chunks: list[Chunk] = []
+        left = max(1, min(prefill_limit, self.limits.prefill_chunk_tokens))
+        for seq in self._running.values():
+            if not seq.prefill_left:
+                chunks.append(seq.next_chunk(0))
+            elif left:
+                chunks.append(seq.next_chunk(left))
+                left -= len(chunks[-1].token_ids)
+        while left and self._head_fits():
+            seq = self._waiting.pop(0)
+            seq.blocks = self.pool.take(seq.spec.num_blocks)
+            seq.started_s = now
+            self._running[seq.spec.seq_id] = seq
+            chunks.append(seq.next_chunk(left))
+            left -= len(chunks[-1].token_ids)
+        self._in_flight = Step(self.tier, tuple(chunks))
+        return self._in_flight
+
+    def complete(
+        self, step: Step, drawn: Iterable[Drawn], *, now: float, elapsed_s: float
+    ) -> Outcome:
+        """Take in what a step computed."""
+        by_id = {d.seq_id: d for d in drawn}
+        wanted = {chunk.seq_id for chunk in step.chunks if chunk.draw}
+        assert by_id.keys() == wanted, "the engine answers each draw once"
+        members, num_prefill = self._land(step, elapsed_s)
+        self._out_of_memory_alone = None
+        self.rates.record(num_tokens=step.num_tokens, prefills=num_prefill > 0, elapsed_s=elapsed_s)
+        delivered: list[Drawn] = []
+        ended: list[Ended] = []
+        for seq, chunk in zip(members, step.chunks, strict=True):
+            seq.num_cached += len(chunk.token_ids)
+            reason = seq.cancelled
+            if reason is None and chunk.draw:
+                reason = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
+            if reason is not None:
+                ended.append(self._end(seq, reason, now))
+        return Outcome(tuple(delivered), tuple(ended), num_prefill)
+
+    def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
+        """Give way after a step that did not fit the device; it has changed nothing.
+
+        The newest sequence ends, one that prefills before one that decodes, and the others
+        try again without it. A sequence that was alone tries once more before it ends.
+        """
+        members, num_prefill = self._land(step, elapsed_s)
+        ended = [self._end(seq, seq.cancelled, now) for seq in members if seq.cancelled]
+        if not ended:
+            victim = max(members, key=lambda seq: (seq.prefill_left > 0, seq.started_s, seq.order))
+            spared = len(members) == 1 and self._out_of_memory_alone != victim.spec.seq_id
+            self._out_of_memory_alone = victim.spec.seq_id if spared else None
+            if not spared:
+                ended.append(self._end(victim, EndReason.OUT_OF_MEMORY, now))
+        return Outcome(ended=tuple(ended), num_prefill_tokens=num_prefill)
+
+    def _rank(self, seq: Sequence) -> tuple[float, int]:
+        return (seq.submitted_s - seq.spec.priority * self.limits.ageing_s, seq.order)
+
+    def _head_fits(self) -> bool:
+        return (
+            bool(self._waiting)
+            and len(self._running) < self.limits.max_batch
+            and self._waiting[0].spec.num_blocks <= self.pool.num_free
+        )
+
+    def _land(self, step: Step, elapsed_s: float) -> tuple[list[Sequence], int]:
+        """Return the sequences of the step in flight, charged with its time; its prompt tokens."""
+        assert step is self._in_flight
+        self._in_flight = None
+        members = [self._running[chunk.seq_id] for chunk in step.chunks]
+        num_prefill = 0
+        for seq, chunk in zip(members, step.chunks, strict=True):
+            seq.device_s += elapsed_s * len(chunk.token_ids) / step.num_tokens
+            num_prefill += len(chunk.token_ids) if seq.prefill_left else 0
+        return members, num_prefill
+
+    def _take_token(
+        self, seq: Sequence, drawn: Drawn, delivered: list[Drawn], now: float
+    ) -> EndReason | None:
+        if drawn.token_id in self._eos_token_ids and not seq.spec.ignore_eos:
+            return EndReason.EOS
+        seq.append(drawn.token_id, now)
+        delivered.append(drawn)
+        return EndReason.LENGTH if seq.num_output == seq.spec.max_new_tokens else None
+
+    def _end(self, seq: Sequence, reason: EndReason, now: float) -> Ended:
+        if seq.spec.seq_id in self._running:
+            del self._running[seq.spec.seq_id]
+            self.pool.give_back(seq.blocks)
+        else:
+            self._waiting.remove(seq)
+        return seq.ended(reason, now)

@@ -1,0 +1,120 @@
+"""A hand-written engine: real KV bookkeeping, arithmetic instead of a model, time by clock.
+
+Each token that it draws is a hash of every token that its KV blocks hold for the sequence, so
+a wrong block, a skipped position or a block owned twice gives other tokens than `reference`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sage_fed.core import GenerationDefaults, ModelInfo, Tier
+from sage_fed.scheduler import SequenceSpec
+from sage_fed.steps import BLOCK_SIZE, Chunk, Drawn, Step
+
+EOS = 7
+VOCAB = 50
+WAIT_S = 20.0
+"""A deadline that only a hung test meets."""
+
+
+def draw(history: list[int], seed: int, index: int) -> int:
+    state = seed * 31 + index
+    for token_id in history:
+        state = (state * 1_000_003 + token_id + 1) % 2_147_483_647
+    return state % VOCAB
+
+
+def reference(spec: SequenceSpec) -> list[int]:
+    """What the sequence has to deliver, computed alone."""
+    history = list(spec.prompt)
+    output: list[int] = []
+    while len(output) < spec.max_new_tokens:
+        token_id = draw(history, spec.sampling.seed, len(output))
+        if token_id == EOS and not spec.ignore_eos:
+            break
+        output.append(token_id)
+        history.append(token_id)
+    return output
+
+
+def info() -> ModelInfo:
+    return ModelInfo("fake", "", "FakeForCausalLM", 1, "fp32", "cpu", 1, 1, 0.0)
+
+
+class Clock:
+    """Monotonic seconds that pass only when the fake device works; called to read them."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """Return the seconds."""
+        return self.now
+
+
+@dataclass
+class FakeEngine:
+    """`fail(step)` may raise; `gate`, where there is one, lets one step pass a permit."""
+
+    num_blocks: int = 64
+    max_context_tokens: int = 512
+    eos_token_ids: frozenset[int] = frozenset({EOS})
+    clock: Clock = field(default_factory=Clock)
+    step_s: float = 0.01
+    token_s: float = 0.0
+    fail: Callable[[Step], None] | None = None
+    gate: threading.Semaphore | None = None
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    steps: list[Step] = field(default_factory=list)
+    closed: bool = False
+    info: ModelInfo = field(default_factory=info)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    def __post_init__(self) -> None:
+        self.cache: dict[int, int] = {}
+
+    def run(self, step: Step) -> tuple[Drawn, ...]:
+        """Write the KV, read it back, draw."""
+        self.entered.release()
+        if self.gate is not None:
+            assert self.gate.acquire(timeout=WAIT_S), "the test forgot to open the gate"
+        self.steps.append(step)
+        self.clock.now += self.step_s + self.token_s * step.num_tokens
+        if self.fail is not None:
+            self.fail(step)
+        return tuple(d for chunk in step.chunks if (d := self._chunk(chunk)))
+
+    def _chunk(self, chunk: Chunk) -> Drawn | None:
+        assert all(0 <= block < self.num_blocks for block in chunk.blocks)
+        slots = [
+            chunk.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            for position in range(chunk.start + len(chunk.token_ids))
+        ]
+        for slot, token_id in zip(slots[chunk.start :], chunk.token_ids, strict=True):
+            self.cache[slot] = token_id
+        if chunk.draw is None:
+            return None
+        history = [self.cache[slot] for slot in slots]
+        token_id = draw(history, chunk.draw.sampling.seed, chunk.draw.index)
+        return Drawn(chunk.seq_id, token_id)
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+def spec(
+    seq_id: int,
+    tier: Tier = Tier.TACTICAL,
+    *,
+    prompt: int = 5,
+    new: int = 4,
+    **fields: object,
+) -> SequenceSpec:
+    """A sequence whose prompt of `prompt` tokens depends on its id; runs to its length."""
+    tokens = tuple((seq_id * 13 + i * 5) % VOCAB for i in range(prompt))
+    values: dict[str, object] = {"ignore_eos": True, **fields}
+    return SequenceSpec(seq_id, tier, tokens, new, **values)  # type: ignore[arg-type]

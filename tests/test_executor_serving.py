@@ -1,0 +1,422 @@
+"""The executor with both tiers serving: streams, cancels, failures, and what it reports."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from fake_engine import WAIT_S, Clock, FakeEngine, reference, spec
+
+from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.errors import DeviceOutOfMemory, InvalidField, QueueFull, TierUnavailable
+from sage_fed.executor import Executor, Tokens, TokenStream
+from sage_fed.executor.handover import Parcel
+from sage_fed.executor.loader import TierSetup
+from sage_fed.scheduler import Ended, EndReason
+from sage_fed.steps import Step, StepKind, StepReport
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+
+
+class Observer:
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.statuses: list[TierStatus] = []
+
+    def step_done(self, report: StepReport) -> None:
+        """Keep it."""
+        self.reports.append(report)
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Keep it."""
+        self.statuses.append(status)
+
+
+class Rig:
+    """A started executor over two fake engines that share a clock."""
+
+    def __init__(self, **setup: int) -> None:
+        self.clock = Clock()
+        self.engines = {tier: FakeEngine(clock=self.clock) for tier in Tier}
+        self.observer = Observer()
+        self.executor = Executor(
+            {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
+            observers=[self.observer],
+            clock=self.clock,
+        )
+
+    def _loader(self, tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
+        return lambda _progress: self.engines[tier]
+
+    def gate(self, tier: Tier) -> FakeEngine:
+        """Let the tier's steps pass one permit at a time."""
+        self.engines[tier].gate = threading.Semaphore(0)
+        return self.engines[tier]
+
+
+@asynccontextmanager
+async def serving(rig: Rig) -> AsyncIterator[Executor]:
+    await rig.executor.start()
+    for tier in Tier:
+        assert TierState.READY is (await rig.executor.loaded(tier)).state
+    try:
+        async with asyncio.timeout(WAIT_S):
+            yield rig.executor
+    finally:
+        for engine in rig.engines.values():
+            if engine.gate:
+                engine.gate.release(10_000)
+        await rig.executor.stop(0.0)
+    assert 0 == rig.executor.num_live
+
+
+async def read(stream: TokenStream) -> tuple[list[int], Ended]:
+    tokens: list[int] = []
+    while isinstance(news := await stream.next(), Tokens):
+        tokens += [d.token_id for d in news.drawn]
+    return tokens, news
+
+
+async def entered(engine: FakeEngine) -> None:
+    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
+
+
+async def test_every_stream_is_what_it_would_be_alone() -> None:
+    """Many sequences on both tiers, joining and leaving at random, do not touch each other."""
+    rig = Rig(max_batch=8, max_waiting=200)
+    chance = random.Random(2)
+    asked = [
+        spec(i, chance.choice([T, S]), prompt=chance.randint(1, 60), new=chance.randint(1, 30))
+        for i in range(120)
+    ]
+    async with serving(rig) as executor:
+        readers = []
+        gone = set()
+        for one in asked:
+            readers.append(asyncio.create_task(read(executor.submit(one))))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+            if chance.random() < 0.2:
+                gone.add(one.seq_id)
+                executor.cancel(one.seq_id)
+        results = await asyncio.gather(*readers)
+        loads = [executor.load(tier) for tier in Tier]
+    for one, (tokens, ended) in zip(asked, results, strict=True):
+        expected = reference(one)
+        assert expected[: len(tokens)] == tokens
+        assert len(tokens) == ended.output_tokens
+        if one.seq_id not in gone:
+            assert (EndReason.LENGTH, expected) == (ended.reason, tokens)
+    assert [(0, 0, 0)] * 2 == [(l_.running, l_.waiting, l_.kv_tokens_used) for l_ in loads]
+    busy_s = rig.clock.now - 100.0
+    assert pytest.approx(busy_s) == sum(ended.device_s for _, ended in results)
+
+
+async def test_a_slow_reader_merges_and_stalls_nobody() -> None:
+    """Another stream ends while one is not read; that one then has all at once."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        slow = executor.submit(spec(0, new=20))
+        tokens, _ = await read(executor.submit(spec(1, new=30)))
+        await slow.wait_ended()
+        merged = await slow.next()
+        ending = await slow.next()
+        again = await slow.next()
+    assert reference(spec(1, new=30)) == tokens
+    assert isinstance(merged, Tokens)
+    assert reference(spec(0, new=20)) == [d.token_id for d in merged.drawn]
+    assert isinstance(ending, Ended)
+    assert ending is again
+
+
+async def test_a_reader_may_give_up_a_wait_without_losing_a_token() -> None:
+    """A cancelled `next` takes nothing."""
+    rig = Rig()
+    engine = rig.gate(T)
+    async with serving(rig) as executor:
+        stream = executor.submit(spec(0))
+        await entered(engine)
+        waiting = asyncio.create_task(stream.next())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert engine.gate
+        engine.gate.release(100)
+        tokens, _ = await read(stream)
+    assert reference(spec(0)) == tokens
+
+
+async def test_a_stalled_loop_is_woken_once() -> None:
+    """Ten steps while the event loop does not run are one wake-up with all the tokens."""
+    rig = Rig()
+    engine = rig.gate(T)
+    loop = asyncio.get_running_loop()
+    wakes = 0
+    real = loop.call_soon_threadsafe
+
+    def counting(*args: object, **kwargs: object) -> object:
+        nonlocal wakes
+        wakes += 1
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    async with serving(rig) as executor:
+        stream = executor.submit(spec(0, new=20))
+        loop.call_soon_threadsafe = counting  # type: ignore[method-assign,assignment]
+        assert engine.gate
+        assert engine.entered.acquire(timeout=WAIT_S)
+        for _ in range(10):
+            engine.gate.release()
+            # Blocks the event loop on purpose: the tenth acquire says ten steps were handed over.
+            assert engine.entered.acquire(timeout=WAIT_S)
+        assert 1 == wakes
+        first = await stream.next()
+        loop.call_soon_threadsafe = real  # type: ignore[method-assign]
+        engine.gate.release(100)
+        await stream.wait_ended()
+    assert isinstance(first, Tokens)
+    assert 10 == len(first.drawn)
+    assert 10 == len([r for r in rig.observer.reports if r.tier is T][:10])
+
+
+async def test_a_cancel_frees_the_blocks_at_the_step_boundary() -> None:
+    """The step on the device is the last one, and the KV is free when the ending comes."""
+    rig = Rig()
+    engine = rig.gate(T)
+    async with serving(rig) as executor:
+        stream = executor.submit(spec(0, new=50))
+        await entered(engine)
+        assert executor.cancel(0)
+        assert executor.cancel(0)
+        assert engine.gate
+        engine.gate.release(100)
+        tokens, ended = await read(stream)
+        load = executor.load(T)
+        assert not executor.cancel(0)
+    assert (EndReason.CANCELLED, 1) == (ended.reason, len(engine.steps))
+    assert reference(spec(0, new=50))[:1] == tokens
+    assert 0 == load.kv_tokens_used
+
+
+async def test_abort_all_ends_everything() -> None:
+    """Running and waiting sequences of both tiers are cancelled, and new ones are served."""
+    rig = Rig(max_batch=2)
+    engine = rig.gate(S)
+    async with serving(rig) as executor:
+        streams = [executor.submit(spec(i, S, new=50)) for i in range(5)]
+        await entered(engine)
+        assert engine.gate
+        engine.gate.release(1000)
+        await executor.abort_all()
+        assert [EndReason.CANCELLED] * 5 == [s.ended.reason for s in streams if s.ended]
+        tokens, _ = await read(executor.submit(spec(9, T)))
+    assert reference(spec(9)) == tokens
+
+
+async def test_a_broken_engine_takes_only_its_own_tier() -> None:
+    """Tactical's sequences end FAILED and its tier refuses; strategic does not notice."""
+    rig = Rig()
+    engine = rig.gate(S)
+
+    def breaks(_step: Step) -> None:
+        raise RuntimeError("device-side assert")
+
+    rig.engines[T].fail = breaks
+    async with serving(rig) as executor:
+        strategic = executor.submit(spec(0, S, new=10))
+        await entered(engine)
+        doomed = [executor.submit(spec(i, T)) for i in (1, 2)]
+        assert engine.gate
+        engine.gate.release(100)
+        endings = [(await read(stream))[1].reason for stream in doomed]
+        tokens, _ = await read(strategic)
+        assert [EndReason.FAILED] * 2 == endings
+        assert reference(spec(0, S, new=10)) == tokens
+        assert TierState.FAILED is executor.status(T).state
+        assert TierState.FAILED is executor.load(T).state
+        assert TierState.READY is executor.status(S).state
+        with pytest.raises(TierUnavailable):
+            executor.submit(spec(3, T))
+        tokens, _ = await read(executor.submit(spec(4, S)))
+        assert reference(spec(4, S)) == tokens
+    assert rig.engines[T].closed
+    assert "device-side" not in executor.status(T).message
+
+
+async def test_an_engine_that_answers_wrongly_is_broken() -> None:
+    """A draw without an answer fails the tier, and no sequence hangs."""
+    rig = Rig()
+    rig.engines[T].run = lambda _step: ()  # type: ignore[method-assign]
+    async with serving(rig) as executor:
+        _, ended = await read(executor.submit(spec(0)))
+    assert EndReason.FAILED is ended.reason
+
+
+async def test_a_step_too_big_for_memory_costs_one_sequence() -> None:
+    """The newest prefill ends OUT_OF_MEMORY; who was decoding gets the same tokens as ever."""
+    rig = Rig()
+    engine = rig.gate(T)
+
+    def fits(step: Step) -> None:
+        if step.num_tokens > 30:
+            raise DeviceOutOfMemory("no room for this job")
+
+    engine.fail = fits
+    async with serving(rig) as executor:
+        small = executor.submit(spec(0, new=12))
+        await entered(engine)
+        big = executor.submit(spec(1, prompt=40))
+        assert engine.gate
+        engine.gate.release(1000)
+        _, ended = await read(big)
+        tokens, _ = await read(small)
+    assert (EndReason.OUT_OF_MEMORY, 0) == (ended.reason, ended.output_tokens)
+    assert reference(spec(0, new=12)) == tokens
+    assert 1 == sum(report.out_of_memory for report in rig.observer.reports)
+
+
+async def test_waiting_is_bounded() -> None:
+    """What has not started is bounded over inbox and queue; a refusal says when to come back."""
+    rig = Rig(max_batch=1, max_waiting=3)
+    engine = rig.gate(T)
+    async with serving(rig) as executor:
+        streams = [executor.submit(spec(0))]
+        await entered(engine)
+        streams += [executor.submit(spec(i)) for i in (1, 2, 3)]
+        assert 3 == executor.load(T).waiting
+        with pytest.raises(QueueFull) as full:
+            executor.submit(spec(4))
+        assert full.value.retry_after_s
+        executor.submit(spec(5, S))
+        assert engine.gate
+        engine.gate.release(1000)
+        for stream in streams:
+            await stream.wait_ended()
+        await read(executor.submit(spec(6)))
+        assert 0 == executor.load(T).waiting
+
+
+async def test_a_sequence_that_can_never_fit_is_refused_at_once() -> None:
+    """The refusal is synchronous: nothing is accepted that has to end."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        with pytest.raises(InvalidField):
+            executor.submit(spec(0, prompt=500, new=13))
+        assert 0 == executor.num_live
+
+
+async def test_tactical_keeps_stepping_while_strategic_prefills() -> None:
+    """Between two chunks of a long strategic prompt there are tactical tokens."""
+    rig = Rig()
+    log: list[Tier] = []
+    for tier, engine in rig.engines.items():
+        engine.fail = lambda _step, tier=tier: log.append(tier)
+    rig.engines[S].step_s, rig.engines[S].token_s = 0.06, 0.001
+    gate = rig.gate(T)
+    async with serving(rig) as executor:
+        executor.submit(spec(0, T, new=200))
+        await entered(gate)
+        strategic = executor.submit(spec(1, S, prompt=480, new=2))
+        assert gate.gate
+        gate.gate.release(1000)
+        _, ended = await read(strategic)
+        executor.cancel(0)
+    text = "".join("t" if tier is T else "S" for tier in log)
+    assert "SS" not in text.rstrip("S")
+    assert text.count("S") >= 4
+    assert text.count("t") > 3 * text.count("S")
+    assert 480 == ended.prompt_tokens
+
+
+async def test_an_idle_executor_sleeps_until_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No step, no poll, no clock reading; and a submit wakes it."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        condition = executor._inbox._changed
+        asleep = threading.Semaphore(0)
+        timeouts: list[object] = []
+        real = condition.wait
+
+        def wait(timeout: float | None = None) -> bool:
+            timeouts.append(timeout)
+            asleep.release()
+            return real(timeout)
+
+        monkeypatch.setattr(condition, "wait", wait)
+        for i in range(2):
+            await read(executor.submit(spec(i, new=3)))
+            assert await asyncio.to_thread(asleep.acquire, timeout=WAIT_S)
+            heartbeat = executor.heartbeat
+            assert heartbeat
+            assert (3 * (i + 1), False) == (heartbeat.steps_done, heartbeat.busy)
+        assert [None, None] == timeouts
+
+
+async def test_a_heartbeat_tells_stuck_from_idle() -> None:
+    """Busy with no progress is what a watchdog looks for."""
+    rig = Rig()
+    engine = rig.gate(T)
+    async with serving(rig) as executor:
+        executor.submit(spec(0))
+        await entered(engine)
+        heartbeat = executor.heartbeat
+        assert heartbeat
+        assert (0, True) == (heartbeat.steps_done, heartbeat.busy)
+
+
+async def test_load_is_unmeasured_until_there_was_traffic() -> None:
+    """Rates are None at first, then figures of the steps that were run."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        before = executor.load(T)
+        await read(executor.submit(spec(0, prompt=20, new=5)))
+        after = executor.load(T)
+    assert (TierState.READY, None, None) == (
+        before.state,
+        before.decode_step_s,
+        before.prefill_tokens_per_s,
+    )
+    assert (64 * 16, 512, 64) == (
+        before.kv_tokens_total,
+        before.max_context_tokens,
+        before.waiting_limit,
+    )
+    assert pytest.approx(0.01) == after.decode_step_s
+    assert pytest.approx(2000.0) == after.prefill_tokens_per_s
+
+
+async def test_observers_hear_of_every_step() -> None:
+    """Kinds, tokens and device time add up to what was done."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        await read(executor.submit(spec(0, prompt=20, new=5)))
+    reports = rig.observer.reports
+    assert [StepKind.PREFILL, *[StepKind.DECODE] * 4] == [r.kind for r in reports]
+    assert (20, 4) == (
+        sum(r.num_prefill_tokens for r in reports),
+        sum(r.num_decode_tokens for r in reports),
+    )
+    assert pytest.approx(rig.clock.now - 100.0) == sum(r.elapsed_s for r in reports)
+
+
+def test_a_parcel_left_lying_keeps_its_size() -> None:
+    """Reports beyond the bound are added up, and none is lost."""
+    parcel = Parcel()
+    report = StepReport(T, StepKind.DECODE, 1, 0, 3, 3, 0.5)
+    for _ in range(5000):
+        parcel.add_report(report)
+    kept = [*parcel.reports, *parcel.merged.values()]
+    assert len(kept) < 1100
+    assert (5000, 15_000, 2500.0) == (
+        sum(r.num_steps for r in kept),
+        sum(r.num_decode_tokens for r in kept),
+        sum(r.elapsed_s for r in kept),
+    )

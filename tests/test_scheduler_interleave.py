@@ -1,0 +1,151 @@
+"""Two tiers on one device: who steps next, and how long a strategic chunk may be."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engine import FakeEngine, spec
+
+from sage_fed.core import Tier
+from sage_fed.scheduler import Scheduler, TierLimits
+from sage_fed.scheduler.rates import StepRates
+from sage_fed.steps import Step
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+LIMITS = TierLimits(2000, 20_000, prefill_chunk_tokens=512)
+
+
+class Device:
+    """Both tiers on a device that takes `base_s[tier] + tokens * token_s[tier]` for a step."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        self.scheduler = Scheduler(tactical_share=share)
+        for tier in Tier:
+            self.scheduler.open_tier(tier, LIMITS, frozenset())
+        self.engine = FakeEngine(num_blocks=2000)
+        self.base_s = {T: 0.010, S: 0.066}
+        self.token_s = {T: 0.0, S: 0.001}
+        self.ids = 0
+
+    def add(self, tier: Tier, *, prompt: int = 1, new: int = 9000) -> None:
+        """Queue a sequence."""
+        self.scheduler.add(spec(self.ids, tier, prompt=prompt, new=new), 0.0)
+        self.ids += 1
+
+    def step(self) -> tuple[Step, float]:
+        """Run the next step; return it and what it took."""
+        step = self.scheduler.next_step(0.0)
+        assert step is not None
+        elapsed_s = self.base_s[step.tier] + self.token_s[step.tier] * step.num_tokens
+        self.scheduler.complete(step, self.engine.run(step), now=0.0, elapsed_s=elapsed_s)
+        return step, elapsed_s
+
+    def times(self, steps: int) -> dict[Tier, float]:
+        """Run steps; return the device time of each tier."""
+        total = dict.fromkeys(Tier, 0.0)
+        for _ in range(steps):
+            step, elapsed_s = self.step()
+            total[step.tier] += elapsed_s
+        return total
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_device_time_is_shared_as_configured(share: float) -> None:
+    """With work on both, tactical gets its share of seconds, not of steps."""
+    device = Device(share)
+    device.add(T)
+    device.add(S)
+    times = device.times(600)
+    assert pytest.approx(share, abs=0.04) == times[T] / sum(times.values())
+
+
+def test_the_ratio_of_steps_follows_the_measured_times() -> None:
+    """A strategic step of 6.7 tactical ones is followed by seven; if it gets cheap, by two."""
+    device = Device()
+    device.add(T)
+    device.add(S)
+    device.times(20)
+    assert "StttttttS" in _order(device, 40)
+    device.base_s[S] = 0.014
+    device.times(20)
+    assert "SttSttS" in _order(device, 20)
+
+
+def test_tactical_work_goes_first() -> None:
+    """Tactical work that arrives while strategic runs has the very next step, and its due."""
+    device = Device()
+    device.add(S)
+    device.times(10)
+    device.add(T)
+    assert "tttttttS" in _order(device, 20)[:8]
+
+
+def test_an_idle_tier_has_no_claim_on_the_past() -> None:
+    """Strategic work that arrives late gets one step, not all that it missed."""
+    device = Device()
+    device.add(T)
+    device.times(500)
+    device.add(S)
+    assert "SS" not in _order(device, 60)
+
+
+def test_a_strategic_prefill_is_cut_while_tactical_works() -> None:
+    """Its chunks cost a few tactical steps, or two of its own shortest, whichever is more."""
+    device = Device()
+    device.add(T)
+    device.times(10)
+    device.add(S, prompt=6000)
+    seen = [device.step() for _ in range(400)]
+    chunks = [(step.num_tokens, elapsed_s) for step, elapsed_s in seen if step.tier is S]
+    assert 64 == chunks[0][0]
+    settled = chunks[10:20]
+    assert all(n < 512 for n, _ in settled)
+    assert max(elapsed_s for _, elapsed_s in settled) <= 2.5 * min(e for _, e in chunks)
+    assert min(n for n, _ in settled) >= 64
+
+
+def test_a_chunk_grows_until_its_tokens_cost_time() -> None:
+    """Where reading the weights is all the cost, a chunk grows to the whole budget."""
+    device = Device()
+    device.token_s[S] = 0.0
+    device.add(T)
+    device.add(S, prompt=8000)
+    steps = [device.step()[0] for _ in range(200)]
+    assert 512 == max(step.num_tokens for step in steps if step.tier is S)
+
+
+def test_a_strategic_prefill_alone_takes_the_whole_budget() -> None:
+    """With no tactical work there is nobody to be late for."""
+    device = Device()
+    device.add(S, prompt=1500)
+    assert [512, 512, 476] == [device.step()[0].num_tokens for _ in range(3)]
+
+
+def test_rates_are_unknown_until_measured() -> None:
+    """None, not zero: a router must not take a new tier for an infinitely slow one."""
+    rates = StepRates()
+    assert (None, None, None) == (
+        rates.decode_step_s,
+        rates.prefill_tokens_per_s,
+        rates.shortest_step_s,
+    )
+
+
+def test_a_decode_rate_is_a_median() -> None:
+    """One stalled step does not move it."""
+    rates = StepRates()
+    for elapsed_s in (0.01, 0.01, 5.0):
+        rates.record(num_tokens=1, prefills=False, elapsed_s=elapsed_s)
+    assert 0.01 == rates.decode_step_s
+
+
+def test_long_prompts_say_more_about_prefill() -> None:
+    """Many tiny prompts, each a whole forward pass, do not hide the speed of a long one."""
+    rates = StepRates()
+    for _ in range(20):
+        rates.record(num_tokens=5, prefills=True, elapsed_s=0.05)
+    rates.record(num_tokens=500, prefills=True, elapsed_s=0.5)
+    assert pytest.approx(1000, rel=0.05) == rates.prefill_tokens_per_s
+
+
+def _order(device: Device, steps: int) -> str:
+    return "".join("t" if device.step()[0].tier is T else "S" for _ in range(steps))

@@ -1,0 +1,223 @@
+"""The scheduler under arbitrary traffic: nothing leaks, nothing is lost, nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import hypothesis.strategies as st
+import pytest
+from fake_engine import EOS, FakeEngine, reference, spec
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.errors import InvalidField, QueueFull
+from sage_fed.scheduler import Ended, EndReason, Outcome, Scheduler, SequenceSpec, TierLimits
+from sage_fed.steps import Step
+
+LIMITS = TierLimits(
+    num_blocks=12, max_context_tokens=96, max_batch=4, max_waiting=5, prefill_chunk_tokens=20
+)
+TIERS = st.sampled_from(Tier)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Clients, a device that is sometimes out of memory, and cancels at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler()
+        self.engines = {tier: FakeEngine(num_blocks=LIMITS.num_blocks) for tier in Tier}
+        for tier in Tier:
+            self.scheduler.open_tier(tier, LIMITS, frozenset({EOS}))
+        self.specs: dict[int, SequenceSpec] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.ended: dict[int, Ended] = {}
+        self.flying: Step | None = None
+        self.now = 0.0
+        self.busy_s = 0.0
+        self.closed: set[Tier] = set()
+
+    def take(self, outcome: Outcome) -> None:
+        """Deliver to the clients."""
+        for drawn in outcome.drawn:
+            assert drawn.seq_id not in self.ended
+            self.outputs[drawn.seq_id].append(drawn.token_id)
+        self.end(*outcome.ended)
+
+    def end(self, *endings: Ended) -> None:
+        """Tell the clients."""
+        for ended in endings:
+            assert ended.seq_id not in self.ended, "a sequence ends once"
+            self.ended[ended.seq_id] = ended
+
+    @rule(
+        tier=TIERS,
+        prompt=st.integers(1, 70),
+        new=st.integers(1, 40),
+        priority=st.sampled_from(Priority),
+        ignore_eos=st.booleans(),
+        penalty=st.sampled_from([1.0, 1.1]),
+    )
+    def add(
+        self,
+        tier: Tier,
+        prompt: int,
+        new: int,
+        priority: Priority,
+        ignore_eos: bool,
+        penalty: float,
+    ) -> None:
+        """A client asks; what can never fit and what finds the queue full is refused."""
+        if tier in self.closed:
+            return
+        asked = spec(
+            len(self.specs),
+            tier,
+            prompt=prompt,
+            new=new,
+            priority=priority,
+            ignore_eos=ignore_eos,
+            sampling=Sampling(seed=len(self.specs), repetition_penalty=penalty),
+        )
+        load = self.scheduler.load(tier)
+        assert load is not None
+        try:
+            self.scheduler.add(asked, self.now)
+        except InvalidField:
+            assert prompt + new > 96
+        except QueueFull:
+            assert load.waiting == LIMITS.max_waiting
+        else:
+            assert prompt + new <= 96
+            assert load.waiting < LIMITS.max_waiting
+            self.specs[asked.seq_id] = asked
+            self.outputs[asked.seq_id] = []
+
+    @precondition(lambda self: self.specs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """A client goes away, also while its step is on the device, also twice."""
+        seq_id = data.draw(st.sampled_from(sorted(self.specs)))
+        self.end(*self.scheduler.cancel(seq_id, self.now))
+
+    @precondition(lambda self: self.flying is None)
+    @rule()
+    def launch(self) -> None:
+        """The next step goes to the device."""
+        self.flying = self.scheduler.next_step(self.now)
+        assert (self.flying is None) == (len(self.ended) == len(self.specs))
+
+    @precondition(lambda self: self.flying is not None)
+    @rule(elapsed_s=st.floats(0.0, 1.0), fits=st.integers(0, 4))
+    def land(self, elapsed_s: float, fits: int) -> None:
+        """The device answers, or was out of memory after it had written some KV."""
+        step, self.flying = self.flying, None
+        assert step is not None
+        self.now += elapsed_s
+        self.busy_s += elapsed_s
+        drawn = self.engines[step.tier].run(step)
+        if fits:
+            outcome = self.scheduler.complete(step, drawn, now=self.now, elapsed_s=elapsed_s)
+        else:
+            outcome = self.scheduler.out_of_memory(step, now=self.now, elapsed_s=elapsed_s)
+            assert len(outcome.ended) <= len(step.chunks)
+        self.take(outcome)
+
+    @precondition(lambda self: self.flying is None and len(self.ended) > 12)
+    @rule()
+    def break_strategic(self) -> None:
+        """An engine breaks: its sequences end, the other tier's do not notice."""
+        self.end(*self.scheduler.close_tier(Tier.STRATEGIC, EndReason.FAILED, self.now))
+        self.closed.add(Tier.STRATEGIC)
+
+    @invariant()
+    def blocks_have_one_owner(self) -> None:
+        """Every block is free or owned by exactly one live sequence, never both."""
+        for schedule in self.scheduler._tiers.values():
+            owned = [b for seq in schedule._running.values() for b in seq.blocks]
+            everything = Counter(owned) + Counter(schedule.pool._free)
+            assert Counter(range(LIMITS.num_blocks)) == everything
+            assert len(schedule._waiting) <= LIMITS.max_waiting
+            assert len(schedule._running) <= LIMITS.max_batch
+
+    def teardown(self) -> None:
+        """Whatever was begun ends within a bounded number of steps, with the right tokens."""
+        if self.flying:
+            self.land(0.01, 1)
+        for _ in range(LIMITS.max_waiting * 2 * 100):
+            self.launch()
+            if self.flying is None:
+                break
+            self.land(0.01, 1)
+        assert self.specs.keys() == self.ended.keys()
+        for seq_id, ended in self.ended.items():
+            expected = reference(self.specs[seq_id])
+            output = self.outputs[seq_id]
+            assert expected[: len(output)] == output
+            assert len(output) == ended.output_tokens
+            if ended.reason in {EndReason.EOS, EndReason.LENGTH}:
+                assert expected == output
+                assert (ended.reason is EndReason.LENGTH) == (
+                    len(output) == self.specs[seq_id].max_new_tokens
+                )
+                assert len(self.specs[seq_id].prompt) == ended.prompt_tokens
+        paid_s = sum(ended.device_s for ended in self.ended.values())
+        assert self.busy_s == pytest.approx(paid_s)
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@given(
+    prompts=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    chunk=st.integers(1, 64),
+)
+@settings(deadline=None)
+def test_chunks_of_a_prompt_are_consecutive_and_complete(prompts: list[int], chunk: int) -> None:
+    """Each prompt is fed once, in order, within the step's budget, and only its end draws."""
+    limits = TierLimits(64, 128, max_batch=8, prefill_chunk_tokens=chunk)
+    scheduler = Scheduler()
+    scheduler.open_tier(Tier.TACTICAL, limits, frozenset())
+    engine = FakeEngine()
+    for seq_id, length in enumerate(prompts):
+        scheduler.add(spec(seq_id, prompt=length, new=1), 0.0)
+    fed: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(prompts))}
+    while step := scheduler.next_step(0.0):
+        assert step.num_tokens <= chunk
+        for piece in step.chunks:
+            assert len(fed[piece.seq_id]) == piece.start
+            fed[piece.seq_id].extend(piece.token_ids)
+            complete = len(fed[piece.seq_id]) == prompts[piece.seq_id]
+            assert complete == (piece.draw is not None)
+        scheduler.complete(step, engine.run(step), now=0.0, elapsed_s=0.01)
+    assert [spec(i, prompt=n).prompt for i, n in enumerate(prompts)] == [
+        tuple(fed[i]) for i in range(len(prompts))
+    ]
+
+
+@given(
+    tactical_s=st.floats(0.0, 1.0),
+    strategic_s=st.floats(0.0, 100.0),
+    share=st.floats(0.05, 0.95),
+)
+@settings(deadline=None)
+def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: float) -> None:
+    """With endless work on both, tactical waits for one step at most and strategic for 64."""
+    scheduler = Scheduler(tactical_share=share)
+    engine = FakeEngine(num_blocks=1000)
+    for tier in Tier:
+        scheduler.open_tier(tier, TierLimits(1000, 10_000), frozenset())
+        scheduler.add(spec(tier.depth, tier, new=5000), 0.0)
+    order = []
+    for _ in range(300):
+        step = scheduler.next_step(0.0)
+        assert step is not None
+        order.append(step.tier)
+        elapsed_s = tactical_s if step.tier is Tier.TACTICAL else strategic_s
+        scheduler.complete(step, engine.run(step), now=0.0, elapsed_s=elapsed_s)
+    assert order[0] is Tier.TACTICAL
+    text = "".join("t" if tier is Tier.TACTICAL else "S" for tier in order)
+    assert "SS" not in text
+    assert "t" * 65 not in text
