@@ -1,0 +1,416 @@
+"""The router: a table with every reason code, and what must hold for all inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sage_fed.core import Budget, JobSpec, Offer, Prompt, Refusal, Route, Tier, TierLoad, TierState
+from sage_fed.errors import (
+    CannotAfford,
+    DeadlineInfeasible,
+    InvalidField,
+    QueueFull,
+    TierUnavailable,
+)
+from sage_fed.router import (
+    Reason,
+    RouteRequest,
+    RoutingPolicy,
+    estimate_s,
+    possible_decisions,
+    refusal_error,
+    route,
+)
+
+TACTICAL, STRATEGIC = Tier.TACTICAL, Tier.STRATEGIC
+ATP = 1_000_000
+
+
+def load(tier: Tier, **changes: object) -> TierLoad:
+    """A measured tier with room: 1 ms a step (tactical) or 10 ms, 1000 prompt tokens a second."""
+    ready = TierLoad(
+        tier,
+        TierState.READY,
+        waiting_limit=8,
+        max_context_tokens=4096,
+        decode_step_s=0.001 if tier is TACTICAL else 0.010,
+        prefill_tokens_per_s=1000.0,
+    )
+    return replace(ready, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class Case:
+    """One row: a rich account asks for 100 new tokens after 20, unless told otherwise."""
+
+    requested: Tier | None = None
+    job: dict[str, Any] = field(default_factory=dict)
+    tactical: dict[str, Any] = field(default_factory=dict)
+    strategic: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
+    prompt_tokens: int = 20
+    max_new_tokens: int = 100
+    deadline_s: float | None = None
+
+    def request(self) -> RouteRequest:
+        """The request of this row."""
+        # Tactical costs 101 ATP at worst, strategic 670.
+        sizes = (self.prompt_tokens, self.max_new_tokens)
+        budget = Budget("alice", 1000 * ATP, 0, 0, 1000 * ATP, 10 * ATP, 50 * ATP)
+        return RouteRequest(
+            job=JobSpec("alice", Prompt(), requested=self.requested, **self.job),
+            offers={
+                TACTICAL: Offer(TACTICAL, *sizes, sizes[0] * ATP // 20, ATP),
+                STRATEGIC: Offer(STRATEGIC, *sizes, sizes[0] * ATP // 2, 66 * ATP // 10),
+            },
+            loads={
+                TACTICAL: load(TACTICAL, **self.tactical),
+                STRATEGIC: load(STRATEGIC, **self.strategic),
+            },
+            budget=replace(budget, **self.budget),
+            policy=RoutingPolicy(complexity_threshold=0.5, strategic_prompt_tokens=1000),
+            deadline_s=self.deadline_s,
+        )
+
+
+HARD = {"complexity": 0.9}
+DOWN = {"allow_downgrade": True}
+LOADING = {"state": TierState.LOADING, "max_context_tokens": 0}
+FAILED = {"state": TierState.FAILED}
+DRAINING = {"state": TierState.DRAINING}
+FULL = {"waiting": 8}
+SLOW = {"queued_prompt_tokens": 60_000}
+POOR = {"balance_uatp": 200 * ATP}
+BROKE = {"balance_uatp": 60 * ATP}
+STUCK = BROKE | {"refill_uatp_per_s": 0}
+LOW = {"balance_uatp": 50 * ATP, "capacity_uatp": 1000 * ATP}
+CHEAP = {"max_cost_uatp": 150 * ATP}
+
+ROUTES = [
+    (Case(TACTICAL), TACTICAL, Reason.EXPLICIT),
+    (Case(STRATEGIC), STRATEGIC, Reason.EXPLICIT),
+    (Case(STRATEGIC, DOWN), STRATEGIC, Reason.EXPLICIT),
+    (Case(TACTICAL, HARD), TACTICAL, Reason.EXPLICIT),
+    (Case(), TACTICAL, Reason.AUTO_SIMPLE),
+    (Case(job={"complexity": 0.49}), TACTICAL, Reason.AUTO_SIMPLE),
+    (Case(job={"complexity": 0.1}, prompt_tokens=1500), TACTICAL, Reason.AUTO_SIMPLE),
+    (Case(job={"complexity": 0.5}), STRATEGIC, Reason.AUTO_COMPLEX),
+    (Case(prompt_tokens=1000, max_new_tokens=10), STRATEGIC, Reason.AUTO_LARGE),
+    (Case(job=HARD, strategic={"max_context_tokens": 119}), TACTICAL, Reason.AUTO_CONTEXT),
+    (Case(tactical={"max_context_tokens": 119}), STRATEGIC, Reason.AUTO_CONTEXT),
+    (Case(tactical={"max_context_tokens": 120}), TACTICAL, Reason.AUTO_SIMPLE),
+    (Case(job=HARD, strategic=LOADING), TACTICAL, Reason.AUTO_LOADING),
+    (Case(job=HARD, strategic=FAILED), TACTICAL, Reason.AUTO_UNAVAILABLE),
+    (Case(tactical=FAILED), STRATEGIC, Reason.AUTO_UNAVAILABLE),
+    (Case(job=HARD, strategic=FULL), TACTICAL, Reason.AUTO_QUEUE),
+    (Case(tactical=FULL), STRATEGIC, Reason.AUTO_QUEUE),
+    (Case(job=HARD, deadline_s=0.5), TACTICAL, Reason.AUTO_DEADLINE),
+    (Case(tactical=SLOW, deadline_s=5), STRATEGIC, Reason.AUTO_DEADLINE),
+    (Case(job=HARD, budget=LOW, max_new_tokens=5), TACTICAL, Reason.AUTO_FLOOR),
+    (Case(job=HARD | CHEAP), TACTICAL, Reason.AUTO_MAX_COST),
+    (Case(job=HARD, budget=POOR), TACTICAL, Reason.AUTO_BUDGET),
+    (Case(STRATEGIC, DOWN, strategic=LOADING), TACTICAL, Reason.DOWNGRADE_LOADING),
+    (Case(STRATEGIC, DOWN, strategic=DRAINING), TACTICAL, Reason.DOWNGRADE_UNAVAILABLE),
+    (Case(STRATEGIC, DOWN, strategic=FULL), TACTICAL, Reason.DOWNGRADE_QUEUE),
+    (Case(STRATEGIC, DOWN, deadline_s=0.5), TACTICAL, Reason.DOWNGRADE_DEADLINE),
+    (Case(STRATEGIC, DOWN, budget=LOW, max_new_tokens=5), TACTICAL, Reason.DOWNGRADE_FLOOR),
+    (Case(STRATEGIC, DOWN | CHEAP), TACTICAL, Reason.DOWNGRADE_MAX_COST),
+    (Case(STRATEGIC, DOWN, budget=POOR), TACTICAL, Reason.DOWNGRADE_BUDGET),
+    # To the last uATP.
+    (Case(STRATEGIC, budget={"balance_uatp": 670 * ATP}), STRATEGIC, "explicit"),
+    (Case(STRATEGIC, {"max_cost_uatp": 670 * ATP}), STRATEGIC, "explicit"),
+    (
+        Case(STRATEGIC, budget={"balance_uatp": 50 * ATP + 1}, max_new_tokens=5),
+        STRATEGIC,
+        "explicit",
+    ),
+    # An unmeasured tier is not refused for a deadline that it may miss.
+    (Case(STRATEGIC, strategic={"decode_step_s": None}, deadline_s=0.1), STRATEGIC, "explicit"),
+]
+
+REFUSALS = [
+    (Case(STRATEGIC, prompt_tokens=4096), Reason.PROMPT_TOO_LONG, "at most 4,095"),
+    (Case(STRATEGIC, DOWN, prompt_tokens=4096), Reason.PROMPT_TOO_LONG, "the strategic tier"),
+    (Case(STRATEGIC, prompt_tokens=4000), Reason.OUTPUT_TOO_LONG, "ask for at most 96"),
+    (Case(prompt_tokens=5000), Reason.PROMPT_TOO_LONG, "5,000 tokens"),
+    (Case(STRATEGIC, strategic=LOADING), Reason.TIER_LOADING, "allow_downgrade the tactical"),
+    (Case(TACTICAL, tactical=LOADING), Reason.TIER_LOADING, "loading its model"),
+    (Case(TACTICAL, DOWN, tactical=FAILED), Reason.TIER_UNAVAILABLE, "tier is failed"),
+    (Case(tactical=DRAINING, strategic=DRAINING), Reason.TIER_UNAVAILABLE, "is draining"),
+    (Case(TACTICAL, tactical=FULL), Reason.QUEUE_FULL, "8 jobs wait"),
+    (Case(STRATEGIC, deadline_s=0.52), Reason.DEADLINE_INFEASIBLE, "at most 50 new tokens"),
+    (Case(STRATEGIC, deadline_s=0.001), Reason.DEADLINE_INFEASIBLE, "give it a later deadline"),
+    (
+        Case(TACTICAL, tactical={"decode_step_s": None}, deadline_s=0.0),
+        Reason.DEADLINE_INFEASIBLE,
+        "0.00 s are left",
+    ),
+    (Case(TACTICAL, deadline_s=0.0), Reason.DEADLINE_INFEASIBLE, "0.00 s are left"),
+    (Case(STRATEGIC, budget=LOW, max_new_tokens=5), Reason.BELOW_FLOOR, "floor of 50 ATP"),
+    (Case(STRATEGIC, CHEAP), Reason.ABOVE_MAX_COST, "at most 21 new tokens"),
+    (Case(TACTICAL, {"max_cost_uatp": 0}), Reason.ABOVE_MAX_COST, "shorten the prompt"),
+    (Case(STRATEGIC, budget=POOR), Reason.CANNOT_AFFORD, "670 ATP on the strategic tier and 200"),
+    (Case(STRATEGIC, DOWN, budget=BROKE), Reason.CANNOT_AFFORD, "101 ATP on the tactical tier"),
+    (Case(TACTICAL, budget=BROKE), Reason.CANNOT_AFFORD, "at most 59 new tokens"),
+    (Case(budget=BROKE), Reason.CANNOT_AFFORD, "wait 4.1 s for the refill"),
+    (
+        Case(STRATEGIC, budget={"balance_uatp": 670 * ATP - 1}),
+        Reason.CANNOT_AFFORD,
+        "670 ATP on the strategic tier and 669.999999 ATP are available",
+    ),
+    (Case(STRATEGIC, {"max_cost_uatp": 670 * ATP - 1}), Reason.ABOVE_MAX_COST, "raise that"),
+    # Money is not a way up, and a loading strategic tier does not hide an empty purse.
+    (Case(job=HARD, strategic=LOADING, budget=STUCK), Reason.CANNOT_AFFORD, "tactical tier"),
+    (Case(job=HARD, strategic=LOADING, tactical=FULL), Reason.QUEUE_FULL, "tactical tier"),
+    (Case(tactical=FULL, budget=POOR), Reason.QUEUE_FULL, "tactical tier"),
+]
+
+
+@pytest.mark.parametrize(("case", "tier", "reason"), ROUTES)
+def test_a_job_takes_the_route_of_the_table(case: Case, tier: Tier, reason: str) -> None:
+    """Each row's circumstances give its tier and reason code, and say if it is a downgrade."""
+    assert Route(tier, reason, case.requested, downgraded=reason.startswith("downgrade")) == route(
+        case.request()
+    )
+
+
+@pytest.mark.parametrize(("case", "reason", "advice"), REFUSALS)
+def test_a_refusal_says_what_to_do(case: Case, reason: Reason, advice: str) -> None:
+    """Each row's circumstances give its refusal code, with the numbers to act on."""
+    refusal = route(case.request())
+
+    assert isinstance(refusal, Refusal)
+    assert reason == refusal.reason
+    assert advice in refusal.message
+
+
+def test_the_tables_have_every_reason_code() -> None:
+    """A code without a row would be untested, or unreachable."""
+    rows = {Reason(reason) for _, _, reason in ROUTES} | {reason for _, reason, _ in REFUSALS}
+
+    assert set(Reason) == rows
+
+
+def test_a_cheaper_strategic_tier_is_no_way_round_an_empty_purse() -> None:
+    """Else a larger balance, which frees the tactical tier, would yield the lower one."""
+    request = Case(budget=BROKE).request()
+    bargain = replace(request.offers[STRATEGIC], prompt_uatp=0, decode_uatp=1)
+
+    refusal = route(replace(request, offers={**request.offers, STRATEGIC: bargain}))
+
+    assert Reason.CANNOT_AFFORD == refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("budget", "max_new_tokens", "retry_after_s"),
+    [
+        ({"balance_uatp": 1 * ATP}, 100, 10.0),
+        ({"balance_uatp": 1 * ATP, "refill_uatp_per_s": 1}, 100, 100.0 * ATP),
+        ({"balance_uatp": 1 * ATP, "refill_uatp_per_s": 0}, 100, None),
+        ({"balance_uatp": 1 * ATP, "capacity_uatp": 101 * ATP - 1}, 100, None),
+        ({"balance_uatp": 1 * ATP, "capacity_uatp": 101 * ATP}, 100, 10.0),
+    ],
+)
+def test_a_budget_refusal_says_when_the_refill_covers_it(
+    budget: dict[str, int], max_new_tokens: int, retry_after_s: float | None
+) -> None:
+    """The delay is the shortfall over the refill, and none where the capacity never suffices."""
+    refusal = route(Case(TACTICAL, budget=budget, max_new_tokens=max_new_tokens).request())
+
+    assert isinstance(refusal, Refusal)
+    assert retry_after_s == refusal.retry_after_s
+
+
+def test_a_floor_refusal_waits_until_the_balance_is_above_the_floor() -> None:
+    """Covering the job is not enough: the balance has to leave the floor as well."""
+    refusal = route(Case(STRATEGIC, budget=LOW, max_new_tokens=1).request())
+
+    assert isinstance(refusal, Refusal)
+    assert 1 / (10 * ATP) == refusal.retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "field"),
+    [
+        (Reason.PROMPT_TOO_LONG, InvalidField, {"field": "job.prompt"}),
+        (Reason.OUTPUT_TOO_LONG, InvalidField, {"field": "job.sampling.max_new_tokens"}),
+        (Reason.TIER_LOADING, TierUnavailable, {"retry_after_s": 3.0}),
+        (Reason.TIER_UNAVAILABLE, TierUnavailable, {"retry_after_s": 3.0}),
+        (Reason.QUEUE_FULL, QueueFull, {"retry_after_s": 3.0}),
+        (Reason.DEADLINE_INFEASIBLE, DeadlineInfeasible, {"estimate_s": 7.0}),
+        (Reason.BELOW_FLOOR, CannotAfford, {"account": "alice", "detail": "below_floor"}),
+        (Reason.ABOVE_MAX_COST, CannotAfford, {"account": "alice", "retry_after_s": 3.0}),
+        (Reason.CANNOT_AFFORD, CannotAfford, {"account": "alice", "retry_after_s": 3.0}),
+    ],
+)
+def test_a_refusal_becomes_its_error(
+    reason: Reason, error: type[Exception], field: dict[str, object]
+) -> None:
+    """The error class decides the status; delay, estimate and account travel along."""
+    raised = refusal_error(Refusal(reason, "why", 3.0, 7.0), "alice")
+
+    assert error is type(raised)
+    assert "why" in str(raised)
+    assert field == {name: getattr(raised, name) for name in field}
+
+
+def test_the_estimate_adds_queue_prompt_and_tokens() -> None:
+    """2000 queued and 500 own prompt tokens at 1000 a second, then 100 steps of 10 ms."""
+    busy = load(STRATEGIC, queued_prompt_tokens=2000)
+
+    assert 3.5 == estimate_s(busy, 500, 100)
+    assert estimate_s(replace(busy, decode_step_s=None), 500, 100) is None
+    assert estimate_s(replace(busy, prefill_tokens_per_s=None), 500, 100) is None
+    assert estimate_s(replace(busy, prefill_tokens_per_s=0.0), 500, 100) is None
+
+
+# What holds for all inputs
+
+AMOUNTS = st.integers(0, 2000 * ATP)
+COUNTS = st.integers(0, 5000)
+
+
+@st.composite
+def loads(draw: st.DrawFn, tier: Tier) -> TierLoad:
+    return TierLoad(
+        tier,
+        draw(st.sampled_from(TierState)),
+        waiting=draw(st.integers(0, 3)),
+        waiting_limit=draw(st.integers(0, 3)),
+        max_context_tokens=draw(st.sampled_from([0, 512, 4096, 10_000])),
+        queued_prompt_tokens=draw(COUNTS),
+        decode_step_s=draw(st.none() | st.floats(0, 1)),
+        prefill_tokens_per_s=draw(st.none() | st.floats(0, 1e5)),
+    )
+
+
+@st.composite
+def offers(draw: st.DrawFn, tier: Tier) -> Offer:
+    return Offer(tier, draw(COUNTS), draw(COUNTS), draw(AMOUNTS), draw(st.integers(1, 10 * ATP)))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> RouteRequest:
+    """Anything at all, impossible prices and missing tiers included."""
+    return RouteRequest(
+        job=JobSpec(
+            "alice",
+            Prompt(),
+            requested=draw(st.none() | st.sampled_from(Tier)),
+            allow_downgrade=draw(st.booleans()),
+            max_cost_uatp=draw(st.none() | AMOUNTS),
+            complexity=draw(st.none() | st.floats(0, 1)),
+        ),
+        offers={tier: draw(offers(tier)) for tier in draw(st.sets(st.sampled_from(Tier)))},
+        loads={tier: draw(loads(tier)) for tier in draw(st.sets(st.sampled_from(Tier)))},
+        budget=Budget(
+            "alice", draw(AMOUNTS), draw(AMOUNTS), 0, draw(AMOUNTS), draw(AMOUNTS), draw(AMOUNTS)
+        ),
+        policy=RoutingPolicy(draw(st.floats(0, 1)), draw(COUNTS)),
+        deadline_s=draw(st.none() | st.floats(-1, 3600)),
+    )
+
+
+@st.composite
+def hopeful_requests(draw: st.DrawFn) -> RouteRequest:
+    """Requests near the feasible: both tiers there, prices as a card has them."""
+    case = Case(
+        requested=draw(st.none() | st.sampled_from(Tier)),
+        job={
+            "allow_downgrade": draw(st.booleans()),
+            "max_cost_uatp": draw(st.none() | AMOUNTS),
+            "complexity": draw(st.none() | st.floats(0, 1)),
+        },
+        tactical=draw(st.sampled_from([{}, {}, FULL, SLOW, LOADING])),
+        strategic=draw(st.sampled_from([{}, {}, FULL, SLOW, LOADING, FAILED])),
+        budget={"balance_uatp": draw(AMOUNTS), "strategic_floor_uatp": draw(AMOUNTS)},
+        prompt_tokens=draw(st.integers(0, 1500)),
+        max_new_tokens=draw(st.integers(1, 300)),
+        deadline_s=draw(st.none() | st.floats(0, 5)),
+    )
+    return case.request()
+
+
+ANY = requests() | hopeful_requests()
+
+
+@given(ANY)
+def test_every_request_gets_one_of_the_possible_decisions(request: RouteRequest) -> None:
+    """The function is total, and its label combinations are bounded."""
+    decision = route(request)
+
+    chosen = decision.tier if isinstance(decision, Route) else None
+    key = (request.job.requested, chosen, Reason(decision.reason))
+    assert key in set(possible_decisions())
+    if isinstance(decision, Refusal):
+        assert refusal_error(decision, "alice").message
+
+
+@given(ANY)
+def test_a_route_never_exceeds_what_may_be_spent(request: RouteRequest) -> None:
+    """The chosen tier's worst case is within balance and max_cost, and the floor is kept."""
+    decision = route(request)
+    if isinstance(decision, Route):
+        cost_uatp = request.offers[decision.tier].worst_case_uatp
+        limit_uatp = request.job.max_cost_uatp
+        assert cost_uatp <= request.budget.balance_uatp
+        assert limit_uatp is None or cost_uatp <= limit_uatp
+        if decision.tier is STRATEGIC:
+            assert request.budget.balance_uatp > request.budget.strategic_floor_uatp
+
+
+@given(ANY, AMOUNTS, st.none() | AMOUNTS)
+def test_more_budget_never_yields_a_lower_tier(
+    request: RouteRequest, more_uatp: int, more_cost_uatp: int | None
+) -> None:
+    """With a larger balance or limit the same job is served by the same tier or a deeper one."""
+    before = route(request)
+    limit_uatp = request.job.max_cost_uatp
+    if limit_uatp is not None:
+        limit_uatp = None if more_cost_uatp is None else limit_uatp + more_cost_uatp
+    after = route(
+        replace(
+            request,
+            job=replace(request.job, max_cost_uatp=limit_uatp),
+            budget=replace(request.budget, balance_uatp=request.budget.balance_uatp + more_uatp),
+        )
+    )
+    if isinstance(before, Route):
+        assert isinstance(after, Route)
+        assert after.tier.depth >= before.tier.depth
+
+
+@given(ANY)
+def test_a_downgrade_is_allowed_and_said(request: RouteRequest) -> None:
+    """Another tier than the one asked for serves only downwards, by leave, and marked."""
+    decision = route(request)
+    if isinstance(decision, Route):
+        asked = request.job.requested
+        assert asked == decision.requested
+        assert decision.downgraded == (asked is not None and decision.tier is not asked)
+        if decision.downgraded:
+            assert request.job.allow_downgrade
+            assert (STRATEGIC, TACTICAL) == (asked, decision.tier)
+
+
+@given(hopeful_requests(), st.sampled_from(Tier))
+def test_an_explicit_tier_is_honoured_where_it_can_serve(request: RouteRequest, tier: Tier) -> None:
+    """If the tier alone could take the job, it does, whatever else would be possible."""
+    asked = replace(request, job=replace(request.job, requested=tier))
+    alone = replace(asked, loads={tier: asked.loads[tier]}, offers={tier: asked.offers[tier]})
+    if isinstance(route(alone), Route):
+        assert Route(tier, "explicit", tier) == route(asked)
+
+
+@given(hopeful_requests())
+def test_auto_serves_whatever_tactical_could(request: RouteRequest) -> None:
+    """Leaving the choice to the daemon is never worse than asking for the tactical tier."""
+    auto = route(replace(request, job=replace(request.job, requested=None)))
+    tactical = route(replace(request, job=replace(request.job, requested=TACTICAL)))
+    if isinstance(tactical, Route):
+        assert isinstance(auto, Route)
