@@ -1,0 +1,289 @@
+"""Trains the bundled pair from nothing: tokenizer, tactical model, strategic model.
+
+    python bench/train_pair.py                  # both, about 60 minutes on 2 idle cores
+    python bench/train_pair.py --tier tactical  # one of them, on the same tokenizer
+
+Owns: the optimisation (Muon for the matrices, AdamW for the rest, warm-up, constant, linear decay),
+checkpoints in `bench/.work/`, saving in the Hugging Face layout.
+Does not know: what the tasks are. A killed run resumes from its checkpoint with the same command;
+`--fresh` forgets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from pair_data import probe, training_step
+from pair_model import SHAPES, PairModel, to_transformers, transformers_config
+from pair_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
+from pair_workers import Crew, run_workers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import GenerationConfig, Qwen2Tokenizer
+
+from sage_fed.tasks import FAMILIES, GRADES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORK = REPOSITORY / "bench" / ".work"
+MODELS = REPOSITORY / "sage_fed" / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How long and how fast one tier is trained."""
+
+    num_steps: int
+    matrix_lr: float
+    other_lr: float
+    num_warmup_steps: int = 100
+    decay_share: float = 0.5
+    weight_decay: float = 0.02
+
+    def rate(self, step: int) -> float:
+        """The share of the peak learning rate at a step."""
+        warmup = (step + 1) / self.num_warmup_steps
+        decay = (self.num_steps - step) / (self.num_steps * self.decay_share)
+        return min(1.0, warmup, decay)
+
+
+RECIPES = {
+    "tactical": Recipe(num_steps=4000, matrix_lr=5e-3, other_lr=5e-3),
+    "strategic": Recipe(num_steps=2600, matrix_lr=3e-3, other_lr=3e-3),
+}
+
+
+def optimizers(model: PairModel, recipe: Recipe, crew: Crew) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of this worker's layers, AdamW for everything that is no such matrix.
+
+    Muon's orthogonalisation costs a fifth of a step, so the workers share it out by layers; AdamW
+    costs nothing, so each worker does all of it and they stay equal.
+    """
+    mine = matrices_by_owner(model, crew)[crew.rank]
+    inside = {id(p) for layer in model.layers for p in layer.parameters() if p.ndim == 2}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(
+            mine,
+            lr=recipe.matrix_lr,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
+    ]
+
+
+def matrices_by_owner(model: PairModel, crew: Crew) -> list[list[torch.nn.Parameter]]:
+    """The matrices inside the layers, by the worker that updates them."""
+    owned: list[list[torch.nn.Parameter]] = [[] for _ in range(crew.num_workers)]
+    for index, layer in enumerate(model.layers):
+        owned[crew.owner(index)] += [p for p in layer.parameters() if p.ndim == 2]
+    return owned
+
+
+def validation_accuracy(
+    model: PairModel, tokenizer: Qwen2Tokenizer, num_tasks: int
+) -> dict[tuple[str, int], float]:
+    """Share of validation tasks whose every answer token is the model's first choice.
+
+    That is exactly greedy decoding's exact match, at the price of one forward pass.
+    """
+    accuracy = {}
+    with torch.no_grad():
+        for family in FAMILIES:
+            for grade in GRADES:
+                batch = probe(tokenizer, family, grade, "validation", num_tasks)
+                wrong = model(batch.token_ids, batch.places).argmax(-1) != batch.targets
+                num_wrong = len(set(batch.rows[wrong].tolist()))
+                accuracy[family, grade] = 1 - num_wrong / num_tasks
+    return accuracy
+
+
+def save(model: PairModel, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+    """Write the Hugging Face layout, weights in bfloat16."""
+    eos, pad = (tokenizer.convert_tokens_to_ids(token) for token in (TURN_END, END_OF_TEXT))
+    exported = to_transformers(model, transformers_config(model.shape, eos, pad))
+    exported = exported.to(torch.bfloat16)
+    exported.generation_config = GenerationConfig(
+        bos_token_id=pad, eos_token_id=[eos, pad], pad_token_id=pad, do_sample=False
+    )
+    exported.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(slots=True)
+class Progressed:
+    """How far a run has come, over all its resumptions."""
+
+    step: int = 0
+    num_tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+class Run:
+    """One tier's training in one worker."""
+
+    def __init__(self, crew: Crew, tier: str, args: argparse.Namespace) -> None:
+        recipe = RECIPES[tier]
+        self.recipe = replace(
+            recipe,
+            num_steps=args.steps or recipe.num_steps,
+            matrix_lr=args.lr or recipe.matrix_lr,
+            other_lr=args.other_lr or recipe.other_lr,
+        )
+        self.crew, self.tier, self.args = crew, tier, args
+        self.tokenizer = train_tokenizer(args.seed)
+        torch.manual_seed(args.seed)
+        self.model = PairModel(SHAPES[tier])
+        self.optims = optimizers(self.model, self.recipe, crew)
+        self.peaks = [optim.param_groups[0]["lr"] for optim in self.optims]
+        self.owned = matrices_by_owner(self.model, crew)
+        self.progressed = Progressed()
+        self.checkpoint = WORK / f"{tier}{args.label}.pt"
+
+    def step(self) -> float:
+        """One optimiser step; returns this worker's share of the loss."""
+        for optim, peak in zip(self.optims, self.peaks, strict=True):
+            for group in optim.param_groups:
+                group["lr"] = peak * self.recipe.rate(self.progressed.step)
+        batches = training_step(self.tokenizer, self.tier, self.args.seed, self.progressed.step)
+        num_targets = sum(batch.targets.numel() for batch in batches)
+        share = 0.0
+        for index, batch in enumerate(batches):
+            self.progressed.num_tokens += batch.token_ids.numel()
+            if _snake(index, self.crew.num_workers) == self.crew.rank:
+                logits = self.model(batch.token_ids, batch.places)
+                loss = F.cross_entropy(logits, batch.targets, reduction="sum") / num_targets
+                loss.backward()
+                share += loss.item()
+        self.crew.sum_gradients(list(self.model.parameters()))
+        for optim in self.optims:
+            optim.step()
+        self.crew.share(self.owned)
+        self.model.zero_grad(set_to_none=True)
+        self.progressed.step += 1
+        return share
+
+    def save_checkpoint(self) -> None:
+        """Write everything a resumption needs; the previous checkpoint stays whole until then."""
+        optims = self.crew.gather([optim.state_dict() for optim in self.optims])
+        if self.crew.leads:
+            partial = self.checkpoint.with_suffix(".partial")
+            state = {"model": self.model.state_dict(), "optims": optims}
+            torch.save(state | asdict(self.progressed), partial)
+            partial.replace(self.checkpoint)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one, with the same number of workers."""
+        if self.args.fresh or not self.checkpoint.exists():
+            return
+        saved = torch.load(self.checkpoint, weights_only=True)
+        if len(saved["optims"]) != self.crew.num_workers:
+            raise SystemExit(
+                f"checkpoint of {len(saved['optims'])} workers: use --workers, --fresh"
+            )
+        self.model.load_state_dict(saved["model"])
+        for optim, state in zip(self.optims, saved["optims"][self.crew.rank], strict=True):
+            optim.load_state_dict(state)
+        self.progressed = Progressed(saved["step"], saved["num_tokens"], saved["elapsed_s"])
+
+
+def _snake(index: int, num_workers: int) -> int:
+    """Who takes the `index`-th micro-batch: 0 1 1 0 0 1 1 0, as later ones are longer."""
+    turn, place = divmod(index, num_workers)
+    return place if turn % 2 == 0 else num_workers - 1 - place
+
+
+def _report(run: Run, console: Console, mean_loss: float, tokens_per_s: float) -> None:
+    accuracy = validation_accuracy(run.model, run.tokenizer, run.args.probe)
+    done = run.progressed
+    console.print(
+        f"{run.tier} step {done.step} of {run.recipe.num_steps}, {done.elapsed_s:.0f} s, "
+        f"loss {mean_loss:.4f}, {tokens_per_s:.0f} tok/s, "
+        f"mean accuracy {sum(accuracy.values()) / len(accuracy):.3f}"
+    )
+    for family in FAMILIES:
+        console.print(f"    {family:9} {' '.join(f'{accuracy[family, g]:.2f}' for g in GRADES)}")
+
+
+def train(crew: Crew, tier: str, args: argparse.Namespace) -> None:
+    """Train one tier to the end and save it."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    run = Run(crew, tier, args)
+    run.resume()
+    num_steps, done = run.recipe.num_steps, run.progressed
+    if crew.leads:
+        num_params = sum(p.numel() for p in run.model.parameters())
+        console.print(f"{tier}: {num_params:,} parameters, {crew.num_workers} workers")
+    last = time.monotonic()
+    reported = replace(done)
+    loss_sum = 0.0
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (crew.leads and console.is_terminal),
+    ) as progress:
+        bar = progress.add_task(tier, total=num_steps, completed=done.step)
+        while done.step < num_steps:
+            loss_sum += run.step() * crew.num_workers
+            now = time.monotonic()
+            done.elapsed_s += now - last
+            last = now
+            progress.update(bar, completed=done.step)
+            at_end = done.step == num_steps
+            if done.step % args.report_steps == 0 or at_end:
+                if crew.leads:
+                    interval_s = done.elapsed_s - reported.elapsed_s
+                    _report(
+                        run,
+                        console,
+                        loss_sum / (done.step - reported.step),
+                        (done.num_tokens - reported.num_tokens) / interval_s,
+                    )
+                reported, loss_sum = replace(done), 0.0
+            if done.step % args.save_steps == 0 or at_end:
+                run.save_checkpoint()
+    if crew.leads:
+        save(run.model, run.tokenizer, args.out / f"demo-{tier}")
+        console.print(f"{tier}: {done.num_tokens:,} tokens in {done.elapsed_s:.0f} s")
+
+
+def main() -> int:
+    """Parse the command line and train the tiers it names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tier", choices=(*SHAPES, "both"), default="both")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="steps instead of the recipe's")
+    parser.add_argument("--lr", type=float, help="peak learning rate instead of the recipe's")
+    parser.add_argument("--other-lr", type=float, help="the same for what Muon does not train")
+    parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
+    parser.add_argument("--label", default="", help="suffix of the checkpoint, for trials")
+    parser.add_argument("--out", type=Path, default=MODELS, help="folder for the two models")
+    parser.add_argument("--fresh", action="store_true", help="forget an existing checkpoint")
+    parser.add_argument("--probe", type=int, default=40, help="validation tasks per cell")
+    parser.add_argument("--report-steps", type=int, default=200)
+    parser.add_argument("--save-steps", type=int, default=100)
+    args = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    for tier in SHAPES if args.tier == "both" else (args.tier,):
+        run_workers(args.workers, train, tier, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
