@@ -158,13 +158,14 @@ class Run:
             for group in optim.param_groups:
                 group["lr"] = peak * self.recipe.rate(self.progressed.step)
         batches = training_step(self.tokenizer, self.tier, self.args.seed, self.progressed.step)
-        num_targets = sum(batch.targets.numel() for batch in batches)
+        total_weight = sum(batch.weights.sum().item() for batch in batches)
         share = 0.0
         for index, batch in enumerate(batches):
             self.progressed.num_tokens += batch.token_ids.numel()
             if _snake(index, self.crew.num_workers) == self.crew.rank:
                 logits = self.model(batch.token_ids, batch.places)
-                loss = F.cross_entropy(logits, batch.targets, reduction="sum") / num_targets
+                losses = F.cross_entropy(logits, batch.targets, reduction="none")
+                loss = (losses * batch.weights).sum() / total_weight
                 loss.backward()
                 share += loss.item()
         self.crew.sum_gradients(list(self.model.parameters()))
