@@ -124,14 +124,16 @@ class RouteQuote(_message.Message):
     def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., worst_case_uatp: _Optional[int] = ..., affordable: _Optional[bool] = ..., estimated_s: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
-    __slots__ = ("reason", "message", "retry_after_s")
+    __slots__ = ("reason", "message", "retry_after_s", "estimate_s")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
     reason: str
     message: str
     retry_after_s: float
-    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    estimate_s: float
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., estimate_s: _Optional[float] = ...) -> None: ...
 
 class CountTokensRequest(_message.Message):
     __slots__ = ("text", "chat", "tier")

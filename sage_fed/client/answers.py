@@ -1,0 +1,44 @@
+"""What the client gives back that core has no word for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sage_fed.core import Finished, Logprob, RunningJob, Started, TierLoad
+from sage_fed.ledger.words import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One job's whole answer."""
+
+    started: Started
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+    finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """A prompt's tokens, and the longest context (prompt and output) of the tier."""
+
+    prompt_tokens: int
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPage:
+    """Ledger entries, newest first; `next_page_token` is empty on the last page."""
+
+    entries: tuple[Entry, ...]
+    next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What runs and waits now; `held_uatp` is over all accounts."""
+
+    tiers: tuple[TierLoad, ...]
+    jobs: tuple[RunningJob, ...]
+    held_uatp: int

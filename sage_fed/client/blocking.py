@@ -1,0 +1,149 @@
+"""The blocking client, for scripts and notebooks.
+
+Owns one channel; use it as a context manager. It blocks: not for an event loop.
+Every method raises the error tree: `InvalidField`, `CannotAfford`, ..., `CannotConnect` where
+nobody answers, `CallFailed` for a status that is none of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+
+from sage_fed.client import asks
+from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
+from sage_fed.client.asks import Ask
+from sage_fed.client.channel import DEFAULT_TIMEOUT_S, OPTIONS, metadata_of, serialize
+from sage_fed.client.failures import error_of
+from sage_fed.client.requests import JobFields, PromptLike, job_of
+from sage_fed.core import Budget, DaemonStatus, Event, Message, ModelStatus, Quote, Tier
+from sage_fed.ledger.words import BudgetChange, Entry
+
+T = TypeVar("T")
+
+MAX_PAGE_SIZE = 1000
+"""The most entries that the daemon gives at once."""
+
+
+class Client:
+    """A daemon at `address` (HOST:PORT), called as the bearer of `token`."""
+
+    def __init__(
+        self, address: str, token: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        self._address = address
+        self._metadata = metadata_of(token)
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; running streams are cancelled."""
+        self._channel.close()
+
+    def stream(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> Iterator[Event]:
+        """Run a job and yield its events; leaving the loop early cancels the job."""
+        ask = asks.stream(job_of(prompt, **fields))
+        method = self._channel.unary_stream(ask.method, serialize, ask.reply.FromString)
+        call = method(ask.request, metadata=self._metadata)
+        try:
+            for reply in call:
+                yield ask.read(reply)
+        except grpc.RpcError as error:
+            raise error_of(error, self._address) from None
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call] # the stubs forgot its types
+
+    def generate(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> Answer:
+        """Run a job and return its whole answer."""
+        return self._ask(asks.generate(job_of(prompt, **fields)))
+
+    def quote(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> Quote:
+        """Return what the job would cost at most and which route it would take."""
+        return self._ask(asks.quote(job_of(prompt, **fields)))
+
+    def count_tokens(
+        self, prompt: str | Sequence[Message], tier: Tier = Tier.TACTICAL
+    ) -> TokenCount:
+        """Return the prompt's tokens as the tier's model would see them."""
+        return self._ask(asks.count_tokens(prompt, tier))
+
+    def budget(self) -> Budget:
+        """Return the caller's own books."""
+        return self._ask(asks.budget())
+
+    def entries_page(self, page_size: int = 50, page_token: str = "") -> EntryPage:
+        """Return one page of the caller's own ledger, newest first."""
+        return self._ask(asks.entries(page_size, page_token))
+
+    def entries(self, limit: int = 50) -> tuple[Entry, ...]:
+        """Return the newest `limit` entries of the caller's own ledger, newest first."""
+        entries: list[Entry] = []
+        page = EntryPage((), "")
+        while len(entries) < limit:
+            size = min(limit - len(entries), MAX_PAGE_SIZE)
+            page = self.entries_page(size, page.next_page_token)
+            entries += page.entries
+            if not page.next_page_token:
+                break
+        return tuple(entries)
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        """Return both tiers' models."""
+        return self._ask(asks.models())
+
+    def status(self) -> DaemonStatus:
+        """Return the daemon at a glance."""
+        return self._ask(asks.status())
+
+    def abort(self, job_id: str) -> bool:
+        """End a job of any account (admins only); False where no such job runs."""
+        return self._ask(asks.abort(job_id))
+
+    def drain(self, grace_s: float | None = None) -> int:
+        """Stop the daemon when its jobs have ended (admins only); how many still run."""
+        return self._ask(asks.drain(grace_s))
+
+    def set_budget(
+        self,
+        account: str,
+        *,
+        balance_uatp: int | None = None,
+        capacity_uatp: int | None = None,
+        refill_uatp_per_s: int | None = None,
+        strategic_floor_uatp: int | None = None,
+    ) -> Budget:
+        """Create or change an account (admins only); None stays as it is."""
+        change = BudgetChange(
+            balance_uatp=balance_uatp,
+            capacity_uatp=capacity_uatp,
+            refill_uatp_per_s=refill_uatp_per_s,
+            strategic_floor_uatp=strategic_floor_uatp,
+        )
+        return self._ask(asks.set_budget(account, change))
+
+    def load(self) -> LoadReport:
+        """Return what runs and waits now (admins only)."""
+        return self._ask(asks.load())
+
+    def _ask(self, ask: Ask[T]) -> T:
+        call = self._channel.unary_unary(ask.method, serialize, ask.reply.FromString)
+        timeout_s = self._timeout_s if ask.timed else None
+        try:
+            reply = call(ask.request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, self._address) from None
+        return ask.read(reply)

@@ -1,0 +1,102 @@
+"""gRPC errors as the error tree: the daemon's table, read backwards.
+
+Owns the mapping from the reason code in ErrorInfo to the class of `errors.py`.
+A status without our details (another server, a proxy, a broken connection) becomes
+`CannotConnect` or `CallFailed`. Never fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import (  # type: ignore[import-untyped] # no marker in the wheel
+    BadRequest,
+    ErrorInfo,
+    RetryInfo,
+)
+from grpc_status import rpc_status
+
+from sage_fed import errors
+from sage_fed.errors import SageFedError
+
+
+@dataclass(slots=True)
+class _Details:
+    """The details of a status, unpacked."""
+
+    reason: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    field_path: str = ""
+    description: str = ""
+    retry_after_s: float | None = None
+
+
+def error_of(error: grpc.RpcError, address: str) -> SageFedError:
+    """Return the error that the daemon meant; `address` is where it was asked."""
+    assert isinstance(error, grpc.Call)
+    code = error.code()
+    message = error.details() or ""
+    details = _details(error)
+    if not details.reason:
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return errors.CannotConnect(address)
+        return errors.CallFailed(message or code.name.lower(), status=code.name)
+    return _known(message, details) or errors.CallFailed(message, status=code.name)
+
+
+def _known(message: str, details: _Details) -> SageFedError | None:
+    match details.reason:
+        case errors.InvalidField.reason:
+            return errors.InvalidField(details.field_path, details.description)
+        case errors.CannotAfford.reason:
+            return errors.CannotAfford(
+                message,
+                account=details.metadata.get("account", ""),
+                reason=details.metadata.get("detail", ""),
+                retry_after_s=details.retry_after_s,
+            )
+        case errors.DeadlineInfeasible.reason:
+            estimate_s = float(details.metadata.get("estimate_s", "nan"))
+            return errors.DeadlineInfeasible(message, estimate_s=estimate_s)
+        case errors.Internal.reason:
+            return errors.Internal(details.metadata.get("error_id", ""))
+        case reason:
+            for kind in (errors.QueueFull, errors.TierUnavailable, errors.LedgerDown):
+                if reason == kind.reason:
+                    return kind(message, details.retry_after_s)
+            for plain in _PLAIN:
+                if reason == plain.reason:
+                    return plain(message)
+            return None
+
+
+_PLAIN: tuple[type[SageFedError], ...] = (
+    errors.Unauthenticated,
+    errors.Forbidden,
+    errors.NoSuchAccount,
+    errors.NotFound,
+    errors.RequestIdConflict,
+    errors.DeviceOutOfMemory,
+)
+
+
+def _details(call: grpc.Call) -> _Details:
+    """Read `grpc-status-details-bin`; what is not there or not readable stays empty."""
+    found = _Details()
+    try:
+        status = rpc_status.from_call(call)
+    except (ValueError, DecodeError):
+        return found
+    for detail in status.details if status is not None else ():
+        if detail.Is(ErrorInfo.DESCRIPTOR):
+            info = ErrorInfo.FromString(detail.value)
+            found.reason, found.metadata = info.reason, dict(info.metadata)
+        elif detail.Is(BadRequest.DESCRIPTOR):
+            violation = BadRequest.FromString(detail.value).field_violations[0]
+            found.field_path, found.description = violation.field, violation.description
+        elif detail.Is(RetryInfo.DESCRIPTOR):
+            delay = RetryInfo.FromString(detail.value).retry_delay
+            found.retry_after_s = delay.seconds + delay.nanos / 1e9
+    return found

@@ -1,0 +1,115 @@
+"""Requests as a client makes them: core -> protobuf.
+
+Owns the shorthand (`generate("...", tier=..., max_new_tokens=...)`) for a JobSpec.
+Checks nothing: the daemon is the judge, and names the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TypedDict, Unpack
+
+from sage_fed.core import JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
+from sage_fed.errors import InvalidField
+from sage_fed.v1 import types_pb2
+
+PromptLike = JobSpec | Prompt | Sequence[Message] | str
+"""A whole job, a prompt, a conversation, or one user turn."""
+
+
+class JobFields(TypedDict, total=False):
+    """Fields of a job beside its prompt, as keyword arguments; see `core.JobSpec`."""
+
+    tier: Tier | None
+    allow_downgrade: bool
+    max_cost_uatp: int | None
+    complexity: float | None
+    priority: Priority
+    client_request_id: str
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    max_new_tokens: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    top_logprobs: int | None
+    deadline_s: float | None
+
+
+def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
+    """Return the message for a job; keyword arguments go with a prompt, not with a JobSpec."""
+    if isinstance(prompt, JobSpec):
+        assert not given, "a JobSpec already says everything"
+        return _message(prompt)
+    if isinstance(prompt, str):
+        prompt = (Message("user", prompt),)
+    if not isinstance(prompt, Prompt):
+        prompt = Prompt(messages=tuple(prompt))
+    sampling = SamplingRequest(
+        temperature=given.get("temperature"),
+        top_p=given.get("top_p"),
+        top_k=given.get("top_k"),
+        min_p=given.get("min_p"),
+        repetition_penalty=given.get("repetition_penalty"),
+        seed=given.get("seed"),
+        max_new_tokens=given.get("max_new_tokens"),
+        stop=tuple(given.get("stop", ())),
+        ignore_eos=given.get("ignore_eos", False),
+        top_logprobs=given.get("top_logprobs"),
+        deadline_s=given.get("deadline_s"),
+    )
+    spec = JobSpec(
+        account="",
+        prompt=prompt,
+        requested=given.get("tier"),
+        allow_downgrade=given.get("allow_downgrade", False),
+        max_cost_uatp=given.get("max_cost_uatp"),
+        complexity=given.get("complexity"),
+        priority=given.get("priority", Priority.NORMAL),
+        client_request_id=given.get("client_request_id", ""),
+        sampling=sampling,
+    )
+    return _message(spec)
+
+
+def tier_of(tier: Tier | None) -> str:
+    """Return the name of the enum's value."""
+    return "TIER_AUTO" if tier is None else f"TIER_{tier.name}"
+
+
+def chat_of(messages: Sequence[Message]) -> types_pb2.ChatMessages:
+    """Return the message for a conversation."""
+    turns = [types_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in messages]
+    return types_pb2.ChatMessages(messages=turns)
+
+
+def _message(spec: JobSpec) -> types_pb2.JobSpec:
+    """The account is not sent: the daemon knows it from the token."""
+    try:
+        job = types_pb2.JobSpec(
+            tier=tier_of(spec.requested),
+            allow_downgrade=spec.allow_downgrade,
+            max_cost_uatp=spec.max_cost_uatp,
+            complexity=spec.complexity,
+            priority=f"PRIORITY_{spec.priority.name}",
+            client_request_id=spec.client_request_id,
+            sampling=types_pb2.SamplingParams(
+                # The two have the same field names; protobuf takes None as "absent".
+                **{
+                    field.name: getattr(spec.sampling, field.name)
+                    for field in fields(SamplingRequest)
+                }
+            ),
+        )
+        if spec.prompt.token_ids:
+            job.token_ids.ids.extend(spec.prompt.token_ids)
+        else:
+            job.chat.CopyFrom(chat_of(spec.prompt.messages))
+    except (ValueError, TypeError) as error:
+        # What protobuf cannot even carry: a number out of its type's range, half a surrogate pair.
+        raise InvalidField("job", str(error)) from None
+    return job

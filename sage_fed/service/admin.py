@@ -1,0 +1,94 @@
+"""AdminService: what an operator does to a running daemon.
+
+Owns the checks of the operator's requests; the role is the edge's to check.
+Fails with `InvalidField` on the request, otherwise as the ledger does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sage_fed.errors import InvalidField
+from sage_fed.ledger.words import BudgetChange
+from sage_fed.service import replies
+from sage_fed.service.edge import Call, Method
+from sage_fed.service.ports import Books, Jobs, Operations
+from sage_fed.v1 import admin_pb2
+
+MAX_GRACE_S = 86_400.0
+"""A drain that may take longer is a daemon that does not stop."""
+
+MAX_JOB_ID_CHARS = 256
+
+
+class AdminService:
+    """Abort, Drain, SetBudget and GetLoad."""
+
+    def __init__(self, jobs: Jobs, books: Books, operations: Operations) -> None:
+        self._jobs = jobs
+        self._books = books
+        self._operations = operations
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The service's RPCs by name."""
+        return {
+            "Abort": self.abort,
+            "Drain": self.drain,
+            "SetBudget": self.set_budget,
+            "GetLoad": self.get_load,
+        }
+
+    async def abort(
+        self,
+        request: admin_pb2.AbortRequest,
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> admin_pb2.AbortResponse:
+        """End a running job of any account."""
+        if not 1 <= len(request.job_id) <= MAX_JOB_ID_CHARS:
+            raise InvalidField("job_id", f"must have 1 to {MAX_JOB_ID_CHARS} characters")
+        return admin_pb2.AbortResponse(aborted=self._jobs.abort(request.job_id))
+
+    async def drain(
+        self,
+        request: admin_pb2.DrainRequest,
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> admin_pb2.DrainResponse:
+        """Stop admission; the daemon exits when its jobs have ended or the grace is over."""
+        grace_s = request.grace_s if request.HasField("grace_s") else None
+        if grace_s is not None and not 0.0 <= grace_s <= MAX_GRACE_S:
+            raise InvalidField("grace_s", f"must be from 0 to {MAX_GRACE_S:g}")
+        return admin_pb2.DrainResponse(jobs_running=self._operations.drain(grace_s))
+
+    async def set_budget(
+        self,
+        request: admin_pb2.SetBudgetRequest,
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> admin_pb2.SetBudgetResponse:
+        """Create an account's budget or change it; the ledger checks the amounts."""
+        if not request.account:
+            raise InvalidField("account", "must not be empty")
+
+        def given(name: str) -> int | None:
+            return int(getattr(request, name)) if request.HasField(name) else None
+
+        change = BudgetChange(
+            balance_uatp=given("balance_uatp"),
+            capacity_uatp=given("capacity_uatp"),
+            refill_uatp_per_s=given("refill_uatp_per_s"),
+            strategic_floor_uatp=given("strategic_floor_uatp"),
+        )
+        budget = await self._books.set_budget(request.account, change)
+        return admin_pb2.SetBudgetResponse(budget=replies.budget_of(budget))
+
+    async def get_load(
+        self,
+        request: admin_pb2.GetLoadRequest,  # noqa: ARG002 - it is empty
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> admin_pb2.GetLoadResponse:
+        """Return what runs and waits now, of every account."""
+        return admin_pb2.GetLoadResponse(
+            tiers=[replies.load_of(load) for load in self._operations.status().tiers],
+            jobs=[replies.running_job_of(job) for job in self._jobs.running()],
+            held_uatp=await self._books.held_total_uatp(),
+        )

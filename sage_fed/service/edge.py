@@ -1,0 +1,145 @@
+"""The one way into our services: auth, then parsing, then the method, then one ending.
+
+Owns what every RPC has in common, so that no method can forget it: the caller is known and
+allowed before a byte of the request is parsed, an error becomes a status by the one table,
+and only the client's own cancellation leaves a handler as CancelledError (any other would
+leave the client waiting for a status for ever).
+Does not know what the methods do. Fails by aborting the RPC, never by raising.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_status import rpc_status
+
+from sage_fed.auth import Authenticator, require_role
+from sage_fed.core import Caller, Role
+from sage_fed.errors import InvalidField
+from sage_fed.service.status import status_of
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who calls, since when (`time.monotonic()`), and how long the call itself may last."""
+
+    caller: Caller
+    arrived: float
+    deadline_s: float | None
+
+
+Context = grpc.aio.ServicerContext[Any, Any]
+UnaryMethod = Callable[[Any, Call], Awaitable[Message]]
+StreamMethod = Callable[[Any, Call], AsyncGenerator[Message, None]]
+Method = UnaryMethod | StreamMethod
+
+
+class Edge:
+    """Builds a service's handlers from its methods."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    def handler(
+        self, service: ServiceDescriptor, methods: Mapping[str, Method], *, role: Role = Role.USER
+    ) -> grpc.GenericRpcHandler[Any, Any]:
+        """Return the handler of a whole service; `methods` has one entry for each of its RPCs."""
+        assert methods.keys() == {method.name for method in service.methods}, service.full_name
+        return grpc.method_handlers_generic_handler(
+            service.full_name,
+            {
+                method.name: self._method_handler(method, methods[method.name], role)
+                for method in service.methods
+            },
+        )
+
+    def _method_handler(
+        self, descriptor: MethodDescriptor, method: Method, role: Role
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Requests arrive as bytes: they are parsed here, after auth, not by gRPC before it."""
+        assert not descriptor.client_streaming
+        request_class = GetMessageClass(descriptor.input_type)
+
+        def enter(raw: bytes, context: Context) -> tuple[Message, Call]:
+            call = self._identify(context, role)
+            try:
+                return request_class.FromString(raw), call
+            except DecodeError:
+                message = f"not a {descriptor.input_type.full_name} message"
+                raise InvalidField("request", message) from None
+
+        if descriptor.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _streaming(enter, method),  # type: ignore[arg-type] # the descriptor says which
+                response_serializer=_serialize,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _unary(enter, method),  # type: ignore[arg-type] # as above
+            response_serializer=_serialize,
+        )
+
+    def _identify(self, context: Context, role: Role) -> Call:
+        arrived = time.monotonic()
+        headers = [
+            value for key, value in context.invocation_metadata() or () if key == "authorization"
+        ]
+        caller = self._authenticator.caller(headers)
+        require_role(caller, role)
+        return Call(caller, arrived, context.time_remaining())
+
+
+Enter = Callable[[bytes, Context], tuple[Message, Call]]
+
+
+def _unary(enter: Enter, method: UnaryMethod) -> Callable[[bytes, Context], Awaitable[Message]]:
+    async def handle(raw: bytes, context: Context) -> Message:
+        try:
+            return await method(*enter(raw, context))
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
+            await _end(context, error)
+
+    return handle
+
+
+def _streaming(enter: Enter, method: StreamMethod) -> Callable[[bytes, Context], Awaitable[None]]:
+    # A coroutine that writes, not a generator that gRPC drives: so a cancellation during a
+    # write is raised here, and the method is closed now and not when it is garbage.
+    # The first write sends the response headers; a refusal before it leaves the RPC retryable.
+    async def handle(raw: bytes, context: Context) -> None:
+        try:
+            async with contextlib.aclosing(method(*enter(raw, context))) as replies:
+                async for reply in replies:
+                    await context.write(reply)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
+            await _end(context, error)
+
+    return handle
+
+
+async def _end(context: Context, error: BaseException) -> NoReturn:
+    """Give the RPC its status; raise only what tells gRPC that the client itself has left."""
+    if _client_left(context):
+        raise asyncio.CancelledError from None
+    status = rpc_status.to_status(status_of(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _client_left(context: Context) -> bool:
+    # gRPC cancels the handler's task when its client cancels or disconnects; a CancelledError
+    # that leaked out of something awaited has not asked this task to cancel.
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancelling() > 0 or context.cancelled() or context.done()
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

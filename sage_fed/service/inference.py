@@ -1,0 +1,107 @@
+"""InferenceService: jobs in, events out.
+
+Owns the shape of the answers: a stream event by event, or the same stream gathered into one
+reply. Knows neither money nor tokens. Fails as the broker's stream does; a client that goes
+away is passed on as `cancel`, and the job's own task settles what was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+
+from sage_fed.core import Delta, Event, Finished, JobSpec, Started
+from sage_fed.service import replies
+from sage_fed.service.edge import Call, Method
+from sage_fed.service.ports import Jobs
+from sage_fed.service.requests import parse_count, parse_job
+from sage_fed.settings import LimitSettings
+from sage_fed.v1 import inference_pb2, types_pb2
+
+
+class InferenceService:
+    """Generate, GenerateStream, Quote and CountTokens."""
+
+    def __init__(self, jobs: Jobs, limits: LimitSettings) -> None:
+        self._jobs = jobs
+        self._limits = limits
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The service's RPCs by name."""
+        return {
+            "Generate": self.generate,
+            "GenerateStream": self.generate_stream,
+            "Quote": self.quote,
+            "CountTokens": self.count_tokens,
+        }
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, call: Call
+    ) -> inference_pb2.GenerateResponse:
+        """Run a job and return its whole answer."""
+        spec = self._spec(request, call)
+        reply = inference_pb2.GenerateResponse()
+        text: list[str] = []
+        stream = await self._jobs.submit(spec, call.arrived)
+        try:
+            async for event in stream:
+                match event:
+                    case Started():
+                        reply.started.CopyFrom(replies.started_of(event))
+                    case Delta():
+                        text.append(event.text)
+                        reply.token_ids.extend(event.token_ids)
+                        reply.logprobs.extend(replies.logprobs_of(event.logprobs))
+                    case Finished():
+                        reply.finished.CopyFrom(replies.finished_of(event))
+        finally:
+            stream.cancel()
+        assert reply.HasField("finished"), "the job's stream ended without an ending"
+        reply.text = "".join(text)
+        return reply
+
+    async def generate_stream(
+        self, request: inference_pb2.GenerateStreamRequest, call: Call
+    ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse, None]:
+        """Run a job and stream its events; nothing is sent before the job is accepted."""
+        spec = self._spec(request, call)
+        stream = await self._jobs.submit(spec, call.arrived)
+        event: Event | None = None
+        try:
+            async for event in stream:
+                yield replies.event_of(event)
+        finally:
+            # Reached with the job still running only if the client is gone.
+            stream.cancel()
+        assert isinstance(event, Finished), "the job's stream ended without an ending"
+
+    async def quote(
+        self, request: inference_pb2.QuoteRequest, call: Call
+    ) -> inference_pb2.QuoteResponse:
+        """Say what a job would cost at most and which route it would take."""
+        return replies.quote_of(await self._jobs.quote(self._spec(request, call)))
+
+    async def count_tokens(
+        self,
+        request: inference_pb2.CountTokensRequest,
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> inference_pb2.CountTokensResponse:
+        """Count a prompt's tokens as the tier's model would see them."""
+        prompt, tier = parse_count(request, self._limits)
+        num_tokens, max_context_tokens = await self._jobs.count_tokens(prompt, tier)
+        return inference_pb2.CountTokensResponse(
+            prompt_tokens=num_tokens, max_context_tokens=max_context_tokens
+        )
+
+    def _spec(
+        self,
+        request: inference_pb2.GenerateRequest
+        | inference_pb2.GenerateStreamRequest
+        | inference_pb2.QuoteRequest,
+        call: Call,
+    ) -> JobSpec:
+        # An absent job reads as an empty one, whose missing prompt is refused by name.
+        job: types_pb2.JobSpec = request.job
+        return parse_job(
+            job, self._limits, account=call.caller.account, call_remaining_s=call.deadline_s
+        )

@@ -1,0 +1,84 @@
+"""What the edge asks of the floors below, and nothing more of them.
+
+Owns no behaviour: protocols that the broker, the ledger and the daemon fulfil.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from sage_fed.core import (
+    Budget,
+    DaemonStatus,
+    Event,
+    JobSpec,
+    ModelStatus,
+    Prompt,
+    Quote,
+    RunningJob,
+    Tier,
+)
+from sage_fed.ledger.words import BudgetChange, Entry
+
+
+class EventStream(Protocol):
+    """One job's events: Started, Delta..., Finished; or a `SageFedError` that ended it."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Read the events, once; a slow reader finds its deltas merged."""
+
+    def cancel(self) -> None:
+        """Say that nobody reads any more. Never blocks; after the ending it does nothing."""
+
+
+class Jobs(Protocol):
+    """The broker."""
+
+    async def submit(self, spec: JobSpec, arrived: float) -> EventStream:
+        """Accept a job: return once its hold is durable. `arrived` is `time.monotonic()`.
+
+        Cancelled while it waits, it cancels the job itself: the caller has no stream to
+        cancel yet. Raises `SageFedError` where the job is refused; nothing is held then.
+        """
+
+    async def quote(self, spec: JobSpec) -> Quote:
+        """Say what the job would cost and which route it would take; no side effect."""
+
+    async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
+        """Return the prompt's tokens and the tier's longest context, in tokens."""
+
+    def abort(self, job_id: str) -> bool:
+        """End a running job for an operator; False where there is none of that id."""
+
+    def running(self) -> tuple[RunningJob, ...]:
+        """Return every accepted job that has not ended."""
+
+
+class Books(Protocol):
+    """The ledger, as far as the edge reads and sets it."""
+
+    async def budget(self, account: str) -> Budget:
+        """Return the account's books now, refill included. Raises `NoSuchAccount`."""
+
+    async def entries(self, account: str, before_id: int | None, limit: int) -> Sequence[Entry]:
+        """Return up to `limit` entries with ids below `before_id`, newest first."""
+
+    async def set_budget(self, account: str, change: BudgetChange) -> Budget:
+        """Create or change an account. Raises `InvalidField` named as in `BudgetChange`."""
+
+    async def held_total_uatp(self) -> int:
+        """Return what is held now, over all accounts."""
+
+
+class Operations(Protocol):
+    """The daemon as a whole."""
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        """Return both tiers' models, whatever their state."""
+
+    def status(self) -> DaemonStatus:
+        """Return the daemon at a glance."""
+
+    def drain(self, grace_s: float | None) -> int:
+        """Start to drain (idempotent; None is the setting's grace); jobs still running."""
