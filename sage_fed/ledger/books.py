@@ -9,11 +9,13 @@ Fails with the errors each method names; an `apsw` error means a bug or a broken
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import apsw
 
+from sage_fed.core import Budget
 from sage_fed.errors import CannotAfford, HoldClosed, InvalidField, NotFound
 from sage_fed.ledger.accounts import Account, Accounts
 from sage_fed.ledger.clock import Now
@@ -90,6 +92,24 @@ class Books:
         return HoldReceipt(
             request.job_id, request.amount_uatp, self._balance_uatp(request.account, now)
         )
+
+    def decide_hold(
+        self,
+        account: str,
+        client_request_id: str,
+        payload_hash: bytes,
+        decide: Callable[[Budget], HoldRequest],
+        now: Now,
+    ) -> HoldReceipt | Replay:
+        """Hold what `decide` asks for when it is shown the balance; a repeat is not asked.
+
+        Deciding and holding are one operation, so no other client's hold comes between them.
+        Raises what `hold` and `decide` raise; nothing is held then.
+        """
+        replay = self.requests.find(account, client_request_id, payload_hash)
+        if replay is not None:
+            return replay
+        return self.hold(decide(self.accounts.budget(account, now)), now)
 
     def settle(
         self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None, now: Now

@@ -13,9 +13,13 @@ from pathlib import Path
 import apsw
 
 from sage_fed.ledger import schema, store
+from sage_fed.ledger.words import MOVES
 
 SIGNED = "sum(CASE '{book}' WHEN credit THEN amount_uatp WHEN debit THEN -amount_uatp ELSE 0 END)"
 """What entries leave in a book. One signed sum: those of each side alone could overflow."""
+
+KINDS = ", ".join(f"'{kind.value} {debit} {credit}'" for kind, (debit, credit) in MOVES.items())
+"""Every move that an entry may be. SQLite skips CHECK constraints on read-only connections."""
 
 BALANCES = (
     (
@@ -46,6 +50,14 @@ BALANCES = (
 )
 
 HISTORY = (
+    (
+        "account {1}: entry {0} is a {2} of {3} uATP from {4} to {5}",
+        f"""
+        SELECT entry_id, account, kind, amount_uatp, debit, credit FROM entry
+        WHERE amount_uatp <= 0 OR kind || ' ' || debit || ' ' || credit NOT IN ({KINDS})
+          OR (job_id IS NULL) <> (kind IN ('grant', 'refill', 'revoke'))
+        """,  # noqa: S608 - a constant
+    ),
     (
         "entries: there are {0}, but the last id is {1}: some were removed",
         "SELECT count(*), max(entry_id) FROM entry HAVING count(*) <> max(entry_id)",
@@ -174,7 +186,7 @@ def _file_violations(db: apsw.Connection) -> tuple[str, ...]:
     return (
         *(f"file: {line}" for line in lines if line != "ok"),
         *(
-            f"table {table}: a row names a {parent} that is not there"
+            f"table {table}: a row names something that is not in {parent}"
             for table, _, parent, _ in links
         ),
     )

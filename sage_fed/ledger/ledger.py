@@ -121,18 +121,39 @@ class Ledger:
 
     async def hold(self, request: HoldRequest) -> HoldReceipt | Replay:
         """Reserve a job's worst case, durably; see `Books.hold`. Also `QueueFull`."""
-        held = False
+        return await self._hold(lambda books, now: books.hold(request, now))
+
+    async def decide_hold(
+        self,
+        account: str,
+        client_request_id: str,
+        payload_hash: bytes,
+        decide: Callable[[Budget], HoldRequest],
+    ) -> HoldReceipt | Replay:
+        """Hold what `decide` asks for at the balance of that instant; see `Books.decide_hold`.
+
+        `decide` is called on the ledger's thread: it must be quick and read only what it owns.
+        """
+        return await self._hold(
+            lambda books, now: books.decide_hold(
+                account, client_request_id, payload_hash, decide, now
+            )
+        )
+
+    async def _hold(
+        self, operation: Callable[[Books, Now], HoldReceipt | Replay]
+    ) -> HoldReceipt | Replay:
+        receipt: HoldReceipt | Replay | None = None
 
         def hold(books: Books, now: Now) -> HoldReceipt | Replay:
-            nonlocal held
-            answer = books.hold(request, now)
-            held = isinstance(answer, HoldReceipt)
-            return answer
+            nonlocal receipt
+            receipt = operation(books, now)
+            return receipt
 
         def undo(books: Books, now: Now) -> None:
-            # Behind the hold in the same inbox, so `held` is known by then.
-            if held:
-                books.void(request.job_id, "abandoned", now)
+            # Behind the hold in the same inbox, so `receipt` is known by then.
+            if isinstance(receipt, HoldReceipt):
+                books.void(receipt.job_id, "abandoned", now)
 
         try:
             return await self._ask(hold)

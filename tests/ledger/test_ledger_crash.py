@@ -1,0 +1,58 @@
+"""The books after `kill -9`, many times, in the middle of their work."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from sage_fed import ledger as ledger_package
+from sage_fed.ledger import Ledger, check
+from sage_fed.ledger.store import readable
+
+KILLS = 10
+CHILD = Path(__file__).with_name("ledger_crash_child.py")
+ROOT = Path(ledger_package.__file__).parents[2]
+
+
+def live_and_be_killed(path: Path, life: int, num_lines: int) -> list[list[str]]:
+    """Run the child until it has said `num_lines`, kill it, return everything it had said."""
+    command = [sys.executable, str(CHILD), str(path), str(life)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        said = [child.stdout.readline().split() for _ in range(num_lines)]
+        child.send_signal(signal.SIGKILL)
+        said += [line.split() for line in child.stdout]
+        assert -signal.SIGKILL == child.wait(timeout=30)
+    return said
+
+
+async def test_the_books_balance_after_kill_9_at_any_instant(tmp_path: Path):
+    """Every acknowledged settlement is there, every other hold is voided, the audit is silent."""
+    path = tmp_path / "ledger.db"
+    chance = random.Random(6590)
+    settled: dict[str, int] = {}
+    open_holds = voided = 0
+    for life in range(KILLS):
+        said = live_and_be_killed(path, life, chance.randint(2, 120))
+        assert ["open", str(open_holds)] == said[0]
+        settled |= {words[1]: int(words[2]) for words in said if words[0] == "settled"}
+        report = check(path)
+        assert () == report.violations
+        open_holds = report.open_holds
+        voided += open_holds
+
+    ledger = await Ledger.open(path)
+    assert open_holds == ledger.recovery.voided_jobs
+    assert 0 == await ledger.held_total_uatp()
+    await ledger.close()
+
+    report = check(path)
+    assert (0, ()) == (report.open_holds, report.violations)
+    with readable(path) as db:
+        written = dict(db.execute("SELECT job_id, charged_uatp FROM job WHERE state = 'settled'"))
+    assert settled == {job_id: written.get(job_id) for job_id in settled}
+    assert len(settled) > KILLS
+    assert voided > 0
