@@ -153,13 +153,15 @@ class Route:
 class Refusal:
     """A named "no"; `retry_after_s` None means that waiting does not help.
 
-    `estimate_s` is how long the job would take, where that is the reason.
+    `estimate_s` is how long the job would take, `denied_uatp` what it could cost, where that
+    is the reason.
     """
 
     reason: str
     message: str
     retry_after_s: float | None = None
     estimate_s: float | None = None
+    denied_uatp: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,6 +235,23 @@ def test_a_floor_refusal_waits_until_the_balance_is_above_the_floor() -> None:
 
 
 @pytest.mark.parametrize(
+    ("case", "denied_uatp"),
+    [
+        (Case(STRATEGIC, CHEAP), 670 * ATP),
+        (Case(STRATEGIC, budget=POOR), 670 * ATP),
+        (Case(STRATEGIC, budget=LOW), 670 * ATP),
+        (Case(STRATEGIC, strategic=FULL), 0),
+    ],
+)
+def test_a_refusal_for_money_carries_the_amount(case: Case, denied_uatp: int) -> None:
+    """What was denied is the worst case of the tier that was refused."""
+    refusal = route(case.request())
+
+    assert isinstance(refusal, Refusal)
+    assert denied_uatp == refusal.denied_uatp
+
+
+@pytest.mark.parametrize(
     ("reason", "error", "field"),
     [
         (Reason.PROMPT_TOO_LONG, InvalidField, {"field": "job.prompt"}),

@@ -108,6 +108,7 @@ def below_floor(offer: Offer, budget: Budget) -> Refusal:
         f"the balance of {atp(budget.balance_uatp)} ATP is not above the account's strategic "
         f"floor of {atp(floor)} ATP; {_wait(retry_s)}ask for the tactical tier",
         retry_s,
+        denied_uatp=offer.worst_case_uatp,
     )
 
 
@@ -118,6 +119,7 @@ def above_max_cost(offer: Offer, max_cost_uatp: int) -> Refusal:
         f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.value} tier, "
         f"above its max_cost_uatp of {atp(max_cost_uatp)} ATP; raise that"
         f"{_smaller(offer, max_cost_uatp)}",
+        denied_uatp=offer.worst_case_uatp,
     )
 
 
@@ -135,6 +137,7 @@ def cannot_afford(offer: Offer, budget: Budget) -> Refusal:
         f"and {atp(budget.balance_uatp)} ATP are available{capacity}; "
         f"{_wait(retry_s)}have the budget raised{_smaller(offer, budget.balance_uatp)}",
         retry_s,
+        denied_uatp=offer.worst_case_uatp,
     )
 
 
