@@ -7,5 +7,6 @@ a checkpoint, so that its tokenizer can be read from the same directory.
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.load import PRECISIONS, EngineOptions, load_engine
+from sage_fed.engine.threads import set_cpu_threads
 
-__all__ = ["PRECISIONS", "Engine", "EngineOptions", "load_engine", "locate"]
+__all__ = ["PRECISIONS", "Engine", "EngineOptions", "load_engine", "locate", "set_cpu_threads"]

@@ -125,8 +125,9 @@ class BatchBuilder:
         width = max(_blocks_used(chunk) for chunk in members)
         table: list[int] = []
         for chunk in members:
-            used = chunk.blocks[:width]
-            # Padding with the sequence's own first block keeps strangers' memory out of reach.
+            used = chunk.blocks[: _blocks_used(chunk)]
+            # Padded with the sequence's own first block: what strangers left in a block that
+            # it has not entered yet must not be read, not even to be masked.
             table += used + used[:1] * (width - len(used))
         lengths = [chunk.start + 1 for chunk in members]
         blocks_at, lengths_at = packer.add(table), packer.add(lengths)

@@ -1,0 +1,38 @@
+"""Checkpoints and engines shared by the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tiny_models import CONFIGS, Checkpoint, save_random
+
+from sage_fed.engine import Engine, EngineOptions, load_engine
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Random checkpoints by the name of their configuration, each written once."""
+    written: dict[str, Checkpoint] = {}
+
+    def of(name: str) -> Checkpoint:
+        if name not in written:
+            path = tmp_path_factory.mktemp("models") / name
+            written[name] = save_random(CONFIGS[name], path)
+        return written[name]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def engine_of(checkpoint: Callable[[str], Checkpoint]) -> Callable[[str], Engine]:
+    """Engines in fp32 on the CPU by the name of their configuration."""
+    loaded: dict[str, Engine] = {}
+
+    def of(name: str) -> Engine:
+        if name not in loaded:
+            options = EngineOptions(model=str(checkpoint(name).path), kv_cache_bytes=1 << 22)
+            loaded[name] = load_engine(options, lambda _: None)
+        return loaded[name]
+
+    return of
