@@ -4,8 +4,9 @@ Owns the connection and the group commit: whatever waits in the inbox goes into 
 each operation in a savepoint of its own, so that a refused one does not undo its neighbours, and
 one `fsync` pays for all of them. Answers leave only after the commit.
 Knows no asyncio: what it has to say goes through `deliver`, called on this thread.
-An error of the tree refuses one operation. Any other, a failed commit included, ends the thread:
-the group is rolled back, `Died` is the last thing said, and every unanswered operation has failed.
+An error that an operation raises is its answer, and nothing of the operation stays.
+An `apsw` error, a failed commit included, ends the thread: the group is rolled back, `Died` is the
+last thing said, and every unanswered operation has failed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import apsw
 
-from sage_fed.errors import LedgerCorrupt, SageFedError
+from sage_fed.errors import LedgerCorrupt
 from sage_fed.ledger import store
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.check import balance_violations
@@ -32,11 +33,11 @@ Operation = Callable[[Books, Now], object]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The end of the operation with this ticket: a value or an error of the tree."""
+    """The end of the operation with this ticket: a value or the error it raised."""
 
     ticket: int
     value: object
-    error: SageFedError | None
+    error: Exception | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,9 @@ def _answer(
     db.execute("SAVEPOINT operation")
     try:
         value = operation(books, now)
-    except SageFedError as error:
+    except apsw.Error:
+        raise
+    except Exception as error:  # noqa: BLE001 - also a bug of the caller's `decide` goes to it
         db.execute("ROLLBACK TO operation")
         answer = Answer(ticket, None, error)
     else:

@@ -10,6 +10,7 @@ import apsw
 import pytest
 from ledger_fakes import HandClock
 
+from sage_fed.core import Budget
 from sage_fed.errors import (
     CannotAfford,
     ConfigError,
@@ -159,6 +160,45 @@ async def test_a_refused_operation_leaves_nothing_half_done(ledger: Ledger, path
 
     assert 0 == await ledger.held_total_uatp()
     assert (0, ()) == (check(path).jobs, check(path).violations)
+
+
+async def test_deciding_and_holding_see_one_balance(ledger: Ledger):
+    """Of two jobs that each would take all, the second decides on what the first left."""
+
+    def everything(job_id: str) -> Callable[[Budget], HoldRequest]:
+        return lambda budget: request(job_id, budget.balance_uatp)
+
+    assert [HoldReceipt("a", 1000, 0), HoldReceipt("b", 0, 0)] == await asyncio.gather(
+        ledger.decide_hold("ann", "", b"", everything("a")),
+        ledger.decide_hold("ann", "", b"", everything("b")),
+    )
+
+
+async def test_a_repeated_request_is_answered_without_deciding(ledger: Ledger):
+    """The first decision stands."""
+    await ledger.hold(request("j1", rid="r"))
+    await ledger.settle("j1", 4, "length", b"answer")
+    asked: list[Budget] = []
+
+    def decide(budget: Budget) -> HoldRequest:
+        asked.append(budget)
+        return request("j2")
+
+    assert Replay("j1", b"answer") == await ledger.decide_hold("ann", "r", b"", decide)
+    assert [] == asked
+
+
+async def test_a_bug_in_deciding_reaches_its_caller_only(ledger: Ledger):
+    """The books were not touched, so the ledger goes on."""
+
+    def decide(_budget: Budget) -> HoldRequest:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        await ledger.decide_hold("ann", "", b"", decide)
+
+    assert ledger.alive
+    assert HoldReceipt("j1", 10, 990) == await ledger.hold(request("j1"))
 
 
 async def test_a_cancelled_hold_is_voided(ledger: Ledger):
