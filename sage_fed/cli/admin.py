@@ -1,0 +1,156 @@
+"""`sage-fed admin ...`: for operators.
+
+Owns: finding the admin token of this machine's daemon.
+Does not know: the wire.
+Fails: exit codes of `exits.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.connection import call
+from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.inspect import print_tier_loads
+from sage_fed.cli.paths import admin_token
+from sage_fed.cli.render import atp_number, format_atp, format_seconds, print_json, print_table
+from sage_fed.cli.serve import effective
+
+
+def admin_app() -> typer.Typer:
+    """The operator's commands."""
+    app = typer.Typer(
+        name="admin",
+        no_args_is_help=True,
+        help="Operate the daemon, with SAGE_FED_TOKEN or the token in its state directory.",
+    )
+    app.command()(load)
+    app.command()(abort)
+    app.command()(drain)
+    app.command()(set_budget)
+    return app
+
+
+def load(
+    *,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Show every running job, of all accounts."""
+    with reported(as_json=as_json):
+        now = call(address, _token(token, state_dir), lambda client: client.load())
+        if as_json:
+            print_json(now)
+            return
+        print_tier_loads(now.tiers)
+        print_table(
+            ("job", "account", "tier", "priority", "age", "tokens", "held ATP"),
+            [
+                (
+                    job.job_id,
+                    job.account,
+                    job.tier.value,
+                    job.priority.name.lower(),
+                    format_seconds(job.age_s),
+                    f"{job.prompt_tokens} + {job.output_tokens}",
+                    atp_number(job.held_uatp),
+                )
+                for job in now.jobs
+            ],
+            right=("age", "tokens", "held ATP"),
+        )
+        typer.echo(f"{format_atp(now.held_uatp)} held over all accounts")
+
+
+def abort(
+    job_id: Annotated[str, typer.Argument(metavar="JOB")],
+    *,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """End a running job; its client gets, and pays for, what was made."""
+    with reported(as_json=as_json):
+        aborted = call(address, _token(token, state_dir), lambda client: client.abort(job_id))
+        if as_json:
+            print_json({"aborted": aborted})
+        else:
+            typer.echo(f"aborted {job_id}" if aborted else f"no job {job_id} is running")
+        if not aborted:
+            raise typer.Exit(ExitCode.ERROR)
+
+
+def drain(
+    grace: Annotated[
+        float | None,
+        typer.Option("--grace", min=0.0, metavar="SECONDS", help="Then cancel what still runs."),
+    ] = None,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Admit nothing more, let running jobs finish, then stop the daemon."""
+    with reported(as_json=as_json):
+        running = call(address, _token(token, state_dir), lambda client: client.drain(grace))
+        if as_json:
+            print_json({"jobs_running": running})
+        else:
+            typer.echo(f"draining, {running} jobs still run")
+
+
+def set_budget(
+    account: Annotated[str, typer.Argument(metavar="ACCOUNT")],
+    *,
+    balance: Annotated[
+        int | None, typer.Option("--balance", parser=options.atp_amount, metavar="ATP")
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option("--capacity", parser=options.atp_amount, metavar="ATP")
+    ] = None,
+    refill: Annotated[
+        int | None, typer.Option("--refill", parser=options.atp_amount, metavar="ATP_PER_S")
+    ] = None,
+    strategic_floor: Annotated[
+        int | None, typer.Option("--strategic-floor", parser=options.atp_amount, metavar="ATP")
+    ] = None,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Create an account's budget or change it; what is not given stays as it is."""
+    with reported(as_json=as_json):
+        books = call(
+            address,
+            _token(token, state_dir),
+            lambda client: client.set_budget(
+                account,
+                balance_uatp=balance,
+                capacity_uatp=capacity,
+                refill_uatp_per_s=refill,
+                strategic_floor_uatp=strategic_floor,
+            ),
+        )
+        if as_json:
+            print_json(books)
+        else:
+            typer.echo(
+                f"{books.account}: {format_atp(books.balance_uatp)} of "
+                f"{format_atp(books.capacity_uatp)}, "
+                f"refill {format_atp(books.refill_uatp_per_s)}/s, "
+                f"strategic floor {format_atp(books.strategic_floor_uatp)}"
+            )
+
+
+def _token(token: str | None, state_dir: options.StateDir) -> str:
+    """The given token, or the one of this machine's daemon."""
+    if token:
+        return token
+    return admin_token(effective({"state_dir": state_dir}, None).settings.state_dir)

@@ -1,0 +1,191 @@
+"""`sage-fed ask`: one question, its answer as it comes.
+
+Owns: the printing of one job's stream, shared with `chat`.
+Does not know: the wire.
+Fails: exit codes of `exits.py`; an interrupted answer is cancelled on the daemon too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.connection import call
+from sage_fed.cli.exits import reported
+from sage_fed.cli.render import (
+    format_atp,
+    format_rate,
+    format_seconds,
+    print_json,
+    printable,
+    to_plain,
+)
+from sage_fed.core import Delta, Event, Finished, JobSpec, Logprob, SamplingRequest, Started
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one stream has delivered so far."""
+
+    started: Started | None = None
+    finished: Finished | None = None
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
+    def add(self, event: Event) -> str:
+        """Take one event; the text that it brings."""
+        if isinstance(event, Started):
+            self.started = event
+        elif isinstance(event, Finished):
+            self.finished = event
+        else:
+            return self._add_delta(event)
+        return ""
+
+    def _add_delta(self, delta: Delta) -> str:
+        self.pieces.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        return delta.text
+
+
+def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
+    """Read a stream to its end, showing each piece of text when it arrives."""
+    answer = Answer()
+    for event in events:
+        text = answer.add(event)
+        if text:
+            show(text)
+    return answer
+
+
+def show_text(text: str) -> None:
+    """Write a piece of an answer at once; a terminal gets no control codes from a model."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def footer(answer: Answer) -> str:
+    """One line about how the answer was made and what it cost."""
+    started, finished = answer.started, answer.finished
+    if started is None or finished is None:
+        return ""
+    usage, timing = finished.usage, finished.timing
+    asked = started.route.requested
+    parts = [
+        f"{started.route.tier.value} ({started.route.reason})"
+        + (f", instead of {asked.value}" if started.route.downgraded and asked else ""),
+        f"{usage.prompt_tokens} + {usage.output_tokens} tokens",
+        f"first after {format_seconds(timing.time_to_first_token_s)}",
+        f"{format_rate(usage.output_tokens - 1, timing.decode_s)} tok/s",
+        finished.stop_reason.value.replace("_", " "),
+        f"{format_atp(finished.price.charged_uatp)} charged",
+        f"{format_atp(finished.balance_uatp)} left",
+    ]
+    if started.replayed:
+        parts.append("replayed")
+    return " · ".join(parts)
+
+
+def answer_object(answer: Answer) -> dict[str, object]:
+    """The whole answer for `--json`."""
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "logprobs": to_plain(answer.logprobs),
+        "started": to_plain(answer.started),
+        "finished": to_plain(answer.finished),
+    }
+
+
+def ask(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]", help="The question; `-` reads stdin.")
+    ] = None,
+    *,
+    tier: options.TierOption = options.TierChoice.AUTO,
+    max_cost: options.MaxCost = None,
+    allow_downgrade: options.AllowDowngrade = False,
+    complexity: options.Complexity = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="0 turns it off.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", metavar="SECONDS", help="Stop after this long.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", min=0, help="Log-probabilities, with this many alternatives."),
+    ] = None,
+    request_id: Annotated[
+        str, typer.Option("--request-id", help="The same id is answered, and charged, once.")
+    ] = "",
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Ask one question and stream the answer.
+
+    Piped, stdout is the answer and nothing else; what it cost goes to a terminal's stderr.
+    """
+    spec = options.job_spec(
+        options.conversation(options.read_prompt(words), system),
+        tier=tier,
+        max_cost_uatp=max_cost,
+        allow_downgrade=allow_downgrade,
+        complexity=complexity,
+        request_id=request_id,
+        sampling=SamplingRequest(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+            top_logprobs=logprobs,
+            deadline_s=deadline,
+        ),
+    )
+    with reported(as_json=as_json):
+        if as_json:
+            print_json(answer_object(_stream(address, token, spec, lambda _: None)))
+        else:
+            _print_answer(_stream(address, token, spec, show_text))
+
+
+def _stream(address: str, token: str | None, spec: JobSpec, show: Callable[[str], None]) -> Answer:
+    return call(address, token, lambda client: follow(client.stream(spec), show))
+
+
+def _print_answer(answer: Answer) -> None:
+    """Close the text's last line, then what is about the answer, on stderr."""
+    if not answer.text.endswith("\n"):
+        typer.echo()
+    for entry in answer.logprobs:
+        others = " ".join(f"{token_id}:{logprob:.3f}" for token_id, logprob in entry.top)
+        typer.echo(f"{entry.token_id:>6} {entry.logprob:8.3f}  {others}", err=True)
+    if sys.stderr.isatty():
+        typer.secho(footer(answer), err=True, dim=True)

@@ -1,0 +1,37 @@
+"""`sage-fed demo`: the whole product in one command.
+
+Owns: where the demo keeps its state, its exit code.
+Does not know: the story (`demo_story.py`).
+Fails: exit code 1 where the daemon dies, a stream breaks or the books do not balance.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.render import stdout_console
+
+
+def demo(
+    *,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option("--state-dir", help="Keep books and log here; otherwise they are deleted."),
+    ] = None,
+) -> None:
+    """Start a daemon with the bundled pair, ask it a dozen questions, show prices and metrics."""
+    # Drawing takes a tenth of a second to import, which no other command should pay.
+    from sage_fed.cli.demo_story import run  # noqa: PLC0415
+
+    with reported(), tempfile.TemporaryDirectory(prefix="sage-fed-demo-") as temporary:
+        folder = state_dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        failures = run(folder, stdout_console())
+        if failures:
+            typer.echo(f"demo failed: {'; '.join(failures)}", err=True)
+            raise typer.Exit(ExitCode.ERROR)

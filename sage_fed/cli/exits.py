@@ -1,0 +1,130 @@
+"""Exit codes of the command line, and how an error is told to a person or a program.
+
+Owns: the one table from error class to exit code, and what to do next for each class.
+Does not know: gRPC, rich, any command.
+Fails: never; an unknown error is `ExitCode.ERROR`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from sage_fed.errors import (
+    CannotAfford,
+    CannotConnect,
+    ConfigError,
+    DeadlineInfeasible,
+    DeviceOutOfMemory,
+    Forbidden,
+    InvalidField,
+    LedgerDown,
+    NoSuchAccount,
+    QueueFull,
+    RequestIdConflict,
+    Retryable,
+    SageFedError,
+    TierUnavailable,
+    Unauthenticated,
+)
+
+
+class ExitCode(enum.IntEnum):
+    """What a shell sees; the same for every command."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    REFUSED = 3
+    UNAVAILABLE = 4
+    INTERRUPTED = 130
+
+
+EXIT_CODES_HELP = (
+    "Exit codes: 0 ok, 1 error, 2 usage or configuration, 3 refused by the budget, "
+    "4 unavailable or cannot connect, 130 interrupted."
+)
+
+# First match wins, so a subclass comes before its parent.
+_TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
+    (
+        CannotAfford,
+        ExitCode.REFUSED,
+        "fewer --max-new-tokens or --tier tactical cost less; see `sage-fed budget`",
+    ),
+    (
+        CannotConnect,
+        ExitCode.UNAVAILABLE,
+        "is the daemon running? start it with: sage-fed serve --profile demo",
+    ),
+    (QueueFull, ExitCode.UNAVAILABLE, ""),
+    (LedgerDown, ExitCode.UNAVAILABLE, ""),
+    (TierUnavailable, ExitCode.UNAVAILABLE, "see `sage-fed status`"),
+    (InvalidField, ExitCode.USAGE, ""),
+    (ConfigError, ExitCode.USAGE, "see `sage-fed config`"),
+    (
+        DeadlineInfeasible,
+        ExitCode.ERROR,
+        "allow more time with --deadline, or ask for fewer tokens",
+    ),
+    (RequestIdConflict, ExitCode.ERROR, "choose another --request-id"),
+    (Unauthenticated, ExitCode.ERROR, "give a token with --token or SAGE_FED_TOKEN"),
+    (Forbidden, ExitCode.ERROR, "this needs another role; give its token with SAGE_FED_TOKEN"),
+    (NoSuchAccount, ExitCode.ERROR, "an operator creates it with `sage-fed admin set-budget`"),
+    (DeviceOutOfMemory, ExitCode.ERROR, "ask for fewer tokens, or try again"),
+)
+
+_REFUSALS = (CannotAfford, QueueFull, TierUnavailable, DeadlineInfeasible, InvalidField, Forbidden)
+
+
+def exit_code(error: SageFedError) -> ExitCode:
+    """The code a command ends with after this error."""
+    for kind, code, _ in _TABLE:
+        if isinstance(error, kind):
+            return code
+    return ExitCode.ERROR
+
+
+def explain(error: SageFedError) -> str:
+    """One readable line: what happened, then what to do next."""
+    parts = [f"{'refused' if isinstance(error, _REFUSALS) else 'error'}: {error.message}"]
+    if isinstance(error, Retryable) and error.retry_after_s is not None:
+        parts.append(f"retry after {max(error.retry_after_s, 0.1):.1f} s")
+    parts.extend(hint for kind, _, hint in _TABLE if hint and isinstance(error, kind))
+    return "; ".join(parts)
+
+
+def error_object(error: SageFedError) -> dict[str, object]:
+    """The error for `--json`: the reason code is stable, the message is for people."""
+    body: dict[str, object] = {"reason": error.reason, "message": error.message}
+    if isinstance(error, Retryable) and error.retry_after_s is not None:
+        body["retry_after_s"] = error.retry_after_s
+    if isinstance(error, InvalidField):
+        body["field"] = error.field
+    if isinstance(error, CannotAfford):
+        body["detail"] = error.detail
+    return {"error": body}
+
+
+@contextlib.contextmanager
+def reported(*, as_json: bool = False) -> Iterator[None]:
+    """Turn the world's errors into one line on stderr and an exit code, never a traceback.
+
+    With `as_json` stdout gets an object too, so that a program never parses a sentence.
+    """
+    try:
+        yield
+    except SageFedError as error:
+        if as_json:
+            typer.echo(json.dumps(error_object(error)))
+        typer.echo(explain(error), err=True)
+        raise typer.Exit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            typer.echo("\ninterrupted", err=True)
+        raise typer.Exit(ExitCode.INTERRUPTED) from None

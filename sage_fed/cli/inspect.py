@@ -1,0 +1,271 @@
+"""`quote`, `budget`, `ledger`, `models`, `status`: what is, and what would be.
+
+Owns: the tables of these commands.
+Does not know: the wire; the books' file except through the ledger's own audit.
+Fails: exit codes of `exits.py`; `ledger check` with 1 where the books do not balance.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.connection import call
+from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.render import (
+    atp_number,
+    format_atp,
+    format_bytes,
+    format_seconds,
+    print_fields,
+    print_json,
+    print_table,
+)
+from sage_fed.cli.serve import effective
+from sage_fed.core import ModelStatus, Quote, Route, SamplingRequest, TierLoad
+from sage_fed.ledger import check
+
+
+def quote(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]", help="The question; `-` reads stdin.")
+    ] = None,
+    *,
+    tier: options.TierOption = options.TierChoice.AUTO,
+    max_cost: options.MaxCost = None,
+    allow_downgrade: options.AllowDowngrade = False,
+    complexity: options.Complexity = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Say what a question would cost at most, and which tier would answer. Nothing is spent."""
+    spec = options.job_spec(
+        options.conversation(options.read_prompt(words), None),
+        tier=tier,
+        max_cost_uatp=max_cost,
+        allow_downgrade=allow_downgrade,
+        complexity=complexity,
+        sampling=SamplingRequest(max_new_tokens=max_new_tokens),
+    )
+    with reported(as_json=as_json):
+        answer = call(address, token, lambda client: client.quote(spec))
+        if as_json:
+            print_json(answer)
+        else:
+            _print_quote(answer)
+
+
+def _print_quote(answer: Quote) -> None:
+    print_table(
+        ("tier", "at most ATP", "affordable", "takes about"),
+        [
+            (
+                tier.tier.value,
+                atp_number(tier.worst_case_uatp),
+                "yes" if tier.affordable else "no",
+                "-" if tier.estimated_s is None else format_seconds(tier.estimated_s),
+            )
+            for tier in answer.tiers
+        ],
+        right=("at most ATP", "takes about"),
+    )
+    decision = answer.decision
+    if isinstance(decision, Route):
+        chosen = f"{decision.tier.value} ({decision.reason})"
+    else:
+        chosen = f"refused ({decision.reason}): {decision.message}"
+    print_fields(
+        (
+            ("would run on", chosen),
+            ("tokens", f"{answer.prompt_tokens} prompt + {answer.max_new_tokens} new at most"),
+            ("balance", format_atp(answer.balance_uatp)),
+            ("rate card", answer.rate_card),
+        )
+    )
+
+
+def budget(
+    *,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Show the account: balance, held, spent, refill."""
+    with reported(as_json=as_json):
+        books = call(address, token, lambda client: client.budget())
+        if as_json:
+            print_json(books)
+            return
+        print_fields(
+            (
+                ("account", books.account),
+                ("balance", format_atp(books.balance_uatp)),
+                ("held", format_atp(books.held_uatp)),
+                ("spent", f"{atp_number(books.discharged_uatp)} ADP"),
+                ("capacity", format_atp(books.capacity_uatp)),
+                ("refill", f"{format_atp(books.refill_uatp_per_s)}/s"),
+                ("strategic floor", format_atp(books.strategic_floor_uatp)),
+            )
+        )
+
+
+def ledger_app() -> typer.Typer:
+    """`ledger` lists, `ledger check` audits."""
+    app = typer.Typer(name="ledger", help="List the account's entries, or audit the books.")
+    app.callback(invoke_without_command=True)(list_entries)
+    app.command("check")(check_books)
+    return app
+
+
+def list_entries(
+    *,
+    context: typer.Context,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The newest this many.")] = 50,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """List the account's entries, newest first; `ledger check` audits the books."""
+    if context.invoked_subcommand is not None:
+        return
+    with reported(as_json=as_json):
+        entries = call(address, token, lambda client: client.entries(limit=limit))
+        if as_json:
+            print_json({"entries": entries})
+            return
+        print_table(
+            ("entry", "time", "kind", "ATP", "from", "to", "job", "rate card"),
+            [
+                (
+                    str(entry.entry_id),
+                    _local_time(entry.time_ns),
+                    entry.kind.value,
+                    atp_number(entry.amount_uatp),
+                    entry.debit,
+                    entry.credit,
+                    entry.job_id or "-",
+                    entry.rate_card or "-",
+                )
+                for entry in entries
+            ],
+            right=("entry", "ATP"),
+        )
+
+
+def check_books(
+    *,
+    state_dir: options.StateDir = None,
+    profile: options.Profile = None,
+    config_file: options.ConfigFile = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Audit the books on this machine from their entries; the daemon may be running."""
+    with reported(as_json=as_json):
+        flags = {"state_dir": state_dir, "profile": profile}
+        report = check(ledger_file(effective(flags, config_file).settings.state_dir))
+        if as_json:
+            print_json(report)
+        else:
+            typer.echo(
+                f"{report.accounts} accounts, {report.jobs} jobs, {report.open_holds} open holds, "
+                f"{report.entries} entries"
+            )
+            for violation in report.violations:
+                typer.echo(f"violation: {violation}")
+            typer.echo("the books do not balance" if report.violations else "the books balance")
+        if report.violations:
+            raise typer.Exit(ExitCode.ERROR)
+
+
+def models(
+    *,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Show the model of each tier."""
+    with reported(as_json=as_json):
+        listed = call(address, token, lambda client: client.models())
+        if as_json:
+            print_json({"models": listed})
+            return
+        for model in listed:
+            state = model.state.value
+            if model.message:
+                state += f": {model.message}"
+            elif model.load_progress < 1:
+                state += f" {model.load_progress:.0%}"
+            print_fields(
+                (
+                    (model.tier.value, model.name + (f"@{model.revision}" * bool(model.revision))),
+                    ("  state", state),
+                    ("  architecture", f"{model.architecture}, {model.parameters:,} parameters"),
+                    ("  precision", f"{model.precision} on {model.device}"),
+                    (
+                        "  memory",
+                        f"{format_bytes(model.weight_bytes)} weights, {_kv_cache(model)}",
+                    ),
+                    ("  context", f"{model.max_context_tokens:,} tokens"),
+                    ("  loaded in", format_seconds(model.load_s)),
+                    ("  price", f"{format_atp(model.decode_uatp)} per output token"),
+                )
+            )
+
+
+def status(
+    *,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Show the daemon at a glance."""
+    with reported(as_json=as_json):
+        now = call(address, token, lambda client: client.status())
+        if as_json:
+            print_json(now)
+            return
+        print_fields(
+            (
+                ("version", now.version),
+                ("up for", format_seconds(now.uptime_s)),
+                ("device", now.device),
+                ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
+                ("admission", "draining" if now.draining else "open"),
+            )
+        )
+        print_tier_loads(now.tiers)
+
+
+def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
+    """What each tier is doing."""
+    print_table(
+        ("tier", "state", "running", "waiting", "KV tokens", "step", "prefill tok/s"),
+        [
+            (
+                tier.tier.value,
+                tier.state.value,
+                str(tier.running),
+                f"{tier.waiting}/{tier.waiting_limit}",
+                f"{tier.kv_tokens_used:,}/{tier.kv_tokens_total:,}",
+                "-" if tier.decode_step_s is None else format_seconds(tier.decode_step_s),
+                "-" if tier.prefill_tokens_per_s is None else f"{tier.prefill_tokens_per_s:.0f}",
+            )
+            for tier in tiers
+        ],
+        right=("running", "waiting", "KV tokens", "step", "prefill tok/s"),
+    )
+
+
+def _kv_cache(model: ModelStatus) -> str:
+    return f"{format_bytes(model.kv_cache_bytes)} KV cache ({model.kv_cache_tokens:,} tokens)"
+
+
+def _local_time(time_ns: int) -> str:
+    moment = dt.datetime.fromtimestamp(time_ns / 1e9, dt.UTC).astimezone()
+    return moment.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,135 @@
+"""Options that several commands share, and the job that they describe.
+
+Owns: names, help texts and parsing of the options; reading a prompt from an argument or stdin.
+Does not know: the wire, rendering.
+Fails: `typer.BadParameter` for a value that cannot be parsed (exit code 2).
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli.render import parse_atp
+from sage_fed.core import JobSpec, Message, Prompt, SamplingRequest, Tier
+
+DEFAULT_ADDRESS = "127.0.0.1:6590"
+
+
+class TierChoice(enum.Enum):
+    """What `--tier` takes; `auto` lets the daemon choose."""
+
+    AUTO = "auto"
+    TACTICAL = "tactical"
+    STRATEGIC = "strategic"
+
+    @property
+    def tier(self) -> Tier | None:
+        """The tier asked for; None is "you choose"."""
+        return None if self is TierChoice.AUTO else Tier(self.value)
+
+
+def atp_amount(text: str) -> int:
+    """An amount of ATP on the command line, as uATP."""
+    try:
+        return parse_atp(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Address = Annotated[
+    str,
+    typer.Option("--address", envvar="SAGE_FED_ADDRESS", help="HOST:PORT of the daemon."),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        envvar="SAGE_FED_TOKEN",
+        help="Bearer token of the account; better set in the environment.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+TierOption = Annotated[TierChoice, typer.Option("--tier", help="Which tier answers.")]
+MaxCost = Annotated[
+    int | None,
+    typer.Option("--max-cost", parser=atp_amount, metavar="ATP", help="The most it may cost."),
+]
+AllowDowngrade = Annotated[
+    bool, typer.Option("--allow-downgrade", help="A cheaper tier may answer instead.")
+]
+Complexity = Annotated[
+    float | None,
+    typer.Option("--complexity", min=0.0, max=1.0, help="How hard it is; a hint for --tier auto."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer.")
+]
+# No `envvar` below: `load_settings` reads the environment itself and remembers the origin.
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="Packaged settings: qwen2.5 (default) or demo.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+StateDir = Annotated[
+    Path | None, typer.Option("--state-dir", help="Where the daemon keeps its books.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as tactical.max_batch=8."),
+]
+
+
+def assigned(assignments: list[str] | None) -> dict[str, str]:
+    """The `--set` options by key."""
+    pairs: dict[str, str] = {}
+    for assignment in assignments or ():
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{assignment!r} is not KEY=VALUE", param_hint="--set")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def read_prompt(words: list[str] | None) -> str:
+    """The prompt from the arguments, or from stdin with `-` or when something is piped in."""
+    if words and words != ["-"]:
+        return " ".join(words)
+    if not words and sys.stdin.isatty():
+        raise typer.BadParameter("say what to ask, or pipe it in", param_hint="prompt")
+    text = sys.stdin.read().strip()
+    if not text:
+        raise typer.BadParameter("stdin holds no prompt", param_hint="prompt")
+    return text
+
+
+def conversation(text: str, system: str | None) -> Prompt:
+    """One user turn, under a system message where one is given."""
+    head = (Message("system", system),) if system else ()
+    return Prompt(messages=(*head, Message("user", text)))
+
+
+def job_spec(
+    prompt: Prompt,
+    *,
+    tier: TierChoice = TierChoice.AUTO,
+    max_cost_uatp: int | None = None,
+    allow_downgrade: bool = False,
+    complexity: float | None = None,
+    request_id: str = "",
+    sampling: SamplingRequest | None = None,
+) -> JobSpec:
+    """The job as the client sends it; the daemon knows the account from the token."""
+    return JobSpec(
+        account="",
+        prompt=prompt,
+        requested=tier.tier,
+        allow_downgrade=allow_downgrade,
+        max_cost_uatp=max_cost_uatp,
+        complexity=complexity,
+        client_request_id=request_id,
+        sampling=sampling or SamplingRequest(),
+    )

@@ -1,0 +1,29 @@
+"""Where the daemon keeps what the command line reads on the same machine.
+
+Owns: the names of the files in a state directory.
+Does not know: what is in them.
+Fails: `ConfigError` where the admin token cannot be read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sage_fed.errors import ConfigError
+
+
+def ledger_file(state_dir: Path) -> Path:
+    """The books."""
+    return state_dir / "ledger.db"
+
+
+def admin_token(state_dir: Path) -> str:
+    """The token that the running daemon wrote for operators of its machine."""
+    path = state_dir / "admin.token"
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"admin token: {path} cannot be read ({error.strerror}); give --state-dir of the "
+            "running daemon, or an admin's token in SAGE_FED_TOKEN"
+        ) from None

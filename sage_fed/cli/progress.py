@@ -1,0 +1,97 @@
+"""What a person sees while the models load: bars on a terminal, lines elsewhere.
+
+Owns: the two pictures of a start; both are what `sage_fed.daemon.serve` reports to.
+Does not know: loading, gRPC, signals.
+Fails: never; calls may come from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from sage_fed.core import Tier
+
+
+class BarProgress:
+    """One bar a tier, then one line. Log lines scroll above the bars."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.fields[tier]:<9}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[Tier, TaskID] = {}
+
+    def log_handlers(self) -> list[logging.Handler]:
+        """Log lines through the same console: printed beside it they would tear the bars."""
+        return [RichHandler(console=self._console, show_path=False, log_time_format="%X")]
+
+    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
+        """Move the tier's bar."""
+        if not self._tasks:
+            self._bars.start()
+        if tier not in self._tasks:
+            self._tasks[tier] = self._bars.add_task(text, total=1.0, tier=tier.value)
+        self._bars.update(self._tasks[tier], completed=share, description=text)
+
+    def ready(self, listen: str, metrics: str) -> None:
+        """Take the bars away and say where to connect."""
+        self.close()
+        self._console.print(ready_line(listen, metrics), highlight=False)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._bars.stop()
+
+
+class LineProgress:
+    """A plain line for each quarter that a tier has loaded."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._quarters: dict[Tier, int] = {}
+
+    def log_handlers(self) -> list[logging.Handler]:
+        """A journal gets the daemon's own log lines."""
+        return []
+
+    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
+        """Print where a new quarter begins."""
+        quarter = int(share * 4)
+        if quarter == self._quarters.get(tier):
+            return
+        self._quarters[tier] = quarter
+        self._print(f"{tier.value}: {share:.0%} {text}")
+
+    def ready(self, listen: str, metrics: str) -> None:
+        """Say where to connect."""
+        self._print(ready_line(listen, metrics))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def ready_line(listen: str, metrics: str) -> str:
+    """The one line that says where to connect."""
+    return f"ready on {listen}, metrics on http://{metrics}/metrics"
+
+
+StartProgress = BarProgress | LineProgress
+
+
+def start_progress(console: Console) -> StartProgress:
+    """Bars where somebody watches, lines where a journal reads."""
+    return BarProgress(console) if console.is_terminal else LineProgress(console)

@@ -1,0 +1,146 @@
+"""How amounts, times and values look on a terminal and in JSON.
+
+Owns: formatting and parsing of ATP, seconds, bytes; the JSON form of our dataclasses; tables.
+Does not know: where a value came from.
+Fails: `ValueError` for an amount that is no amount.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from typing import TYPE_CHECKING
+
+import typer
+
+from sage_fed.core import UATP_PER_ATP
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CENT = Decimal("0.01")
+_PLAIN_WIDTH = 160  # of a table that goes to a file or pipe: nothing is cut to a window there
+_LARGEST_ATP = Decimal(2**63 - 1) / UATP_PER_ATP
+
+
+def format_atp(uatp: int) -> str:
+    """`12.35 ATP`; below a tenth every digit counts, so none is dropped."""
+    return f"{atp_number(uatp)} ATP"
+
+
+def atp_number(uatp: int) -> str:
+    """The number of `format_atp` without its unit, for a column that names it."""
+    amount = Decimal(uatp) / UATP_PER_ATP
+    if uatp and abs(amount) < Decimal("0.1"):
+        return f"{amount:.6f}".rstrip("0")
+    return f"{amount.quantize(_CENT, ROUND_HALF_EVEN):,}"
+
+
+def parse_atp(text: str) -> int:
+    """ATP as a person writes it to uATP, rounded down: a limit never grows by rounding."""
+    try:
+        amount = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"{text!r} is not an amount of ATP, such as 12.5") from None
+    if not amount.is_finite() or not 0 <= amount <= _LARGEST_ATP:
+        raise ValueError(f"{text!r} is not an amount of ATP of 0 or more")
+    return int(amount * UATP_PER_ATP)
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits or so with the unit that fits: `850 us`, `12.3 ms`, `1.25 s`, `3 min 20 s`."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
+    if seconds < 120:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Binary units, as the KV budgets are set in: `15.2 MiB`."""
+    amount = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def format_rate(tokens: int, seconds: float) -> str:
+    """Tokens a second, or a dash where nothing was timed."""
+    return f"{tokens / seconds:.0f}" if tokens > 0 and seconds > 0 else "-"
+
+
+def printable(text: str) -> str:
+    """The text without terminal control codes: a model's output must not drive the terminal."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+
+
+def to_plain(value: object) -> object:
+    """Dataclasses, enums and tuples as the dicts, strings and lists that JSON has."""
+    if isinstance(value, enum.IntEnum):
+        return value.name.lower()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(to_plain(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def print_json(value: object) -> None:
+    """One object on one line, so that `jq` and a line reader both work."""
+    typer.echo(json.dumps(to_plain(value), ensure_ascii=False))
+
+
+def stdout_console() -> Console:
+    """A console for tables: as wide as the terminal, or wide enough when piped."""
+    from rich.console import Console  # noqa: PLC0415 - a tenth of a second that `ask` saves
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+
+
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+) -> None:
+    """A table on stdout; `right` names the headings whose columns are numbers."""
+    from rich import box  # noqa: PLC0415 - see `stdout_console`
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = stdout_console()
+    # Lines are for eyes: in a pipe there are columns only.
+    lines = box.SIMPLE_HEAD if console.is_terminal else None
+    table = Table(box=lines, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left")
+    for row in rows:
+        # `Text`, not markup: square brackets in a prompt are themselves.
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def print_fields(fields: Sequence[tuple[str, str]]) -> None:
+    """Names and values under each other."""
+    width = max(len(name) for name, _ in fields)
+    for name, value in fields:
+        typer.echo(f"{name:<{width}}  {value}")

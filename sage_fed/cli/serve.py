@@ -1,0 +1,119 @@
+"""`sage-fed serve` and `sage-fed config`: the daemon, and the settings it would run with.
+
+Owns: flags to settings, the start's progress on the terminal.
+Does not know: what a daemon is made of (`sage_fed.daemon`); torch is imported only when it starts.
+Fails: exit code 2 for settings that cannot work, 1 for a model or ledger that cannot be used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.exits import reported
+from sage_fed.cli.render import print_json, print_table
+
+if TYPE_CHECKING:
+    from sage_fed.settings import Effective
+
+Listen = Annotated[str | None, typer.Option("--listen", help="HOST:PORT of the gRPC API.")]
+MetricsListen = Annotated[
+    str | None, typer.Option("--metrics-listen", help="HOST:PORT of /metrics.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cuda:N or cpu.")]
+LogLevel = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def serve(
+    *,
+    profile: options.Profile = None,
+    config_file: options.ConfigFile = None,
+    listen: Listen = None,
+    metrics_listen: MetricsListen = None,
+    state_dir: options.StateDir = None,
+    device: Device = None,
+    log_level: LogLevel = None,
+    assignments: options.Assignments = None,
+) -> None:
+    """Run the daemon until SIGTERM (drains; a second one stops at once).
+
+    Flags win over SAGE_FED_* variables, those over --config, that over --profile.
+    """
+    flags = _flags(
+        assignments,
+        profile=profile,
+        listen=listen,
+        metrics_listen=metrics_listen,
+        state_dir=state_dir,
+        device=device,
+        log_level=log_level,
+    )
+    with reported():
+        settings = effective(flags, config_file).settings
+        # Torch takes seconds to import: no other command, and no mistyped setting, pays for it.
+        from rich.console import Console  # noqa: PLC0415
+
+        from sage_fed.cli.progress import start_progress  # noqa: PLC0415
+        from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
+
+        progress = start_progress(Console(stderr=True))
+        if handlers := progress.log_handlers():
+            logging.basicConfig(
+                level=settings.log_level.upper(), format="%(message)s", handlers=handlers
+            )
+        try:
+            code = run_daemon(settings, progress)
+        finally:
+            progress.close()
+    raise typer.Exit(code)
+
+
+def config(
+    *,
+    profile: options.Profile = None,
+    config_file: options.ConfigFile = None,
+    listen: Listen = None,
+    metrics_listen: MetricsListen = None,
+    state_dir: options.StateDir = None,
+    device: Device = None,
+    log_level: LogLevel = None,
+    assignments: options.Assignments = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Print every setting that `serve` would run with, and where its value came from."""
+    flags = _flags(
+        assignments,
+        profile=profile,
+        listen=listen,
+        metrics_listen=metrics_listen,
+        state_dir=state_dir,
+        device=device,
+        log_level=log_level,
+    )
+    with reported(as_json=as_json):
+        rows = effective(flags, config_file).rows()
+        if as_json:
+            print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+        else:
+            print_table(("setting", "value", "from"), rows)
+
+
+def effective(flags: dict[str, Any], config_file: Path | None) -> Effective:
+    """The settings from flags, this process's environment, the file and the profile."""
+    # Pydantic takes half a second to import: a question to a running daemon does without.
+    from sage_fed.settings import load_settings  # noqa: PLC0415
+
+    return load_settings(flags, os.environ, config_file)
+
+
+def _flags(assignments: list[str] | None, **named: str | Path | None) -> dict[str, Any]:
+    """Flags by settings key; a flag of its own wins over `--set`."""
+    return {
+        **options.assigned(assignments),
+        **{key: value for key, value in named.items() if value is not None},
+    }

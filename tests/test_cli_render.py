@@ -1,0 +1,177 @@
+"""How amounts, times and answers look, and what a command line means."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+from sage_fed.cli import options, scrape
+from sage_fed.cli.demo_plan import plan
+from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
+from sage_fed.cli.render import (
+    atp_number,
+    format_atp,
+    format_bytes,
+    format_rate,
+    format_seconds,
+    parse_atp,
+    printable,
+    to_plain,
+)
+from sage_fed.core import Delta, Priority, Route, StopReason, Tier
+from sage_fed.errors import (
+    CannotAfford,
+    CannotConnect,
+    ConfigError,
+    InvalidField,
+    QueueFull,
+    SageFedError,
+    TierUnavailable,
+)
+
+
+@pytest.mark.parametrize(
+    ("uatp", "expected"),
+    [
+        (0, "0.00 ATP"),
+        (1, "0.000001 ATP"),
+        (45_000, "0.045 ATP"),
+        (100_000, "0.10 ATP"),
+        (12_345_678, "12.35 ATP"),
+        (-6_590_000, "-6.59 ATP"),
+        (5_000_000_000, "5,000.00 ATP"),
+    ],
+)
+def test_an_amount_shows_the_digits_that_matter(uatp: int, expected: str) -> None:
+    """Hundredths for everyday amounts, every digit for tiny ones."""
+    assert expected == format_atp(uatp)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("12.5", 12_500_000), ("0", 0), ("0.0000019", 1), ("1e3", 10**9)]
+)
+def test_a_limit_is_rounded_down(text: str, expected: int) -> None:
+    """An amount finer than a uATP never lets a job cost more than was said."""
+    assert expected == parse_atp(text)
+
+
+@pytest.mark.parametrize("text", ["", "ten", "-1", "nan", "inf", "1e30"])
+def test_what_is_no_amount_is_refused(text: str) -> None:
+    """Words, negative and infinite amounts, and those beyond the ledger are no limits."""
+    with pytest.raises(ValueError, match="amount of ATP"):
+        parse_atp(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.00085, "850 us"),
+        (0.0123, "12.3 ms"),
+        (0.25, "250 ms"),
+        (1.25, "1.25 s"),
+        (90.0, "90.0 s"),
+        (200.4, "3 min 20 s"),
+        (7384.0, "2 h 3 min"),
+    ],
+)
+def test_a_duration_takes_the_unit_that_fits(seconds: float, expected: str) -> None:
+    """Microseconds to hours, a few digits each."""
+    assert expected == format_seconds(seconds)
+
+
+def test_sizes_and_rates() -> None:
+    """Bytes in binary units, and no rate where nothing was timed."""
+    assert ["512 B", "64.0 MiB", "15.2 GiB"] == [
+        format_bytes(size) for size in (512, 64 * 2**20, round(15.2 * 2**30))
+    ]
+    assert ["50", "-", "-"] == [format_rate(100, 2.0), format_rate(0, 1.0), format_rate(5, 0.0)]
+    assert "1,234.50" == atp_number(1_234_500_000)
+
+
+def test_a_model_cannot_drive_the_terminal() -> None:
+    """Escape sequences lose their escape; text in any language stays."""
+    assert "[31mrot\n\tgrößer 緑" == printable("\x1b[31mrot\n\tgrößer 緑\x07\x9b")
+
+
+def test_values_become_plain_json() -> None:
+    """Enums are their words, tuples are lists, dataclasses are objects."""
+    route = Route(Tier.STRATEGIC, "EXPLICIT", None)
+    expected = {"tier": "strategic", "reason": "EXPLICIT", "requested": None, "downgraded": False}
+    assert expected == to_plain(route)
+    assert {"token_ids": [1, 2], "logprobs": [], "text": "ab", "output_tokens": 2} == to_plain(
+        Delta("ab", (1, 2), (), 2)
+    )
+    assert ["high", "end_of_text"] == to_plain((Priority.HIGH, StopReason.END_OF_TEXT))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            CannotAfford("12 ATP are needed", account="a", reason="BALANCE", retry_after_s=2.04),
+            ExitCode.REFUSED,
+            ("refused: 12 ATP", "retry after 2.0 s", "sage-fed budget"),
+        ),
+        (QueueFull("no place", 1.0), ExitCode.UNAVAILABLE, ("refused: no place", "1.0 s")),
+        (TierUnavailable("loading", None), ExitCode.UNAVAILABLE, ("sage-fed status",)),
+        (InvalidField("job.text", "is empty"), ExitCode.USAGE, ("job.text: is empty",)),
+        (ConfigError("listen: bad"), ExitCode.USAGE, ("listen: bad",)),
+        (CannotConnect("h:1"), ExitCode.UNAVAILABLE, ("h:1", "sage-fed serve --profile demo")),
+        (SageFedError("whatever"), ExitCode.ERROR, ("error: whatever",)),
+    ],
+)
+def test_an_error_is_one_line_with_a_way_on(
+    error: SageFedError, code: ExitCode, words: tuple[str, ...]
+) -> None:
+    """Each class has its exit code, and its line says what to do next."""
+    line = explain(error)
+    assert code == exit_code(error)
+    assert [] == [word for word in words if word not in line]
+    assert "\n" not in line
+
+
+def test_an_error_for_a_program_has_its_fields() -> None:
+    """`--json` gives the stable reason, and the delay as a number."""
+    error = CannotAfford("no", account="a", reason="MAX_COST", retry_after_s=1.5)
+    expected = {
+        "error": {
+            "reason": "CANNOT_AFFORD", "message": "no", "retry_after_s": 1.5, "detail": "MAX_COST",
+        }
+    }  # fmt: skip
+    assert expected == json.loads(json.dumps(error_object(error)))
+
+
+def test_assignments_are_pairs() -> None:
+    """`--set` splits at the first equals sign, and refuses what has none."""
+    assert {"a.b": "c=d"} == options.assigned(["a.b=c=d"])
+    with pytest.raises(typer.BadParameter, match="KEY=VALUE"):
+        options.assigned(["a.b"])
+
+
+def test_samples_of_a_metrics_page() -> None:
+    """Names, labels with escapes and values are read; comments are not."""
+    page = (
+        "# HELP x_total things\n# TYPE x_total counter\n"
+        'x_total{tier="tactical",why="a \\"b\\""} 3.0\n'
+        'x_total{tier="strategic",why="c"} 4\ny 1e-05\n'
+    )
+    read = list(scrape.samples(page))
+    assert ["x_total", "x_total", "y"] == [sample.name for sample in read]
+    assert 'a \\"b\\"' == read[0].labels["why"]
+    assert (7.0, 4.0, 0.0) == (
+        scrape.total(page, "x_total"),
+        scrape.total(page, "x_total", tier="strategic"),
+        scrape.total(page, "z_total"),
+    )
+
+
+def test_the_demo_asks_in_every_mode() -> None:
+    """All three modes, a sampled request, a downgrade and a refusal; the same ones every time."""
+    requests = plan()
+    assert {Tier.TACTICAL, Tier.STRATEGIC, None} == {item.spec.requested for item in requests}
+    assert 1 == sum(item.expects_refusal for item in requests)
+    assert 1 == sum(item.spec.sampling.seed is not None for item in requests)
+    assert 1 == sum(item.spec.allow_downgrade for item in requests)
+    assert requests == plan()
