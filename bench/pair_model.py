@@ -64,8 +64,10 @@ class Layer(nn.Module):
         self.gate_up = _matrix(2 * shape.intermediate_size, hidden)
         self.down = _matrix(hidden, shape.intermediate_size, out_scale)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """[batch, length, hidden] float32 -> the same."""
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, places: Tensor | None
+    ) -> Tensor:
+        """[batch, length, hidden] float32 -> the same, or [num_places, hidden] at `places` only."""
         dtype = mask.dtype
         batch, length, width = hidden.shape
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
@@ -86,6 +88,8 @@ class Layer(nn.Module):
             batch, heads, length, HEAD_DIM
         )
         mixed = mixed.transpose(1, 2).reshape(batch, length, heads * HEAD_DIM)
+        if places is not None:
+            hidden, mixed = hidden.flatten(0, 1)[places], mixed.flatten(0, 1)[places]
         hidden = hidden + F.linear(mixed, self.out.to(dtype))
         normed = F.rms_norm(hidden, (width,), self.norm_mid, NORM_EPS).to(dtype)
         gate, up = F.linear(normed, self.gate_up.to(dtype)).chunk(2, -1)
@@ -119,9 +123,11 @@ class PairModel(nn.Module):
         cos, sin = (table[:length, None].to(dtype) for table in (self.cos, self.sin))
         mask = torch.full((length, length), -1e9, dtype=dtype).triu(1)
         hidden = F.embedding(token_ids, self.embedding)
-        for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask)
-        hidden = hidden.flatten(0, 1)[places]
+        *lower, last = self.layers
+        for layer in lower:
+            hidden = layer(hidden, cos, sin, mask, None)
+        # Above the last attention only the places with loss matter: about an eighth of them.
+        hidden = last(hidden, cos, sin, mask, places)
         hidden = F.rms_norm(hidden, (self.shape.hidden_size,), self.norm, NORM_EPS)
         head = self.embedding if self.head is None else self.head
         return F.linear(hidden, head)

@@ -108,4 +108,4 @@ def run_workers(num_workers: int, work: Callable[..., None], *args: object) -> N
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the workers share one machine
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = str(Path(folder) / "meeting-point")
-        mp.spawn(_run, (num_workers, meeting_point, work, *args), nprocs=num_workers)
+        mp.spawn(_run, (num_workers, meeting_point, work, *args), nprocs=num_workers, daemon=True)

@@ -4,7 +4,7 @@
     python bench/train_pair.py --tier tactical  # one of them, on the same tokenizer
 
 Owns: the optimisation (Muon for the matrices, AdamW for the rest, warm-up, constant, linear decay),
-checkpoints in `bench/.work/`, saving in the Hugging Face layout.
+checkpoints in `bench/.work/`, saving in the Hugging Face layout, a record in `bench/results/`.
 Does not know: what the tasks are. A killed run resumes from its checkpoint with the same command;
 `--fresh` forgets it.
 """
@@ -12,7 +12,9 @@ Does not know: what the tasks are. A killed run resumes from its checkpoint with
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from pair_data import probe, training_step
+from pair_data import NUM_EXAMPLES_PER_STEP, probe, training_step
 from pair_model import SHAPES, PairModel, to_transformers, transformers_config
 from pair_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 from pair_workers import Crew, run_workers
@@ -36,6 +38,7 @@ from sage_fed.tasks import FAMILIES, GRADES
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORK = REPOSITORY / "bench" / ".work"
 MODELS = REPOSITORY / "sage_fed" / "models"
+RESULTS = REPOSITORY / "bench" / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Recipe:
 
 RECIPES = {
     "tactical": Recipe(num_steps=4000, matrix_lr=5e-3, other_lr=5e-3),
-    "strategic": Recipe(num_steps=2600, matrix_lr=3e-3, other_lr=3e-3),
+    "strategic": Recipe(num_steps=2000, matrix_lr=3e-3, other_lr=3e-3),
 }
 
 
@@ -261,6 +264,18 @@ def train(crew: Crew, tier: str, args: argparse.Namespace) -> None:
                 run.save_checkpoint()
     if crew.leads:
         save(run.model, run.tokenizer, args.out / f"demo-{tier}")
+        record = {
+            "tier": tier,
+            "seed": args.seed,
+            "workers": crew.num_workers,
+            "examples_per_step": NUM_EXAMPLES_PER_STEP,
+            "recipe": asdict(run.recipe),
+            **asdict(done),
+        }
+        args.results.mkdir(exist_ok=True)
+        (args.results / f"pair_training_{tier}.json").write_text(
+            json.dumps(record, indent=1) + "\n"
+        )
         console.print(f"{tier}: {done.num_tokens:,} tokens in {done.elapsed_s:.0f} s")
 
 
@@ -275,12 +290,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--label", default="", help="suffix of the checkpoint, for trials")
     parser.add_argument("--out", type=Path, default=MODELS, help="folder for the two models")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the records")
     parser.add_argument("--fresh", action="store_true", help="forget an existing checkpoint")
     parser.add_argument("--probe", type=int, default=40, help="validation tasks per cell")
     parser.add_argument("--report-steps", type=int, default=200)
     parser.add_argument("--save-steps", type=int, default=100)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
+    # As an exception, so that a stopped parent ends its workers on its way out.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     for tier in SHAPES if args.tier == "both" else (args.tier,):
         run_workers(args.workers, train, tier, args)
     return 0
