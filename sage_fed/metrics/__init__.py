@@ -1,0 +1,14 @@
+"""Everything that Prometheus sees, and the only place that knows Prometheus.
+
+Owns names, labels, buckets and help texts (`series`), what is computed when it is scraped
+(`scrape`), and the methods by which the rest of the daemon says what happened (`metrics`).
+Label values are bounded and never hold prompts, tokens or paths; account names appear only
+where the operator asks for them.
+Recording cannot fail; a server that cannot bind raises `OSError`.
+"""
+
+from sage_fed.metrics.metrics import Metrics
+from sage_fed.metrics.scrape import Snapshot
+from sage_fed.metrics.server import MetricsServer
+
+__all__ = ["Metrics", "MetricsServer", "Snapshot"]

@@ -1,0 +1,188 @@
+"""What is read off at the moment of a scrape: queues, ages, memory, ratios.
+
+Runs in the scraping thread, so what it reads must be immutable values that their owners swap
+whole. A snapshot that raises fails the scrape, visibly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from sage_fed.core import UATP_PER_ATP, Phase, RunningJob, Tier, TierLoad
+from sage_fed.metrics.live import LiveRates
+from sage_fed.metrics.series import PREFIX, TIERS
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The daemon at one instant: each tier's load, and every job that holds ATP."""
+
+    loads: Mapping[Tier, TierLoad] = field(default_factory=dict)
+    jobs: tuple[RunningJob, ...] = ()
+
+
+class ScrapeCollector(Collector):
+    """Gauges computed from a snapshot, the live rates and the kernel's memory figures.
+
+    `ratios` holds the cost ratios of the rate cards by source, `weight_bytes` the loaded
+    models' sizes; both are replaced whole, never changed.
+    """
+
+    def __init__(self, live: LiveRates) -> None:
+        self.snapshot: Callable[[], Snapshot] = Snapshot
+        self.ratios: Mapping[str, Mapping[Phase, float]] = {}
+        self.weight_bytes: Mapping[Tier, int] = {}
+        self._live = live
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Nothing: else registering would already ask for a snapshot."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """All families, in a stable order."""
+        now = self.snapshot()
+        yield from _queues(now)
+        yield from _ages(now)
+        yield from _money(now)
+        yield self._cost_ratio()
+        yield self._bandwidth()
+        available = available_memory_bytes()
+        if available is not None:
+            yield _family(
+                "memory_available_bytes",
+                "Memory that the kernel could give out.",
+                (),
+                [((), available)],
+            )
+
+    def _cost_ratio(self) -> GaugeMetricFamily:
+        samples: list[tuple[tuple[str, ...], float]] = [
+            ((source, phase.value), ratio)
+            for source, ratios in self.ratios.items()
+            for phase, ratio in ratios.items()
+        ]
+        for phase in (Phase.PREFILL, Phase.DECODE):
+            live = self._live.cost_ratio(phase)
+            if live is not None:
+                samples.append((("live", phase.value), live))
+        return _family(
+            "cost_ratio",
+            "Strategic over tactical cost of a token: priced, and live from device time.",
+            ("source", "phase"),
+            samples,
+        )
+
+    def _bandwidth(self) -> GaugeMetricFamily:
+        samples: list[tuple[tuple[str, ...], float]] = []
+        for tier, weight_bytes in self.weight_bytes.items():
+            rate = self._live.decode_steps_per_second(tier)
+            samples.append(((tier.value,), weight_bytes * rate if rate else 0.0))
+        return _family(
+            "decode_bytes_per_second",
+            "Weights read per second of device time in recent decode steps.",
+            ("tier",),
+            samples,
+        )
+
+
+def available_memory_bytes(meminfo: Path = _MEMINFO) -> int | None:
+    """MemAvailable of the kernel; None where there is no such file.
+
+    On unified memory this, not the device's "free", is what a model can still get.
+    """
+    try:
+        text = meminfo.read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _queues(now: Snapshot) -> Iterator[GaugeMetricFamily]:
+    loads = [(tier.value, now.loads.get(tier)) for tier in Tier]
+    yield _family(
+        "requests_running",
+        "Jobs in the running batch.",
+        ("tier",),
+        [((tier,), load.running if load else 0) for tier, load in loads],
+    )
+    yield _family(
+        "requests_waiting",
+        "Jobs that wait for a place in the batch.",
+        ("tier",),
+        [((tier,), load.waiting if load else 0) for tier, load in loads],
+    )
+    yield _family(
+        "requests_waiting_limit",
+        "Waiting jobs from which on new ones are refused.",
+        ("tier",),
+        [((tier,), load.waiting_limit if load else 0) for tier, load in loads],
+    )
+    yield _family(
+        "kv_cache_tokens",
+        "Tokens that the KV cache holds room for, by whether a job has it.",
+        ("tier", "state"),
+        [
+            ((tier, state), tokens)
+            for tier, load in loads
+            for state, tokens in (
+                ("used", load.kv_tokens_used if load else 0),
+                ("free", load.kv_tokens_total - load.kv_tokens_used if load else 0),
+            )
+        ],
+    )
+
+
+def _ages(now: Snapshot) -> Iterator[GaugeMetricFamily]:
+    for name, text, has_output in (
+        ("running", "Age of the oldest job that has made a token.", True),
+        ("waiting", "Age of the oldest job that waits for its first token.", False),
+    ):
+        ages = dict.fromkeys(TIERS, 0.0)
+        for job in now.jobs:
+            if bool(job.output_tokens) is has_output:
+                ages[job.tier.value] = max(ages[job.tier.value], job.age_s)
+        yield _family(
+            f"oldest_{name}_age_seconds", text, ("tier",), [((t,), age) for t, age in ages.items()]
+        )
+
+
+def _money(now: Snapshot) -> Iterator[GaugeMetricFamily]:
+    held = dict.fromkeys(TIERS, 0)
+    holds = dict.fromkeys(TIERS, 0)
+    for job in now.jobs:
+        held[job.tier.value] += job.held_uatp
+        holds[job.tier.value] += 1
+    yield _family(
+        "atp_held",
+        "ATP held now for jobs that have not ended.",
+        ("tier",),
+        [((tier,), uatp / UATP_PER_ATP) for tier, uatp in held.items()],
+    )
+    yield _family(
+        "ledger_holds_open",
+        "Holds that have neither been settled nor voided.",
+        ("tier",),
+        [((tier,), number) for tier, number in holds.items()],
+    )
+
+
+def _family(
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    samples: list[tuple[tuple[str, ...], float]],
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family

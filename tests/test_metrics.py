@@ -1,0 +1,479 @@
+"""Every series on a fresh registry: what moves it, which labels it may have, what promtool says."""
+
+from __future__ import annotations
+
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import require_tool
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from sage_fed.core import (
+    Finished,
+    ModelInfo,
+    Phase,
+    Price,
+    Priority,
+    Refusal,
+    Route,
+    RunningJob,
+    StopReason,
+    Tier,
+    TierLoad,
+    TierState,
+    TierStatus,
+    Timing,
+    Usage,
+)
+from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
+from sage_fed.metrics import Metrics, Snapshot
+from sage_fed.metrics.scrape import available_memory_bytes
+from sage_fed.pricing import RateCard
+from sage_fed.router import possible_decisions
+from sage_fed.steps import StepKind, StepReport
+
+TACTICAL, STRATEGIC = Tier.TACTICAL, Tier.STRATEGIC
+ATP = 1_000_000
+INFO = ModelInfo(
+    name="org/model",
+    revision="abc",
+    architecture="Qwen2ForCausalLM",
+    parameters=10,
+    precision="bf16",
+    device="cpu",
+    weight_bytes=1000,
+    kv_cache_bytes=500,
+    load_s=2.5,
+)
+
+DESIGNED = """
+requests_total route_decisions_total route_decision_seconds time_to_first_token_seconds
+inter_token_latency_seconds queue_seconds prefill_seconds decode_seconds request_duration_seconds
+tokens_total prompt_tokens output_tokens requests_running requests_waiting
+oldest_running_age_seconds oldest_waiting_age_seconds batch_size atp_held atp_balance
+atp_charged_total atp_refunded_total atp_denied_total cost_ratio decode_bytes_per_second
+kv_cache_tokens model_memory_bytes memory_available_bytes model_load_seconds tier_state
+device_fallback oom_total engine_restarts_total build_info model_info
+atp_reserved_total ledger_commit_seconds ledger_group_size ledger_holds_open rate_card_info
+"""
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(version="0.1.0", decisions=possible_decisions())
+
+
+def finished(reason: StopReason = StopReason.END_OF_TEXT, output_tokens: int = 5) -> Finished:
+    return Finished(
+        reason,
+        Usage(prompt_tokens=20, cached_tokens=4, output_tokens=output_tokens),
+        Timing(queue_s=0.01, prefill_s=0.02, decode_s=0.4, time_to_first_token_s=0.03, total_s=0.5),
+        Price(charged_uatp=6 * ATP, held_uatp=10 * ATP, rate_card="card"),
+        balance_uatp=0,
+    )
+
+
+def report(tier: Tier, kind: StepKind, elapsed_s: float, **changes: int) -> StepReport:
+    values = {"num_steps": 1, "num_prefill_tokens": 0, "num_decode_tokens": 0, "num_sequences": 1}
+    return StepReport(tier=tier, kind=kind, elapsed_s=elapsed_s, **{**values, **changes})
+
+
+def running(tier: Tier, age_s: float, output_tokens: int, held_uatp: int) -> RunningJob:
+    return RunningJob("id", "alice", tier, Priority.NORMAL, age_s, 20, output_tokens, held_uatp)
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"sage_fed_{name}", labels)
+
+
+def exercise(metrics: Metrics) -> None:
+    """One of everything, so that every series has samples."""
+    for tier in Tier:
+        metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO))
+        metrics.held(tier, 10 * ATP)
+        metrics.settled(tier, 10 * ATP, 6 * ATP)
+        metrics.voided(tier, ATP)
+        metrics.job_finished(tier, finished())
+        metrics.tokens_delivered(tier, 2, 0.02)
+        metrics.replayed(tier)
+        metrics.engine_restarted(tier)
+        for kind in StepKind:
+            metrics.step_done(report(tier, kind, 0.01, num_prefill_tokens=3, num_decode_tokens=2))
+        metrics.route_decided(tier, Route(tier, "explicit", tier), 0.0001)
+    metrics.job_failed(None, InvalidField("job", "bad"), 0.001)
+    metrics.balance_changed("alice", 5 * ATP)
+    metrics.ledger_committed(3, 0.002)
+    metrics.rate_card("card-1")
+    metrics.device_fallback(fallen_back=False)
+    card = RateCard.load()
+    metrics.cost_ratios("card", {phase: card.cost_ratio(phase) for phase in Phase})
+
+
+# The exposition as a whole
+
+
+def test_every_designed_series_is_there(metrics: Metrics) -> None:
+    """Each name of the design and of operations is exported, with a help text."""
+    exercise(metrics)
+    text = metrics.exposition().decode()
+
+    for name in DESIGNED.split():
+        assert f"# TYPE sage_fed_{name} " in text
+        assert f"# HELP sage_fed_{name} " in text
+    assert "_created" not in text
+
+
+def test_promtool_finds_nothing_to_complain_about(metrics: Metrics) -> None:
+    """Names, units, suffixes and help texts follow Prometheus' own rules."""
+    promtool = require_tool("promtool")
+    exercise(metrics)
+
+    verdict = subprocess.run(
+        [promtool, "check", "metrics"],
+        input=metrics.exposition(),
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+
+    assert (0, b"") == (verdict.returncode, verdict.stdout + verdict.stderr)
+
+
+def test_traffic_brings_no_series_that_was_not_there_before() -> None:
+    """What can be known in advance starts at zero, so that rates and alerts see the first event."""
+    metrics = Metrics(decisions=possible_decisions())
+    before = labels_of(metrics)
+    learned = {"sage_fed_model_info", "sage_fed_rate_card_info", "sage_fed_cost_ratio"}
+
+    exercise(metrics)
+
+    new = {
+        (name, labels)
+        for name, labels in labels_of(metrics) - before
+        if name.startswith("sage_fed_")
+        and name.removesuffix("_total") not in learned
+        and name != "sage_fed_decode_bytes_per_second"
+    }
+    assert set() == new
+
+
+def labels_of(metrics: Metrics) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    return {
+        (sample.name, frozenset(sample.labels.items()))
+        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for sample in family.samples
+    }
+
+
+def test_labels_are_bounded(metrics: Metrics) -> None:
+    """An error that the table does not know becomes "other"; accounts never become labels."""
+    exercise(metrics)
+    metrics.job_failed(None, CallFailed("strange", status="X"), 0.1)
+
+    class Novel(SageFedError):
+        reason = "MADE_UP_0815"
+
+    metrics.job_failed(TACTICAL, Novel("x"), 0.1)
+    text = metrics.exposition().decode()
+
+    assert 1 == value(metrics, "requests_total", tier="none", outcome="refused", code="other")
+    assert "made_up_0815" not in text
+    assert "alice" not in text
+
+
+def test_balances_are_exported_only_on_request() -> None:
+    """Account names are in the metrics where the operator wants them."""
+    metrics = Metrics(per_account_balance=True)
+    metrics.balance_changed("alice", 5 * ATP // 2)
+
+    assert 2.5 == value(metrics, "atp_balance", account="alice")
+
+
+def test_two_daemons_in_one_process_do_not_clash() -> None:
+    """Each has its own registry and counts for itself; the global registry stays empty of ours."""
+    one, other = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
+    one.held(TACTICAL, ATP)
+
+    assert 1.0 == value(one, "atp_reserved_total", tier="tactical")
+    assert 0.0 == value(other, "atp_reserved_total", tier="tactical")
+
+
+# Jobs and money
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [
+        (StopReason.END_OF_TEXT, "finished"),
+        (StopReason.LENGTH, "finished"),
+        (StopReason.STOP_STRING, "finished"),
+        (StopReason.DEADLINE, "aborted"),
+        (StopReason.ABORTED, "aborted"),
+        (StopReason.CANCELLED, "aborted"),
+    ],
+)
+def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outcome: str) -> None:
+    """Aborted work is in every figure, under its own outcome."""
+    metrics.job_finished(STRATEGIC, finished(reason))
+    tier = {"tier": "strategic"}
+
+    assert 1 == value(metrics, "requests_total", **tier, outcome=outcome, code=reason.value)
+    for kind, tokens in (("prompt", 20), ("cached", 4), ("output", 5)):
+        assert tokens == value(metrics, "tokens_total", **tier, type=kind, outcome=outcome)
+    assert 0.5 == value(metrics, "request_duration_seconds_sum", **tier, outcome=outcome)
+    assert 0.03 == value(metrics, "time_to_first_token_seconds_sum", **tier)
+    assert 0.01 == value(metrics, "queue_seconds_sum", **tier)
+    assert 0.02 == value(metrics, "prefill_seconds_sum", **tier)
+    assert 0.4 == value(metrics, "decode_seconds_sum", **tier)
+    assert 5 == value(metrics, "output_tokens_sum", **tier)
+
+
+def test_a_job_without_a_token_has_no_time_to_first_token(metrics: Metrics) -> None:
+    """A job cancelled in the queue does not flatter the latency."""
+    metrics.job_finished(TACTICAL, finished(StopReason.CANCELLED, output_tokens=0))
+
+    assert 0 == value(metrics, "time_to_first_token_seconds_count", tier="tactical")
+    assert 1 == value(metrics, "queue_seconds_count", tier="tactical")
+
+
+@pytest.mark.parametrize(
+    ("tier", "error", "usage", "labels"),
+    [
+        (None, InvalidField("f", "m"), None, ("none", "refused", "invalid_field")),
+        (TACTICAL, QueueFull("full"), None, ("tactical", "refused", "queue_full")),
+        (STRATEGIC, DeviceOutOfMemory("m"), None, ("strategic", "failed", "device_out_of_memory")),
+        (TACTICAL, QueueFull("late"), Usage(7, 0, 3), ("tactical", "failed", "queue_full")),
+    ],
+)
+def test_refusals_and_failures_are_told_apart(
+    metrics: Metrics,
+    tier: Tier | None,
+    error: SageFedError,
+    usage: Usage | None,
+    labels: tuple[str, str, str],
+) -> None:
+    """Our fault, or work that was done for nobody, is a failure; the rest are refusals."""
+    metrics.job_failed(tier, error, 0.25, usage)
+    name, outcome, code = labels
+
+    assert 1 == value(metrics, "requests_total", tier=name, outcome=outcome, code=code)
+    assert 0.25 == value(metrics, "request_duration_seconds_sum", tier=name, outcome=outcome)
+    if usage is not None:
+        assert 3 == value(metrics, "tokens_total", tier=name, type="output", outcome="failed")
+
+
+def test_tokens_that_come_together_share_their_gap(metrics: Metrics) -> None:
+    """Four tokens in one hand-over after 80 ms are four latencies of 20 ms."""
+    metrics.tokens_delivered(TACTICAL, 4, 0.08)
+
+    tier = {"tier": "tactical"}
+    assert 4 == value(metrics, "inter_token_latency_seconds_count", **tier)
+    assert 4 == value(metrics, "inter_token_latency_seconds_bucket", **tier, le="0.02")
+    assert 0 == value(metrics, "inter_token_latency_seconds_bucket", **tier, le="0.015")
+
+
+def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:
+    """Reserved equals charged plus refunded once every hold has ended; in ATP."""
+    metrics.held(TACTICAL, 10 * ATP)
+    metrics.held(TACTICAL, 4 * ATP)
+    metrics.settled(TACTICAL, 10 * ATP, 5 * ATP // 2)
+    metrics.voided(TACTICAL, 4 * ATP)
+
+    tier = {"tier": "tactical"}
+    assert 14.0 == value(metrics, "atp_reserved_total", **tier)
+    assert 2.5 == value(metrics, "atp_charged_total", **tier)
+    assert 11.5 == value(metrics, "atp_refunded_total", **tier)
+
+
+def test_decisions_are_counted_with_what_they_denied(metrics: Metrics) -> None:
+    """Requested, chosen and reason are labels; a refusal for money adds its worst case."""
+    metrics.route_decided(None, Route(TACTICAL, "auto_simple", None), 0.0002)
+    metrics.route_decided(
+        STRATEGIC, Refusal("cannot_afford", "poor", denied_uatp=670 * ATP), 0.0002
+    )
+
+    simple = {"requested": "auto", "chosen": "tactical", "reason": "auto_simple"}
+    poor = {"requested": "strategic", "chosen": "none", "reason": "cannot_afford"}
+    assert 1 == value(metrics, "route_decisions_total", **simple)
+    assert 1 == value(metrics, "route_decisions_total", **poor)
+    assert 670.0 == value(metrics, "atp_denied_total", reason="cannot_afford")
+    assert 2 == value(metrics, "route_decision_seconds_count")
+
+
+def test_ledger_groups_are_measured(metrics: Metrics) -> None:
+    """The time to durability and the size of each group commit."""
+    metrics.ledger_committed(16, 0.004)
+
+    assert 0.004 == value(metrics, "ledger_commit_seconds_sum")
+    assert 16 == value(metrics, "ledger_group_size_sum")
+
+
+# Engines
+
+
+def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
+    """Exactly one state of a tier is 1, and it follows the tier."""
+    for state in (TierState.LOADING, TierState.READY):
+        metrics.tier_changed(TierStatus(TACTICAL, state, 0.5))
+        assert {state.value: 1.0} == {
+            other.value: 1.0
+            for other in TierState
+            if value(metrics, "tier_state", tier="tactical", state=other.value)
+        }
+    assert 0.5 == value(metrics, "model_load_progress_ratio", tier="tactical")
+
+
+def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
+    """A reloaded model replaces the old description instead of joining it."""
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
+    changed = ModelInfo("new", "", "LlamaForCausalLM", 10, "fp16", "cpu", 2000, 600, 3.5)
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
+
+    described = {
+        (sample.labels["tier"], sample.labels["name"])
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "sage_fed_model_info"
+    }
+    assert {("tactical", "new"), ("strategic", "org/model")} == described
+    assert 2000 == value(metrics, "model_memory_bytes", tier="tactical", kind="weights")
+    assert 600 == value(metrics, "model_memory_bytes", tier="tactical", kind="kv_cache")
+    assert 3.5 == value(metrics, "model_load_seconds", tier="tactical")
+
+
+def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
+    """A report of four steps is four observations, and its batch size their mean."""
+    metrics.step_done(
+        report(TACTICAL, StepKind.DECODE, 0.04, num_steps=4, num_decode_tokens=8, num_sequences=8)
+    )
+    tier = {"tier": "tactical"}
+
+    assert 4 == value(metrics, "engine_step_seconds_count", **tier, kind="decode")
+    assert 0.04 == value(metrics, "engine_step_seconds_sum", **tier, kind="decode")
+    assert 8 == value(metrics, "engine_tokens_total", **tier, phase="decode")
+    assert 2.0 == value(metrics, "batch_size", **tier)
+
+
+def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
+    """Out of memory is a counter of its own."""
+    short = StepReport(STRATEGIC, StepKind.PREFILL, 1, 0, 0, 1, 0.1, out_of_memory=True)
+    metrics.step_done(short)
+
+    assert 1 == value(metrics, "oom_total", tier="strategic")
+
+
+def test_the_live_cost_ratio_needs_traffic_on_both_tiers(metrics: Metrics) -> None:
+    """Device time per token, strategic over tactical; absent until both are known."""
+    live = {"source": "live", "phase": "decode"}
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.002, num_decode_tokens=2))
+    assert value(metrics, "cost_ratio", **live) is None
+
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
+    assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
+
+    # A mixed step's time cannot be told apart by phase.
+    mixed = report(STRATEGIC, StepKind.MIXED, 9.0, num_prefill_tokens=1, num_decode_tokens=1)
+    metrics.step_done(mixed)
+    assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
+    assert value(metrics, "cost_ratio", source="live", phase="prefill") is None
+
+
+def test_the_live_cost_ratio_follows_the_load(metrics: Metrics) -> None:
+    """Old steps fade: after a thousand new ones the old speed has no weight."""
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.001, num_decode_tokens=1))
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 1.0, num_decode_tokens=1))
+    for _ in range(2000):
+        metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.005, num_decode_tokens=1))
+
+    ratio = value(metrics, "cost_ratio", source="live", phase="decode")
+    assert pytest.approx(5.0, rel=1e-3) == ratio
+
+
+def test_the_cards_cost_ratios_are_shown_by_source(metrics: Metrics) -> None:
+    """What is configured and what is in force stand side by side."""
+    metrics.cost_ratios("configured", {Phase.DECODE: 6.59})
+    metrics.cost_ratios("card", {Phase.DECODE: 12.4})
+
+    assert 6.59 == value(metrics, "cost_ratio", source="configured", phase="decode")
+    assert 12.4 == value(metrics, "cost_ratio", source="card", phase="decode")
+
+
+def test_decode_bandwidth_is_weights_times_steps_per_second(metrics: Metrics) -> None:
+    """1000 bytes of weights read 100 times a second are 100 kB/s."""
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    assert 0.0 == value(metrics, "decode_bytes_per_second", tier="tactical")
+
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
+    assert pytest.approx(100_000.0) == value(metrics, "decode_bytes_per_second", tier="tactical")
+
+
+# At the scrape
+
+
+def test_gauges_are_read_when_they_are_scraped(metrics: Metrics) -> None:
+    """Queues, ages and holds come from the snapshot of that instant."""
+    snapshots = [
+        Snapshot(),
+        Snapshot(
+            loads={
+                TACTICAL: TierLoad(
+                    TACTICAL,
+                    TierState.READY,
+                    running=3,
+                    waiting=2,
+                    waiting_limit=8,
+                    kv_tokens_used=48,
+                    kv_tokens_total=160,
+                )
+            },
+            jobs=(
+                running(TACTICAL, 5.0, 1, 2 * ATP),
+                running(TACTICAL, 9.0, 4, 3 * ATP),
+                running(TACTICAL, 7.0, 0, ATP // 2),
+                running(STRATEGIC, 1.0, 0, ATP),
+            ),
+        ),
+    ]
+    metrics.watch(lambda: snapshots[-1])
+    tier = {"tier": "tactical"}
+
+    assert 3 == value(metrics, "requests_running", **tier)
+    assert 2 == value(metrics, "requests_waiting", **tier)
+    assert 8 == value(metrics, "requests_waiting_limit", **tier)
+    assert 9.0 == value(metrics, "oldest_running_age_seconds", **tier)
+    assert 7.0 == value(metrics, "oldest_waiting_age_seconds", **tier)
+    assert 48 == value(metrics, "kv_cache_tokens", **tier, state="used")
+    assert 112 == value(metrics, "kv_cache_tokens", **tier, state="free")
+    assert 5.5 == value(metrics, "atp_held", **tier)
+    assert 3 == value(metrics, "ledger_holds_open", **tier)
+    assert 1.0 == value(metrics, "atp_held", tier="strategic")
+
+    snapshots.pop()
+    assert 0 == value(metrics, "requests_running", **tier)
+    assert 0.0 == value(metrics, "atp_held", **tier)
+
+
+def test_available_memory_is_the_kernels_figure(tmp_path: Path) -> None:
+    """MemAvailable in bytes, and no series where there is no such file."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 100 kB\nMemFree: 5 kB\nMemAvailable:   64 kB\n")
+
+    assert 65536 == available_memory_bytes(meminfo)
+    assert available_memory_bytes(tmp_path / "none") is None
+
+
+def test_the_endpoint_serves_until_it_is_closed(metrics: Metrics) -> None:
+    """A scrape over HTTP gives the registry's exposition; after close nobody listens."""
+    metrics.held(TACTICAL, ATP)
+    with metrics.serve("127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            page = response.read().decode()
+
+    assert 'sage_fed_atp_reserved_total{tier="tactical"} 1.0' in page
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(url, timeout=10)
