@@ -71,6 +71,13 @@ class Authenticator:
         anonymous = Caller(account, Role.USER) if account and settings.listen.is_loopback else None
         return cls(tokens, anonymous)
 
+    def accounts(self) -> frozenset[str]:
+        """Return every account that may call: each needs a budget."""
+        callers = {token.caller for token in self._tokens}
+        if self._anonymous is not None:
+            callers.add(self._anonymous)
+        return frozenset(caller.account for caller in callers)
+
     def caller(self, authorization: Sequence[str | bytes]) -> Caller:
         """Return who calls, from the values of the `authorization` header (none or one).
 
@@ -173,7 +180,7 @@ def _token(where: str, entry: dict[str, Any], accounts: Mapping[str, AccountSett
     if role is None:
         settings = accounts.get(account)
         role = settings.role.value if settings is not None else Role.USER.value
-    if role not in {known.value for known in Role}:
+    if role not in [known.value for known in Role]:
         raise ConfigError(f"{where}: role must be user or admin")
     return Token(bytes.fromhex(digest), Caller(account, Role(role)))
 

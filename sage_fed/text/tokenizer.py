@@ -12,6 +12,7 @@ flips per call (the cause of its "Already borrowed") are fixed in two separate c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -52,6 +53,7 @@ class Tokenizer:
         # Where a vocabulary has no bytes, an unknown character honestly is the unk token.
         self._unk_id: int | None = hf.unk_token_id
         self.num_valid_ids = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
+        self._identity = hashlib.sha256(f"{serialized}{hf.chat_template}".encode()).digest()
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
@@ -69,6 +71,10 @@ class Tokenizer:
         if not hf.is_fast:
             raise ModelLoadError(f"{source} has no tokenizer.json; convert its tokenizer first")
         return cls(hf)
+
+    def encodes_like(self, other: Tokenizer) -> bool:
+        """Whether every conversation has the same ids here and there."""
+        return self._identity == other._identity  # noqa: SLF001 - of the same class
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The ids of a conversation under the chat template, ready for the assistant's turn.

@@ -1,0 +1,10 @@
+"""One job's life: plan, hold, run, deliver, settle.
+
+Import from here: `Broker` and the stream that it hands to a reader.
+"""
+
+from sage_fed.broker.broker import Broker
+from sage_fed.broker.mailbox import JobStream
+from sage_fed.broker.plan import Encoder, Planner
+
+__all__ = ["Broker", "Encoder", "JobStream", "Planner"]

@@ -1,0 +1,149 @@
+"""Every accepted job, from its request to its one ending.
+
+Owns the set of running jobs and their tasks, which outlive the RPC handlers that started
+them. Does not know protobuf, SQL or torch. Fails with what admission refuses: nothing is held
+or charged for a job that was refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+
+from sage_fed.broker.job import Job
+from sage_fed.broker.mailbox import JobStream
+from sage_fed.broker.plan import Planner
+from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier
+from sage_fed.errors import QueueFull, TierUnavailable
+from sage_fed.executor import Executor
+from sage_fed.ledger import Ledger
+from sage_fed.metrics import Metrics
+
+_RETRY_FULL_S = 1.0
+
+
+class Broker:
+    """The daemon's jobs.
+
+    Args:
+        tasks: where jobs run; ends after all of them have.
+        max_jobs: accepted and not ended, over all tiers and accounts.
+        hold_ttl_s: the ledger's safety net for a hold that nobody ends.
+    """
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        *,
+        planner: Planner,
+        ledger: Ledger,
+        executor: Executor,
+        metrics: Metrics,
+        max_jobs: int,
+        hold_ttl_s: float,
+    ) -> None:
+        self._tasks = tasks
+        self._planner = planner
+        self._ledger = ledger
+        self._executor = executor
+        self._metrics = metrics
+        self._max_jobs = max_jobs
+        self._hold_ttl_s = hold_ttl_s
+        self._jobs: dict[str, Job] = {}
+        self._seq_ids = itertools.count(1)
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._draining = False
+
+    async def submit(self, spec: JobSpec, arrived: float) -> JobStream:
+        """Accept a job; returns once its hold is durable.
+
+        Cancelled while it waits, it cancels the job: the caller has no stream to cancel yet.
+
+        Args:
+            spec: what is asked for.
+            arrived: `time.monotonic()` at the arrival of the request.
+
+        Raises:
+            SageFedError: the job is refused; nothing is held.
+        """
+        if self._draining:
+            raise TierUnavailable("the daemon is draining and takes no more jobs")
+        if len(self._jobs) >= self._max_jobs:
+            raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
+        job = Job(
+            job_id=f"job-{secrets.token_hex(8)}",
+            seq_id=next(self._seq_ids),
+            spec=spec,
+            arrived_s=arrived,
+            planner=self._planner,
+            ledger=self._ledger,
+            executor=self._executor,
+            metrics=self._metrics,
+            hold_ttl_s=self._hold_ttl_s,
+        )
+        self._jobs[job.job_id] = job
+        self._empty.clear()
+        task = self._tasks.create_task(job.run(), name=job.job_id)
+        task.add_done_callback(lambda _: self._forget(job.job_id))
+        try:
+            await job.stream.admitted()
+        except asyncio.CancelledError:
+            job.stop(StopReason.CANCELLED)
+            raise
+        return job.stream
+
+    async def quote(self, spec: JobSpec) -> Quote:
+        """Say what a job would cost and which route it would take; no side effect.
+
+        Raises:
+            InvalidField: the prompt cannot be encoded.
+            NoSuchAccount: the account has no budget.
+        """
+        draft = await self._planner.draft(spec, time.monotonic())
+        return self._planner.quote(draft, await self._ledger.budget(spec.account))
+
+    async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
+        """Return the prompt's tokens under the tier's template, and the tier's longest context."""
+        ids = await self._planner.encoder.encode(prompt)
+        return len(ids[tier]), self._executor.load(tier).max_context_tokens
+
+    def abort(self, job_id: str) -> bool:
+        """End a running job for an operator; False where there is none of that id."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return False
+        job.stop(StopReason.ABORTED)
+        return True
+
+    def running(self) -> tuple[RunningJob, ...]:
+        """Return every accepted job that has not ended. May be called from any thread."""
+        now = time.monotonic()
+        # A copy made in one step of the interpreter: a scrape reads it from its own thread.
+        seen = [job.describe(now) for job in tuple(self._jobs.values())]
+        return tuple(running for running in seen if running is not None)
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that were taken on and have not ended."""
+        return len(self._jobs)
+
+    def close(self) -> None:
+        """Take no more jobs."""
+        self._draining = True
+
+    def abort_all(self) -> None:
+        """End every job; what was made until now is delivered and charged."""
+        for job in tuple(self._jobs.values()):
+            job.stop(StopReason.ABORTED)
+
+    async def wait_empty(self) -> None:
+        """Wait until every job has ended."""
+        await self._empty.wait()
+
+    def _forget(self, job_id: str) -> None:
+        del self._jobs[job_id]
+        if not self._jobs:
+            self._empty.set()

@@ -1,0 +1,337 @@
+"""One job's life after its plan: hold, run, deliver, settle; exactly one ending.
+
+Owns the order in which money and work happen: the worst case is held before any device
+work, and whatever happens after that, the hold is settled or voided by this task, never by
+the RPC handler. Does not know protobuf, SQL or torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from sage_fed.broker.mailbox import JobStream
+from sage_fed.broker.output import Output
+from sage_fed.broker.plan import Draft, Plan, Planner
+from sage_fed.broker.results import Result, payload_hash
+from sage_fed.core import (
+    Budget,
+    Finished,
+    JobSpec,
+    Price,
+    Refusal,
+    Route,
+    RunningJob,
+    Started,
+    StopReason,
+    Tier,
+    Timing,
+    Usage,
+)
+from sage_fed.errors import DeviceOutOfMemory, Internal, SageFedError, TierUnavailable
+from sage_fed.executor import Executor, TokenStream
+from sage_fed.ledger import HoldReceipt, HoldRequest, Ledger, Replay
+from sage_fed.metrics import Metrics
+from sage_fed.pricing import charge
+from sage_fed.router import refusal_error
+from sage_fed.scheduler import Ended, EndReason, SequenceSpec
+
+_log = logging.getLogger(__name__)
+
+_NATURAL = {EndReason.EOS: StopReason.END_OF_TEXT, EndReason.LENGTH: StopReason.LENGTH}
+
+
+class Job:
+    """One request, from its arrival (`arrived_s`, monotonic) to its ending."""
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        seq_id: int,
+        spec: JobSpec,
+        arrived_s: float,
+        planner: Planner,
+        ledger: Ledger,
+        executor: Executor,
+        metrics: Metrics,
+        hold_ttl_s: float,
+    ) -> None:
+        self.job_id = job_id
+        self.spec = spec
+        self.stream = JobStream(on_cancel=lambda: self.stop(StopReason.CANCELLED))
+        self._seq_id = seq_id
+        self._arrived_s = arrived_s
+        self._planner = planner
+        self._ledger = ledger
+        self._executor = executor
+        self._metrics = metrics
+        self._hold_ttl_s = hold_ttl_s
+        self._plan: Plan | None = None
+        self._held_uatp = 0
+        self._submitted = False
+        self._stop_reason: StopReason | None = None
+        self._output: Output | None = None
+        self._wasted: Usage | None = None
+        self._last_push_s = 0.0
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask the job to end at the next step; the first reason counts."""
+        if self._stop_reason is not None or self.stream.ended:
+            return
+        self._stop_reason = reason
+        if self._submitted:
+            self._executor.cancel(self._seq_id)
+
+    def describe(self, now: float) -> RunningJob | None:
+        """Return what an operator sees of it; None until it holds something."""
+        if self._plan is None or not self._held_uatp:
+            return None
+        return RunningJob(
+            job_id=self.job_id,
+            account=self.spec.account,
+            tier=self._plan.route.tier,
+            priority=self.spec.priority,
+            age_s=now - self._arrived_s,
+            prompt_tokens=len(self._plan.prompt),
+            output_tokens=self._output.num_tokens if self._output else 0,
+            held_uatp=self._held_uatp,
+        )
+
+    async def run(self) -> None:
+        """Plan, hold, run and settle; ends the stream. Raises nothing but its own cancellation."""
+        try:
+            await self._run()
+        except SageFedError as error:
+            self._fail(error)
+        except asyncio.CancelledError:
+            self._fail(TierUnavailable("the daemon is stopping; ask another one"))
+            raise
+        except Exception as error:  # noqa: BLE001 - the job's last line of defence: it must end
+            self._fail(_internal(error))
+
+    async def _run(self) -> None:
+        draft = await self._planner.draft(self.spec, self._arrived_s)
+        held = await self._hold(draft)
+        if isinstance(held, Replay):
+            await self._replay(held)
+            return
+        plan = self._plan
+        assert plan is not None
+        self._held_uatp = held.held_uatp
+        self._metrics.held(plan.route.tier, held.held_uatp)
+        try:
+            ended = await self._work(plan)
+        except BaseException:
+            # Also when this task is cancelled: an open hold would only end by expiry.
+            await asyncio.shield(self._void("failed"))
+            raise
+        await self._settle(plan, ended)
+
+    async def _hold(self, draft: Draft) -> HoldReceipt | Replay:
+        """Route and hold in one operation of the ledger, at the balance of that instant."""
+        spec, loads, payload = self.spec, self._planner.loads(), payload_hash(self.spec)
+        decision: Route | Refusal | None = None
+        decision_s = 0.0
+
+        def decide(budget: Budget) -> HoldRequest:
+            nonlocal decision, decision_s
+            began_s = time.perf_counter()
+            decision = self._planner.decide(draft, budget, loads)
+            decision_s = time.perf_counter() - began_s
+            if isinstance(decision, Refusal):
+                raise refusal_error(decision, spec.account)
+            return HoldRequest(
+                job_id=self.job_id,
+                account=spec.account,
+                amount_uatp=draft.offers[decision.tier].worst_case_uatp,
+                rate_card=draft.card.version,
+                tier=decision.tier.value,
+                strategic=decision.tier is Tier.STRATEGIC,
+                client_request_id=spec.client_request_id,
+                payload_hash=payload,
+                ttl_s=self._hold_ttl_s,
+            )
+
+        try:
+            held = await self._ledger.decide_hold(
+                spec.account, spec.client_request_id, payload, decide
+            )
+        finally:
+            if decision is not None:
+                self._metrics.route_decided(spec.requested, decision, decision_s)
+        if isinstance(decision, Route) and isinstance(held, HoldReceipt):
+            self._plan = self._planner.plan(draft, decision)
+        return held
+
+    async def _replay(self, earlier: Replay) -> None:
+        """Answer with what an earlier request of the same id got; nothing is charged."""
+        result = Result.from_bytes(earlier.result)
+        budget = await self._ledger.budget(self.spec.account)
+        self.stream.start(result.started)
+        if result.output.token_ids or result.output.text:
+            self.stream.push(result.output)
+        self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
+        self._metrics.replayed(result.started.route.tier)
+
+    def _fail(self, error: SageFedError) -> None:
+        tier = self._plan.route.tier if self._plan else self.spec.requested
+        total_s = time.monotonic() - self._arrived_s
+        self._metrics.job_failed(tier, error, total_s, self._wasted)
+        self.stream.end(error)
+
+    async def _work(self, plan: Plan) -> Ended | None:
+        """Run the sequence and deliver its tokens; None where it never got to the executor."""
+        if self._stop_reason is not None:
+            return None
+        source = self._executor.submit(
+            SequenceSpec(
+                seq_id=self._seq_id,
+                tier=plan.route.tier,
+                prompt=plan.prompt,
+                max_new_tokens=plan.offer.max_new_tokens,
+                sampling=plan.sampling,
+                ignore_eos=self.spec.sampling.ignore_eos,
+                priority=self.spec.priority,
+            )
+        )
+        self._submitted = True
+        self._output = Output(plan.tokenizer.decoder(), self.spec.sampling.stop)
+        self.stream.start(self._started(plan))
+        async with self._deadline():
+            ended = await self._deliver(source)
+        if ended.reason in (EndReason.OUT_OF_MEMORY, EndReason.FAILED):
+            self._wasted = Usage(ended.prompt_tokens, 0, ended.output_tokens)
+        if ended.reason is EndReason.OUT_OF_MEMORY:
+            raise DeviceOutOfMemory(
+                "the device had no memory for this job; try a shorter prompt or max_new_tokens"
+            )
+        if ended.reason is EndReason.FAILED:
+            raise TierUnavailable(f"the {plan.route.tier.value} tier failed; nothing was charged")
+        return ended
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        deadline_s = self.spec.sampling.deadline_s
+        if deadline_s is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        left_s = self._arrived_s + deadline_s - time.monotonic()
+        timer = loop.call_later(max(left_s, 0.0), self.stop, StopReason.DEADLINE)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _deliver(self, source: TokenStream) -> Ended:
+        """Take tokens until the sequence has ended, and pass on what the client may see."""
+        output = self._output
+        assert output is not None
+        while not isinstance(item := await source.next(), Ended):
+            # After a stop string the text is complete; after a cancel nobody reads.
+            if not self._is_closed():
+                delta, matched = output.push(item.drawn)
+                self.stream.push(delta)
+                self._note_gap(len(delta.token_ids))
+                if matched:
+                    self.stop(StopReason.STOP_STRING)
+        if not self._is_closed():
+            delta, matched = output.finish()
+            if matched:
+                self._stop_reason = StopReason.STOP_STRING
+            if delta.text:
+                self.stream.push(delta)
+        return item
+
+    def _note_gap(self, num_tokens: int) -> None:
+        now, before = time.monotonic(), self._last_push_s
+        if before and self._plan is not None:
+            self._metrics.tokens_delivered(self._plan.route.tier, num_tokens, now - before)
+        self._last_push_s = now
+
+    def _is_closed(self) -> bool:
+        return self._stop_reason in (StopReason.STOP_STRING, StopReason.CANCELLED)
+
+    async def _settle(self, plan: Plan, ended: Ended | None) -> None:
+        """Charge what was done, release the rest, and write the ending."""
+        output = self._output.whole() if self._output else None
+        usage = Usage(
+            prompt_tokens=ended.prompt_tokens if ended else 0,
+            cached_tokens=0,
+            output_tokens=output.output_tokens if output else 0,
+        )
+        charged_uatp = charge(plan.card, plan.route.tier, usage)
+        finished = Finished(
+            stop_reason=self._ending(ended),
+            usage=usage,
+            timing=self._timing(ended),
+            price=Price(charged_uatp, self._held_uatp, plan.card.version),
+            # Known only once settled; a replay shows the balance of its own time anyway.
+            balance_uatp=0,
+        )
+        if output is None or not charged_uatp:
+            balance_uatp = await self._void("nothing was done")
+        else:
+            stored = None
+            if self.spec.client_request_id:
+                stored = Result(self._started(plan), output, finished).to_bytes()
+            settlement = await self._ledger.settle(
+                self.job_id, charged_uatp, finished.stop_reason.value, stored
+            )
+            balance_uatp = settlement.balance_uatp
+            self._metrics.balance_changed(self.spec.account, balance_uatp)
+            self._metrics.settled(plan.route.tier, self._held_uatp, charged_uatp)
+        self._metrics.job_finished(plan.route.tier, finished)
+        if not self._submitted:
+            self.stream.start(self._started(plan))
+        self.stream.end(replace(finished, balance_uatp=balance_uatp))
+
+    async def _void(self, why: str) -> int:
+        release = await self._ledger.void(self.job_id, why)
+        assert self._plan is not None
+        self._metrics.voided(self._plan.route.tier, release.released_uatp)
+        return release.balance_uatp
+
+    def _ending(self, ended: Ended | None) -> StopReason:
+        if self._stop_reason is StopReason.STOP_STRING:
+            return StopReason.STOP_STRING
+        if ended is not None and ended.reason in _NATURAL:
+            return _NATURAL[ended.reason]
+        # A shutdown ends sequences without anyone having asked this job to stop.
+        return self._stop_reason or StopReason.ABORTED
+
+    def _timing(self, ended: Ended | None) -> Timing:
+        now = time.monotonic()
+        if ended is None:
+            return Timing(0.0, 0.0, 0.0, 0.0, now - self._arrived_s)
+        started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
+        return Timing(
+            queue_s=(ended.ended_s if started is None else started) - ended.submitted_s,
+            prefill_s=first - started if first is not None and started is not None else 0.0,
+            decode_s=last - first if last is not None and first is not None else 0.0,
+            time_to_first_token_s=first - self._arrived_s if first is not None else 0.0,
+            total_s=now - self._arrived_s,
+        )
+
+    def _started(self, plan: Plan) -> Started:
+        return Started(
+            job_id=self.job_id,
+            route=plan.route,
+            held_uatp=self._held_uatp,
+            prompt_tokens=len(plan.prompt),
+            seed=plan.sampling.seed,
+            max_new_tokens=plan.offer.max_new_tokens,
+        )
+
+
+def _internal(error: Exception) -> Internal:
+    """Return what the client gets for a bug of ours; the log gets the rest."""
+    error_id = secrets.token_hex(4)
+    _log.error("internal error %s", error_id, exc_info=error)
+    return Internal(error_id)

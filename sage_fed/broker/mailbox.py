@@ -1,0 +1,109 @@
+"""What one job hands to its reader: Started, merged Deltas, and exactly one ending.
+
+Owns the hand-over between a job's task (writer) and an RPC handler (reader), both on the
+event loop. A reader that falls behind finds its deltas merged, so memory is bounded by
+the job's own max_new_tokens and the job is never stalled by its reader.
+Knows nothing of gRPC, tokens or money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from sage_fed.core import Delta, Event, Finished, Logprob, Started
+from sage_fed.errors import SageFedError
+
+
+class JobStream:
+    """One job's events, read once.
+
+    Iterating yields `Started`, any number of `Delta`, then `Finished`; or raises the
+    `SageFedError` that ended the job. `cancel` may be called at any time, also twice.
+    """
+
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        self._on_cancel = on_cancel
+        self._changed = asyncio.Event()
+        self._started: Started | None = None
+        self._deltas: list[Delta] = []
+        self._ending: Finished | SageFedError | None = None
+
+    def cancel(self) -> None:
+        """Say that nobody reads any more; the job's own task stops and settles."""
+        self._on_cancel()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the ending is written (it may not have been read yet)."""
+        return self._ending is not None
+
+    def start(self, started: Started) -> None:
+        """Write the first event."""
+        assert self._started is None
+        assert self._ending is None
+        self._started = started
+        self._changed.set()
+
+    def push(self, delta: Delta) -> None:
+        """Write output; merged with whatever the reader has not taken yet."""
+        assert self._started is not None
+        assert self._ending is None
+        self._deltas.append(delta)
+        self._changed.set()
+
+    def end(self, ending: Finished | SageFedError) -> None:
+        """Write the one ending."""
+        assert self._ending is None, "a job ends exactly once"
+        self._ending = ending
+        self._changed.set()
+
+    async def admitted(self) -> None:
+        """Wait until the job is accepted.
+
+        Raises:
+            SageFedError: the job was refused instead.
+        """
+        while self._started is None and self._ending is None:
+            await self._wait()
+        if self._started is None and isinstance(self._ending, SageFedError):
+            raise self._ending
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        await self.admitted()
+        assert self._started is not None
+        yield self._started
+        while True:
+            if self._deltas:
+                deltas, self._deltas = self._deltas, []
+                yield merge(deltas)
+            elif isinstance(self._ending, SageFedError):
+                raise self._ending
+            elif self._ending is not None:
+                yield self._ending
+                return
+            else:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        # No deadline here: the job's task always writes an ending, and the handler that
+        # waits is itself bounded by its RPC.
+        self._changed.clear()
+        await self._changed.wait()
+
+
+def merge(deltas: list[Delta]) -> Delta:
+    """Return one delta that says what the given ones say, in order."""
+    if len(deltas) == 1:
+        return deltas[0]
+    token_ids: list[int] = []
+    logprobs: list[Logprob] = []
+    for delta in deltas:
+        token_ids.extend(delta.token_ids)
+        logprobs.extend(delta.logprobs)
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_ids),
+        logprobs=tuple(logprobs),
+        output_tokens=deltas[-1].output_tokens,
+    )

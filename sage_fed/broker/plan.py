@@ -1,0 +1,219 @@
+"""From a request to a plan: encode, price, decide. No side effect.
+
+Owns what `Quote` shows and what a job runs with, so that a quote is for exactly the job that
+would run. Reads the tiers' load; the account's budget is handed to it, because the decision is
+made where the balance is, inside the ledger's transaction.
+Fails with `InvalidField` for a prompt that cannot be encoded; a refusal is a value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor as ThreadPool
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sage_fed.core import (
+    Budget,
+    GenerationDefaults,
+    JobSpec,
+    Offer,
+    Prompt,
+    Quote,
+    Refusal,
+    Route,
+    RouteQuote,
+    Sampling,
+    Tier,
+    TierLoad,
+)
+from sage_fed.executor import Executor
+from sage_fed.pricing import RateCard
+from sage_fed.pricing import quote as price
+from sage_fed.router import RouteRequest, RoutingPolicy, estimate_s, route
+from sage_fed.text import Tokenizer
+
+_T = TypeVar("_T")
+
+_INLINE_CHARS = 4096
+"""Encoding this much takes well under a millisecond; more goes to a thread."""
+
+
+class Encoder:
+    """Prompts to ids, per tier, off the event loop where that takes long."""
+
+    def __init__(self, tokenizers: Mapping[Tier, Tokenizer], threads: ThreadPool) -> None:
+        self.tokenizers = tokenizers
+        self._threads = threads
+
+    async def encode(self, prompt: Prompt) -> dict[Tier, tuple[int, ...]]:
+        """Return each tier's ids; tiers that share a tokenizer share the work.
+
+        Raises:
+            InvalidField: the template refuses the messages, or an id has no meaning.
+        """
+        ids: dict[int, tuple[int, ...]] = {}
+        for tokenizer in self.tokenizers.values():
+            if id(tokenizer) not in ids:
+                ids[id(tokenizer)] = await self._encode(tokenizer, prompt)
+        return {tier: ids[id(tokenizer)] for tier, tokenizer in self.tokenizers.items()}
+
+    async def _encode(self, tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+        if not prompt.messages:
+            tokenizer.validate_ids(prompt.token_ids)
+            return prompt.token_ids
+        if sum(len(message.content) for message in prompt.messages) <= _INLINE_CHARS:
+            return tokenizer.encode_messages(prompt.messages)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, tokenizer.encode_messages, prompt.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A job with its size and price on every tier, before anyone decided.
+
+    `card` is frozen here: a newer one never reprices this job.
+    """
+
+    spec: JobSpec
+    prompts: Mapping[Tier, tuple[int, ...]]
+    offers: Mapping[Tier, Offer]
+    card: RateCard
+    deadline_at_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a job runs with."""
+
+    route: Route
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    tokenizer: Tokenizer
+    card: RateCard
+    offer: Offer
+
+
+class Planner:
+    """Makes drafts and decides them.
+
+    Args:
+        default_new_tokens: for a job that does not say; less where the context is shorter.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        executor: Executor,
+        card: RateCard,
+        *,
+        policy: RoutingPolicy,
+        default_new_tokens: int,
+    ) -> None:
+        self.encoder = encoder
+        self.card = card
+        self._executor = executor
+        self._policy = policy
+        self._default_new_tokens = default_new_tokens
+
+    async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
+        """Encode and price a job on every tier."""
+        prompts = await self.encoder.encode(spec.prompt)
+        deadline_s = spec.sampling.deadline_s
+        return Draft(
+            spec=spec,
+            prompts=prompts,
+            offers={
+                tier: price(self.card, tier, len(ids), self._new_tokens(spec, tier, len(ids)))
+                for tier, ids in prompts.items()
+            },
+            card=self.card,
+            deadline_at_s=None if deadline_s is None else arrived_s + deadline_s,
+        )
+
+    def loads(self) -> dict[Tier, TierLoad]:
+        """Return what the tiers are doing at this moment."""
+        return {tier: self._executor.load(tier) for tier in self.encoder.tokenizers}
+
+    def decide(
+        self, draft: Draft, budget: Budget, loads: Mapping[Tier, TierLoad]
+    ) -> Route | Refusal:
+        """Decide; may be called from any thread, because it reads nothing but its arguments."""
+        deadline_at_s = draft.deadline_at_s
+        return route(
+            RouteRequest(
+                job=draft.spec,
+                offers=draft.offers,
+                loads=loads,
+                budget=budget,
+                policy=self._policy,
+                deadline_s=None if deadline_at_s is None else deadline_at_s - time.monotonic(),
+            )
+        )
+
+    def plan(self, draft: Draft, chosen: Route) -> Plan:
+        """Return what runs for a route that `decide` chose."""
+        tier = chosen.tier
+        return Plan(
+            route=chosen,
+            prompt=draft.prompts[tier],
+            sampling=resolve_sampling(draft.spec, self._executor.defaults(tier)),
+            tokenizer=self.encoder.tokenizers[tier],
+            card=draft.card,
+            offer=draft.offers[tier],
+        )
+
+    def quote(self, draft: Draft, budget: Budget) -> Quote:
+        """Return every route's worst case and the decision that would be taken now."""
+        loads = self.loads()
+        decision = self.decide(draft, budget, loads)
+        shown = decision.tier if isinstance(decision, Route) else draft.spec.requested
+        size = draft.offers[shown or Tier.TACTICAL]
+        return Quote(
+            decision=decision,
+            tiers=tuple(
+                RouteQuote(
+                    tier=tier,
+                    worst_case_uatp=priced.worst_case_uatp,
+                    affordable=priced.worst_case_uatp <= budget.balance_uatp,
+                    estimated_s=estimate_s(
+                        loads[tier], priced.prompt_tokens, priced.max_new_tokens
+                    ),
+                )
+                for tier, priced in draft.offers.items()
+            ),
+            rate_card=draft.card.version,
+            prompt_tokens=size.prompt_tokens,
+            max_new_tokens=size.max_new_tokens,
+            balance_uatp=budget.balance_uatp,
+        )
+
+    def _new_tokens(self, spec: JobSpec, tier: Tier, prompt_tokens: int) -> int:
+        if spec.sampling.max_new_tokens is not None:
+            return spec.sampling.max_new_tokens
+        context = self._executor.load(tier).max_context_tokens
+        # A context of 0 is not loaded yet; a prompt that fills it is refused by the router.
+        room = context - prompt_tokens if context else self._default_new_tokens
+        return max(1, min(self._default_new_tokens, room))
+
+
+def resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None) -> Sampling:
+    """Fill what the client left open with the checkpoint's own defaults, and draw a seed."""
+    asked, own = spec.sampling, defaults or GenerationDefaults()
+    return Sampling(
+        temperature=_given(asked.temperature, own.temperature),
+        top_p=_given(asked.top_p, own.top_p),
+        top_k=_given(asked.top_k, own.top_k),
+        min_p=_given(asked.min_p, own.min_p),
+        repetition_penalty=_given(asked.repetition_penalty, own.repetition_penalty),
+        # 63 bits: a client that reads JSON numbers as int64 can send it back.
+        seed=_given(asked.seed, secrets.randbits(63)),
+        top_logprobs=asked.top_logprobs,
+    )
+
+
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

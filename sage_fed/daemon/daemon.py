@@ -1,0 +1,232 @@
+"""One daemon's life: start, serve, stop.
+
+Owns the order in which parts come and go: books before server, tactical before strategic,
+jobs before executor, executor before ledger. Knows what each part is for and nothing of how
+it works. Fails with `ConfigError`, `ModelLoadError` or `LedgerCorrupt` before it serves; after
+that, with an exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import sage_fed
+from sage_fed.auth import Authenticator, mint_admin_token
+from sage_fed.broker import Broker, Encoder, Planner
+from sage_fed.core import Phase, Tier
+from sage_fed.daemon.lifecycle import Lifecycle
+from sage_fed.daemon.operations import Operations
+from sage_fed.daemon.readiness import Readiness, StartProgress
+from sage_fed.daemon.tiers import load_tokenizers, tier_setup
+from sage_fed.engine import set_cpu_threads
+from sage_fed.errors import ConfigError
+from sage_fed.executor import Executor
+from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
+from sage_fed.metrics import Metrics, MetricsServer, Snapshot
+from sage_fed.pricing import RateCard
+from sage_fed.router import RoutingPolicy, possible_decisions
+from sage_fed.service.server import BoundServer, build_server
+from sage_fed.settings import Address, Settings
+
+ENDPOINT_FILE = "endpoint.json"
+"""In the state directory: where this daemon listens; there while it serves."""
+
+_LAST_WORDS_S = 5.0
+"""How long aborted jobs may take to settle, and replies to reach their clients."""
+
+_log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings, progress: StartProgress) -> int:
+    """Run a daemon until it is told to stop; return the process's exit code.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+        ModelLoadError: a model that cannot be served.
+        LedgerCorrupt: books that do not balance.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    return asyncio.run(_run(settings, progress))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What is running, as far as stopping it needs to know."""
+
+    executor: Executor
+    broker: Broker
+    operations: Operations
+    readiness: Readiness
+    bound: BoundServer
+
+
+async def _run(settings: Settings, progress: StartProgress) -> int:
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    async with _started(settings, lifecycle, progress) as parts:
+        await lifecycle.wait_stopping()
+        await _stop(settings, lifecycle, parts)
+    _log.info("stopped")
+    return lifecycle.exit_code
+
+
+@contextlib.asynccontextmanager
+async def _started(
+    settings: Settings, lifecycle: Lifecycle, progress: StartProgress
+) -> AsyncIterator[_Parts]:
+    """Build every part, and take down in reverse what was built."""
+    _prepare_state_dir(settings.state_dir)
+    set_cpu_threads(settings.cpu_threads)
+    card = await asyncio.to_thread(RateCard.load, settings.rate_card, settings.cards_dir)
+    metrics = _metrics(settings, card)
+    async with contextlib.AsyncExitStack() as stack:
+        ledger = await _open_ledger(settings, metrics, lifecycle)
+        stack.push_async_callback(ledger.close)
+        # After the ledger, whose lock says that no other daemon has this directory.
+        authenticator = Authenticator.from_settings(
+            settings, mint_admin_token(settings.state_dir, settings.auth.anonymous_account)
+        )
+        for account in sorted({*settings.accounts, *authenticator.accounts()}):
+            await ledger.ensure_account(account, _terms(settings, account))
+        tokenizers = await load_tokenizers(settings)
+        readiness = Readiness(settings, lifecycle, progress)
+        executor = Executor(
+            {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
+            observers=(metrics, readiness),
+        )
+        threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sage-fed-text"))
+        planner = Planner(
+            Encoder(tokenizers, threads),
+            executor,
+            card,
+            policy=RoutingPolicy(
+                complexity_threshold=settings.routing.complexity_threshold,
+                strategic_prompt_tokens=settings.routing.strategic_prompt_tokens,
+            ),
+            default_new_tokens=settings.limits.default_new_tokens,
+        )
+        tasks = asyncio.TaskGroup()
+        broker = Broker(
+            tasks,
+            planner=planner,
+            ledger=ledger,
+            executor=executor,
+            metrics=metrics,
+            max_jobs=settings.limits.max_jobs,
+            hold_ttl_s=settings.ledger.hold_ttl_s,
+        )
+        operations = Operations(settings, executor, broker, card, drain=lifecycle.drain)
+        bound = await build_server(
+            settings.listen,
+            authenticator=authenticator,
+            limits=settings.limits,
+            jobs=broker,
+            books=ledger,
+            operations=operations,
+        )
+        metrics.watch(
+            lambda: Snapshot({tier: executor.load(tier) for tier in Tier}, broker.running())
+        )
+        exposition = _expose(metrics, settings.metrics_listen)
+        stack.callback(exposition.close)
+        metrics_address = Address(settings.metrics_listen.host, exposition.port)
+        readiness.listening(bound.address, metrics_address)
+        # Entered last, so that an error of the start is not wrapped into a group of errors.
+        await stack.enter_async_context(tasks)
+        stack.push_async_callback(executor.stop, 0.0)
+        for name, chore in (
+            ("ledger upkeep", ledger.run_upkeep()),
+            ("health", readiness.run(bound.health)),
+        ):
+            stack.callback(tasks.create_task(chore, name=name).cancel)
+        await executor.start()
+        await bound.server.start()
+        stack.push_async_callback(bound.server.stop, 0.0)
+        endpoint = settings.state_dir / ENDPOINT_FILE
+        _announce(endpoint, bound.address, metrics_address)
+        stack.callback(endpoint.unlink, missing_ok=True)
+        _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
+        yield _Parts(executor, broker, operations, readiness, bound)
+
+
+async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None:
+    """Stop admission, let jobs end within the grace, end what is left, then the parts."""
+    parts.operations.note_draining()
+    await parts.readiness.drain(parts.bound.health)
+    parts.broker.close()
+    grace_s = settings.drain_grace_s if lifecycle.grace_s is None else lifecycle.grace_s
+    empty = asyncio.ensure_future(parts.broker.wait_empty())
+    hurried = asyncio.ensure_future(lifecycle.wait_hurried())
+    await asyncio.wait({empty, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not empty.done():
+        _log.warning("ending %d jobs that have not ended themselves", parts.broker.num_jobs)
+        parts.broker.abort_all()
+        await asyncio.wait({empty}, timeout=_LAST_WORDS_S)
+    empty.cancel()
+    # A wedged device ends its streams here at the latest, so every job has its ending.
+    await parts.executor.stop(0.0)
+    await parts.bound.server.stop(_LAST_WORDS_S)
+
+
+async def _open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> Ledger:
+    return await Ledger.open(
+        settings.state_dir / "ledger.db",
+        options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
+        on_commit=metrics.ledger_committed,
+        on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
+    )
+
+
+def _metrics(settings: Settings, card: RateCard) -> Metrics:
+    metrics = Metrics(
+        version=sage_fed.__version__,
+        decisions=possible_decisions(),
+        per_account_balance=settings.metrics.per_account_balance,
+    )
+    metrics.rate_card(card.version)
+    published = RateCard.load()
+    for source, shown in (("configured", published), ("card", card)):
+        metrics.cost_ratios(source, {phase: shown.cost_ratio(phase) for phase in Phase})
+    return metrics
+
+
+def _expose(metrics: Metrics, listen: Address) -> MetricsServer:
+    try:
+        return metrics.serve(listen.host, listen.port)
+    except OSError as error:
+        raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
+
+
+def _terms(settings: Settings, account: str) -> AccountTerms:
+    budget = settings.account_budget(account)
+    return AccountTerms(
+        capacity_uatp=budget.capacity_uatp,
+        refill_uatp_per_s=budget.refill_uatp_per_s,
+        strategic_floor_uatp=budget.strategic_floor_uatp,
+        initial_uatp=budget.initial_uatp,
+    )
+
+
+def _prepare_state_dir(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"state_dir: cannot create {path}: {error.strerror}") from None
+
+
+def _announce(endpoint: Path, listen: Address, metrics: Address) -> None:
+    """Write where we listen; renamed into place, so that no reader sees half of it."""
+    fresh = endpoint.with_name(f"{endpoint.name}.new")
+    fresh.write_text(json.dumps({"listen": str(listen), "metrics": str(metrics)}))
+    fresh.replace(endpoint)

@@ -1,0 +1,83 @@
+"""What the tiers' states mean for health checks, for the start's progress and for exiting.
+
+Owns the last known state of each tier. Hears of changes from the executor, on the event loop,
+and tells the health service from a task of its own, because that one has to be awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.daemon.lifecycle import Lifecycle
+from sage_fed.daemon.tiers import display_name
+from sage_fed.service.health import Health
+from sage_fed.settings import Address, Settings
+from sage_fed.steps import StepReport
+
+
+class StartProgress(Protocol):
+    """Who is told how the start goes."""
+
+    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
+        """A tier has loaded this share (0 to 1)."""
+
+    def ready(self, listen: str, metrics: str) -> None:
+        """Every tier serves; the two are the bound HOST:PORT."""
+
+
+class Readiness:
+    """Satisfies `sage_fed.executor.ExecutorObserver`."""
+
+    def __init__(self, settings: Settings, lifecycle: Lifecycle, progress: StartProgress) -> None:
+        self._names = {tier: display_name(settings.tier(tier)) for tier in Tier}
+        self._lifecycle = lifecycle
+        self._progress = progress
+        self._statuses: dict[Tier, TierStatus] = {}
+        self._loaded: set[Tier] = set()
+        self._changed = asyncio.Event()
+        self._where: tuple[Address, Address] | None = None
+
+    def listening(self, listen: Address, metrics: Address) -> None:
+        """Note the bound addresses, for the line that says that all is ready."""
+        self._where = listen, metrics
+
+    def step_done(self, report: StepReport) -> None:
+        """Steps say nothing about readiness."""
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Note a tier's state; a start that failed, or a daemon without a tier, stops."""
+        before = self._statuses.get(status.tier)
+        self._statuses[status.tier] = status
+        if before is None or before.state is not status.state:
+            self._changed.set()
+        if status.state is TierState.FAILED:
+            self._failed(status)
+        elif status.state in (TierState.LOADING, TierState.READY):
+            share = 1.0 if status.state is TierState.READY else status.load_progress
+            self._progress.tier_progress(status.tier, share, self._names[status.tier])
+        if status.state is TierState.READY and status.tier not in self._loaded:
+            self._loaded.add(status.tier)
+            if len(self._loaded) == len(Tier) and self._where is not None:
+                self._progress.ready(*map(str, self._where))
+
+    def _failed(self, status: TierStatus) -> None:
+        if status.tier not in self._loaded:
+            self._lifecycle.fail(f"the {status.tier.value} tier did not load: {status.message}")
+        elif all(known.state is TierState.FAILED for known in self._statuses.values()):
+            self._lifecycle.fail("every tier has failed")
+
+    async def run(self, health: Health) -> None:
+        """Pass every change of state on to the health service, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await health.update(self._states())
+
+    async def drain(self, health: Health) -> None:
+        """Tell load balancers to send nothing more."""
+        await health.update(self._states(), draining=True)
+
+    def _states(self) -> dict[Tier, TierState]:
+        return {tier: status.state for tier, status in self._statuses.items()}
