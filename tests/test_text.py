@@ -329,9 +329,6 @@ class _CountedVocabulary:
     def token_bytes(self, token_id: int) -> bytes:
         return SENTENCE_PIECE.token_bytes(token_id)
 
-    def is_special(self, token_id: int) -> bool:
-        return SENTENCE_PIECE.is_special(token_id)
-
 
 @pytest.mark.parametrize("token_id", [2, 3 + 0xFF, 265], ids=["special", "never valid", "text"])
 def test_decoding_work_grows_with_the_tokens_only(token_id: int) -> None:

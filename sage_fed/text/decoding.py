@@ -1,6 +1,6 @@
 """From a stream of token ids to a stream of text, without ever half a character.
 
-Knows a vocabulary through three questions only. Cannot fail: what is no UTF-8 becomes
+Knows a vocabulary through two questions only. Cannot fail: what is no UTF-8 becomes
 replacement characters, as in the decoding of the whole.
 """
 
@@ -22,9 +22,6 @@ class Vocabulary(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a byte-level token adds to the text; empty for special and meaningless ids."""
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether `decode` leaves this token out."""
 
 
 class IncrementalDecoder:
@@ -64,7 +61,7 @@ class WindowDecoder(IncrementalDecoder):
 
     The tokens of the last piece are decoded again before the new ones, so that effects of a
     text's beginning (a stripped space) do not repeat in its middle; the method of TGI and vLLM.
-    A window that ends inside a character waits, at most `_MAX_HELD_TOKENS` tokens.
+    A window that adds no text or ends inside a character waits, at most `_MAX_HELD_TOKENS` tokens.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -83,8 +80,6 @@ class WindowDecoder(IncrementalDecoder):
         return self._vocabulary.decode(self._window)[len(before) :]
 
     def _push_one(self, token_id: int) -> str:
-        if self._vocabulary.is_special(token_id):
-            return ""  # and no room in the window: a model may repeat it for ever
         self._window.append(token_id)
         before = self._vocabulary.decode(self._window[: self._read])
         now = self._vocabulary.decode(self._window)
