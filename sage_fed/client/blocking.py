@@ -7,7 +7,7 @@ nobody answers, `CallFailed` for a status that is none of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -54,7 +54,9 @@ class Client:
         """Close the connection; running streams are cancelled."""
         self._channel.close()
 
-    def stream(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> Iterator[Event]:
+    def stream(
+        self, prompt: PromptLike, **fields: Unpack[JobFields]
+    ) -> Generator[Event, None, None]:
         """Run a job and yield its events; leaving the loop early cancels the job."""
         ask = asks.stream(job_of(prompt, **fields))
         method = self._channel.unary_stream(ask.method, serialize, ask.reply.FromString)

@@ -8,6 +8,7 @@ A status without our details (another server, a proxy, a broken connection) beco
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -35,10 +36,11 @@ class _Details:
 
 def error_of(error: grpc.RpcError, address: str) -> SageFedError:
     """Return the error that the daemon meant; `address` is where it was asked."""
-    assert isinstance(error, grpc.Call)
-    code = error.code()
-    message = error.details() or ""
-    details = _details(error)
+    # Every RpcError that a channel raises is also its Call; grpc's own types do not say so.
+    call = cast("grpc.Call", error)
+    code = call.code()
+    message = call.details() or ""
+    details = _details(call)
     if not details.reason:
         if code is grpc.StatusCode.UNAVAILABLE:
             return errors.CannotConnect(address)

@@ -55,12 +55,11 @@ class BudgetService:
         if size > MAX_PAGE_SIZE:
             raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE_SIZE}, not {size}")
         before_id = read_page_token(request.page_token)
-        # One more than asked for tells whether there is a next page.
-        entries = await self._books.entries(call.caller.account, before_id, size + 1)
-        page = entries[:size]
+        entries = await self._books.entries(call.caller.account, before_id, size)
         return budget_pb2.ListEntriesResponse(
-            entries=[replies.entry_of(entry) for entry in page],
-            next_page_token=page_token(page[-1].entry_id) if len(entries) > size else "",
+            entries=[replies.entry_of(entry) for entry in entries],
+            # After a full page there may be nothing more: the next one is then empty, and last.
+            next_page_token=page_token(entries[-1].entry_id) if len(entries) == size else "",
         )
 
 

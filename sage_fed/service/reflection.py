@@ -23,7 +23,7 @@ def register_reflection(server: grpc.aio.Server, services: Iterable[str]) -> Non
     """Serve the schema of `services` (full names) and of reflection itself."""
     pool = descriptor_pool.Default()
     if not _known(pool, f"{V1}.{SERVICE}"):
-        pool.Add(v1_file())
+        pool.AddSerializedFile(v1_file().SerializeToString())
     names = (*services, f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}")
     servicer = reflection.aio.ReflectionServicer(names, pool)  # type: ignore[attr-defined] # stubs lack it
     handler = grpc.stream_stream_rpc_method_handler(
@@ -45,9 +45,9 @@ def v1_file() -> FileDescriptorProto:
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     file.name = file.name.replace("v1alpha", "v1")
     file.package = V1
-    fields = (field for message in file.message_type for field in message.field)
-    for field in fields:
-        field.type_name = field.type_name.replace(f".{V1ALPHA}.", f".{V1}.")
+    for field in (field for message in file.message_type for field in message.field):
+        if field.HasField("type_name"):
+            field.type_name = field.type_name.replace(f".{V1ALPHA}.", f".{V1}.")
     for method in file.service[0].method:
         method.input_type = method.input_type.replace(f".{V1ALPHA}.", f".{V1}.")
         method.output_type = method.output_type.replace(f".{V1ALPHA}.", f".{V1}.")

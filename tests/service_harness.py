@@ -1,0 +1,247 @@
+"""A real gRPC server on port 0 over a real ledger, with jobs that follow a script.
+
+The script stands for GPU time only: it decides what a job's stream says and when, so that
+refusals, bugs and disconnects happen on cue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from sage_fed.auth import Authenticator, Token
+from sage_fed.core import (
+    Caller,
+    DaemonStatus,
+    Delta,
+    Event,
+    Finished,
+    JobSpec,
+    Logprob,
+    ModelStatus,
+    Price,
+    Priority,
+    Prompt,
+    Quote,
+    Role,
+    Route,
+    RouteQuote,
+    RunningJob,
+    Started,
+    StopReason,
+    Tier,
+    TierLoad,
+    TierState,
+    Timing,
+    Usage,
+)
+from sage_fed.ledger import AccountTerms, Ledger
+from sage_fed.service.server import BoundServer, build_server
+from sage_fed.settings import Address, LimitSettings
+
+T = TypeVar("T")
+
+WAIT_S = 20.0
+"""A deadline that only a hung test meets."""
+
+ROUTE = Route(Tier.TACTICAL, "auto_default", requested=None)
+STARTED = Started(
+    job_id="job-1",
+    route=ROUTE,
+    held_uatp=5_000_000,
+    prompt_tokens=3,
+    seed=2**64 - 1,
+    max_new_tokens=4,
+)
+DELTAS = (
+    Delta("Grüß", (1, 2), (Logprob(1, -0.5, ((1, -0.5), (9, -1.0))), Logprob(2, -0.1)), 2),
+    Delta("", (3,), (Logprob(3, -0.2),), 3),
+    Delta(" Gott", (4,), (Logprob(4, -0.3),), 4),
+)
+FINISHED = Finished(
+    StopReason.LENGTH,
+    Usage(3, 1, 4),
+    Timing(0.001, 0.002, 0.003, 0.004, 0.005),
+    Price(4_300_000, 5_000_000, "default-1"),
+    balance_uatp=95_700_000,
+)
+EVENTS: tuple[Event, ...] = (STARTED, *DELTAS, FINISHED)
+RUNNING = RunningJob("job-1", "robot", Tier.STRATEGIC, Priority.HIGH, 1.5, 3, 2, 5_000_000)
+QUOTE = Quote(
+    decision=ROUTE,
+    tiers=(
+        RouteQuote(Tier.TACTICAL, 5_000_000, affordable=True, estimated_s=0.25),
+        RouteQuote(Tier.STRATEGIC, 32_000_000, affordable=False, estimated_s=None),
+    ),
+    rate_card="default-1",
+    prompt_tokens=3,
+    max_new_tokens=4,
+    balance_uatp=100_000_000,
+)
+LOADS = (
+    TierLoad(Tier.TACTICAL, TierState.READY, 1, 2, 64, 16, 1024, 512, 40, 0.002, 5000.0),
+    TierLoad(Tier.STRATEGIC, TierState.LOADING),
+)
+MODELS = (
+    ModelStatus(
+        Tier.TACTICAL, TierState.READY, "demo-tactical", "", "bf16", "cpu", "Qwen2ForCausalLM",
+        600_000, 1_200_000, 2**20, 1024, 512, 0.5, 1.0, 1_000_000,
+    ),
+    ModelStatus(
+        Tier.STRATEGIC, TierState.FAILED, "Qwen/Qwen2.5-7B-Instruct", "a" * 40, "bf16", "cuda:0",
+        message="config.json: no such file",
+    ),
+)  # fmt: skip
+STATUS = DaemonStatus("0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS)
+
+
+class ScriptedStream:
+    """Says the given events, then raises the given error or hangs until it is cancelled."""
+
+    def __init__(self, events: Sequence[Event], ending: BaseException | None, hang: bool) -> None:
+        self._events = events
+        self._ending = ending
+        self._hang = hang
+        self.cancelled = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Nobody reads any more."""
+        self.cancelled.set()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for event in self._events:
+            yield event
+        if self._hang:
+            await self.cancelled.wait()
+        if self._ending is not None:
+            raise self._ending
+
+
+@dataclass
+class ScriptedJobs:
+    """What the next jobs do; remembers what it was asked."""
+
+    events: Sequence[Event] = EVENTS
+    refusals: list[BaseException] = field(default_factory=list)
+    ending: BaseException | None = None
+    hang: bool = False
+    specs: list[JobSpec] = field(default_factory=list)
+    streams: list[ScriptedStream] = field(default_factory=list)
+    counted: list[tuple[Prompt, Tier]] = field(default_factory=list)
+    quoted: Quote = QUOTE
+    accepted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def submit(self, spec: JobSpec, arrived: float) -> ScriptedStream:
+        """Refuse while refusals are left, then accept."""
+        assert arrived > 0
+        self.specs.append(spec)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.streams.append(ScriptedStream(self.events, self.ending, self.hang))
+        self.accepted.set()
+        return self.streams[-1]
+
+    async def quote(self, spec: JobSpec) -> Quote:
+        """Refuse while refusals are left, then quote."""
+        self.specs.append(spec)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return self.quoted
+
+    async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
+        """Seven tokens, whatever they are."""
+        self.counted.append((prompt, tier))
+        return 7, 512
+
+    def abort(self, job_id: str) -> bool:
+        """There is one job."""
+        return job_id == RUNNING.job_id
+
+    def running(self) -> tuple[RunningJob, ...]:
+        """There is one job."""
+        return (RUNNING,)
+
+
+@dataclass
+class ScriptedOperations:
+    """A daemon that stands still."""
+
+    drained: list[float | None] = field(default_factory=list)
+    shown: tuple[ModelStatus, ...] = MODELS
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        """Whatever is shown."""
+        return self.shown
+
+    def status(self) -> DaemonStatus:
+        """Always the same."""
+        return STATUS
+
+    def drain(self, grace_s: float | None) -> int:
+        """Two jobs are left, always."""
+        self.drained.append(grace_s)
+        return 2
+
+
+def token(text: str, account: str, role: Role = Role.USER) -> Token:
+    return Token(hashlib.sha256(text.encode()).digest(), Caller(account, role))
+
+
+TOKENS = (token("robot-token", "robot"), token("admin-token", "local", Role.ADMIN))
+
+
+@dataclass
+class Harness:
+    """A running server and what is behind it."""
+
+    address: str
+    bound: BoundServer
+    jobs: ScriptedJobs
+    ledger: Ledger
+    operations: ScriptedOperations
+    channel: grpc.aio.Channel
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    tmp_path: Path,
+    *,
+    jobs: ScriptedJobs | None = None,
+    anonymous: Caller | None = Caller("local", Role.USER),  # noqa: B008 - frozen
+    limits: LimitSettings | None = None,
+) -> AsyncIterator[Harness]:
+    """Serve until the block is left; account `local` has 100 ATP, `robot` has none."""
+    jobs = jobs or ScriptedJobs()
+    operations = ScriptedOperations()
+    ledger = await Ledger.open(tmp_path / "ledger.db")
+    await ledger.ensure_account(
+        "local", AccountTerms(capacity_uatp=100_000_000, initial_uatp=100_000_000)
+    )
+    bound = await build_server(
+        Address("127.0.0.1", 0),
+        authenticator=Authenticator(TOKENS, anonymous),
+        limits=limits or LimitSettings(),
+        jobs=jobs,
+        books=ledger,
+        operations=operations,
+    )
+    await bound.server.start()
+    address = str(bound.address)
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Harness(address, bound, jobs, ledger, operations, channel)
+    finally:
+        await bound.server.stop(None)
+        await ledger.close()
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run a blocking client beside the server's event loop, within a deadline."""
+    return await asyncio.wait_for(asyncio.to_thread(work), WAIT_S)

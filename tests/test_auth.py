@@ -1,0 +1,236 @@
+"""Tokens: who calls, and files that cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import stat
+from pathlib import Path
+
+import pytest
+
+from sage_fed.auth import (
+    ADMIN_TOKEN_FILE,
+    Authenticator,
+    Token,
+    mint_admin_token,
+    read_tokens,
+    require_role,
+)
+from sage_fed.core import Caller, Role
+from sage_fed.errors import ConfigError, Forbidden, Unauthenticated
+from sage_fed.settings import AccountSettings, Settings, load_settings
+
+ROBOT = Caller("robot", Role.USER)
+BOSS = Caller("boss", Role.ADMIN)
+LOCAL = Caller("local", Role.USER)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def known(text: str, caller: Caller) -> Token:
+    return Token(bytes.fromhex(digest(text)), caller)
+
+
+def authenticator(anonymous: Caller | None = None) -> Authenticator:
+    return Authenticator([known("robot-1", ROBOT), known("boss-1", BOSS)], anonymous)
+
+
+@pytest.mark.parametrize(
+    ("header", "caller"),
+    [
+        ("Bearer robot-1", ROBOT),
+        ("bearer robot-1", ROBOT),
+        ("Bearer  robot-1 ", ROBOT),
+        (b"Bearer boss-1", BOSS),
+    ],
+)
+def test_a_token_says_who_calls(header: str | bytes, caller: Caller) -> None:
+    """The scheme is case-insensitive, the token is not."""
+    assert caller == authenticator().caller([header])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["Bearer nobody"],
+        ["Bearer ROBOT-1"],
+        ["Bearer "],
+        ["Bearer"],
+        [""],
+        ["robot-1"],
+        ["Basic robot-1"],
+        ["Bearer robot-1", "Bearer robot-1"],
+        ["Bearer " + "x" * 1025],
+        [f"Bearer {digest('robot-1')}"],
+        ["Bearer \udcff".encode("utf-8", "surrogateescape")],
+    ],
+)
+@pytest.mark.parametrize("anonymous", [None, LOCAL])
+def test_a_bad_token_is_refused_even_where_none_is_needed(
+    headers: list[str | bytes], anonymous: Caller | None
+) -> None:
+    """A caller who says who they are, wrongly, is never quietly somebody else."""
+    with pytest.raises(Unauthenticated):
+        authenticator(anonymous).caller(headers)
+
+
+def test_without_a_token_the_anonymous_account_calls() -> None:
+    """Where one is configured; otherwise a token is needed."""
+    assert LOCAL == authenticator(LOCAL).caller([])
+    with pytest.raises(Unauthenticated):
+        authenticator(None).caller([])
+
+
+@pytest.mark.parametrize(
+    ("caller", "role", "allowed"),
+    [(ROBOT, Role.USER, True), (BOSS, Role.USER, True), (BOSS, Role.ADMIN, True),
+     (ROBOT, Role.ADMIN, False)],
+)  # fmt: skip
+def test_only_admins_operate(caller: Caller, role: Role, allowed: bool) -> None:
+    """An admin may do all that a user may; not the other way round."""
+    if allowed:
+        require_role(caller, role)
+        return
+    with pytest.raises(Forbidden):
+        require_role(caller, role)
+
+
+def settings(tmp_path: Path, **flags: object) -> Settings:
+    return load_settings(
+        {"profile": "demo", "state_dir": str(tmp_path), **flags}, {}, None
+    ).settings
+
+
+def test_loopback_lets_the_anonymous_account_in_never_as_admin(tmp_path: Path) -> None:
+    """Even an anonymous account that the settings call admin is a user without its token."""
+    on_loopback = settings(tmp_path, **{"accounts.local.role": "admin"})
+    admin = mint_admin_token(tmp_path, "local")
+    assert LOCAL == Authenticator.from_settings(on_loopback, admin).caller([])
+
+
+def test_an_empty_anonymous_account_refuses_everyone_without_a_token(tmp_path: Path) -> None:
+    """On loopback too, where the operator says so."""
+    closed = settings(tmp_path, **{"auth.anonymous_account": ""})
+    with pytest.raises(Unauthenticated):
+        Authenticator.from_settings(closed, mint_admin_token(tmp_path, "")).caller([])
+
+
+def test_beyond_loopback_a_token_is_needed(tmp_path: Path) -> None:
+    """The tokens of the file are let in, nobody else."""
+    file = tokens_file(tmp_path, f'[[token]]\nsha256 = "{digest("robot-1")}"\naccount = "robot"\n')
+    public = settings(tmp_path, **{"listen": "0.0.0.0:6590", "auth.tokens_file": str(file)})
+    door = Authenticator.from_settings(public, mint_admin_token(tmp_path, "local"))
+    assert ROBOT == door.caller(["Bearer robot-1"])
+    with pytest.raises(Unauthenticated):
+        door.caller([])
+
+
+def test_the_admin_token_is_fresh_private_and_works(tmp_path: Path) -> None:
+    """Every start writes another one, readable by its owner only."""
+    old = mint_admin_token(tmp_path, "local")
+    first = (tmp_path / ADMIN_TOKEN_FILE).read_text().strip()
+    new = mint_admin_token(tmp_path, "local")
+    second = (tmp_path / ADMIN_TOKEN_FILE).read_text().strip()
+    assert 0o600 == stat.S_IMODE((tmp_path / ADMIN_TOKEN_FILE).stat().st_mode)
+    assert [ADMIN_TOKEN_FILE] == [path.name for path in tmp_path.iterdir()]
+    assert old.digest != new.digest
+    door = Authenticator([new], None)
+    assert Caller("local", Role.ADMIN) == door.caller([f"Bearer {second}"])
+    with pytest.raises(Unauthenticated):
+        door.caller([f"Bearer {first}"])
+
+
+def test_a_state_directory_that_cannot_be_written_fails_the_start(tmp_path: Path) -> None:
+    """The error names the setting."""
+    with pytest.raises(ConfigError, match=r"^state_dir: cannot write"):
+        mint_admin_token(tmp_path / "missing", "local")
+
+
+def tokens_file(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
+    path = tmp_path / "tokens.toml"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_a_tokens_file_names_accounts_and_roles(tmp_path: Path) -> None:
+    """The role is the entry's, or else its account's in the settings, or else a user's."""
+    path = tokens_file(
+        tmp_path,
+        f"""
+        [[token]]
+        sha256 = "{digest("a").upper()}"
+        account = "robot"
+        [[token]]
+        sha256 = "{digest("b")}"
+        account = "robot"
+        role = "admin"
+        [[token]]
+        sha256 = "{digest("c")}"
+        account = "boss"
+        """,
+    )
+    accounts = {"boss": AccountSettings(role=Role.ADMIN)}
+    expected = (
+        known("a", ROBOT),
+        known("b", Caller("robot", Role.ADMIN)),
+        known("c", BOSS),
+    )
+    assert expected == read_tokens(path, accounts)
+
+
+GOOD = f'sha256 = "{digest("a")}"\naccount = "robot"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[[token]]\n" + GOOD + 'rol = "user"\n', "token 1: unknown key rol"),
+        ("[[token]]\n" + GOOD + 'role = "root"\n', "token 1: role must be user or admin"),
+        ("[[token]]\n" + GOOD + "role = 1\n", "token 1: role must be user or admin"),
+        ("[[token]]\n" + GOOD + "role = []\n", "token 1: role must be user or admin"),
+        ('[[token]]\naccount = "robot"\n', "token 1: sha256 must be"),
+        ('[[token]]\nsha256 = "plain-token"\naccount = "robot"\n', "token 1: sha256 must be"),
+        (f'[[token]]\nsha256 = "{digest("a")}"\n', "token 1: account must be"),
+        ("[[token]]\n" + GOOD + "[[token]]\n" + GOOD, "token 2: sha256 appears twice"),
+        ("[tokens]\n" + GOOD, "unknown key tokens"),
+        ("[token]\n" + GOOD, "must be a list of [[token]] tables"),
+        ("token = [1]\n", "must be a list of [[token]] tables"),
+        ("[[token]\n", "line 1"),
+    ],
+)
+def test_a_tokens_file_that_cannot_be_used_fails_the_start(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    """The error names the file and the entry, and never shows a secret."""
+    path = tokens_file(tmp_path, text)
+    with pytest.raises(ConfigError) as raised:
+        read_tokens(path, {})
+    assert f"auth.tokens_file {path}: " in raised.value.message
+    assert problem in raised.value.message
+    assert "plain-token" not in raised.value.message
+
+
+def test_a_missing_tokens_file_fails_the_start(tmp_path: Path) -> None:
+    """A typo in its path must not open the door, nor lock it silently."""
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_tokens(tmp_path / "nowhere.toml", {})
+
+
+def test_a_tokens_file_that_anyone_may_write_fails_the_start(tmp_path: Path) -> None:
+    """Whoever can add a digest is everybody's admin."""
+    with pytest.raises(ConfigError, match="anyone may write it"):
+        read_tokens(tokens_file(tmp_path, "[[token]]\n" + GOOD, 0o606), {})
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o640, 0), (0o644, 1)])
+def test_a_tokens_file_that_anyone_may_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warnings: int
+) -> None:
+    """Digests of weak tokens can be guessed from; long random ones cannot, so it still starts."""
+    caplog.set_level(logging.WARNING, "sage_fed.auth")
+    assert 1 == len(read_tokens(tokens_file(tmp_path, "[[token]]\n" + GOOD, mode), {}))
+    assert warnings == len(caplog.records)

@@ -1,0 +1,111 @@
+"""grpc.health.v1: what serves when, by Check and by Watch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from service_harness import WAIT_S, Harness, serving
+
+from sage_fed.core import Tier, TierState
+from sage_fed.service import catalogue
+from sage_fed.service.health import names
+from sage_fed.service.health import serving as what_serves
+
+Status = health_pb2.HealthCheckResponse
+LOADING, READY, FAILED, DRAINING = (
+    TierState.LOADING, TierState.READY, TierState.FAILED, TierState.DRAINING,
+)  # fmt: skip
+OTHERS = set(catalogue.SERVICES) - {catalogue.INFERENCE}
+INFERENCE = catalogue.INFERENCE
+
+
+@pytest.mark.parametrize(
+    ("tactical", "strategic", "draining", "expected"),
+    [
+        (LOADING, LOADING, False, set()),
+        (READY, LOADING, False, {"", INFERENCE, "tactical"}),
+        (READY, READY, False, {"", INFERENCE, "tactical", "strategic"}),
+        (FAILED, READY, False, {INFERENCE, "strategic"}),
+        (READY, FAILED, False, {"", INFERENCE, "tactical"}),
+        (FAILED, FAILED, False, set()),
+        (READY, READY, True, set()),
+        (DRAINING, DRAINING, False, set()),
+    ],
+)
+def test_what_serves_in_which_state(
+    tactical: TierState, strategic: TierState, draining: bool, expected: set[str]
+) -> None:
+    """The empty name needs the tactical tier, inference either, each tier itself."""
+    states = {Tier.TACTICAL: tactical, Tier.STRATEGIC: strategic}
+    verdict = what_serves(states, draining=draining)
+    assert set(names()) == verdict.keys()
+    assert expected | OTHERS == {name for name, serves in verdict.items() if serves}
+
+
+async def check(harness: Harness, name: str) -> int:
+    call = harness.channel.unary_unary("/grpc.health.v1.Health/Check")
+    request = health_pb2.HealthCheckRequest(service=name).SerializeToString()
+    status: int = Status.FromString(await call(request, timeout=WAIT_S)).status
+    return status
+
+
+def states(tactical: TierState, strategic: TierState) -> Mapping[Tier, TierState]:
+    return {Tier.TACTICAL: tactical, Tier.STRATEGIC: strategic}
+
+
+async def test_check_follows_the_tiers(tmp_path: Path) -> None:
+    """NOT_SERVING until told otherwise; then each name for itself; and nothing after stop."""
+    async with serving(tmp_path) as harness:
+        assert {Status.NOT_SERVING} == {await check(harness, name) for name in names()}
+        await harness.bound.health.update(states(READY, LOADING))
+        assert [Status.SERVING, Status.SERVING, Status.NOT_SERVING] == [
+            await check(harness, name) for name in ("", "tactical", "strategic")
+        ]
+        await harness.bound.health.stop()
+        await harness.bound.health.update(states(READY, READY))
+        assert {Status.NOT_SERVING} == {await check(harness, name) for name in names()}
+
+
+async def test_check_of_an_unknown_name_is_not_found(tmp_path: Path) -> None:
+    """A typo in a probe is told from a tier that is down."""
+    async with serving(tmp_path) as harness:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await check(harness, "strategc")
+    assert grpc.StatusCode.NOT_FOUND is raised.value.code()
+
+
+async def test_watch_tells_of_every_change(tmp_path: Path) -> None:
+    """A watcher hears the state at once and each change after it."""
+    async with serving(tmp_path) as harness:
+        watch = harness.channel.unary_stream("/grpc.health.v1.Health/Watch")
+        request = health_pb2.HealthCheckRequest(service="strategic").SerializeToString()
+        call = watch(request, timeout=WAIT_S)
+
+        async def heard() -> int:
+            raw = await asyncio.wait_for(call.read(), WAIT_S)
+            status: int = Status.FromString(raw).status
+            return status
+
+        assert Status.NOT_SERVING == await heard()
+        await harness.bound.health.update(states(READY, READY))
+        assert Status.SERVING == await heard()
+        await harness.bound.health.update(states(READY, READY), draining=True)
+        assert Status.NOT_SERVING == await heard()
+        call.cancel()
+
+
+async def test_watch_of_an_unknown_name_stays_open(tmp_path: Path) -> None:
+    """As the protocol asks: SERVICE_UNKNOWN, not an error."""
+    async with serving(tmp_path) as harness:
+        watch = harness.channel.unary_stream("/grpc.health.v1.Health/Watch")
+        request = health_pb2.HealthCheckRequest(service="nowhere").SerializeToString()
+        call = watch(request, timeout=WAIT_S)
+        raw = await asyncio.wait_for(call.read(), WAIT_S)
+        assert Status.SERVICE_UNKNOWN == Status.FromString(raw).status
+        assert not call.done()
+        call.cancel()

@@ -1,0 +1,266 @@
+"""BudgetService, ModelService and AdminService through a real client and a real ledger."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from grpc.aio import AioRpcError
+from hypothesis import given
+from hypothesis import strategies as st
+from service_harness import LOADS, MODELS, RUNNING, STATUS, Harness, in_thread, serving
+
+from sage_fed.client import Client, LoadReport
+from sage_fed.client.failures import error_of
+from sage_fed.core import Budget
+from sage_fed.errors import InvalidField, NoSuchAccount, NotFound, SageFedError
+from sage_fed.ledger import EntryKind, HoldRequest
+from sage_fed.service.budget import page_token, read_page_token
+from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
+
+ADMIN = "admin-token"
+
+
+async def hold(harness: Harness, number: int) -> None:
+    await harness.ledger.hold(
+        HoldRequest(f"job-{number}", "local", 1_000_000 + number, "default-1", "tactical")
+    )
+
+
+async def test_a_budget_is_the_callers_own(tmp_path: Path) -> None:
+    """The books come from the ledger as they are; an account without any has none."""
+    async with serving(tmp_path) as harness:
+        await hold(harness, 0)
+        expected = Budget(
+            account="local",
+            balance_uatp=99_000_000,
+            held_uatp=1_000_000,
+            discharged_uatp=0,
+            capacity_uatp=100_000_000,
+            refill_uatp_per_s=0,
+            strategic_floor_uatp=0,
+        )
+
+        def ask() -> Budget:
+            with (
+                Client(harness.address, token="robot-token") as robot,
+                pytest.raises(NoSuchAccount),
+            ):
+                robot.budget()
+            with Client(harness.address) as client:
+                return client.budget()
+
+        assert expected == await in_thread(ask)
+
+
+async def test_the_budget_names_the_rate_card_in_force(tmp_path: Path) -> None:
+    """A price without its card means nothing."""
+    async with serving(tmp_path) as harness:
+        call = harness.channel.unary_unary("/sage_fed.v1.BudgetService/GetBudget")
+        reply = budget_pb2.GetBudgetResponse.FromString(await call(b""))
+    assert "default-1" == reply.rate_card
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 7, 8, 1000])
+async def test_pages_give_every_entry_once_newest_first(tmp_path: Path, page_size: int) -> None:
+    """Whatever the page's size, the pages together are the ledger."""
+    async with serving(tmp_path) as harness:
+        for number in range(6):
+            await hold(harness, number)
+        expected = await harness.ledger.entries("local", None, 100)
+
+        def ask() -> list[object]:
+            with Client(harness.address) as client:
+                page = client.entries_page(page_size)
+                entries = list(page.entries)
+                while page.next_page_token:
+                    page = client.entries_page(page_size, page.next_page_token)
+                    entries += page.entries
+                assert client.entries(limit=5) == tuple(entries[:5])
+                assert client.entries(limit=2000) == tuple(entries)
+                return list(entries)
+
+        entries = await in_thread(ask)
+    assert 7 == len(expected)
+    assert expected == entries
+    assert [EntryKind.HOLD, EntryKind.GRANT] == [expected[0].kind, expected[-1].kind]
+
+
+async def test_an_entry_that_comes_between_two_pages_repeats_none(tmp_path: Path) -> None:
+    """A token names an entry, not a distance: new entries shift nothing."""
+    async with serving(tmp_path) as harness:
+        for number in range(3):
+            await hold(harness, number)
+
+        def page(token: str) -> tuple[list[str], str]:
+            with Client(harness.address) as client:
+                got = client.entries_page(2, token)
+                return [entry.job_id for entry in got.entries], got.next_page_token
+
+        first, token = await in_thread(lambda: page(""))
+        await hold(harness, 3)
+        second, _ = await in_thread(lambda: page(token))
+    assert (["job-2", "job-1"], ["job-0", ""]) == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("size", "token", "field"),
+    [
+        (1001, "", "page_size"),
+        (2**32 - 1, "", "page_size"),
+        (10, "garbage", "page_token"),
+        (10, "ÿ", "page_token"),
+        (10, page_token(1)[:-4], "page_token"),
+        (10, page_token(2**64 - 1), "page_token"),
+    ],
+)
+async def test_a_page_that_cannot_be_is_refused(
+    tmp_path: Path, size: int, token: str, field: str
+) -> None:
+    """By the name of the field."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> str:
+            with Client(harness.address) as client, pytest.raises(InvalidField) as raised:
+                client.entries_page(size, token)
+            return raised.value.field
+
+        assert field == await in_thread(ask)
+
+
+@given(st.text(max_size=40))
+def test_any_page_token_is_an_entry_or_refused(token: str) -> None:
+    """Nothing that a client sends as a token is our bug."""
+    entry_id: int | None = None
+    with contextlib.suppress(InvalidField):
+        entry_id = read_page_token(token)
+    assert entry_id is None or 0 <= entry_id < 2**63
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_a_page_token_reads_back(entry_id: int) -> None:
+    """Every entry can be the last of a page."""
+    assert entry_id == read_page_token(page_token(entry_id))
+
+
+async def test_models_and_status_arrive_whole(tmp_path: Path) -> None:
+    """What the daemon says of itself is what the client reads, the unknown included."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> object:
+            with Client(harness.address) as client:
+                return client.models(), client.status()
+
+        assert (MODELS, STATUS) == await in_thread(ask)
+
+
+@pytest.mark.parametrize("tier", [1, 2])
+async def test_one_model_by_its_tier(tmp_path: Path, tier: int) -> None:
+    """GetModel answers with the tier that was named."""
+    async with serving(tmp_path) as harness:
+        call = harness.channel.unary_unary("/sage_fed.v1.ModelService/GetModel")
+        request = model_pb2.GetModelRequest(tier=tier)  # type: ignore[arg-type] # an open enum
+        reply = model_pb2.GetModelResponse.FromString(await call(request.SerializeToString()))
+    assert MODELS[tier - 1].name == reply.model.name
+
+
+@pytest.mark.parametrize(
+    ("tier", "reason"),
+    [(0, InvalidField.reason), (3, InvalidField.reason), (9, InvalidField.reason),
+     (2, NotFound.reason)],
+)  # fmt: skip
+async def test_a_model_that_is_not_there(tmp_path: Path, tier: int, reason: str) -> None:
+    """AUTO is no tier of a model; a tier that the daemon does not have is NOT_FOUND."""
+    async with serving(tmp_path) as harness:
+        harness.operations.shown = MODELS[:1]
+        call = harness.channel.unary_unary("/sage_fed.v1.ModelService/GetModel")
+        request = model_pb2.GetModelRequest(tier=tier)  # type: ignore[arg-type] # an open enum
+        with pytest.raises(AioRpcError) as raised:
+            await call(request.SerializeToString())
+    assert reason == error_of(raised.value, "here").reason
+
+
+async def test_an_operator_sees_every_job_and_what_is_held(tmp_path: Path) -> None:
+    """Jobs from the broker, tiers from the daemon, the held total from the books."""
+    async with serving(tmp_path) as harness:
+        await hold(harness, 0)
+
+        def ask() -> LoadReport:
+            with Client(harness.address, token=ADMIN) as client:
+                return client.load()
+
+        assert LoadReport(LOADS, (RUNNING,), 1_000_000) == await in_thread(ask)
+
+
+async def test_an_operator_aborts_and_drains(tmp_path: Path) -> None:
+    """Abort says whether there was such a job; drain passes the grace on, absent as absent."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> object:
+            with Client(harness.address, token=ADMIN) as client:
+                return (
+                    client.abort("job-1"),
+                    client.abort("job-2"),
+                    client.drain(),
+                    client.drain(0.0),
+                    client.drain(2.5),
+                )
+
+        assert (True, False, 2, 2, 2) == await in_thread(ask)
+        assert [None, 0.0, 2.5] == harness.operations.drained
+
+
+async def test_an_operator_creates_and_changes_accounts(tmp_path: Path) -> None:
+    """Absent fields stay as they are; held amounts stay held."""
+    async with serving(tmp_path) as harness:
+        await hold(harness, 0)
+
+        def ask() -> object:
+            with Client(harness.address, token=ADMIN) as client:
+                created = client.set_budget("new", balance_uatp=5, capacity_uatp=9)
+                changed = client.set_budget("local", strategic_floor_uatp=7)
+                emptied = client.set_budget("local", balance_uatp=0)
+                return created, changed, emptied
+
+        assert (
+            Budget("new", 5, 0, 0, 9, 0, 0),
+            Budget("local", 99_000_000, 1_000_000, 0, 100_000_000, 0, 7),
+            Budget("local", 0, 1_000_000, 0, 100_000_000, 0, 7),
+        ) == await in_thread(ask)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "field"),
+    [
+        ("Abort", admin_pb2.AbortRequest(), "job_id"),
+        ("Abort", admin_pb2.AbortRequest(job_id="x" * 257), "job_id"),
+        ("Drain", admin_pb2.DrainRequest(grace_s=-1.0), "grace_s"),
+        ("Drain", admin_pb2.DrainRequest(grace_s=float("nan")), "grace_s"),
+        ("Drain", admin_pb2.DrainRequest(grace_s=float("inf")), "grace_s"),
+        ("SetBudget", admin_pb2.SetBudgetRequest(), "account"),
+        ("SetBudget", admin_pb2.SetBudgetRequest(account="x" * 1000), "account"),
+        ("SetBudget", admin_pb2.SetBudgetRequest(account="a", balance_uatp=-1), "balance_uatp"),
+        (
+            "SetBudget",
+            admin_pb2.SetBudgetRequest(account="a", capacity_uatp=2**62),
+            "capacity_uatp",
+        ),
+    ],
+)
+async def test_an_operators_mistake_is_refused_by_name(
+    tmp_path: Path,
+    method: str,
+    request_: admin_pb2.AbortRequest | admin_pb2.DrainRequest | admin_pb2.SetBudgetRequest,
+    field: str,
+) -> None:
+    """Operators get the same plain answers as clients."""
+    async with serving(tmp_path) as harness:
+        call = harness.channel.unary_unary(f"/sage_fed.v1.AdminService/{method}")
+        headers = [("authorization", f"Bearer {ADMIN}")]
+        with pytest.raises(AioRpcError) as raised:
+            await call(request_.SerializeToString(), metadata=headers)
+        assert [] == harness.operations.drained
+    error: SageFedError = error_of(raised.value, "here")
+    assert isinstance(error, InvalidField)
+    assert field == error.field

@@ -1,0 +1,179 @@
+"""The server as a whole: its port, its limits, and what public gRPC tools see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from pathlib import Path
+
+import grpc
+import pytest
+from conftest import require_tool
+from grpc_reflection.v1alpha import reflection_pb2
+from service_harness import TOKENS, WAIT_S, ScriptedJobs, ScriptedOperations, in_thread, serving
+
+from sage_fed.auth import Authenticator
+from sage_fed.client import Client
+from sage_fed.errors import CallFailed, CannotConnect, ConfigError
+from sage_fed.service import catalogue
+from sage_fed.service.server import MAX_METADATA_BYTES, build_server
+from sage_fed.settings import Address, LimitSettings
+from sage_fed.v1 import inference_pb2, types_pb2
+
+QUOTE = "/sage_fed.v1.InferenceService/Quote"
+
+
+async def test_a_taken_port_fails_the_start_by_name(tmp_path: Path) -> None:
+    """A second daemon does not share the port: it says which setting to change."""
+    async with serving(tmp_path) as harness:
+        with pytest.raises(ConfigError, match=rf"^listen: cannot bind {harness.address};"):
+            await build_server(
+                Address.parse(harness.address),
+                authenticator=Authenticator(TOKENS, None),
+                limits=LimitSettings(),
+                jobs=ScriptedJobs(),
+                books=harness.ledger,
+                operations=ScriptedOperations(),
+            )
+
+
+async def test_a_message_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
+    """The transport refuses it; the broker never hears of it."""
+    limits = LimitSettings(max_message_bytes=2048, max_prompt_chars=10_000)
+    async with serving(tmp_path, limits=limits) as harness:
+        job = types_pb2.JobSpec(text="x" * 4000)
+        call = harness.channel.unary_unary(QUOTE)(
+            inference_pb2.QuoteRequest(job=job).SerializeToString(), timeout=WAIT_S
+        )
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED is await call.code()
+        assert [] == harness.jobs.specs
+
+
+async def test_headers_beyond_the_limit_are_refused(tmp_path: Path) -> None:
+    """Headers cost memory before anyone is known: they are bounded."""
+    async with serving(tmp_path) as harness:
+        job = types_pb2.JobSpec(text="hello")
+        call = harness.channel.unary_unary(QUOTE)(
+            inference_pb2.QuoteRequest(job=job).SerializeToString(),
+            metadata=[("x-padding", "x" * (MAX_METADATA_BYTES + 1))],
+            timeout=WAIT_S,
+        )
+        assert grpc.StatusCode.OK is not await call.code()
+        assert [] == harness.jobs.specs
+
+
+async def test_an_unknown_method_is_unimplemented(tmp_path: Path) -> None:
+    """Typos do not look like bugs of ours."""
+    async with serving(tmp_path) as harness:
+        call = harness.channel.unary_unary("/sage_fed.v1.InferenceService/Generat")(b"")
+        assert grpc.StatusCode.UNIMPLEMENTED is await call.code()
+
+
+async def test_nobody_at_the_address_is_said_so(tmp_path: Path) -> None:
+    """The client names the address that it tried."""
+    async with serving(tmp_path) as harness:
+        address = harness.address
+
+    def ask() -> None:
+        with Client(address) as client:
+            client.status()
+
+    with pytest.raises(CannotConnect, match=f"cannot connect to {address}"):
+        await in_thread(ask)
+
+
+async def test_a_server_of_something_else_is_a_failed_call() -> None:
+    """A status without our details keeps its name."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    def ask() -> None:
+        with Client(f"127.0.0.1:{port}") as client:
+            client.status()
+
+    try:
+        with pytest.raises(CallFailed) as raised:
+            await in_thread(ask)
+    finally:
+        await server.stop(None)
+    assert "UNIMPLEMENTED" == raised.value.status
+
+
+async def test_leaving_a_stream_early_cancels_its_job(tmp_path: Path) -> None:
+    """A `break` in the client's loop ends the job on the daemon."""
+    jobs = ScriptedJobs(hang=True)
+    async with serving(tmp_path, jobs=jobs) as harness:
+
+        def ask() -> None:
+            with Client(harness.address) as client:
+                events = client.stream("hello")
+                next(events)
+                events.close()
+
+        await in_thread(ask)
+        await asyncio.wait_for(jobs.streams[0].cancelled.wait(), WAIT_S)
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_describes_every_service(tmp_path: Path, version: str) -> None:
+    """Each listed service can be looked up, reflection itself included."""
+    async with serving(tmp_path) as harness:
+        method = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+        call = harness.channel.stream_stream(method)(timeout=WAIT_S)
+
+        async def ask(
+            request: reflection_pb2.ServerReflectionRequest,
+        ) -> reflection_pb2.ServerReflectionResponse:
+            await call.write(request.SerializeToString())
+            return reflection_pb2.ServerReflectionResponse.FromString(await call.read())
+
+        listed = await ask(reflection_pb2.ServerReflectionRequest(list_services=""))
+        services = [service.name for service in listed.list_services_response.service]
+        described = [
+            bool(
+                (
+                    await ask(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name))
+                ).file_descriptor_response.file_descriptor_proto
+            )
+            for name in services
+        ]
+        await call.done_writing()
+    expected = {
+        *catalogue.SERVICES,
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    assert expected == set(services)
+    assert [True] * len(services) == described
+
+
+async def test_a_public_client_streams_by_reflection_alone(tmp_path: Path) -> None:
+    """`buf curl`, as the README shows it: no schema of ours, no code of ours."""
+    buf = require_tool("buf")
+    async with serving(tmp_path) as harness:
+        url = f"http://{harness.address}/sage_fed.v1.InferenceService/GenerateStream"
+
+        def ask() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [
+                    buf, "curl", "--protocol", "grpc", "--http2-prior-knowledge",
+                    "-d", '{"job": {"text": "What is 12 plus 30?", "tier": "TIER_TACTICAL"}}', url,
+                ],
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S,
+                check=False,
+            )  # fmt: skip
+
+        done = await in_thread(ask)
+        assert (0, "") == (done.returncode, done.stderr)
+    decoder, events, rest = json.JSONDecoder(), [], done.stdout.strip()
+    while rest:
+        event, end = decoder.raw_decode(rest)
+        events.append(event)
+        rest = rest[end:].strip()
+    assert ["started", "delta", "delta", "delta", "finished"] == [next(iter(e)) for e in events]
+    assert "Grüß" == events[1]["delta"]["text"]
