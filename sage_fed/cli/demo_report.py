@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from sage_fed.cli.ask import Answer
 from sage_fed.cli.demo_plan import DemoRequest
-from sage_fed.cli.render import atp_number, format_rate, format_seconds, printable
+from sage_fed.cli.render import atp_number, format_rate, format_seconds, plain_table, printable
 from sage_fed.cli.scrape import samples
 from sage_fed.tasks import is_correct
 
@@ -29,6 +27,8 @@ _SERIES = (
     "sage_fed_atp_charged_total",
     "sage_fed_cost_ratio",
 )
+
+_PHASES = (None, "decode")
 
 _NEXT = (
     "sage-fed serve --profile demo",
@@ -54,7 +54,7 @@ class Outcome:
 
 def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
     """One row a request."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = plain_table(console)
     table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=30, ratio=1)
     table.add_column("asked")
     table.add_column("tier: reason")
@@ -92,12 +92,12 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 def print_metrics(page: str, console: Console) -> None:
     """The series that the requests above have moved, as they are scraped."""
     for sample in samples(page):
-        if sample.name in _SERIES and sample.value:
+        # The other phases' ratios are the same on this card: one says it.
+        if sample.name in _SERIES and sample.value and sample.labels.get("phase") in _PHASES:
             console.print(sample.line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_next_steps(console: Console) -> None:
     """What to try now."""
-    console.rule("try next", align="left")
     for command in _NEXT:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)

@@ -55,7 +55,7 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
     (
         CannotAfford,
         ExitCode.REFUSED,
-        "fewer --max-new-tokens or --tier tactical cost less; see `sage-fed budget`",
+        "see `sage-fed quote` and `sage-fed budget`",
     ),
     (
         CannotConnect,

@@ -21,6 +21,7 @@ from sage_fed.core import UATP_PER_ATP
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _CENT = Decimal("0.01")
 _PLAIN_WIDTH = 160  # of a table that goes to a file or pipe: nothing is cut to a window there
@@ -116,6 +117,15 @@ def stdout_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
 
+def plain_table(console: Console) -> Table:
+    """An empty table; its lines are for eyes, in a pipe there are columns only."""
+    from rich import box  # noqa: PLC0415 - see `stdout_console`
+    from rich.table import Table  # noqa: PLC0415
+
+    lines = box.SIMPLE_HEAD if console.is_terminal else None
+    return Table(box=lines, pad_edge=False, padding=(0, 2, 0, 0))
+
+
 def print_table(
     headings: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -123,14 +133,10 @@ def print_table(
     right: Sequence[str] = (),
 ) -> None:
     """A table on stdout; `right` names the headings whose columns are numbers."""
-    from rich import box  # noqa: PLC0415 - see `stdout_console`
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415 - see `stdout_console`
 
     console = stdout_console()
-    # Lines are for eyes: in a pipe there are columns only.
-    lines = box.SIMPLE_HEAD if console.is_terminal else None
-    table = Table(box=lines, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table(console)
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left")
     for row in rows:

@@ -1,0 +1,251 @@
+"""Commands against a real daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from daemon_process import DaemonProcess
+from typer.testing import CliRunner, Result
+
+from sage_fed.cli import build_app
+from sage_fed.core import Tier
+
+QUESTION = "What is 2 plus 3?"
+
+
+class Shell:
+    """`sage-fed ...` with the daemon's address in the environment."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self.daemon = daemon
+        self.environ = {"SAGE_FED_ADDRESS": daemon.address}
+
+    def run(self, *arguments: str, stdin: str | None = None) -> Result:
+        """What the command printed, and its exit code."""
+        return CliRunner(env=self.environ).invoke(build_app(), arguments, input=stdin)
+
+    def json(self, *arguments: str) -> dict[str, object]:
+        """The object that the command printed with --json."""
+        result = self.run(*arguments, "--json")
+        assert 0 == result.exit_code, result.output
+        body: dict[str, object] = json.loads(result.stdout)
+        return body
+
+    def admin(self, *arguments: str) -> Result:
+        """An operator's command on the daemon's machine."""
+        return self.run("admin", *arguments, "--state-dir", str(self.daemon.state_dir))
+
+
+@pytest.fixture
+def shell(demo_daemon: DaemonProcess) -> Shell:
+    """A shell with a full purse: the daemon is shared, and other tests spend too."""
+    shell = Shell(demo_daemon)
+    result = shell.admin("set-budget", "local", "--balance", "5000")
+    assert 0 == result.exit_code, result.output
+    return shell
+
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "16")
+
+
+def answer(shell: Shell, *options: str) -> dict[str, object]:
+    return shell.json("ask", QUESTION, *GREEDY, *options)
+
+
+def test_piped_output_is_exactly_the_answer(shell: Shell) -> None:
+    """A pipe gets the text and one line end; nothing about cost, on no stream."""
+    text = answer(shell, "--tier", "tactical")["text"]
+    result = shell.run("ask", QUESTION, *GREEDY, "--tier", "tactical")
+    assert (0, f"{text}\n", "") == (result.exit_code, result.stdout, result.stderr)
+
+
+def test_the_question_may_be_piped_in(shell: Shell) -> None:
+    """`-`, or nothing, reads stdin."""
+    text = answer(shell, "--tier", "tactical")["text"]
+    outputs = [
+        shell.run("ask", *words, *GREEDY, "--tier", "tactical", stdin=f"{QUESTION}\n").stdout
+        for words in (("-",), ())
+    ]
+    assert [f"{text}\n"] * 2 == outputs
+
+
+def test_json_carries_everything(shell: Shell) -> None:
+    """Route, usage, timing, price, balance, tokens and log-probabilities in one object."""
+    body = answer(shell, "--tier", "strategic", "--logprobs", "2")
+    started, finished = body["started"], body["finished"]
+    assert isinstance(started, dict)
+    assert isinstance(finished, dict)
+    assert {"tier": "strategic", "requested": "strategic"}.items() <= started["route"].items()
+    assert len(body["token_ids"]) == finished["usage"]["output_tokens"]  # type: ignore[arg-type]
+    assert len(body["logprobs"]) == finished["usage"]["output_tokens"]  # type: ignore[arg-type]
+    assert 0 < finished["price"]["charged_uatp"] <= finished["price"]["held_uatp"]
+    assert {"balance_uatp", "timing", "stop_reason"} <= finished.keys()
+
+
+def test_a_seed_repeats_a_sampled_answer(shell: Shell) -> None:
+    """The same seed gives the same tokens."""
+    options = ("--temperature", "1.5", "--seed", "11", "--ignore-eos", "--tier", "tactical")
+    first, second = (shell.json("ask", QUESTION, *options, "--max-new-tokens", "16") for _ in "ab")
+    assert first["token_ids"] == second["token_ids"]
+
+
+def test_a_request_id_is_charged_once(shell: Shell) -> None:
+    """The second request of the same id is answered from the books."""
+    options = ("--tier", "tactical", "--request-id", "cli-once")
+    first, second = answer(shell, *options), answer(shell, *options)
+    assert [False, True] == [body["started"]["replayed"] for body in (first, second)]  # type: ignore[index]
+    assert first["text"] == second["text"]
+
+
+def test_a_cost_cap_refuses_with_its_own_exit_code(shell: Shell) -> None:
+    """Exit code 3 and one line; --json names the reason."""
+    result = shell.run("ask", QUESTION, "--tier", "strategic", "--max-cost", "0.5", "--json")
+    assert 3 == result.exit_code
+    assert "CANNOT_AFFORD" == json.loads(result.stdout)["error"]["reason"]
+    assert result.stderr.startswith("refused: ")
+    assert 1 == len(result.stderr.splitlines())
+
+
+def test_a_bad_field_is_named(shell: Shell) -> None:
+    """The daemon's refusal of a value reaches the user with the field's name."""
+    result = shell.run("ask", QUESTION, "--temperature", "-3")
+    assert 2 == result.exit_code
+    assert "temperature" in result.stderr
+
+
+def test_a_downgrade_is_said(shell: Shell) -> None:
+    """With leave given, the cheaper tier answers and the reply says so."""
+    route = shell.json(
+        "ask", QUESTION, *GREEDY, "--tier", "strategic", "--max-cost", "60", "--allow-downgrade"
+    )["started"]["route"]  # type: ignore[index]
+    assert ("tactical", True) == (route["tier"], route["downgraded"])
+
+
+def test_a_quote_costs_nothing(shell: Shell) -> None:
+    """Both tiers' worst cases and a decision, and no entry in the books."""
+    before = shell.json("ledger", "--limit", "1")
+    quoted = shell.json("quote", QUESTION, "--complexity", "1")
+    assert ["tactical", "strategic"] == [tier["tier"] for tier in quoted["tiers"]]  # type: ignore[attr-defined]
+    assert "strategic" == quoted["decision"]["tier"]  # type: ignore[index]
+    kinds = {entry["kind"] for entry in _entries_since(shell, before)}
+    assert kinds <= {"refill"}
+    assert "would run on" in shell.run("quote", QUESTION).stdout
+
+
+def _entries_since(shell: Shell, before: dict[str, object]) -> list[dict[str, object]]:
+    newest: int = before["entries"][0]["entry_id"]  # type: ignore[index]
+    entries = shell.json("ledger", "--limit", "100")["entries"]
+    assert isinstance(entries, list)
+    return [entry for entry in entries if entry["entry_id"] > newest]
+
+
+def test_a_job_is_in_the_books(shell: Shell) -> None:
+    """The hold, the settlement and the release of the rest, under the job's id."""
+    body = answer(shell, "--tier", "tactical", "--stop", "zzz")
+    job_id = body["started"]["job_id"]  # type: ignore[index]
+    entries = shell.json("ledger", "--limit", "100")["entries"]
+    mine = [entry for entry in entries if entry["job_id"] == job_id]  # type: ignore[attr-defined]
+    kinds = {entry["kind"] for entry in mine}
+    assert {"hold", "settle"} <= kinds <= {"hold", "settle", "release"}
+    assert job_id in shell.run("ledger").stdout
+
+
+def test_the_budget(shell: Shell) -> None:
+    """Balance, capacity and refill of the caller's account."""
+    body = shell.json("budget")
+    assert ("local", 5_000_000_000) == (body["account"], body["capacity_uatp"])
+    assert "5,000.00 ATP" in shell.run("budget").stdout
+
+
+def test_models_and_status(shell: Shell) -> None:
+    """Both tiers with their models, ready, and the ratio of their prices."""
+    listed = shell.json("models")["models"]
+    assert isinstance(listed, list)
+    assert [tier.value for tier in Tier] == [model["tier"] for model in listed]
+    assert {"Qwen2ForCausalLM"} == {model["architecture"] for model in listed}
+    status = shell.json("status")
+    assert 6.59 == status["cost_ratio"]
+    assert ["ready", "ready"] == [tier["state"] for tier in status["tiers"]]  # type: ignore[attr-defined]
+    assert "Qwen2ForCausalLM" in shell.run("models").stdout
+    assert "6.59" in shell.run("status").stdout
+
+
+def test_the_operator_uses_the_token_of_this_machine(shell: Shell) -> None:
+    """`admin` finds the daemon's token in its state directory, and never prints it."""
+    result = shell.admin("load", "--json")
+    assert 0 == result.exit_code, result.output
+    assert {"tiers", "jobs", "held_uatp"} == json.loads(result.stdout).keys()
+    assert shell.daemon.admin_token not in result.output
+
+
+def test_a_new_account(shell: Shell) -> None:
+    """`admin set-budget` creates an account with the given terms."""
+    result = shell.admin(
+        "set-budget", "robot", "--balance", "12.5", "--capacity", "100", "--refill", "0.5",
+        "--strategic-floor", "1", "--json",
+    )  # fmt: skip
+    assert 0 == result.exit_code, result.output
+    body = json.loads(result.stdout)
+    assert ("robot", 12_500_000, 100_000_000, 500_000, 1_000_000) == (
+        body["account"], body["balance_uatp"], body["capacity_uatp"], body["refill_uatp_per_s"],
+        body["strategic_floor_uatp"],
+    )  # fmt: skip
+
+
+def test_aborting_what_does_not_run(shell: Shell) -> None:
+    """An unknown job is said to be unknown, with exit code 1."""
+    result = shell.admin("abort", "no-such-job")
+    assert (1, "no job no-such-job is running\n") == (result.exit_code, result.stdout)
+
+
+def test_an_ordinary_account_is_no_operator(shell: Shell) -> None:
+    """A wrong token is an error that does not repeat the token."""
+    result = shell.run("admin", "load", "--token", "guessed-secret")
+    assert 1 == result.exit_code
+    assert "guessed-secret" not in result.output
+
+
+def test_the_books_balance_beside_the_running_daemon(shell: Shell) -> None:
+    """`ledger check` reads the books of a daemon that has them open."""
+    answer(shell)
+    result = shell.run("ledger", "check", "--state-dir", str(shell.daemon.state_dir))
+    assert (0, "the books balance") == (result.exit_code, result.stdout.splitlines()[-1])
+
+
+def test_chat_remembers(shell: Shell) -> None:
+    """Each piped line is a turn; the prompt of the second one holds the first."""
+    script = f"/tier tactical\n{QUESTION}\n{QUESTION}\n/reset\n{QUESTION}\n/budget\n/quit\nunread\n"
+    before = shell.json("ledger", "--limit", "1")
+    result = shell.run("chat", "--max-new-tokens", "8", stdin=script)
+    assert 0 == result.exit_code, result.output
+    assert "tier tactical" in result.stderr
+    assert "ATP left" in result.stderr
+    settled = [
+        entry["amount_uatp"]
+        for entry in reversed(_entries_since(shell, before))
+        if entry["kind"] == "hold"
+    ]
+    first, second, after_reset = settled
+    assert first == after_reset < second
+
+
+def test_an_interrupted_question_is_cancelled(shell: Shell) -> None:
+    """Ctrl-C: exit code 130, and the daemon goes on without the job."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sage_fed.cli", "ask", QUESTION, "--tier", "strategic",
+         "--ignore-eos", "--max-new-tokens", "512", "--temperature", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **shell.environ},
+    )  # fmt: skip
+    assert process.stdout is not None
+    # The first character is the event: the job is running then.
+    first = process.stdout.read(1)
+    process.send_signal(2)
+    rest, errors = process.communicate(timeout=30)
+    assert (130, b"") == (process.returncode, errors)
+    assert first
+    assert len(rest) < 512
