@@ -10,9 +10,10 @@ import pytest
 from fake_engine import WAIT_S, Clock, FakeEngine, reference, spec
 
 from sage_fed.core import Tier, TierState, TierStatus
-from sage_fed.errors import ModelLoadError, TierUnavailable
+from sage_fed.errors import ModelLoadError, QueueFull, TierUnavailable
 from sage_fed.executor import Executor, TierSetup, Tokens, TokenStream
 from sage_fed.executor import executor as executor_module
+from sage_fed.executor.inbox import Inbox, Submit
 from sage_fed.scheduler import EndReason
 from sage_fed.steps import StepReport
 
@@ -263,8 +264,98 @@ async def test_a_thread_that_dies_says_so() -> None:
     assert engine.gate
     engine.gate.release(1000)
     assert {EndReason.FAILED} == {await reason_of(stream) for stream in streams}
+    delivered = [len(await tokens_of(stream)) for stream in streams]
+    assert delivered == [stream.ended.output_tokens for stream in streams if stream.ended]
+    assert sum(delivered) > 0
     assert {TierState.FAILED} == {executor.status(tier).state for tier in Tier}
     with pytest.raises(TierUnavailable):
         executor.submit(spec(99))
     await executor.stop(0.0)
     assert engine.closed
+
+
+class Late:
+    """A strategic load that goes on when it is let, tells its progress, and gives `engine`."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.engine = FakeEngine()
+        self.reports: list[float] = []
+
+    def __call__(self, progress: Callable[[float], None]) -> FakeEngine:
+        """Wait, then load."""
+        assert self.go.wait(WAIT_S)
+        for fraction in self.reports:
+            progress(fraction)
+        return self.engine
+
+
+async def busy_with_tactical(tactical: FakeEngine, late: Late) -> tuple[Executor, TokenStream]:
+    """An executor whose thread is in a tactical step while strategic still loads."""
+    executor = build(at_once(tactical), late)
+    await executor.start()
+    await executor.loaded(T)
+    stream = executor.submit(spec(0))
+    assert await asyncio.to_thread(tactical.entered.acquire, timeout=WAIT_S)
+    return executor, stream
+
+
+async def let_load(executor: Executor, late: Late) -> None:
+    """Let the load end; whatever it posts has been posted then."""
+    late.go.set()
+    assert executor._loader
+    await asyncio.wrap_future(executor._loader.exited)
+
+
+async def test_an_engine_that_comes_with_the_stop_is_closed() -> None:
+    """The thread finds both messages when its step is done, the stop first."""
+    tactical, late = gated(), Late()
+    executor, stream = await busy_with_tactical(tactical, late)
+    stopping = asyncio.create_task(executor.stop(0.0))
+    assert executor._loader
+    await asyncio.to_thread(executor._loader._abandoned.wait, WAIT_S)
+    await let_load(executor, late)
+    assert tactical.gate
+    tactical.gate.release(100)
+    await stopping
+    assert EndReason.SHUTDOWN is await reason_of(stream)
+    assert late.engine.closed
+
+
+def dies(_step: object) -> None:
+    raise SystemExit("not an error of the engine's")
+
+
+@pytest.mark.parametrize("unread", [True, False])
+async def test_an_engine_that_comes_to_a_dead_thread_is_closed(unread: bool) -> None:
+    """Found in the inbox or refused by it, it is not leaked, and FAILED stays FAILED."""
+    tactical, late = gated(), Late()
+    late.reports = [0.7]
+    tactical.fail = dies
+    executor, stream = await busy_with_tactical(tactical, late)
+    assert tactical.gate
+    assert executor._device
+    if unread:
+        await let_load(executor, late)
+    tactical.gate.release(100)
+    await asyncio.wrap_future(executor._device.exited)
+    if not unread:
+        await let_load(executor, late)
+    assert EndReason.FAILED is await reason_of(stream)
+    await executor.stop(0.0)
+    assert late.engine.closed
+    assert {TierState.FAILED} == {executor.status(tier).state for tier in Tier}
+
+
+def test_the_bound_counts_what_is_under_way() -> None:
+    """What was submitted after the thread last looked is not forgotten when it reports."""
+    inbox = Inbox({T: 3})
+    inbox.submit(Submit(spec(0), 0.0))
+    assert 1 == len(inbox.take(wait=True))
+    inbox.submit(Submit(spec(1), 0.0))
+    inbox.note_waiting(T, 1, 2.5)
+    assert 2 == inbox.waiting(T)
+    inbox.submit(Submit(spec(2), 0.0))
+    with pytest.raises(QueueFull) as full:
+        inbox.submit(Submit(spec(3), 0.0))
+    assert 2.5 == full.value.retry_after_s

@@ -204,6 +204,31 @@ async def test_a_cancel_frees_the_blocks_at_the_step_boundary() -> None:
     assert 0 == load.kv_tokens_used
 
 
+async def test_a_load_is_never_older_than_an_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a cancel's ending is told, the published load has its blocks free already."""
+    rig = Rig()
+    engine = rig.gate(T)
+    used: list[int] = []
+    async with serving(rig) as executor:
+        device = executor._device
+        assert device
+        real = device._handover.post
+
+        def post(**news: object) -> None:
+            if news.get("ended"):
+                used.append(device.loads[T].kv_tokens_used)
+            real(**news)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(device._handover, "post", post)
+        stream = executor.submit(spec(0, new=50))
+        await entered(engine)
+        executor.cancel(0)
+        assert engine.gate
+        engine.gate.release(100)
+        await stream.wait_ended()
+    assert [0] == used
+
+
 async def test_abort_all_ends_everything() -> None:
     """Running and waiting sequences of both tiers are cancelled, and new ones are served."""
     rig = Rig(max_batch=2)

@@ -77,31 +77,37 @@ class DeviceThread:
 
     def _serve(self) -> EndReason:
         while True:
-            for message in self._inbox.take(wait=not self._scheduler.has_work):
-                if isinstance(message, Stop):
-                    self._end_all(EndReason.SHUTDOWN)
-                    return EndReason.SHUTDOWN
-                self._handle(message)
+            ended: list[Ended] = []
+            messages = self._inbox.take(wait=not self._scheduler.has_work)
+            for message in messages:
+                ended += self._handle(message)
+            if any(isinstance(message, Stop) for message in messages):
+                # Only now: an engine that came with the same messages has to be closed too.
+                self._end_all(ended)
+                return EndReason.SHUTDOWN
             self._beat(busy=True)
             step = self._scheduler.next_step(self._clock())
-            # Places that the step has freed in the queue are free from now, not from its end.
+            # Before the endings are told and before the step takes its time: who reads the load
+            # after an ending finds its blocks free, and places in the queue are free at once.
             self._publish()
+            if ended:
+                self._handover.post(ended=ended)
             if step is not None:
                 self._run(step)
             self._beat(busy=self._scheduler.has_work)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> tuple[Ended, ...]:
         if isinstance(message, Submit):
             try:
                 self._scheduler.add(message.spec, message.submitted_s)
             except SageFedError:
                 # The tier failed while the sequence was under way.
-                self._handover.post(ended=[_never_started(message, self._clock())])
+                return (_never_started(message, self._clock()),)
         elif isinstance(message, Cancel):
-            if ended := self._scheduler.cancel(message.seq_id, self._clock()):
-                self._handover.post(ended=ended)
+            return self._scheduler.cancel(message.seq_id, self._clock())
         elif isinstance(message, OpenTier):
             self._open(message)
+        return ()
 
     def _open(self, message: OpenTier) -> None:
         tier, engine = message.tier, message.engine
@@ -154,10 +160,11 @@ class DeviceThread:
         )
         close_engine(engine)
 
-    def _end_all(self, reason: EndReason) -> None:
+    def _end_all(self, ended: list[Ended]) -> None:
         now = self._clock()
-        for tier in tuple(self._engines):
-            self._handover.post(ended=self._scheduler.close_tier(tier, reason, now))
+        for tier in self._engines:
+            ended += self._scheduler.close_tier(tier, EndReason.SHUTDOWN, now)
+        self._handover.post(ended=ended)
 
     def _leave(self, reason: EndReason) -> None:
         unread = self._inbox.close()

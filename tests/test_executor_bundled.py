@@ -1,0 +1,150 @@
+"""The executor with the bundled pair: real forward passes, random company, the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+from conftest import MODELS
+
+from sage_fed.core import Sampling, Tier, TierState, TierStatus
+from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.executor import Executor, TierSetup, Tokens, TokenStream
+from sage_fed.scheduler import Ended, EndReason, SequenceSpec
+from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step, StepReport
+
+DEADLINE_S = 90.0
+VOCAB = 490
+
+
+def options(tier: Tier) -> EngineOptions:
+    directory = MODELS / f"demo-{tier.value}"
+    return EngineOptions(str(directory), kv_cache_bytes=16 << 20, max_context_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Tier, Engine]:
+    """One engine a tier that never sees more than one sequence."""
+    return {tier: load_engine(options(tier), lambda _fraction: None) for tier in Tier}
+
+
+def sequential(engine: Engine, spec: SequenceSpec) -> list[int]:
+    """The sequence's output where nothing else is on the device and nothing is cut."""
+    blocks = tuple(range(-(-(len(spec.prompt) + spec.max_new_tokens) // BLOCK_SIZE)))
+    fed, start, output = spec.prompt, 0, list[int]()
+    while len(output) < spec.max_new_tokens:
+        seen = (*spec.prompt, *output) if spec.sampling.repetition_penalty != 1.0 else ()
+        draw = Draw(spec.sampling, len(output), tuple(dict.fromkeys(seen)))
+        chunk = Chunk(spec.seq_id, start, fed, blocks, draw)
+        (drawn,) = engine.run(Step(spec.tier, (chunk,)))
+        if drawn.token_id in engine.eos_token_ids and not spec.ignore_eos:
+            break
+        output.append(drawn.token_id)
+        start, fed = start + len(fed), (drawn.token_id,)
+    return output
+
+
+def traffic(chance: random.Random, count: int) -> list[SequenceSpec]:
+    """Random sequences on both tiers: greedy, sampled and penalised."""
+    samplings = [
+        Sampling(),
+        Sampling(),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=0.8, top_p=0.95, seed=5),
+    ]
+    return [
+        SequenceSpec(
+            seq_id,
+            chance.choice(list(Tier)),
+            tuple(chance.randrange(VOCAB) for _ in range(chance.randint(1, 90))),
+            chance.randint(1, 24),
+            chance.choice(samplings),
+            ignore_eos=chance.random() < 0.5,
+        )
+        for seq_id in range(count)
+    ]
+
+
+async def read(stream: TokenStream) -> tuple[list[int], Ended]:
+    tokens: list[int] = []
+    while isinstance(news := await stream.next(), Tokens):
+        tokens += [d.token_id for d in news.drawn]
+    return tokens, news
+
+
+async def leave(executor: Executor, stream: TokenStream) -> tuple[list[int], Ended]:
+    """Read something, then go away."""
+    first = await stream.next()
+    executor.cancel(stream.spec.seq_id)
+    tokens, ended = await read(stream)
+    return [d.token_id for d in first.drawn] + tokens if isinstance(first, Tokens) else [], ended
+
+
+class Company:
+    """Lets a newcomer join a batch that is under way."""
+
+    def __init__(self) -> None:
+        self._stepped = asyncio.Event()
+
+    def step_done(self, report: StepReport) -> None:
+        """Somebody moved."""
+        assert report.num_sequences
+        self._stepped.set()
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Tiers are not of interest here."""
+
+    async def moves(self, readers: list[asyncio.Task[tuple[list[int], Ended]]]) -> None:
+        """Wait for the next step, or for somebody's end."""
+        self._stepped.clear()
+        step = asyncio.create_task(self._stepped.wait())
+        await asyncio.wait(
+            [step, *(r for r in readers if not r.done())], return_when=asyncio.FIRST_COMPLETED
+        )
+        step.cancel()
+
+
+def loading(tier: Tier) -> Callable[[Callable[[float], None]], Engine]:
+    return lambda progress: load_engine(options(tier), progress)
+
+
+@pytest.mark.parametrize("max_batch", range(1, 9))
+async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_batch: int) -> None:
+    """Whatever joins and leaves, each stream is the sequential one or, cancelled, its beginning."""
+    chance = random.Random(max_batch)
+    asked = traffic(chance, 12)
+    company = Company()
+    executor = Executor(
+        {
+            tier: TierSetup(loading(tier), max_batch=max_batch, prefill_chunk_tokens=48)
+            for tier in Tier
+        },
+        observers=[company],
+    )
+    await executor.start()
+    gone: set[int] = set()
+    readers: list[asyncio.Task[tuple[list[int], Ended]]] = []
+    async with asyncio.timeout(DEADLINE_S):
+        for tier in Tier:
+            assert TierState.READY is (await executor.loaded(tier)).state
+        for spec in asked:
+            stream = executor.submit(spec)
+            if chance.random() < 0.25:
+                gone.add(spec.seq_id)
+                readers.append(asyncio.create_task(leave(executor, stream)))
+            else:
+                readers.append(asyncio.create_task(read(stream)))
+            if chance.random() < 0.3:
+                await company.moves(readers)
+        results = await asyncio.gather(*readers)
+    loads = [executor.load(tier) for tier in Tier]
+    await executor.stop(0.0)
+    for spec, (tokens, ended) in zip(asked, results, strict=True):
+        expected = sequential(alone[spec.tier], spec)
+        assert expected[: len(tokens)] == tokens
+        if spec.seq_id not in gone:
+            assert expected == tokens
+            assert ended.reason in {EndReason.EOS, EndReason.LENGTH}
+    assert [(0, 0, 0)] * 2 == [(o.running, o.waiting, o.kv_tokens_used) for o in loads]
