@@ -218,6 +218,13 @@ def test_one_tokenizer_serves_many_threads() -> None:
         assert expected == list(pool.map(CHAT.encode_messages, prompts))
 
 
+def test_tokenizers_are_told_apart_by_what_they_encode() -> None:
+    """Equal vocabulary and template encode alike; another template or vocabulary does not."""
+    assert CHAT.encodes_like(with_template(CHATML))
+    assert not CHAT.encodes_like(with_template(STRICT))
+    assert not with_template(None).encodes_like(SENTENCE_PIECE)
+
+
 # Loading
 
 

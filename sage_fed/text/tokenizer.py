@@ -74,7 +74,7 @@ class Tokenizer:
 
     def encodes_like(self, other: Tokenizer) -> bool:
         """Whether every conversation has the same ids here and there."""
-        return self._identity == other._identity  # noqa: SLF001 - of the same class
+        return self._identity == other._identity
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The ids of a conversation under the chat template, ready for the assistant's turn.
