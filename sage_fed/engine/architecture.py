@@ -46,11 +46,6 @@ class ModelSpec:
     sliding_window: int | None
 
     @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def kv_width(self) -> int:
         """Elements that one token adds to one layer's cache, K and V together."""
         return 2 * self.num_kv_heads * self.head_dim

@@ -53,9 +53,16 @@ class BatchBuilder:
     """Lays out steps for one model; `dtype` is that of its attention masks."""
 
     def __init__(
-        self, heads: Heads, *, max_context_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        heads: Heads,
+        *,
+        vocab_size: int,
+        max_context_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._heads = heads
+        self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
         self._dtype = dtype
         self._device = device
@@ -102,6 +109,9 @@ class BatchBuilder:
     def _check(self, chunk: Chunk) -> None:
         end = chunk.start + len(chunk.token_ids)
         assert chunk.token_ids, "a chunk without tokens"
+        # On CUDA an index out of bounds takes the whole process's context down.
+        assert min(chunk.token_ids) >= 0, "a token id below the vocabulary"
+        assert max(chunk.token_ids) < self._vocab_size, "a token id beyond the vocabulary"
         assert end <= len(chunk.blocks) * BLOCK_SIZE, "a chunk without blocks for its tokens"
         assert end <= self._max_context_tokens, "a chunk beyond the context"
 

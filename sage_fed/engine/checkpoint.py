@@ -51,24 +51,43 @@ def locate(model: str, revision: str = "") -> Path:
             f"model {model}: revision {revision!r} is not a commit (40 hex digits); "
             "a hub model has to be pinned to one, because branches and tags move"
         )
-    try:
-        cached = Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=_FILES, local_files_only=True
-            )
-        )
-        weight_files(cached)
-    except (LocalEntryNotFoundError, ModelLoadError):
-        pass  # not there yet, or a download that was interrupted
-    else:
+    # First without the network: a pinned commit that is there has nothing new to tell.
+    cached = _snapshot(model, revision, local=True)
+    if cached is not None and _defect(cached) is None:
         return cached
+    downloaded = _snapshot(model, revision, local=False)
+    # Offline, the hub's client hands out what an interrupted download has left.
+    defect = "it is not here, and the hub cannot be reached"
+    if downloaded is not None:
+        if (found := _defect(downloaded)) is None:
+            return downloaded
+        defect = found
+    raise ModelLoadError(f"model {model} at {revision[:12]}: {defect}")
+
+
+def _snapshot(model: str, revision: str, *, local: bool) -> Path | None:
+    """The hub's directory for a commit; None where it is neither cached nor to be had."""
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        path = snapshot_download(
+            model, revision=revision, allow_patterns=_FILES, local_files_only=local
+        )
+    except LocalEntryNotFoundError:
+        return None
     except (HfHubHTTPError, OSError) as error:
         # Not the error's text: it may hold addresses and tokens.
         raise ModelLoadError(
             f"model {model} at {revision[:12]} could not be downloaded ({type(error).__name__})"
         ) from error
+    return Path(path)
+
+
+def _defect(directory: Path) -> str | None:
+    """What a checkpoint's directory lacks; None where all files are there."""
+    try:
+        weight_files(directory)
+    except ModelLoadError as error:
+        return error.message
+    return None if (directory / "config.json").is_file() else "it has no config.json"
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine.decoder import Decoder
+from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
 
 Checkpoints = Callable[[str], Checkpoint]
@@ -141,6 +143,38 @@ def test_a_step_can_be_run_again(engine_of: Engines) -> None:
     """Repeating a step, as after running out of memory, yields the same tokens."""
     step = Step(Tier.TACTICAL, (Chunk(1, 0, prompt_of(20), (3, 4), Draw(Sampling(), 0)),))
     assert engine_of("llama").run(step) == engine_of("llama").run(step)
+
+
+def test_running_out_of_memory_fails_the_step_only(
+    checkpoint: Checkpoints, engine_of: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error has the project's type, and the engine then answers as if nothing had been."""
+
+    def exhausted(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine, prompt = engine_of("llama"), prompt_of(20)
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoder, "logits", exhausted)
+        with pytest.raises(DeviceOutOfMemory, match="20 tokens"):
+            generate(engine, prompt, 5)
+    assert checkpoint("llama").greedy(prompt, 5) == generate(engine, prompt, 5)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "problem"),
+    [
+        (Chunk(1, 0, (), (0,), None), "without tokens"),
+        (Chunk(1, 0, (1,) * 17, (0,), None), "without blocks"),
+        (Chunk(1, 256, (1,), tuple(range(17)), None), "beyond the context"),
+        (Chunk(1, 0, (131,), (0,), None), "beyond the vocabulary"),
+        (Chunk(1, 0, (-1,), (0,), None), "below the vocabulary"),
+    ],
+)
+def test_a_contradictory_chunk_is_a_bug(engine_of: Engines, chunk: Chunk, problem: str) -> None:
+    """What would write into a stranger's cache, or crash a GPU, never reaches the device."""
+    with pytest.raises(AssertionError, match=problem):
+        engine_of("llama").run(Step(Tier.TACTICAL, (chunk,)))
 
 
 @pytest.mark.parametrize("name", ["demo-tactical", "demo-strategic"])

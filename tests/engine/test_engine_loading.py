@@ -336,6 +336,23 @@ def test_a_hub_model_needs_a_pinned_commit() -> None:
             locate("someone/some-model", revision)
 
 
+def test_a_hub_model_comes_from_the_cache_if_it_is_complete(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pinned commit that is there needs no network; an interrupted download is not "there"."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--someone--some-model" / "snapshots" / commit
+    shutil.copytree(checkpoint("llama").path, snapshot)
+    assert snapshot == locate("someone/some-model", commit)
+    info = load("someone/some-model", revision=commit).info
+    assert ("someone/some-model", commit) == (info.name, info.revision)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="someone/some-model"):
+        locate("someone/some-model", commit)
+
+
 def test_a_path_that_is_not_there_is_named() -> None:
     """Neither a directory nor a hub id."""
     with pytest.raises(ModelLoadError, match="no/such/place"):
