@@ -140,6 +140,8 @@ class Traffic(RuleBasedStateMachine):
             assert Counter(range(LIMITS.num_blocks)) == everything
             assert len(schedule._waiting) <= LIMITS.max_waiting
             assert len(schedule._running) <= LIMITS.max_batch
+            live = (*schedule._waiting, *schedule._running.values())
+            assert sum(seq.prefill_left for seq in live) == schedule.queued_prompt_tokens
 
     def teardown(self) -> None:
         """Whatever was begun ends within a bounded number of steps, with the right tokens."""

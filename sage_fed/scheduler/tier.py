@@ -92,6 +92,7 @@ class TierSchedule:
         self.rates = StepRates()
         self._eos_token_ids = eos_token_ids
         self._waiting: list[Sequence] = []
+        self._waiting_tokens = 0
         self._running: dict[int, Sequence] = {}
         self._added = 0
         self._in_flight: Step | None = None
@@ -115,7 +116,7 @@ class TierSchedule:
     @property
     def queued_prompt_tokens(self) -> int:
         """Prompt tokens that the model has yet to be fed."""
-        return sum(seq.prefill_left for seq in (*self._waiting, *self._running.values()))
+        return self._waiting_tokens + sum(seq.prefill_left for seq in self._running.values())
 
     @property
     def retry_after_s(self) -> float:
@@ -142,6 +143,7 @@ class TierSchedule:
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
         insort(self._waiting, Sequence(spec, submitted_s, order=self._added), key=self._rank)
         self._added += 1
+        self._waiting_tokens += len(spec.prompt)
 
     def find(self, seq_id: int) -> Sequence | None:
         """Return the sequence, waiting or running, if it has not ended."""
@@ -184,6 +186,7 @@ class TierSchedule:
                 left -= len(chunks[-1].token_ids)
         while left and self._head_fits():
             seq = self._waiting.pop(0)
+            self._waiting_tokens -= len(seq.spec.prompt)
             seq.blocks = self.pool.take(seq.spec.num_blocks)
             seq.started_s = now
             self._running[seq.spec.seq_id] = seq
@@ -265,4 +268,5 @@ class TierSchedule:
             self.pool.give_back(seq.blocks)
         else:
             self._waiting.remove(seq)
+            self._waiting_tokens -= len(seq.spec.prompt)
         return seq.ended(reason, now)
