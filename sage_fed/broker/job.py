@@ -217,7 +217,7 @@ class Job:
 
     @contextlib.asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
-        deadline_s = self.spec.sampling.deadline_s
+        deadline_s = self.spec.deadline_s
         if deadline_s is None:
             yield
             return

@@ -122,7 +122,7 @@ class Planner:
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode and price a job on every tier."""
         prompts = await self.encoder.encode(spec.prompt)
-        deadline_s = spec.sampling.deadline_s
+        deadline_s = spec.deadline_s
         return Draft(
             spec=spec,
             prompts=prompts,
