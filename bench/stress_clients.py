@@ -112,6 +112,9 @@ class Client:
             except TimeoutError:
                 code = "STUCK"
             self.tally.endings[name, code] += 1
+            if code == Code.RESOURCE_EXHAUSTED.name:
+                # As a client should: otherwise the refused ones would be most of the traffic.
+                await asyncio.sleep(self.random.uniform(0.05, 0.5))
             if code not in allowed:
                 self.tally.violations.append(f"{name} ended with {code}: {details}")
             if name == "read" and code == "OK":
@@ -173,16 +176,16 @@ async def read_some(client: Client, call: grpc.aio.UnaryStreamCall) -> None:
 
 
 async def short_deadline(client: Client) -> str:
-    """A gRPC deadline that usually passes in mid-stream."""
-    async for _ in client.stream(client.job(256), client.random.uniform(0.001, 0.3)):
+    """A gRPC deadline, too short at once, in mid-stream or not at all."""
+    async for _ in client.stream(client.job(), client.random.uniform(0.01, 3.0)):
         pass
     return "OK"
 
 
 async def job_deadline(client: Client) -> str:
     """A deadline in the job: the daemon refuses it, or stops the job in time."""
-    job = client.job(256)
-    job.sampling.deadline_s = client.random.uniform(0.01, 0.5)
+    job = client.job()
+    job.sampling.deadline_s = client.random.uniform(0.01, 3.0)
     async for _ in client.stream(job):
         pass
     return "OK"

@@ -1,0 +1,47 @@
+"""`sage-fed demo` from beginning to end, and when its daemon cannot start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sage_fed.cli import build_app
+from sage_fed.cli.demo_plan import plan
+from sage_fed.cli.paths import ledger_file
+from sage_fed.ledger import check
+
+
+def demo(state_dir: Path) -> Result:
+    return CliRunner().invoke(build_app(), ["demo", "--state-dir", str(state_dir)])
+
+
+def test_the_demo_shows_everything_and_balances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request is answered or refused as planned, and the books that it leaves balance."""
+    # The demo shows what is shipped, whatever else is set.
+    monkeypatch.setenv("SAGE_FED_PROFILE", "no-such-profile")
+    result = demo(tmp_path)
+    assert 0 == result.exit_code, result.output
+    output = " ".join(result.stdout.split())
+    expected = (
+        "ready on 127.0.0.1:", "auto_complex", "downgrade_max_cost", "refused: above_max_cost",
+        "sage_fed_time_to_first_token_seconds_count", "sage_fed_atp_charged_total",
+        'sage_fed_cost_ratio{phase="decode",source="card"} 6.59', "books balance",
+        "sage-fed serve --profile demo",
+    )  # fmt: skip
+    assert [] == [words for words in expected if words not in output]
+    assert sum(not request.expects_refusal for request in plan()) == check(
+        ledger_file(tmp_path)
+    ).jobs
+
+
+def test_a_demo_without_a_daemon_fails(tmp_path: Path) -> None:
+    """A daemon that dies ends the demo with 1 and the daemon's own last words."""
+    ledger_file(tmp_path).write_text("this is no ledger")
+    result = demo(tmp_path)
+    assert 1 == result.exit_code
+    assert "the daemon ended with exit code" in result.stderr
+    assert "ledger.db" in result.stderr
