@@ -342,7 +342,10 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A loaded model, as operators and clients see it; `revision` "" for a local directory."""
+    """A loaded model, as operators and clients see it; `revision` "" for a local directory.
+
+    `step_bytes` are the weights that one decode step reads: all but an embedding of its own.
+    """
 
     name: str
     revision: str
@@ -351,6 +354,7 @@ class ModelInfo:
     precision: str
     device: str
     weight_bytes: int
+    step_bytes: int
     kv_cache_bytes: int
     load_s: float
 

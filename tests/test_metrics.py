@@ -44,7 +44,8 @@ INFO = ModelInfo(
     parameters=10,
     precision="bf16",
     device="cpu",
-    weight_bytes=1000,
+    weight_bytes=1200,
+    step_bytes=1000,
     kv_cache_bytes=500,
     load_s=2.5,
 )
@@ -330,7 +331,7 @@ def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
     """A reloaded model replaces the old description instead of joining it."""
     metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
     metrics.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
-    changed = ModelInfo("new", "", "LlamaForCausalLM", 10, "fp16", "cpu", 2000, 600, 3.5)
+    changed = ModelInfo("new", "", "LlamaForCausalLM", 10, "fp16", "cpu", 2000, 1900, 600, 3.5)
     metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
 
     described = {
@@ -412,6 +413,17 @@ def test_decode_bandwidth_is_weights_times_steps_per_second(metrics: Metrics) ->
 
 
 # At the scrape
+
+
+def test_decode_bandwidth_is_shown_as_a_share_of_the_measured_one(metrics: Metrics) -> None:
+    """100 kB/s of a device that reads 400 kB/s are a quarter; unmeasured, there is no share."""
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
+    assert "decode_bandwidth_ratio" not in metrics.exposition().decode()
+
+    metrics.memory_bandwidth(400e3)
+    assert 400e3 == value(metrics, "memory_bandwidth_bytes_per_second")
+    assert pytest.approx(0.25) == value(metrics, "decode_bandwidth_ratio", tier="tactical")
 
 
 def test_gauges_are_read_when_they_are_scraped(metrics: Metrics) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Readiness, StartProgress
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
-from sage_fed.engine import set_cpu_threads
+from sage_fed.engine import read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import ConfigError
 from sage_fed.executor import Executor
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
@@ -98,6 +98,8 @@ async def _started(
         )
         for account in sorted({*settings.accounts, *authenticator.accounts()}):
             await ledger.ensure_account(account, _terms(settings, account))
+        bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
+        metrics.memory_bandwidth(bandwidth)
         tokenizers = await load_tokenizers(settings)
         readiness = Readiness(settings, lifecycle, progress)
         executor = Executor(
@@ -148,7 +150,8 @@ async def _started(
             ("ledger upkeep", ledger.run_upkeep()),
             ("health", readiness.run(bound.health)),
         ):
-            stack.callback(tasks.create_task(chore, name=name).cancel)
+            task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)
+            stack.callback(task.cancel)
         await executor.start()
         await bound.server.start()
         stack.push_async_callback(bound.server.stop, 0.0)
@@ -157,6 +160,19 @@ async def _started(
         stack.callback(endpoint.unlink, missing_ok=True)
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
         yield _Parts(executor, broker, operations, readiness, bound)
+
+
+async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> None:
+    """Run a chore; one that fails stops the daemon in order, and never tears jobs off.
+
+    An error that left it would cancel every job in the group of tasks, in the middle of its
+    settlement.
+    """
+    try:
+        await chore
+    except Exception as error:  # noqa: BLE001 - the last line of defence: the daemon stops
+        _log.critical("the %s failed", name, exc_info=error)
+        lifecycle.fail(f"the {name} failed; see the log")
 
 
 async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None:

@@ -4,9 +4,18 @@ The only part that knows torch. `load_engine` builds an `Engine`; `locate` finds
 a checkpoint, so that its tokenizer can be read from the same directory.
 """
 
+from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.load import PRECISIONS, EngineOptions, load_engine
 from sage_fed.engine.threads import set_cpu_threads
 
-__all__ = ["PRECISIONS", "Engine", "EngineOptions", "load_engine", "locate", "set_cpu_threads"]
+__all__ = [
+    "PRECISIONS",
+    "Engine",
+    "EngineOptions",
+    "load_engine",
+    "locate",
+    "read_bandwidth_bytes_per_s",
+    "set_cpu_threads",
+]

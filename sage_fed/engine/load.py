@@ -63,7 +63,7 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
     """
     began = time.monotonic()
     progress(0.0)
-    device = _device(options.device)
+    device = resolve_device(options.device)
     dtype = _dtype(options.precision)
     directory = locate(options.model, options.revision)
     name = options.name or _display_name(options.model)
@@ -91,6 +91,7 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
             precision=options.precision,
             device=str(device),
             weight_bytes=weights.nbytes,
+            step_bytes=weights.step_nbytes,
             kv_cache_bytes=cache.nbytes,
             load_s=time.monotonic() - began,
         ),
@@ -112,7 +113,7 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
     return engine
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that was asked for, or an error: never another one."""
     try:
         device = torch.device(name)

@@ -56,8 +56,13 @@ class ModelWeights:
     @property
     def nbytes(self) -> int:
         """Device memory of all weights; a tied head is the embedding's."""
-        head = 0 if self.tied else self.head.nbytes
-        return self.embedding.nbytes + self.norm.nbytes + head + sum(x.nbytes for x in self.layers)
+        return self.step_nbytes + (0 if self.tied else self.embedding.nbytes)
+
+    @property
+    def step_nbytes(self) -> int:
+        """Bytes that one step reads of the weights: of the embedding it looks up only rows."""
+        head = self.embedding.nbytes if self.tied else self.head.nbytes
+        return head + self.norm.nbytes + sum(layer.nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)

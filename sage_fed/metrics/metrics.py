@@ -117,6 +117,10 @@ class Metrics:
         self._money.card.clear()
         self._money.card.labels(version).set(1)
 
+    def memory_bandwidth(self, bytes_per_s: float) -> None:
+        """Says how fast the device reads memory; what decoding is measured against."""
+        self._scrape.memory_bytes_per_s = bytes_per_s
+
     def device_fallback(self, *, fallen_back: bool) -> None:
         """Says whether another device serves than the one that was wanted."""
         self._engines.fallback.set(fallen_back)
@@ -238,7 +242,7 @@ class Metrics:
         series.load_seconds.labels(name).set(info.load_s)
         series.model_memory.labels(name, "weights").set(info.weight_bytes)
         series.model_memory.labels(name, "kv_cache").set(info.kv_cache_bytes)
-        self._scrape.weight_bytes = {**self._scrape.weight_bytes, tier: info.weight_bytes}
+        self._scrape.step_bytes = {**self._scrape.step_bytes, tier: info.step_bytes}
 
     def _count_tokens(self, tier: str, outcome: str, usage: Usage) -> None:
         tokens = self._jobs.tokens

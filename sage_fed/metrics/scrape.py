@@ -31,14 +31,16 @@ class Snapshot:
 class ScrapeCollector(Collector):
     """Gauges computed from a snapshot, the live rates and the kernel's memory figures.
 
-    `ratios` holds the cost ratios of the rate cards by source, `weight_bytes` the loaded
-    models' sizes; both are replaced whole, never changed.
+    `ratios` holds the cost ratios of the rate cards by source, `step_bytes` what a decode step
+    of each loaded model reads; both are replaced whole, never changed. `memory_bytes_per_s` is
+    the device's measured read bandwidth, 0 until it has been measured.
     """
 
     def __init__(self, live: LiveRates) -> None:
         self.snapshot: Callable[[], Snapshot] = Snapshot
         self.ratios: Mapping[str, Mapping[Phase, float]] = {}
-        self.weight_bytes: Mapping[Tier, int] = {}
+        self.step_bytes: Mapping[Tier, int] = {}
+        self.memory_bytes_per_s = 0.0
         self._live = live
 
     def describe(self) -> list[GaugeMetricFamily]:
@@ -52,7 +54,7 @@ class ScrapeCollector(Collector):
         yield from _ages(now)
         yield from _money(now)
         yield self._cost_ratio()
-        yield self._bandwidth()
+        yield from self._bandwidth()
         available = available_memory_bytes()
         if available is not None:
             yield _family(
@@ -79,16 +81,31 @@ class ScrapeCollector(Collector):
             samples,
         )
 
-    def _bandwidth(self) -> GaugeMetricFamily:
-        samples: list[tuple[tuple[str, ...], float]] = []
-        for tier, weight_bytes in self.weight_bytes.items():
+    def _bandwidth(self) -> Iterator[GaugeMetricFamily]:
+        used: list[tuple[tuple[str, ...], float]] = []
+        for tier, step_bytes in self.step_bytes.items():
             rate = self._live.decode_steps_per_second(tier)
-            samples.append(((tier.value,), weight_bytes * rate if rate else 0.0))
-        return _family(
+            used.append(((tier.value,), step_bytes * rate if rate else 0.0))
+        yield _family(
             "decode_bytes_per_second",
             "Weights read per second of device time in recent decode steps.",
             ("tier",),
-            samples,
+            used,
+        )
+        if not self.memory_bytes_per_s:
+            return
+        yield _family(
+            "memory_bandwidth_bytes_per_second",
+            "Read bandwidth of the device, measured at start over far more than its caches.",
+            (),
+            [((), self.memory_bytes_per_s)],
+        )
+        yield _family(
+            "decode_bandwidth_ratio",
+            "decode_bytes_per_second over the measured bandwidth; above 1 where caches hold "
+            "the weights.",
+            ("tier",),
+            [(labels, value / self.memory_bytes_per_s) for labels, value in used],
         )
 
 
