@@ -18,7 +18,12 @@ from sage_fed.steps import Drawn, Step
 
 
 class Engine:
-    """A loaded model; built by `load_engine`. Satisfies `sage_fed.steps.Engine`."""
+    """A loaded model; built by `load_engine`. Satisfies `sage_fed.steps.Engine`.
+
+    A sequence's random numbers never depend on its company, and in fp32 neither do its tokens.
+    In half precision the order of a product's sums follows the batch size, so that two tokens
+    as likely as each other to the last bit may change places.
+    """
 
     def __init__(
         self,
