@@ -20,9 +20,9 @@ from sage_fed.steps import Drawn, Step
 class Engine:
     """A loaded model; built by `load_engine`. Satisfies `sage_fed.steps.Engine`.
 
-    A sequence's random numbers never depend on its company, and in fp32 neither do its tokens.
-    In half precision the order of a product's sums follows the batch size, so that two tokens
-    as likely as each other to the last bit may change places.
+    A sequence's random numbers never depend on its company. Its logits do, in the last bits,
+    because the order of a product's sums follows the batch size: in fp32 that is about 1e-6
+    and changes no token in practice; in half precision near-ties may fall differently.
     """
 
     def __init__(
