@@ -177,3 +177,32 @@ async def test_a_public_client_streams_by_reflection_alone(tmp_path: Path) -> No
         rest = rest[end:].strip()
     assert ["started", "delta", "delta", "delta", "finished"] == [next(iter(e)) for e in events]
     assert "Grüß" == events[1]["delta"]["text"]
+
+
+@pytest.mark.parametrize("details", [b"\xff\xff", b"", b"\x08\x03\x12\x03bad"])
+async def test_details_that_cannot_be_read_leave_the_status(details: bytes) -> None:
+    """Another server's broken details are no crash of the client: the status keeps its name."""
+
+    async def refuse(_: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        trailers = (("grpc-status-details-bin", details),)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad", trailers)
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(refuse)
+    methods = {"GetStatus": handler}
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("sage_fed.v1.ModelService", methods),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    def ask() -> None:
+        with Client(f"127.0.0.1:{port}") as client:
+            client.status()
+
+    try:
+        with pytest.raises(CallFailed) as raised:
+            await in_thread(ask)
+    finally:
+        await server.stop(None)
+    assert ("INVALID_ARGUMENT", "bad") == (raised.value.status, raised.value.message)

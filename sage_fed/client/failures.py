@@ -7,8 +7,10 @@ A status without our details (another server, a proxy, a broken connection) beco
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -60,8 +62,7 @@ def _known(message: str, details: _Details) -> SageFedError | None:
                 retry_after_s=details.retry_after_s,
             )
         case errors.DeadlineInfeasible.reason:
-            estimate_s = float(details.metadata.get("estimate_s", "nan"))
-            return errors.DeadlineInfeasible(message, estimate_s=estimate_s)
+            return errors.DeadlineInfeasible(message, estimate_s=_seconds(details))
         case errors.Internal.reason:
             return errors.Internal(details.metadata.get("error_id", ""))
         case reason:
@@ -72,6 +73,13 @@ def _known(message: str, details: _Details) -> SageFedError | None:
                 if reason == plain.reason:
                     return plain(message)
             return None
+
+
+def _seconds(details: _Details) -> float:
+    try:
+        return float(details.metadata["estimate_s"])
+    except (KeyError, ValueError):
+        return math.nan
 
 
 _PLAIN: tuple[type[SageFedError], ...] = (
@@ -89,16 +97,20 @@ def _details(call: grpc.Call) -> _Details:
     found = _Details()
     try:
         status = rpc_status.from_call(call)
+        _unpack(status.details if status is not None else (), found)
     except (ValueError, DecodeError):
-        return found
-    for detail in status.details if status is not None else ():
+        pass
+    return found
+
+
+def _unpack(details: Iterable[Any], found: _Details) -> None:
+    for detail in details:
         if detail.Is(ErrorInfo.DESCRIPTOR):
             info = ErrorInfo.FromString(detail.value)
             found.reason, found.metadata = info.reason, dict(info.metadata)
         elif detail.Is(BadRequest.DESCRIPTOR):
-            violation = BadRequest.FromString(detail.value).field_violations[0]
-            found.field_path, found.description = violation.field, violation.description
+            for violation in BadRequest.FromString(detail.value).field_violations:
+                found.field_path, found.description = violation.field, violation.description
         elif detail.Is(RetryInfo.DESCRIPTOR):
             delay = RetryInfo.FromString(detail.value).retry_delay
             found.retry_after_s = delay.seconds + delay.nanos / 1e9
-    return found
