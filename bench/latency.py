@@ -238,7 +238,7 @@ def show(found: list[dict[str, Any]]) -> None:
             for k in ("executor_ms", "daemon_ms", "added_ms")
         )
         table.add_row(str(row["concurrency"]), str(row["max_new_tokens"]), row["time"], *cells)
-    Console(stderr=True).print(table)
+    Console(stderr=True, width=110).print(table)
 
 
 if __name__ == "__main__":

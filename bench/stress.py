@@ -77,6 +77,12 @@ async def main(seconds: float, num_clients: int, seed: int, output: Path | None)
         if growth > GROWTH_SHARE * memory_after_warm_up(memory):
             tally.violations.append(f"the process grew by {growth / 2**20:.1f} MiB")
     show(tally)
+    Console(stderr=True).print(
+        f"{sum(tally.endings.values())} requests, {tally.tokens} tokens read; memory "
+        f"{memory_after_warm_up(memory) / 2**20:.0f} MiB after warm-up, {growth / 2**20:+.1f} MiB "
+        f"at the end, {slope * 60 / 2**20:+.2f} MiB/min",
+        highlight=False,
+    )
     result = {
         "seconds": seconds,
         "clients": num_clients,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from daemon_process import DaemonProcess
@@ -249,3 +250,28 @@ def test_an_interrupted_question_is_cancelled(shell: Shell) -> None:
     assert (130, b"") == (process.returncode, errors)
     assert first
     assert len(rest) < 512
+
+
+def test_a_drained_daemon_leaves_with_0(tmp_path: Path) -> None:
+    """`admin drain` ends the daemon, and afterwards nobody answers."""
+    daemon = DaemonProcess.start(tmp_path / "state")
+    shell = Shell(daemon)
+    assert (0, "draining, 0 jobs still run\n") == (
+        (result := shell.admin("drain")).exit_code, result.stdout,
+    )  # fmt: skip
+    assert 0 == daemon.process.wait(30)
+    assert 4 == shell.run("status").exit_code
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    """`serve` with a wrong directory: exit code 1 and no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sage_fed.cli", "serve", "--profile", "demo",
+         "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
+         "--state-dir", str(tmp_path / "state"),
+         "--set", f"strategic.model={tmp_path}/no-such-model"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert 1 == done.returncode
+    assert "no-such-model" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -33,9 +33,9 @@ def test_the_demo_shows_everything_and_balances(
         "sage-fed serve --profile demo",
     )  # fmt: skip
     assert [] == [words for words in expected if words not in output]
-    assert sum(not request.expects_refusal for request in plan()) == check(
-        ledger_file(tmp_path)
-    ).jobs
+    assert (
+        sum(not request.expects_refusal for request in plan()) == check(ledger_file(tmp_path)).jobs
+    )
 
 
 def test_a_demo_without_a_daemon_fails(tmp_path: Path) -> None:

@@ -140,17 +140,15 @@ def list_entries(
             print_json({"entries": entries})
             return
         print_table(
-            ("entry", "time", "kind", "ATP", "from", "to", "job", "rate card"),
+            ("entry", "time", "kind", "ATP", "moved", "job"),
             [
                 (
                     str(entry.entry_id),
                     _local_time(entry.time_ns),
                     entry.kind.value,
                     atp_number(entry.amount_uatp),
-                    entry.debit,
-                    entry.credit,
+                    f"{entry.debit} > {entry.credit}",
                     entry.job_id or "-",
-                    entry.rate_card or "-",
                 )
                 for entry in entries
             ],
@@ -268,4 +266,4 @@ def _kv_cache(model: ModelStatus) -> str:
 
 def _local_time(time_ns: int) -> str:
     moment = dt.datetime.fromtimestamp(time_ns / 1e9, dt.UTC).astimezone()
-    return moment.strftime("%Y-%m-%d %H:%M:%S")
+    return moment.strftime("%m-%d %H:%M:%S")

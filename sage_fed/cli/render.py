@@ -13,7 +13,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -138,7 +138,9 @@ def print_table(
     console = stdout_console()
     table = plain_table(console)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in right else "left")
+        # Folded, never cut: an id is there to be copied.
+        justify: Literal["left", "right"] = "right" if heading in right else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in rows:
         # `Text`, not markup: square brackets in a prompt are themselves.
         table.add_row(*(Text(printable(cell)) for cell in row))
