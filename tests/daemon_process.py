@@ -8,20 +8,46 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from forked_daemon import ForkedProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_DEADLINE_S = 60.0
+
+Process = subprocess.Popen[bytes] | ForkedProcess
+Launch = Callable[[Sequence[str], Path], Process]
+"""From the command line behind `sage-fed` and the log file to the running process."""
+
+
+def launch(arguments: Sequence[str], log: Path) -> Process:
+    """Start a fresh interpreter, as a shell or systemd does."""
+    environ = {key: value for key, value in os.environ.items() if "SAGE_FED" not in key}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sage_fed.cli", *arguments],
+            stdout=output,
+            stderr=output,
+            env=environ,
+        )
+
+
+def serve_arguments(state_dir: Path, *more: str) -> tuple[str, ...]:
+    """The command line of a demo daemon on free loopback ports."""
+    return (
+        "serve", "--profile", "demo", "--listen", "127.0.0.1:0",
+        "--metrics-listen", "127.0.0.1:0", "--state-dir", str(state_dir), *more,
+    )  # fmt: skip
 
 
 @dataclass
 class DaemonProcess:
     """`sage-fed serve` on free loopback ports, with its own state directory."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     state_dir: Path
     log: Path
     address: str = ""
@@ -33,24 +59,14 @@ class DaemonProcess:
         state_dir: Path,
         *arguments: str,
         wait_for: tuple[str, ...] = ("tactical", "strategic"),
+        launch: Launch = launch,
     ) -> DaemonProcess:
         """Start it and wait until the given health services are SERVING."""
         state_dir.mkdir(parents=True, exist_ok=True)
         endpoint = state_dir / "endpoint.json"
         endpoint.unlink(missing_ok=True)
         log = state_dir / "daemon.log"
-        environ = {key: value for key, value in os.environ.items() if "SAGE_FED" not in key}
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "sage_fed.cli", "serve", "--profile", "demo",
-                    "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
-                    "--state-dir", str(state_dir), *arguments,
-                ],
-                stdout=output,
-                stderr=output,
-                env=environ,
-            )  # fmt: skip
+        process = launch(serve_arguments(state_dir, *arguments), log)
         daemon = cls(process, state_dir, log)
         deadline = time.monotonic() + START_DEADLINE_S
         while not endpoint.exists():

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import secrets
 import time
+from dataclasses import replace
 
 from sage_fed.broker.job import Job
 from sage_fed.broker.mailbox import JobStream
@@ -22,6 +23,8 @@ from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
 
 _RETRY_FULL_S = 1.0
+_RETRY_DRAINING_S = 5.0
+"""A daemon that is stopped for an update is back about then; another one may answer at once."""
 
 
 class Broker:
@@ -70,7 +73,9 @@ class Broker:
             SageFedError: the job is refused; nothing is held.
         """
         if self._draining:
-            raise TierUnavailable("the daemon is draining and takes no more jobs")
+            raise TierUnavailable(
+                "the daemon is draining and takes no more jobs", _RETRY_DRAINING_S
+            )
         if len(self._jobs) >= self._max_jobs:
             raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
         job = Job(
@@ -102,7 +107,9 @@ class Broker:
             InvalidField: the prompt cannot be encoded.
             NoSuchAccount: the account has no budget.
         """
-        draft = await self._planner.draft(spec, time.monotonic())
+        # The call that asks for a quote is not the one that would wait for the job.
+        job = replace(spec, call_deadline_s=None)
+        draft = await self._planner.draft(job, time.monotonic())
         return self._planner.quote(draft, await self._ledger.budget(spec.account))
 
     async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:

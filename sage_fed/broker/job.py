@@ -117,24 +117,30 @@ class Job:
 
     async def _run(self) -> None:
         draft = await self._planner.draft(self.spec, self._arrived_s)
-        held = await self._hold(draft)
+        held, route = await self._hold(draft)
         if isinstance(held, Replay):
             await self._replay(held)
             return
-        plan = self._plan
-        assert plan is not None
+        assert route is not None
         self._held_uatp = held.held_uatp
-        self._metrics.held(plan.route.tier, held.held_uatp)
+        self._metrics.held(route.tier, held.held_uatp)
         try:
+            plan = self._plan = self._planner.plan(draft, route)
             ended = await self._work(plan)
         except BaseException:
+            # The device may be well and the bug ours: nobody reads what it would go on making.
+            self._executor.cancel(self._seq_id)
             # Also when this task is cancelled: an open hold would only end by expiry.
-            await asyncio.shield(self._void("failed"))
+            await asyncio.shield(self._void(route.tier, "failed"))
             raise
         await self._settle(plan, ended)
 
-    async def _hold(self, draft: Draft) -> HoldReceipt | Replay:
-        """Route and hold in one operation of the ledger, at the balance of that instant."""
+    async def _hold(self, draft: Draft) -> tuple[HoldReceipt | Replay, Route | None]:
+        """Route and hold in one operation of the ledger, at the balance of that instant.
+
+        Nothing behind the ledger's answer can fail here: a hold that nobody knows of stays
+        until it expires.
+        """
         spec, loads, payload = self.spec, self._planner.loads(), payload_hash(self.spec)
         decision: Route | Refusal | None = None
         decision_s = 0.0
@@ -165,9 +171,7 @@ class Job:
         finally:
             if decision is not None:
                 self._metrics.route_decided(spec.requested, decision, decision_s)
-        if isinstance(decision, Route) and isinstance(held, HoldReceipt):
-            self._plan = self._planner.plan(draft, decision)
-        return held
+        return held, decision if isinstance(decision, Route) else None
 
     async def _replay(self, earlier: Replay) -> None:
         """Answer with what an earlier request of the same id got; nothing is charged."""
@@ -176,8 +180,8 @@ class Job:
         self.stream.start(result.started)
         if result.output.token_ids or result.output.text:
             self.stream.push(result.output)
-        self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
         self._metrics.replayed(result.started.route.tier)
+        self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 
     def _fail(self, error: SageFedError) -> None:
         tier = self._plan.route.tier if self._plan else self.spec.requested
@@ -276,11 +280,13 @@ class Job:
             balance_uatp=0,
         )
         if output is None or not charged_uatp:
-            balance_uatp = await self._void("nothing was done")
+            balance_uatp = await self._void(plan.route.tier, "nothing was done")
         else:
             stored = None
             if self.spec.client_request_id:
                 stored = Result(self._started(plan), output, finished).to_bytes()
+            # Until the books say otherwise: without a settlement it was done for nobody.
+            self._wasted = usage
             settlement = await self._ledger.settle(
                 self.job_id, charged_uatp, finished.stop_reason.value, stored
             )
@@ -292,15 +298,15 @@ class Job:
             self.stream.start(self._started(plan))
         self.stream.end(replace(finished, balance_uatp=balance_uatp))
 
-    async def _void(self, why: str) -> int:
+    async def _void(self, tier: Tier, why: str) -> int:
         release = await self._ledger.void(self.job_id, why)
-        assert self._plan is not None
-        self._metrics.voided(self._plan.route.tier, release.released_uatp)
+        self._metrics.voided(tier, release.released_uatp)
         return release.balance_uatp
 
     def _ending(self, ended: Ended | None) -> StopReason:
-        if self._stop_reason is StopReason.STOP_STRING:
-            return StopReason.STOP_STRING
+        if self._is_closed() and self._stop_reason is not None:
+            # Tokens that came after it were dropped, also where the sequence ended by itself.
+            return self._stop_reason
         if ended is not None and ended.reason in _NATURAL:
             return _NATURAL[ended.reason]
         # A shutdown ends sequences without anyone having asked this job to stop.

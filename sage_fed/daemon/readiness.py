@@ -50,10 +50,13 @@ class Readiness:
         """Note a tier's state; a start that failed, or a daemon without a tier, stops."""
         before = self._statuses.get(status.tier)
         self._statuses[status.tier] = status
-        if before is None or before.state is not status.state:
+        turned = before is None or before.state is not status.state
+        if turned:
             self._changed.set()
         if status.state is TierState.FAILED:
-            self._failed(status)
+            # Told again when the executor stops: once is enough.
+            if turned:
+                self._failed(status)
         elif status.state in (TierState.LOADING, TierState.READY):
             share = 1.0 if status.state is TierState.READY else status.load_progress
             self._progress.tier_progress(status.tier, share, self._names[status.tier])
