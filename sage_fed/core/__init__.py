@@ -1,0 +1,72 @@
+"""The words of the project: jobs, routes, deltas, usage, prices.
+
+Floor 0. Owns the frozen values that travel between floors.
+Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
+Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
+or plain plurals, as in `docs/architecture.md`.
+
+`tiers`, `money`, `callers`, `jobs`, `routes` and `events` hold them; import them from here.
+"""
+
+from __future__ import annotations
+
+from sage_fed.core.callers import Caller, Role
+from sage_fed.core.events import Delta, Event, Finished, Logprob, Started, StopReason, Timing, Usage
+from sage_fed.core.jobs import (
+    JobSpec,
+    Message,
+    Priority,
+    Prompt,
+    RunningJob,
+    Sampling,
+    SamplingRequest,
+)
+from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Phase, Price
+from sage_fed.core.routes import Quote, Refusal, Route, RouteQuote
+from sage_fed.core.tiers import (
+    DaemonStatus,
+    GenerationDefaults,
+    ModelInfo,
+    ModelStatus,
+    Tier,
+    TierLoad,
+    TierState,
+    TierStatus,
+)
+
+__all__ = [
+    "UATP_PER_ATP",
+    "Budget",
+    "Caller",
+    "DaemonStatus",
+    "Delta",
+    "Event",
+    "Finished",
+    "GenerationDefaults",
+    "JobSpec",
+    "Logprob",
+    "Message",
+    "ModelInfo",
+    "ModelStatus",
+    "Offer",
+    "Phase",
+    "Price",
+    "Priority",
+    "Prompt",
+    "Quote",
+    "Refusal",
+    "Role",
+    "Route",
+    "RouteQuote",
+    "RunningJob",
+    "Sampling",
+    "SamplingRequest",
+    "Started",
+    "StopReason",
+    "Tier",
+    "TierLoad",
+    "TierState",
+    "TierStatus",
+    "Timing",
+    "Usage",
+]

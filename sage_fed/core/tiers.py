@@ -1,0 +1,124 @@
+"""Tiers and their models: roles, states, what is loaded, what it is doing."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Tier(enum.Enum):
+    """A role that the operator binds to a model; the order is the order of depth."""
+
+    TACTICAL = "tactical"
+    STRATEGIC = "strategic"
+
+    @property
+    def depth(self) -> int:
+        """0 for tactical, 1 for strategic: what "a lower tier" compares."""
+        return 0 if self is Tier.TACTICAL else 1
+
+
+class TierState(enum.Enum):
+    """What a tier is doing; only READY admits jobs."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a checkpoint's own generation configuration says; greedy where it is silent."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A loaded model, as operators and clients see it; `revision` "" for a local directory.
+
+    `step_bytes` are the weights that one decode step reads: all but an embedding of its own.
+    """
+
+    name: str
+    revision: str
+    architecture: str
+    parameters: int
+    precision: str
+    device: str
+    weight_bytes: int
+    step_bytes: int
+    kv_cache_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """One tier's life: state, load progress from 0 to 1, and why it FAILED."""
+
+    tier: Tier
+    state: TierState
+    load_progress: float = 0.0
+    info: ModelInfo | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TierLoad:
+    """What a tier is doing now, as the executor last said; rates None until measured."""
+
+    tier: Tier
+    state: TierState
+    running: int = 0
+    waiting: int = 0
+    waiting_limit: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+    max_context_tokens: int = 0
+    queued_prompt_tokens: int = 0
+    decode_step_s: float | None = None
+    prefill_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A tier's model: as configured, and as loaded (0 and "" until it is).
+
+    `load_progress` goes from 0 to 1; `message` says why the tier FAILED;
+    `decode_uatp` is the price of one decoded token on the card in force.
+    """
+
+    tier: Tier
+    state: TierState
+    name: str
+    revision: str
+    precision: str
+    device: str
+    architecture: str = ""
+    parameters: int = 0
+    weight_bytes: int = 0
+    kv_cache_bytes: int = 0
+    kv_cache_tokens: int = 0
+    max_context_tokens: int = 0
+    load_s: float = 0.0
+    load_progress: float = 0.0
+    decode_uatp: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatus:
+    """The daemon at a glance; `cost_ratio` is strategic over tactical decode price."""
+
+    version: str
+    uptime_s: float
+    draining: bool
+    device: str
+    rate_card: str
+    cost_ratio: float
+    tiers: tuple[TierLoad, ...]
