@@ -1,0 +1,500 @@
+"""A job's one ending, whatever breaks: real books, a real executor, an engine on cue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+from conftest import MODELS
+from fake_engine import WAIT_S, FakeEngine
+
+from sage_fed.broker import Broker, Encoder, JobStream, Planner
+from sage_fed.broker.output import Output
+from sage_fed.core import (
+    UATP_PER_ATP,
+    Delta,
+    Event,
+    Finished,
+    JobSpec,
+    Prompt,
+    SamplingRequest,
+    Started,
+    StopReason,
+    Tier,
+    Usage,
+)
+from sage_fed.errors import (
+    DeviceOutOfMemory,
+    HoldClosed,
+    Internal,
+    LedgerDown,
+    QueueFull,
+    RequestIdConflict,
+    TierUnavailable,
+)
+from sage_fed.executor import Executor
+from sage_fed.executor.loader import TierSetup
+from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, check
+from sage_fed.metrics import Metrics
+from sage_fed.pricing import RateCard, charge
+from sage_fed.router import RoutingPolicy
+from sage_fed.steps import Step
+from sage_fed.text import Tokenizer
+
+GRANTED_UATP = 10_000 * UATP_PER_ATP
+CARD = RateCard.load()
+PROMPT = (10, 11, 12, 13, 14)
+
+
+def job(new: int = 4, **fields: Any) -> JobSpec:  # noqa: ANN401 - of many types
+    """A tactical job of `new` tokens."""
+    sampling = {"max_new_tokens": new, "ignore_eos": True, "seed": 3, **fields.pop("sampling", {})}
+    values = {"requested": Tier.TACTICAL, "prompt": Prompt(token_ids=PROMPT), **fields}
+    return JobSpec("local", sampling=SamplingRequest(**sampling), **values)
+
+
+class Rig:
+    """A broker and everything under it; `deaths` are of the ledger."""
+
+    def __init__(
+        self, broker: Broker, executor: Executor, ledger: Ledger, metrics: Metrics, path: Path
+    ) -> None:
+        self.broker = broker
+        self.executor = executor
+        self.ledger = ledger
+        self.metrics = metrics
+        self.path = path
+        self.deaths: list[BaseException] = []
+        self.engines: dict[Tier, FakeEngine] = {}
+
+    def gate(self, tier: Tier = Tier.TACTICAL) -> FakeEngine:
+        """Let the tier's steps pass one permit at a time."""
+        self.engines[tier].gate = threading.Semaphore(0)
+        return self.engines[tier]
+
+    async def submit(self, spec: JobSpec) -> JobStream:
+        """Submit a job that arrives now."""
+        return await self.broker.submit(spec, time.monotonic())
+
+    async def run(self, spec: JobSpec) -> list[Event]:
+        """Submit a job and read it to its end."""
+        return await read(await self.submit(spec))
+
+    async def settled(self) -> None:
+        """Wait until no job is left, then see that nothing is held on any side."""
+        async with asyncio.timeout(WAIT_S):
+            await self.broker.wait_empty()
+            while self.executor.num_live:  # noqa: ASYNC110 - the executor tells nobody
+                await asyncio.sleep(0)
+        assert () == self.broker.running()
+        for tier in Tier:
+            assert 0 == self.executor.load(tier).kv_tokens_used
+        if self.ledger.alive:
+            assert 0 == await self.ledger.held_total_uatp()
+            report = check(self.path)
+            assert ((), 0) == (report.violations, report.open_holds)
+
+    async def spent_uatp(self) -> int:
+        """What the account has paid; the rest is its balance."""
+        budget = await self.ledger.budget("local")
+        assert GRANTED_UATP == budget.balance_uatp + budget.discharged_uatp
+        return budget.discharged_uatp
+
+    def counted(self, name: str, **labels: str) -> float | None:
+        """A series' value."""
+        return self.metrics.registry.get_sample_value(f"sage_fed_{name}", labels)
+
+
+async def read(stream: JobStream) -> list[Event]:
+    """Read a stream to its end, or to its error."""
+    async with asyncio.timeout(WAIT_S):
+        return [event async for event in stream]
+
+
+def finished_of(events: list[Event]) -> Finished:
+    """The last event, which is the ending."""
+    assert isinstance(events[-1], Finished)
+    return events[-1]
+
+
+async def entered(engine: FakeEngine) -> None:
+    """Wait until the engine is inside a step."""
+    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
+
+
+@contextlib.asynccontextmanager
+async def rig(
+    tmp_path: Path, *, max_waiting: int = 8, hold_ttl_s: float = 600
+) -> AsyncIterator[Rig]:
+    """Serve both tiers with fake engines until the block is left; then all is settled."""
+    path = tmp_path / "ledger.db"
+    deaths: list[BaseException] = []
+    metrics = Metrics()
+    ledger = await Ledger.open(
+        path, options=LedgerOptions(answer_timeout_s=WAIT_S), on_death=deaths.append
+    )
+    await ledger.ensure_account(
+        "local", AccountTerms(capacity_uatp=GRANTED_UATP, initial_uatp=GRANTED_UATP)
+    )
+    engines = {tier: FakeEngine() for tier in Tier}
+
+    def loader(tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
+        return lambda _progress: engines[tier]
+
+    executor = Executor(
+        {tier: TierSetup(loader(tier), max_waiting=max_waiting) for tier in Tier},
+        observers=[metrics],
+    )
+    tokenizer = Tokenizer.load(MODELS / "demo-tactical")
+    with ThreadPoolExecutor(1) as threads:
+        async with asyncio.timeout(2 * WAIT_S), asyncio.TaskGroup() as tasks:
+            await executor.start()
+            for tier in Tier:
+                await executor.loaded(tier)
+            planner = Planner(
+                Encoder(dict.fromkeys(Tier, tokenizer), threads),
+                executor,
+                CARD,
+                policy=RoutingPolicy(),
+                default_new_tokens=16,
+            )
+            broker = Broker(
+                tasks,
+                planner=planner,
+                ledger=ledger,
+                executor=executor,
+                metrics=metrics,
+                max_jobs=16,
+                hold_ttl_s=hold_ttl_s,
+            )
+            made = Rig(broker, executor, ledger, metrics, path)
+            made.engines, made.deaths = engines, deaths
+            try:
+                yield made
+                await made.settled()
+            finally:
+                for engine in engines.values():
+                    if engine.gate is not None:
+                        engine.gate.release(1_000_000)
+                await executor.stop(0.0)
+    await ledger.close()
+
+
+async def test_a_job_is_charged_what_it_made(tmp_path: Path) -> None:
+    """Hold, stream, settle: the price is the card's for the usage, computed by hand."""
+    async with rig(tmp_path) as r:
+        events = await r.run(job(new=4))
+        started, finished = events[0], finished_of(events)
+        assert isinstance(started, Started)
+        assert 5 * 50_000 + 4 * 1_000_000 == started.held_uatp
+        assert Usage(5, 0, 4) == finished.usage
+        assert 4_250_000 == finished.price.charged_uatp
+        assert 4_250_000 == await r.spent_uatp()
+        assert GRANTED_UATP - 4_250_000 == finished.balance_uatp
+
+
+async def test_an_engine_that_breaks_in_mid_job_costs_nothing(tmp_path: Path) -> None:
+    """The stream ends UNAVAILABLE, the hold is given back, the work counts as wasted."""
+    async with rig(tmp_path) as r:
+        steps = 0
+
+        def third(_step: Step) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 3:
+                raise RuntimeError("a broken device")
+
+        r.engines[Tier.TACTICAL].fail = third
+        stream = await r.submit(job(new=50))
+        with pytest.raises(TierUnavailable, match="nothing was charged"):
+            await read(stream)
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+        assert 1.0 == r.counted(
+            "requests_total", tier="tactical", outcome="failed", code="tier_unavailable"
+        )
+        assert 2.0 == r.counted("tokens_total", tier="tactical", type="output", outcome="failed")
+        # The other tier goes on.
+        assert finished_of(await r.run(job(requested=Tier.STRATEGIC)))
+
+
+async def test_a_job_without_memory_costs_nothing_and_the_others_go_on(tmp_path: Path) -> None:
+    """RESOURCE_EXHAUSTED for the one that does not fit, a normal ending for the next."""
+    async with rig(tmp_path) as r:
+
+        def full(_step: Step) -> None:
+            raise DeviceOutOfMemory("no memory")
+
+        r.engines[Tier.TACTICAL].fail = full
+        stream = await r.submit(job())
+        with pytest.raises(DeviceOutOfMemory):
+            await read(stream)
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+        r.engines[Tier.TACTICAL].fail = None
+        assert StopReason.LENGTH is finished_of(await r.run(job())).stop_reason
+
+
+async def test_a_bug_of_ours_in_mid_job_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """INTERNAL with an id; the hold is given back and the sequence leaves the device."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+
+        def bug(_self: Output, _drawn: object) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Output, "push", bug)
+            stream = await r.submit(job(new=400))
+            assert engine.gate is not None
+            engine.gate.release()
+            with pytest.raises(Internal) as error:
+                await read(stream)
+        engine.gate.release(3)  # far less than 400: it was cancelled
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+    assert error.value.error_id in caplog.text
+
+
+async def test_a_bug_between_hold_and_work_gives_the_hold_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stays reserved for a job that never came to the device."""
+    async with rig(tmp_path) as r:
+
+        def bug(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Planner, "plan", bug)
+        with pytest.raises(Internal):
+            await r.submit(job())
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+
+
+async def test_books_that_die_end_the_job_without_a_price(tmp_path: Path) -> None:
+    """No Finished is sent for what could not be written; at the next start it costs nothing."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        stream = await r.submit(job(new=2))
+
+        def disk(*_: object) -> None:
+            raise apsw.IOError
+
+        with pytest.raises(LedgerDown):
+            await r.ledger._ask(disk)
+        assert engine.gate is not None
+        engine.gate.release(10)
+        with pytest.raises(LedgerDown):
+            await read(stream)
+        assert 1 == len(r.deaths)
+        with pytest.raises(LedgerDown):
+            await r.submit(job())
+        assert 2.0 == r.counted("tokens_total", tier="tactical", type="output", outcome="failed")
+    assert 1 == check(r.path).open_holds
+    again = await Ledger.open(r.path)
+    assert GRANTED_UATP == (await again.budget("local")).balance_uatp
+    await again.close()
+
+
+async def test_a_hold_that_expired_under_a_job_is_not_charged(tmp_path: Path) -> None:
+    """The client is told that the job ended badly, and pays nothing."""
+    async with rig(tmp_path, hold_ttl_s=1e-6) as r:
+        engine = r.gate()
+        stream = await r.submit(job(new=2))
+        assert 1 == len(await r.ledger.expire_due())
+        assert engine.gate is not None
+        engine.gate.release(10)
+        with pytest.raises(HoldClosed):
+            await read(stream)
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+
+
+async def test_a_job_that_waits_is_aborted_for_nothing(tmp_path: Path) -> None:
+    """Nothing was done, so nothing is charged; the ending says why."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        first = await r.submit(job(new=2))
+        await entered(engine)
+        waiting = await r.submit(job(new=2))
+        (_, second) = sorted(r.broker.running(), key=lambda running: -running.age_s)
+        assert r.broker.abort(second.job_id)
+        assert engine.gate is not None
+        engine.gate.release(10)
+        finished = finished_of(await read(waiting))
+        assert StopReason.ABORTED is finished.stop_reason
+        assert (Usage(0, 0, 0), 0) == (finished.usage, finished.price.charged_uatp)
+        price = finished_of(await read(first)).price.charged_uatp
+        assert price == await r.spent_uatp()
+        assert not r.broker.abort(second.job_id)
+
+
+async def test_a_cancelled_job_is_charged_for_what_it_delivered(tmp_path: Path) -> None:
+    """Tokens that come after the cancellation are neither delivered nor charged."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        assert engine.gate is not None
+        stream = await r.submit(job(new=400, client_request_id="one"))
+        engine.gate.release(2)
+        seen = 0
+        async for event in stream:
+            if isinstance(event, Delta):
+                seen = event.output_tokens
+            if seen == 2:
+                break
+        stream.cancel()
+        stream.cancel()
+        engine.gate.release(5)
+        await r.settled()
+        price = charge(CARD, Tier.TACTICAL, Usage(5, 0, 2))
+        assert price == await r.spent_uatp()
+        again = await r.run(job(new=400, client_request_id="one"))
+        assert StopReason.CANCELLED is finished_of(again).stop_reason
+        assert price == finished_of(again).price.charged_uatp
+        assert price == await r.spent_uatp()
+
+
+async def test_a_cancel_beside_the_natural_end_never_calls_a_part_the_whole(
+    tmp_path: Path,
+) -> None:
+    """Where tokens were dropped the ending says CANCELLED, also if the sequence had ended."""
+    async with rig(tmp_path) as r:
+        stream = await r.submit(job(new=6, client_request_id="one"))
+        # The device finishes while the loop does nothing: tokens and ending come in one parcel.
+        steps = r.engines[Tier.TACTICAL].steps
+        while len(steps) < 6 or r.executor.load(Tier.TACTICAL).running:
+            time.sleep(0.001)  # noqa: ASYNC251 - it is the loop that has to stand still
+        stream.cancel()
+        await r.settled()
+        again = await r.run(job(new=6, client_request_id="one"))
+        finished = finished_of(again)
+        whole = finished.usage.output_tokens == 6
+        assert whole == (finished.stop_reason is StopReason.LENGTH)
+        assert finished.price.charged_uatp == await r.spent_uatp()
+
+
+async def test_whoever_leaves_before_the_hold_is_known_holds_nothing(tmp_path: Path) -> None:
+    """A submit that is cancelled at any await before its answer leaves books and device clean."""
+    async with rig(tmp_path) as r:
+        for turns in range(12):
+            asking = asyncio.create_task(r.submit(job(new=300)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                (await asking).cancel()
+            await r.settled()
+
+
+async def test_a_job_torn_off_with_its_task_is_given_back(tmp_path: Path) -> None:
+    """The last line of defence: even a cancelled job task voids its hold and ends its stream."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        stream = await r.submit(job(new=300))
+        await entered(engine)
+        (running,) = r.broker.running()
+        (task,) = (t for t in asyncio.all_tasks() if t.get_name() == running.job_id)
+        task.cancel()
+        with pytest.raises(TierUnavailable):
+            await read(stream)
+        assert engine.gate is not None
+        engine.gate.release(3)
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+
+
+async def test_a_request_id_runs_once_at_a_time(tmp_path: Path) -> None:
+    """While it runs it is refused, afterwards replayed, and another payload is refused."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        first = await r.submit(job(client_request_id="one"))
+        with pytest.raises(RequestIdConflict):
+            await r.submit(job(client_request_id="one"))
+        assert engine.gate is not None
+        engine.gate.release(10)
+        events = await read(first)
+        replayed = await r.run(job(client_request_id="one"))
+        assert isinstance(replayed[0], Started)
+        assert replayed[0].replayed
+        assert _output(events) == _output(replayed)
+        assert finished_of(events) == finished_of(replayed)
+        with pytest.raises(RequestIdConflict):
+            await r.submit(job(new=5, client_request_id="one"))
+        assert finished_of(events).price.charged_uatp == await r.spent_uatp()
+        assert 1.0 == r.counted(
+            "requests_total", tier="tactical", outcome="replayed", code="replayed"
+        )
+
+
+async def test_a_full_queue_gives_the_hold_back(tmp_path: Path) -> None:
+    """Refused with a retry delay, whether the router or the executor notices."""
+    async with rig(tmp_path, max_waiting=2) as r:
+        engine = r.gate()
+        streams = [await r.submit(job(new=2))]
+        await entered(engine)
+        # All at once, so that the router sees room for each of them.
+        asked = await asyncio.gather(
+            *(r.submit(job(new=2)) for _ in range(6)), return_exceptions=True
+        )
+        refusals = [answer for answer in asked if isinstance(answer, BaseException)]
+        streams += [answer for answer in asked if isinstance(answer, JobStream)]
+        assert [QueueFull] * 4 == [type(refusal) for refusal in refusals]
+        assert engine.gate is not None
+        engine.gate.release(100)
+        endings = [finished_of(await read(stream)) for stream in streams]
+        await r.settled()
+        assert sum(end.price.charged_uatp for end in endings) == await r.spent_uatp()
+
+
+async def test_a_reader_that_sleeps_gets_one_delta_with_everything(tmp_path: Path) -> None:
+    """The job does not wait for its reader; nothing is lost and nothing grows beyond the job."""
+    async with rig(tmp_path) as r:
+        fast = await r.run(job(new=40))
+        stream = await r.submit(job(new=40))
+        await r.settled()
+        slow = await read(stream)
+        assert [Started, Delta, Finished] == [type(event) for event in slow]
+        assert _output(fast) == _output(slow)
+
+
+async def test_a_quote_does_not_take_its_own_calls_deadline_for_the_jobs(tmp_path: Path) -> None:
+    """A client that waits a millisecond for a quote may still have the job run for minutes."""
+    async with rig(tmp_path) as r:
+        await r.run(job(new=20))
+        impatient = replace(job(new=400), call_deadline_s=1e-6)
+        quote = await r.broker.quote(impatient)
+        assert "explicit" == quote.decision.reason
+        hurried = job(new=400, sampling={"deadline_s": 1e-6})
+        assert "deadline_infeasible" == (await r.broker.quote(hurried)).decision.reason
+
+
+async def test_a_closed_broker_refuses_and_lets_jobs_end(tmp_path: Path) -> None:
+    """What runs ends in its own time, what comes is told to come back."""
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        stream = await r.submit(job(new=3))
+        r.broker.close()
+        with pytest.raises(TierUnavailable) as refusal:
+            await r.submit(job())
+        assert refusal.value.retry_after_s is not None
+        assert engine.gate is not None
+        engine.gate.release(10)
+        assert StopReason.LENGTH is finished_of(await read(stream)).stop_reason
+
+
+def _output(events: list[Event]) -> tuple[str, tuple[int, ...]]:
+    deltas = [event for event in events if isinstance(event, Delta)]
+    ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+    return "".join(delta.text for delta in deltas), ids
