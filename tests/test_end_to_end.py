@@ -1,0 +1,605 @@
+"""Jobs and money through a real daemon: what is quoted, held, streamed, charged and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from daemon_process import DaemonProcess
+from forked_daemon import ForkedProcess, fork_context
+from prometheus_client.parser import text_string_to_metric_families
+
+from sage_fed.client import Answer, Client
+from sage_fed.client.requests import job_of
+from sage_fed.core import (
+    UATP_PER_ATP,
+    Budget,
+    Delta,
+    Event,
+    Finished,
+    Message,
+    Prompt,
+    Refusal,
+    Route,
+    Started,
+    StopReason,
+    Tier,
+)
+from sage_fed.errors import CannotAfford, DeadlineInfeasible, SageFedError
+from sage_fed.ledger import check
+from sage_fed.ledger.words import EntryKind
+from sage_fed.v1 import inference_pb2
+
+WAIT_S = 60.0
+"""A deadline that only a hung daemon meets."""
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+PREFILL = {T: 50_000, S: 329_500}
+"""The published card's uATP per prompt token: 0.05 and 0.3295 ATP."""
+DECODE = {T: 1_000_000, S: 6_590_000}
+"""And per output token: 1 and 6.59 ATP."""
+
+GRANTED_UATP = 50_000 * UATP_PER_ATP
+NUM_ACCOUNTS = 40
+LONG_TOKENS = 1900
+"""An answer that is not finished when its client has seen the first tokens."""
+
+
+class Served:
+    """A daemon with many accounts, each good for one test."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self.daemon = daemon
+        self.admin = Client(daemon.address, daemon.admin_token)
+        self._numbers = iter(range(NUM_ACCOUNTS))
+
+    def new_account(self) -> tuple[str, str]:
+        """An account that nobody has used, and its token."""
+        number = next(self._numbers)
+        return f"account-{number}", f"token-{number}"
+
+    def no_jobs(self) -> bool:
+        """Whether nothing runs, waits, is held or takes KV."""
+        load = self.admin.load()
+        return (
+            not load.jobs
+            and not load.held_uatp
+            and all((0, 0, 0) == (t.running, t.waiting, t.kv_tokens_used) for t in load.tiers)
+        )
+
+    def discharged_uatp(self) -> int:
+        """What all accounts together have spent."""
+        total = 0
+        for number in range(NUM_ACCOUNTS):
+            with Client(self.daemon.address, f"token-{number}") as client:
+                total += client.budget().discharged_uatp
+        return total + self.admin.budget().discharged_uatp
+
+    def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Every sample by name and sorted label values."""
+        with urllib.request.urlopen(self.daemon.metrics_url, timeout=WAIT_S) as reply:
+            text = reply.read().decode()
+        return {
+            (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Ask the daemon until it says yes; across processes there is nothing else to wait on."""
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One daemon for this file, with a budget that does not refill."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    tokens = folder / "tokens.toml"
+    digests = (hashlib.sha256(f"token-{n}".encode()).hexdigest() for n in range(NUM_ACCOUNTS))
+    tokens.write_text(
+        "".join(
+            f'[[token]]\nsha256 = "{digest}"\naccount = "account-{n}"\nrole = "user"\n'
+            for n, digest in enumerate(digests)
+        )
+    )
+    daemon = DaemonProcess.start(
+        folder / "state",
+        *("--set", f"auth.tokens_file={tokens}", "--set", "budget.initial_atp=50000"),
+        *("--set", "budget.capacity_atp=1000000", "--set", "budget.refill_atp_per_s=0"),
+        *("--set", "budget.strategic_floor_atp=0", "--set", "limits.max_new_tokens=2000"),
+        *(
+            "--set",
+            "tactical.max_context_tokens=2048",
+            "--set",
+            "strategic.max_context_tokens=2048",
+        ),
+        launch=ForkedProcess,
+    )
+    served = Served(daemon)
+    try:
+        yield served
+        eventually(served.no_jobs)
+        served.admin.close()
+        assert 0 == daemon.stop(WAIT_S)
+    finally:
+        daemon.kill()
+    report = check(daemon.state_dir / "ledger.db")
+    assert ((), 0) == (report.violations, report.open_holds)
+
+
+@pytest.fixture
+def account(served: Served) -> tuple[str, str]:
+    """Name and token of an account of one's own."""
+    return served.new_account()
+
+
+@pytest.fixture
+def client(served: Served, account: tuple[str, str]) -> Iterator[Client]:
+    """A client that pays from an account of its own; it leaves nothing held behind."""
+    with Client(served.daemon.address, account[1]) as client:
+        yield client
+        eventually(lambda: not client.budget().held_uatp)
+        budget = client.budget()
+    assert 0 <= budget.balance_uatp
+    came_in_uatp = _came_in_uatp(served, account[1])
+    assert came_in_uatp == budget.balance_uatp + budget.discharged_uatp
+
+
+def _came_in_uatp(served: Served, token: str) -> int:
+    with Client(served.daemon.address, token) as client:
+        lines = client.entries(limit=100_000)
+    sign = {EntryKind.GRANT: 1, EntryKind.REFILL: 1, EntryKind.REVOKE: -1}
+    return sum(sign.get(line.kind, 0) * line.amount_uatp for line in lines)
+
+
+def by_hand(tier: Tier, finished: Finished) -> int:
+    """The card's price of a usage."""
+    usage = finished.usage
+    return usage.prompt_tokens * PREFILL[tier] + usage.output_tokens * DECODE[tier]
+
+
+def begin(client: Client, **fields: object) -> tuple[Started, Delta, Iterator[Event]]:
+    """Start a long job and return once its first tokens are here."""
+    fields = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True, **fields}
+    events = client.stream("count", **fields)  # type: ignore[arg-type]
+    started, delta = next(events), next(events)
+    assert isinstance(started, Started)
+    assert isinstance(delta, Delta)
+    return started, delta, events
+
+
+def gather(events: Iterator[Event]) -> tuple[Started, str, tuple[int, ...], Finished, int]:
+    """Read a stream: its first event, text, ids, last event and number of deltas."""
+    everything = list(events)
+    started, finished = everything[0], everything[-1]
+    deltas = [event for event in everything if isinstance(event, Delta)]
+    assert isinstance(started, Started)
+    assert isinstance(finished, Finished)
+    assert len(everything) == 2 + len(deltas)
+    totals = itertools.accumulate(len(delta.token_ids) for delta in deltas)
+    # A last delta may hold text only: the end of a character or of a stop string's beginning.
+    assert list(totals) == [delta.output_tokens for delta in deltas]
+    ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+    return started, "".join(delta.text for delta in deltas), ids, finished, len(deltas)
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_quote_hold_and_charge_are_the_cards(client: Client, tier: Tier) -> None:
+    """The worst case that is quoted is what is held; the charge is the card's for the usage."""
+    ask = {"tier": tier, "max_new_tokens": 40, "seed": 5, "temperature": 0.0}
+    quote = client.quote("reverse: abc", **ask)
+    assert isinstance(quote.decision, Route)
+    (quoted,) = [route for route in quote.tiers if route.tier is tier]
+    prompt_tokens = client.count_tokens("reverse: abc", tier).prompt_tokens
+    assert prompt_tokens == quote.prompt_tokens
+    assert prompt_tokens * PREFILL[tier] + 40 * DECODE[tier] == quoted.worst_case_uatp
+    answer = client.generate("reverse: abc", **ask)
+    assert quote.decision == answer.started.route
+    assert quoted.worst_case_uatp == answer.started.held_uatp == answer.finished.price.held_uatp
+    assert quote.rate_card == answer.finished.price.rate_card
+    assert prompt_tokens == answer.finished.usage.prompt_tokens
+    assert by_hand(tier, answer.finished) == answer.finished.price.charged_uatp
+    assert GRANTED_UATP - answer.finished.price.charged_uatp == answer.finished.balance_uatp
+    started, text, ids, finished, _ = gather(client.stream("reverse: abc", **ask))
+    assert (answer.text, answer.token_ids) == (text, ids)
+    assert len(ids) == finished.usage.output_tokens
+    assert answer.finished.price == finished.price
+    assert answer.started.held_uatp == started.held_uatp
+    assert client.budget().balance_uatp == finished.balance_uatp
+
+
+def test_a_quote_has_no_effect(client: Client) -> None:
+    """Neither balance nor books change by asking."""
+    before = client.budget(), client.entries()
+    client.quote("hello", tier=S, max_new_tokens=100)
+    assert before == (client.budget(), client.entries())
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_cancelled_stream_pays_for_what_it_got(
+    served: Served, client: Client, tier: Tier
+) -> None:
+    """The sequence leaves the device, its KV is free, the rest of the hold comes back."""
+    started, delta, events = begin(client, tier=tier, client_request_id="cancelled", seed=1)
+    (running,) = served.admin.load().jobs
+    assert (started.job_id, started.held_uatp) == (running.job_id, running.held_uatp)
+    events.close()  # type: ignore[attr-defined] # it is a generator: leaving it cancels
+    eventually(served.no_jobs)
+    (settled,) = [line for line in client.entries() if line.kind is EntryKind.SETTLE]
+    tokens, rest = divmod(settled.amount_uatp - started.prompt_tokens * PREFILL[tier], DECODE[tier])
+    assert 0 == rest
+    assert delta.output_tokens <= tokens < LONG_TOKENS
+    # Who asks again is told what became of it, and pays nothing more.
+    again = client.generate(
+        "count", tier=tier, max_new_tokens=LONG_TOKENS, ignore_eos=True, seed=1,
+        client_request_id="cancelled",
+    )  # fmt: skip
+    assert StopReason.CANCELLED is again.finished.stop_reason
+    assert tokens == again.finished.usage.output_tokens == len(again.token_ids)
+    assert settled.amount_uatp == again.finished.price.charged_uatp
+    assert settled.amount_uatp == client.budget().discharged_uatp
+
+
+def _stream_for_ever(address: str, token: str, streaming: threading.Event) -> None:
+    """A client in a process of its own."""
+    _, _, events = begin(Client(address, token), tier=S)
+    streaming.set()
+    for _ in events:
+        pass
+
+
+def test_a_client_that_is_killed_frees_its_job(
+    served: Served, client: Client, account: tuple[str, str]
+) -> None:
+    """No goodbye of any kind: the job ends all the same and pays for what was made."""
+    context = fork_context()
+    streaming = context.Event()
+    process = context.Process(
+        target=_stream_for_ever, args=(served.daemon.address, account[1], streaming), daemon=True
+    )
+    process.start()
+    assert streaming.wait(WAIT_S)
+    process.kill()
+    process.join(WAIT_S)
+    eventually(served.no_jobs)
+    assert 0 < client.budget().discharged_uatp < 10 * PREFILL[S] + LONG_TOKENS * DECODE[S]
+
+
+def test_a_closed_channel_frees_its_job(
+    served: Served, client: Client, account: tuple[str, str]
+) -> None:
+    """Closing the connection is as good as cancelling."""
+    leaving = Client(served.daemon.address, account[1])
+    _, _, events = begin(leaving, tier=S)
+    leaving.close()
+    with pytest.raises((SageFedError, ValueError)):
+        list(events)
+    eventually(served.no_jobs)
+    assert 0 < client.budget().discharged_uatp < LONG_TOKENS * DECODE[S]
+
+
+def test_a_deadline_gives_what_was_made_until_then(tmp_path: Path) -> None:
+    """A tier without measurements takes the job; once it is measured, the next is refused."""
+    daemon = DaemonProcess.start(
+        tmp_path / "state",
+        *("--set", "budget.initial_atp=50000", "--set", "budget.capacity_atp=50000"),
+        *("--set", "budget.refill_atp_per_s=0", "--set", "limits.max_new_tokens=2000"),
+        *("--set", "strategic.max_context_tokens=2048"),
+        launch=ForkedProcess,
+    )
+    try:
+        with Client(daemon.address) as client:
+            ask = {"tier": S, "max_new_tokens": LONG_TOKENS, "ignore_eos": True}
+            _, _, ids, finished, _ = gather(client.stream("count", deadline_s=0.7, **ask))
+            assert StopReason.DEADLINE is finished.stop_reason
+            assert len(ids) == finished.usage.output_tokens < LONG_TOKENS
+            assert by_hand(S, finished) == finished.price.charged_uatp
+            spent = client.budget()
+            assert GRANTED_UATP - finished.price.charged_uatp == spent.balance_uatp
+            # Long enough to be measured for certain; then a millisecond is not enough.
+            client.generate("count", tier=S, max_new_tokens=8, ignore_eos=True)
+            before = client.entries()
+            with pytest.raises(DeadlineInfeasible) as refusal:
+                client.generate("count", deadline_s=0.02, **ask)
+            assert 0.02 < refusal.value.estimate_s
+            quote = client.quote("count", deadline_s=0.02, **ask)
+            assert isinstance(quote.decision, Refusal)
+            assert "deadline_infeasible" == quote.decision.reason
+            assert before == client.entries()
+        assert 0 == daemon.stop(WAIT_S)
+    finally:
+        daemon.kill()
+
+
+def test_max_cost_is_never_exceeded(client: Client) -> None:
+    """A uATP below the worst case is a refusal with nothing held; the worst case itself is not."""
+    ask = {"tier": T, "max_new_tokens": 8, "ignore_eos": True}
+    (quoted,) = [route for route in client.quote("hello", **ask).tiers if route.tier is T]
+    with pytest.raises(CannotAfford) as refusal:
+        client.generate("hello", max_cost_uatp=quoted.worst_case_uatp - 1, **ask)
+    assert ("above_max_cost", None) == (refusal.value.detail, refusal.value.retry_after_s)
+    assert [EntryKind.GRANT] == [line.kind for line in client.entries()]
+    answer = client.generate("hello", max_cost_uatp=quoted.worst_case_uatp, **ask)
+    assert quoted.worst_case_uatp == answer.finished.price.charged_uatp
+
+
+def test_below_the_floor_only_tactical_work_is_done(
+    served: Served, client: Client, account: tuple[str, str]
+) -> None:
+    """Refused by name, AUTO goes tactical, and a downgrade happens only where it is allowed."""
+    served.admin.set_budget(account[0], strategic_floor_uatp=GRANTED_UATP)
+    with pytest.raises(CannotAfford) as refusal:
+        client.generate("hello", tier=S, max_new_tokens=4)
+    assert "below_floor" == refusal.value.detail
+    auto = client.generate("hello", complexity=1.0, max_new_tokens=4)
+    assert Route(T, "auto_floor", None, downgraded=False) == auto.started.route
+    less = client.generate("hello", tier=S, allow_downgrade=True, max_new_tokens=4)
+    assert Route(T, "downgrade_floor", S, downgraded=True) == less.started.route
+    served.admin.set_budget(account[0], strategic_floor_uatp=0)
+    more = client.generate("hello", tier=S, allow_downgrade=True, max_new_tokens=4)
+    assert Route(S, "explicit", S, downgraded=False) == more.started.route
+
+
+def test_an_operator_sets_a_budget_and_it_holds(
+    served: Served, client: Client, account: tuple[str, str]
+) -> None:
+    """The balance is exactly what was set, a dearer job is refused until it is raised."""
+    set_to = served.admin.set_budget(account[0], balance_uatp=5 * UATP_PER_ATP)
+    assert 5 * UATP_PER_ATP == set_to.balance_uatp == client.budget().balance_uatp
+    with pytest.raises(CannotAfford) as refusal:
+        client.generate("hello", tier=T, max_new_tokens=5)
+    assert ("cannot_afford", None) == (refusal.value.detail, refusal.value.retry_after_s)
+    served.admin.set_budget(account[0], refill_uatp_per_s=UATP_PER_ATP)
+    with pytest.raises(CannotAfford) as refusal:
+        client.generate("hello", tier=T, max_new_tokens=100)
+    assert refusal.value.retry_after_s is not None
+    assert 90 < refusal.value.retry_after_s < 101
+    served.admin.set_budget(account[0], refill_uatp_per_s=0)
+    served.admin.set_budget(account[0], balance_uatp=6 * UATP_PER_ATP)
+    answer = client.generate("hello", tier=T, max_new_tokens=5, ignore_eos=True)
+    left_uatp = 6 * UATP_PER_ATP - answer.finished.price.charged_uatp
+    assert left_uatp == client.budget().balance_uatp
+
+
+def test_an_operator_aborts_a_job(served: Served, client: Client) -> None:
+    """What was made until then is delivered and charged; a second abort finds nothing."""
+    started, first, events = begin(client, tier=S)
+    assert served.admin.abort(started.job_id)
+    rest = list(events)
+    finished = rest[-1]
+    assert isinstance(finished, Finished)
+    assert StopReason.ABORTED is finished.stop_reason
+    ids = sum(len(delta.token_ids) for delta in (first, *rest) if isinstance(delta, Delta))
+    assert ids == finished.usage.output_tokens < LONG_TOKENS
+    assert by_hand(S, finished) == finished.price.charged_uatp
+    eventually(served.no_jobs)
+    assert not served.admin.abort(started.job_id)
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(client: Client) -> None:
+    """What else is in the batch changes nothing; another seed gives another text."""
+
+    def run(seed: int) -> Answer:
+        return client.generate(
+            "tell", tier=T, temperature=1.5, seed=seed, max_new_tokens=48, ignore_eos=True
+        )
+
+    alone = [run(seed) for seed in range(4)]
+    assert [0, 1, 2, 3] == [answer.started.seed for answer in alone]
+    assert 4 == len({answer.token_ids for answer in alone})
+    with ThreadPoolExecutor(16) as pool:
+        crowd = list(pool.map(run, [seed for seed in range(4) for _ in range(6)]))
+    for answer in crowd:
+        assert alone[answer.started.seed].token_ids == answer.token_ids
+        assert alone[answer.started.seed].text == answer.text
+    chosen = client.generate("tell", tier=T, temperature=1.5, max_new_tokens=16, ignore_eos=True)
+    again = client.generate(
+        "tell", tier=T, temperature=1.5, max_new_tokens=16, ignore_eos=True,
+        seed=chosen.started.seed,
+    )  # fmt: skip
+    assert chosen.token_ids == again.token_ids
+
+
+def test_a_stop_string_ends_the_text_before_it(client: Client) -> None:
+    """It is not in the text, and tokens behind the one that completes it are not charged."""
+    ask = {"tier": T, "temperature": 1.0, "seed": 11, "max_new_tokens": 60, "ignore_eos": True}
+    whole = client.generate("tell", **ask)
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    cut = client.generate("tell", stop=[stop], **ask)
+    assert StopReason.STOP_STRING is cut.finished.stop_reason
+    assert whole.text[: whole.text.index(stop)] == cut.text
+    assert cut.finished.usage.output_tokens < 60
+    assert whole.token_ids[: cut.finished.usage.output_tokens] == cut.token_ids
+    assert by_hand(T, cut.finished) == cut.finished.price.charged_uatp
+    assert cut.text == gather(client.stream("tell", stop=[stop], **ask))[1]
+
+
+def test_log_probabilities_come_with_every_token(client: Client) -> None:
+    """One entry a token, the best first, and greedy takes the best."""
+    answer = client.generate(
+        "reverse: abc", tier=T, temperature=0.0, top_logprobs=3, max_new_tokens=6, ignore_eos=True
+    )
+    assert answer.token_ids == tuple(entry.token_id for entry in answer.logprobs)
+    for entry in answer.logprobs:
+        best = [logprob for _, logprob in entry.top]
+        assert 3 == len(best)
+        assert sorted(best, reverse=True) == best
+        assert best[0] <= 0.0
+        assert (entry.token_id, entry.logprob) == entry.top[0]
+
+
+def test_token_ids_and_a_conversation_are_prompts_too(client: Client) -> None:
+    """Ids are taken as they are; a conversation goes through the template."""
+    ask = {"tier": T, "temperature": 0.0, "max_new_tokens": 8}
+    as_text = client.generate("reverse: abc", **ask)
+    as_chat = client.generate([Message("user", "reverse: abc")], **ask)
+    assert as_text.token_ids == as_chat.token_ids
+    longer = client.generate(
+        [Message("user", "hi"), Message("assistant", "hello"), Message("user", "bye")], **ask
+    )
+    assert as_chat.finished.usage.prompt_tokens < longer.finished.usage.prompt_tokens
+    as_ids = client.generate(Prompt(token_ids=(300, 301, 302)), ignore_eos=True, **ask)
+    assert 3 == as_ids.finished.usage.prompt_tokens
+    assert by_hand(T, as_ids.finished) == as_ids.finished.price.charged_uatp
+
+
+def test_a_slow_reader_gets_merged_deltas_and_the_same_text(served: Served, client: Client) -> None:
+    """The device does not wait for it: its job is over and paid before it has read a token."""
+    ask = {
+        "tier": T, "temperature": 1.0, "seed": 4, "max_new_tokens": 600,
+        "ignore_eos": True, "top_logprobs": 20,
+    }  # fmt: skip
+    fast = gather(client.stream("tell", **ask))
+    events = client.stream("tell", **ask)
+    first = next(events)
+    eventually(served.no_jobs)
+    spent_uatp = client.budget().discharged_uatp
+    slow = gather(itertools.chain([first], events))
+    assert fast[1:3] == slow[1:3]
+    assert spent_uatp == 2 * slow[3].price.charged_uatp
+    # The transport's window was full long before: from there on all came in one piece.
+    print("DELTAS", fast[4], slow[4])
+    assert slow[4] < 600
+
+
+def test_many_clients_never_overspend_a_small_budget(
+    served: Served, client: Client, account: tuple[str, str]
+) -> None:
+    """32 at once of both tiers, until the account is dry: every uATP is accounted for."""
+    small_uatp = 400 * UATP_PER_ATP
+    served.admin.set_budget(account[0], balance_uatp=small_uatp)
+    choose = random.Random(32)
+    plans = [
+        [(choose.choice([None, *Tier]), choose.randint(1, 24)) for _ in range(6)] for _ in range(32)
+    ]
+
+    def run(plan: list[tuple[Tier | None, int]]) -> tuple[list[Answer], int]:
+        answers, refusals = [], 0
+        with Client(served.daemon.address, account[1]) as one:
+            for tier, new in plan:
+                try:
+                    complexity = choose.random()
+                    answers.append(
+                        one.generate(
+                            "go", tier=tier, complexity=complexity, max_new_tokens=new,
+                            ignore_eos=True, allow_downgrade=complexity < 0.5,
+                        )
+                    )  # fmt: skip
+                except CannotAfford:
+                    refusals += 1
+        return answers, refusals
+
+    with ThreadPoolExecutor(len(plans)) as pool:
+        done = list(pool.map(run, plans))
+    answers = [answer for some, _ in done for answer in some]
+    assert 0 < sum(refusals for _, refusals in done)
+    assert set(Tier) == {answer.started.route.tier for answer in answers}
+    for answer in answers:
+        price = answer.finished.price
+        assert by_hand(answer.started.route.tier, answer.finished) == price.charged_uatp
+        assert price.charged_uatp <= price.held_uatp == answer.started.held_uatp
+    budget = client.budget()
+    spent_uatp = sum(answer.finished.price.charged_uatp for answer in answers)
+    assert spent_uatp == budget.discharged_uatp
+    assert small_uatp == budget.balance_uatp + spent_uatp
+    assert Budget(account[0], budget.balance_uatp, 0, spent_uatp, *_terms(budget)) == budget
+    # The audit looks at the balance after every single entry.
+    assert () == check(served.daemon.state_dir / "ledger.db").violations
+
+
+def _terms(budget: Budget) -> tuple[int, int, int]:
+    return budget.capacity_uatp, budget.refill_uatp_per_s, budget.strategic_floor_uatp
+
+
+def test_metrics_say_what_the_answers_and_the_books_say(served: Served, client: Client) -> None:
+    """Tokens and requests by outcome, aborted ones included; charged ATP equal the ledger's."""
+    eventually(served.no_jobs)
+    before = served.metrics()
+    answers = [
+        client.generate("one", tier=T, max_new_tokens=5, ignore_eos=True),
+        client.generate("one", tier=S, max_new_tokens=3, ignore_eos=True),
+        client.generate("one", tier=S, max_new_tokens=3, ignore_eos=True, client_request_id="x"),
+    ]
+    client.generate("one", tier=S, max_new_tokens=3, ignore_eos=True, client_request_id="x")
+    with pytest.raises(CannotAfford):
+        client.generate("one", tier=S, max_new_tokens=3, max_cost_uatp=1)
+    started, _, events = begin(client, tier=T)
+    served.admin.abort(started.job_id)
+    aborted = list(events)[-1]
+    assert isinstance(aborted, Finished)
+    eventually(served.no_jobs)
+    after = served.metrics()
+    grown = Counter({key: after[key] - before.get(key, 0.0) for key in after})
+
+    def total(name: str, *labels: str) -> float:
+        return grown[f"sage_fed_{name}", labels]
+
+    # Label values are in the order of their names: outcome, tier, type and code, outcome, tier.
+    assert 5 == total("tokens_total", "finished", "tactical", "output")
+    assert 6 == total("tokens_total", "finished", "strategic", "output")
+    prompts = sum(answer.finished.usage.prompt_tokens for answer in answers[1:])
+    assert prompts == total("tokens_total", "finished", "strategic", "prompt")
+    made = aborted.usage.output_tokens
+    assert made == total("tokens_total", "aborted", "tactical", "output")
+    assert 1 == total("requests_total", "length", "finished", "tactical")
+    assert 2 == total("requests_total", "length", "finished", "strategic")
+    assert 1 == total("requests_total", "replayed", "replayed", "strategic")
+    assert 1 == total("requests_total", "aborted", "aborted", "tactical")
+    refused = sum(
+        amount
+        for (name, labels), amount in grown.items()
+        if name == "sage_fed_requests_total" and labels[:2] == ("cannot_afford", "refused")
+    )
+    assert 1 == refused
+    charged_atp = sum(after["sage_fed_atp_charged_total", (tier.value,)] for tier in Tier)
+    assert served.discharged_uatp() == round(charged_atp * UATP_PER_ATP)
+    reserved_atp = sum(after["sage_fed_atp_reserved_total", (tier.value,)] for tier in Tier)
+    refunded_atp = sum(after["sage_fed_atp_refunded_total", (tier.value,)] for tier in Tier)
+    assert reserved_atp == pytest.approx(charged_atp + refunded_atp)
+
+
+def test_no_metric_names_an_account_or_a_prompt(served: Served, client: Client) -> None:
+    """Who asks and what stays out of what Prometheus keeps."""
+    client.generate("a-very-rare-prompt", tier=T, max_new_tokens=2, client_request_id="rare-id")
+    with urllib.request.urlopen(served.daemon.metrics_url, timeout=WAIT_S) as reply:
+        text = reply.read().decode()
+    for secret in ("account-", "a-very-rare-prompt", "rare-id", str(served.daemon.state_dir)):
+        assert secret not in text
+        assert secret not in served.daemon.log.read_text() or secret.startswith("/")
+
+
+def test_a_calls_own_deadline_is_the_jobs(
+    served: Served, client: Client, account: tuple[str, str]
+) -> None:
+    """A client that waits half a second neither holds nor pays for an answer that takes longer."""
+    client.generate("count", tier=S, max_new_tokens=8, ignore_eos=True)  # measured from here on
+    before = client.entries()
+    job = job_of("count", tier=S, max_new_tokens=LONG_TOKENS, ignore_eos=True)
+    with grpc.insecure_channel(served.daemon.address) as channel:
+        generate = channel.unary_unary(
+            "/sage_fed.v1.InferenceService/Generate",
+            inference_pb2.GenerateRequest.SerializeToString,
+            inference_pb2.GenerateResponse.FromString,
+        )
+        with pytest.raises(grpc.RpcError) as error:
+            generate(
+                inference_pb2.GenerateRequest(job=job),
+                timeout=0.5,
+                metadata=(("authorization", f"Bearer {account[1]}"),),
+            )
+    assert grpc.StatusCode.DEADLINE_EXCEEDED is error.value.code()
+    assert before == client.entries()
