@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sage_fed.core import Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.errors import ModelLoadError
 from sage_fed.executor import TierSetup
 from sage_fed.settings import Settings, TierSettings, resolve_model
 from sage_fed.text import Tokenizer
@@ -24,7 +25,9 @@ async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
     """
     tokenizers: dict[Tier, Tokenizer] = {}
     for tier in Tier:
-        tokenizer = await asyncio.to_thread(_load_tokenizer, settings.tier(tier))
+        tokenizer = await asyncio.to_thread(
+            Tokenizer.load, _source(settings, tier), revision=settings.tier(tier).revision
+        )
         equal = (known for known in tokenizers.values() if known.encodes_like(tokenizer))
         tokenizers[tier] = next(equal, tokenizer)
     return tokenizers
@@ -34,7 +37,7 @@ def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetu
     """Return how the executor gets this tier's engine, and how much it may take on."""
     own = settings.tier(tier)
     options = EngineOptions(
-        model=str(resolve_model(own.model)),
+        model=str(_source(settings, tier)),
         kv_cache_bytes=own.kv_cache_bytes,
         device=settings.device,
         precision=own.precision,
@@ -61,5 +64,15 @@ def display_name(tier: TierSettings) -> str:
     return source.name if isinstance(source, Path) else source
 
 
-def _load_tokenizer(tier: TierSettings) -> Tokenizer:
-    return Tokenizer.load(resolve_model(tier.model), revision=tier.revision)
+def _source(settings: Settings, tier: Tier) -> str | Path:
+    """Return where a tier's files are: an absolute directory that is there, or a hub id.
+
+    Raises:
+        ModelLoadError: there is no such directory; the hub is not asked for a mistyped path.
+    """
+    source = resolve_model(settings.tier(tier).model)
+    if isinstance(source, Path):
+        source = source.absolute()
+        if not source.is_dir():
+            raise ModelLoadError(f"{tier.value}.model: there is no directory {source}")
+    return source

@@ -53,9 +53,11 @@ class KVCache:
         slots = num_blocks * BLOCK_SIZE
         nbytes = num_blocks * bytes_per_block(spec, dtype)
         try:
-            self._pool = torch.zeros(
+            # Written, not only reserved: a page that the kernel has yet to find is a promise
+            # that another process may break, and a process that seems to grow for hours.
+            self._pool = torch.empty(
                 spec.num_layers, slots, spec.kv_width, dtype=dtype, device=device
-            )
+            ).zero_()
         except RuntimeError as error:  # torch's out-of-memory errors on every device
             raise ModelLoadError(
                 f"{device} has no memory for a KV pool of {nbytes} bytes"
