@@ -494,6 +494,22 @@ async def test_a_closed_broker_refuses_and_lets_jobs_end(tmp_path: Path) -> None
         assert StopReason.LENGTH is finished_of(await read(stream)).stop_reason
 
 
+async def test_a_stop_can_wait_until_every_ending_is_read(tmp_path: Path) -> None:
+    """A job that has ended still has a reader, until that leaves."""
+    async with rig(tmp_path) as r:
+        await r.broker.wait_read()
+        first, second = await r.submit(job()), await r.submit(job())
+        await r.settled()
+        waiting = asyncio.create_task(r.broker.wait_read())
+        await read(first)
+        first.cancel()
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await read(second)
+        second.cancel()
+        await asyncio.wait_for(waiting, WAIT_S)
+
+
 def _output(events: list[Event]) -> tuple[str, tuple[int, ...]]:
     deltas = [event for event in events if isinstance(event, Delta)]
     ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)

@@ -85,7 +85,7 @@ class Watch:
         assert any(reply.status == wanted for reply in self._call)
 
     def close(self) -> None:
-        """Stop watching: a daemon that stops waits for it otherwise."""
+        """Stop watching."""
         self._call.cancel()
 
 

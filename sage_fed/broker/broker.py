@@ -58,6 +58,9 @@ class Broker:
         self._seq_ids = itertools.count(1)
         self._empty = asyncio.Event()
         self._empty.set()
+        self._reading: set[str] = set()
+        self._all_read = asyncio.Event()
+        self._all_read.set()
         self._draining = False
 
     async def submit(self, spec: JobSpec, arrived: float) -> JobStream:
@@ -78,8 +81,9 @@ class Broker:
             )
         if len(self._jobs) >= self._max_jobs:
             raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
+        job_id = f"job-{secrets.token_hex(8)}"
         job = Job(
-            job_id=f"job-{secrets.token_hex(8)}",
+            job_id=job_id,
             seq_id=next(self._seq_ids),
             spec=spec,
             arrived_s=arrived,
@@ -88,16 +92,19 @@ class Broker:
             executor=self._executor,
             metrics=self._metrics,
             hold_ttl_s=self._hold_ttl_s,
+            on_left=lambda: self._reader_left(job_id),
         )
-        self._jobs[job.job_id] = job
+        self._jobs[job_id] = job
         self._empty.clear()
-        task = self._tasks.create_task(job.run(), name=job.job_id)
-        task.add_done_callback(lambda _: self._forget(job.job_id))
+        task = self._tasks.create_task(job.run(), name=job_id)
+        task.add_done_callback(lambda _: self._forget(job_id))
         try:
             await job.stream.admitted()
         except asyncio.CancelledError:
             job.stop(StopReason.CANCELLED)
             raise
+        self._reading.add(job_id)
+        self._all_read.clear()
         return job.stream
 
     async def quote(self, spec: JobSpec) -> Quote:
@@ -149,6 +156,15 @@ class Broker:
     async def wait_empty(self) -> None:
         """Wait until every job has ended."""
         await self._empty.wait()
+
+    async def wait_read(self) -> None:
+        """Wait until every reader has left its stream; each does, with `cancel`, at its end."""
+        await self._all_read.wait()
+
+    def _reader_left(self, job_id: str) -> None:
+        self._reading.discard(job_id)
+        if not self._reading:
+            self._all_read.set()
 
     def _forget(self, job_id: str) -> None:
         del self._jobs[job_id]

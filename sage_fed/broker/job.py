@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from sage_fed.broker.mailbox import JobStream
@@ -61,10 +61,12 @@ class Job:
         executor: Executor,
         metrics: Metrics,
         hold_ttl_s: float,
+        on_left: Callable[[], None],
     ) -> None:
         self.job_id = job_id
         self.spec = spec
-        self.stream = JobStream(on_cancel=lambda: self.stop(StopReason.CANCELLED))
+        self.stream = JobStream(on_cancel=self._reader_left)
+        self._on_left = on_left
         self._seq_id = seq_id
         self._arrived_s = arrived_s
         self._planner = planner
@@ -87,6 +89,10 @@ class Job:
         self._stop_reason = reason
         if self._submitted:
             self._executor.cancel(self._seq_id)
+
+    def _reader_left(self) -> None:
+        self._on_left()
+        self.stop(StopReason.CANCELLED)
 
     def describe(self, now: float) -> RunningJob | None:
         """Return what an operator sees of it; None until it holds something."""

@@ -19,7 +19,8 @@ class JobStream:
     """One job's events, read once.
 
     Iterating yields `Started`, any number of `Delta`, then `Finished`; or raises the
-    `SageFedError` that ended the job. `cancel` may be called at any time, also twice.
+    `SageFedError` that ended the job. Whoever has a stream leaves it with `cancel`, read to its
+    end or not; that may be at any time, also twice.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -30,7 +31,7 @@ class JobStream:
         self._ending: Finished | SageFedError | None = None
 
     def cancel(self) -> None:
-        """Say that nobody reads any more; the job's own task stops and settles."""
+        """Say that nobody reads any more; where the job still runs, it stops and settles."""
         self._on_cancel()
 
     @property

@@ -41,6 +41,9 @@ ENDPOINT_FILE = "endpoint.json"
 _LAST_WORDS_S = 5.0
 """How long aborted jobs may take to settle, and replies to reach their clients."""
 
+_FLUSH_S = 0.5
+"""How long calls that are being answered may take, once every job's reader has its ending."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -192,7 +195,11 @@ async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None
     empty.cancel()
     # A wedged device ends its streams here at the latest, so every job has its ending.
     await parts.executor.stop(0.0)
-    await parts.bound.server.stop(_LAST_WORDS_S)
+    # Not left to the server's grace: it would wait for every load balancer that watches health.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_S):
+            await parts.broker.wait_read()
+    await parts.bound.server.stop(_FLUSH_S)
 
 
 async def _open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> Ledger:
