@@ -385,6 +385,28 @@ async def test_a_cancel_beside_the_natural_end_never_calls_a_part_the_whole(
         assert finished.price.charged_uatp == await r.spent_uatp()
 
 
+async def test_nothing_comes_after_a_stop_string_whatever_else_was_asked(tmp_path: Path) -> None:
+    """An abort that comes with it changes nothing: the text is complete and ends there."""
+    async with rig(tmp_path) as r:
+        whole, _ = _output(await r.run(job(new=8)))
+        engine = r.gate()
+        assert engine.gate is not None
+        stop = whole[4:6]
+        stream = await r.submit(job(new=8, sampling={"stop": (stop,)}))
+        engine.gate.release(7)
+        # The loop stands still until the last step has begun: seven tokens are under way.
+        while len(engine.steps) < 8 + 7 or not engine.entered.acquire(timeout=WAIT_S):
+            time.sleep(0.001)  # noqa: ASYNC251
+        (running,) = r.broker.running()
+        assert r.broker.abort(running.job_id)
+        events = aiter(stream)
+        seen = [await anext(events), await anext(events)]
+        engine.gate.release()
+        seen += [event async for event in events]
+        assert whole[: whole.index(stop)] == _output(seen)[0]
+        assert StopReason.STOP_STRING is finished_of(seen).stop_reason
+
+
 async def test_whoever_leaves_before_the_hold_is_known_holds_nothing(tmp_path: Path) -> None:
     """A submit that is cancelled at any await before its answer leaves books and device clean."""
     async with rig(tmp_path) as r:

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
+from sage_fed.broker.endings import DROPS_OUTPUT, failure_of, stop_reason_of, timing_of
 from sage_fed.broker.mailbox import JobStream
 from sage_fed.broker.output import Output
 from sage_fed.broker.plan import Draft, Plan, Planner
@@ -30,20 +31,17 @@ from sage_fed.core import (
     Started,
     StopReason,
     Tier,
-    Timing,
     Usage,
 )
-from sage_fed.errors import DeviceOutOfMemory, Internal, SageFedError, TierUnavailable
+from sage_fed.errors import Internal, SageFedError, TierUnavailable
 from sage_fed.executor import Executor, TokenStream
 from sage_fed.ledger import HoldReceipt, HoldRequest, Ledger, Replay
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import charge
 from sage_fed.router import refusal_error
-from sage_fed.scheduler import Ended, EndReason, SequenceSpec
+from sage_fed.scheduler import Ended, SequenceSpec
 
 _log = logging.getLogger(__name__)
-
-_NATURAL = {EndReason.EOS: StopReason.END_OF_TEXT, EndReason.LENGTH: StopReason.LENGTH}
 
 
 class Job:
@@ -215,14 +213,9 @@ class Job:
         self.stream.start(self._started(plan))
         async with self._deadline():
             ended = await self._deliver(source)
-        if ended.reason in (EndReason.OUT_OF_MEMORY, EndReason.FAILED):
+        if (failure := failure_of(ended, plan.route.tier)) is not None:
             self._wasted = Usage(ended.prompt_tokens, 0, ended.output_tokens)
-        if ended.reason is EndReason.OUT_OF_MEMORY:
-            raise DeviceOutOfMemory(
-                "the device had no memory for this job; try a shorter prompt or max_new_tokens"
-            )
-        if ended.reason is EndReason.FAILED:
-            raise TierUnavailable(f"the {plan.route.tier.value} tier failed; nothing was charged")
+            raise failure
         return ended
 
     @contextlib.asynccontextmanager
@@ -244,14 +237,15 @@ class Job:
         output = self._output
         assert output is not None
         while not isinstance(item := await source.next(), Ended):
-            # After a stop string the text is complete; after a cancel nobody reads.
-            if not self._is_closed():
+            if self._stop_reason not in DROPS_OUTPUT:
                 delta, matched = output.push(item.drawn)
                 self.stream.push(delta)
                 self._note_gap(len(delta.token_ids))
                 if matched:
-                    self.stop(StopReason.STOP_STRING)
-        if not self._is_closed():
+                    # Also where a deadline or an abort came first: the text is complete.
+                    self._stop_reason = StopReason.STOP_STRING
+                    self._executor.cancel(self._seq_id)
+        if self._stop_reason not in DROPS_OUTPUT:
             delta, matched = output.finish()
             if matched:
                 self._stop_reason = StopReason.STOP_STRING
@@ -265,9 +259,6 @@ class Job:
             self._metrics.tokens_delivered(self._plan.route.tier, num_tokens, now - before)
         self._last_push_s = now
 
-    def _is_closed(self) -> bool:
-        return self._stop_reason in (StopReason.STOP_STRING, StopReason.CANCELLED)
-
     async def _settle(self, plan: Plan, ended: Ended | None) -> None:
         """Charge what was done, release the rest, and write the ending."""
         output = self._output.whole() if self._output else None
@@ -278,9 +269,9 @@ class Job:
         )
         charged_uatp = charge(plan.card, plan.route.tier, usage)
         finished = Finished(
-            stop_reason=self._ending(ended),
+            stop_reason=stop_reason_of(self._stop_reason, ended),
             usage=usage,
-            timing=self._timing(ended),
+            timing=timing_of(ended, self._arrived_s, time.monotonic()),
             price=Price(charged_uatp, self._held_uatp, plan.card.version),
             # Known only once settled; a replay shows the balance of its own time anyway.
             balance_uatp=0,
@@ -308,28 +299,6 @@ class Job:
         release = await self._ledger.void(self.job_id, why)
         self._metrics.voided(tier, release.released_uatp)
         return release.balance_uatp
-
-    def _ending(self, ended: Ended | None) -> StopReason:
-        if self._is_closed() and self._stop_reason is not None:
-            # Tokens that came after it were dropped, also where the sequence ended by itself.
-            return self._stop_reason
-        if ended is not None and ended.reason in _NATURAL:
-            return _NATURAL[ended.reason]
-        # A shutdown ends sequences without anyone having asked this job to stop.
-        return self._stop_reason or StopReason.ABORTED
-
-    def _timing(self, ended: Ended | None) -> Timing:
-        now = time.monotonic()
-        if ended is None:
-            return Timing(0.0, 0.0, 0.0, 0.0, now - self._arrived_s)
-        started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
-        return Timing(
-            queue_s=(ended.ended_s if started is None else started) - ended.submitted_s,
-            prefill_s=first - started if first is not None and started is not None else 0.0,
-            decode_s=last - first if last is not None and first is not None else 0.0,
-            time_to_first_token_s=first - self._arrived_s if first is not None else 0.0,
-            total_s=now - self._arrived_s,
-        )
 
     def _started(self, plan: Plan) -> Started:
         return Started(
