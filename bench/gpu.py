@@ -1,0 +1,179 @@
+"""Everything that can be checked of the engine on one GPU: one script, one JSON, under 9 minutes.
+
+Physics first. A decode step reads every weight once, whatever the batch, and each sequence's
+keys and values once: `bytes = step_bytes + sum(contexts) * kv_bytes`, and it cannot take less
+than `bytes / read bandwidth`. In bf16 the Qwen2.5-0.5B shape reads 0.988 GB a step and 12,288 B
+of cache a token, the 7B shape 14.14 GB and 57,344 B: at 4 TB/s no less than 0.25 and 3.5 ms, so
+at most 4,000 and 280 tokens/s at batch 1, and 14.3 between the tiers. A model that launches its
+kernels one by one pays a few microseconds each besides: some hundred of them a step hide the
+0.5B's 0.25 ms completely, and the ratio falls. Prefill multiplies matrices instead: about
+`2 * parameters * tokens` operations, no faster than `operations / matrix rate`. Both limits are
+measured on the device at hand before anything is stated as a share of them.
+
+Parts: environment; correctness against `transformers` in fp32 on the CPU; both real shapes
+resident, with random weights made in the device's memory; speed of each tier alone; what the
+strategic tier costs the tactical one; the daemon as a process. A part that fails is recorded
+with its error and the others run; a part that has no time left says what it left out. All but
+the daemon need torch, transformers and safetensors only, and no installed sage-fed.
+
+Run: python bench/gpu.py [--shapes real|small] [--device cuda:0|cpu] [--skip daemon ...]
+Writes bench/results/gpu.json after every part, a table to stderr, and one line of JSON to
+stdout. Exit code 1 where a part failed or something is wrong. On a machine without a GPU,
+`--shapes small --device cpu` runs every line that does not ask for CUDA, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # a checkout is enough: nothing has to be installed
+
+from gpu_parts import PARTS, Run  # noqa: E402 - after the path
+
+PART_SHARES = {
+    "environment": 0.05,
+    "correctness": 0.20,
+    "resident": 0.20,
+    "speed": 0.35,
+    "interference": 0.25,
+    "daemon": 0.35,
+}
+"""The most of the budget that a part may take; most take far less, and the last gets the rest."""
+
+_GRACE_S = 20.0
+"""How long past its time a part that does not look at the clock may go on."""
+
+
+class PartTimeout(Exception):
+    """A part did not end in its time; raised into it."""
+
+
+def guarded(name: str, part: Callable[[Run], dict[str, Any]], run: Run) -> dict[str, Any]:
+    """One part's record: `ok`, `wrong` (it ran, and something is), `skipped` or `failed`."""
+    began = time.perf_counter()
+    limit_s = PART_SHARES[name] * run.budget_s
+    run.part_until = began + limit_s
+    record: dict[str, Any]
+    if run.left() <= 0:
+        record = {"status": "skipped", "reason": "the run's time is over"}
+    else:
+        try:
+            with _alarm(min(limit_s, run.left()) + _GRACE_S):
+                result = part(run)
+            record = {
+                "status": "ok" if result.get("ok", True) else "wrong",
+                "seconds": 0.0,
+                "result": result,
+            }
+        except Exception as error:  # noqa: BLE001 - the other parts go on, whatever it was
+            record = _failure(error)
+    return record | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if type(error).__name__ == "Skipped":  # of a module that may not even import
+        return {"status": "skipped", "reason": str(error)}
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return {
+        "status": "failed",
+        "error": f"{type(error).__name__}: {error}"[:2000],
+        "where": [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames],
+    }
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise `PartTimeout` into a part that does not end by itself."""
+
+    def ring(*_: object) -> None:
+        raise PartTimeout(f"not done in {seconds:.0f} s")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def body_of(run: Run, skip: Sequence[str]) -> dict[str, Any]:
+    """The JSON as far as the run has come."""
+    bad = [name for name, part in run.results.items() if part["status"] in {"failed", "wrong"}]
+    return {
+        "benchmark": "gpu",
+        "ok": not bad,
+        "bad": bad,
+        "arguments": {
+            "shapes": run.shapes, "device": run.device_name,
+            "budget_s": run.budget_s, "skip": list(skip),
+        },
+        "seconds": round(time.perf_counter() - run.began, 2),
+        "parts": run.results,
+    }  # fmt: skip
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """The same without infinities and NaN, which JSON does not have; floats to 6 digits."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def main(run: Run, skip: Sequence[str], output: Path) -> int:
+    """Run the parts, write after each, show the table; the exit code."""
+    import gpu_table  # noqa: PLC0415
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # One line on stdout, whatever libraries say there.
+    with contextlib.redirect_stdout(sys.stderr):
+        for name, part in PARTS.items():
+            if name in skip:
+                run.results[name] = {"status": "skipped", "seconds": 0.0, "reason": "--skip"}
+            else:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                run.results[name] = guarded(name, part, run)
+            output.write_text(json.dumps(plain(body_of(run, skip)), indent=1) + "\n")
+        with contextlib.suppress(Exception):  # the device may be lost; the figures are not
+            run.release()
+        body = body_of(run, skip)
+        gpu_table.show(body)
+    print(json.dumps(plain(body)))
+    return 0 if body["ok"] else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--shapes", choices=("real", "small"), default="real")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
+    parser.add_argument("--skip", nargs="*", choices=tuple(PARTS), default=[])
+    parser.add_argument("--budget-s", type=float, default=540.0)
+    parser.add_argument("--commit", help="where the files came without their history")
+    given = parser.parse_args()
+    # Nothing is fetched: every weight is made here.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(
+        main(
+            Run(given.shapes, given.device, given.budget_s, given.commit), given.skip, given.output
+        )
+    )

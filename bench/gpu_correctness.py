@@ -1,0 +1,259 @@
+"""Is the engine right on this device? Against `transformers` in fp32 on the CPU.
+
+Owns: small random checkpoints of every architecture, the ragged schedule, the comparison.
+Does not know: speed.
+
+A ragged schedule by the real scheduler, on a cache full of NaN: sequences join and leave,
+prompts come in chunks, blocks are used again. The reference is teacher-forced on what the engine
+answered, one forward pass a sequence: then each greedy token of fp32 has to be the reference's
+best, and logits can be compared at every step, also in half precision where the texts part.
+Weights are rounded to bf16 first, so that the arithmetic is measured and not the rounding of the
+checkpoint. Log-probabilities less their mean are the logits less theirs, so errors of logits are
+read from what every client can ask for.
+
+Half precision has no bound of its own that is right for every model: widely spread random
+weights multiply each rounding, gentle ones hide it. So its yardstick is what `transformers`
+itself loses in that precision, on the CPU, on the same tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Self
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sage_fed.core import Sampling, Tier
+from sage_fed.engine import PRECISIONS as PRECISION_TYPES
+from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.scheduler import Scheduler, SequenceSpec, TierLimits
+from sage_fed.steps import Drawn
+
+FP32_BOUND = 1e-4
+"""Relative error of all logits of a model."""
+
+HALF_TIMES = 1.5
+"""What half precision may lose, in times of what `transformers` loses in it."""
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Far apart logits: a greedy choice must not hang on the last bit of a sum.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+_BUNDLED = ("demo-tactical", "demo-strategic")
+_CONTEXT = 256
+_LEAVES_AFTER = 6
+"""Tokens after which sequence 2 is cancelled, while the others run."""
+
+Answers = Mapping[int, list[Drawn]]
+
+
+def configs() -> dict[str, PretrainedConfig]:
+    """One configuration of each architecture, and each way of biases, heads and positions."""
+    return {
+        "qwen2-tied": Qwen2Config(**_SHAPE, tie_word_embeddings=True),
+        "qwen2-untied": Qwen2Config(**_SHAPE, tie_word_embeddings=False),
+        "qwen3": Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True),
+        "llama3-rope": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3, tie_word_embeddings=True),
+        "llama-biased": LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
+        "mistral": MistralConfig(**_SHAPE, head_dim=10, sliding_window=None),
+    }
+
+
+def checkpoints(
+    names: Collection[str], folder: Path, models: Path
+) -> dict[str, tuple[Path, PreTrainedModel]]:
+    """Directory and fp32 reference by name: random ones, written here, and bundled ones."""
+    found = {}
+    for name, config in configs().items():
+        if name not in names:
+            continue
+        torch.manual_seed(5)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+                parameter.copy_(parameter.bfloat16())
+        model.save_pretrained(folder / name)
+        found[name] = (folder / name, model.eval())
+    for name in _BUNDLED:
+        path = models / name
+        if name in names and (path / "model.safetensors").is_file():
+            reference = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True
+            )
+            found[name] = (path, reference.eval())
+    return found
+
+
+def check(path: Path, reference: PreTrainedModel, device: str, precision: str) -> dict[str, Any]:
+    """One model in one precision: `ok`, and by how much."""
+    options = EngineOptions(
+        model=str(path),
+        kv_cache_bytes=4 * 2**20,
+        device=device,
+        precision=precision,
+        max_context_tokens=_CONTEXT,
+    )
+    engine = load_engine(options, lambda _: None)
+    vocab: int = reference.config.vocab_size
+    jobs = prompts(vocab)
+    exact = precision == "fp32"
+    try:
+        # In fp32 whole prompts and plain greedy steps too: all ways have to say the same.
+        poison(engine)
+        plain = ragged(engine, jobs, 512, Sampling()) if exact else {}
+        poison(engine)
+        full = ragged(engine, jobs, 23, Sampling(top_logprobs=vocab))
+    finally:
+        engine.close()
+    expected = {job: reference_logits(reference, jobs[job], ids(row)) for job, row in full.items()}
+    error = Error.of(full, expected)
+    best = {job: tuple(logits.argmax(-1).tolist()) for job, logits in expected.items()}
+    off = sum(a != b for job, row in full.items() for a, b in zip(ids(row), best[job], strict=True))
+    found: dict[str, Any] = {"tokens": sum(map(len, full.values())), "tokens_off": off}
+    found |= asdict(error)
+    if exact:
+        found["plain_tokens_equal"] = all(ids(plain[job]) == ids(row) for job, row in full.items())
+        good = error.relative < FP32_BOUND and off == 0 and found["plain_tokens_equal"]
+    else:
+        half = copy.deepcopy(reference).to(dtype=PRECISION_TYPES[precision])
+        peer = {job: reference_logits(half, jobs[job], ids(row)) for job, row in full.items()}
+        found["transformers_relative"] = Error.between(peer, expected).relative
+        good = error.relative < HALF_TIMES * found["transformers_relative"]
+    return {"ok": good, **found}
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """||a - b|| / ||b|| of centred logits over all steps and of the worst step; largest |a - b|."""
+
+    relative: float
+    relative_worst_step: float
+    largest: float
+
+    @classmethod
+    def of(cls, answers: Answers, expected: Mapping[int, torch.Tensor]) -> Self:
+        """Of what an engine answered, every log-probability of every step."""
+        actual = {}
+        for job, row in answers.items():
+            tops = [d.logprob.top for d in row if d.logprob is not None]
+            assert len(tops) == len(row), "an answer without log-probabilities"
+            actual[job] = torch.tensor([[value for _, value in sorted(top)] for top in tops])
+        return cls.between(actual, expected)
+
+    @classmethod
+    def between(
+        cls, actual: Mapping[int, torch.Tensor], expected: Mapping[int, torch.Tensor]
+    ) -> Self:
+        """Of two sets of logits [steps, ids] by job; NaN counts as infinitely wrong."""
+        right = _centred(torch.cat([expected[job] for job in expected]))
+        difference = _centred(torch.cat([actual[job] for job in expected])) - right
+        difference = difference.nan_to_num(nan=math.inf)
+        by_step = difference.norm(dim=-1) / right.norm(dim=-1)
+        return cls(
+            relative=float(difference.norm() / right.norm()),
+            relative_worst_step=float(by_step.max()),
+            largest=float(difference.abs().max()),
+        )
+
+
+def prompts(vocab: int) -> dict[int, tuple[int, ...]]:
+    """Random prompts around the edges of blocks and chunks, by sequence id."""
+    random = Random(f"prompts {vocab}")
+    lengths = (1, 15, 16, 17, 45, 80, 120, 33)
+    return {
+        job: tuple(random.randrange(8, vocab - 8) for _ in range(length))
+        for job, length in enumerate(lengths)
+    }
+
+
+def ragged(
+    engine: Engine, jobs: Mapping[int, tuple[int, ...]], chunk_tokens: int, sampling: Sampling
+) -> dict[int, list[Drawn]]:
+    """Run all jobs, two joining every third step and one leaving early; what each was answered."""
+    scheduler = Scheduler()
+    limits = TierLimits(
+        num_blocks=engine.num_blocks,
+        max_context_tokens=engine.max_context_tokens,
+        max_batch=5,
+        prefill_chunk_tokens=chunk_tokens,
+    )
+    scheduler.open_tier(Tier.TACTICAL, limits, frozenset())
+    waiting = list(jobs.items())
+    answers: dict[int, list[Drawn]] = {job: [] for job in jobs}
+    for number in itertools.count():
+        now = float(number)
+        if number % 3 == 0:
+            for job, prompt in waiting[:2]:
+                # The longest runs on after all others, so every batch size is met.
+                spec = SequenceSpec(job, Tier.TACTICAL, prompt, 8 + 2 * job, sampling)
+                scheduler.add(spec, now)
+            del waiting[:2]
+        if len(answers[2]) == _LEAVES_AFTER:
+            scheduler.cancel(2, now)
+        step = scheduler.next_step(now)
+        if step is None and not waiting:
+            return answers
+        if step is not None:
+            outcome = scheduler.complete(step, engine.run(step), now=now, elapsed_s=1e-3)
+            for drawn in outcome.drawn:
+                answers[drawn.seq_id].append(drawn)
+    raise AssertionError("unreachable")
+
+
+def poison(engine: Engine) -> None:
+    """NaN in every slot of the cache: whoever reads what it has not written shows it."""
+    decoder = engine._decoder  # noqa: SLF001 - nobody else should be able to
+    assert decoder is not None
+    with torch.inference_mode():
+        decoder._cache._pool.fill_(math.nan)  # noqa: SLF001
+
+
+def reference_logits(
+    model: PreTrainedModel, prompt: tuple[int, ...], answer: tuple[int, ...]
+) -> torch.Tensor:
+    """Logits [answer, vocabulary] in fp32 from which each token of the answer is to be chosen."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([prompt + answer[:-1]])).logits[0]
+    return logits[len(prompt) - 1 :].float()
+
+
+def ids(row: list[Drawn]) -> tuple[int, ...]:
+    """The tokens of one answer."""
+    return tuple(d.token_id for d in row)
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits - logits.mean(-1, keepdim=True)

@@ -1,0 +1,251 @@
+"""What a busy strategic tier costs the tactical one, through the real executor and scheduler.
+
+Owns: closed loops of streams on both tiers, alone and together, and what their readers see.
+Does not know: shapes, prices, gRPC.
+
+The scenes are interleaved (alone, alone, together, and again) so that a device that changes
+its clocks changes them for all. Latencies are those of a reader on the event loop; step times
+are the executor's own reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from gpu_shapes import Plan
+
+from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.engine import Engine
+from sage_fed.executor import Executor, TierSetup
+from sage_fed.scheduler import Ended, EndReason, SequenceSpec
+from sage_fed.steps import StepKind, StepReport
+
+_WARM_UP_SHARE = 0.2
+_PATIENCE_S = 60.0
+"""How long the last streams of a scene may take to end."""
+
+
+class Resident:
+    """An engine that outlives the executor which borrows it: `close` leaves it loaded."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the engine has
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        """Do nothing; the owner closes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`streams` closed loops of one kind of request."""
+
+    tier: Tier
+    streams: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(slots=True)
+class Seen:
+    """What happened in a scene after its warm-up; seconds and counts by tier."""
+
+    from_s: float = 0.0
+    until_s: float = 0.0
+    tokens: dict[Tier, int] = field(default_factory=lambda: defaultdict(int))
+    first_s: dict[Tier, list[float]] = field(default_factory=lambda: defaultdict(list))
+    gap_s: dict[Tier, list[float]] = field(default_factory=lambda: defaultdict(list))
+    step_s: dict[tuple[Tier, StepKind], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    device_s: dict[Tier, float] = field(default_factory=lambda: defaultdict(float))
+
+    def within(self, now: float) -> bool:
+        """Whether `now` counts."""
+        return self.from_s <= now <= self.until_s
+
+    def step_done(self, report: StepReport) -> None:
+        """Executor's observer."""
+        if self.within(time.perf_counter()):
+            mean_s = report.elapsed_s / report.num_steps
+            self.step_s[report.tier, report.kind] += [mean_s] * report.num_steps
+            self.device_s[report.tier] += report.elapsed_s
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Executor's observer."""
+
+
+class Scene:
+    """One executor over resident engines; `run` puts a load on it."""
+
+    def __init__(self, engines: dict[Tier, Engine], valid_ids: int, seed: int) -> None:
+        self._engines = engines
+        self._valid_ids = valid_ids
+        self._random = Random(seed)
+        self._ids = itertools.count(1)
+
+    async def run(self, loads: Sequence[Load], seconds: float) -> Seen:
+        """Serve `loads` for a while, then cancel what is left and wait for its endings."""
+        seen = Seen()
+        setups = {
+            tier: TierSetup(_ready(engine), 64, 256) for tier, engine in self._engines.items()
+        }
+        executor = Executor(setups, observers=(seen,))
+        await executor.start()
+        try:
+            async with asyncio.timeout(seconds + _PATIENCE_S):
+                for tier in setups:
+                    status = await executor.loaded(tier)
+                    if status.state is not TierState.READY:
+                        raise RuntimeError(f"the {tier.value} tier is {status}")
+                now = time.perf_counter()
+                seen.from_s = now + _WARM_UP_SHARE * seconds
+                seen.until_s = now + seconds
+                async with asyncio.TaskGroup() as group:
+                    for load in loads:
+                        prompts = self._prompts(load)
+                        for _ in range(load.streams):
+                            group.create_task(self._stream(executor, load, prompts, seen))
+        finally:
+            await executor.stop(0.0)
+        return seen
+
+    def _prompts(self, load: Load) -> Iterator[tuple[int, ...]]:
+        """Prompts made beforehand: making them must not take the event loop's time."""
+        prompts = [
+            tuple(self._random.randrange(self._valid_ids) for _ in range(load.prompt_tokens))
+            for _ in range(16)
+        ]
+        return itertools.cycle(prompts)
+
+    async def _stream(
+        self, executor: Executor, load: Load, prompts: Iterator[tuple[int, ...]], seen: Seen
+    ) -> None:
+        while (begun := time.perf_counter()) < seen.until_s:
+            spec = SequenceSpec(
+                next(self._ids), load.tier, next(prompts), load.new_tokens, ignore_eos=True
+            )
+            stream = executor.submit(spec)
+            last: float | None = None
+            while not isinstance(got := await stream.next(), Ended):
+                now, count = time.perf_counter(), len(got.drawn)
+                if seen.within(now):
+                    seen.tokens[load.tier] += count
+                    if last is None:
+                        seen.first_s[load.tier].append(now - begun)
+                    else:
+                        seen.gap_s[load.tier] += [(now - last) / count] * count
+                last = now
+                if now > seen.until_s:
+                    executor.cancel(spec.seq_id)
+            if got.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
+                raise RuntimeError(f"a {load.tier.value} sequence ended {got.reason.value}")
+
+
+def interference(
+    engines: dict[Tier, Engine], plan: Plan, valid_ids: int, left: Callable[[], float]
+) -> dict[str, Any]:
+    """All scenes of all rounds, then the tactical tier alone at the daemon's concurrencies."""
+    tactical = Load(Tier.TACTICAL, plan.tactical_streams, 64, plan.new_tokens)
+    strategic = Load(Tier.STRATEGIC, plan.strategic_streams, plan.strategic_prompt, plan.new_tokens)
+    scenes = {
+        "tactical_alone": (tactical,),
+        "strategic_alone": (strategic,),
+        "together": (tactical, strategic),
+    }
+    samples: dict[str, list[Seen]] = {name: [] for name in scenes}
+    resident: dict[Tier, Any] = {tier: Resident(engine) for tier, engine in engines.items()}
+    scene = Scene(resident, valid_ids, seed=7)
+    for number in range(plan.rounds):
+        if number and left() < 3 * plan.scene_s:
+            break
+        for name, loads in scenes.items():
+            samples[name].append(asyncio.run(scene.run(loads, plan.scene_s)))
+    by_streams = {}
+    for streams in plan.daemon_concurrency:
+        if left() < plan.daemon_s:
+            break
+        load = Load(Tier.TACTICAL, streams, 64, plan.new_tokens)
+        seen = asyncio.run(scene.run((load,), plan.daemon_s))
+        by_streams[str(streams)] = seen.tokens[Tier.TACTICAL] / (seen.until_s - seen.from_s)
+    found = {name: summary(parts) for name, parts in samples.items()}
+    return {
+        "rounds": len(samples["together"]),
+        "loads": {
+            load.tier.value: {
+                "streams": load.streams, "prompt_tokens": load.prompt_tokens,
+                "new_tokens": load.new_tokens,
+            }
+            for load in (tactical, strategic)
+        },
+        **found,
+        "cost": cost(found),
+        "tactical_alone_tokens_per_s_by_streams": by_streams,
+    }  # fmt: skip
+
+
+def summary(parts: Sequence[Seen]) -> dict[str, Any]:
+    """One scene over its rounds."""
+    wall_s = sum(seen.until_s - seen.from_s for seen in parts)
+    tiers = {}
+    for tier in Tier:
+        gaps = [s for seen in parts for s in seen.gap_s[tier]]
+        if not gaps:
+            continue
+        steps = {
+            kind.value: percentiles([s for seen in parts for s in seen.step_s[tier, kind]])
+            for kind in StepKind
+        }
+        tiers[tier.value] = {
+            "tokens_per_s": sum(seen.tokens[tier] for seen in parts) / wall_s,
+            "inter_token_s": percentiles(gaps),
+            "first_token_s": percentiles([s for seen in parts for s in seen.first_s[tier]]),
+        }
+        if device_s := sum(seen.device_s[tier] for seen in parts):  # only an executor reports it
+            tiers[tier.value] |= {
+                "step_s": {kind: times for kind, times in steps.items() if times["n"]},
+                "device_share": device_s / wall_s,
+            }
+    return tiers
+
+
+def cost(found: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """How much slower and how much less, together against alone; None where nothing was seen."""
+    tier = Tier.TACTICAL.value
+    alone, together = found["tactical_alone"].get(tier), found["together"].get(tier)
+    deep_alone = found["strategic_alone"].get(Tier.STRATEGIC.value)
+    deep_together = found["together"].get(Tier.STRATEGIC.value)
+    rows: dict[str, float | None] = {}
+    for name in ("inter_token_s", "first_token_s"):
+        for point in ("p50", "p99"):
+            before = alone[name].get(point) if alone else None
+            after = together[name].get(point) if together else None
+            rows[f"tactical_{name}_{point}_times"] = after / before if before and after else None
+    rows["strategic_tokens_per_s_lost_share"] = (
+        1 - deep_together["tokens_per_s"] / deep_alone["tokens_per_s"]
+        if deep_alone and deep_together
+        else None
+    )
+    return rows
+
+
+def percentiles(values: Sequence[float]) -> dict[str, Any]:
+    """p50, p99, the largest and the number."""
+    if len(values) < 2:
+        return {"n": len(values)}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"n": len(values), "p50": cuts[49], "p99": cuts[98], "max": max(values)}
+
+
+def _ready(engine: Engine) -> Callable[[Callable[[float], None]], Engine]:
+    return lambda _: engine

@@ -1,0 +1,254 @@
+"""The shapes, the sizes of every measurement, and engines with random weights on the device.
+
+Owns: the two plans (`real`, `small`), filling an engine without a checkpoint.
+Does not know: what is measured.
+
+Speed does not depend on the values of weights as long as they are ordinary: not zero (a device
+draws less power on zeros and clocks higher), not denormal, not infinite.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sage_fed.engine import PRECISIONS, Engine, EngineOptions, load_engine
+from sage_fed.engine.weights import Place
+
+MIB, GIB = 2**20, 2**30
+_MAX_POSITION = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Qwen2 decoder: `valid_ids` is the length of its tokenizer, `vocab` is padded."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+    valid_ids: int
+    tied: bool
+    kv_cache_bytes: int
+    max_context: int
+
+    @property
+    def body_parameters(self) -> int:
+        """Elements of the layers' matrices."""
+        head_dim = self.hidden // self.heads
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * head_dim
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a checkpoint in bf16, norms and biases aside."""
+        tables = self.vocab * self.hidden * (1 if self.tied else 2)
+        return 2 * (self.body_parameters + tables)
+
+    def prefill_flops(self, tokens: int, start: int = 0) -> int:
+        """Operations for `tokens` behind `start` cached ones; the head runs on the last only."""
+        pairs = tokens * start + tokens * (tokens + 1) // 2
+        attention = 4 * self.layers * self.hidden * pairs
+        head = 2 * self.valid_ids * self.hidden
+        return 2 * self.body_parameters * tokens + attention + head
+
+    def config(self) -> dict[str, Any]:
+        """The `config.json` of such a checkpoint; no token ends a text."""
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": _MAX_POSITION,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": self.tied,
+            "use_sliding_window": False,
+            "dtype": "bfloat16",
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every size of a run. Times in seconds; `streams` are closed loops of requests.
+
+    `references` are the models of `gpu_correctness`.
+    """
+
+    tactical: Shape
+    strategic: Shape
+    daemon_strategic: Shape
+    precision: str
+    references: tuple[str, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prefills: tuple[int, ...]
+    chunk_tokens: int
+    repeats: int
+    point_s: float
+    read_bytes: int
+    matrix: int
+    new_tokens: int
+    tactical_streams: int
+    strategic_streams: int
+    strategic_prompt: int
+    scene_s: float
+    rounds: int
+    daemon_concurrency: tuple[int, ...]
+    daemon_s: float
+    daemon_needs_s: float
+
+
+_QWEN_IDS = 151665
+QWEN_05B = Shape("qwen2.5-0.5b", 896, 24, 14, 2, 4864, 151936, _QWEN_IDS, True, 2 * GIB, 8192)
+QWEN_15B = Shape("qwen2.5-1.5b", 1536, 28, 12, 2, 8960, 151936, _QWEN_IDS, True, 2 * GIB, 8192)
+QWEN_7B = Shape("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152064, _QWEN_IDS, False, 8 * GIB, 8192)
+SMALL_TACTICAL = Shape("small-tactical", 64, 2, 4, 2, 128, 640, 600, True, MIB, 512)
+SMALL_STRATEGIC = Shape("small-strategic", 128, 4, 4, 2, 384, 640, 600, False, 4 * MIB, 512)
+
+PLANS: dict[str, Plan] = {
+    "real": Plan(
+        tactical=QWEN_05B,
+        strategic=QWEN_7B,
+        daemon_strategic=QWEN_15B,
+        precision="bf16",
+        references=(
+            "qwen2-tied",
+            "qwen2-untied",
+            "qwen3",
+            "llama3-rope",
+            "llama-biased",
+            "mistral",
+            "demo-tactical",
+            "demo-strategic",
+        ),
+        batches=(1, 2, 4, 8, 16, 32),
+        contexts=(128, 1024, 4096),
+        prefills=(128, 512, 2048),
+        chunk_tokens=2048,
+        repeats=30,
+        point_s=1.0,
+        read_bytes=4 * GIB,
+        matrix=8192,
+        new_tokens=64,
+        tactical_streams=4,
+        strategic_streams=16,
+        strategic_prompt=512,
+        scene_s=6.0,
+        rounds=2,
+        daemon_concurrency=(1, 16, 64),
+        daemon_s=6.0,
+        daemon_needs_s=90.0,
+    ),
+    "small": Plan(
+        tactical=SMALL_TACTICAL,
+        strategic=SMALL_STRATEGIC,
+        daemon_strategic=SMALL_STRATEGIC,
+        precision="bf16",
+        # The engine's own tests have all of them on the CPU.
+        references=("qwen2-tied", "qwen3", "demo-tactical"),
+        batches=(1, 2, 4),
+        contexts=(16, 64, 128),
+        prefills=(16, 48),
+        chunk_tokens=48,
+        repeats=3,
+        point_s=0.1,
+        read_bytes=16 * MIB,
+        matrix=128,
+        new_tokens=8,
+        tactical_streams=2,
+        strategic_streams=2,
+        strategic_prompt=48,
+        scene_s=0.4,
+        rounds=1,
+        daemon_concurrency=(1, 2),
+        daemon_s=0.5,
+        daemon_needs_s=10.0,
+    ),
+}
+
+
+def hollow(shape: Shape) -> Shape:
+    """As many layers, next to no bytes: what a step of it takes is launches and host work."""
+    return Shape(
+        f"{shape.name}-hollow", 64, shape.layers, 2, 1, 64, 256, 256, shape.tied, MIB * 4, 512
+    )
+
+
+@dataclass(slots=True)
+class Filling:
+    """What was put into a model: elements, and how many of them no measurement should meet."""
+
+    elements: int = 0
+    not_finite: int = 0
+    denormal: int = 0
+
+
+class RandomWeights:
+    """Random tensors by checkpoint name, made on `device`: matrices N(0, 0.02), norms about 1."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor; a checkpoint's own order makes it reproducible."""
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        values = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return values.normal_(mean, 0.02, generator=self._generator)
+
+
+def random_engine(shape: Shape, device: str, precision: str, seed: int) -> tuple[Engine, Filling]:
+    """Load a model by the engine's own path, with only the reading of files replaced."""
+    filling = Filling()
+    dtype = PRECISIONS[precision]
+    weights = RandomWeights(torch.device(device), dtype, seed)
+    tiny = torch.finfo(dtype).tiny
+
+    def fill(
+        directory: Path,  # noqa: ARG001 - there is nothing to read
+        places: Mapping[str, Place],
+        placed: Callable[[int], None],
+    ) -> None:
+        for name, place in places.items():
+            values = weights.tensor(name, place.shape)
+            filling.elements += values.numel()
+            filling.not_finite += int((~values.isfinite()).sum())
+            filling.denormal += int(((values != 0) & (values.abs() < tiny)).sum())
+            place.put(values)
+            placed(filling.elements)
+
+    with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape.config()))
+        load = importlib.import_module("sage_fed.engine.load")
+        with mock.patch.object(load, "stream_weights", fill):
+            options = EngineOptions(
+                model=folder,
+                kv_cache_bytes=shape.kv_cache_bytes,
+                device=device,
+                precision=precision,
+                name=shape.name,
+                max_context_tokens=shape.max_context,
+                num_valid_ids=shape.valid_ids,
+            )
+            engine = load_engine(options, lambda _: None)
+    return engine, filling
