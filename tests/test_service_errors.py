@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -15,7 +16,7 @@ from service_harness import STARTED, WAIT_S, Harness, ScriptedJobs, in_thread, s
 from sage_fed import errors
 from sage_fed.client import Client
 from sage_fed.errors import SageFedError
-from sage_fed.service import status
+from sage_fed.service import edge, status
 from sage_fed.v1 import inference_pb2, types_pb2
 
 STREAM = "/sage_fed.v1.InferenceService/GenerateStream"
@@ -72,6 +73,11 @@ ROWS: list[tuple[SageFedError, grpc.StatusCode, list[str]]] = [
     ),
     (errors.LedgerDown("closed", 1.0), grpc.StatusCode.UNAVAILABLE, ["RetryInfo", "ErrorInfo"]),
     (errors.RequestIdConflict("still runs"), grpc.StatusCode.ALREADY_EXISTS, ["ErrorInfo"]),
+    (
+        errors.HoldClosed("the hold was voided", how="voided"),
+        grpc.StatusCode.ABORTED,
+        ["ErrorInfo"],
+    ),
     (errors.DeviceOutOfMemory("no memory"), grpc.StatusCode.RESOURCE_EXHAUSTED, ["ErrorInfo"]),
     (errors.Internal("c0ffee"), grpc.StatusCode.INTERNAL, ["ErrorInfo"]),
 ]
@@ -121,7 +127,7 @@ async def test_the_client_gets_the_same_error_back(
 def test_every_error_has_a_row_or_stays_inside() -> None:
     """A new error class has to be given its status, or be named here as one that never travels."""
     inside = {
-        errors.ConfigError, errors.ModelLoadError, errors.LedgerCorrupt, errors.HoldClosed,
+        errors.ConfigError, errors.ModelLoadError, errors.LedgerCorrupt,
         errors.Retryable, errors.CannotConnect, errors.CallFailed,
     }  # fmt: skip
 
@@ -217,3 +223,29 @@ def test_a_retry_delay_is_rounded_up_and_bounded(seconds: float, expected: tuple
     """A client that waits exactly as long as it was told never comes too early."""
     duration = status.duration_of(seconds)
     assert expected == (duration.seconds, duration.nanos)
+
+
+class DeadCall:
+    """A call whose client is gone before gRPC knows: it is not cancelled, and writing fails."""
+
+    def cancelled(self) -> bool:
+        """Not as far as gRPC knows."""
+        return False
+
+    def done(self) -> bool:
+        """No status has been sent."""
+        return False
+
+    async def abort(self, *_: object) -> None:
+        """Fail as core does."""
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+@pytest.mark.parametrize("error", [grpc.aio.InternalError("write"), errors.NotFound("no such job")])
+async def test_a_status_that_nobody_can_hear_is_no_error(
+    caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Whatever cannot be said to a dead call ends as the client's own cancellation."""
+    with pytest.raises(asyncio.CancelledError):
+        await edge.end(cast("edge.Context", DeadCall()), error)
+    assert [] == caplog.records

@@ -23,7 +23,7 @@ from service_harness import (
 )
 
 from sage_fed.client import Client, TokenCount
-from sage_fed.core import JobSpec, Message, Prompt, Refusal, SamplingRequest, Tier
+from sage_fed.core import Delta, JobSpec, Message, Prompt, Refusal, SamplingRequest, Tier
 from sage_fed.errors import TierUnavailable
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
@@ -145,6 +145,32 @@ async def test_clients_that_leave_at_any_moment_are_no_errors(
             for _ in range(reads % 7 + 1):
                 await call.read()
             call.cancel()
+        for stream in jobs.streams:
+            await asyncio.wait_for(stream.cancelled.wait(), WAIT_S)
+    assert 40 == len(jobs.streams)
+    assert [] == caplog.records
+
+
+@pytest.mark.parametrize("method", [STREAM, GENERATE])
+async def test_a_connection_that_breaks_during_a_write_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    """A reply that cannot be delivered says that the client left, before gRPC knows it."""
+    caplog.set_level(logging.WARNING)
+    # More than the transport takes in for a client that does not read: the write waits.
+    jobs = ScriptedJobs(events=(STARTED, *[Delta("x" * 100_000, (1,), (), 1)] * 20, FINISHED))
+    narrow = (
+        ("grpc.http2.lookahead_bytes", 1),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    )
+    async with serving(tmp_path, jobs=jobs) as harness:
+        channels = [grpc.aio.insecure_channel(harness.address, narrow) for _ in range(40)]
+        calls = [channel.unary_stream(method)(REQUEST, timeout=WAIT_S) for channel in channels]
+        for call in calls:
+            await asyncio.wait_for(call.initial_metadata(), WAIT_S)
+        for channel in channels:
+            await channel.close()
         for stream in jobs.streams:
             await asyncio.wait_for(stream.cancelled.wait(), WAIT_S)
     assert 40 == len(jobs.streams)

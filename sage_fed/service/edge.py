@@ -77,13 +77,11 @@ class Edge:
                 message = f"not a {descriptor.input_type.full_name} message"
                 raise InvalidField("request", message) from None
 
-        if descriptor.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _streaming(enter, method),  # type: ignore[arg-type] # the descriptor says which
-                response_serializer=_serialize,
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _unary(enter, method),  # type: ignore[arg-type] # as above
+        handle = _streaming if descriptor.server_streaming else _unary
+        # A single reply is written like a stream of one, which is the same on the wire: gRPC's
+        # own way of sending it logs a traceback where the connection breaks meanwhile.
+        return grpc.unary_stream_rpc_method_handler(
+            handle(enter, method),  # type: ignore[arg-type] # the descriptor says which
             response_serializer=_serialize,
         )
 
@@ -98,19 +96,20 @@ class Edge:
 
 
 Enter = Callable[[bytes, Context], tuple[Message, Call]]
+Handler = Callable[[bytes, Context], Awaitable[None]]
 
 
-def _unary(enter: Enter, method: UnaryMethod) -> Callable[[bytes, Context], Awaitable[Message]]:
-    async def handle(raw: bytes, context: Context) -> Message:
+def _unary(enter: Enter, method: UnaryMethod) -> Handler:
+    async def handle(raw: bytes, context: Context) -> None:
         try:
-            return await method(*enter(raw, context))
+            await context.write(await method(*enter(raw, context)))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
-            await _end(context, error)
+            await end(context, error)
 
     return handle
 
 
-def _streaming(enter: Enter, method: StreamMethod) -> Callable[[bytes, Context], Awaitable[None]]:
+def _streaming(enter: Enter, method: StreamMethod) -> Handler:
     # A coroutine that writes, not a generator that gRPC drives: so a cancellation during a
     # write is raised here, and the method is closed now and not when it is garbage.
     # The first write sends the response headers; a refusal before it leaves the RPC retryable.
@@ -120,17 +119,22 @@ def _streaming(enter: Enter, method: StreamMethod) -> Callable[[bytes, Context],
                 async for reply in replies:
                     await context.write(reply)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
-            await _end(context, error)
+            await end(context, error)
 
     return handle
 
 
-async def _end(context: Context, error: BaseException) -> NoReturn:
+async def end(context: Context, error: BaseException) -> NoReturn:
     """Give the RPC its status; raise only what tells gRPC that the client itself has left."""
-    if _client_left(context):
+    # A failed write is how a broken connection shows first: the call is dead, and gRPC will
+    # know of it only later. There is nobody to tell, and nothing of ours to log.
+    if _client_left(context) or isinstance(error, grpc.aio.InternalError):
         raise asyncio.CancelledError from None
     status = rpc_status.to_status(status_of(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    try:
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _client_left(context: Context) -> bool:
