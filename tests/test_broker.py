@@ -43,7 +43,7 @@ from sage_fed.errors import (
 )
 from sage_fed.executor import Executor
 from sage_fed.executor.loader import TierSetup
-from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, check
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, LedgerOptions, check
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import RateCard, charge
 from sage_fed.router import RoutingPolicy
@@ -320,6 +320,23 @@ async def test_a_hold_that_expired_under_a_job_is_not_charged(tmp_path: Path) ->
             await read(stream)
         await r.settled()
         assert 0 == await r.spent_uatp()
+
+
+async def test_upkeep_leaves_the_hold_of_a_job_that_runs(tmp_path: Path) -> None:
+    """However old it is: only a hold that no job stands behind is given back."""
+    async with rig(tmp_path, hold_ttl_s=1e-6) as r:
+        engine = r.gate()
+        stream = await r.submit(job(new=2))
+        await r.ledger.hold(HoldRequest("leaked", "local", 7, CARD.version, "tactical", ttl_s=1e-6))
+        assert 1 == r.broker.num_jobs
+        assert ("leaked",) == await r.ledger.expire_due(r.broker.job_ids())
+        assert engine.gate is not None
+        engine.gate.release(10)
+        finished = finished_of(await read(stream))
+        assert 2 == finished.usage.output_tokens
+        await r.settled()
+        assert frozenset() == r.broker.job_ids()
+        assert finished.price.charged_uatp == await r.spent_uatp()
 
 
 async def test_a_job_that_waits_is_aborted_for_nothing(tmp_path: Path) -> None:

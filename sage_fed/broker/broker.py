@@ -33,7 +33,7 @@ class Broker:
     Args:
         tasks: where jobs run; ends after all of them have.
         max_jobs: accepted and not ended, over all tiers and accounts.
-        hold_ttl_s: the ledger's safety net for a hold that nobody ends.
+        hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
     """
 
     def __init__(
@@ -138,6 +138,10 @@ class Broker:
         # A copy made in one step of the interpreter: a scrape reads it from its own thread.
         seen = [job.describe(now) for job in tuple(self._jobs.values())]
         return tuple(running for running in seen if running is not None)
+
+    def job_ids(self) -> frozenset[str]:
+        """Return the jobs that will end their holds themselves, also before they hold anything."""
+        return frozenset(self._jobs)
 
     @property
     def num_jobs(self) -> int:

@@ -63,6 +63,8 @@ def _known(message: str, details: _Details) -> SageFedError | None:
             )
         case errors.DeadlineInfeasible.reason:
             return errors.DeadlineInfeasible(message, estimate_s=_seconds(details))
+        case errors.HoldClosed.reason:
+            return errors.HoldClosed(message, how=details.metadata.get("how", ""))
         case errors.Internal.reason:
             return errors.Internal(details.metadata.get("error_id", ""))
         case reason:

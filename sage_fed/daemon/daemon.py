@@ -150,7 +150,7 @@ async def _started(
         await stack.enter_async_context(tasks)
         stack.push_async_callback(executor.stop, 0.0)
         for name, chore in (
-            ("ledger upkeep", ledger.run_upkeep()),
+            ("ledger upkeep", ledger.run_upkeep(broker.job_ids)),
             ("health", readiness.run(bound.health)),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)

@@ -155,9 +155,15 @@ class Books:
             repeated=job.state is not JobState.HELD,
         )
 
-    def expire_due(self, now: Now) -> tuple[str, ...]:
-        """Give back every hold past its time to live; returns their job ids."""
-        due = self._open("AND expires_ns <= ?", (now.ns,))
+    def expire_due(self, now: Now, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Give back every hold past its time to live; returns their job ids.
+
+        Those of jobs in `alive` stay: such a job still ends its hold itself, and its work must
+        not become free because it took long.
+        """
+        due = [
+            job for job in self._open("AND expires_ns <= ?", (now.ns,)) if job.job_id not in alive
+        ]
         for job in due:
             self._give_back(job, JobState.EXPIRED, EntryKind.EXPIRE, "expired", now)
         return tuple(job.job_id for job in due)

@@ -15,6 +15,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -174,9 +175,9 @@ class Ledger:
         """Give a hold back whole; see `Books.void`."""
         return await self._ask(lambda books, now: books.void(job_id, reason, now), refusable=False)
 
-    async def expire_due(self) -> tuple[str, ...]:
-        """Give back holds past their time to live; returns their job ids."""
-        return await self._ask(lambda books, now: books.expire_due(now), refusable=False)
+    async def expire_due(self, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Give back holds past their time to live but those of `alive` jobs; see `Books`."""
+        return await self._ask(lambda books, now: books.expire_due(now, alive), refusable=False)
 
     async def lookup_request(
         self, account: str, client_request_id: str, payload_hash: bytes
@@ -216,11 +217,15 @@ class Ledger:
         """What is held now, over all accounts."""
         return await self._ask(lambda books, _: books.held_total_uatp())
 
-    async def run_upkeep(self) -> None:
-        """Expire, prune and persist refill marks, forever; a task of the daemon's group."""
+    async def run_upkeep(self, alive: Callable[[], frozenset[str]]) -> None:
+        """Expire, prune and persist refill marks, forever; a task of the daemon's group.
+
+        `alive` names the jobs that will end their holds themselves. A hold that is asked for
+        after it was called is behind the upkeep in the inbox, so none is missed.
+        """
         while True:
             await asyncio.sleep(self._options.upkeep_s)
-            expired = await self._ask(_upkeep, refusable=False)
+            expired = await self._ask(partial(_upkeep, alive=alive()), refusable=False)
             if expired:
                 log.warning("expired %d holds that nobody ended", len(expired))
 
@@ -300,7 +305,7 @@ class Ledger:
             self._on_death(error)
 
 
-def _upkeep(books: Books, now: Now) -> tuple[str, ...]:
+def _upkeep(books: Books, now: Now, *, alive: frozenset[str]) -> tuple[str, ...]:
     books.requests.prune(now)
     books.accounts.keep_marks(now)
-    return books.expire_due(now)
+    return books.expire_due(now, alive)

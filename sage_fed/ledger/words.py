@@ -106,7 +106,7 @@ class HoldRequest:
     `strategic` asks for the strategic floor to be respected.
     `client_request_id` makes the request idempotent within the account; `payload_hash` tells
     a repeated request from another one under the same id.
-    `ttl_s` is the safety net: a hold that nobody ended is released that long after.
+    `ttl_s` is the safety net: a hold is released that long after where no living job ends it.
     """
 
     job_id: str

@@ -51,6 +51,7 @@ TABLE: Mapping[type[SageFedError], grpc.StatusCode] = MappingProxyType(
         errors.LedgerDown: grpc.StatusCode.UNAVAILABLE,
         errors.DeadlineInfeasible: grpc.StatusCode.DEADLINE_EXCEEDED,
         errors.RequestIdConflict: grpc.StatusCode.ALREADY_EXISTS,
+        errors.HoldClosed: grpc.StatusCode.ABORTED,
         errors.Internal: grpc.StatusCode.INTERNAL,
     }
 )
@@ -93,6 +94,8 @@ def _details(error: SageFedError) -> list[Message]:
             )
             details.append(QuotaFailure(violations=[quota]))
             metadata = {"account": error.account, "detail": error.detail}
+        case errors.HoldClosed():
+            metadata = {"how": error.how}
         case errors.DeadlineInfeasible():
             metadata = {"estimate_s": f"{error.estimate_s:.3f}"}
         case errors.Internal():

@@ -95,10 +95,10 @@ class Desk:
         with self.db:
             return self.books.void(job_id, "refused", self.clock.now())
 
-    def expire_due(self) -> tuple[str, ...]:
-        """Expire what is due."""
+    def expire_due(self, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Expire what is due and no longer alive."""
         with self.db:
-            return self.books.expire_due(self.clock.now())
+            return self.books.expire_due(self.clock.now(), alive)
 
     def set_budget(self, change: BudgetChange, account: str = "ann") -> Budget:
         """Change an account, as an operator would."""

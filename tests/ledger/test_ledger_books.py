@@ -125,6 +125,19 @@ def test_an_expired_hold_is_given_back_and_never_charged(desk: Desk):
     assert ("expire", 10, "short") == desk.entries()[-1]
 
 
+def test_a_hold_of_a_job_that_lives_does_not_expire(desk: Desk):
+    """It is settled at its price, however late."""
+    desk.account()
+    desk.hold("lives", 10, ttl_s=1.0)
+    desk.hold("leaked", 10, ttl_s=1.0)
+    desk.clock.advance(3600)
+
+    assert ("leaked",) == desk.expire_due(frozenset({"lives", "unknown"}))
+
+    assert 4 == desk.settle("lives", 4).charged_uatp
+    assert 96 == desk.balance()
+
+
 def test_a_hold_is_not_expired_before_its_time(desk: Desk):
     """One nanosecond before, it stays."""
     desk.account(balance=100)
