@@ -79,6 +79,16 @@ async def test_check_of_an_unknown_name_is_not_found(tmp_path: Path) -> None:
     assert grpc.StatusCode.NOT_FOUND is raised.value.code()
 
 
+async def test_list_names_everything_that_can_be_checked(tmp_path: Path) -> None:
+    """One call says what Check would say of each name."""
+    async with serving(tmp_path) as harness:
+        await harness.bound.health.update(states(READY, LOADING))
+        call = harness.channel.unary_unary("/grpc.health.v1.Health/List")
+        listed = health_pb2.HealthListResponse.FromString(await call(b"", timeout=WAIT_S))
+        expected = {name: await check(harness, name) for name in names()}
+    assert expected == {name: entry.status for name, entry in listed.statuses.items()}
+
+
 async def test_watch_tells_of_every_change(tmp_path: Path) -> None:
     """A watcher hears the state at once and each change after it."""
     async with serving(tmp_path) as harness:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import subprocess
 from pathlib import Path
 
@@ -148,6 +149,28 @@ async def test_reflection_describes_every_service(tmp_path: Path, version: str) 
     }
     assert expected == set(services)
     assert [True] * len(services) == described
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+        "grpc.health.v1.Health/List",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_bytes_that_are_no_message_are_no_error_of_the_open_services(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    """Garbage to health and reflection is the client's fault, and nothing that we log."""
+    caplog.set_level(logging.WARNING)
+    async with serving(tmp_path) as harness:
+        call = harness.channel.stream_stream(f"/{method}")(iter([b"\xff\xff"]), timeout=WAIT_S)
+        assert grpc.StatusCode.INVALID_ARGUMENT is await call.code()
+        assert (await call.details()).startswith("request: not a grpc.")
+    assert [] == caplog.records
 
 
 async def test_a_public_client_streams_by_reflection_alone(tmp_path: Path) -> None:

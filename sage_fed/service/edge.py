@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -37,6 +37,7 @@ class Call:
     deadline_s: float | None
 
 
+M = TypeVar("M", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 UnaryMethod = Callable[[Any, Call], Awaitable[Message]]
 StreamMethod = Callable[[Any, Call], AsyncGenerator[Message, None]]
@@ -71,18 +72,14 @@ class Edge:
 
         def enter(raw: bytes, context: Context) -> tuple[Message, Call]:
             call = self._identify(context, role)
-            try:
-                return request_class.FromString(raw), call
-            except DecodeError:
-                message = f"not a {descriptor.input_type.full_name} message"
-                raise InvalidField("request", message) from None
+            return parse(request_class, raw), call
 
         handle = _streaming if descriptor.server_streaming else _unary
         # A single reply is written like a stream of one, which is the same on the wire: gRPC's
         # own way of sending it logs a traceback where the connection breaks meanwhile.
         return grpc.unary_stream_rpc_method_handler(
             handle(enter, method),  # type: ignore[arg-type] # the descriptor says which
-            response_serializer=_serialize,
+            response_serializer=serialize,
         )
 
     def _identify(self, context: Context, role: Role) -> Call:
@@ -124,8 +121,19 @@ def _streaming(enter: Enter, method: StreamMethod) -> Handler:
     return handle
 
 
+def parse(request_class: type[M], raw: bytes) -> M:
+    """Return a request that arrived; `InvalidField` where the bytes are none of its kind."""
+    try:
+        return request_class.FromString(raw)
+    except DecodeError:
+        message = f"not a {request_class.DESCRIPTOR.full_name} message"
+        raise InvalidField("request", message) from None
+
+
 async def end(context: Context, error: BaseException) -> NoReturn:
-    """Give the RPC its status; raise only what tells gRPC that the client itself has left."""
+    """Give the RPC its status; raise only what tells gRPC that it is over."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error  # somebody has given it one already
     # A failed write is how a broken connection shows first: the call is dead, and gRPC will
     # know of it only later. There is nobody to tell, and nothing of ours to log.
     if _client_left(context) or isinstance(error, grpc.aio.InternalError):
@@ -145,5 +153,6 @@ def _client_left(context: Context) -> bool:
     return task.cancelling() > 0 or context.cancelled() or context.done()
 
 
-def _serialize(message: Message) -> bytes:
+def serialize(message: Message) -> bytes:
+    """Return a reply as it travels."""
     return message.SerializeToString()

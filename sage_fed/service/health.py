@@ -1,4 +1,4 @@
-"""grpc.health.v1 for load balancers and humans: Check and Watch, driven by tier states.
+"""grpc.health.v1 for load balancers and humans: Check, List and Watch, driven by tier states.
 
 Owns what SERVING means for each name:
 "" and the inference service follow the tiers (the first needs the tactical one, the second
@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2
 
 from sage_fed.core import Tier, TierState
 from sage_fed.service.catalogue import INFERENCE, SERVICES
+from sage_fed.service.edge import Context
+from sage_fed.service.open import answering, writing
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -29,7 +32,15 @@ class Health:
     async def register(self, server: grpc.aio.Server) -> None:
         """Add the service to a server that has not started."""
         await self._publish(dict.fromkeys(names(), False))
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        check, listing = health_pb2.HealthCheckRequest, health_pb2.HealthListRequest
+        handlers = {
+            "Check": answering(check, self._servicer.Check),
+            "List": answering(listing, self._list),
+            "Watch": writing(check, self._servicer.Watch),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
+        )
 
     async def update(self, states: Mapping[Tier, TierState], *, draining: bool = False) -> None:
         """Tell every watcher what serves now."""
@@ -38,6 +49,15 @@ class Health:
     async def stop(self) -> None:
         """Say NOT_SERVING under every name, for good: the daemon is about to go."""
         await self._servicer.enter_graceful_shutdown()
+
+    async def _list(self, _: Message, context: Context) -> Message:
+        # The servicer of gRPC's package has no List yet; of known names, its Check says the same.
+        ask = health_pb2.HealthCheckRequest
+        statuses = {
+            name: await self._servicer.Check(ask(service=name), context) for name in names()
+        }
+        reply: Message = health_pb2.HealthListResponse(statuses=statuses)
+        return reply
 
     async def _publish(self, statuses: Mapping[str, bool]) -> None:
         response = health_pb2.HealthCheckResponse

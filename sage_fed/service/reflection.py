@@ -14,6 +14,8 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from sage_fed.service.open import conversing
+
 V1ALPHA = "grpc.reflection.v1alpha"
 V1 = "grpc.reflection.v1"
 SERVICE = "ServerReflection"
@@ -26,11 +28,7 @@ def register_reflection(server: grpc.aio.Server, services: Iterable[str]) -> Non
         pool.AddSerializedFile(v1_file().SerializeToString())
     names = (*services, f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}")
     servicer = reflection.aio.ReflectionServicer(names, pool)  # type: ignore[attr-defined] # stubs lack it
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
+    handler = conversing(reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo)
     server.add_generic_rpc_handlers(
         grpc.method_handlers_generic_handler(
             f"{package}.{SERVICE}", {"ServerReflectionInfo": handler}
