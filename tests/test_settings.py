@@ -15,6 +15,8 @@ from pydantic import BaseModel, SecretStr, ValidationError
 import sage_fed
 from sage_fed.core import Role, Tier
 from sage_fed.errors import ConfigError
+from sage_fed.ledger.books import MAX_TTL_S
+from sage_fed.ledger.words import MAX_TEXT
 from sage_fed.settings import (
     Address,
     Effective,
@@ -197,6 +199,41 @@ def test_an_unknown_variable_is_refused(name: str, key: str, hint: str) -> None:
     assert expected == refusal(environ={name: "1"})
 
 
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "\u202e", "\r", "\n", "\u2028", "\udcff"])
+def test_what_a_terminal_would_obey_is_shown_escaped(toml: Path, hostile: str) -> None:
+    """A key, a variable, an account or a value of somebody else's file paints no terminal."""
+    written = hostile.encode("unicode_escape").decode("ascii")
+    in_toml = f'"\\u{ord(hostile[0]):04x}{hostile[1:]}"'
+    messages = [
+        refusal({f"tactical.{hostile}": "x"}),
+        refusal({f"accounts.{hostile}.role": "user"}),
+        refusal({"profile": hostile}),
+        refusal({"device": hostile}),
+        refusal(environ={f"SAGE_FED_{hostile}": "x"}),
+    ]
+    if hostile != "\udcff":  # TOML cannot hold half a surrogate pair.
+        toml.write_text(f"{in_toml} = 1\n[budget.{in_toml}]\na = 1\n")
+        messages.append(refusal(config=toml))
+    for message in messages:
+        assert written in message
+        assert message.replace("\n  ", "").isprintable()
+
+
+def test_the_ledger_takes_every_setting() -> None:
+    """What the settings allow at most is what the books can hold."""
+    bounds = {
+        "ledger.hold_ttl_s": MAX_TTL_S,
+        "limits.max_deadline_s": MAX_TTL_S,
+        "limits.max_request_id_chars": MAX_TEXT,
+        "ledger.result_retention_s": 3660 * 86400.0,
+    }
+    for key, bound in bounds.items():
+        section, name = key.split(".")
+        own = {**bounds, key: bound}
+        assert bound == getattr(getattr(load(own).settings, section), name)
+        assert key in refusal({**bounds, key: bound * 2})
+
+
 def test_variables_that_are_not_settings_pass() -> None:
     """A client's variables and other programs' are not ours to refuse."""
     load(environ={"SAGE_FED_ADDRESS": "a:1", "SAGE_FED_TOKEN": "t", "SAGE_FEDERATION": "x"})
@@ -244,6 +281,15 @@ def test_a_table_is_not_set_by_one_variable() -> None:
         ({"accounts.robot.role": "root"}, "should be 'user' or 'admin', not 'root'"),
         ({"state_dir": ""}, "state_dir (flag): expected a path, not ''"),
         ({"profile": "dem"}, "profile (flag): no profile 'dem'; did you mean demo?"),
+        ({"ledger.result_retention_s": 1e11}, "ledger.result_retention_s (flag): should be less"),
+        ({"ledger.hold_ttl_s": 1e9}, "ledger.hold_ttl_s (flag): should be less than or equal to"),
+        ({"limits.max_request_id_chars": 10_000}, "should be less than or equal to 256, not 10000"),
+        ({"limits.max_deadline_s": 1e9}, "limits.max_deadline_s (flag): should be less than"),
+        ({"listen": 5}, "listen (flag): expected HOST:PORT, for example 127.0.0.1:6590"),
+        ({"listen": "127.0.0.1:70000"},
+         "listen (flag): expected a port from 0 to 65535, not '127.0.0.1:70000' ["),
+        ({"listen": "1.2.3:1"}, "listen (flag): expected an IPv4 address of four numbers, not '1."),
+        ({"listen": "[::g]:1"}, "listen (flag): expected an IPv6 address in brackets, not '[::g"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_with_its_origin_and_what_is_right(
@@ -278,6 +324,11 @@ def test_a_bad_value_is_named_with_its_origin_and_what_is_right(
         ),
         ({"listen": "0.0.0.0:6590"}, "listen (flag)", "auth.tokens_file (not set anywhere)"),
         ({"listen": "127.0.0.1:9659"}, "listen (flag)", "metrics_listen (not set anywhere)"),
+        (
+            {"ledger.hold_ttl_s": 0.3},
+            "ledger.hold_ttl_s (flag)",
+            "limits.max_deadline_s (not set anywhere)",
+        ),
         (
             {"strategic.model": "Qwen/Qwen3-8B"},
             "strategic.revision (not set anywhere)",

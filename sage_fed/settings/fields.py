@@ -40,7 +40,9 @@ def _size(value: object) -> object:
 
 
 def _address(value: object) -> object:
-    return Address.parse(value) if isinstance(value, str) else value
+    if isinstance(value, Address):
+        return value
+    return Address.parse(value if isinstance(value, str) else "")
 
 
 def _amount(value: Decimal) -> Decimal:

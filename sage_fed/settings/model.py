@@ -128,6 +128,17 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _hold_covers_deadline(self) -> Self:
+        if self.ledger.hold_ttl_s < self.limits.max_deadline_s:
+            raise conflict(
+                f"hold_ttl_s ({self.ledger.hold_ttl_s}) must be at least max_deadline_s "
+                f"({self.limits.max_deadline_s}): a job may run that long",
+                "ledger.hold_ttl_s",
+                "limits.max_deadline_s",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _default_fits_context(self) -> Self:
         for tier in Tier:
             context = self.tier(tier).max_context_tokens

@@ -18,12 +18,23 @@ from pydantic_core import ErrorDetails
 from sage_fed.errors import ConfigError
 
 
-def config_error(problems: Sequence[str]) -> ConfigError:
+def config_error(*problems: str) -> ConfigError:
     """One error for all `problems`, each on a line of its own."""
-    if len(problems) == 1:
-        return ConfigError(problems[0])
-    lines = "\n".join(f"  {problem}" for problem in problems)
-    return ConfigError(f"{len(problems)} settings cannot be used:\n{lines}")
+    lines = [_visible(problem) for problem in problems]
+    if len(lines) == 1:
+        return ConfigError(lines[0])
+    return ConfigError("\n  ".join((f"{len(lines)} settings cannot be used:", *lines)))
+
+
+def _visible(text: str) -> str:
+    """The text with control and direction characters written as escapes.
+
+    A key is printed as somebody else's file had it: it must not repaint the operator's terminal.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

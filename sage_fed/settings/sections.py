@@ -25,6 +25,9 @@ from sage_fed.settings.fields import (
 )
 from sage_fed.settings.values import resolve_model, uatp_from_atp
 
+MAX_HOLD_TTL_S = 30 * 86_400.0
+"""What the ledger takes at most; also the longest deadline, which a hold has to cover."""
+
 
 class TierSettings(Section):
     """One tier: its model, its memory and the size of its queues and batches."""
@@ -96,10 +99,13 @@ class LimitSettings(Section):
         default=512, gt=0, description="Output tokens of a request that does not say."
     )
     max_request_id_chars: Whole = Field(
-        default=128, gt=0, description="Characters of a client request id."
+        default=128, gt=0, le=256, description="Characters of a client request id."
     )
     max_deadline_s: Real = Field(
-        default=3600.0, gt=0, description="Longest deadline that a request may ask for."
+        default=3600.0,
+        gt=0,
+        le=MAX_HOLD_TTL_S,
+        description="Longest deadline that a request may ask for.",
     )
     max_jobs: Whole = Field(
         default=512, gt=0, description="Jobs accepted and not ended, over all tiers and accounts."
@@ -187,10 +193,16 @@ class LedgerSettings(Section):
     """How long the ledger waits and remembers."""
 
     hold_ttl_s: Real = Field(
-        default=7200.0, gt=0, description="A hold older than this is given back."
+        default=7200.0,
+        gt=0,
+        le=MAX_HOLD_TTL_S,
+        description="A hold older than this is given back if its job is gone.",
     )
     result_retention_s: Real = Field(
-        default=86_400.0, ge=0, description="How long a finished request id can be replayed."
+        default=86_400.0,
+        ge=0,
+        le=3660 * 86_400.0,
+        description="How long a finished request id can be replayed.",
     )
 
 

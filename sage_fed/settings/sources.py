@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from sage_fed.errors import ConfigError
 from sage_fed.settings.model import Settings
 from sage_fed.settings.problems import (
     config_error,
@@ -93,7 +92,7 @@ def load_settings(
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        raise config_error(validation_problems(error, Settings, origins)) from None
+        raise config_error(*validation_problems(error, Settings, origins)) from None
     complete = {key: origins.get(key, "default") for key, _ in leaves(settings)}
     return Effective(settings, MappingProxyType(complete))
 
@@ -130,7 +129,7 @@ def _environment_layer(environ: Mapping[str, str]) -> _Layer:
             problems.append(f"{'.'.join(path)} (environment {name}): {unknown_key(Settings, path)}")
         origins[".".join(path)] = f"environment {name}"
     if problems:
-        raise config_error(problems)
+        raise config_error(*problems)
     return _Layer(values, origins)
 
 
@@ -141,7 +140,7 @@ def _file_layer(path: Path) -> _Layer:
 def _profile_layer(name: object, origin: str) -> _Layer:
     known = profile_names()
     if name not in known:
-        raise ConfigError(
+        raise config_error(
             f"profile ({origin}): no profile {name!r}; {did_you_mean(str(name), known)}"
         )
     return _layer(_read_toml(_PROFILES / f"{name}.toml", f"profile {name}"), f"profile {name}")
@@ -166,9 +165,9 @@ def _read_toml(path: Path, what: str) -> Values:
             return tomllib.load(file, parse_float=Decimal)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{what}: cannot be read: {reason}; expected a TOML file") from None
+        raise config_error(f"{what}: cannot be read: {reason}; expected a TOML file") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{what}: not valid TOML: {error}") from None
+        raise config_error(f"{what}: not valid TOML: {error}") from None
 
 
 def _layer(values: Values, origin: str) -> _Layer:

@@ -57,11 +57,15 @@ class Address:
             )
         port = int(match["port"])
         if port > 65535:
-            raise ValueError(f"expected a port from 0 to 65535, not {port}")
-        if match["ipv6"] is not None:
-            return cls(str(ipaddress.IPv6Address(match["ipv6"])), port)
-        if re.fullmatch(r"[\d.]+", match["host"]):
-            return cls(str(ipaddress.IPv4Address(match["host"])), port)
+            raise ValueError("expected a port from 0 to 65535")
+        try:
+            if match["ipv6"] is not None:
+                return cls(str(ipaddress.IPv6Address(match["ipv6"])), port)
+            if re.fullmatch(r"[\d.]+", match["host"]):
+                return cls(str(ipaddress.IPv4Address(match["host"])), port)
+        except ipaddress.AddressValueError:
+            kind = "IPv4 address of four numbers" if match["host"] else "IPv6 address in brackets"
+            raise ValueError(f"expected an {kind}") from None
         return cls(match["host"], port)
 
     @property
