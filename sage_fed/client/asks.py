@@ -11,7 +11,7 @@ from google.protobuf.message import Message as ProtoMessage
 from sage_fed import core
 from sage_fed.client import replies
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
-from sage_fed.client.requests import chat_of, tier_of
+from sage_fed.client.requests import chat_of, filled, tier_of
 from sage_fed.ledger.words import BudgetChange
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
 
@@ -61,9 +61,9 @@ def count_tokens(prompt: str | Sequence[core.Message], tier: core.Tier) -> Ask[T
     """Count a prompt's tokens."""
     request = inference_pb2.CountTokensRequest(tier=tier_of(tier))
     if isinstance(prompt, str):
-        request.text = prompt
+        filled(request, text=prompt)
     else:
-        request.chat.CopyFrom(chat_of(prompt))
+        request.chat.CopyFrom(chat_of(prompt, "chat"))
     reply = inference_pb2.CountTokensResponse
     return Ask(f"{_INFERENCE}CountTokens", request, reply, replies.count_of)
 
@@ -80,7 +80,7 @@ def budget() -> Ask[core.Budget]:
 
 def entries(page_size: int, page_token: str) -> Ask[EntryPage]:
     """Read a page of the caller's own ledger."""
-    request = budget_pb2.ListEntriesRequest(page_size=page_size, page_token=page_token)
+    request = filled(budget_pb2.ListEntriesRequest(), page_size=page_size, page_token=page_token)
     return Ask(f"{_BUDGET}ListEntries", request, budget_pb2.ListEntriesResponse, replies.page_of)
 
 
@@ -102,7 +102,7 @@ def status() -> Ask[core.DaemonStatus]:
 
 def abort(job_id: str) -> Ask[bool]:
     """End a job."""
-    request = admin_pb2.AbortRequest(job_id=job_id)
+    request = filled(admin_pb2.AbortRequest(), job_id=job_id)
 
     def read(reply: admin_pb2.AbortResponse) -> bool:
         return reply.aborted
@@ -112,7 +112,7 @@ def abort(job_id: str) -> Ask[bool]:
 
 def drain(grace_s: float | None) -> Ask[int]:
     """Stop the daemon, softly."""
-    request = admin_pb2.DrainRequest(grace_s=grace_s)
+    request = filled(admin_pb2.DrainRequest(), grace_s=grace_s)
 
     def read(reply: admin_pb2.DrainResponse) -> int:
         return reply.jobs_running
@@ -122,7 +122,8 @@ def drain(grace_s: float | None) -> Ask[int]:
 
 def set_budget(account: str, change: BudgetChange) -> Ask[core.Budget]:
     """Create or change an account."""
-    request = admin_pb2.SetBudgetRequest(
+    request = filled(
+        admin_pb2.SetBudgetRequest(),
         account=account,
         balance_uatp=change.balance_uatp,
         capacity_uatp=change.capacity_uatp,

@@ -16,7 +16,7 @@ import grpc
 from sage_fed.client import asks
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
 from sage_fed.client.asks import Ask
-from sage_fed.client.channel import DEFAULT_TIMEOUT_S, OPTIONS, metadata_of, serialize
+from sage_fed.client.channel import DEFAULT_TIMEOUT_S, metadata_of, open_channel, serialize
 from sage_fed.client.failures import error_of
 from sage_fed.client.requests import JobFields, PromptLike, job_of
 from sage_fed.core import Budget, DaemonStatus, Event, Message, ModelStatus, Quote, Tier
@@ -37,7 +37,7 @@ class Client:
         self._address = address
         self._metadata = metadata_of(token)
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._channel = open_channel(address)
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sage_fed.client.channel import OPTIONS
+from sage_fed.client.channel import open_channel
 from sage_fed.client.failures import error_of
 
 
@@ -19,7 +19,7 @@ def wait_serving(address: str, service: str, timeout_s: float) -> bool:
     Raises:
         SageFedError: the server refused the question.
     """
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+    with open_channel(address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service=service), timeout=timeout_s, wait_for_ready=True
         )

@@ -1,18 +1,31 @@
 """Requests as a client makes them: core -> protobuf.
 
 Owns the shorthand (`generate("...", tier=..., max_new_tokens=...)`) for a JobSpec.
-Checks nothing: the daemon is the judge, and names the field.
+Checks nothing that travels: the daemon is the judge. What protobuf cannot carry is refused here,
+as `InvalidField` with the daemon's name of the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TypedDict, Unpack
+from typing import TypedDict, TypeVar, Unpack
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message as ProtoMessage
 
 from sage_fed.core import JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
 from sage_fed.errors import InvalidField
 from sage_fed.v1 import types_pb2
+
+M = TypeVar("M", bound=ProtoMessage)
+
+_BOUNDS = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
 
 PromptLike = JobSpec | Prompt | Sequence[Message] | str
 """A whole job, a prompt, a conversation, or one user turn."""
@@ -81,35 +94,62 @@ def tier_of(tier: Tier | None) -> str:
     return "TIER_AUTO" if tier is None else f"TIER_{tier.name}"
 
 
-def chat_of(messages: Sequence[Message]) -> types_pb2.ChatMessages:
-    """Return the message for a conversation."""
-    turns = [types_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in messages]
+def chat_of(messages: Sequence[Message], path: str) -> types_pb2.ChatMessages:
+    """Return the message for a conversation, whose field in the request is `path`."""
+    turns = (
+        filled(
+            types_pb2.ChatMessage(),
+            f"{path}.messages[{index}]",
+            role=turn.role,
+            content=turn.content,
+        )
+        for index, turn in enumerate(messages)
+    )
     return types_pb2.ChatMessages(messages=turns)
+
+
+def filled(message: M, path: str = "", **values: object) -> M:
+    """Set fields of `message`, which the request knows as `path`; None stays absent.
+
+    Raises:
+        InvalidField: a value that protobuf cannot carry, by the name the daemon would use.
+    """
+    for name, value in values.items():
+        try:
+            message.MergeFrom(type(message)(**{name: value}))
+        except (ValueError, TypeError) as error:
+            where = f"{path}.{name}" if path else name
+            raise InvalidField(where, _complaint(message, name, error)) from None
+    return message
+
+
+def _complaint(message: ProtoMessage, name: str, error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return "must be valid Unicode text"
+    bounds = _BOUNDS.get(message.DESCRIPTOR.fields_by_name[name].cpp_type)
+    if bounds is None:
+        return str(error)
+    return f"must be a whole number from {bounds[0]} to {bounds[1]}"
 
 
 def _message(spec: JobSpec) -> types_pb2.JobSpec:
     """The account is not sent: the daemon knows it from the token."""
-    try:
-        job = types_pb2.JobSpec(
-            tier=tier_of(spec.requested),
-            allow_downgrade=spec.allow_downgrade,
-            max_cost_uatp=spec.max_cost_uatp,
-            complexity=spec.complexity,
-            priority=f"PRIORITY_{spec.priority.name}",
-            client_request_id=spec.client_request_id,
-            sampling=types_pb2.SamplingParams(
-                # The two have the same field names; protobuf takes None as "absent".
-                **{
-                    field.name: getattr(spec.sampling, field.name)
-                    for field in fields(SamplingRequest)
-                }
-            ),
-        )
-        if spec.prompt.token_ids:
-            job.token_ids.ids.extend(spec.prompt.token_ids)
-        else:
-            job.chat.CopyFrom(chat_of(spec.prompt.messages))
-    except (ValueError, TypeError) as error:
-        # What protobuf cannot even carry: a number out of its type's range, half a surrogate pair.
-        raise InvalidField("job", str(error)) from None
+    # The two have the same field names.
+    sampling = {field.name: getattr(spec.sampling, field.name) for field in fields(SamplingRequest)}
+    job = filled(
+        types_pb2.JobSpec(),
+        "job",
+        tier=tier_of(spec.requested),
+        allow_downgrade=spec.allow_downgrade,
+        max_cost_uatp=spec.max_cost_uatp,
+        complexity=spec.complexity,
+        priority=f"PRIORITY_{spec.priority.name}",
+        client_request_id=spec.client_request_id,
+        sampling=filled(types_pb2.SamplingParams(), "job.sampling", **sampling),
+    )
+    if spec.prompt.token_ids:
+        ids = filled(types_pb2.TokenIds(), "job.token_ids", ids=spec.prompt.token_ids)
+        job.token_ids.CopyFrom(ids)
+    else:
+        job.chat.CopyFrom(chat_of(spec.prompt.messages, "job.chat"))
     return job
