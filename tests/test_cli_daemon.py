@@ -12,7 +12,7 @@ import pytest
 from daemon_process import DaemonProcess
 from typer.testing import CliRunner, Result
 
-from sage_fed.cli import build_app
+from sage_fed.cli.app import build_app
 from sage_fed.core import Tier
 
 QUESTION = "What is 2 plus 3?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sage_fed import __version__
-from sage_fed.cli import build_app
+from sage_fed.cli.app import build_app
 from sage_fed.cli.paths import ledger_file
 from sage_fed.ledger import AccountTerms, HoldRequest, Ledger
 
@@ -55,7 +56,7 @@ def test_help_tells_the_exit_codes() -> None:
 def test_the_command_line_does_not_load_the_engine() -> None:
     """Importing every command pulls in neither torch nor pydantic nor the drawing of tables."""
     code = (
-        "import sys, sage_fed.cli; "
+        "import sys, sage_fed.cli.app; "
         "print(sorted({'torch', 'transformers', 'pydantic', 'rich.console'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -181,3 +182,184 @@ def test_admin_says_where_it_looked_for_the_token(tmp_path: Path) -> None:
     result = run("admin", "load", "--state-dir", str(tmp_path))
     assert 2 == result.exit_code
     assert "admin.token" in result.stderr.replace("\n", "")
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `sage-fed` is ours."""
+    command = f'sage-fed() {{ "{sys.executable}" -m sage_fed.cli "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sage-fed version >/dev/full",
+        "sage-fed --help >/dev/full",
+        "sage-fed config --json >/dev/full",
+        "sage-fed config >/dev/full",
+        "sage-fed version >&-",
+        "sage-fed ask --json --address nonsense >&-",
+    ],
+)
+def test_output_that_cannot_be_written_is_an_error(line: str) -> None:
+    """A full disk or a closed stdout: exit code 1 and one line, whatever the command."""
+    done = shell(line)
+    assert 1 == done.returncode
+    (complaint,) = done.stderr.splitlines()
+    assert complaint.startswith("error: the output cannot be written: ")
+
+
+@pytest.mark.parametrize("arguments", [("config",), ("config", "--json"), ("ask", "--help")])
+def test_a_reader_that_has_enough(arguments: tuple[str, ...]) -> None:
+    """A pipe without a reader ends the command quietly, with the code that a shell expects."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "sage_fed.cli", *arguments],
+            stdout=pipe, stderr=subprocess.PIPE, timeout=60, check=False,
+        )  # fmt: skip
+    assert (141, b"") == (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("sage-fed ask - <&-", 2),
+        ("sage-fed quote <&-", 2),
+        (f"sage-fed chat --address {NOBODY} <&-", 0),
+    ],
+)
+def test_a_closed_stdin_is_an_empty_one(line: str, code: int) -> None:
+    """Nothing to ask is wrong usage, and a conversation without a turn is over."""
+    done = shell(line)
+    assert code == done.returncode
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_the_command_line_still_loads() -> None:
+    """Before any command has begun: exit code 130 and not a word."""
+    code = """
+import os, signal, sys
+class Impatient:
+    def find_spec(self, name, path, target=None):
+        if name == "grpc":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Impatient())
+from sage_fed.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "version"], capture_output=True, text=True, check=False
+    )
+    assert (130, "", "") == (done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r"sage-fed ask $'\xff'",
+        r"printf 'caf\xe9' | sage-fed ask",
+        r"printf 'caf\xe9' | sage-fed quote -",
+        r"printf 'caf\xe9' | LC_ALL=C.UTF-8 sage-fed ask",
+    ],
+)
+def test_a_prompt_that_is_no_text(line: str) -> None:
+    """Bytes of another encoding are wrong usage, in words that a person understands."""
+    done = shell(line)
+    assert (2, "") == (done.returncode, done.stdout)
+    assert "the prompt is not UTF-8 text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("ask x", "--seed", "99999999999999999999999"),
+        ("ask x", "--top-k", "99999999999"),
+        ("ask x", "--max-new-tokens", "99999999999"),
+        ("quote x", "--max-new-tokens", "99999999999"),
+        ("ask x", "--logprobs", "99999999999"),
+        ("ask x", "--request-id", "\udcff"),
+        ("ask x", "--stop", "\udcff"),
+        ("ask x", "--token", "two\nlines"),
+        ("ask x", "--token", "gehe\u00efm"),
+        ("budget", "--token", ""),
+        ("status", "--address", ""),
+        ("status", "--address", "nonsense"),
+        ("status", "--address", "127.0.0.1"),
+        ("status", "--address", "[::1"),
+        ("status", "--address", "[::1::2]:1"),
+        ("status", "--address", ":6590"),
+        ("status", "--address", "127.0.0.1:99999"),
+        ("status", "--address", "127.0.0.1:0"),
+        ("chat", "--address", "http://127.0.0.1:6590"),
+    ],
+)
+def test_a_value_that_cannot_travel_is_named_by_its_option(
+    command: str, option: str, value: str
+) -> None:
+    """What no daemon could be asked: exit code 2, the option in the message, no token in it."""
+    result = run(*command.split(), option, value, stdin="x\n")
+    assert 2 == result.exit_code
+    assert f"error: {option}: must be " in result.stderr
+    assert 1 == len(result.stderr.splitlines())
+    assert option != "--token" or not value or value not in result.output
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "[fe80::1%lo]:1"])
+def test_addresses_that_may_be_asked(address: str) -> None:
+    """A well-formed address where nobody answers is another error."""
+    assert 4 == run("status", "--address", address).exit_code
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "x", "--tier", "huge"),
+        ("ask", "x", "--frobnicate"),
+        ("ask", "-"),
+        ("frobnicate",),
+        ("admin", "frobnicate"),
+    ],
+)
+def test_wrong_usage_for_a_program(arguments: tuple[str, ...]) -> None:
+    """With --json stdout has an object for wrong usage too, and stderr is one line."""
+    result = run(*arguments, "--json", stdin="")
+    assert 2 == result.exit_code
+    assert "USAGE" == json.loads(result.stdout)["error"]["reason"]
+    assert 1 == len(result.stderr.splitlines())
+    assert "--help`" in result.stderr
+
+
+COMMANDS = (
+    *((name,) for name in ("serve", "demo", "ask", "chat", "quote", "budget", "ledger", "models",
+                           "status", "config", "admin", "version")),
+    ("ledger", "check"),
+    *(("admin", name) for name in ("load", "abort", "drain", "set-budget")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_tells_all(command: tuple[str, ...]) -> None:
+    """Each command's help has the exit codes, and a word on each option and argument."""
+    result = run(*command, "--help")
+    assert (0, "") == (result.exit_code, result.stderr)
+    assert "3 refused by the budget" in " ".join(result.stdout.split())
+    lines = [line for line in result.stdout.splitlines() if line.startswith("  ")]
+    # An option or argument without a text is alone on its line, and none follows below it.
+    alone = [
+        line
+        for line, below in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("  -") and "  " not in line.strip() and not below.startswith("      ")
+    ]
+    assert [] == alone
+
+
+@pytest.mark.parametrize("command", [(), ("admin",)])
+def test_a_group_without_a_command_shows_its_help(command: tuple[str, ...]) -> None:
+    """`sage-fed` alone: the list of commands, and exit code 2 because nothing was done."""
+    result = run(*command)
+    assert 2 == result.exit_code
+    assert "Commands:" in result.stderr

@@ -13,7 +13,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.connection import call
-from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.inspect import print_tier_loads
 from sage_fed.cli.paths import admin_token
 from sage_fed.cli.render import atp_number, format_atp, format_seconds, print_json, print_table
@@ -24,13 +24,13 @@ def admin_app() -> typer.Typer:
     """The operator's commands."""
     app = typer.Typer(
         name="admin",
-        no_args_is_help=True,
-        help="Operate the daemon, with SAGE_FED_TOKEN or the token in its state directory.",
+        invoke_without_command=True,
+        callback=options.help_if_bare,
+        help="Operate the daemon. The token is SAGE_FED_TOKEN, or the one in its state directory.",
+        epilog=EXIT_CODES_HELP,
     )
-    app.command()(load)
-    app.command()(abort)
-    app.command()(drain)
-    app.command()(set_budget)
+    for command in (load, abort, drain, set_budget):
+        app.command(epilog=EXIT_CODES_HELP)(command)
     return app
 
 
@@ -41,7 +41,7 @@ def load(
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
 ) -> None:
-    """Show every running job, of all accounts."""
+    """Show the running jobs of all accounts."""
     with reported(as_json=as_json):
         now = call(address, _token(token, state_dir), lambda client: client.load())
         if as_json:
@@ -68,14 +68,17 @@ def load(
 
 
 def abort(
-    job_id: Annotated[str, typer.Argument(metavar="JOB")],
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
     *,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
 ) -> None:
-    """End a running job; its client gets, and pays for, what was made."""
+    """End a running job.
+
+    Its client gets, and pays for, what was made.
+    """
     with reported(as_json=as_json):
         aborted = call(address, _token(token, state_dir), lambda client: client.abort(job_id))
         if as_json:
@@ -89,14 +92,17 @@ def abort(
 def drain(
     grace: Annotated[
         float | None,
-        typer.Option("--grace", min=0.0, metavar="SECONDS", help="Then cancel what still runs."),
+        typer.Option("--grace", min=0.0, metavar="SECONDS", help="How long they may take."),
     ] = None,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
 ) -> None:
-    """Admit nothing more, let running jobs finish, then stop the daemon."""
+    """Stop the daemon when its jobs are done.
+
+    Nothing more is admitted. What still runs after the grace is cancelled.
+    """
     with reported(as_json=as_json):
         running = call(address, _token(token, state_dir), lambda client: client.drain(grace))
         if as_json:
@@ -106,26 +112,44 @@ def drain(
 
 
 def set_budget(
-    account: Annotated[str, typer.Argument(metavar="ACCOUNT")],
+    account: Annotated[str, typer.Argument(metavar="ACCOUNT", help="Its name.")],
     *,
     balance: Annotated[
-        int | None, typer.Option("--balance", parser=options.atp_amount, metavar="ATP")
+        int | None,
+        typer.Option(
+            "--balance", parser=options.atp_amount, metavar="ATP", help="What it has now."
+        ),
     ] = None,
     capacity: Annotated[
-        int | None, typer.Option("--capacity", parser=options.atp_amount, metavar="ATP")
+        int | None,
+        typer.Option(
+            "--capacity", parser=options.atp_amount, metavar="ATP", help="Up to where it refills."
+        ),
     ] = None,
     refill: Annotated[
-        int | None, typer.Option("--refill", parser=options.atp_amount, metavar="ATP_PER_S")
+        int | None,
+        typer.Option(
+            "--refill", parser=options.atp_amount, metavar="ATP", help="What it gains a second."
+        ),
     ] = None,
     strategic_floor: Annotated[
-        int | None, typer.Option("--strategic-floor", parser=options.atp_amount, metavar="ATP")
+        int | None,
+        typer.Option(
+            "--strategic-floor",
+            parser=options.atp_amount,
+            metavar="ATP",
+            help="Below this only tactical work is done.",
+        ),
     ] = None,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
 ) -> None:
-    """Create an account's budget or change it; what is not given stays as it is."""
+    """Create an account's budget, or change it.
+
+    What is not given stays as it is.
+    """
     with reported(as_json=as_json):
         books = call(
             address,

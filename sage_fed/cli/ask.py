@@ -110,35 +110,63 @@ def answer_object(answer: Answer) -> dict[str, object]:
 
 
 def ask(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]", help="The question; `-` reads stdin.")
-    ] = None,
+    words: Annotated[list[str] | None, options.PROMPT] = None,
     *,
     tier: options.TierOption = options.TierChoice.AUTO,
     max_cost: options.MaxCost = None,
     allow_downgrade: options.AllowDowngrade = False,
     complexity: options.Complexity = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="0 turns it off.")] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system message.")
     ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="P", help="Draw from the likeliest tokens of this sum."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=0, metavar="N", help="Draw from so many tokens; 0 is all."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            metavar="P",
+            help="Leave out what is less likely than this share of the best.",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option("--repetition-penalty", metavar="R", help="Above 1 avoids repetition."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, metavar="N", help="Same seed, same text.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on when the model would end.")
+    ] = False,
     deadline: Annotated[
         float | None, typer.Option("--deadline", metavar="SECONDS", help="Stop after this long.")
     ] = None,
     logprobs: Annotated[
         int | None,
-        typer.Option("--logprobs", min=0, help="Log-probabilities, with this many alternatives."),
+        typer.Option(
+            "--logprobs", min=0, metavar="N", help="Log-probabilities, and N alternatives each."
+        ),
     ] = None,
     request_id: Annotated[
-        str, typer.Option("--request-id", help="The same id is answered, and charged, once.")
+        str,
+        typer.Option(
+            "--request-id", metavar="ID", help="The same id is answered, and charged, once."
+        ),
     ] = "",
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,

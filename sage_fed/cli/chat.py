@@ -54,13 +54,19 @@ class Conversation:
 def chat(
     *,
     tier: options.TierOption = options.TierChoice.AUTO,
-    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system message.")
+    ] = None,
     max_new_tokens: options.MaxNewTokens = None,
     max_cost: options.MaxCost = None,
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
 ) -> None:
-    """Talk, turn by turn; /tier, /budget, /reset, /quit. Piped input is one turn a line."""
+    """Talk, turn by turn.
+
+    /tier changes who answers, /budget shows the balance, /reset forgets, /quit or Ctrl-D ends.
+    Ctrl-C stops an answer. Piped input is one turn a line.
+    """
     conversation = Conversation(tier, system, max_new_tokens, max_cost)
     with reported():
         call(address, token, lambda client: _talk(client, conversation))

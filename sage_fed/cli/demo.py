@@ -14,19 +14,27 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli.exits import ExitCode, reported
-from sage_fed.cli.render import stdout_console
 
 
 def demo(
     *,
     state_dir: Annotated[
         Path | None,
-        typer.Option("--state-dir", help="Keep books and log here; otherwise they are deleted."),
+        typer.Option(
+            "--state-dir",
+            metavar="DIR",
+            help="Keep books and log here; otherwise they are deleted.",
+        ),
     ] = None,
 ) -> None:
-    """Start a daemon with the bundled pair, ask it a dozen questions, show prices and metrics."""
+    """Show the whole product in a minute.
+
+    Starts a daemon with the bundled pair of models, asks it a dozen questions, shows what each
+    cost and the metrics, stops it and audits its books.
+    """
     # Drawing takes a tenth of a second to import, which no other command should pay.
     from sage_fed.cli.demo_story import run  # noqa: PLC0415
+    from sage_fed.cli.tables import stdout_console  # noqa: PLC0415
 
     with reported(), tempfile.TemporaryDirectory(prefix="sage-fed-demo-") as temporary:
         folder = state_dir or Path(temporary)

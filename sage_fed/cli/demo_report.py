@@ -14,8 +14,9 @@ from rich.text import Text
 
 from sage_fed.cli.ask import Answer
 from sage_fed.cli.demo_plan import DemoRequest
-from sage_fed.cli.render import atp_number, format_rate, format_seconds, plain_table, printable
+from sage_fed.cli.render import atp_number, format_rate, format_seconds, printable
 from sage_fed.cli.scrape import samples
+from sage_fed.cli.tables import plain_table
 from sage_fed.tasks import is_correct
 
 _SERIES = (

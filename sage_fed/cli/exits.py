@@ -43,11 +43,12 @@ class ExitCode(enum.IntEnum):
     REFUSED = 3
     UNAVAILABLE = 4
     INTERRUPTED = 130
+    PIPE_CLOSED = 141
 
 
 EXIT_CODES_HELP = (
     "Exit codes: 0 ok, 1 error, 2 usage or configuration, 3 refused by the budget, "
-    "4 unavailable or cannot connect, 130 interrupted."
+    "4 unavailable or cannot connect, 130 interrupted, 141 nobody reads the output."
 )
 
 # First match wins, so a subclass comes before its parent.
@@ -79,7 +80,22 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
     (DeviceOutOfMemory, ExitCode.ERROR, "ask for fewer tokens, or try again"),
 )
 
-_REFUSALS = (CannotAfford, QueueFull, TierUnavailable, DeadlineInfeasible, InvalidField, Forbidden)
+_REFUSALS = (CannotAfford, QueueFull, TierUnavailable, DeadlineInfeasible, Forbidden)
+
+# The option by which a person gave a field; where it is not simply its name.
+_OPTIONS = {
+    "client_request_id": "--request-id",
+    "deadline_s": "--deadline",
+    "grace_s": "--grace",
+    "max_cost_uatp": "--max-cost",
+    "top_logprobs": "--logprobs",
+}
+_NAMESAKES = frozenset(
+    {
+        "address", "complexity", "max_new_tokens", "min_p", "repetition_penalty", "seed", "stop",
+        "temperature", "tier", "token", "top_k", "top_p",
+    }
+)  # fmt: skip
 
 
 def exit_code(error: SageFedError) -> ExitCode:
@@ -92,11 +108,22 @@ def exit_code(error: SageFedError) -> ExitCode:
 
 def explain(error: SageFedError) -> str:
     """One readable line: what happened, then what to do next."""
-    parts = [f"{'refused' if isinstance(error, _REFUSALS) else 'error'}: {error.message}"]
+    message = error.message
+    if isinstance(error, InvalidField):
+        message = f"{_option(error.field)}: {error.description}"
+    parts = [f"{'refused' if isinstance(error, _REFUSALS) else 'error'}: {message}"]
     if isinstance(error, Retryable) and error.retry_after_s is not None:
         parts.append(f"retry after {max(error.retry_after_s, 0.1):.1f} s")
     parts.extend(hint for kind, _, hint in _TABLE if hint and isinstance(error, kind))
     return "; ".join(parts)
+
+
+def _option(field: str) -> str:
+    """The option of a field such as `job.sampling.stop[1]`; others keep their path."""
+    name = field.rpartition(".")[2].partition("[")[0]
+    if name in _NAMESAKES:
+        return f"--{name.replace('_', '-')}"
+    return _OPTIONS.get(name, field)
 
 
 def error_object(error: SageFedError) -> dict[str, object]:

@@ -14,7 +14,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.connection import call
-from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.render import (
     atp_number,
@@ -31,9 +31,7 @@ from sage_fed.ledger import check
 
 
 def quote(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]", help="The question; `-` reads stdin.")
-    ] = None,
+    words: Annotated[list[str] | None, options.PROMPT] = None,
     *,
     tier: options.TierOption = options.TierChoice.AUTO,
     max_cost: options.MaxCost = None,
@@ -44,7 +42,10 @@ def quote(
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
 ) -> None:
-    """Say what a question would cost at most, and which tier would answer. Nothing is spent."""
+    """Say what a question would cost, and who would answer.
+
+    The cost is the most that it may be; nothing is spent.
+    """
     spec = options.job_spec(
         options.conversation(options.read_prompt(words), None),
         tier=tier,
@@ -117,16 +118,22 @@ def budget(
 
 def ledger_app() -> typer.Typer:
     """`ledger` lists, `ledger check` audits."""
-    app = typer.Typer(name="ledger", help="List the account's entries, or audit the books.")
+    app = typer.Typer(
+        name="ledger",
+        help="List the account's entries, or audit the books.",
+        epilog=EXIT_CODES_HELP,
+    )
     app.callback(invoke_without_command=True)(list_entries)
-    app.command("check")(check_books)
+    app.command("check", epilog=EXIT_CODES_HELP)(check_books)
     return app
 
 
 def list_entries(
     *,
     context: typer.Context,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="The newest this many.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="So many of the newest.")
+    ] = 50,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
     token: options.Token = None,
@@ -163,7 +170,10 @@ def check_books(
     config_file: options.ConfigFile = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Audit the books on this machine from their entries; the daemon may be running."""
+    """Audit the books of this machine.
+
+    Everything is computed anew from the entries; the daemon may be running.
+    """
     with reported(as_json=as_json):
         flags = {"state_dir": state_dir, "profile": profile}
         report = check(ledger_file(effective(flags, config_file).settings.state_dir))

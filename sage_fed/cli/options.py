@@ -10,10 +10,11 @@ from __future__ import annotations
 import enum
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sage_fed.cli.exits import ExitCode
 from sage_fed.cli.render import parse_atp
 from sage_fed.core import JobSpec, Message, Prompt, SamplingRequest, Tier
 
@@ -41,20 +42,27 @@ def atp_amount(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+PROMPT: Any = typer.Argument(metavar="PROMPT", help="The question; `-` or nothing reads stdin.")
 Address = Annotated[
     str,
-    typer.Option("--address", envvar="SAGE_FED_ADDRESS", help="HOST:PORT of the daemon."),
+    typer.Option(
+        "--address", metavar="ADDRESS", envvar="SAGE_FED_ADDRESS", help="HOST:PORT of the daemon."
+    ),
 ]
 Token = Annotated[
     str | None,
     typer.Option(
         "--token",
+        metavar="TOKEN",
         envvar="SAGE_FED_TOKEN",
         help="Bearer token of the account; better set in the environment.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-TierOption = Annotated[TierChoice, typer.Option("--tier", help="Which tier answers.")]
+TierOption = Annotated[
+    TierChoice,
+    typer.Option("--tier", metavar="TIER", help="auto, tactical or strategic: which one answers."),
+]
 MaxCost = Annotated[
     int | None,
     typer.Option("--max-cost", parser=atp_amount, metavar="ATP", help="The most it may cost."),
@@ -64,18 +72,28 @@ AllowDowngrade = Annotated[
 ]
 Complexity = Annotated[
     float | None,
-    typer.Option("--complexity", min=0.0, max=1.0, help="How hard it is; a hint for --tier auto."),
+    typer.Option(
+        "--complexity",
+        min=0.0,
+        max=1.0,
+        metavar="C",
+        help="How hard it is; a hint for --tier auto.",
+    ),
 ]
 MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer.")
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="The longest answer.")
 ]
 # No `envvar` below: `load_settings` reads the environment itself and remembers the origin.
 Profile = Annotated[
-    str | None, typer.Option("--profile", help="Packaged settings: qwen2.5 (default) or demo.")
+    str | None,
+    typer.Option("--profile", metavar="NAME", help="Packaged settings: qwen2.5 (default) or demo."),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
+]
 StateDir = Annotated[
-    Path | None, typer.Option("--state-dir", help="Where the daemon keeps its books.")
+    Path | None,
+    typer.Option("--state-dir", metavar="DIR", help="Where the daemon keeps its books."),
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -96,6 +114,16 @@ def assigned(assignments: list[str] | None) -> dict[str, str]:
 
 def read_prompt(words: list[str] | None) -> str:
     """The prompt from the arguments, or from stdin with `-` or when something is piped in."""
+    text = _given_prompt(words)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Bytes that are no text come as halves of surrogate pairs, which no message can carry.
+        raise typer.BadParameter("the prompt is not UTF-8 text", param_hint="prompt") from None
+    return text
+
+
+def _given_prompt(words: list[str] | None) -> str:
     if words and words != ["-"]:
         return " ".join(words)
     if not words and sys.stdin.isatty():
@@ -104,6 +132,13 @@ def read_prompt(words: list[str] | None) -> str:
     if not text:
         raise typer.BadParameter("stdin holds no prompt", param_hint="prompt")
     return text
+
+
+def help_if_bare(context: typer.Context) -> None:
+    """A group without a command: what there is, and exit code 2 because nothing was done."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.USAGE)
 
 
 def conversation(text: str, system: str | None) -> Prompt:

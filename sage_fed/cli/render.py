@@ -1,6 +1,7 @@
 """How amounts, times and values look on a terminal and in JSON.
 
-Owns: formatting and parsing of ATP, seconds, bytes; the JSON form of our dataclasses; tables.
+Owns: formatting and parsing of ATP, seconds, bytes; the JSON form of our dataclasses;
+fields under each other.
 Does not know: where a value came from.
 Fails: `ValueError` for an amount that is no amount.
 """
@@ -13,18 +14,12 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from sage_fed.core import UATP_PER_ATP
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 _CENT = Decimal("0.01")
-_PLAIN_WIDTH = 160  # of a table that goes to a file or pipe: nothing is cut to a window there
 _LARGEST_ATP = Decimal(2**63 - 1) / UATP_PER_ATP
 
 
@@ -109,23 +104,6 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(to_plain(value), ensure_ascii=False))
 
 
-def stdout_console() -> Console:
-    """A console for tables: as wide as the terminal, or wide enough when piped."""
-    from rich.console import Console  # noqa: PLC0415 - a tenth of a second that `ask` saves
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
-
-
-def plain_table(console: Console) -> Table:
-    """An empty table; its lines are for eyes, in a pipe there are columns only."""
-    from rich import box  # noqa: PLC0415 - see `stdout_console`
-    from rich.table import Table  # noqa: PLC0415
-
-    lines = box.SIMPLE_HEAD if console.is_terminal else None
-    return Table(box=lines, pad_edge=False, padding=(0, 2, 0, 0))
-
-
 def print_table(
     headings: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -133,18 +111,9 @@ def print_table(
     right: Sequence[str] = (),
 ) -> None:
     """A table on stdout; `right` names the headings whose columns are numbers."""
-    from rich.text import Text  # noqa: PLC0415 - see `stdout_console`
+    from sage_fed.cli.tables import draw  # noqa: PLC0415 - a tenth of a second that `ask` saves
 
-    console = stdout_console()
-    table = plain_table(console)
-    for heading in headings:
-        # Folded, never cut: an id is there to be copied.
-        justify: Literal["left", "right"] = "right" if heading in right else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
-    for row in rows:
-        # `Text`, not markup: square brackets in a prompt are themselves.
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    draw(headings, rows, right)
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:

@@ -17,16 +17,21 @@ import typer
 from sage_fed.cli import options
 from sage_fed.cli.exits import reported
 from sage_fed.cli.render import print_json, print_table
+from sage_fed.cli.streams import leave_on_interrupt
 
 if TYPE_CHECKING:
     from sage_fed.settings import Effective
 
-Listen = Annotated[str | None, typer.Option("--listen", help="HOST:PORT of the gRPC API.")]
-MetricsListen = Annotated[
-    str | None, typer.Option("--metrics-listen", help="HOST:PORT of /metrics.")
+Listen = Annotated[
+    str | None, typer.Option("--listen", metavar="ADDRESS", help="HOST:PORT of the gRPC API.")
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cuda:N or cpu.")]
-LogLevel = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
+MetricsListen = Annotated[
+    str | None, typer.Option("--metrics-listen", metavar="ADDRESS", help="HOST:PORT of /metrics.")
+]
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cuda:N or cpu.")]
+LogLevel = Annotated[
+    str | None, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+]
 
 
 def serve(
@@ -40,8 +45,9 @@ def serve(
     log_level: LogLevel = None,
     assignments: options.Assignments = None,
 ) -> None:
-    """Run the daemon until SIGTERM (drains; a second one stops at once).
+    """Run the daemon.
 
+    SIGTERM or Ctrl-C lets running jobs finish and then ends it; a second one ends it at once.
     Flags win over SAGE_FED_* variables, those over --config, that over --profile.
     """
     flags = _flags(
@@ -56,12 +62,12 @@ def serve(
     with reported():
         settings = effective(flags, config_file).settings
         # Torch takes seconds to import: no other command, and no mistyped setting, pays for it.
-        from rich.console import Console  # noqa: PLC0415
+        with leave_on_interrupt():
+            from sage_fed.cli.progress import start_progress  # noqa: PLC0415
+            from sage_fed.cli.tables import stderr_console  # noqa: PLC0415
+            from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
 
-        from sage_fed.cli.progress import start_progress  # noqa: PLC0415
-        from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
-
-        progress = start_progress(Console(stderr=True))
+        progress = start_progress(stderr_console())
         if handlers := progress.log_handlers():
             logging.basicConfig(
                 level=settings.log_level.upper(), format="%(message)s", handlers=handlers
@@ -85,7 +91,10 @@ def config(
     assignments: options.Assignments = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print every setting that `serve` would run with, and where its value came from."""
+    """Print the settings that `serve` would run with.
+
+    Each with where its value came from: flag, environment, file, profile or default.
+    """
     flags = _flags(
         assignments,
         profile=profile,

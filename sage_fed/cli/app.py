@@ -1,0 +1,110 @@
+"""The list of commands, and what is true of each of them.
+
+Owns: the order and the help of the commands; usage errors; the end of a command whose output
+nobody can take.
+Does not know: torch, pydantic, rich and the daemon until a command needs them, so that a question
+starts at once.
+Fails: with the exit codes of `exits.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from sage_fed import __version__
+from sage_fed.cli import admin, ask, chat, demo, inspect, options, serve
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
+from sage_fed.cli.streams import give_up_output, is_output_failure
+
+
+class CommandLine(TyperGroup):
+    """The root command: every way out of a command ends in one exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,  # noqa: ARG002 - no completion is installed
+        standalone_mode: bool = True,  # noqa: ARG002 - it always exits
+        windows_expand_args: bool = True,  # noqa: ARG002 - no Windows
+        **extra: Any,  # noqa: ANN401 - as the parser has it
+    ) -> NoReturn:
+        """Run the command of `args` and exit."""
+        given = list(sys.argv[1:] if args is None else args)
+        try:
+            code = self._run(prog_name or "sage-fed", given, extra)
+        except OSError as error:
+            if not is_output_failure(error):
+                raise
+            code = give_up_output(error)
+        sys.exit(code)
+
+    def _run(self, name: str, given: list[str], extra: dict[str, Any]) -> int:
+        try:
+            with self.make_context(name, list(given), **extra) as context:
+                self.invoke(context)
+        except typer.Exit as done:
+            return done.exit_code
+        except typer.TyperException as error:
+            _tell_usage(error, as_json="--json" in given)
+            return ExitCode.USAGE
+        except (KeyboardInterrupt, typer.Abort):
+            return ExitCode.INTERRUPTED
+        return ExitCode.OK
+
+
+def _tell_usage(error: typer.TyperException, *, as_json: bool) -> None:
+    """One line for a person, and with `--json` an object for a program."""
+    # "Value error, " is what the parser's parser says before our own sentence.
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    message = message[:1].lower() + message[1:]
+    if as_json:
+        typer.echo(json.dumps({"error": {"reason": "USAGE", "message": message}}))
+    context: typer.Context | None = getattr(error, "ctx", None)
+    command = context.command_path if context else "sage-fed"
+    typer.echo(f"error: {message}; see `{command} --help`", err=True)
+
+
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"sage-fed {__version__}")
+
+
+def build_app() -> typer.Typer:
+    """The commands, in the order of `--help`."""
+    app = typer.Typer(
+        name="sage-fed",
+        cls=CommandLine,
+        help="Two language models on one device, one budget.",
+        epilog=EXIT_CODES_HELP,
+        invoke_without_command=True,
+        callback=options.help_if_bare,
+        add_completion=False,
+        # Plain text: boxes cost half of 80 columns, and yellow is unreadable on white.
+        rich_markup_mode=None,
+        # A traceback's local variables would show prompts and tokens.
+        pretty_exceptions_enable=False,
+    )
+    commands: tuple[Callable[..., None], ...] = (
+        serve.serve,
+        demo.demo,
+        ask.ask,
+        chat.chat,
+        inspect.quote,
+        inspect.budget,
+        inspect.models,
+        inspect.status,
+        serve.config,
+        version,
+    )
+    for command in commands:
+        app.command(epilog=EXIT_CODES_HELP)(command)
+    app.add_typer(inspect.ledger_app())
+    app.add_typer(admin.admin_app())
+    return app

@@ -1,0 +1,84 @@
+"""The three standard streams, as a shell may hand them over: closed, full, or left by their reader.
+
+Owns: what happens then.
+Does not know: what is read or written.
+Fails: with an exit code, after one line on stderr where a person can still read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+_INTERRUPTED = 130
+_PIPE_CLOSED = 141
+_WRITE_ERRORS = frozenset(
+    {errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO, errno.EDQUOT, errno.EFBIG}
+)
+
+
+def open_standard_streams() -> None:
+    """Make all three exist, and able to carry any text.
+
+    A closed one would be None here, and its number would go to the next socket, into which
+    somebody's stray output then lands. Reading a closed stdin finds nothing; writing to a closed
+    stdout fails, because an answer that is paid for must not vanish silently.
+    """
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def leave_on_interrupt() -> Iterator[None]:
+    """Leave at once on Ctrl-C: for imports, which have nothing to clean up.
+
+    A KeyboardInterrupt in the middle of an import is a traceback at best.
+    """
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        # Ignored by a parent such as nohup: it stays ignored.
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_output_failure(error: OSError) -> bool:
+    """Whether a write failed, and not something with a file of ours, which has a name."""
+    return error.filename is None and error.errno in _WRITE_ERRORS
+
+
+def give_up_output(failure: OSError) -> int:
+    """Write nothing more, and return the exit code.
+
+    A reader that has enough is no error to tell anybody, as with every Unix tool.
+    """
+    silenced = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Otherwise the interpreter tries once more when it exits, and complains.
+            os.dup2(silenced, stream.fileno())
+    if isinstance(failure, BrokenPipeError):
+        return _PIPE_CLOSED
+    print(f"error: the output cannot be written: {failure.strerror}", file=sys.stderr)
+    return 1

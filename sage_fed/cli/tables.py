@@ -1,0 +1,62 @@
+"""Drawing on a terminal, and the plain form of the same in a pipe.
+
+Owns: consoles, tables. Importing this costs a tenth of a second: commands import it when they draw.
+Does not know: what is drawn.
+Fails: `OSError` where stdout takes nothing; a console on stderr falls silent instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sage_fed.cli.render import printable
+
+_PLAIN_WIDTH = 160  # of a table that goes to a file or pipe: nothing is cut to a window there
+
+
+class _Console(Console):
+    """One whose reader may leave: rich would end the process, in its own way."""
+
+    def on_broken_pipe(self) -> None:
+        """Tell whoever prints, unless it is the daemon's own story: that goes on untold."""
+        if not self.stderr:
+            # Called while the BrokenPipeError is handled.
+            raise  # noqa: PLE0704
+        self.quiet = True
+
+
+def stdout_console() -> Console:
+    """A console for tables: as wide as the terminal, or wide enough when piped."""
+    console = _Console(highlight=False)
+    return console if console.is_terminal else _Console(highlight=False, width=_PLAIN_WIDTH)
+
+
+def stderr_console() -> Console:
+    """A console for what is about the command, not its output."""
+    return _Console(stderr=True)
+
+
+def plain_table(console: Console) -> Table:
+    """An empty table; its lines are for eyes, in a pipe there are columns only."""
+    lines = box.SIMPLE_HEAD if console.is_terminal else None
+    return Table(box=lines, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def draw(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str]) -> None:
+    """A table on stdout; `right` names the headings whose columns are numbers."""
+    console = stdout_console()
+    table = plain_table(console)
+    for heading in headings:
+        # Folded, never cut: an id is there to be copied.
+        justify: Literal["left", "right"] = "right" if heading in right else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
+    for row in rows:
+        # `Text`, not markup: square brackets in a prompt are themselves.
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
