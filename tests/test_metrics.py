@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+import socket
+import struct
 import subprocess
+import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,8 +34,9 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
-from sage_fed.metrics import Metrics, Snapshot
+from sage_fed.metrics import Metrics, MetricsServer, Snapshot
 from sage_fed.metrics.scrape import available_memory_bytes
+from sage_fed.metrics.server import MAX_CONNECTIONS, ScrapeServer
 from sage_fed.pricing import RateCard
 from sage_fed.router import possible_decisions
 from sage_fed.steps import StepKind, StepReport
@@ -489,3 +495,139 @@ def test_the_endpoint_serves_until_it_is_closed(metrics: Metrics) -> None:
     assert 'sage_fed_atp_reserved_total{tier="tactical"} 1.0' in page
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=10)
+
+
+def get(port: int, **headers: str) -> tuple[int, str, str]:
+    """Scrape; return the status, the content type and the page."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.status, response.headers["Content-Type"], response.read().decode()
+
+
+FORMATS = {
+    "": "text/plain",
+    "text/plain; version=zzz": "text/plain",
+    "text/plain; version=1.x": "text/plain",
+    "application/openmetrics-text; version=1.0.0": "application/openmetrics-text",
+    "application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.1": "application/openmetrics-text",
+    "application/openmetrics-text; version=9.9": "application/openmetrics-text",
+    "application/openmetrics-text; version=zzz": "text/plain",
+    "application/openmetrics-text; version=1.zzz": "text/plain",
+    "application/openmetrics-text; version=": "text/plain",
+    "application/openmetrics-text; version=2.0.0.x": "text/plain",
+    "\xff\xfe": "text/plain",
+}
+
+
+def test_every_wish_for_a_format_gets_one(
+    metrics: Metrics, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A format that the library cannot make is answered with the plain one, and quietly."""
+    with metrics.serve("127.0.0.1", 0) as server:
+        answers = {accept: get(server.port, Accept=accept) for accept in FORMATS}
+    media_types = {
+        accept: content_type.partition(";")[0] for accept, (_, content_type, _) in answers.items()
+    }
+    assert FORMATS == media_types
+    assert {200} == {status for status, _, _ in answers.values()}
+    assert all("sage_fed_build_info" in page for _, _, page in answers.values())
+    assert ("", "") == capfd.readouterr()
+
+
+def test_a_path_that_is_none_is_a_bad_request(
+    metrics: Metrics, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Garbage in the request line is the client's fault, and quiet."""
+    with (
+        metrics.serve("127.0.0.1", 0) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as client,
+    ):
+        client.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.0 400"
+    assert ("", "") == capfd.readouterr()
+    assert [] == caplog.records
+
+
+def test_a_scrape_that_fails_says_so_in_the_log(
+    metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug of ours is a 500 for Prometheus and a story in the log."""
+
+    def broken() -> Snapshot:
+        raise RuntimeError("a bug")
+
+    metrics.watch(broken)
+    with metrics.serve("127.0.0.1", 0) as server, pytest.raises(urllib.error.HTTPError) as raised:
+        get(server.port)
+    raised.value.close()
+    assert 500 == raised.value.code
+    assert ["a bug"] == [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+
+
+BROKEN_OFF = (
+    b"",
+    b"GET /metr",
+    b"GET /metrics HTTP/1.0\r\nAccept",
+    b"GET /metrics HTTP/1.0\r\n\r\n",
+)
+
+
+def test_clients_that_break_off_are_no_news(
+    metrics: Metrics, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reset before, within and after the request leaves nothing on stderr and in the log."""
+    with metrics.serve("127.0.0.1", 0) as server:
+        # Fewer than there are places, so that one is left to scrape.
+        for sent in BROKEN_OFF:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+                client.sendall(sent)
+                # Closing sends a reset instead of an end.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert 200 == get(server.port)[0]
+    assert ("", "") == capfd.readouterr()
+    assert [] == caplog.records
+
+
+def test_a_client_that_says_nothing_is_left(metrics: Metrics) -> None:
+    """Its connection is closed once the timeout is over, and nothing is logged."""
+    with (
+        MetricsServer(metrics.registry, "127.0.0.1", 0, timeout_s=0.01) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent,
+    ):
+        assert b"" == silent.recv(1)
+
+
+def test_idle_connections_are_bounded(metrics: Metrics) -> None:
+    """What is beyond the bound is closed at once; a place that is free again is given away."""
+    with ExitStack() as stack:
+        server = stack.enter_context(MetricsServer(metrics.registry, "127.0.0.1", 0, timeout_s=60))
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            for _ in range(MAX_CONNECTIONS + 5)
+        ]
+        # They are accepted in order.
+        assert [b""] * 5 == [client.recv(1) for client in clients[MAX_CONNECTIONS:]]
+        held = clients[0]
+        held.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert held.recv(12) == b"HTTP/1.0 200"
+        while held.recv(1 << 16):
+            pass
+        assert 200 == get(server.port)[0]
+
+
+def test_no_file_descriptor_is_no_spin(metrics: Metrics) -> None:
+    """Where a connection cannot be accepted, the server pauses instead of asking again at once."""
+    pauses: list[float] = []
+    scrapes = ScrapeServer(metrics.registry, "127.0.0.1", 0, timeout_s=5.0, pause=pauses.append)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with scrapes, socket.create_connection(scrapes.server_address[:2], timeout=10) as client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            scrapes.handle_request()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert 1 == len(pauses)
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        scrapes.handle_request()
+        assert client.recv(12) == b"HTTP/1.0 200"
+    assert 1 == len(pauses)
