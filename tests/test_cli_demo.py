@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from sage_fed.cli import build_app
+from sage_fed.cli.app import build_app
 from sage_fed.cli.demo_plan import plan
 from sage_fed.cli.paths import ledger_file
 from sage_fed.ledger import check
