@@ -156,8 +156,10 @@ class ScriptedJobs:
         return self.quoted
 
     async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
-        """Seven tokens, whatever they are."""
+        """Refuse while refusals are left, then seven tokens, whatever they are."""
         self.counted.append((prompt, tier))
+        if self.refusals:
+            raise self.refusals.pop(0)
         return 7, 512
 
     def abort(self, job_id: str) -> bool:

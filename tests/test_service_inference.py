@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -24,12 +25,14 @@ from service_harness import (
 
 from sage_fed.client import Client, TokenCount
 from sage_fed.core import Delta, JobSpec, Message, Prompt, Refusal, SamplingRequest, Tier
-from sage_fed.errors import TierUnavailable
+from sage_fed.errors import InvalidField, TierUnavailable
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
 
 STREAM = "/sage_fed.v1.InferenceService/GenerateStream"
 GENERATE = "/sage_fed.v1.InferenceService/Generate"
+COUNT = "/sage_fed.v1.InferenceService/CountTokens"
+CHAT = types_pb2.ChatMessages(messages=[types_pb2.ChatMessage(role="user", content="hello")])
 REQUEST = inference_pb2.GenerateStreamRequest(
     job=types_pb2.JobSpec(text="hello")
 ).SerializeToString()
@@ -262,3 +265,23 @@ async def test_tokens_are_counted_on_the_tier_that_was_named(tmp_path: Path) -> 
             (Prompt(messages=(Message("user", "hello"),)), Tier.TACTICAL),
             (Prompt(messages=chat), Tier.STRATEGIC),
         ] == harness.jobs.counted
+
+
+@pytest.mark.parametrize(
+    ("request_", "raised", "expected"),
+    [
+        ({"chat": CHAT}, "job.chat.messages[0]", "chat.messages[0]"),
+        ({"chat": CHAT}, "job.chat", "chat"),
+        ({"text": "hello"}, "job.chat.messages", "text"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_counted_is_named_as_in_its_request(
+    tmp_path: Path, request_: dict[str, Any], raised: str, expected: str
+) -> None:
+    """CountTokensRequest has no job: the path is one of its own fields."""
+    request = inference_pb2.CountTokensRequest(**request_)
+    jobs = ScriptedJobs(refusals=[InvalidField(raised, "the template refuses it")])
+    async with serving(tmp_path, jobs=jobs) as harness:
+        call = harness.channel.unary_unary(COUNT)(request.SerializeToString(), timeout=WAIT_S)
+        assert grpc.StatusCode.INVALID_ARGUMENT is await call.code()
+        assert f"{expected}: the template refuses it" == await call.details()

@@ -106,6 +106,39 @@ def test_what_is_out_of_range_is_refused_by_name(field: str, job: types_pb2.JobS
     assert field == raised.value.field
 
 
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        (sampled(max_new_tokens=2**32 - 1), "must be from 1 to 64, not 4294967295"),
+        (sampled(top_logprobs=2**32 - 1), "must be from 0 to 5, not 4294967295"),
+        (sampled(temperature=2.0000001), "must be from 0 to 2, not 2.0000001"),
+        (sampled(temperature=-0.5), "must be from 0 to 2, not -0.5"),
+        (sampled(temperature=3.0), "must be from 0 to 2, not 3"),
+        (sampled(temperature=math.nan), "must be from 0 to 2, not nan"),
+        (sampled(top_p=1.0000001), "must be above 0 and at most 1, not 1.0000001"),
+        (sampled(deadline_s=1e300), "must be above 0 and at most 60, not 1e+300"),
+        (sampled(deadline_s=math.inf), "must be above 0 and at most 60, not inf"),
+        (sampled(deadline_s=12345678.5), "must be above 0 and at most 60, not 12345678.5"),
+        (
+            types_pb2.JobSpec(text="hi", complexity=1.0000001),
+            "must be from 0 to 1, not 1.0000001",
+        ),
+    ],
+)
+def test_a_refused_number_is_written_as_it_was_sent(job: types_pb2.JobSpec, text: str) -> None:
+    """Rounded, a number just beyond a bound would read as the bound itself."""
+    with pytest.raises(InvalidField) as raised:
+        parse(job)
+    assert text == raised.value.description
+
+
+def test_a_bound_is_written_in_full() -> None:
+    """A large limit of the operator's is named to the last digit."""
+    limits = LimitSettings(max_deadline_s=1234567.5)
+    with pytest.raises(InvalidField, match=r"at most 1234567\.5, not 2000000$"):
+        parse_job(sampled(deadline_s=2e6), limits, account="robot")
+
+
 ACCEPTED: list[types_pb2.JobSpec] = [
     types_pb2.JobSpec(text="x" * 20),
     types_pb2.JobSpec(chat=chat(*[("user", "x")] * 3)),

@@ -13,6 +13,7 @@ from sage_fed.ledger.words import BudgetChange
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Books, Jobs, Operations
+from sage_fed.service.requests import require_between
 from sage_fed.v1 import admin_pb2
 
 MAX_GRACE_S = 86_400.0
@@ -56,8 +57,8 @@ class AdminService:
     ) -> admin_pb2.DrainResponse:
         """Stop admission; the daemon exits when its jobs have ended or the grace is over."""
         grace_s = request.grace_s if request.HasField("grace_s") else None
-        if grace_s is not None and not 0.0 <= grace_s <= MAX_GRACE_S:
-            raise InvalidField("grace_s", f"must be from 0 to {MAX_GRACE_S:g}")
+        if grace_s is not None:
+            require_between("grace_s", grace_s, 0.0, MAX_GRACE_S)
         return admin_pb2.DrainResponse(jobs_running=self._operations.drain(grace_s))
 
     async def set_budget(

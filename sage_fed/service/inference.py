@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 
 from sage_fed.core import Delta, Event, Finished, JobSpec, Started
+from sage_fed.errors import InvalidField
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Jobs
-from sage_fed.service.requests import parse_count, parse_job
+from sage_fed.service.requests import count_error, parse_count, parse_job
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
 
@@ -88,7 +89,10 @@ class InferenceService:
     ) -> inference_pb2.CountTokensResponse:
         """Count a prompt's tokens as the tier's model would see them."""
         prompt, tier = parse_count(request, self._limits)
-        num_tokens, max_context_tokens = await self._jobs.count_tokens(prompt, tier)
+        try:
+            num_tokens, max_context_tokens = await self._jobs.count_tokens(prompt, tier)
+        except InvalidField as error:
+            raise count_error(error, request) from error
         return inference_pb2.CountTokensResponse(
             prompt_tokens=num_tokens, max_context_tokens=max_context_tokens
         )

@@ -50,7 +50,7 @@ def parse_job(
     if job.HasField("max_cost_uatp") and job.max_cost_uatp < 0:
         raise InvalidField("job.max_cost_uatp", "must not be negative")
     if job.HasField("complexity"):
-        _require_between("job.complexity", job.complexity, 0.0, 1.0)
+        require_between("job.complexity", job.complexity, 0.0, 1.0)
     if job.priority not in _PRIORITIES:
         raise InvalidField("job.priority", f"unknown value {job.priority}")
     return JobSpec(
@@ -81,11 +81,26 @@ def parse_count(
             raise InvalidField("prompt", "one of text and chat must be set")
 
 
+def count_error(error: InvalidField, request: inference_pb2.CountTokensRequest) -> InvalidField:
+    """Return a prompt's error, which is named for a job, as this request names its prompt."""
+    text = request.WhichOneof("prompt") == "text"
+    return InvalidField("text" if text else error.field.removeprefix("job."), error.description)
+
+
 def parse_tier(field: str, value: int) -> Tier | None:
     """Return the tier; None for AUTO and for the unspecified, which is the same."""
     if value not in _TIERS:
         raise InvalidField(field, f"unknown value {value}")
     return _TIERS[value]
+
+
+def require_between(field: str, value: float, low: float, high: float) -> None:
+    """Raise `InvalidField` for a number beyond its bounds, which are included."""
+    # Written so that NaN, which is neither below nor above anything, is refused.
+    if not low <= value <= high:
+        raise InvalidField(
+            field, f"must be from {_exact(low)} to {_exact(high)}, not {_exact(value)}"
+        )
 
 
 def _call_deadline_s(remaining_s: float | None, limits: LimitSettings) -> float | None:
@@ -147,21 +162,21 @@ def _parse_sampling(sampling: types_pb2.SamplingParams, limits: LimitSettings) -
     repetition_penalty = _optional_float(sampling, "repetition_penalty")
     deadline_s = _optional_float(sampling, "deadline_s")
     if temperature is not None:
-        _require_between(_path("temperature"), temperature, 0.0, 2.0)
+        require_between(_path("temperature"), temperature, 0.0, 2.0)
     if top_p is not None:
         _require_above_zero(_path("top_p"), top_p, 1.0)
     if min_p is not None:
-        _require_between(_path("min_p"), min_p, 0.0, 1.0)
+        require_between(_path("min_p"), min_p, 0.0, 1.0)
     if repetition_penalty is not None:
         _require_above_zero(_path("repetition_penalty"), repetition_penalty, 2.0)
     if deadline_s is not None:
         _require_above_zero(_path("deadline_s"), deadline_s, limits.max_deadline_s)
     max_new_tokens = _optional_int(sampling, "max_new_tokens")
     if max_new_tokens is not None:
-        _require_between(_path("max_new_tokens"), max_new_tokens, 1, limits.max_new_tokens)
+        require_between(_path("max_new_tokens"), max_new_tokens, 1, limits.max_new_tokens)
     top_logprobs = _optional_int(sampling, "top_logprobs")
     if top_logprobs is not None:
-        _require_between(_path("top_logprobs"), top_logprobs, 0, limits.max_top_logprobs)
+        require_between(_path("top_logprobs"), top_logprobs, 0, limits.max_top_logprobs)
     return SamplingRequest(
         temperature=temperature,
         top_p=top_p,
@@ -196,15 +211,16 @@ def _optional_int(message: ProtoMessage, name: str) -> int | None:
     return int(getattr(message, name)) if message.HasField(name) else None
 
 
-def _require_between(field: str, value: float, low: float, high: float) -> None:
-    # Written so that NaN, which is neither below nor above anything, is refused.
-    if not low <= value <= high:
-        raise InvalidField(field, f"must be from {low:g} to {high:g}, not {value:g}")
-
-
 def _require_above_zero(field: str, value: float, high: float) -> None:
     if not (0.0 < value <= high and math.isfinite(value)):
-        raise InvalidField(field, f"must be above 0 and at most {high:g}, not {value:g}")
+        raise InvalidField(
+            field, f"must be above 0 and at most {_exact(high)}, not {_exact(value)}"
+        )
+
+
+def _exact(value: float) -> str:
+    """Return the number in full: rounded, one just beyond a bound would read as the bound."""
+    return repr(value).removesuffix(".0")
 
 
 def _require_count(field: str, count: int, low: int, high: int, noun: str) -> None:
