@@ -79,6 +79,12 @@ class QueueFull(Retryable):
 
     reason = "QUEUE_FULL"
 
+    @classmethod
+    def of_tier(cls, tier: str, waiting: int, retry_after_s: float | None = None) -> QueueFull:
+        """Say it of a tier, in the same words wherever it is noticed."""
+        message = f"{waiting:,} jobs wait for the {tier} tier, which is its limit; ask again soon"
+        return cls(message, retry_after_s)
+
 
 class TierUnavailable(Retryable):
     """Draining, or the tier is loading or down."""
@@ -150,6 +156,12 @@ class LedgerCorrupt(SageFedError):
     """The books do not balance; the daemon does not start on them."""
 
     reason = "LEDGER_CORRUPT"
+
+
+class LedgerUnusable(SageFedError):
+    """The ledger's files cannot be used: no space, no permission, or lost while they were open."""
+
+    reason = "LEDGER_UNUSABLE"
 
 
 class CannotConnect(SageFedError):

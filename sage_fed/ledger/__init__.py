@@ -1,7 +1,7 @@
 """The crash-safe ATP ledger: double entry in SQLite, one writer thread, group commit.
 
 `ledger.py` is the facade for the event loop, `writer.py` its thread, `books.py` the bookkeeping
-with `accounts.py`, `requests.py` and `refill.py`, `schema.py` and `store.py` the file,
+with `accounts.py`, `requests.py` and `refill.py`, `schema.py`, `store.py` and `files.py` the file,
 `check.py` the audit, `clock.py` and `words.py` what they all speak of.
 """
 

@@ -4,8 +4,9 @@ Owns the bounded inbox, the futures and the ledger's life: opening, serving, clo
 Knows no SQL. All methods belong to the loop that opened it.
 An answer means that the operation is on disk. Cancelling the wait for `settle` or `void` does not
 take it back; a cancelled `hold` is voided, so that nobody's disappearance reserves ATP.
-After a failed commit the ledger is dead: every wait ends with `LedgerDown`, `on_death` is told
-once, and only a restart, which audits the books, brings it back.
+After a failed commit or a lost file the ledger is dead: every wait ends with `LedgerDown`, whose
+cause is for the operator only, `on_death` is told once, and only a restart, which audits the
+books, brings it back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from sage_fed.core import Budget
-from sage_fed.errors import InvalidField, LedgerDown, QueueFull
+from sage_fed.errors import InvalidField, LedgerDown, QueueFull, SageFedError
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Clock, Now, system_clock
 from sage_fed.ledger.requests import Retention
@@ -75,6 +76,7 @@ class Ledger:
         self._opened: asyncio.Future[Recovery] = self._loop.create_future()
         self._over = asyncio.Event()
         self._down: str | None = None
+        self._cause: BaseException | None = None
         self._writer = Writer(
             path,
             clock=clock,
@@ -97,7 +99,8 @@ class Ledger:
 
         `on_commit(operations, latency_s)` is called on the loop after each group;
         `on_death(error)` once, if the thread dies.
-        Raises `ConfigError` (open elsewhere, not a ledger, too new) and `LedgerCorrupt`.
+        Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
+        lost) and `LedgerUnusable` (no space, no permission).
         """
         ledger = cls(
             path,
@@ -250,7 +253,7 @@ class Ledger:
 
     def _send(self, operation: Operation) -> asyncio.Future[object]:
         if self._down is not None:
-            raise LedgerDown(self._down)
+            raise LedgerDown(self._down) from self._cause
         ticket = next(self._tickets)
         answer: asyncio.Future[object] = self._loop.create_future()
         self._waiting[ticket] = answer
@@ -297,10 +300,16 @@ class Ledger:
             self._down = "the ledger did not open"
             self._opened.set_exception(error)
             return
-        log.critical("the ledger died", exc_info=error)
+        if isinstance(error, SageFedError):
+            log.critical("the ledger died: %s", error.message)
+        else:
+            log.critical("the ledger died", exc_info=error)
         self._down = "the ledger has failed; the daemon must be restarted"
+        self._cause = error
         for ticket in tuple(self._waiting):
-            self._resolve(ticket, None, LedgerDown(self._down))
+            down = LedgerDown(self._down)
+            down.__cause__ = error
+            self._resolve(ticket, None, down)
         if self._on_death is not None:
             self._on_death(error)
 

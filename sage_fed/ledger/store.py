@@ -1,14 +1,19 @@
 """The ledger's file: who may open it, and how.
 
-Owns the lock, the connection and its pragmas. Knows no bookkeeping.
+Owns the lock, the connection, its pragmas and the words for what a disk does. Knows no
+bookkeeping.
 One process writes: it holds an advisory lock on `<path>.lock` as long as it lives; a second
 one gets `ConfigError`. Readers need no lock, they see the last commit.
-Fails with `ConfigError` where the file cannot be opened and `LedgerCorrupt` where it is damaged.
+The lock file also remembers that there was a ledger: one that is lost is never begun anew, with
+every account's first grant, unless somebody asks for it by removing the lock file too.
+Fails with `ConfigError` where there is no ledger to open, `LedgerCorrupt` where it is damaged or
+lost, and `LedgerUnusable` where the disk or its permissions are in the way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -16,38 +21,122 @@ from pathlib import Path
 
 import apsw
 
-from sage_fed.errors import ConfigError, LedgerCorrupt
+from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger import schema
+from sage_fed.ledger.files import OpenFiles
 
 BUSY_MS = 5000
 
 
+_DISK = (
+    apsw.BusyError,
+    apsw.CantOpenError,
+    apsw.IOError,
+    apsw.LockedError,
+    apsw.PermissionsError,
+    apsw.ReadOnlyError,
+)
+"""Errors of the world; SQLite's others are bugs of ours."""
+
+MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
-def writable(path: Path) -> Iterator[apsw.Connection]:
-    """Open the ledger for its one writer, made or migrated where needed; closed at the end."""
-    with _locked(path), _typed_errors(path):
-        db = apsw.Connection(str(path))
-        try:
-            path.chmod(0o600)
+def writable(path: Path) -> Iterator[tuple[apsw.Connection, OpenFiles]]:
+    """Open the ledger for its one writer, made or migrated where needed; closed at the end.
+
+    The files are to be verified around each commit. Where the block fails they are left as they
+    are: what SQLite would tidy up may not be ours any more.
+    """
+    with _typed_errors(path), _locked(path) as lock:
+        if path.exists():
+            _require_book(path)
+        else:
+            _require_no_book(path)
+            _make(path)
+        with contextlib.closing(apsw.Connection(str(path))) as db:
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
             _configure(db)
+            if schema.require_known(db) == 0:
+                raise _lost(path, "is empty or damaged")
             schema.migrate(db)
-        except BaseException:
-            db.close()
-            raise
-        with contextlib.closing(db):
-            yield db
+            _mark(lock)
+            wal, shm = Path(db.filename_wal), Path(f"{db.filename}-shm")
+            files = OpenFiles(Path(db.filename), wal, shm, _lock_path(path))
+            try:
+                yield db, files
+            except BaseException:
+                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                raise
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[apsw.Connection]:
     """Open one snapshot of the ledger, beside a running writer or without one."""
+    with _typed_errors(path):
+        if not path.exists():
+            _require_no_book(path)
+            raise ConfigError(f"there is no ledger at {path}")
+        _require_book(path)
+        with contextlib.closing(_connect_readonly(path)) as db:
+            version = schema.require_known(db)
+            if version == 0:
+                raise _lost(path, "is empty or damaged")
+            if version != len(schema.MIGRATIONS):
+                raise ConfigError(
+                    f"{path} has an older version; start the daemon once to migrate it"
+                )
+            db.execute("BEGIN")
+            yield db
+
+
+def _require_book(path: Path) -> None:
     if not path.is_file():
-        raise ConfigError(f"there is no ledger at {path}")
-    with _typed_errors(path), contextlib.closing(_connect_readonly(path)) as db:
-        if schema.require_known(db) != len(schema.MIGRATIONS):
-            raise ConfigError(f"{path} has an older version; start the daemon once to migrate it")
-        db.execute("BEGIN")
-        yield db
+        raise ConfigError(f"the ledger {path} is not a file")
+    if path.stat().st_size == 0:
+        raise _lost(path, "is empty or damaged")
+
+
+def _require_no_book(path: Path) -> None:
+    """Refuse to begin where a book has been: its mark, its log or a link to it is still there."""
+    lock = _lock_path(path)
+    marked = lock.exists() and lock.stat().st_size > 0
+    if marked or path.is_symlink() or path.with_name(path.name + "-wal").exists():
+        raise _lost(path, "is gone, but there was one")
+
+
+def _lost(path: Path, how: str) -> LedgerCorrupt:
+    return LedgerCorrupt(
+        f"the ledger {path} {how}; restore it from a copy. Only to begin new books, with every "
+        f"account's first grant again, remove every {path.name}* beside it"
+    )
+
+
+def _make(path: Path) -> None:
+    """Make an empty ledger, whole or not at all: a crash leaves nothing under its name."""
+    fresh = path.with_name(path.name + ".new")
+    for leftover in (fresh, fresh.with_name(fresh.name + "-journal")):
+        leftover.unlink(missing_ok=True)
+    os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(apsw.Connection(str(fresh))) as db:
+        db.pragma("synchronous", "extra")
+        schema.migrate(db)
+    fresh.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _mark(lock: int) -> None:
+    """Remember in the lock file that there is a ledger."""
+    if os.fstat(lock).st_size == 0:
+        os.write(lock, MARK)
+        os.fsync(lock)
 
 
 def _connect_readonly(path: Path) -> apsw.Connection:
@@ -83,10 +172,10 @@ def _lock_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(f"the ledger's lock beside {path}: {error.strerror}") from error
     try:
         try:
@@ -96,7 +185,7 @@ def _locked(path: Path) -> Iterator[None]:
                 f"the ledger {path} is open in another process; stop that daemon, or give this "
                 "one its own state directory"
             ) from error
-        yield
+        yield descriptor
     finally:
         # The file stays: removing it would let two processes lock two different files.
         os.close(descriptor)
@@ -108,8 +197,14 @@ def _typed_errors(path: Path) -> Iterator[None]:
         yield
     except (apsw.CorruptError, apsw.NotADBError) as error:
         raise LedgerCorrupt(f"{path} is damaged: {error}; restore it from a copy") from error
-    except apsw.CantOpenError as error:
-        raise ConfigError(f"the ledger {path} cannot be opened: {error}") from error
+    except apsw.FullError as error:
+        raise LedgerUnusable(f"no space left on {path.parent}") from error
+    except _DISK as error:
+        raise LedgerUnusable(f"the ledger {path} cannot be used: {error}") from error
+    except OSError as error:
+        if error.errno in FULL:
+            raise LedgerUnusable(f"no space left on {path.parent}") from error
+        raise LedgerUnusable(f"the ledger {path} cannot be used: {error.strerror}") from error
 
 
 def _configure(db: apsw.Connection) -> None:

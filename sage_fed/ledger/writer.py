@@ -5,8 +5,9 @@ each operation in a savepoint of its own, so that a refused one does not undo it
 one `fsync` pays for all of them. Answers leave only after the commit.
 Knows no asyncio: what it has to say goes through `deliver`, called on this thread.
 An error that an operation raises is its answer, and nothing of the operation stays.
-An `apsw` error, a failed commit included, ends the thread: the group is rolled back, `Died` is the
-last thing said, and every unanswered operation has failed.
+An `apsw` error, a failed commit or a lost file ends the thread: the group is rolled back, or was
+written where nobody finds it, `Died` is the last thing said, and every unanswered operation has
+failed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The thread is over; nothing of the group it had taken was written."""
+    """The thread is over; nothing of the group it had taken was acknowledged."""
 
     error: BaseException
 
@@ -105,13 +106,17 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            with store.writable(self._path) as db:
+            with store.writable(self._path) as (db, files):
                 books = Books(db, self._retention)
                 with db:
                     recovery = self._recover(db, books)
                 self._deliver(Opened(recovery))
                 for group in self._groups():
-                    self._deliver(self._commit(db, books, group))
+                    files.verify()
+                    committed = self._commit(db, books, group)
+                    # An answer says that it is on disk: not in a file that nobody can find.
+                    files.verify()
+                    self._deliver(committed)
         except BaseException as error:  # noqa: BLE001 - the thread's last line of defence
             self._deliver(Died(error))
         else:

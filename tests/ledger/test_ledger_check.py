@@ -166,5 +166,5 @@ def test_a_file_that_is_no_ledger_is_an_error(tmp_path: Path):
         check(garbage)
     empty = tmp_path / "empty.db"
     empty.touch()
-    with pytest.raises(ConfigError):
+    with pytest.raises(LedgerCorrupt, match="is empty or damaged"):
         check(empty)
