@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ class Shell:
         assert 0 == result.exit_code, result.output
         body: dict[str, object] = json.loads(result.stdout)
         return body
+
+    def settled_uatp(self) -> int:
+        """What the last job was charged, once none is running."""
+        deadline = time.monotonic() + 30
+        while json.loads(self.admin("load", "--json").stdout)["jobs"]:
+            assert time.monotonic() < deadline, "a job does not end"
+        entries = self.json("ledger", "--limit", "20")["entries"]
+        amounts = [entry["amount_uatp"] for entry in entries if entry["kind"] == "settle"]  # type: ignore[attr-defined]
+        return int(amounts[0])
 
     def admin(self, *arguments: str) -> Result:
         """An operator's command on the daemon's machine."""
@@ -225,12 +235,12 @@ def test_chat_remembers(shell: Shell) -> None:
     assert 0 == result.exit_code, result.output
     assert "tier tactical" in result.stderr
     assert "ATP left" in result.stderr
-    settled = [
-        entry["amount_uatp"]
+    held = [
+        int(entry["amount_uatp"])  # type: ignore[call-overload] # JSON
         for entry in reversed(_entries_since(shell, before))
         if entry["kind"] == "hold"
     ]
-    first, second, after_reset = settled
+    first, second, after_reset = held
     assert first == after_reset < second
 
 
@@ -275,3 +285,39 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert 1 == done.returncode
     assert "no-such-model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_of_an_answer(shell: Shell) -> None:
+    """`ask | head -c 1`: a quiet end with 141, and the job is cancelled, not made for nobody."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sage_fed.cli", "ask", QUESTION, "--tier", "strategic",
+         "--ignore-eos", "--max-new-tokens", "512", "--temperature", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **shell.environ},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert b"" == process.stderr.read()
+    process.stderr.close()
+    assert 141 == process.wait(30)
+    assert shell.settled_uatp() < 512 * 6_590_000
+
+
+def test_an_answer_that_cannot_be_written(shell: Shell) -> None:
+    """A full disk: exit code 1 and one line, not the text of an exception."""
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m sage_fed.cli ask hi --max-new-tokens 4 >/dev/full'],
+        capture_output=True, text=True, check=False, env={**os.environ, **shell.environ},
+    )  # fmt: skip
+    expected = "error: the output cannot be written: No space left on device\n"
+    assert (1, expected) == (done.returncode, done.stderr)
+
+
+def test_no_job_is_said_in_words(shell: Shell) -> None:
+    """An empty list is a sentence, not the head of a table."""
+    shell.settled_uatp()
+    output = shell.admin("load").stdout
+    assert "no job is running" in output
+    assert "priority" not in output

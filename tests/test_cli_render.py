@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 import typer
+from rich.console import Console
 
 from sage_fed.cli import options, scrape
 from sage_fed.cli.demo_plan import plan
+from sage_fed.cli.demo_report import Outcome, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
 from sage_fed.cli.render import (
     atp_number,
@@ -16,6 +20,7 @@ from sage_fed.cli.render import (
     format_bytes,
     format_rate,
     format_seconds,
+    join_parts,
     parse_atp,
     printable,
     to_plain,
@@ -86,7 +91,7 @@ def test_sizes_and_rates() -> None:
     assert ["512 B", "64.0 MiB", "15.2 GiB"] == [
         format_bytes(size) for size in (512, 64 * 2**20, round(15.2 * 2**30))
     ]
-    assert ["50", "-", "-"] == [format_rate(100, 2.0), format_rate(0, 1.0), format_rate(5, 0.0)]
+    assert ["50", "", ""] == [format_rate(100, 2.0), format_rate(0, 1.0), format_rate(5, 0.0)]
     assert "1,234.50" == atp_number(1_234_500_000)
 
 
@@ -175,3 +180,24 @@ def test_the_demo_asks_in_every_mode() -> None:
     assert 1 == sum(item.spec.sampling.seed is not None for item in requests)
     assert 1 == sum(item.spec.allow_downgrade for item in requests)
     assert requests == plan()
+
+
+def test_what_is_about_an_answer_breaks_between_its_parts() -> None:
+    """Lines fit the terminal and no word is cut; one part that is too long stays whole."""
+    parts = ("one", "two three", "four", "a long part")
+    assert ["one · two three", "four", "a long part"] == join_parts(parts, 16)
+    assert ["one · two three · four · a long part"] == join_parts(parts, 80)
+    assert list(parts) == join_parts(parts, 3)
+    assert [] == join_parts((), 80)
+
+
+@pytest.mark.parametrize("width", [80, 118, 120])
+def test_the_table_of_the_demo_fits_the_terminal(width: int) -> None:
+    """A row a request, none wider than the window, and the reason of each readable."""
+    page = io.StringIO()
+    longest = "tactical: downgrade_max_cost"
+    outcomes = [Outcome(request, refusal=longest) for request in plan()]
+    print_outcomes(outcomes, Console(file=page, width=width, force_terminal=True, no_color=True))
+    lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in page.getvalue().splitlines()]
+    assert len(plan()) == sum(longest in line for line in lines)
+    assert max(len(line) for line in lines) <= width

@@ -48,6 +48,10 @@ def load(
             print_json(now)
             return
         print_tier_loads(now.tiers)
+        typer.echo()
+        if not now.jobs:
+            typer.echo("no job is running")
+            return
         print_table(
             ("job", "account", "tier", "priority", "age", "tokens", "held ATP"),
             [
@@ -64,7 +68,7 @@ def load(
             ],
             right=("age", "tokens", "held ATP"),
         )
-        typer.echo(f"{format_atp(now.held_uatp)} held over all accounts")
+        typer.echo(f"\n{format_atp(now.held_uatp)} held over all accounts")
 
 
 def abort(

@@ -7,6 +7,7 @@ Fails: exit codes of `exits.py`; an interrupted answer is cancelled on the daemo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from sage_fed.cli.render import (
     format_atp,
     format_rate,
     format_seconds,
+    join_parts,
     print_json,
     printable,
     to_plain,
@@ -76,26 +78,35 @@ def show_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def footer(answer: Answer) -> str:
-    """One line about how the answer was made and what it cost."""
+def show_footer(answer: Answer) -> None:
+    """Say on a terminal's stderr how the answer was made and what it cost."""
+    if sys.stderr.isatty():
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        for line in footer(answer, width):
+            typer.secho(line, err=True, dim=True)
+
+
+def footer(answer: Answer, width: int) -> list[str]:
+    """How the answer was made and what it cost, in lines of at most `width`."""
     started, finished = answer.started, answer.finished
     if started is None or finished is None:
-        return ""
+        return []
     usage, timing = finished.usage, finished.timing
     asked = started.route.requested
+    rate = format_rate(usage.output_tokens - 1, timing.decode_s)
     parts = [
         f"{started.route.tier.value} ({started.route.reason})"
         + (f", instead of {asked.value}" if started.route.downgraded and asked else ""),
         f"{usage.prompt_tokens} + {usage.output_tokens} tokens",
-        f"first after {format_seconds(timing.time_to_first_token_s)}",
-        f"{format_rate(usage.output_tokens - 1, timing.decode_s)} tok/s",
+        f"first after {format_seconds(timing.time_to_first_token_s)}" * bool(usage.output_tokens),
+        f"{rate} tok/s" if rate else "",
         finished.stop_reason.value.replace("_", " "),
         f"{format_atp(finished.price.charged_uatp)} charged",
         f"{format_atp(finished.balance_uatp)} left",
     ]
     if started.replayed:
         parts.append("replayed")
-    return " · ".join(parts)
+    return join_parts(filter(None, parts), width)
 
 
 def answer_object(answer: Answer) -> dict[str, object]:
@@ -215,5 +226,4 @@ def _print_answer(answer: Answer) -> None:
     for entry in answer.logprobs:
         others = " ".join(f"{token_id}:{logprob:.3f}" for token_id, logprob in entry.top)
         typer.echo(f"{entry.token_id:>6} {entry.logprob:8.3f}  {others}", err=True)
-    if sys.stderr.isatty():
-        typer.secho(footer(answer), err=True, dim=True)
+    show_footer(answer)

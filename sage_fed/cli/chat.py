@@ -8,6 +8,7 @@ gone ends it. With piped input (one turn a line) any failure ends it, with its e
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.ask import follow, footer, show_text
+from sage_fed.cli.ask import follow, show_footer, show_text
 from sage_fed.cli.connection import call
 from sage_fed.cli.exits import explain, reported
 from sage_fed.cli.render import format_atp
@@ -75,6 +76,9 @@ def chat(
 def _talk(client: Client, conversation: Conversation) -> None:
     """Read lines until the input ends or /quit."""
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            # Its import gives `input` arrow keys and a history; not every Python has it.
+            import readline  # noqa: F401, PLC0415
         typer.secho(_HELP, err=True, dim=True)
     while (line := _read_line(conversation)) is not None and line != "/quit":
         if line.startswith("/"):
@@ -99,8 +103,7 @@ def _turn(client: Client, conversation: Conversation, question: str) -> None:
         typer.secho("\nstopped; this turn is forgotten", err=True, dim=True)
         return
     typer.echo()
-    if sys.stderr.isatty():
-        typer.secho(footer(answer), err=True, dim=True)
+    show_footer(answer)
     conversation.remember(question, answer.text)
 
 

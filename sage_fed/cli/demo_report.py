@@ -29,6 +29,14 @@ _SERIES = (
     "sage_fed_cost_ratio",
 )
 
+_COLUMNS = (
+    "prompt", "asked", "tier: reason", "right?", "tokens", "first", "tok/s", "ATP", "left",
+)  # fmt: skip
+_NUMBERS = frozenset({"tokens", "first", "tok/s", "ATP", "left"})
+_WIDE = 118  # columns of the terminal
+_WIDE_ONLY = frozenset({"asked", "first", "tok/s", "left"})
+_WIDE_PROMPT, _NARROW_PROMPT = 25, 21
+
 _PHASES = (None, "decode")
 
 _NEXT = (
@@ -54,40 +62,43 @@ class Outcome:
 
 
 def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
-    """One row a request."""
+    """One row a request; a narrow terminal gets what its answers above have not told."""
+    wide = console.width >= _WIDE
+    shown = _COLUMNS if wide else tuple(name for name in _COLUMNS if name not in _WIDE_ONLY)
     table = plain_table(console)
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=30, ratio=1)
-    table.add_column("asked")
-    table.add_column("tier: reason")
-    table.add_column("right?")
-    for heading in ("tokens", "first", "tok/s", "ATP", "left"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for name in shown:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
     for outcome in outcomes:
-        table.add_row(*(Text(cell) for cell in _row(outcome)))
+        row = _row(outcome, _WIDE_PROMPT if wide else _NARROW_PROMPT)
+        table.add_row(*(Text(row[name]) for name in shown))
     console.print(table)
     answered = [outcome for outcome in outcomes if outcome.answer is not None]
     right = sum(outcome.correct for outcome in answered)
-    console.print(f"{right} of {len(answered)} answers right", highlight=False)
+    console.print(f"\n{right} of {len(answered)} answers right", highlight=False)
 
 
-def _row(outcome: Outcome) -> tuple[str, ...]:
+def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
+    """Every column's text."""
     spec, task = outcome.request.spec, outcome.request.task
-    asked = spec.requested.value if spec.requested else "auto"
-    head = (printable(task.prompt).replace("\n", " "), asked)
+    prompt = printable(task.prompt).replace("\n", " ")
+    if len(prompt) > prompt_width:
+        prompt = f"{prompt[: prompt_width - 1]}…"
+    row = dict.fromkeys(_COLUMNS, "-")
+    row |= {"prompt": prompt, "asked": spec.requested.value if spec.requested else "auto"}
     answer = outcome.answer
     if answer is None or answer.started is None or answer.finished is None:
-        return (*head, outcome.refusal or outcome.failure, "-", "-", "-", "-", "0", "-")
+        return row | {"tier: reason": outcome.refusal or outcome.failure, "ATP": "0.00"}
     route, finished = answer.started.route, answer.finished
-    return (
-        *head,
-        f"{route.tier.value}: {route.reason}",
-        "yes" if outcome.correct else f"no ({task.answer})",
-        str(finished.usage.output_tokens),
-        format_seconds(finished.timing.time_to_first_token_s),
-        format_rate(finished.usage.output_tokens - 1, finished.timing.decode_s),
-        atp_number(finished.price.charged_uatp),
-        atp_number(finished.balance_uatp),
-    )
+    rate = format_rate(finished.usage.output_tokens - 1, finished.timing.decode_s)
+    return row | {
+        "tier: reason": f"{route.tier.value}: {route.reason}",
+        "right?": "yes" if outcome.correct else "no",
+        "tokens": str(finished.usage.output_tokens),
+        "first": format_seconds(finished.timing.time_to_first_token_s),
+        "tok/s": rate or "-",
+        "ATP": atp_number(finished.price.charged_uatp),
+        "left": atp_number(finished.balance_uatp),
+    }
 
 
 def print_metrics(page: str, console: Console) -> None:

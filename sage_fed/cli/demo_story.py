@@ -35,6 +35,7 @@ from sage_fed.ledger import check
 
 _START_S = 60.0
 _STOP_S = 30.0
+_INDENT = "     "
 _GLANCE_S = 0.2  # between two looks at the loading models
 
 
@@ -123,7 +124,8 @@ def _ask(client: Client, request: DemoRequest, console: Console) -> Outcome:
         return Outcome(request, failure=error.message)
     outcome = Outcome(request, answer)
     console.print()
-    _line(console, f"     {footer(answer)}", style="dim")
+    for line in footer(answer, console.width - len(_INDENT)):
+        _line(console, f"{_INDENT}{line}", style="dim")
     if request.expects_refusal:
         return Outcome(request, answer, failure="was answered, a refusal was due")
     if answer.finished is None:
@@ -152,7 +154,7 @@ def _audit(state_dir: Path, console: Console) -> list[str]:
 
 def _title(console: Console, text: str) -> None:
     console.print()
-    _line(console, text, style="bold cyan")
+    _line(console, text, style="bold")
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:

@@ -76,6 +76,7 @@ def _print_quote(answer: Quote) -> None:
         ],
         right=("at most ATP", "takes about"),
     )
+    typer.echo()
     decision = answer.decision
     if isinstance(decision, Route):
         chosen = f"{decision.tier.value} ({decision.reason})"
@@ -146,15 +147,18 @@ def list_entries(
         if as_json:
             print_json({"entries": entries})
             return
+        if not entries:
+            typer.echo("no entries yet")
+            return
         print_table(
-            ("entry", "time", "kind", "ATP", "moved", "job"),
+            ("entry", "time", "kind", "ATP", "moved to", "job"),
             [
                 (
                     str(entry.entry_id),
                     _local_time(entry.time_ns),
                     entry.kind.value,
                     atp_number(entry.amount_uatp),
-                    f"{entry.debit} > {entry.credit}",
+                    entry.credit,
                     entry.job_id or "-",
                 )
                 for entry in entries
@@ -203,7 +207,9 @@ def models(
         if as_json:
             print_json({"models": listed})
             return
-        for model in listed:
+        for index, model in enumerate(listed):
+            if index:
+                typer.echo()
             state = model.state.value
             if model.message:
                 state += f": {model.message}"
@@ -247,6 +253,7 @@ def status(
                 ("admission", "draining" if now.draining else "open"),
             )
         )
+        typer.echo()
         print_tier_loads(now.tiers)
 
 
@@ -262,7 +269,7 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
                 f"{tier.waiting}/{tier.waiting_limit}",
                 f"{tier.kv_tokens_used:,}/{tier.kv_tokens_total:,}",
                 "-" if tier.decode_step_s is None else format_seconds(tier.decode_step_s),
-                "-" if tier.prefill_tokens_per_s is None else f"{tier.prefill_tokens_per_s:.0f}",
+                "-" if tier.prefill_tokens_per_s is None else f"{tier.prefill_tokens_per_s:,.0f}",
             )
             for tier in tiers
         ],

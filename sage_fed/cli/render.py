@@ -71,8 +71,20 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_rate(tokens: int, seconds: float) -> str:
-    """Tokens a second, or a dash where nothing was timed."""
-    return f"{tokens / seconds:.0f}" if tokens > 0 and seconds > 0 else "-"
+    """Tokens a second, or nothing where nothing was timed."""
+    return f"{tokens / seconds:,.0f}" if tokens > 0 and seconds > 0 else ""
+
+
+def join_parts(parts: Iterable[str], width: int) -> list[str]:
+    """The parts with dots between them, on lines of at most `width` that break only there."""
+    lines: list[str] = []
+    for part in parts:
+        longer = f"{lines[-1]} · {part}" if lines else part
+        if lines and len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
 
 
 def printable(text: str) -> str:

@@ -44,18 +44,20 @@ def stderr_console() -> Console:
 
 def plain_table(console: Console) -> Table:
     """An empty table; its lines are for eyes, in a pipe there are columns only."""
-    lines = box.SIMPLE_HEAD if console.is_terminal else None
-    return Table(box=lines, pad_edge=False, padding=(0, 2, 0, 0))
+    if console.is_terminal:
+        # The line between the columns is a space, too.
+        return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def draw(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str]) -> None:
     """A table on stdout; `right` names the headings whose columns are numbers."""
     console = stdout_console()
     table = plain_table(console)
-    for heading in headings:
-        # Folded, never cut: an id is there to be copied.
+    for index, heading in enumerate(headings):
+        # Folded, never cut: an id is there to be copied. What names the row stays whole.
         justify: Literal["left", "right"] = "right" if heading in right else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
         # `Text`, not markup: square brackets in a prompt are themselves.
         table.add_row(*(Text(printable(cell)) for cell in row))
