@@ -359,3 +359,7 @@ def test_the_bound_counts_what_is_under_way() -> None:
     with pytest.raises(QueueFull) as full:
         inbox.submit(Submit(spec(3), 0.0))
     assert 2.5 == full.value.retry_after_s
+    assert (
+        "3 jobs wait for the tactical tier, which is its limit; ask again soon"
+        == full.value.message
+    )

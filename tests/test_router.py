@@ -142,7 +142,11 @@ REFUSALS = [
     (Case(TACTICAL, tactical=LOADING), Reason.TIER_LOADING, "loading its model"),
     (Case(TACTICAL, DOWN, tactical=FAILED), Reason.TIER_UNAVAILABLE, "tier is failed"),
     (Case(tactical=DRAINING, strategic=DRAINING), Reason.TIER_UNAVAILABLE, "is draining"),
-    (Case(TACTICAL, tactical=FULL), Reason.QUEUE_FULL, "8 jobs wait"),
+    (
+        Case(TACTICAL, tactical=FULL),
+        Reason.QUEUE_FULL,
+        "8 jobs wait for the tactical tier, which is its limit; ask again soon",
+    ),
     (Case(STRATEGIC, deadline_s=0.52), Reason.DEADLINE_INFEASIBLE, "at most 50 new tokens"),
     (Case(STRATEGIC, deadline_s=0.001), Reason.DEADLINE_INFEASIBLE, "give it a later deadline"),
     (

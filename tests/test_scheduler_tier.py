@@ -179,6 +179,10 @@ def test_the_waiting_list_is_bounded() -> None:
     with pytest.raises(QueueFull) as full:
         bench.add(3)
     assert pytest.approx(98 * 0.01) == full.value.retry_after_s
+    assert (
+        "2 jobs wait for the tactical tier, which is its limit; ask again soon"
+        == full.value.message
+    )
 
 
 def test_a_closed_tier_admits_nothing() -> None:

@@ -69,10 +69,8 @@ class Inbox:
         tier = message.spec.tier
         with self._changed:
             if self._waiting[tier] >= self._max_waiting[tier]:
-                raise QueueFull(
-                    f"{self._waiting[tier]} jobs wait for the {tier.value} tier already",
-                    self._retry_after_s.get(tier) or 1.0,
-                )
+                retry_after_s = self._retry_after_s.get(tier) or 1.0
+                raise QueueFull.of_tier(tier.value, self._waiting[tier], retry_after_s)
             self._waiting[tier] += 1
             self._messages.append(message)
             self._changed.notify()

@@ -82,7 +82,7 @@ def queue_full(tier: Tier, waiting: int, policy: RoutingPolicy) -> Refusal:
     """The tier's queue has no place."""
     return Refusal(
         Reason.QUEUE_FULL,
-        f"{waiting:,} jobs wait for the {tier.value} tier, which is its limit; ask again soon",
+        QueueFull.of_tier(tier.value, waiting).message,
         policy.queue_retry_s,
     )
 

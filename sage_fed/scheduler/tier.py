@@ -136,10 +136,7 @@ class TierSchedule:
         """
         self.limits.check(spec)
         if len(self._waiting) >= self.limits.max_waiting:
-            raise QueueFull(
-                f"{len(self._waiting)} jobs wait for the {self.tier.value} tier already",
-                self.retry_after_s,
-            )
+            raise QueueFull.of_tier(self.tier.value, len(self._waiting), self.retry_after_s)
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
         insort(self._waiting, Sequence(spec, submitted_s, order=self._added), key=self._rank)
         self._added += 1
