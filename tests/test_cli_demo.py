@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,8 @@ from typer.testing import CliRunner, Result
 from sage_fed.cli.app import build_app
 from sage_fed.cli.demo_plan import plan
 from sage_fed.cli.paths import ledger_file
+from sage_fed.client import Client
+from sage_fed.errors import CannotConnect
 from sage_fed.ledger import check
 
 
@@ -45,3 +52,23 @@ def test_a_demo_without_a_daemon_fails(tmp_path: Path) -> None:
     assert 1 == result.exit_code
     assert "the daemon ended with exit code" in result.stderr
     assert "ledger.db" in result.stderr
+
+
+def test_a_closed_terminal_leaves_no_daemon(tmp_path: Path) -> None:
+    """SIGHUP ends the demo, and the demo ends its daemon."""
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "sage_fed.cli", "demo", "--state-dir", str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    endpoint = tmp_path / "endpoint.json"
+    deadline = time.monotonic() + 60
+    while not endpoint.exists():
+        # Across processes the file is the only event there is.
+        assert demo.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    listen = json.loads(endpoint.read_text())["listen"]
+    demo.send_signal(signal.SIGHUP)
+    assert 128 + signal.SIGHUP == demo.wait(60)
+    with Client(listen) as client, pytest.raises(CannotConnect):
+        client.status()

@@ -25,6 +25,7 @@ from sage_fed.cli.render import (
     printable,
     to_plain,
 )
+from sage_fed.cli.streams import between_words
 from sage_fed.core import Delta, Priority, Route, StopReason, Tier
 from sage_fed.errors import (
     CannotAfford,
@@ -201,3 +202,11 @@ def test_the_table_of_the_demo_fits_the_terminal(width: int) -> None:
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in page.getvalue().splitlines()]
     assert len(plan()) == sum(longest in line for line in lines)
     assert max(len(line) for line in lines) <= width
+
+
+def test_long_texts_break_between_words() -> None:
+    """On a terminal no word is cut, not even one that is too long; a pipe gets one line."""
+    text = "at most 24 ATP on an-unreasonably-long-name"
+    assert ["at most 24", "ATP on", "an-unreasonably-long-name"] == between_words(text, 12)
+    assert [text] == between_words(text, 0)
+    assert [""] == between_words("", 12)

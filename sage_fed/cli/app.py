@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from sage_fed import __version__
 from sage_fed.cli import admin, ask, chat, demo, inspect, options, serve
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
-from sage_fed.cli.streams import give_up_output, is_output_failure
+from sage_fed.cli.streams import complain, give_up_output, is_output_failure
 
 
 class CommandLine(TyperGroup):
@@ -68,7 +68,7 @@ def _tell_usage(error: typer.TyperException, *, as_json: bool) -> None:
         typer.echo(json.dumps({"error": {"reason": "USAGE", "message": message}}))
     context: typer.Context | None = getattr(error, "ctx", None)
     command = context.command_path if context else "sage-fed"
-    typer.echo(f"error: {message}; see `{command} --help`", err=True)
+    complain(f"error: {message}; see `{command} --help`")
 
 
 def version() -> None:

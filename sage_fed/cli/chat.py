@@ -20,6 +20,7 @@ from sage_fed.cli.ask import follow, show_footer, show_text
 from sage_fed.cli.connection import call
 from sage_fed.cli.exits import explain, reported
 from sage_fed.cli.render import format_atp
+from sage_fed.cli.streams import complain
 from sage_fed.client import Client
 from sage_fed.core import JobSpec, Message, Prompt, SamplingRequest
 from sage_fed.errors import CannotConnect, SageFedError
@@ -95,7 +96,7 @@ def _turn(client: Client, conversation: Conversation, question: str) -> None:
     except SageFedError as error:
         if not interactive or isinstance(error, CannotConnect):
             raise
-        typer.echo(explain(error), err=True)
+        complain(explain(error))
         return
     except KeyboardInterrupt:
         if not interactive:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.streams import exit_on_signals
 
 
 def demo(
@@ -36,7 +37,11 @@ def demo(
     from sage_fed.cli.demo_story import run  # noqa: PLC0415
     from sage_fed.cli.tables import stdout_console  # noqa: PLC0415
 
-    with reported(), tempfile.TemporaryDirectory(prefix="sage-fed-demo-") as temporary:
+    with (
+        reported(),
+        exit_on_signals(),
+        tempfile.TemporaryDirectory(prefix="sage-fed-demo-") as temporary,
+    ):
         folder = state_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         failures = run(folder, stdout_console())

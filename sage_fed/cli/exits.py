@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import typer
 
+from sage_fed.cli.streams import complain
 from sage_fed.errors import (
     CannotAfford,
     CannotConnect,
@@ -149,7 +150,7 @@ def reported(*, as_json: bool = False) -> Iterator[None]:
     except SageFedError as error:
         if as_json:
             typer.echo(json.dumps(error_object(error)))
-        typer.echo(explain(error), err=True)
+        complain(explain(error))
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
         if sys.stderr.isatty():

@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
 import typer
 
+from sage_fed.cli.streams import between_words
 from sage_fed.core import UATP_PER_ATP
 
 _CENT = Decimal("0.01")
@@ -129,7 +132,11 @@ def print_table(
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Names and values under each other."""
-    width = max(len(name) for name, _ in fields)
+    """Names and values under each other; on a terminal a long value is broken between words."""
+    indent = max(len(name) for name, _ in fields) + 2
+    width = 0
+    if sys.stdout.isatty():
+        width = os.get_terminal_size(sys.stdout.fileno()).columns - indent
     for name, value in fields:
-        typer.echo(f"{name:<{width}}  {value}")
+        for index, line in enumerate(between_words(value, width)):
+            typer.echo(f"{'' if index else name:<{indent}}{line}")

@@ -1,6 +1,6 @@
 """The three standard streams, as a shell may hand them over: closed, full, or left by their reader.
 
-Owns: what happens then.
+Owns: what happens then; how a complaint looks on a terminal.
 Does not know: what is read or written.
 Fails: with an exit code, after one line on stderr where a person can still read it.
 """
@@ -13,8 +13,11 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
 
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141
@@ -61,6 +64,38 @@ def leave_on_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Leave by an exception on SIGTERM and SIGHUP, so that what was started is stopped."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        # A second one must not interrupt the stopping.
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def complain(line: str) -> None:
+    """Write one line to stderr; a terminal gets it broken between words."""
+    width = 0
+    if sys.stderr.isatty():
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    print("\n".join(between_words(line, width)), file=sys.stderr, flush=True)
+
+
+def between_words(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width`, no word cut; one line where `width` is 0."""
+    if width <= 0:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
 def is_output_failure(error: OSError) -> bool:
     """Whether a write failed, and not something with a file of ours, which has a name."""
     return error.filename is None and error.errno in _WRITE_ERRORS
@@ -80,5 +115,5 @@ def give_up_output(failure: OSError) -> int:
             os.dup2(silenced, stream.fileno())
     if isinstance(failure, BrokenPipeError):
         return _PIPE_CLOSED
-    print(f"error: the output cannot be written: {failure.strerror}", file=sys.stderr)
+    complain(f"error: the output cannot be written: {failure.strerror}")
     return 1
