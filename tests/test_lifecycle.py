@@ -363,6 +363,55 @@ def test_a_file_that_is_no_ledger_fails_the_start(tmp_path: Path) -> None:
     assert "ledger.db is damaged" in said
 
 
+def test_a_disk_that_takes_no_more_fails_the_start(start: Start) -> None:
+    """Exit code 1 and one sentence that names the file, from whatever the start had to write."""
+    daemon = start(wait_for=())
+    assert 0 == daemon.stop(WAIT_S)
+    # The kernel refuses to write behind 32 KiB, as a full disk would: SQLite's index of its log
+    # fits, the log of many accounts does not.
+    limited = ("sh", "-c", 'ulimit -f 64 && exec "$@"', "sh", sys.executable, "-m", "sage_fed.cli")
+    accounts = [f"--set=accounts.account{number}.role=user" for number in range(20)]
+    ended = subprocess.run(
+        [*limited, *serve_arguments(daemon.state_dir, *accounts)],
+        capture_output=True, text=True, timeout=WAIT_S, check=False,
+    )  # fmt: skip
+    assert 1 == ended.returncode, ended.stderr
+    assert "Traceback" not in ended.stderr
+    ledger = daemon.state_dir / "ledger.db"
+    assert f"error: the ledger {ledger} cannot be used: disk I/O error" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda ledger: ledger.unlink(), "there was one; restore it from a copy"),
+        (lambda ledger: os.truncate(ledger, 0), "is empty or damaged; restore it from a copy"),
+    ],
+    ids=["gone", "empty"],
+)
+def test_books_that_are_lost_fail_the_start(
+    start: Start, tmp_path: Path, harm: Callable[[Path], None], words: str
+) -> None:
+    """Exit code 1 and what to do; nobody gets a second first grant."""
+    daemon = start(wait_for=())
+    assert 0 == daemon.stop(WAIT_S)
+    harm(daemon.state_dir / "ledger.db")
+    assert words in refused(tmp_path, state_dir=daemon.state_dir, code=1)
+
+
+def test_books_that_are_lost_under_a_daemon_stop_it(start: Start) -> None:
+    """Jobs end UNAVAILABLE, the exit code is 1, and the log says which file, in one line."""
+    daemon = start(*LONG)
+    with Client(daemon.address) as client:
+        (daemon.state_dir / "ledger.db").unlink()
+        with pytest.raises((LedgerDown, TierUnavailable, CannotConnect)):
+            client.generate("hello", tier=Tier.TACTICAL, max_new_tokens=4)
+    assert 1 == daemon.process.wait(WAIT_S)
+    said = daemon.log.read_text()
+    assert "ledger.db was removed while the daemon had it open" in said
+    assert "Traceback" not in said
+
+
 def test_sigterm_during_the_start_is_a_clean_stop(start: Start) -> None:
     """Nobody has to wait for a model that is not wanted any more."""
     daemon = start(wait_for=())

@@ -2,8 +2,8 @@
 
 Owns the order in which parts come and go: books before server, tactical before strategic,
 jobs before executor, executor before ledger. Knows what each part is for and nothing of how
-it works. Fails with `ConfigError`, `ModelLoadError` or `LedgerCorrupt` before it serves; after
-that, with an exit code.
+it works. Fails with `ConfigError`, `ModelLoadError`, `LedgerCorrupt` or `LedgerUnusable` before it
+serves; after that, with an exit code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Readiness, StartProgress
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.engine import read_bandwidth_bytes_per_s, set_cpu_threads
-from sage_fed.errors import ConfigError
+from sage_fed.errors import ConfigError, LedgerDown, SageFedError
 from sage_fed.executor import Executor
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics, MetricsServer, Snapshot
@@ -53,7 +53,8 @@ def serve(settings: Settings, progress: StartProgress) -> int:
     Raises:
         ConfigError: a setting that cannot work.
         ModelLoadError: a model that cannot be served.
-        LedgerCorrupt: books that do not balance.
+        LedgerCorrupt: books that do not balance, or were lost.
+        LedgerUnusable: a disk that does not take them.
     """
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -99,8 +100,7 @@ async def _started(
         authenticator = Authenticator.from_settings(
             settings, mint_admin_token(settings.state_dir, settings.auth.anonymous_account)
         )
-        for account in sorted({*settings.accounts, *authenticator.accounts()}):
-            await ledger.ensure_account(account, _terms(settings, account))
+        await _open_accounts(ledger, settings, {*settings.accounts, *authenticator.accounts()})
         bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
         metrics.memory_bandwidth(bandwidth)
         tokenizers = await load_tokenizers(settings)
@@ -173,6 +173,9 @@ async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> N
     """
     try:
         await chore
+    except LedgerDown:
+        # Said by the ledger itself, in words, when it died.
+        lifecycle.fail(f"the {name} failed; see the log")
     except Exception as error:  # noqa: BLE001 - the last line of defence: the daemon stops
         _log.critical("the %s failed", name, exc_info=error)
         lifecycle.fail(f"the {name} failed; see the log")
@@ -209,6 +212,17 @@ async def _open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycl
         on_commit=metrics.ledger_committed,
         on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
     )
+
+
+async def _open_accounts(ledger: Ledger, settings: Settings, accounts: set[str]) -> None:
+    try:
+        for account in sorted(accounts):
+            await ledger.ensure_account(account, _terms(settings, account))
+    except LedgerDown as down:
+        # A client is only told that it is down; who starts the daemon has to know why.
+        if isinstance(down.__cause__, SageFedError):
+            raise down.__cause__ from None
+        raise
 
 
 def _metrics(settings: Settings, card: RateCard) -> Metrics:
@@ -251,5 +265,8 @@ def _prepare_state_dir(path: Path) -> None:
 def _announce(endpoint: Path, listen: Address, metrics: Address) -> None:
     """Write where we listen; renamed into place, so that no reader sees half of it."""
     fresh = endpoint.with_name(f"{endpoint.name}.new")
-    fresh.write_text(json.dumps({"listen": str(listen), "metrics": str(metrics)}))
-    fresh.replace(endpoint)
+    try:
+        fresh.write_text(json.dumps({"listen": str(listen), "metrics": str(metrics)}))
+        fresh.replace(endpoint)
+    except OSError as error:
+        raise ConfigError(f"state_dir: cannot write {endpoint}: {error.strerror}") from None
