@@ -57,6 +57,9 @@ def writable(path: Path) -> Iterator[tuple[apsw.Connection, OpenFiles]]:
             _require_no_book(path)
             _make(path)
         with contextlib.closing(apsw.Connection(str(path))) as db:
+            if db.readonly("main"):
+                # SQLite would only say so at the first write, when the daemon is up.
+                raise LedgerUnusable(f"the ledger {path} cannot be used: it may not be written")
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
             _configure(db)

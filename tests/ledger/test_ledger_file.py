@@ -285,3 +285,12 @@ async def test_a_file_whose_mode_cannot_be_changed_is_refused_in_words(
 
     with pytest.raises(LedgerUnusable, match=r"ledger\.db cannot be used: Operation not permitted"):
         await Ledger.open(made)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write what nobody may write")
+async def test_a_file_that_may_not_be_written_is_refused_in_words(made: Path) -> None:
+    """At the start, not at the first job."""
+    os.chmod(made, 0o400)  # noqa: PTH101 - nothing else runs on this loop
+
+    with pytest.raises(LedgerUnusable, match="may not be written"):
+        await Ledger.open(made)
