@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -34,7 +35,14 @@ class BarProgress:
 
     def log_handlers(self) -> list[logging.Handler]:
         """Log lines through the same console: printed beside it they would tear the bars."""
-        return [RichHandler(console=self._console, show_path=False, log_time_format="%X")]
+        return [
+            RichHandler(
+                console=self._console,
+                show_path=False,
+                log_time_format="%X",
+                highlighter=NullHighlighter(),
+            )
+        ]
 
     def tier_progress(self, tier: Tier, share: float, text: str) -> None:
         """Move the tier's bar."""

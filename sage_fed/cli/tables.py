@@ -14,10 +14,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from sage_fed.cli.render import printable
 
 _PLAIN_WIDTH = 160  # of a table that goes to a file or pipe: nothing is cut to a window there
+
+
+# Rich's own yellow, pink and blue each vanish on a light or on a dark background.
+_THEME = Theme(
+    {
+        "bar.complete": "none",
+        "log.time": "dim",
+        "logging.level.info": "none",
+        "progress.elapsed": "dim",
+    }
+)
 
 
 class _Console(Console):
@@ -33,13 +45,17 @@ class _Console(Console):
 
 def stdout_console() -> Console:
     """A console for tables: as wide as the terminal, or wide enough when piped."""
-    console = _Console(highlight=False)
-    return console if console.is_terminal else _Console(highlight=False, width=_PLAIN_WIDTH)
+    console = _Console(highlight=False, theme=_THEME)
+    return (
+        console
+        if console.is_terminal
+        else _Console(highlight=False, theme=_THEME, width=_PLAIN_WIDTH)
+    )
 
 
 def stderr_console() -> Console:
     """A console for what is about the command, not its output."""
-    return _Console(stderr=True)
+    return _Console(stderr=True, theme=_THEME)
 
 
 def plain_table(console: Console) -> Table:
