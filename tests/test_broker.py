@@ -14,8 +14,8 @@ from typing import Any
 
 import apsw
 import pytest
-from conftest import MODELS
 from fake_engine import WAIT_S, FakeEngine
+from surroundings import MODELS
 
 from sage_fed.broker import Broker, Encoder, JobStream, Planner
 from sage_fed.broker.output import Output

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from conftest import MODELS
+from surroundings import MODELS
 
 from sage_fed.core import Sampling, Tier, TierState, TierStatus
 from sage_fed.engine import Engine, EngineOptions, load_engine

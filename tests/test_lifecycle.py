@@ -16,10 +16,10 @@ from pathlib import Path
 import apsw
 import grpc
 import pytest
-from conftest import MODELS
 from daemon_process import DaemonProcess, serve_arguments
 from forked_daemon import ForkedProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from surroundings import MODELS
 
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving

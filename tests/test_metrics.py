@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import require_tool
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from surroundings import require_tool
 
 from sage_fed.core import (
     Finished,

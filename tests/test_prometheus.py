@@ -11,8 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from conftest import require_tool
 from daemon_process import DaemonProcess
+from surroundings import require_tool
 
 from sage_fed.client import Client
 from sage_fed.core import Tier

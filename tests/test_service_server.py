@@ -10,9 +10,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import require_tool
 from grpc_reflection.v1alpha import reflection_pb2
 from service_harness import TOKENS, WAIT_S, ScriptedJobs, ScriptedOperations, in_thread, serving
+from surroundings import require_tool
 
 from sage_fed.auth import Authenticator
 from sage_fed.client import Client
