@@ -134,7 +134,9 @@ def test_every_error_has_a_row_or_stays_inside() -> None:
     def below(kind: type[SageFedError]) -> set[type[SageFedError]]:
         return {kind}.union(*(below(child) for child in kind.__subclasses__()))
 
-    assert below(SageFedError) - {SageFedError} == status.TABLE.keys() | inside
+    # Other parts may derive errors of their own that never travel (the CLI does).
+    tree = {kind for kind in below(SageFedError) if kind.__module__ == errors.__name__}
+    assert tree - {SageFedError} == status.TABLE.keys() | inside
     assert set() == status.TABLE.keys() & inside
 
 
