@@ -1,6 +1,6 @@
-"""Trains the bundled pair from nothing: tokenizer, tactical model, strategic model.
+"""Trains the bundled pair from nothing: tokenizer, tactical model, and the strategic grown from it.
 
-    python bench/train_pair.py                  # both, about 60 minutes on 2 idle cores
+    python bench/train_pair.py                  # both, under 50 minutes on 2 cores
     python bench/train_pair.py --tier tactical  # one of them, on the same tokenizer
 
 Owns: the optimisation (Muon for the matrices, AdamW for the rest, warm-up, constant, linear decay),
@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -25,7 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from pair_data import NUM_EXAMPLES_PER_STEP, probe, training_step
+from pair_data import NUM_EXAMPLES_PER_STEP, MicroBatch, probe, training_step
+from pair_growth import grow
 from pair_model import SHAPES, PairModel, to_transformers, transformers_config
 from pair_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 from pair_workers import Crew, run_workers
@@ -43,25 +45,42 @@ RESULTS = REPOSITORY / "bench" / "results"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long and how fast one tier is trained."""
+    """How long and how fast one tier is trained.
 
-    num_steps: int
+    `schedule` gives the share of the peak learning rate at some steps, linear in between; the last
+    of them is the number of steps.
+    """
+
+    schedule: tuple[tuple[int, float], ...]
     matrix_lr: float
     other_lr: float
-    num_warmup_steps: int = 100
-    decay_share: float = 0.5
     weight_decay: float = 0.02
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps there are."""
+        return self.schedule[-1][0]
 
     def rate(self, step: int) -> float:
         """The share of the peak learning rate at a step."""
-        warmup = (step + 1) / self.num_warmup_steps
-        decay = (self.num_steps - step) / (self.num_steps * self.decay_share)
-        return min(1.0, warmup, decay)
+        for (start, low), (end, high) in pairwise(self.schedule):
+            if step <= end:
+                return low + (high - low) * (step - start) / (end - start)
+        raise AssertionError("a step beyond the schedule")
 
 
+# The tactical model's second rise is where its second phase of data begins (see `pair_data`).
 RECIPES = {
-    "tactical": Recipe(num_steps=4000, matrix_lr=5e-3, other_lr=5e-3),
-    "strategic": Recipe(num_steps=2000, matrix_lr=3e-3, other_lr=3e-3),
+    "tactical": Recipe(
+        ((-1, 0.0), (99, 1.0), (3000, 1.0), (4400, 0.533), (4500, 1.0), (5600, 1.0), (7400, 0.0)),
+        matrix_lr=4e-3,
+        other_lr=4e-3,
+    ),
+    "strategic": Recipe(
+        ((-1, 0.0), (99, 1.0), (700, 1.0), (1250, 0.45), (1560, 0.0)),
+        matrix_lr=2.5e-3,
+        other_lr=2e-3,
+    ),
 }
 
 
@@ -123,6 +142,8 @@ def save(model: PairModel, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
     )
     exported.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # the weights come out readable by their owner alone
 
 
 @dataclass(slots=True)
@@ -141,19 +162,30 @@ class Run:
         recipe = RECIPES[tier]
         self.recipe = replace(
             recipe,
-            num_steps=args.steps or recipe.num_steps,
+            schedule=_stretched(recipe.schedule, args.steps) if args.steps else recipe.schedule,
             matrix_lr=args.lr or recipe.matrix_lr,
             other_lr=args.other_lr or recipe.other_lr,
         )
         self.crew, self.tier, self.args = crew, tier, args
         self.tokenizer = train_tokenizer(args.seed)
         torch.manual_seed(args.seed)
-        self.model = PairModel(SHAPES[tier])
+        self.model = self._first_model()
         self.optims = optimizers(self.model, self.recipe, crew)
         self.peaks = [optim.param_groups[0]["lr"] for optim in self.optims]
         self.owned = matrices_by_owner(self.model, crew)
         self.progressed = Progressed()
         self.checkpoint = WORK / f"{tier}{args.label}.pt"
+
+    def _first_model(self) -> PairModel:
+        """The tactical model starts at random, the strategic one grows out of the tactical."""
+        if self.tier == "tactical":
+            return PairModel(SHAPES["tactical"])
+        source = WORK / f"tactical{self.args.label}.pt"
+        if not source.exists():
+            raise SystemExit("the strategic model grows out of the tactical: train that tier first")
+        small = PairModel(SHAPES["tactical"])
+        small.load_state_dict(torch.load(source, weights_only=True)["model"])
+        return grow(small, SHAPES[self.tier])
 
     def step(self) -> float:
         """One optimiser step; returns this worker's share of the loss."""
@@ -163,14 +195,13 @@ class Run:
         batches = training_step(self.tokenizer, self.tier, self.args.seed, self.progressed.step)
         total_weight = sum(batch.weights.sum().item() for batch in batches)
         share = 0.0
-        for index, batch in enumerate(batches):
-            self.progressed.num_tokens += batch.token_ids.numel()
-            if _snake(index, self.crew.num_workers) == self.crew.rank:
-                logits = self.model(batch.token_ids, batch.places)
-                losses = F.cross_entropy(logits, batch.targets, reduction="none")
-                loss = (losses * batch.weights).sum() / total_weight
-                loss.backward()
-                share += loss.item()
+        self.progressed.num_tokens += sum(batch.token_ids.numel() for batch in batches)
+        for batch in _shared_out(batches, self.crew.num_workers)[self.crew.rank]:
+            logits = self.model(batch.token_ids, batch.places)
+            losses = F.cross_entropy(logits, batch.targets, reduction="none")
+            loss = (losses * batch.weights).sum() / total_weight
+            loss.backward()
+            share += loss.item()
         self.crew.sum_gradients(list(self.model.parameters()))
         for optim in self.optims:
             optim.step()
@@ -203,10 +234,23 @@ class Run:
         self.progressed = Progressed(saved["step"], saved["num_tokens"], saved["elapsed_s"])
 
 
-def _snake(index: int, num_workers: int) -> int:
-    """Who takes the `index`-th micro-batch: 0 1 1 0 0 1 1 0, as later ones are longer."""
-    turn, place = divmod(index, num_workers)
-    return place if turn % 2 == 0 else num_workers - 1 - place
+def _stretched(
+    schedule: tuple[tuple[int, float], ...], num_steps: int
+) -> tuple[tuple[int, float], ...]:
+    """The same schedule over another number of steps."""
+    factor = num_steps / schedule[-1][0]
+    return tuple((round(step * factor) if step > 0 else step, rate) for step, rate in schedule)
+
+
+def _shared_out(batches: list[MicroBatch], num_workers: int) -> list[list[MicroBatch]]:
+    """Each worker's micro-batches: the largest first, each to whom has least so far."""
+    shares: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
+    num_tokens = [0] * num_workers
+    for batch in sorted(batches, key=lambda batch: -batch.token_ids.numel()):
+        worker = num_tokens.index(min(num_tokens))
+        shares[worker].append(batch)
+        num_tokens[worker] += batch.token_ids.numel()
+    return shares
 
 
 def _report(run: Run, console: Console, mean_loss: float, tokens_per_s: float) -> None:

@@ -6,6 +6,7 @@ Does not know: splits (they come from the content) or how a tokenizer cuts names
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from sage_fed.tasks.core import Family, Instance
@@ -27,9 +28,13 @@ def _draw_lookup(rng: Random, grade: int) -> Instance:
         ask, ask_plain, answer = f"Who has {colour}?", f"who has {colour}?", person
     else:
         ask, ask_plain, answer = f"What does {person} have?", f"what does {person} have?", colour
-    return Instance(
-        {"table": table, "ask": ask, "ask_plain": ask_plain}, answer, f"{sorted(rows)} {ask}"
-    )
+    operands = {"table": table, "ask": ask, "ask_plain": ask_plain}
+    return Instance(operands, answer, lookup_content(rows, ask))
+
+
+def lookup_content(rows: Sequence[tuple[str, str]], ask: str) -> str:
+    """What a lookup asks: the order of the table's rows does not matter."""
+    return f"{sorted(rows)} {ask}"
 
 
 def _draw_follow(rng: Random, grade: int) -> Instance:
@@ -48,7 +53,14 @@ def _draw_follow(rng: Random, grade: int) -> Instance:
         for slot, name in zip(slots, chain, strict=True):
             order[slot] = name
     listed = ", ".join(f"{name}={values[name]}" for name in order)
-    return Instance({"listed": listed, "name": chain[-1]}, digits[0], f"{chain[-1]} {listed}")
+    return Instance(
+        {"listed": listed, "name": chain[-1]}, digits[0], follow_content(chain[-1], listed)
+    )
+
+
+def follow_content(name: str, listed: str) -> str:
+    """What a question about a name asks."""
+    return f"{name} {listed}"
 
 
 def _draw_brackets(rng: Random, grade: int) -> Instance:

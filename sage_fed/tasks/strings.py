@@ -33,9 +33,13 @@ def _draw_sort(rng: Random, grade: int) -> Instance:
 def _draw_count(rng: Random, grade: int) -> Instance:
     letters = rng.sample(LETTERS, 3)
     word = _word(rng, ((3, 5), (6, 8), (9, 12), (13, 18))[grade - 1], letters)
-    return Instance(
-        {"word": word, "letter": letters[0]}, str(word.count(letters[0])), f"{letters[0]} {word}"
-    )
+    operands = {"word": word, "letter": letters[0]}
+    return Instance(operands, str(word.count(letters[0])), count_content(letters[0], word))
+
+
+def count_content(letter: str, word: str) -> str:
+    """What a count asks."""
+    return f"{letter} {word}"
 
 
 def _draw_pick(rng: Random, grade: int) -> Instance:
@@ -44,9 +48,13 @@ def _draw_pick(rng: Random, grade: int) -> Instance:
     place = rng.randint(1, min(len(word), 9))
     side = rng.choice(("left", "right"))
     answer = word[place - 1] if side == "left" else word[-place]
-    return Instance(
-        {"word": word, "place": str(place), "side": side}, answer, f"{side} {place} {word}"
-    )
+    operands = {"word": word, "place": str(place), "side": side}
+    return Instance(operands, answer, pick_content(side, str(place), word))
+
+
+def pick_content(side: str, place: str, word: str) -> str:
+    """What a pick asks."""
+    return f"{side} {place} {word}"
 
 
 def _draw_shift(rng: Random, grade: int) -> Instance:
