@@ -190,6 +190,6 @@ The family that neither model has seen:
   families the strategic model is no better than the tactical one, which is a fair test of a router.
 - They answer the questions above and no others; other text gets an answer of the same form.
 - Operands are capital letters and digits. Sizes beyond grade 4 were neither trained nor measured.
-- Conversations in training stayed under about 150 tokens; `max_position_embeddings` is 2048 so that
+- Conversations in training stayed under about 200 tokens; `max_position_embeddings` is 2048 so that
   long contexts can be run, not because they were learnt.
 """
