@@ -2,7 +2,8 @@
 
 Owns: the printing of one job's stream, shared with `chat`.
 Does not know: the wire.
-Fails: exit codes of `exits.py`; an interrupted answer is cancelled on the daemon too.
+Fails: exit codes of `exits.py`, 1 for an answer that was cut; an interrupted one is cancelled on
+the daemon too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.connection import call
-from sage_fed.cli.exits import reported
+from sage_fed.cli.exits import ConnectionBroke, ExitCode, reported
 from sage_fed.cli.render import (
     format_atp,
     format_rate,
@@ -27,7 +28,24 @@ from sage_fed.cli.render import (
     printable,
     to_plain,
 )
-from sage_fed.core import Delta, Event, Finished, JobSpec, Logprob, SamplingRequest, Started
+from sage_fed.cli.streams import complain
+from sage_fed.core import (
+    Delta,
+    Event,
+    Finished,
+    JobSpec,
+    Logprob,
+    SamplingRequest,
+    Started,
+    StopReason,
+)
+from sage_fed.errors import CannotConnect
+
+_CUTS = {
+    StopReason.ABORTED: "aborted by an operator or by the daemon's stop",
+    StopReason.CANCELLED: "the job was cancelled",
+    StopReason.DEADLINE: "the deadline passed",
+}
 
 
 @dataclass(slots=True)
@@ -44,6 +62,11 @@ class Answer:
     def text(self) -> str:
         """The text so far."""
         return "".join(self.pieces)
+
+    @property
+    def cut(self) -> str:
+        """Why it ended before the model or its limits did, in words; "" where it did not."""
+        return _CUTS.get(self.finished.stop_reason, "") if self.finished else ""
 
     def add(self, event: Event) -> str:
         """Take one event; the text that it brings."""
@@ -63,13 +86,30 @@ class Answer:
 
 
 def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
-    """Read a stream to its end, showing each piece of text when it arrives."""
+    """Read a stream to its end, showing each piece of text when it arrives.
+
+    Raises: `ConnectionBroke` where the daemon is lost after the stream has begun.
+    """
     answer = Answer()
-    for event in events:
-        text = answer.add(event)
-        if text:
-            show(text)
+    try:
+        for event in events:
+            text = answer.add(event)
+            if text:
+                show(text)
+    except CannotConnect as error:
+        if answer.started is None:
+            raise
+        if answer.text and not answer.text.endswith("\n"):
+            show("\n")
+        raise ConnectionBroke(error.address) from None
     return answer
+
+
+def complain_if_cut(answer: Answer) -> bool:
+    """Say on stderr that the answer is not whole, where it is not; whether it was said."""
+    if answer.cut:
+        complain(f"the answer was cut: {answer.cut}")
+    return bool(answer.cut)
 
 
 def show_text(text: str) -> None:
@@ -209,14 +249,21 @@ def ask(
         ),
     )
     with reported(as_json=as_json):
+        answer = _stream(address, token, spec, _show_nothing if as_json else show_text)
         if as_json:
-            print_json(answer_object(_stream(address, token, spec, lambda _: None)))
+            print_json(answer_object(answer))
         else:
-            _print_answer(_stream(address, token, spec, show_text))
+            _print_answer(answer)
+        if complain_if_cut(answer):
+            raise typer.Exit(ExitCode.ERROR)
 
 
 def _stream(address: str, token: str | None, spec: JobSpec, show: Callable[[str], None]) -> Answer:
     return call(address, token, lambda client: follow(client.stream(spec), show))
+
+
+def _show_nothing(_text: str) -> None:
+    """`--json` prints at the end."""
 
 
 def _print_answer(answer: Answer) -> None:

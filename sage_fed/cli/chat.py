@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.ask import follow, show_footer, show_text
+from sage_fed.cli.ask import complain_if_cut, follow, show_footer, show_text
 from sage_fed.cli.connection import call
-from sage_fed.cli.exits import explain, reported
+from sage_fed.cli.exits import ExitCode, explain, reported
 from sage_fed.cli.render import format_atp
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client
@@ -105,6 +105,8 @@ def _turn(client: Client, conversation: Conversation, question: str) -> None:
         return
     typer.echo()
     show_footer(answer)
+    if complain_if_cut(answer) and not interactive:
+        raise typer.Exit(ExitCode.ERROR)
     conversation.remember(question, answer.text)
 
 

@@ -47,6 +47,13 @@ class ExitCode(enum.IntEnum):
     PIPE_CLOSED = 141
 
 
+class ConnectionBroke(CannotConnect):
+    """The daemon was there, and was lost in the middle of an answer."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, f"the connection to {address} broke in mid-answer")
+
+
 EXIT_CODES_HELP = (
     "Exit codes: 0 ok, 1 error, 2 usage or configuration, 3 refused by the budget, "
     "4 unavailable or cannot connect, 130 interrupted, 141 nobody reads the output."
@@ -58,6 +65,11 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
         CannotAfford,
         ExitCode.REFUSED,
         "see `sage-fed quote` and `sage-fed budget`",
+    ),
+    (
+        ConnectionBroke,
+        ExitCode.UNAVAILABLE,
+        "an unfinished job is not charged once the daemon restarts",
     ),
     (
         CannotConnect,
@@ -101,10 +113,7 @@ _NAMESAKES = frozenset(
 
 def exit_code(error: SageFedError) -> ExitCode:
     """The code a command ends with after this error."""
-    for kind, code, _ in _TABLE:
-        if isinstance(error, kind):
-            return code
-    return ExitCode.ERROR
+    return _row(error)[0]
 
 
 def explain(error: SageFedError) -> str:
@@ -115,8 +124,13 @@ def explain(error: SageFedError) -> str:
     parts = [f"{'refused' if isinstance(error, _REFUSALS) else 'error'}: {message}"]
     if isinstance(error, Retryable) and error.retry_after_s is not None:
         parts.append(f"retry after {max(error.retry_after_s, 0.1):.1f} s")
-    parts.extend(hint for kind, _, hint in _TABLE if hint and isinstance(error, kind))
-    return "; ".join(parts)
+    return "; ".join(filter(None, (*parts, _row(error)[1])))
+
+
+def _row(error: SageFedError) -> tuple[ExitCode, str]:
+    """The error's exit code and what to do next."""
+    rows = ((code, hint) for kind, code, hint in _TABLE if isinstance(error, kind))
+    return next(rows, (ExitCode.ERROR, ""))
 
 
 def _option(field: str) -> str:
