@@ -548,6 +548,17 @@ def test_a_path_that_is_none_is_a_bad_request(
     assert [] == caplog.records
 
 
+def test_a_path_that_nobody_serves_is_not_found(metrics: Metrics) -> None:
+    """A health probe on the wrong path fails, instead of reading a page of metrics as health."""
+    with metrics.serve("127.0.0.1", 0) as server:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/healthz", timeout=10)
+        refused.value.close()
+        assert 404 == refused.value.code
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as page:
+            assert 200 == page.status
+
+
 def test_a_scrape_that_fails_says_so_in_the_log(
     metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -80,6 +80,7 @@ async def _run(settings: Settings, progress: StartProgress) -> int:
     async with _started(settings, lifecycle, progress) as parts:
         await lifecycle.wait_stopping()
         await _stop(settings, lifecycle, parts)
+    lifecycle.ignore_signals()
     _log.info("stopped")
     return lifecycle.exit_code
 
@@ -89,10 +90,15 @@ async def _started(
     settings: Settings, lifecycle: Lifecycle, progress: StartProgress
 ) -> AsyncIterator[_Parts]:
     """Build every part, and take down in reverse what was built."""
-    _prepare_state_dir(settings.state_dir)
     set_cpu_threads(settings.cpu_threads)
     card = await asyncio.to_thread(RateCard.load, settings.rate_card, settings.cards_dir)
     metrics = _metrics(settings, card)
+    # The device and the models' files before the books: a start that fails for want of either
+    # leaves nothing behind, no ledger and no account with the wrong profile's grant.
+    bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
+    metrics.memory_bandwidth(bandwidth)
+    tokenizers = await load_tokenizers(settings)
+    _prepare_state_dir(settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         ledger = await _open_ledger(settings, metrics, lifecycle)
         stack.push_async_callback(ledger.close)
@@ -101,9 +107,6 @@ async def _started(
             settings, mint_admin_token(settings.state_dir, settings.auth.anonymous_account)
         )
         await _open_accounts(ledger, settings, {*settings.accounts, *authenticator.accounts()})
-        bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
-        metrics.memory_bandwidth(bandwidth)
-        tokenizers = await load_tokenizers(settings)
         readiness = Readiness(settings, lifecycle, progress)
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},

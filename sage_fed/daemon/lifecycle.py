@@ -28,6 +28,16 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
 
+    def ignore_signals(self) -> None:
+        """Ignore them from now on: all is stopped, and a late one must not spoil the exit code.
+
+        The interpreter takes a moment to leave; a closed loop would restore the deadly default.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
     def drain(self, grace_s: float | None = None) -> None:
         """Ask for a stop once running jobs have ended; None is the setting's grace."""
         if not self._stopping.is_set():

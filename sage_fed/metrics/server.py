@@ -132,6 +132,9 @@ class ScrapeServer(socketserver.ThreadingTCPServer):
             _log.exception("a scrape failed")
 
 
+_PATHS = ("/", "/metrics")
+
+
 class _Handler(MetricsHandler):
     """The library's handler, which fails on requests that it does not expect."""
 
@@ -141,9 +144,13 @@ class _Handler(MetricsHandler):
         if not all(_NUMBERS.fullmatch(version) for version in versions):
             del self.headers["Accept"]
         try:
-            urlsplit(self.path)
+            path = urlsplit(self.path).path
         except ValueError:
             self.send_error(400)
+            return
+        if path not in _PATHS:
+            # A health probe on a path that nobody serves must not always pass.
+            self.send_error(404, "the metrics are at /metrics")
             return
         try:
             super().do_GET()
