@@ -34,7 +34,9 @@ def test_the_demo_shows_everything_and_balances(
     assert 0 == result.exit_code, result.output
     output = " ".join(result.stdout.split())
     expected = (
-        "ready on 127.0.0.1:", "auto_complex", "downgrade_max_cost", "refused: above_max_cost",
+        "ready on 127.0.0.1:", "the account starts with 2,0",
+        "refills 5 ATP/s; prompt tokens cost too",
+        "auto_complex", "downgrade_max_cost", "refused: above_max_cost",
         "sage_fed_time_to_first_token_seconds_count", "sage_fed_atp_charged_total",
         'sage_fed_cost_ratio{phase="decode",source="card"} 6.59', "books balance",
         "sage-fed serve --profile demo",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from sage_fed.cli import options, scrape
 from sage_fed.cli.demo_plan import plan
-from sage_fed.cli.demo_report import Outcome, print_outcomes
+from sage_fed.cli.demo_report import Outcome, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
 from sage_fed.cli.render import (
     atp_number,
@@ -202,6 +204,21 @@ def test_the_table_of_the_demo_fits_the_terminal(width: int) -> None:
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in page.getvalue().splitlines()]
     assert len(plan()) == sum(longest in line for line in lines)
     assert max(len(line) for line in lines) <= width
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_the_demo_tells_how_to_find_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, found: bool
+) -> None:
+    """Three commands; where the shell would not find `sage-fed`, first how to make it."""
+    if found:
+        (tmp_path / "sage-fed").touch(0o755)
+    monkeypatch.setitem(os.environ, "PATH", str(tmp_path))
+    page = io.StringIO()
+    print_next_steps(Console(file=page, width=200))
+    lines = page.getvalue().splitlines()
+    assert [True] * 3 == [line.startswith("  sage-fed ") for line in lines[-3:]]
+    assert ([] if found else ["  . .venv/bin/activate"]) == lines[:-3]
 
 
 def test_long_texts_break_between_words() -> None:

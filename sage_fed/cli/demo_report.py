@@ -1,12 +1,14 @@
 """What the demo prints about its requests and metrics.
 
-Owns: the outcome of a request, the table, the choice of series, the next commands.
+Owns: the outcome of a request, the account's terms, the table, the choice of series, the next
+commands.
 Does not know: the daemon, how a request is made.
 Fails: never.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from sage_fed.cli.demo_plan import DemoRequest
 from sage_fed.cli.render import atp_number, format_rate, format_seconds, printable
 from sage_fed.cli.scrape import samples
 from sage_fed.cli.tables import plain_table
+from sage_fed.core import UATP_PER_ATP, Budget
 from sage_fed.tasks import is_correct
 
 _SERIES = (
@@ -39,6 +42,9 @@ _WIDE_PROMPT, _NARROW_PROMPT = 25, 21
 
 _PHASES = (None, "decode")
 
+_WRONG = "wrong answers are expected of models this small: see sage_fed/models/MODEL_CARD.md"
+
+_ACTIVATE = ". .venv/bin/activate"
 _NEXT = (
     "sage-fed serve --profile demo",
     'sage-fed ask --tier strategic "What is 128 plus 345?"   # in another terminal',
@@ -75,6 +81,8 @@ def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
     answered = [outcome for outcome in outcomes if outcome.answer is not None]
     right = sum(outcome.correct for outcome in answered)
     console.print(f"\n{right} of {len(answered)} answers right", highlight=False)
+    if right < len(answered):
+        _plain(_WRONG, console)
 
 
 def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
@@ -106,10 +114,25 @@ def print_metrics(page: str, console: Console) -> None:
     for sample in samples(page):
         # The other phases' ratios are the same on this card: one says it.
         if sample.name in _SERIES and sample.value and sample.labels.get("phase") in _PHASES:
-            console.print(sample.line, highlight=False, markup=False, soft_wrap=True)
+            _plain(sample.line, console)
 
 
 def print_next_steps(console: Console) -> None:
-    """What to try now."""
-    for command in _NEXT:
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    """What to try now, and before it how to find `sage-fed` where the shell does not."""
+    preface = () if shutil.which("sage-fed") else (_ACTIVATE,)
+    for command in (*preface, *_NEXT):
+        _plain(f"  {command}", console)
+
+
+def print_terms(budget: Budget, console: Console) -> None:
+    """What the account starts with, so that the balances below can be followed."""
+    start = f"{budget.balance_uatp / UATP_PER_ATP:,.0f}"
+    refill = f"{budget.refill_uatp_per_s / UATP_PER_ATP:,g}"
+    _plain(
+        f"the account starts with {start} ATP and refills {refill} ATP/s; prompt tokens cost too",
+        console,
+    )
+
+
+def _plain(line: str, console: Console) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

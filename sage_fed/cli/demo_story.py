@@ -46,6 +46,7 @@ def run(state_dir: Path, console: Console) -> list[str]:
         endpoint = _wait_ready(daemon, console)
         _title(console, "2. questions that no model was trained on")
         with Client(endpoint.listen) as client:
+            demo_report.print_terms(client.budget(), console)
             outcomes = [_ask(client, request, console) for request in plan()]
         _title(console, "3. what each of them took")
         demo_report.print_outcomes(outcomes, console)
