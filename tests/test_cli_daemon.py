@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -145,6 +146,9 @@ def test_a_quote_costs_nothing(shell: Shell) -> None:
     kinds = {entry["kind"] for entry in _entries_since(shell, before)}
     assert kinds <= {"refill"}
     assert "would run on" in shell.run("quote", QUESTION).stdout
+    refused = shell.run("quote", QUESTION, "--max-cost", "0").stdout
+    assert "would be refused" in refused
+    assert "would run on" not in refused
 
 
 def _entries_since(shell: Shell, before: dict[str, object]) -> list[dict[str, object]]:
@@ -162,14 +166,19 @@ def test_a_job_is_in_the_books(shell: Shell) -> None:
     mine = [entry for entry in entries if entry["job_id"] == job_id]  # type: ignore[attr-defined]
     kinds = {entry["kind"] for entry in mine}
     assert {"hold", "settle"} <= kinds <= {"hold", "settle", "release"}
-    assert job_id in shell.run("ledger").stdout
+    output = shell.run("ledger").stdout
+    assert job_id in output
+    assert {"held", "spent"} <= set(output.split())
+    assert {"charged", "discharged"}.isdisjoint(output.split())
 
 
 def test_the_budget(shell: Shell) -> None:
     """Balance, capacity and refill of the caller's account."""
     body = shell.json("budget")
     assert ("local", 5_000_000_000) == (body["account"], body["capacity_uatp"])
-    assert "5,000.00 ATP" in shell.run("budget").stdout
+    output = shell.run("budget").stdout
+    assert "5,000.00 ATP" in output
+    assert re.search(r"^spent +[\d,.]+ ATP \(as ADP\)$", output, re.MULTILINE)
 
 
 def test_models_and_status(shell: Shell) -> None:

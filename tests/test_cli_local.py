@@ -168,6 +168,8 @@ def test_an_error_for_a_program() -> None:
         ("ask", "x", "--tier", "huge"),
         ("ask", "x", "--complexity", "3"),
         ("ask", "-"),
+        ("ask", ""),
+        ("quote", " "),
         ("serve", "--set", "nothing"),
         ("frobnicate",),
     ],
@@ -175,6 +177,12 @@ def test_an_error_for_a_program() -> None:
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     """What cannot be understood is refused before anybody is asked."""
     assert 2 == run(*arguments, stdin="").exit_code
+
+
+@pytest.mark.parametrize("words", [("",), (" \n",), ("-",)])
+def test_an_empty_question_is_no_prompt(words: tuple[str, ...]) -> None:
+    """Given or piped in, nothing to ask is said in the same words."""
+    assert "no prompt" in run("ask", *words, stdin="").stderr
 
 
 def test_admin_says_where_it_looked_for_the_token(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ the daemon too.
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -121,7 +121,7 @@ def show_text(text: str) -> None:
 def show_footer(answer: Answer) -> None:
     """Say on a terminal's stderr how the answer was made and what it cost."""
     if sys.stderr.isatty():
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        width = shutil.get_terminal_size().columns
         for line in footer(answer, width):
             typer.secho(line, err=True, dim=True)
 

@@ -29,6 +29,9 @@ from sage_fed.cli.serve import effective
 from sage_fed.core import ModelStatus, Quote, Route, SamplingRequest, TierLoad
 from sage_fed.ledger import check
 
+_BOOKS = {"charged": "available", "discharged": "spent"}
+"""What a person reads for a book of the ledger."""
+
 
 def quote(
     words: Annotated[list[str] | None, options.PROMPT] = None,
@@ -79,12 +82,12 @@ def _print_quote(answer: Quote) -> None:
     typer.echo()
     decision = answer.decision
     if isinstance(decision, Route):
-        chosen = f"{decision.tier.value} ({decision.reason})"
+        verdict = ("would run on", f"{decision.tier.value} ({decision.reason})")
     else:
-        chosen = f"refused ({decision.reason}): {decision.message}"
+        verdict = ("would be refused", f"{decision.message} ({decision.reason})")
     print_fields(
         (
-            ("would run on", chosen),
+            verdict,
             ("tokens", f"{answer.prompt_tokens} prompt + {answer.max_new_tokens} new at most"),
             ("balance", format_atp(answer.balance_uatp)),
             ("rate card", answer.rate_card),
@@ -109,7 +112,7 @@ def budget(
                 ("account", books.account),
                 ("balance", format_atp(books.balance_uatp)),
                 ("held", format_atp(books.held_uatp)),
-                ("spent", f"{atp_number(books.discharged_uatp)} ADP"),
+                ("spent", f"{format_atp(books.discharged_uatp)} (as ADP)"),
                 ("capacity", format_atp(books.capacity_uatp)),
                 ("refill", f"{format_atp(books.refill_uatp_per_s)}/s"),
                 ("strategic floor", format_atp(books.strategic_floor_uatp)),
@@ -158,7 +161,7 @@ def list_entries(
                     _local_time(entry.time_ns),
                     entry.kind.value,
                     atp_number(entry.amount_uatp),
-                    entry.credit,
+                    _BOOKS.get(entry.credit, entry.credit),
                     entry.job_id or "-",
                 )
                 for entry in entries

@@ -125,12 +125,15 @@ def read_prompt(words: list[str] | None) -> str:
 
 def _given_prompt(words: list[str] | None) -> str:
     if words and words != ["-"]:
-        return " ".join(words)
+        text = " ".join(words)
+        if not text.strip():
+            raise typer.BadParameter("no prompt", param_hint="prompt")
+        return text
     if not words and sys.stdin.isatty():
         raise typer.BadParameter("say what to ask, or pipe it in", param_hint="prompt")
     text = sys.stdin.read().strip()
     if not text:
-        raise typer.BadParameter("stdin holds no prompt", param_hint="prompt")
+        raise typer.BadParameter("no prompt", param_hint="prompt")
     return text
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,7 +136,7 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     indent = max(len(name) for name, _ in fields) + 2
     width = 0
     if sys.stdout.isatty():
-        width = os.get_terminal_size(sys.stdout.fileno()).columns - indent
+        width = shutil.get_terminal_size().columns - indent
     for name, value in fields:
         for index, line in enumerate(between_words(value, width)):
             typer.echo(f"{'' if index else name:<{indent}}{line}")

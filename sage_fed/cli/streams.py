@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -85,7 +86,7 @@ def complain(line: str) -> None:
     """Write one line to stderr; a terminal gets it broken between words."""
     width = 0
     if sys.stderr.isatty():
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        width = shutil.get_terminal_size().columns
     print("\n".join(between_words(line, width)), file=sys.stderr, flush=True)
 
 
