@@ -140,6 +140,20 @@ def test_an_error_is_one_line_with_a_way_on(
     assert "\n" not in line
 
 
+def test_advice_is_given_once_and_in_options() -> None:
+    """A sentence that says how long to wait is not repeated, and names what a person can type."""
+    error = CannotAfford(
+        "above its max_cost_uatp of 1 ATP; wait 2.0 s for the refill",
+        account="a", reason="CANNOT_AFFORD", retry_after_s=2.0,
+    )  # fmt: skip
+    expected = (
+        "refused: above its --max-cost of 1 ATP; wait 2.0 s for the refill; "
+        "see `sage-fed quote` and `sage-fed budget`"
+    )
+    assert expected == explain(error)
+    assert explain(QueueFull.of_tier("tactical", 9, 1.0)).endswith("; retry after 1.0 s")
+
+
 def test_an_error_for_a_program_has_its_fields() -> None:
     """`--json` gives the stable reason, and the delay as a number."""
     error = CannotAfford("no", account="a", reason="MAX_COST", retry_after_s=1.5)

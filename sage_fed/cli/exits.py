@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import re
 import sys
 from collections.abc import Iterator
 
@@ -103,6 +104,7 @@ _OPTIONS = {
     "max_cost_uatp": "--max-cost",
     "top_logprobs": "--logprobs",
 }
+_SPOKEN = {"max_cost_uatp": "--max-cost", "allow_downgrade": "--allow-downgrade"}
 _NAMESAKES = frozenset(
     {
         "address", "complexity", "max_new_tokens", "min_p", "repetition_penalty", "seed", "stop",
@@ -121,10 +123,19 @@ def explain(error: SageFedError) -> str:
     message = error.message
     if isinstance(error, InvalidField):
         message = f"{_option(error.field)}: {error.description}"
+    message = as_options(message)
     parts = [f"{'refused' if isinstance(error, _REFUSALS) else 'error'}: {message}"]
-    if isinstance(error, Retryable) and error.retry_after_s is not None:
+    told = re.search(r"\bwait [\d.]+ s\b", message)
+    if isinstance(error, Retryable) and error.retry_after_s is not None and not told:
         parts.append(f"retry after {max(error.retry_after_s, 0.1):.1f} s")
     return "; ".join(filter(None, (*parts, _row(error)[1])))
+
+
+def as_options(sentence: str) -> str:
+    """The daemon's sentence with the options of the command line instead of the wire's fields."""
+    for name, option in _SPOKEN.items():
+        sentence = sentence.replace(name, option)
+    return sentence
 
 
 def _row(error: SageFedError) -> tuple[ExitCode, str]:

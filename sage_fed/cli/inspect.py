@@ -14,7 +14,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.connection import call
-from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, as_options, reported
 from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.render import (
     atp_number,
@@ -84,7 +84,7 @@ def _print_quote(answer: Quote) -> None:
     if isinstance(decision, Route):
         verdict = ("would run on", f"{decision.tier.value} ({decision.reason})")
     else:
-        verdict = ("would be refused", f"{decision.message} ({decision.reason})")
+        verdict = ("would be refused", f"{as_options(decision.message)} ({decision.reason})")
     print_fields(
         (
             verdict,
