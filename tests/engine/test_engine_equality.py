@@ -181,8 +181,6 @@ def test_a_contradictory_chunk_is_a_bug(engine_of: Engines, chunk: Chunk, proble
 def test_the_bundled_pair_answers_as_transformers_does(name: str) -> None:
     """Both shipped models, batched, give the tokens that `generate` gives in fp32."""
     path = BUNDLED / name
-    if not (path / "model.safetensors").is_file():
-        pytest.skip(f"{name} is not bundled yet")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     source = Checkpoint(path, model)
     options = EngineOptions(model=str(path), kv_cache_bytes=1 << 25, max_context_tokens=256)
