@@ -41,6 +41,7 @@ from transformers import (
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import PRECISIONS as PRECISION_TYPES
 from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine.forward import TorchForward
 from sage_fed.scheduler import Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import Drawn
 
@@ -235,10 +236,10 @@ def ragged(
 
 def poison(engine: Engine) -> None:
     """NaN in every slot of the cache: whoever reads what it has not written shows it."""
-    decoder = engine._decoder  # noqa: SLF001 - nobody else should be able to
-    assert decoder is not None
+    forward = engine._forward  # noqa: SLF001 - nobody else should be able to
+    assert isinstance(forward, TorchForward)
     with torch.inference_mode():
-        decoder._cache._pool.fill_(math.nan)  # noqa: SLF001
+        forward._decoder._cache._pool.fill_(math.nan)  # noqa: SLF001
 
 
 def reference_logits(

@@ -41,7 +41,7 @@ def reference(spec: SequenceSpec) -> list[int]:
 
 
 def info() -> ModelInfo:
-    return ModelInfo("fake", "", "FakeForCausalLM", 1, "fp32", "cpu", 1, 1, 1, 0.0)
+    return ModelInfo("fake", "", "FakeForCausalLM", 1, "fp32", "torch", "cpu", 1, 1, 1, 1, 0.0)
 
 
 class Clock:

@@ -91,8 +91,8 @@ LOADS = (
 )
 MODELS = (
     ModelStatus(
-        Tier.TACTICAL, TierState.READY, "demo-tactical", "", "bf16", "cpu", "Qwen2ForCausalLM",
-        600_000, 1_200_000, 2**20, 1024, 512, 0.5, 1.0, 1_000_000,
+        Tier.TACTICAL, TierState.READY, "demo-tactical", "", "bf16", "cpu", "native",
+        "Qwen2ForCausalLM", 600_000, 1_200_000, 2**20, 1024, 512, 0.5, 1.0, 1_000_000,
     ),
     ModelStatus(
         Tier.STRATEGIC, TierState.FAILED, "Qwen/Qwen2.5-7B-Instruct", "a" * 40, "bf16", "cuda:0",

@@ -49,10 +49,12 @@ INFO = ModelInfo(
     architecture="Qwen2ForCausalLM",
     parameters=10,
     precision="bf16",
+    kernels="native",
     device="cpu",
     weight_bytes=1200,
     step_bytes=1000,
     kv_cache_bytes=500,
+    kv_token_bytes=8,
     load_s=2.5,
 )
 
@@ -337,7 +339,9 @@ def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
     """A reloaded model replaces the old description instead of joining it."""
     metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
     metrics.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
-    changed = ModelInfo("new", "", "LlamaForCausalLM", 10, "fp16", "cpu", 2000, 1900, 600, 3.5)
+    changed = ModelInfo(
+        "new", "", "LlamaForCausalLM", 10, "fp16", "torch", "cpu", 2000, 1900, 600, 8, 3.5
+    )
     metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
 
     described = {

@@ -223,7 +223,7 @@ def models(
                     (model.tier.value, model.name + (f"@{model.revision}" * bool(model.revision))),
                     ("  state", state),
                     ("  architecture", f"{model.architecture}, {model.parameters:,} parameters"),
-                    ("  precision", f"{model.precision} on {model.device}"),
+                    ("  precision", f"{model.precision} on {model.device}{_kernels(model)}"),
                     (
                         "  memory",
                         f"{format_bytes(model.weight_bytes)} weights, {_kv_cache(model)}",
@@ -278,6 +278,10 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
         ],
         right=("running", "waiting", "KV tokens", "step", "prefill tok/s"),
     )
+
+
+def _kernels(model: ModelStatus) -> str:
+    return f", {model.kernels} kernels" if model.kernels else ""
 
 
 def _kv_cache(model: ModelStatus) -> str:

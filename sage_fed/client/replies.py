@@ -194,6 +194,7 @@ def model_of(model: model_pb2.Model) -> core.ModelStatus:
         name=model.name,
         revision=model.revision,
         precision=model.precision,
+        kernels=model.kernels,
         device=model.device,
         architecture=model.architecture,
         parameters=model.parameters,

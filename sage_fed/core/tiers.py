@@ -42,7 +42,9 @@ class GenerationDefaults:
 class ModelInfo:
     """A loaded model, as operators and clients see it; `revision` "" for a local directory.
 
+    `kernels` says whose code computes a step: "torch", or "native" for our own on the CPU.
     `step_bytes` are the weights that one decode step reads: all but an embedding of its own.
+    `kv_token_bytes` are what a step reads of the cache for each token that it attends to.
     """
 
     name: str
@@ -50,10 +52,12 @@ class ModelInfo:
     architecture: str
     parameters: int
     precision: str
+    kernels: str
     device: str
     weight_bytes: int
     step_bytes: int
     kv_cache_bytes: int
+    kv_token_bytes: int
     load_s: float
 
 
@@ -99,6 +103,7 @@ class ModelStatus:
     revision: str
     precision: str
     device: str
+    kernels: str = ""
     architecture: str = ""
     parameters: int = 0
     weight_bytes: int = 0

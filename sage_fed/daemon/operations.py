@@ -73,6 +73,7 @@ class Operations:
             revision=settings.revision or "",
             precision=settings.precision,
             device=self._settings.device,
+            kernels=info.kernels if info else "",
             architecture=info.architecture if info else "",
             parameters=info.parameters if info else 0,
             weight_bytes=info.weight_bytes if info else 0,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from sage_fed.core import GenerationDefaults, ModelInfo
-from sage_fed.engine.batch import BatchBuilder
-from sage_fed.engine.decoder import Decoder
+from sage_fed.engine.forward import Forward
 from sage_fed.engine.sampling import choose
 from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.steps import Drawn, Step
@@ -29,8 +28,7 @@ class Engine:
         self,
         *,
         info: ModelInfo,
-        decoder: Decoder,
-        batches: BatchBuilder,
+        forward: Forward,
         device: torch.device,
         num_blocks: int,
         max_context_tokens: int,
@@ -42,8 +40,7 @@ class Engine:
         self.max_context_tokens = max_context_tokens
         self.eos_token_ids = eos_token_ids
         self.defaults = defaults
-        self._decoder: Decoder | None = decoder
-        self._batches = batches
+        self._forward: Forward | None = forward
         self._device = device
 
     @torch.inference_mode()
@@ -55,9 +52,9 @@ class Engine:
         Raises:
             DeviceOutOfMemory: the step did not fit; the cache is as good as before.
         """
-        assert self._decoder is not None, "a closed engine was asked to run"
+        assert self._forward is not None, "a closed engine was asked to run"
         try:
-            return self._run(self._decoder, step)
+            return self._run(self._forward, step)
         except torch.OutOfMemoryError as error:
             num_chunks = len(step.chunks)
             raise DeviceOutOfMemory(
@@ -67,21 +64,18 @@ class Engine:
 
     def close(self) -> None:
         """Free the device's memory; the engine cannot be used afterwards."""
-        self._decoder = None
+        self._forward = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, decoder: Decoder, step: Step) -> tuple[Drawn, ...]:
-        batch = self._batches.build(step.chunks)
-        hidden = decoder.forward(batch)
-        if not batch.draws:
+    def _run(self, forward: Forward, step: Step) -> tuple[Drawn, ...]:
+        forwarded = forward.run(step.chunks)
+        if forwarded.logits is None:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # or the step's time would be a lie
             return ()
-        if batch.rows is not None:
-            hidden = hidden.index_select(0, batch.rows)
-        chosen = choose(decoder.logits(hidden), batch.draws)
-        drawn = sorted(zip(batch.drawing, chosen, strict=True), key=lambda pair: pair[0])
+        chosen = choose(forwarded.logits, forwarded.draws)
+        drawn = sorted(zip(forwarded.drawing, chosen, strict=True), key=lambda pair: pair[0])
         return tuple(
             Drawn(step.chunks[index].seq_id, token_id, logprob)
             for index, (token_id, logprob) in drawn

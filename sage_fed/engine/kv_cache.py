@@ -15,9 +15,14 @@ from sage_fed.errors import ModelLoadError
 from sage_fed.steps import BLOCK_SIZE
 
 
+def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take over all layers."""
+    return spec.num_layers * spec.kv_width * dtype.itemsize
+
+
 def bytes_per_block(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Bytes that one block takes over all layers."""
-    return BLOCK_SIZE * spec.num_layers * spec.kv_width * dtype.itemsize
+    return BLOCK_SIZE * bytes_per_token(spec, dtype)
 
 
 def blocks_in_budget(

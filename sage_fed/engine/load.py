@@ -20,8 +20,9 @@ from sage_fed.engine.batch import BatchBuilder
 from sage_fed.engine.checkpoint import locate, stream_weights
 from sage_fed.engine.decoder import Decoder
 from sage_fed.engine.engine import Engine
+from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.generation import read_generation
-from sage_fed.engine.kv_cache import KVCache, blocks_in_budget
+from sage_fed.engine.kv_cache import KVCache, blocks_in_budget, bytes_per_token
 from sage_fed.engine.linear import DenseFormat
 from sage_fed.engine.rotary import rotary_table
 from sage_fed.engine.weights import WeightsBuilder
@@ -81,7 +82,13 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
         raise ModelLoadError(f"model {name}: {error.message}") from error
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(f"model {name}: {device} has not enough memory for it") from error
-    heads = Heads(spec.num_heads, spec.num_kv_heads)
+    batches = BatchBuilder(
+        Heads(spec.num_heads, spec.num_kv_heads),
+        vocab_size=spec.vocab_size,
+        max_context_tokens=context,
+        dtype=dtype,
+        device=device,
+    )
     engine = Engine(
         info=ModelInfo(
             name=name,
@@ -89,20 +96,15 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
             architecture=spec.architecture,
             parameters=weights.parameters,
             precision=options.precision,
+            kernels="torch",
             device=str(device),
             weight_bytes=weights.nbytes,
             step_bytes=weights.step_nbytes,
             kv_cache_bytes=cache.nbytes,
+            kv_token_bytes=bytes_per_token(spec, dtype),
             load_s=time.monotonic() - began,
         ),
-        decoder=Decoder(spec, weights, cache, rotary),
-        batches=BatchBuilder(
-            heads,
-            vocab_size=spec.vocab_size,
-            max_context_tokens=context,
-            dtype=dtype,
-            device=device,
-        ),
+        forward=TorchForward(batches, Decoder(spec, weights, cache, rotary)),
         device=device,
         num_blocks=num_blocks,
         max_context_tokens=context,

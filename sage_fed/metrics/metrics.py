@@ -236,7 +236,10 @@ class Metrics:
         series, name = self._engines, tier.value
         if tier in self._model_labels:
             series.model.remove(*self._model_labels[tier])
-        labels = (info.name, info.revision, info.architecture, info.precision, info.device)
+        labels = (
+            *(info.name, info.revision, info.architecture),
+            *(info.precision, info.kernels, info.device),
+        )
         self._model_labels[tier] = (name, *labels)
         series.model.labels(name, *labels).set(1)
         series.load_seconds.labels(name).set(info.load_s)

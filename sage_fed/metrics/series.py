@@ -239,7 +239,7 @@ class EngineSeries:
         self.model = make.gauge(
             "model_info",
             "Always 1; the model of a tier.",
-            *("tier", "name", "revision", "architecture", "precision", "device"),
+            *("tier", "name", "revision", "architecture", "precision", "kernels", "device"),
         )
         self._start_at_zero()
 

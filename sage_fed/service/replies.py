@@ -180,6 +180,7 @@ def model_of(model: core.ModelStatus) -> model_pb2.Model:
         architecture=model.architecture,
         parameters=model.parameters,
         precision=model.precision,
+        kernels=model.kernels,
         device=model.device,
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=model.kv_cache_bytes,

@@ -30,7 +30,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message")
+    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class Model(_message.Message):
     LOAD_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     DECODE_UATP_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     name: str
@@ -63,7 +64,8 @@ class Model(_message.Message):
     load_progress: float
     decode_uatp: int
     message: str
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    kernels: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -125,7 +125,7 @@ def test_what_a_block_held_before_cannot_reach_its_next_owner(
     options = EngineOptions(model=str(source.path), kv_cache_bytes=1 << 20)
     engine = load_engine(options, lambda _: None)
     with torch.inference_mode():
-        engine._decoder._cache._pool.fill_(float("nan"))
+        engine._forward._decoder._cache._pool.fill_(float("nan"))
     driver = Driver(engine)
     for seq_id, length in enumerate((3, 40)):
         driver.add(seq_id, prompt_of(length), 30, pieces=[2, 20])

@@ -1,0 +1,55 @@
+"""The seam between a step and what computes it: chunks in, logits of the wanted rows out.
+
+Owns the words (`Forward`, `Forwarded`) and torch's way of doing it, on any device.
+Knows nothing of sampling, sequences or time. Fails with torch's own out-of-memory error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sage_fed.engine.batch import BatchBuilder
+from sage_fed.engine.decoder import Decoder
+from sage_fed.steps import Chunk, Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What a pass over a step's chunks has left to choose from.
+
+    `logits` is [len(draws), valid ids] of a floating type, or None where no chunk has a draw.
+    `drawing[i]` is the index, in the step, of the chunk that `draws[i]` belongs to.
+    """
+
+    logits: torch.Tensor | None
+    draws: tuple[Draw, ...]
+    drawing: tuple[int, ...]
+
+
+class Forward(Protocol):
+    """One model's forward pass and its KV cache, on one device."""
+
+    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
+        """Queue or do the pass, extending the cache; results may still be on their way."""
+
+
+class TorchForward:
+    """The pass as torch operations, on whatever device the weights are."""
+
+    def __init__(self, batches: BatchBuilder, decoder: Decoder) -> None:
+        self._batches = batches
+        self._decoder = decoder
+
+    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
+        """Run; see `Forward`."""
+        batch = self._batches.build(chunks)
+        hidden = self._decoder.forward(batch)
+        if not batch.draws:
+            return Forwarded(None, (), ())
+        if batch.rows is not None:
+            hidden = hidden.index_select(0, batch.rows)
+        return Forwarded(self._decoder.logits(hidden), batch.draws, batch.drawing)
