@@ -92,6 +92,12 @@ class TierUnavailable(Retryable):
     reason = "TIER_UNAVAILABLE"
 
 
+class DeviceBusy(Retryable):
+    """A measurement found no idle moment on the device: live jobs go first."""
+
+    reason = "DEVICE_BUSY"
+
+
 class DeadlineInfeasible(SageFedError):
     """The worst case takes longer than the deadline; nothing was held."""
 

@@ -58,6 +58,11 @@ class Step:
         """Tokens fed to the model in this step."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens in the KV cache that the chunks attend to, their own included."""
+        return sum(chunk.start + len(chunk.token_ids) for chunk in self.chunks)
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -81,7 +86,8 @@ class StepReport:
     """What was done by one step, or by several of a kind where the event loop had stalled.
 
     `num_prefill_tokens` and `num_decode_tokens` are tokens fed to the model, `num_sequences`
-    the sum of the steps' batch sizes, `elapsed_s` the device's time.
+    the sum of the steps' batch sizes, `elapsed_s` the device's time. `num_context_tokens` are
+    the tokens in the KV cache that the steps' sequences attended to, their own included.
     """
 
     tier: Tier
@@ -92,6 +98,7 @@ class StepReport:
     num_sequences: int
     elapsed_s: float
     out_of_memory: bool = False
+    num_context_tokens: int = 0
 
 
 class Engine(Protocol):

@@ -19,6 +19,7 @@ from sage_fed.errors import DeviceOutOfMemory, SageFedError
 from sage_fed.executor.handover import Handover, Opened
 from sage_fed.executor.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
 from sage_fed.executor.loader import close_engine
+from sage_fed.executor.probe import Probe, ProbeDesk
 from sage_fed.scheduler import Ended, EndReason, Outcome, Scheduler
 from sage_fed.steps import Engine, Step, StepKind, StepReport
 
@@ -54,6 +55,7 @@ class DeviceThread:
         self._inbox = inbox
         self._handover = handover
         self._scheduler = scheduler
+        self._probes = ProbeDesk(scheduler, self._publish)
         self._clock = clock
         self._engines: dict[Tier, Engine] = {}
         self._steps_done = 0
@@ -78,7 +80,8 @@ class DeviceThread:
     def _serve(self) -> EndReason:
         while True:
             ended: list[Ended] = []
-            messages = self._inbox.take(wait=not self._scheduler.has_work)
+            idle = not (self._scheduler.has_work or self._probes.has_work)
+            messages = self._inbox.take(wait=idle)
             for message in messages:
                 ended += self._handle(message)
             if any(isinstance(message, Stop) for message in messages):
@@ -86,6 +89,8 @@ class DeviceThread:
                 self._end_all(ended)
                 return EndReason.SHUTDOWN
             self._beat(busy=True)
+            if self._scheduler.has_work:
+                self._probes.step_aside()
             step = self._scheduler.next_step(self._clock())
             # Before the endings are told and before the step takes its time: who reads the load
             # after an ending finds its blocks free, and places in the queue are free at once.
@@ -94,7 +99,9 @@ class DeviceThread:
                 self._handover.post(ended=ended)
             if step is not None:
                 self._run(step)
-            self._beat(busy=self._scheduler.has_work)
+            elif self._probes.has_work:
+                self._run_probe()
+            self._beat(busy=self._scheduler.has_work or self._probes.has_work)
 
     def _handle(self, message: Message) -> tuple[Ended, ...]:
         if isinstance(message, Submit):
@@ -107,6 +114,8 @@ class DeviceThread:
             return self._scheduler.cancel(message.seq_id, self._clock())
         elif isinstance(message, OpenTier):
             self._open(message)
+        elif isinstance(message, Probe):
+            self._probes.add(message)
         return ()
 
     def _open(self, message: OpenTier) -> None:
@@ -149,6 +158,23 @@ class DeviceThread:
             report=_report(step, outcome, elapsed_s, memory_short=memory_short),
         )
 
+    def _run_probe(self) -> None:
+        """Run one step that serves nobody; nothing of it is reported but its time."""
+        step = self._probes.next_step()
+        if step is None:
+            return
+        begun_s = self._clock()
+        try:
+            self._engines[step.tier].run(step)
+        except DeviceOutOfMemory as error:
+            self._probes.fail(error)
+        except Exception:  # as for live work
+            logger.exception("the %s tier's engine is broken", step.tier.value)
+            self._break(step.tier)
+        else:
+            self._steps_done += 1
+            self._probes.note(self._clock() - begun_s)
+
     def _break(self, tier: Tier) -> None:
         engine = self._engines.pop(tier)
         info = engine.info
@@ -158,6 +184,7 @@ class DeviceThread:
         self._handover.post(
             ended=ended, status=TierStatus(tier, TierState.FAILED, 0.0, info, message)
         )
+        self._probes.close_tier(tier, "failed")
         close_engine(engine)
 
     def _end_all(self, ended: list[Ended]) -> None:
@@ -176,6 +203,9 @@ class DeviceThread:
         for message in unread:
             if isinstance(message, OpenTier):
                 close_engine(message.engine)
+            elif isinstance(message, Probe):
+                self._probes.add(message)
+        self._probes.close()
         for engine in self._engines.values():
             close_engine(engine)
 
@@ -208,6 +238,7 @@ def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: boo
         num_sequences=len(step.chunks),
         elapsed_s=elapsed_s,
         out_of_memory=memory_short,
+        num_context_tokens=step.num_context_tokens,
     )
 
 

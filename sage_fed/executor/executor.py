@@ -17,14 +17,15 @@ from dataclasses import replace
 from typing import Protocol
 
 from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
-from sage_fed.errors import TierUnavailable
+from sage_fed.errors import DeviceBusy, TierUnavailable
 from sage_fed.executor.device import DeviceThread, Heartbeat
 from sage_fed.executor.handover import Handover, Opened, Parcel
 from sage_fed.executor.inbox import Cancel, Inbox, Stop, Submit
 from sage_fed.executor.loader import Loader, TierSetup
+from sage_fed.executor.probe import Probe
 from sage_fed.executor.stream import TokenStream
 from sage_fed.scheduler import Ended, EndReason, Scheduler, SequenceSpec
-from sage_fed.steps import StepReport
+from sage_fed.steps import Step, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Executor:
         self._clock = clock
         self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
         self._streams: dict[int, TokenStream] = {}
+        self._probes: set[Probe] = set()
         self._statuses = {tier: TierStatus(tier, TierState.LOADING) for tier in self._setups}
         self._opened: dict[Tier, Opened] = {}
         self._news = asyncio.Event()
@@ -124,6 +126,36 @@ class Executor:
             stream.cancel_asked = True
             self._inbox.post(Cancel(seq_id))
         return True
+
+    async def probe(self, steps: Sequence[Step], timeout_s: float) -> tuple[float, ...]:
+        """Run steps that serve nobody and return the device's seconds of each.
+
+        They run one after the other while no live sequence has work. Where one comes, it goes
+        first, and the steps are run again from the first when it has ended. A chunk's `blocks`
+        number blocks that are reserved for this call, from 0, and given back however it ends.
+
+        Raises:
+            TierUnavailable: a tier does not serve, or ceases to.
+            DeviceOutOfMemory: a step did not fit the device.
+            DeviceBusy: live work left no time for all the steps within `timeout_s`.
+        """
+        probe = Probe(steps)
+        for tier, num_blocks in probe.num_blocks.items():
+            opened, status = self._opened.get(tier), self._statuses.get(tier)
+            if status is None or status.state is not TierState.READY or opened is None:
+                raise _unavailable(tier, status)
+            assert num_blocks <= opened.limits.num_blocks, "more blocks than the tier has"
+        if not self._inbox.post(probe):
+            raise _unavailable(steps[0].tier, None)
+        self._probes.add(probe)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.wrap_future(probe.done)
+        except TimeoutError:
+            raise DeviceBusy("live jobs kept the device busy; calibrate when it is idle") from None
+        finally:
+            probe.done.cancel()
+            self._probes.discard(probe)
 
     async def abort_all(self) -> None:
         """Cancel every live sequence and wait until all have ended."""
@@ -189,6 +221,8 @@ class Executor:
 
     def _drain(self) -> None:
         self._draining = True
+        for probe in self._probes:
+            probe.end(TierUnavailable("the daemon is draining"))
         self._tell([self._change(status) for status in tuple(self._statuses.values())])
 
     async def _wait_for_streams(self, grace_s: float) -> None:

@@ -108,4 +108,5 @@ def _sum(a: StepReport, b: StepReport) -> StepReport:
         num_decode_tokens=a.num_decode_tokens + b.num_decode_tokens,
         num_sequences=a.num_sequences + b.num_sequences,
         elapsed_s=a.elapsed_s + b.elapsed_s,
+        num_context_tokens=a.num_context_tokens + b.num_context_tokens,
     )

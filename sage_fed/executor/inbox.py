@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from sage_fed.core import Tier
 from sage_fed.errors import QueueFull
+from sage_fed.executor.probe import Probe
 from sage_fed.scheduler import SequenceSpec, TierLimits
 from sage_fed.steps import Engine
 
@@ -46,7 +47,7 @@ class Stop:
     """End everything and leave."""
 
 
-Message = Submit | Cancel | OpenTier | Stop
+Message = Submit | Cancel | OpenTier | Probe | Stop
 
 
 class Inbox:
@@ -75,7 +76,7 @@ class Inbox:
             self._messages.append(message)
             self._changed.notify()
 
-    def post(self, message: Cancel | OpenTier | Stop) -> bool:
+    def post(self, message: Cancel | OpenTier | Probe | Stop) -> bool:
         """Say something else; False where nobody will hear it any more."""
         with self._changed:
             if self._closed:

@@ -94,6 +94,18 @@ class Scheduler:
         self._note(step.tier, elapsed_s)
         return outcome
 
+    def reserve(self, tier: Tier, num_blocks: int) -> tuple[int, ...] | None:
+        """Take KV blocks of a tier for a measurement; None where so many are not free."""
+        schedule = self._tiers.get(tier)
+        if schedule is None or num_blocks > schedule.pool.num_free:
+            return None
+        return schedule.pool.take(num_blocks)
+
+    def give_back(self, tier: Tier, blocks: tuple[int, ...]) -> None:
+        """Free what `reserve` returned; a tier that was closed meanwhile is no error."""
+        if schedule := self._tiers.get(tier):
+            schedule.pool.give_back(blocks)
+
     def load(self, tier: Tier) -> TierLoad | None:
         """Return an open tier's load as it is now."""
         schedule = self._tiers.get(tier)
