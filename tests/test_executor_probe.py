@@ -92,7 +92,7 @@ async def test_a_cancelled_probe_leaves_no_block_behind() -> None:
         probe.cancel()
         with pytest.raises(asyncio.CancelledError):
             await probe
-        engine.gate.release()
+        engine.gate.release(100)
         assert await all_free(executor)
     assert len(engine.steps) < 50
 
