@@ -170,6 +170,12 @@ class LedgerUnusable(SageFedError):
     reason = "LEDGER_UNUSABLE"
 
 
+class CannotWrite(SageFedError):
+    """Command line: files cannot be put where they were asked for; nothing was changed."""
+
+    reason = "CANNOT_WRITE"
+
+
 class CannotConnect(SageFedError):
     """Client side: nobody answers at the address, or the connection broke."""
 

@@ -128,7 +128,7 @@ def test_every_error_has_a_row_or_stays_inside() -> None:
     """A new error class has to be given its status, or be named here as one that never travels."""
     inside = {
         errors.ConfigError, errors.ModelLoadError, errors.LedgerCorrupt, errors.LedgerUnusable,
-        errors.Retryable, errors.CannotConnect, errors.CallFailed,
+        errors.Retryable, errors.CannotConnect, errors.CallFailed, errors.CannotWrite,
     }  # fmt: skip
 
     def below(kind: type[SageFedError]) -> set[type[SageFedError]]:

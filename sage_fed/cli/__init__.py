@@ -1,7 +1,7 @@
 """The command line: `sage-fed`.
 
 Owns: the entry point. `app` lists the commands, one module each: `serve`, `ask`, `chat`,
-`inspect`, `admin`, `demo`; `options`, `render`, `streams` and `exits` are what they share.
+`inspect`, `admin`, `demo`, `dev`; `options`, `render`, `streams` and `exits` are what they share.
 Does not know: any command; importing this package imports nothing else.
 Fails: with the exit codes of `exits.py`.
 """

@@ -8,14 +8,28 @@ from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.load import PRECISIONS, EngineOptions, load_engine
+from sage_fed.engine.random_checkpoint import (
+    SHAPES,
+    WEIGHT_TYPES,
+    CheckpointPlan,
+    free_bytes,
+    plan_checkpoint,
+    write_checkpoint,
+)
 from sage_fed.engine.threads import set_cpu_threads
 
 __all__ = [
     "PRECISIONS",
+    "SHAPES",
+    "WEIGHT_TYPES",
+    "CheckpointPlan",
     "Engine",
     "EngineOptions",
+    "free_bytes",
     "load_engine",
     "locate",
+    "plan_checkpoint",
     "read_bandwidth_bytes_per_s",
     "set_cpu_threads",
+    "write_checkpoint",
 ]
