@@ -5,11 +5,18 @@ Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
 Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
 or plain plurals, as in `docs/architecture.md`.
 
-`tiers`, `money`, `callers`, `jobs`, `routes` and `events` hold them; import them from here.
+`tiers`, `money`, `callers`, `jobs`, `routes`, `events` and `calibration` hold them; import them
+from here.
 """
 
 from __future__ import annotations
 
+from sage_fed.core.calibration import (
+    CalibrationEvent,
+    CalibrationProgress,
+    CalibrationResult,
+    MeasuredPoint,
+)
 from sage_fed.core.callers import Caller, Role
 from sage_fed.core.events import Delta, Event, Finished, Logprob, Started, StopReason, Timing, Usage
 from sage_fed.core.jobs import (
@@ -37,6 +44,9 @@ from sage_fed.core.tiers import (
 __all__ = [
     "UATP_PER_ATP",
     "Budget",
+    "CalibrationEvent",
+    "CalibrationProgress",
+    "CalibrationResult",
     "Caller",
     "DaemonStatus",
     "Delta",
@@ -45,6 +55,7 @@ __all__ = [
     "GenerationDefaults",
     "JobSpec",
     "Logprob",
+    "MeasuredPoint",
     "Message",
     "ModelInfo",
     "ModelStatus",

@@ -1,0 +1,35 @@
+"""Rate cards, quotes and charges: from token counts to exact integer prices.
+
+Owns the one place where money is rounded: a card's decimal ATP become whole uATP per token,
+upwards, when the card is read (`card`); everything after that is integer arithmetic (`charges`).
+Knows neither accounts nor routes.
+"""
+
+from sage_fed.pricing.card import (
+    BUNDLED_CARDS,
+    DEFAULT_CARD,
+    Basis,
+    Rate,
+    RateCard,
+    available_cards,
+)
+from sage_fed.pricing.charges import charge, quote, worst_case
+from sage_fed.pricing.fingerprint import Fingerprint, ModelPrint
+from sage_fed.pricing.measured import Measured
+from sage_fed.pricing.writing import card_text
+
+__all__ = [
+    "BUNDLED_CARDS",
+    "DEFAULT_CARD",
+    "Basis",
+    "Fingerprint",
+    "Measured",
+    "ModelPrint",
+    "Rate",
+    "RateCard",
+    "available_cards",
+    "card_text",
+    "charge",
+    "quote",
+    "worst_case",
+]

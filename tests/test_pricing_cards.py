@@ -1,0 +1,122 @@
+"""Measured cards: written, read back, and matched by what they were measured on."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sage_fed.core import MeasuredPoint, ModelInfo, Phase, Tier
+from sage_fed.errors import ConfigError
+from sage_fed.pricing import Fingerprint, Measured, RateCard, card_text
+
+INFO = ModelInfo(
+    name="a", revision="", architecture="Qwen2ForCausalLM", parameters=494_000_000,
+    precision="bf16", kernels="native", device="cpu", weight_bytes=10**9, step_bytes=988_000_000,
+    kv_cache_bytes=2**20, kv_token_bytes=12_288, load_s=1.5,
+)  # fmt: skip
+PRINT = Fingerprint.of("AMD EPYC, 2 cores", 2, "0.1.0", dict.fromkeys(Tier, INFO))
+POINT = MeasuredPoint(Tier.TACTICAL, Phase.DECODE, 1, 32, 1, 0.0213, 0.004, 40, 0.0215)
+MEASURED = Measured(
+    at=dt.datetime(2026, 11, 23, 15, 0, tzinfo=dt.UTC),
+    took_s=61.5,
+    token_s=0.0213,
+    cost_ratio=6.25,
+    spread=0.01,
+    error=0.002,
+    rounds=40,
+    read_bandwidth_bytes_per_s=4.5e10,
+    load_s={Tier.TACTICAL: 1.5, Tier.STRATEGIC: 22.0},
+    conditions={"driver": "none", "cpu frequency (MHz)": '2600 "boost"\n'},
+    points=(POINT, replace(POINT, tier=Tier.STRATEGIC, co_resident_s=None)),
+)
+CARD = replace(RateCard.load(), version="own", fingerprint=PRINT, measured=MEASURED)
+
+
+def saved(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_card_that_was_written_reads_back_as_the_same(tmp_path: Path) -> None:
+    """Prices, fingerprint, conditions and every point, to the last digit."""
+    card = RateCard.load(saved(tmp_path, card_text(CARD)))
+    # A text loses its outer blanks, in every card.
+    expected = replace(
+        MEASURED, conditions={**MEASURED.conditions, "cpu frequency (MHz)": '2600 "boost"'}
+    )
+    assert replace(CARD, measured=expected) == card
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip),
+    seconds=st.floats(1e-9, 1e9),
+    uatp=st.integers(1, 10**12),
+)
+def test_any_text_time_and_price_survives_the_file(
+    tmp_path_factory: pytest.TempPathFactory, text: str, seconds: float, uatp: int
+) -> None:
+    """A machine's own words may hold quotes, control codes and backslashes."""
+    lines = {
+        tier: {phase: replace(rate, uatp=uatp, source=text) for phase, rate in rates.items()}
+        for tier, rates in CARD.lines.items()
+    }
+    measured = replace(MEASURED, token_s=seconds, conditions={text.strip(): text.strip()})
+    card = replace(CARD, lines=lines, measured=measured, title=text)
+    read = RateCard.load(saved(tmp_path_factory.mktemp("card"), card_text(card)))
+    assert text.strip() == read.title
+    assert card.rates == read.rates
+    assert measured == read.measured
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("threads = 2", "threads = 3", "fingerprint.id: must be"),
+        ("threads = 2", "threads = -1", "fingerprint.threads: must be a whole number"),
+        ("threads = 2", "threads = true", "fingerprint.threads: must be a whole number"),
+        ("threads = 2", "threads = 2\nx = 1", "fingerprint.x: unknown key"),
+        ("parameters = 494000000", "parameters = 0", "fingerprint.tactical.parameters: must be"),
+        ("took_s = 61.5", "took_s = nan", "measured.took_s: must be a number"),
+        ("took_s = 61.5", "took_s = -1", "measured.took_s: must be a number"),
+        ("at = 2026-11-23T15:00:00+00:00", "at = 2026-11-23T15:00:00", "measured.at: must have an"),
+        ("batch = 1", "batch = 0", "measured.points[0].batch: must be"),
+        ("batch = 1", "batch = 1\nx = 1", "measured.points[0].x: unknown key"),
+        ("[[measured.points]]", "[measured.points]", "measured.points: must be an array"),
+    ],
+)
+def test_a_bad_measured_card_names_the_key(
+    tmp_path: Path, old: str, new: str, complaint: str
+) -> None:
+    """A fingerprint that was edited by hand is refused like any other mistake."""
+    text = card_text(replace(CARD, measured=replace(MEASURED, points=(POINT,))))
+    assert old in text
+    with pytest.raises(ConfigError) as caught:
+        RateCard.load(saved(tmp_path, text.replace(old, new, 1)))
+    assert complaint in caught.value.message
+
+
+def test_a_fingerprint_is_the_same_wherever_it_is_taken() -> None:
+    """Names, pools and load times do not change a price, so they do not change it."""
+    other = replace(INFO, name="b", kv_cache_bytes=1, load_s=9.0, weight_bytes=1, revision="f" * 40)
+    again = Fingerprint.of(" AMD  EPYC, 2 cores", 2, "0.1.0", dict.fromkeys(Tier, other))
+    assert (PRINT, PRINT.digest, ()) == (again, again.digest, PRINT.differences(again))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("precision", "int8"), ("kernels", "torch"), ("parameters", 1), ("step_bytes", 1),
+     ("kv_token_bytes", 1), ("architecture", "LlamaForCausalLM")],
+)  # fmt: skip
+def test_what_changes_the_speed_changes_the_fingerprint(field: str, value: object) -> None:
+    """And the difference is told by name."""
+    models = {Tier.TACTICAL: INFO, Tier.STRATEGIC: replace(INFO, **{field: value})}  # type: ignore[arg-type]
+    other = Fingerprint.of("AMD EPYC, 2 cores", 2, "0.1.0", models)
+    assert PRINT.digest != other.digest
+    (difference,) = PRINT.differences(other)
+    assert difference == (f"strategic.{field} is {value}, the card's is {getattr(INFO, field)}")
