@@ -35,7 +35,8 @@ class Chunk:
     """Consecutive tokens of one sequence: a piece of its prompt, or its newest token.
 
     `start` is the position of `token_ids[0]`; every earlier position is in the cache already.
-    `blocks` are the sequence's KV blocks in order, enough for `start + len(token_ids)`.
+    `blocks` are the sequence's KV blocks in order, enough for `start + len(token_ids)`. Full ones
+    before `start` may be other sequences', too: nobody writes to them any more.
     `draw` is None where no token is wanted yet (a prompt piece that is not the last).
     """
 
@@ -88,6 +89,8 @@ class StepReport:
     `num_prefill_tokens` and `num_decode_tokens` are tokens fed to the model, `num_sequences`
     the sum of the steps' batch sizes, `elapsed_s` the device's time. `num_context_tokens` are
     the tokens in the KV cache that the steps' sequences attended to, their own included.
+    The sequences that started had `num_queried_tokens`, and found `num_hit_tokens` of them in the
+    prefix cache; where it is off, nobody asks.
     """
 
     tier: Tier
@@ -99,6 +102,8 @@ class StepReport:
     elapsed_s: float
     out_of_memory: bool = False
     num_context_tokens: int = 0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
 
 
 class Engine(Protocol):

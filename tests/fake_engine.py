@@ -112,9 +112,13 @@ def spec(
     *,
     prompt: int = 5,
     new: int = 4,
+    system: int = 0,
     **fields: object,
 ) -> SequenceSpec:
-    """A sequence whose prompt of `prompt` tokens depends on its id; runs to its length."""
-    tokens = tuple((seq_id * 13 + i * 5) % VOCAB for i in range(prompt))
+    """A sequence whose prompt of `prompt` tokens depends on its id; runs to its length.
+
+    All begin with the same `system` tokens, as far as the prompt is that long.
+    """
+    tokens = tuple((i * 5 if i < system else seq_id * 13 + i * 5) % VOCAB for i in range(prompt))
     values: dict[str, object] = {"ignore_eos": True, **fields}
     return SequenceSpec(seq_id, tier, tokens, new, **values)  # type: ignore[arg-type]

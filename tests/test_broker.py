@@ -202,6 +202,24 @@ async def test_a_job_is_charged_what_it_made(tmp_path: Path) -> None:
         assert GRANTED_UATP - 4_250_000 == finished.balance_uatp
 
 
+async def test_a_prompt_that_is_found_again_is_charged_as_cached(tmp_path: Path) -> None:
+    """The hold is for the whole prompt, the charge for what was there by the cached price."""
+    async with rig(tmp_path) as r:
+        prompt = Prompt(token_ids=tuple(range(10, 50)))
+        first, second = [await r.run(job(prompt=prompt)) for _ in range(2)]
+        assert [Usage(40, 0, 4), Usage(40, 32, 4)] == [
+            finished_of(events).usage for events in (first, second)
+        ]
+        price = finished_of(second).price
+        assert (6_000_000, 8 * 50_000 + 32 * 5_000 + 4_000_000) == (
+            price.held_uatp,
+            price.charged_uatp,
+        )
+        assert 32.0 == r.counted("tokens_total", tier="tactical", type="cached", outcome="finished")
+        assert 80.0 == r.counted("prefix_cache_queried_tokens_total", tier="tactical")
+        assert 32.0 == r.counted("prefix_cache_hit_tokens_total", tier="tactical")
+
+
 async def test_an_engine_that_breaks_in_mid_job_costs_nothing(tmp_path: Path) -> None:
     """The stream ends UNAVAILABLE, the hold is given back, the work counts as wasted."""
     async with rig(tmp_path) as r:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from sage_fed.cli import options, scrape
+from sage_fed.cli.ask import Answer, footer
 from sage_fed.cli.demo_plan import plan
 from sage_fed.cli.demo_report import Outcome, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
@@ -28,7 +29,18 @@ from sage_fed.cli.render import (
     to_plain,
 )
 from sage_fed.cli.streams import between_words
-from sage_fed.core import Delta, Priority, Route, StopReason, Tier
+from sage_fed.core import (
+    Delta,
+    Finished,
+    Price,
+    Priority,
+    Route,
+    Started,
+    StopReason,
+    Tier,
+    Timing,
+    Usage,
+)
 from sage_fed.errors import (
     CannotAfford,
     CannotConnect,
@@ -241,3 +253,15 @@ def test_long_texts_break_between_words() -> None:
     assert ["at most 24", "ATP on", "an-unreasonably-long-name"] == between_words(text, 12)
     assert [text] == between_words(text, 0)
     assert [""] == between_words("", 12)
+
+
+def test_the_footer_tells_what_was_cached() -> None:
+    """How many of the prompt's tokens were found in the prefix cache, where some were."""
+    route = Route(Tier.TACTICAL, "client_choice", requested=Tier.TACTICAL)
+    started = Started("job", route, 10, 40, 1, 4)
+    for cached, words in ((0, "40 + 4 tokens"), (32, "40 + 4 tokens (32 cached)")):
+        finished = Finished(
+            StopReason.LENGTH, Usage(40, cached, 4), Timing(0, 0, 0, 0, 0), Price(5, 10, "c"), 0
+        )
+        (line,) = footer(Answer(started=started, finished=finished), 200)
+        assert words in line.split(" · ")

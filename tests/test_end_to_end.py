@@ -47,6 +47,8 @@ WAIT_S = 60.0
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 PREFILL = {T: 50_000, S: 329_500}
 """The published card's uATP per prompt token: 0.05 and 0.3295 ATP."""
+CACHED = {T: 5_000, S: 32_950}
+"""Per prompt token that is found in the prefix cache."""
 DECODE = {T: 1_000_000, S: 6_590_000}
 """And per output token: 1 and 6.59 ATP."""
 
@@ -170,7 +172,9 @@ def _came_in_uatp(served: Served, token: str) -> int:
 def by_hand(tier: Tier, finished: Finished) -> int:
     """The card's price of a usage."""
     usage = finished.usage
-    return usage.prompt_tokens * PREFILL[tier] + usage.output_tokens * DECODE[tier]
+    computed = usage.prompt_tokens - usage.cached_tokens
+    prompt_uatp = computed * PREFILL[tier] + usage.cached_tokens * CACHED[tier]
+    return prompt_uatp + usage.output_tokens * DECODE[tier]
 
 
 def begin(client: Client, **fields: object) -> tuple[Started, Delta, Iterator[Event]]:
@@ -221,6 +225,29 @@ def test_quote_hold_and_charge_are_the_cards(client: Client, tier: Tier) -> None
     assert answer.finished.price == finished.price
     assert answer.started.held_uatp == started.held_uatp
     assert client.budget().balance_uatp == finished.balance_uatp
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_prompt_asked_again_is_cheaper(served: Served, client: Client, tier: Tier) -> None:
+    """The same answer at the cached price for the prompt's full blocks; not for a stranger."""
+    system = Message("system", "Answer in one word, and never in two. " * 3)
+    chat = [system, Message("user", "reverse: abc")]
+    ask = {"tier": tier, "max_new_tokens": 8, "temperature": 0.0}
+    first, second = (client.generate(chat, **ask) for _ in range(2))
+    assert 0 == first.finished.usage.cached_tokens
+    prompt_tokens = first.finished.usage.prompt_tokens
+    assert (prompt_tokens - 1) // 16 * 16 == second.finished.usage.cached_tokens
+    assert first.token_ids == second.token_ids
+    assert first.started.held_uatp == second.started.held_uatp
+    assert by_hand(tier, second.finished) == second.finished.price.charged_uatp
+    with Client(served.daemon.address, served.new_account()[1]) as stranger:
+        assert 0 == stranger.generate(chat, **ask).finished.usage.cached_tokens
+    samples = served.metrics()
+    labels = (tier.value,)
+    hit = samples["sage_fed_prefix_cache_hit_tokens_total", labels]
+    assert second.finished.usage.cached_tokens <= hit
+    assert hit < samples["sage_fed_prefix_cache_queried_tokens_total", labels]
+    assert 0 < samples["sage_fed_kv_cache_tokens", ("cached", tier.value)]
 
 
 def test_a_quote_has_no_effect(client: Client) -> None:

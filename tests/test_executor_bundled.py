@@ -148,3 +148,27 @@ async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_ba
             assert expected == tokens
             assert ended.reason in {EndReason.EOS, EndReason.LENGTH}
     assert [(0, 0, 0)] * 2 == [(o.running, o.waiting, o.kv_tokens_used) for o in loads]
+
+
+@pytest.mark.parametrize("tier", Tier)
+async def test_a_prompt_found_again_gives_the_same_tokens(
+    alone: dict[Tier, Engine], tier: Tier
+) -> None:
+    """A hit reads keys and values that another sequence stored, cut where chunks ended then."""
+    chance = random.Random(3)
+    system = tuple(chance.randrange(VOCAB) for _ in range(75))
+    asked = [
+        SequenceSpec(seq_id, tier, (*system, *tail), 24, ignore_eos=True, account="a")
+        for seq_id, tail in enumerate([(), (5,), tuple(range(20, 41)), (), (5, 6), (5,)])
+    ]
+    executor = Executor({tier: TierSetup(loading(tier), prefill_chunk_tokens=37)})
+    await executor.start()
+    results: list[tuple[list[int], Ended]] = []
+    async with asyncio.timeout(DEADLINE_S):
+        assert TierState.READY is (await executor.loaded(tier)).state
+        results.append(await read(executor.submit(asked[0])))
+        results += await asyncio.gather(*(read(executor.submit(spec)) for spec in asked[1:]))
+    await executor.stop(0.0)
+    for spec, (tokens, _) in zip(asked, results, strict=True):
+        assert sequential(alone[tier], spec) == tokens
+    assert [0, 64, 64, 64, 64, 64] == [ended.cached_tokens for _, ended in results]

@@ -369,6 +369,18 @@ def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
     assert 2.0 == value(metrics, "batch_size", **tier)
 
 
+def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:
+    """How many were looked up, and how many of them were there."""
+    for hit in (0, 32):
+        metrics.step_done(
+            report(TACTICAL, StepKind.PREFILL, 0.1, num_queried_tokens=40, num_hit_tokens=hit)
+        )
+
+    assert 80 == value(metrics, "prefix_cache_queried_tokens_total", tier="tactical")
+    assert 32 == value(metrics, "prefix_cache_hit_tokens_total", tier="tactical")
+    assert 0 == value(metrics, "prefix_cache_hit_tokens_total", tier="strategic")
+
+
 def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
     """Out of memory is a counter of its own."""
     short = StepReport(STRATEGIC, StepKind.PREFILL, 1, 0, 0, 1, 0.1, out_of_memory=True)
@@ -450,6 +462,7 @@ def test_gauges_are_read_when_they_are_scraped(metrics: Metrics) -> None:
                     waiting_limit=8,
                     kv_tokens_used=48,
                     kv_tokens_total=160,
+                    kv_tokens_cached=32,
                 )
             },
             jobs=(
@@ -469,7 +482,8 @@ def test_gauges_are_read_when_they_are_scraped(metrics: Metrics) -> None:
     assert 9.0 == value(metrics, "oldest_running_age_seconds", **tier)
     assert 7.0 == value(metrics, "oldest_waiting_age_seconds", **tier)
     assert 48 == value(metrics, "kv_cache_tokens", **tier, state="used")
-    assert 112 == value(metrics, "kv_cache_tokens", **tier, state="free")
+    assert 32 == value(metrics, "kv_cache_tokens", **tier, state="cached")
+    assert 80 == value(metrics, "kv_cache_tokens", **tier, state="free")
     assert 5.5 == value(metrics, "atp_held", **tier)
     assert 3 == value(metrics, "ledger_holds_open", **tier)
     assert 1.0 == value(metrics, "atp_held", tier="strategic")

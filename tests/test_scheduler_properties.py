@@ -55,6 +55,9 @@ class Traffic(RuleBasedStateMachine):
         tier=TIERS,
         prompt=st.integers(1, 70),
         new=st.integers(1, 40),
+        account=st.sampled_from(["a", "b"]),
+        system=st.sampled_from([0, 0, 15, 16, 40, 64]),
+        cached=st.booleans(),
         priority=st.sampled_from(Priority),
         ignore_eos=st.booleans(),
         penalty=st.sampled_from([1.0, 1.1]),
@@ -64,6 +67,9 @@ class Traffic(RuleBasedStateMachine):
         tier: Tier,
         prompt: int,
         new: int,
+        account: str,
+        system: int,
+        cached: bool,
         priority: Priority,
         ignore_eos: bool,
         penalty: float,
@@ -76,6 +82,9 @@ class Traffic(RuleBasedStateMachine):
             tier,
             prompt=prompt,
             new=new,
+            system=system,
+            account=account,
+            prefix_cache=cached,
             priority=priority,
             ignore_eos=ignore_eos,
             sampling=Sampling(seed=len(self.specs), repetition_penalty=penalty),
@@ -133,11 +142,14 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def blocks_have_one_owner(self) -> None:
-        """Every block is free or owned by exactly one live sequence, never both."""
+        """Every block is free, kept, or owned by as many live sequences as the pool says."""
         for schedule in self.scheduler._tiers.values():
-            owned = [b for seq in schedule._running.values() for b in seq.blocks]
-            everything = Counter(owned) + Counter(schedule.pool._free)
-            assert Counter(range(LIMITS.num_blocks)) == everything
+            pool = schedule.pool
+            owned = Counter(b for seq in schedule._running.values() for b in seq.blocks)
+            assert owned == Counter(pool._owners)
+            assert sorted([*owned, *pool._free, *pool._kept]) == list(range(LIMITS.num_blocks))
+            assert pool._by_key == {key: block for block, key in pool._keys.items()}
+            assert not pool._keys.keys() & set(pool._free)
             assert len(schedule._waiting) <= LIMITS.max_waiting
             assert len(schedule._running) <= LIMITS.max_batch
             live = (*schedule._waiting, *schedule._running.values())
@@ -164,6 +176,9 @@ class Traffic(RuleBasedStateMachine):
                     len(output) == self.specs[seq_id].max_new_tokens
                 )
                 assert len(self.specs[seq_id].prompt) == ended.prompt_tokens
+            assert 0 <= ended.cached_tokens <= ended.prompt_tokens
+            if not self.specs[seq_id].prefix_cache:
+                assert 0 == ended.cached_tokens
         paid_s = sum(ended.device_s for ended in self.ended.values())
         assert self.busy_s == pytest.approx(paid_s)
 

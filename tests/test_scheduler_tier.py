@@ -65,9 +65,9 @@ def test_a_pool_hands_out_each_block_once() -> None:
     pool = BlockPool(4)
     first, second = pool.take(3), pool.take(1)
     assert {0, 1, 2, 3} == {*first, *second}
-    assert 0 == pool.num_free
+    assert 0 == pool.num_available
     pool.give_back(first)
-    assert (3, 1) == (pool.num_free, pool.num_owned)
+    assert (3, 1) == (pool.num_available, pool.num_owned)
     with pytest.raises(AssertionError):
         pool.give_back(first)
     with pytest.raises(AssertionError):

@@ -206,6 +206,7 @@ class Job:
                 sampling=plan.sampling,
                 ignore_eos=self.spec.sampling.ignore_eos,
                 priority=self.spec.priority,
+                account=self.spec.account,
             )
         )
         self._submitted = True
@@ -214,7 +215,7 @@ class Job:
         async with self._deadline():
             ended = await self._deliver(source)
         if (failure := failure_of(ended, plan.route.tier)) is not None:
-            self._wasted = Usage(ended.prompt_tokens, 0, ended.output_tokens)
+            self._wasted = Usage(ended.prompt_tokens, ended.cached_tokens, ended.output_tokens)
             raise failure
         return ended
 
@@ -264,7 +265,7 @@ class Job:
         output = self._output.whole() if self._output else None
         usage = Usage(
             prompt_tokens=ended.prompt_tokens if ended else 0,
-            cached_tokens=0,
+            cached_tokens=ended.cached_tokens if ended else 0,
             output_tokens=output.output_tokens if output else 0,
         )
         charged_uatp = charge(plan.card, plan.route.tier, usage)

@@ -263,7 +263,7 @@ def status(
 def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
     """What each tier is doing."""
     print_table(
-        ("tier", "state", "running", "waiting", "KV tokens", "step", "prefill tok/s"),
+        ("tier", "state", "running", "waiting", "KV tokens", "cached", "step", "prefill tok/s"),
         [
             (
                 tier.tier.value,
@@ -271,12 +271,13 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
                 str(tier.running),
                 f"{tier.waiting}/{tier.waiting_limit}",
                 f"{tier.kv_tokens_used:,}/{tier.kv_tokens_total:,}",
+                f"{tier.kv_tokens_cached:,}",
                 "-" if tier.decode_step_s is None else format_seconds(tier.decode_step_s),
                 "-" if tier.prefill_tokens_per_s is None else f"{tier.prefill_tokens_per_s:,.0f}",
             )
             for tier in tiers
         ],
-        right=("running", "waiting", "KV tokens", "step", "prefill tok/s"),
+        right=("running", "waiting", "KV tokens", "cached", "step", "prefill tok/s"),
     )
 
 

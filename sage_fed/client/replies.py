@@ -224,6 +224,7 @@ def tier_load_of(status: model_pb2.TierStatus) -> core.TierLoad:
         waiting_limit=status.requests_waiting_limit,
         kv_tokens_used=status.kv_tokens_used,
         kv_tokens_total=status.kv_tokens_total,
+        kv_tokens_cached=status.kv_tokens_cached,
         max_context_tokens=status.max_context_tokens,
         queued_prompt_tokens=status.queued_prompt_tokens,
         decode_step_s=status.decode_step_s if status.HasField("decode_step_s") else None,

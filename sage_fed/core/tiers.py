@@ -74,7 +74,11 @@ class TierStatus:
 
 @dataclass(frozen=True, slots=True)
 class TierLoad:
-    """What a tier is doing now, as the executor last said; rates None until measured."""
+    """What a tier is doing now, as the executor last said; rates None until measured.
+
+    Of `kv_tokens_total`, running sequences own `kv_tokens_used`; `kv_tokens_cached` are kept for
+    the prefix cache until somebody needs the room.
+    """
 
     tier: Tier
     state: TierState
@@ -87,6 +91,7 @@ class TierLoad:
     queued_prompt_tokens: int = 0
     decode_step_s: float | None = None
     prefill_tokens_per_s: float | None = None
+    kv_tokens_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

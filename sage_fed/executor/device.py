@@ -239,6 +239,8 @@ def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: boo
         elapsed_s=elapsed_s,
         out_of_memory=memory_short,
         num_context_tokens=step.num_context_tokens,
+        num_queried_tokens=outcome.num_queried_tokens,
+        num_hit_tokens=outcome.num_hit_tokens,
     )
 
 
@@ -252,6 +254,7 @@ def _never_started(message: Submit, now: float) -> Ended:
         last_token_s=None,
         ended_s=now,
         prompt_tokens=0,
+        cached_tokens=0,
         output_tokens=0,
         device_s=0.0,
     )

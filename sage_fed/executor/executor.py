@@ -266,6 +266,7 @@ class Executor:
                     last_token_s=None,
                     ended_s=self._clock(),
                     prompt_tokens=0,
+                    cached_tokens=0,
                     output_tokens=stream.num_tokens,
                     device_s=0.0,
                 )

@@ -109,4 +109,6 @@ def _sum(a: StepReport, b: StepReport) -> StepReport:
         num_sequences=a.num_sequences + b.num_sequences,
         elapsed_s=a.elapsed_s + b.elapsed_s,
         num_context_tokens=a.num_context_tokens + b.num_context_tokens,
+        num_queried_tokens=a.num_queried_tokens + b.num_queried_tokens,
+        num_hit_tokens=a.num_hit_tokens + b.num_hit_tokens,
     )

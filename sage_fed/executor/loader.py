@@ -35,6 +35,7 @@ class TierSetup:
     max_batch: int = 16
     max_waiting: int = 64
     prefill_chunk_tokens: int = 512
+    prefix_cache: bool = True
 
     def limits(self, engine: Engine) -> TierLimits:
         """Return the tier's bounds, now that the engine is known."""
@@ -44,6 +45,7 @@ class TierSetup:
             max_batch=self.max_batch,
             max_waiting=self.max_waiting,
             prefill_chunk_tokens=self.prefill_chunk_tokens,
+            prefix_cache=self.prefix_cache,
         )
 
 

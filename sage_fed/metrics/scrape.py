@@ -146,17 +146,22 @@ def _queues(now: Snapshot) -> Iterator[GaugeMetricFamily]:
     )
     yield _family(
         "kv_cache_tokens",
-        "Tokens that the KV cache holds room for, by whether a job has it.",
+        "Tokens that the KV cache holds room for: used by jobs, cached for later ones, or free.",
         ("tier", "state"),
         [
             ((tier, state), tokens)
             for tier, load in loads
             for state, tokens in (
                 ("used", load.kv_tokens_used if load else 0),
-                ("free", load.kv_tokens_total - load.kv_tokens_used if load else 0),
+                ("cached", load.kv_tokens_cached if load else 0),
+                ("free", _kv_tokens_free(load) if load else 0),
             )
         ],
     )
+
+
+def _kv_tokens_free(load: TierLoad) -> int:
+    return load.kv_tokens_total - load.kv_tokens_used - load.kv_tokens_cached
 
 
 def _ages(now: Snapshot) -> Iterator[GaugeMetricFamily]:

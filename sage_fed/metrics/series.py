@@ -215,6 +215,16 @@ class EngineSeries:
         self.tokens = make.counter(
             "engine_tokens_total", "Tokens fed to the model.", "tier", "phase"
         )
+        self.queried = make.counter(
+            "prefix_cache_queried_tokens_total",
+            "Tokens of sequences that were looked up in the prefix cache when they started.",
+            "tier",
+        )
+        self.hit = make.counter(
+            "prefix_cache_hit_tokens_total",
+            "Tokens that were found in the prefix cache and so not computed again.",
+            "tier",
+        )
         self.batch_size = make.gauge("batch_size", "Sequences in the last step.", "tier")
         self.oom = make.counter("oom_total", "Steps that did not fit the device's memory.", "tier")
         self.restarts = make.counter(
@@ -245,7 +255,7 @@ class EngineSeries:
 
     def _start_at_zero(self) -> None:
         for tier in TIERS:
-            for metric in (self.batch_size, self.oom, self.restarts):
+            for metric in (self.batch_size, self.oom, self.restarts, self.queried, self.hit):
                 metric.labels(tier)
             for metric in (self.load_progress, self.load_seconds):
                 metric.labels(tier)

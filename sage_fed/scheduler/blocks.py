@@ -1,10 +1,16 @@
-"""Who owns which KV block of one tier.
+"""Who owns which KV block of one tier, and which full blocks can be found again.
 
-Owns the free list. Knows nothing of sequences or of what is stored in a block.
-Fails only by assertion: taking more than is free, or giving back what is not owned, is our bug.
+Owns the free list, the owners' count of each block, and the published blocks by key. Knows
+nothing of sequences or of what is stored in a block. Fails only by assertion: taking more than
+is available, or giving back what is not owned, is our bug.
+
+A block that nobody owns but that is published is *kept*: it counts as available, because the
+one that was left alone longest is forgotten when the free list is short.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 from sage_fed.steps import BLOCK_SIZE
 
@@ -15,34 +21,101 @@ def blocks_for(num_tokens: int) -> int:
 
 
 class BlockPool:
-    """The KV blocks 0 to `num_blocks - 1`, each free or owned exactly once."""
+    """The KV blocks 0 to `num_blocks - 1`, each free, kept, or owned by one sequence or more."""
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         # Last in, first out: the blocks in use stay few and low, and so warm in the caches.
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._owned: set[int] = set()
+        self._owners: dict[int, int] = {}
+        # Insertion order is the order of forgetting.
+        self._kept: dict[int, None] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
 
     @property
-    def num_free(self) -> int:
-        """Blocks that nobody owns."""
-        return len(self._free)
+    def num_available(self) -> int:
+        """Blocks that can be taken: free ones, and kept ones at the price of forgetting them."""
+        return len(self._free) + len(self._kept)
 
     @property
     def num_owned(self) -> int:
         """Blocks that some sequence owns."""
-        return len(self._owned)
+        return len(self._owners)
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that nobody owns, and that can be found again."""
+        return len(self._kept)
+
+    def find(self, keys: Iterable[bytes]) -> tuple[int, ...]:
+        """Return the blocks published under `keys`, up to the first key without one."""
+        found: list[int] = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return tuple(found)
+
+    def fits(self, count: int, shared: Sequence[int] = ()) -> bool:
+        """Whether `count` blocks can be taken besides sharing `shared`, which may be kept ones."""
+        if count <= len(self._free):
+            return True
+        return count <= self.num_available - sum(block in self._kept for block in shared)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Own published `blocks` together with whoever else does."""
+        for block in blocks:
+            assert block in self._keys, "only what was published can be shared"
+            self._kept.pop(block, None)
+            self._owners[block] = self._owners.get(block, 0) + 1
 
     def take(self, count: int) -> tuple[int, ...]:
-        """Take `count` blocks, which must be free."""
-        assert count <= len(self._free), "admission is by worst case and cannot run out"
-        taken = tuple(self._free.pop() for _ in range(count))
-        self._owned.update(taken)
-        return taken
+        """Take `count` blocks for one owner; what was kept longest is forgotten if it must be."""
+        assert count <= self.num_available, "admission is by what is available"
+        taken = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._forget_oldest()
+            self._owners[block] = 1
+            taken.append(block)
+        return tuple(taken)
 
-    def give_back(self, blocks: tuple[int, ...]) -> None:
-        """Free `blocks`, which must be owned."""
-        assert self._owned.issuperset(blocks), "a block is given back once, by its owner"
-        self._owned.difference_update(blocks)
-        self._free.extend(reversed(blocks))
+    def publish(self, block: int, key: bytes) -> None:
+        """Let an owned, full block be found by `key` from now on; the first of a key stays it.
+
+        Its owners must not write to it any more.
+        """
+        assert block in self._owners, "only its owner publishes a block"
+        if key not in self._by_key and block not in self._keys:
+            self._by_key[key] = block
+            self._keys[block] = key
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """End one owner's claim to `blocks`; published ones are kept once nobody owns them.
+
+        Of one sequence's kept blocks the last is forgotten first: without those before it, it
+        could not be found.
+        """
+        for block in reversed(blocks):
+            owners = self._owners.get(block, 0)
+            assert owners, "a block is given back once by each owner"
+            if owners > 1:
+                self._owners[block] = owners - 1
+                continue
+            del self._owners[block]
+            if block in self._keys:
+                self._kept[block] = None
+            else:
+                self._free.append(block)
+
+    def num_freed_by(self, blocks: Iterable[int]) -> int:
+        """Return how many of an owner's `blocks` would be available without it."""
+        return sum(self._owners[block] == 1 for block in blocks)
+
+    def _forget_oldest(self) -> int:
+        block = next(iter(self._kept))
+        del self._kept[block]
+        del self._by_key[self._keys.pop(block)]
+        return block

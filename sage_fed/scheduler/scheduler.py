@@ -95,9 +95,9 @@ class Scheduler:
         return outcome
 
     def reserve(self, tier: Tier, num_blocks: int) -> tuple[int, ...] | None:
-        """Take KV blocks of a tier for a measurement; None where so many are not free."""
+        """Take KV blocks of a tier for a measurement; None where so many are not available."""
         schedule = self._tiers.get(tier)
-        if schedule is None or num_blocks > schedule.pool.num_free:
+        if schedule is None or not schedule.pool.fits(num_blocks):
             return None
         return schedule.pool.take(num_blocks)
 
@@ -118,6 +118,7 @@ class Scheduler:
             waiting=schedule.num_waiting,
             waiting_limit=schedule.limits.max_waiting,
             kv_tokens_used=schedule.pool.num_owned * BLOCK_SIZE,
+            kv_tokens_cached=schedule.pool.num_kept * BLOCK_SIZE,
             kv_tokens_total=schedule.pool.num_blocks * BLOCK_SIZE,
             max_context_tokens=schedule.limits.max_context_tokens,
             queued_prompt_tokens=schedule.queued_prompt_tokens,

@@ -1,6 +1,6 @@
 """One sequence: what was asked for, how far it is, and how it ended.
 
-Owns a sequence's position, its output's length and its account of device time.
+Owns a sequence's tokens, its position, its blocks and its account of device time.
 Knows nothing of other sequences, of queues or of the device.
 """
 
@@ -10,8 +10,9 @@ import enum
 from dataclasses import dataclass, field
 
 from sage_fed.core import Priority, Sampling, Tier
-from sage_fed.scheduler.blocks import blocks_for
-from sage_fed.steps import Chunk, Draw
+from sage_fed.scheduler.blocks import BlockPool, blocks_for
+from sage_fed.scheduler.prefix import BlockKeys
+from sage_fed.steps import BLOCK_SIZE, Chunk, Draw
 
 
 class EndReason(enum.Enum):
@@ -30,6 +31,8 @@ class SequenceSpec:
     """One sequence to run; `seq_id` is unique among those that have not ended.
 
     `prompt` are token ids, at least one; `max_new_tokens` is at least 1.
+    `account` is whose it is: only the same account's sequences find its blocks again.
+    `prefix_cache` False neither looks for known blocks nor leaves any behind.
     """
 
     seq_id: int
@@ -39,6 +42,8 @@ class SequenceSpec:
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
     priority: Priority = Priority.NORMAL
+    account: str = ""
+    prefix_cache: bool = True
 
     @property
     def num_blocks(self) -> int:
@@ -52,7 +57,8 @@ class Ended:
 
     `started_s` is the beginning of its first step, `first_token_s` and `last_token_s` are of
     delivered tokens; None where it did not come so far.
-    `prompt_tokens` were fed to the model (less than the prompt's where it ended early),
+    `prompt_tokens` have their keys and values (less than the prompt's where it ended early);
+    `cached_tokens` of them were found in the prefix cache, the others were fed to the model.
     `output_tokens` were delivered (an end-of-text token is neither delivered nor counted).
     `device_s` is its part of its steps' time, by tokens: over all sequences it adds up to
     the time that the device was busy.
@@ -66,60 +72,94 @@ class Ended:
     last_token_s: float | None
     ended_s: float
     prompt_tokens: int
+    cached_tokens: int
     output_tokens: int
     device_s: float
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A sequence between `add` and its ending; `order` is its place among all that were added."""
+    """A sequence between `add` and its ending; `order` is its place among all that were added.
+
+    `token_ids` are the prompt and what was delivered; the first `num_stored` of them have their
+    keys and values in `blocks`.
+    """
 
     spec: SequenceSpec
     submitted_s: float
     order: int
+    token_ids: list[int] = field(init=False)
     blocks: tuple[int, ...] = ()
-    num_cached: int = 0
+    num_stored: int = 0
     num_output: int = 0
-    newest_token: int | None = None
+    prompt_done: int = 0
+    cached_tokens: int = 0
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     device_s: float = 0.0
     cancelled: EndReason | None = None
+    _keys: BlockKeys = field(init=False)
     _seen: tuple[int, ...] = ()
     _seen_set: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.token_ids = list(self.spec.prompt)
+        self._keys = BlockKeys(self.spec.account)
         if self.spec.sampling.repetition_penalty != 1.0:
             self._seen = tuple(dict.fromkeys(self.spec.prompt))
             self._seen_set.update(self._seen)
 
     @property
+    def decodes(self) -> bool:
+        """Whether all but its newest token, which was drawn, is stored."""
+        return self.num_output > 0 and self.num_stored + 1 == len(self.token_ids)
+
+    @property
     def prefill_left(self) -> int:
-        """Prompt tokens that have not been fed to the model."""
-        return max(len(self.spec.prompt) - self.num_cached, 0)
+        """Tokens that have to be fed to the model before the first draw."""
+        return 0 if self.decodes else len(self.token_ids) - self.num_stored
 
     def next_chunk(self, prefill_limit: int) -> Chunk:
         """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill."""
-        if not self.prefill_left:
-            assert self.newest_token is not None
-            token_ids: tuple[int, ...] = (self.newest_token,)
-            draws = True
-        else:
-            assert prefill_limit > 0
-            token_ids = self.spec.prompt[self.num_cached : self.num_cached + prefill_limit]
-            draws = len(token_ids) == self.prefill_left
+        assert self.decodes or prefill_limit > 0
+        end = len(self.token_ids)
+        if not self.decodes:
+            end = min(end, self.num_stored + prefill_limit)
+        draws = end == len(self.token_ids)
         return Chunk(
             seq_id=self.spec.seq_id,
-            start=self.num_cached,
-            token_ids=token_ids,
+            start=self.num_stored,
+            token_ids=tuple(self.token_ids[self.num_stored : end]),
             blocks=self.blocks,
             draw=Draw(self.spec.sampling, self.num_output, self._seen) if draws else None,
         )
 
+    def find(self, pool: BlockPool) -> tuple[int, ...]:
+        """Return the blocks of its beginning that are stored already.
+
+        Never all of it: the last token has to be fed, because its logits are wanted.
+        """
+        if not self.spec.prefix_cache:
+            return ()
+        whole = (len(self.token_ids) - 1) // BLOCK_SIZE
+        return pool.find(self._keys.of(index, self.token_ids) for index in range(whole))
+
+    def stored(self, count: int, pool: BlockPool | None) -> None:
+        """Note that `count` more tokens are stored; blocks that they fill go public in `pool`."""
+        # What it began with beyond what it had ever reached was found, not computed.
+        found = min(self.num_stored, len(self.spec.prompt))
+        self.cached_tokens += max(found - self.prompt_done, 0)
+        first = self.num_stored // BLOCK_SIZE
+        self.num_stored += count
+        self.prompt_done = max(self.prompt_done, min(self.num_stored, len(self.spec.prompt)))
+        if pool is not None and self.spec.prefix_cache:
+            for index in range(first, self.num_stored // BLOCK_SIZE):
+                pool.publish(self.blocks[index], self._keys.of(index, self.token_ids))
+
     def append(self, token_id: int, now: float) -> None:
         """Note a drawn token that is delivered."""
-        self.newest_token = token_id
+        self.token_ids.append(token_id)
         self.num_output += 1
         if self.first_token_s is None:
             self.first_token_s = now
@@ -136,7 +176,8 @@ class Sequence:
             first_token_s=self.first_token_s,
             last_token_s=self.last_token_s,
             ended_s=now,
-            prompt_tokens=min(self.num_cached, len(self.spec.prompt)),
+            prompt_tokens=self.prompt_done,
+            cached_tokens=self.cached_tokens,
             output_tokens=self.num_output,
             device_s=self.device_s,
         )

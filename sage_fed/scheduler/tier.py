@@ -31,7 +31,10 @@ _RETRY_MAX_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class TierLimits:
-    """A tier's bounds; `prefill_chunk_tokens` are prompt tokens a step, over all sequences."""
+    """A tier's bounds; `prefill_chunk_tokens` are prompt tokens a step, over all sequences.
+
+    `prefix_cache` keeps the full blocks of sequences for later ones of the same account.
+    """
 
     num_blocks: int
     max_context_tokens: int
@@ -39,6 +42,7 @@ class TierLimits:
     max_waiting: int = 64
     prefill_chunk_tokens: int = 512
     ageing_s: float = 30.0
+    prefix_cache: bool = True
 
     @property
     def kv_tokens(self) -> int:
@@ -74,12 +78,16 @@ class TierLimits:
 class Outcome:
     """What a step delivered and which sequences it ended; a token comes before its ending.
 
-    `num_prefill_tokens` of the step's tokens were prompt tokens.
+    `num_prefill_tokens` of the step's tokens were prompt tokens. The sequences that started with
+    the step were looked up in the prefix cache with `num_queried_tokens`, and had `num_hit_tokens`
+    of them there.
     """
 
     drawn: tuple[Drawn, ...] = ()
     ended: tuple[Ended, ...] = ()
     num_prefill_tokens: int = 0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
 
 
 class TierSchedule:
@@ -96,6 +104,8 @@ class TierSchedule:
         self._running: dict[int, Sequence] = {}
         self._added = 0
         self._in_flight: Step | None = None
+        self._queried_tokens = 0
+        self._hit_tokens = 0
         self._out_of_memory_alone: int | None = None
 
     @property
@@ -169,25 +179,21 @@ class TierSchedule:
         """Return the next step: a token of each decoding sequence, then pieces of prompts.
 
         At most `prefill_limit` prompt tokens; sequences start in rank while some of the limit,
-        a place in the batch and the blocks of their worst case are left.
+        a place in the batch and the blocks of their worst case are left, less those that the
+        prefix cache has.
         """
         assert self._in_flight is None
         assert self.has_work
         chunks: list[Chunk] = []
         left = max(1, min(prefill_limit, self.limits.prefill_chunk_tokens))
         for seq in self._running.values():
-            if not seq.prefill_left:
+            if seq.decodes:
                 chunks.append(seq.next_chunk(0))
             elif left:
                 chunks.append(seq.next_chunk(left))
                 left -= len(chunks[-1].token_ids)
-        while left and self._head_fits():
-            seq = self._waiting.pop(0)
-            self._waiting_tokens -= len(seq.spec.prompt)
-            seq.blocks = self.pool.take(seq.spec.num_blocks)
-            seq.started_s = now
-            self._running[seq.spec.seq_id] = seq
-            chunks.append(seq.next_chunk(left))
+        while left and (started := self._start_head(now)):
+            chunks.append(started.next_chunk(left))
             left -= len(chunks[-1].token_ids)
         self._in_flight = Step(self.tier, tuple(chunks))
         return self._in_flight
@@ -205,13 +211,13 @@ class TierSchedule:
         delivered: list[Drawn] = []
         ended: list[Ended] = []
         for seq, chunk in zip(members, step.chunks, strict=True):
-            seq.num_cached += len(chunk.token_ids)
+            seq.stored(len(chunk.token_ids), self.pool if self.limits.prefix_cache else None)
             reason = seq.cancelled
             if reason is None and chunk.draw:
                 reason = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
             if reason is not None:
                 ended.append(self._end(seq, reason, now))
-        return Outcome(tuple(delivered), tuple(ended), num_prefill)
+        return self._outcome(delivered, ended, num_prefill)
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
         """Give way after a step that did not fit the device; it has changed nothing.
@@ -227,17 +233,31 @@ class TierSchedule:
             self._out_of_memory_alone = victim.spec.seq_id if spared else None
             if not spared:
                 ended.append(self._end(victim, EndReason.OUT_OF_MEMORY, now))
-        return Outcome(ended=tuple(ended), num_prefill_tokens=num_prefill)
+        return self._outcome((), ended, num_prefill)
 
     def _rank(self, seq: Sequence) -> tuple[float, int]:
         return (seq.submitted_s - seq.spec.priority * self.limits.ageing_s, seq.order)
 
-    def _head_fits(self) -> bool:
-        return (
-            bool(self._waiting)
-            and len(self._running) < self.limits.max_batch
-            and self._waiting[0].spec.num_blocks <= self.pool.num_free
-        )
+    def _start_head(self, now: float) -> Sequence | None:
+        """Start the first in rank, if there is a place and there are blocks for it."""
+        if not self._waiting or len(self._running) >= self.limits.max_batch:
+            return None
+        seq = self._waiting[0]
+        shared = seq.find(self.pool) if self.limits.prefix_cache else ()
+        own = seq.spec.num_blocks - len(shared)
+        if not self.pool.fits(own, shared):
+            return None
+        del self._waiting[0]
+        self._waiting_tokens -= seq.prefill_left
+        self.pool.share(shared)
+        seq.blocks = shared + self.pool.take(own)
+        seq.num_stored = len(shared) * BLOCK_SIZE
+        seq.started_s = now
+        self._running[seq.spec.seq_id] = seq
+        if self.limits.prefix_cache and seq.spec.prefix_cache:
+            self._queried_tokens += len(seq.token_ids)
+            self._hit_tokens += seq.num_stored
+        return seq
 
     def _land(self, step: Step, elapsed_s: float) -> tuple[list[Sequence], int]:
         """Return the sequences of the step in flight, charged with its time; its prompt tokens."""
@@ -247,8 +267,13 @@ class TierSchedule:
         num_prefill = 0
         for seq, chunk in zip(members, step.chunks, strict=True):
             seq.device_s += elapsed_s * len(chunk.token_ids) / step.num_tokens
-            num_prefill += len(chunk.token_ids) if seq.prefill_left else 0
+            num_prefill += 0 if seq.decodes else len(chunk.token_ids)
         return members, num_prefill
+
+    def _outcome(self, drawn: Iterable[Drawn], ended: Iterable[Ended], num_prefill: int) -> Outcome:
+        queried, self._queried_tokens = self._queried_tokens, 0
+        hit, self._hit_tokens = self._hit_tokens, 0
+        return Outcome(tuple(drawn), tuple(ended), num_prefill, queried, hit)
 
     def _take_token(
         self, seq: Sequence, drawn: Drawn, delivered: list[Drawn], now: float
@@ -265,5 +290,5 @@ class TierSchedule:
             self.pool.give_back(seq.blocks)
         else:
             self._waiting.remove(seq)
-            self._waiting_tokens -= len(seq.spec.prompt)
+            self._waiting_tokens -= seq.prefill_left
         return seq.ended(reason, now)

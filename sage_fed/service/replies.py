@@ -203,6 +203,7 @@ def load_of(load: core.TierLoad) -> model_pb2.TierStatus:
         requests_waiting_limit=load.waiting_limit,
         kv_tokens_used=load.kv_tokens_used,
         kv_tokens_total=load.kv_tokens_total,
+        kv_tokens_cached=load.kv_tokens_cached,
         max_context_tokens=load.max_context_tokens,
         queued_prompt_tokens=load.queued_prompt_tokens,
         decode_step_s=load.decode_step_s,

@@ -53,6 +53,11 @@ class TierSettings(Section):
     prefill_chunk_tokens: Whole = Field(
         gt=0, description="Most prompt tokens in one step; smaller keeps other streams smoother."
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep prompts' and answers' KV blocks; the account's next job that begins "
+        "with the same tokens pays the cached price for them.",
+    )
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
