@@ -98,6 +98,12 @@ class DeviceBusy(Retryable):
     reason = "DEVICE_BUSY"
 
 
+class CalibrationRunning(SageFedError):
+    """A calibration runs already; two would measure each other."""
+
+    reason = "CALIBRATION_RUNNING"
+
+
 class DeadlineInfeasible(SageFedError):
     """The worst case takes longer than the deadline; nothing was held."""
 

@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
     "metrics": 1,
     "executor": 2,
     "broker": 2,
+    "calibrate": 2,
     "service": 3,
     "auth": 3,
     "daemon": 3,
@@ -56,6 +57,7 @@ SIDEWAYS: set[tuple[str, str]] = {
     ("steps", "core"),
     ("steps", "errors"),
     ("broker", "executor"),  # the broker runs jobs on the executor
+    ("calibrate", "executor"),  # a calibration times steps on it
     ("service", "auth"),
     ("daemon", "auth"),
     ("daemon", "service"),

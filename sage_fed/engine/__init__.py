@@ -6,6 +6,7 @@ a checkpoint, so that its tokenizer can be read from the same directory.
 
 from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
+from sage_fed.engine.describe import DeviceDescription, describe_device
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.load import PRECISIONS, EngineOptions, load_engine
 from sage_fed.engine.random_checkpoint import (
@@ -23,8 +24,10 @@ __all__ = [
     "SHAPES",
     "WEIGHT_TYPES",
     "CheckpointPlan",
+    "DeviceDescription",
     "Engine",
     "EngineOptions",
+    "describe_device",
     "free_bytes",
     "load_engine",
     "locate",

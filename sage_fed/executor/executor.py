@@ -24,7 +24,7 @@ from sage_fed.executor.inbox import Cancel, Inbox, Stop, Submit
 from sage_fed.executor.loader import Loader, TierSetup
 from sage_fed.executor.probe import Probe
 from sage_fed.executor.stream import TokenStream
-from sage_fed.scheduler import Ended, EndReason, Scheduler, SequenceSpec
+from sage_fed.scheduler import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import Step, StepReport
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,11 @@ class Executor:
         """Return the loaded checkpoint's own sampling; None until it is loaded."""
         opened = self._opened.get(tier)
         return opened.defaults if opened else None
+
+    def limits(self, tier: Tier) -> TierLimits | None:
+        """Return a loaded tier's bounds; None until it is loaded."""
+        opened = self._opened.get(tier)
+        return opened.limits if opened else None
 
     @property
     def num_live(self) -> int:

@@ -1,0 +1,199 @@
+"""Times the points of both tiers through the executor, round by round.
+
+Owns the order and the budget of time. Every point is timed once at least (the pilot, which is
+also its warm-up); then rounds go A B A B over both tiers' points, and after each of them one
+round of the pair of reference points, so that the ratio is sampled all through the
+measurement and a slow minute of the machine meets both tiers and all points alike.
+Fails as `Executor.probe` does; a point that the device has no memory for is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from sage_fed.calibrate.plan import Point, interleaved, points_of, reference_of
+from sage_fed.calibrate.samples import Samples
+from sage_fed.core import CalibrationProgress, MeasuredPoint, Tier
+from sage_fed.errors import DeviceBusy, DeviceOutOfMemory
+from sage_fed.executor import Executor
+from sage_fed.scheduler import TierLimits
+from sage_fed.steps import Step
+
+_log = logging.getLogger(__name__)
+
+_MIN_RATIOS = 5
+"""Rounds of the reference pair below which there is no ratio to speak of."""
+
+_PATIENCE = 3.0
+"""How many budgets a calibration may last where live jobs keep interrupting it."""
+
+_WARM_STEPS = 2
+_LONG_STEP_S = 0.25
+"""A step of this length reads far more than any cache holds, and needs no warm-up of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long to measure: `sample_s` of one point in a round, `rounds` and `budget_s` of all."""
+
+    budget_s: float
+    rounds: int
+    sample_s: float
+    max_repeats: int = 24
+
+
+FULL = Pace(budget_s=120.0, rounds=8, sample_s=0.06)
+QUICK = Pace(budget_s=15.0, rounds=2, sample_s=0.03)
+
+
+class Measurement:
+    """One run over both tiers; `run` first, then the figures."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        limits: Mapping[Tier, TierLimits],
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._executor = executor
+        self._pace = pace
+        self._clock = clock
+        self._begun_s = clock()
+        self._references = {tier: reference_of(tier, limits[tier]) for tier in Tier}
+        self._points = interleaved(points_of(tier, limits[tier]) for tier in Tier)
+        self._steps: dict[Point, Step] = {point: point.step() for point in self._points}
+        self._pilot_s: dict[Point, float] = {}
+        self._samples: dict[Point, Samples] = {}
+        self._done = 0
+        self.ratios: list[float] = []
+        self.left_out: list[str] = []
+
+    @property
+    def points(self) -> tuple[MeasuredPoint, ...]:
+        """What was measured, tier by tier, in the plan's order."""
+        return tuple(
+            self._samples[point].measured(point)
+            for tier in Tier
+            for point in self._points
+            if point.tier is tier and point in self._samples
+        )
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the beginning."""
+        return self._clock() - self._begun_s
+
+    async def run(self) -> AsyncGenerator[CalibrationProgress, None]:
+        """Measure; what is yielded is for whoever waits."""
+        for point in self._points:
+            yield self._progress("warm-up", point)
+            await self._pilot(point)
+        while len(self.ratios) < _MIN_RATIOS:
+            await self._pair()
+        try:
+            for number in range(self._pace.rounds):
+                for point in self._points:
+                    yield self._progress(f"round {number + 1} of {self._pace.rounds}", point)
+                    await self._round(point)
+                    if self._affordable(self._pair_cost_s):
+                        await self._pair()
+        except DeviceBusy:
+            _log.warning("live jobs took over: calibrating with the rounds that were done")
+
+    async def _pilot(self, point: Point) -> None:
+        """Warm a point up and see how long it takes; its first sample, if there is no other."""
+        step = self._steps[point]
+        try:
+            (first_s,) = await self._probe([step])
+            times = [first_s] if first_s > _LONG_STEP_S else await self._probe([step] * 3)
+        except DeviceOutOfMemory:
+            if point in self._references.values():
+                raise
+            self.left_out.append(point.label)
+            _log.warning("calibration: the device has no memory for %s", point.label)
+            return
+        self._pilot_s[point] = min(times)
+        self._samples[point] = Samples([median(times)])
+
+    async def _pair(self) -> None:
+        """Time both references, in turns first, and note the ratio of this round."""
+        tiers = list(Tier) if len(self.ratios) % 2 else list(reversed(Tier))
+        steps: list[Step] = []
+        slices: dict[Tier, slice] = {}
+        for tier in tiers:
+            warm, repeats = self._repeats(self._references[tier])
+            begin = len(steps) + warm
+            steps += [self._steps[self._references[tier]]] * (warm + repeats)
+            slices[tier] = slice(begin, len(steps))
+        times = await self._probe(steps)
+        figures = {tier: median(times[part]) for tier, part in slices.items()}
+        for tier, figure in figures.items():
+            self._samples[self._references[tier]].alone_s.append(figure)
+        self.ratios.append(figures[Tier.STRATEGIC] / figures[Tier.TACTICAL])
+
+    async def _round(self, point: Point) -> None:
+        """Time a point alone, then with the other tier's reference before each step."""
+        if point not in self._samples or not self._affordable(self._round_cost_s(point)):
+            return
+        other = self._other(point)
+        warm, repeats = self._repeats(point)
+        turns = self._turns(point)
+        step = self._steps[point]
+        steps = [step] * (warm + repeats) + [self._steps[other], step] * turns
+        times = await self._probe(steps)
+        samples = self._samples[point]
+        samples.alone_s.append(median(times[warm : warm + repeats]))
+        samples.co_resident_s.append(median(times[warm + repeats + 1 :: 2]))
+        self._done += 1
+
+    async def _probe(self, steps: list[Step]) -> tuple[float, ...]:
+        left_s = self._begun_s + _PATIENCE * self._pace.budget_s - self._clock()
+        return await self._executor.probe(steps, max(left_s, 0.0))
+
+    def _repeats(self, point: Point) -> tuple[int, int]:
+        """How many steps warm it up, and how many are its sample of a round."""
+        step_s = self._pilot_s[point]
+        wanted = math.ceil(self._pace.sample_s / step_s)
+        # Odd: the median is one of them, not between a fast and a slow one.
+        repeats = min(max(wanted, 1), self._pace.max_repeats) | 1
+        return (0, 1) if step_s > _LONG_STEP_S else (_WARM_STEPS, repeats)
+
+    def _turns(self, point: Point) -> int:
+        turn_s = self._pilot_s[point] + self._pilot_s[self._other(point)]
+        return min(max(math.ceil(self._pace.sample_s / turn_s), 1), self._pace.max_repeats) | 1
+
+    def _other(self, point: Point) -> Point:
+        other = Tier.STRATEGIC if point.tier is Tier.TACTICAL else Tier.TACTICAL
+        return self._references[other]
+
+    def _round_cost_s(self, point: Point) -> float:
+        turn_s = self._pilot_s[point] + self._pilot_s[self._other(point)]
+        return sum(self._repeats(point)) * self._pilot_s[point] + self._turns(point) * turn_s
+
+    @property
+    def _pair_cost_s(self) -> float:
+        return sum(
+            sum(self._repeats(point)) * self._pilot_s[point] for point in self._references.values()
+        )
+
+    def _affordable(self, cost_s: float) -> bool:
+        return self.elapsed_s + cost_s <= self._pace.budget_s
+
+    def _progress(self, phase: str, point: Point) -> CalibrationProgress:
+        total = len(self._points) * self._pace.rounds
+        fraction = max(self._done / total, self.elapsed_s / self._pace.budget_s)
+        known = self._samples.get(point)
+        return CalibrationProgress(
+            phase=phase,
+            fraction=min(fraction, 0.99),
+            point=point.label,
+            elapsed_s=self.elapsed_s,
+            cost_ratio=median(self.ratios) if self.ratios else None,
+            measured=(known.measured(point),) if known else (),
+        )
