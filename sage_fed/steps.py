@@ -15,6 +15,13 @@ from sage_fed.core import GenerationDefaults, Logprob, ModelInfo, Sampling, Tier
 BLOCK_SIZE = 16
 """Tokens in one KV block; a sequence owns whole blocks."""
 
+PENDING = -1
+"""In a chunk, as its first token: what the step launched before this one draws for `seq_id`.
+
+The host need not know it yet. It has to be known where a draw of the same chunk lists what was
+`seen`, because that is the host's to say.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -106,13 +113,28 @@ class StepReport:
     num_hit_tokens: int = 0
 
 
+class Flight(Protocol):
+    """A launched step; one engine's flights land in the order of their launches, each once."""
+
+    @property
+    def device_s(self) -> float | None:
+        """Seconds that the device took, once landed; None where it has no clock of its own."""
+
+    def land(self) -> tuple[Drawn, ...]:
+        """Wait for the device; one `Drawn` a chunk with a `draw`, in the chunks' order."""
+
+
 class Engine(Protocol):
     """One model on one device; used by one thread at a time.
 
-    `run` raises `DeviceOutOfMemory` where the step did not fit; it may then be run again,
+    `launch` raises `DeviceOutOfMemory` where the step did not fit; it may then be run again,
     because all that a step leaves behind are KV entries that a repetition overwrites.
-    After any other exception the engine is not used again.
+    After any other exception, also of a flight, the engine is not used again.
     """
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether `launch` returns while the device still works, so that waiting can wait."""
 
     @property
     def info(self) -> ModelInfo:
@@ -134,8 +156,11 @@ class Engine(Protocol):
     def defaults(self) -> GenerationDefaults:
         """The checkpoint's own sampling."""
 
+    def launch(self, step: Step) -> Flight:
+        """Queue one forward pass behind those in flight; where not pipelined, run it."""
+
     def run(self, step: Step) -> tuple[Drawn, ...]:
-        """Run one forward pass; one `Drawn` a chunk with a `draw`, in the chunks' order."""
+        """Launch and land."""
 
     def close(self) -> None:
         """Free the device's memory."""

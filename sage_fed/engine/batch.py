@@ -7,7 +7,6 @@ in one copy. Knows no weights. A chunk that contradicts itself is a bug of the c
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,13 +19,12 @@ from sage_fed.engine.attention import (
     Heads,
     PromptGroup,
 )
+from sage_fed.engine.staging import Packer, Vectors
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw
 
 _SMALLEST_GROUP_BLOCKS = 16
 """Decode contexts up to this many blocks share one gather; above it, contexts within a factor
 of two do, which bounds what padding a short context beside a long one can cost."""
-
-Vectors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,8 @@ class Batch:
     newest token of a block that was just entered, to be cleared before the pass.
     `rows` selects the tokens whose logits are wanted, one for each of `draws`; None is all.
     `drawing[i]` is the index, in the step, of the chunk that `draws[i]` belongs to.
+    `pending` says that some of `token_ids` are below 0: -1 - i is what the newest step drew in
+    its i-th draw, wherever that is now.
     """
 
     token_ids: torch.Tensor
@@ -47,10 +47,14 @@ class Batch:
     rows: torch.Tensor | None
     draws: tuple[Draw, ...]
     drawing: tuple[int, ...]
+    pending: bool
 
 
 class BatchBuilder:
-    """Lays out steps for one model; `dtype` is that of its attention masks."""
+    """Lays out steps for one model; `dtype` is that of its attention masks.
+
+    Token ids down to `-pending_rows` are taken for pending ones; see `Batch`.
+    """
 
     def __init__(
         self,
@@ -60,7 +64,9 @@ class BatchBuilder:
         max_context_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        pending_rows: int = 0,
     ) -> None:
+        self._pending_rows = pending_rows
         self._heads = heads
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
@@ -76,7 +82,7 @@ class BatchBuilder:
         rows: list[int] = []
         drawing: list[int] = []
         draws: list[Draw] = []
-        packer = _Packer()
+        packer = Packer()
         plans: list[Callable[[Vectors], AttentionGroup]] = []
         for members in _layout(chunks):
             first = len(token_ids)
@@ -104,19 +110,20 @@ class BatchBuilder:
             rows=on_device[4] if len(rows) < len(token_ids) else None,
             draws=tuple(draws),
             drawing=tuple(drawing),
+            pending=min(token_ids) < 0,
         )
 
     def _check(self, chunk: Chunk) -> None:
         end = chunk.start + len(chunk.token_ids)
         assert chunk.token_ids, "a chunk without tokens"
         # On CUDA an index out of bounds takes the whole process's context down.
-        assert min(chunk.token_ids) >= 0, "a token id below the vocabulary"
+        assert min(chunk.token_ids) >= -self._pending_rows, "a token id below the vocabulary"
         assert max(chunk.token_ids) < self._vocab_size, "a token id beyond the vocabulary"
         assert end <= len(chunk.blocks) * BLOCK_SIZE, "a chunk without blocks for its tokens"
         assert end <= self._max_context_tokens, "a chunk beyond the context"
 
     def _plan(
-        self, members: Sequence[Chunk], rows: slice, packer: _Packer
+        self, members: Sequence[Chunk], rows: slice, packer: Packer
     ) -> Callable[[Vectors], AttentionGroup]:
         """Pack a group's vectors; the group itself can be built once they are on the device."""
         if len(members[0].token_ids) == 1:
@@ -130,7 +137,7 @@ class BatchBuilder:
         )
 
     def _plan_decode(
-        self, members: Sequence[Chunk], rows: slice, packer: _Packer
+        self, members: Sequence[Chunk], rows: slice, packer: Packer
     ) -> Callable[[Vectors], AttentionGroup]:
         width = max(_blocks_used(chunk) for chunk in members)
         table: list[int] = []
@@ -150,27 +157,6 @@ class BatchBuilder:
             uniform_length=lengths[0] if len(set(lengths)) == 1 else None,
             dtype=self._dtype,
         )
-
-
-class _Packer:
-    """Collects integer vectors on the host and moves them to the device in one copy."""
-
-    def __init__(self) -> None:
-        self._values = array("q")
-        self._sizes: list[int] = []
-
-    def add(self, values: Sequence[int]) -> int:
-        """Append a vector; returns its index in what `move` returns."""
-        self._values.extend(values)
-        self._sizes.append(len(values))
-        return len(self._sizes) - 1
-
-    def move(self, device: torch.device) -> Vectors:
-        """All vectors, in the order of `add`."""
-        packed = torch.frombuffer(self._values, dtype=torch.int64)
-        if device.type != "cpu":
-            packed = packed.to(device)
-        return packed.split_with_sizes(self._sizes)
 
 
 def _layout(chunks: Sequence[Chunk]) -> list[list[int]]:

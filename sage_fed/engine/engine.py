@@ -1,19 +1,24 @@
 """A loaded model that runs the scheduler's steps.
 
-Owns the device's memory for one tier. Knows nothing of queues, prompts as text, prices or
-time. Used by one thread at a time. A step fails with `DeviceOutOfMemory` where the device had
-no room, and may then be run again.
+Owns the device's memory for one tier, and the order of the steps that are in flight on it.
+Knows nothing of queues, prompts as text, prices or time. Used by one thread at a time.
+A step fails with `DeviceOutOfMemory` where the device had no room, and may then be run again.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from sage_fed.core import GenerationDefaults, ModelInfo
 from sage_fed.engine.forward import Forward
-from sage_fed.engine.sampling import choose
+from sage_fed.engine.sampling import Picked, pick
+from sage_fed.engine.staging import Landing, begin
 from sage_fed.errors import DeviceOutOfMemory
-from sage_fed.steps import Drawn, Step
+from sage_fed.steps import PENDING, Chunk, Drawn, Step
 
 
 class Engine:
@@ -22,6 +27,10 @@ class Engine:
     A sequence's random numbers never depend on its company. Its logits do, in the last bits,
     because the order of a product's sums follows the batch size: in fp32 that is about 1e-6
     and changes no token in practice; in half precision near-ties may fall differently.
+
+    With a `newest` (int64 on the device, as many rows as a step can have draws) it is pipelined:
+    a launch only queues, and what it draws stays on the device for the launch after it. `forward`
+    then takes a token id of -1 - i for `newest[i]`. Without, a launch runs the step to its end.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class Engine:
         max_context_tokens: int,
         eos_token_ids: frozenset[int],
         defaults: GenerationDefaults,
+        newest: torch.Tensor | None = None,
     ) -> None:
         self.info = info
         self.num_blocks = num_blocks
@@ -42,8 +52,18 @@ class Engine:
         self.defaults = defaults
         self._forward: Forward | None = forward
         self._device = device
+        self._newest = newest
+        self._flights: deque[Flight] = deque()
+        self._pending: Mapping[int, int] = {}
+        """What `PENDING` means for each sequence of the newest step: its token or, pipelined,
+        -1 - its row of `newest`."""
+        self._broken = False
 
-    @torch.inference_mode()
+    @property
+    def pipelined(self) -> bool:
+        """Whether `launch` returns while the device still works."""
+        return self._newest is not None
+
     def run(self, step: Step) -> tuple[Drawn, ...]:
         """Run one forward pass; one `Drawn` a chunk with a `draw`, in the chunks' order.
 
@@ -52,31 +72,108 @@ class Engine:
         Raises:
             DeviceOutOfMemory: the step did not fit; the cache is as good as before.
         """
+        return self.launch(step).land()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Flight:
+        """Queue one forward pass, the choice of its tokens and their way to the host.
+
+        Raises:
+            DeviceOutOfMemory: the step did not fit; the cache is as good as before.
+        """
         assert self._forward is not None, "a closed engine was asked to run"
+        assert not self._broken, "a broken engine was asked to run"
+        assert self.pipelined or not self._flights, "a flight has to land before the next"
         try:
-            return self._run(self._forward, step)
+            flight = self._launch(self._forward, step)
         except torch.OutOfMemoryError as error:
             num_chunks = len(step.chunks)
             raise DeviceOutOfMemory(
                 f"the device has no memory for a step of {step.num_tokens} tokens "
                 f"in {num_chunks} sequences"
             ) from error
+        self._flights.append(flight)
+        return flight
 
     def close(self) -> None:
         """Free the device's memory; the engine cannot be used afterwards."""
         self._forward = None
+        self._newest = None
+        self._flights.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, forward: Forward, step: Step) -> tuple[Drawn, ...]:
-        forwarded = forward.run(step.chunks)
-        if forwarded.logits is None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # or the step's time would be a lie
-            return ()
-        chosen = choose(forwarded.logits, forwarded.draws)
-        drawn = sorted(zip(forwarded.drawing, chosen, strict=True), key=lambda pair: pair[0])
-        return tuple(
-            Drawn(step.chunks[index].seq_id, token_id, logprob)
-            for index, (token_id, logprob) in drawn
-        )
+    def _launch(self, forward: Forward, step: Step) -> Flight:
+        begun = begin(self._device)
+        forwarded = forward.run([self._resolved(chunk) for chunk in step.chunks])
+        picked = pick(forwarded.logits, forwarded.draws) if forwarded.logits is not None else None
+        seq_ids = [step.chunks[index].seq_id for index in forwarded.drawing]
+        flight = Flight(self._landed, seq_ids, forwarded.drawing, picked, begun)
+        if self._newest is None:
+            self._pending = {drawn.seq_id: drawn.token_id for drawn in flight.read()}
+        else:
+            if picked is not None:
+                self._newest[: len(seq_ids)].copy_(picked.tokens)
+            self._pending = {seq_id: -1 - row for row, seq_id in enumerate(seq_ids)}
+        return flight
+
+    def _landed(self, flight: Flight) -> tuple[Drawn, ...]:
+        assert self._flights, "a flight lands once, and before its engine is closed"
+        assert self._flights.popleft() is flight, "flights land in the order of their launches"
+        try:
+            return flight.read()
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _resolved(self, chunk: Chunk) -> Chunk:
+        """The chunk with what `PENDING` stands for, on the host or on the device."""
+        if PENDING not in chunk.token_ids:
+            return chunk
+        first, *others = chunk.token_ids
+        assert first == PENDING, "only a chunk's first token can be pending"
+        assert PENDING not in others, "only a chunk's first token can be pending"
+        assert chunk.seq_id in self._pending, "no token of the sequence is pending"
+        return replace(chunk, token_ids=(self._pending[chunk.seq_id], *others))
+
+
+class Flight:
+    """A step on the device; see `sage_fed.steps.Flight`.
+
+    Constructed behind the step's work; `drawing` are the indices of `seq_ids` in the step.
+    """
+
+    def __init__(
+        self,
+        landed: Callable[[Flight], tuple[Drawn, ...]],
+        seq_ids: Sequence[int],
+        drawing: Sequence[int],
+        picked: Picked | None,
+        begun: torch.cuda.Event | None,
+    ) -> None:
+        self._landed = landed
+        self._seq_ids = seq_ids
+        self._drawing = drawing
+        self._picked = picked
+        self._landing = Landing(picked.results if picked else None, begun)
+        self._drawn: tuple[Drawn, ...] | None = None
+
+    @property
+    def device_s(self) -> float | None:
+        """Seconds that the device took for the step and what the host queued of it meanwhile."""
+        return self._landing.device_s
+
+    def land(self) -> tuple[Drawn, ...]:
+        """Wait for the device; an exception leaves the engine broken."""
+        return self._landed(self)
+
+    def read(self) -> tuple[Drawn, ...]:
+        """What was drawn, in the order of the step's chunks; waits for it the first time."""
+        if self._drawn is None:
+            results = self._landing.wait()
+            choices = self._picked.choices(results) if self._picked and results is not None else []
+            rows = sorted(zip(self._drawing, self._seq_ids, choices, strict=True))
+            self._drawn = tuple(
+                Drawn(seq_id, token_id, logprob) for _, seq_id, (token_id, logprob) in rows
+            )
+        return self._drawn

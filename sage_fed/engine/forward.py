@@ -7,7 +7,7 @@ Knows nothing of sampling, sequences or time. Fails with torch's own out-of-memo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,18 +38,33 @@ class Forward(Protocol):
 
 
 class TorchForward:
-    """The pass as torch operations, on whatever device the weights are."""
+    """The pass as torch operations, on whatever device the weights are.
 
-    def __init__(self, batches: BatchBuilder, decoder: Decoder) -> None:
+    Where there is a `newest`, int64 on the device, a token id of -1 - i stands for
+    `newest[i]`: a token that the host need not have seen yet.
+    """
+
+    def __init__(
+        self, batches: BatchBuilder, decoder: Decoder, newest: torch.Tensor | None = None
+    ) -> None:
         self._batches = batches
         self._decoder = decoder
+        self._newest = newest
 
     def run(self, chunks: Sequence[Chunk]) -> Forwarded:
         """Run; see `Forward`."""
         batch = self._batches.build(chunks)
+        if batch.pending:
+            assert self._newest is not None
+            batch = replace(batch, token_ids=resolved(batch.token_ids, self._newest))
         hidden = self._decoder.forward(batch)
         if not batch.draws:
             return Forwarded(None, (), ())
         if batch.rows is not None:
             hidden = hidden.index_select(0, batch.rows)
         return Forwarded(self._decoder.logits(hidden), batch.draws, batch.drawing)
+
+
+def resolved(token_ids: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+    """`token_ids` with each -1 - i replaced by `newest[i]`."""
+    return torch.where(token_ids < 0, newest[(-1 - token_ids).clamp_min(0)], token_ids)

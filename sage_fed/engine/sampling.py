@@ -7,7 +7,8 @@ The draw inverts the cumulative distribution at one uniform number, so it is a f
 row's logits, its settings, its seed and its index alone. Log-probabilities are of the raw
 logits, in fp32, before any of the above. Logits hold the tokenizer's own ids only, so padding
 of the vocabulary can neither be drawn nor counted.
-Every function works on the device; results cross to the host in one copy.
+Every function works on the device and waits for nothing: settings cross to it in one copy,
+results come back in another, and `Picked.choices` reads them when they are there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from sage_fed.core import Logprob, Sampling
 from sage_fed.engine.randomness import uniform
+from sage_fed.engine.staging import Packer, Vectors
 from sage_fed.steps import Draw
 
 Choice = tuple[int, Logprob | None]
@@ -29,44 +31,87 @@ Choice = tuple[int, Logprob | None]
 _COLDEST = 1e-30  # a lower temperature would round to zero in fp32 and make 0 / 0
 
 
-def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Tokens that the device has chosen, perhaps only in a moment.
+
+    `tokens` is int64 [rows]. `results` is all that the host wants of them, in one tensor:
+    the tokens, or float64 [rows, 2 + 2 * width] with the log-probabilities.
+    """
+
+    tokens: torch.Tensor
+    results: torch.Tensor
+    draws: tuple[Draw, ...]
+
+    def choices(self, results: torch.Tensor) -> list[Choice]:
+        """Read `results`, or their copy on the host."""
+        if results.dim() == 1:
+            return [(token, None) for token in results.tolist()]
+        return _read_logprobs(results, self.draws)
+
+
+def pick(logits: torch.Tensor, draws: Sequence[Draw]) -> Picked:
     """Choose a token for every row of `logits` [rows, ids], of any floating type."""
+    kept = tuple(draws)
     if all(_is_plain(draw.sampling) for draw in draws):
-        return [(token, None) for token in logits.argmax(-1).tolist()]
+        tokens = logits.argmax(-1)
+        return Picked(tokens, tokens, kept)
     raw = logits.float()
-    scores = _penalised(raw, draws)
+    packer = Packer()
+    penalties = _pack_penalties(draws, logits.shape[1], packer)
+    methods = [
+        (method, packer.add(rows), _Controls.pack([draws[row] for row in rows], packer))
+        for method, rows in _by_method(draws).items()
+    ]
+    vectors = packer.move(logits.device)
+    scores = _penalised(raw, [vectors[index] for index in penalties])
     tokens = scores.argmax(-1)
-    for pick, rows in _by_method(draws).items():
-        index = torch.tensor(rows, device=logits.device)
-        tokens[index] = pick(
-            scores[index], _Controls.of([draws[row] for row in rows], logits.device)
-        )
+    for method, at, (controls_at, largest_top_k) in methods:
+        rows, columns = vectors[at], vectors[controls_at].view(torch.float64)
+        controls = _Controls.of(columns, rows.shape[0], largest_top_k)
+        if rows.shape[0] == len(draws):
+            tokens = method(scores, controls)
+        else:
+            tokens.index_copy_(0, rows, method(scores.index_select(0, rows), controls))
     if all(draw.sampling.top_logprobs is None for draw in draws):
-        return [(token, None) for token in tokens.tolist()]
-    return _with_logprobs(raw, tokens, draws)
+        return Picked(tokens, tokens, kept)
+    return Picked(tokens, _with_logprobs(raw, tokens, draws), kept)
+
+
+def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    """Choose, and wait for it."""
+    picked = pick(logits, draws)
+    return picked.choices(picked.results)
 
 
 def _is_plain(sampling: Sampling) -> bool:
     return sampling.greedy and sampling.repetition_penalty == 1.0 and sampling.top_logprobs is None
 
 
-def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Scale the logits of seen tokens away from choice, as CTRL (arXiv 1909.05858) does."""
+def _pack_penalties(draws: Sequence[Draw], num_ids: int, packer: Packer) -> tuple[int, ...]:
+    """Pack rows, ids and penalties of tokens that were seen; nothing where there are none."""
     rows, ids, penalties = array("q"), array("q"), array("d")
     for row, draw in enumerate(draws):
         penalty = draw.sampling.repetition_penalty
         if penalty != 1.0:
-            seen = [token for token in set(draw.seen) if token < logits.shape[1]]
+            seen = [token for token in set(draw.seen) if token < num_ids]
             ids.extend(seen)
             rows.extend([row] * len(seen))
             penalties.extend([penalty] * len(seen))
     if not ids:
+        return ()
+    return packer.add(rows), packer.add(ids), packer.add_doubles(penalties)
+
+
+def _penalised(logits: torch.Tensor, packed: Vectors) -> torch.Tensor:
+    """Scale the logits of seen tokens away from choice, as CTRL (arXiv 1909.05858) does."""
+    if not packed:
         return logits
-    at = tuple(torch.frombuffer(v, dtype=torch.int64).to(logits.device) for v in (rows, ids))
-    factor = torch.frombuffer(penalties, dtype=torch.float64).to(logits.device, torch.float32)
-    seen_logits = logits[at]
+    rows, ids, penalties = packed
+    factor = penalties.view(torch.float64).float()
+    seen_logits = logits[rows, ids]
     worse = torch.where(seen_logits > 0, seen_logits / factor, seen_logits * factor)
-    return logits.index_put(at, worse)
+    return logits.index_put((rows, ids), worse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +128,22 @@ class _Controls:
     number: torch.Tensor
     largest_top_k: int
 
-    @classmethod
-    def of(cls, draws: Sequence[Draw], device: torch.device) -> Self:
+    @staticmethod
+    def pack(draws: Sequence[Draw], packer: Packer) -> tuple[int, int]:
+        """Pack the settings; their place in the packer, and the largest top_k."""
         values = array("d")
         for draw in draws:
             s = draw.sampling
             floor = math.log(s.min_p) if s.min_p > 0 else -math.inf
             values.extend((max(s.temperature, _COLDEST), float(s.top_k), s.top_p, floor))
             values.append(uniform(s.seed, draw.index))
-        columns = torch.frombuffer(values, dtype=torch.float64).view(len(draws), -1).to(device)
-        largest = max(draw.sampling.top_k for draw in draws)
-        temperature, top_k, top_p, log_min_p, number = columns[:, :, None].unbind(1)
-        return cls(temperature, top_k, top_p, log_min_p, number, largest)
+        return packer.add_doubles(values), max(draw.sampling.top_k for draw in draws)
+
+    @classmethod
+    def of(cls, values: torch.Tensor, rows: int, largest_top_k: int) -> Self:
+        """What was packed, on the device: float64 [rows * 5]."""
+        temperature, top_k, top_p, log_min_p, number = values.view(rows, -1, 1).unbind(1)
+        return cls(temperature, top_k, top_p, log_min_p, number, largest_top_k)
 
 
 Pick = Callable[[torch.Tensor, _Controls], torch.Tensor]
@@ -108,12 +157,12 @@ def _by_method(draws: Sequence[Draw]) -> dict[Pick, list[int]]:
         if sampling.greedy:
             continue
         if sampling.top_k > 0:
-            pick: Pick = _pick_from_best
+            method: Pick = _pick_from_best
         elif sampling.top_p < 1.0:
-            pick = _pick_sorted
+            method = _pick_sorted
         else:
-            pick = _pick_unsorted
-        methods.setdefault(pick, []).append(row)
+            method = _pick_unsorted
+        methods.setdefault(method, []).append(row)
     return methods
 
 
@@ -163,17 +212,23 @@ def _pick_descending(best: torch.Tensor, ids: torch.Tensor, controls: _Controls)
     return ids.gather(-1, column).squeeze(-1)
 
 
-def _with_logprobs(raw: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
-    wanted = [draw.sampling.top_logprobs for draw in draws]
-    width = min(max(top or 0 for top in wanted), raw.shape[1])
+def _with_logprobs(
+    raw: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]
+) -> torch.Tensor:
+    """Token, its log-probability, and ids and log-probabilities of the best, row by row."""
+    width = min(max(draw.sampling.top_logprobs or 0 for draw in draws), raw.shape[1])
     logprobs = raw.log_softmax(-1)
     chosen = logprobs.gather(-1, tokens[:, None])
     top = logprobs.topk(width, dim=-1)
     # Doubles hold ids and fp32 log-probabilities exactly, so one copy carries them all.
-    packed = torch.cat((tokens[:, None].double(), chosen, top.indices.double(), top.values), dim=-1)
+    return torch.cat((tokens[:, None].double(), chosen, top.indices.double(), top.values), dim=-1)
+
+
+def _read_logprobs(results: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    width = results.shape[1] // 2 - 1
     choices: list[Choice] = []
-    for row, count in zip(packed.tolist(), wanted, strict=True):
-        token = int(row[0])
+    for row, draw in zip(results.tolist(), draws, strict=True):
+        token, count = int(row[0]), draw.sampling.top_logprobs
         if count is None:
             choices.append((token, None))
             continue

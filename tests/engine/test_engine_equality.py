@@ -16,7 +16,7 @@ from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.decoder import Decoder
 from sage_fed.errors import DeviceOutOfMemory
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, Step
 
 Checkpoints = Callable[[str], Checkpoint]
 Engines = Callable[[str], Engine]
@@ -168,7 +168,9 @@ def test_running_out_of_memory_fails_the_step_only(
         (Chunk(1, 0, (1,) * 17, (0,), None), "without blocks"),
         (Chunk(1, 256, (1,), tuple(range(17)), None), "beyond the context"),
         (Chunk(1, 0, (131,), (0,), None), "beyond the vocabulary"),
-        (Chunk(1, 0, (-1,), (0,), None), "below the vocabulary"),
+        (Chunk(1, 0, (-2,), (0,), None), "below the vocabulary"),
+        (Chunk(77, 0, (PENDING,), (0,), None), "no token of the sequence is pending"),
+        (Chunk(1, 0, (1, PENDING), (0,), None), "only a chunk's first token can be pending"),
     ],
 )
 def test_a_contradictory_chunk_is_a_bug(engine_of: Engines, chunk: Chunk, problem: str) -> None:
