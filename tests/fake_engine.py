@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from sage_fed.core import GenerationDefaults, ModelInfo, Tier
 from sage_fed.scheduler import SequenceSpec
-from sage_fed.steps import BLOCK_SIZE, Chunk, Drawn, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Drawn, Step
 
 EOS = 7
 VOCAB = 50
@@ -56,8 +56,25 @@ class Clock:
 
 
 @dataclass
+class FakeFlight:
+    """A launched step of a fake engine; `device_s` None leaves its time to the clock."""
+
+    engine: FakeEngine
+    step: Step
+    drawn: tuple[Drawn, ...] | None = None
+    device_s: float | None = None
+
+    def land(self) -> tuple[Drawn, ...]:
+        """Finish it."""
+        return self.engine.land(self)
+
+
+@dataclass
 class FakeEngine:
-    """`fail(step)` may raise; `gate`, where there is one, lets one step pass a permit."""
+    """`fail(step)` may raise; `gate`, where there is one, lets one step pass a permit.
+
+    Pipelined, a step is only noted when it is launched, and done when it lands.
+    """
 
     num_blocks: int = 64
     max_context_tokens: int = 512
@@ -69,14 +86,35 @@ class FakeEngine:
     gate: threading.Semaphore | None = None
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     steps: list[Step] = field(default_factory=list)
+    pipelined: bool = False
+    flights: list[FakeFlight] = field(default_factory=list)
     closed: bool = False
     info: ModelInfo = field(default_factory=info)
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
         self.cache: dict[int, int] = {}
+        self.newest: dict[int, int] = {}
+
+    def launch(self, step: Step) -> FakeFlight:
+        """Run the step, or leave it to its landing."""
+        assert self.pipelined or not self.flights, "a flight has to land before the next"
+        flight = FakeFlight(self, step)
+        if not self.pipelined:
+            flight.drawn = self.answer(step)
+        self.flights.append(flight)
+        return flight
 
     def run(self, step: Step) -> tuple[Drawn, ...]:
+        """Launch and land."""
+        return self.launch(step).land()
+
+    def land(self, flight: FakeFlight) -> tuple[Drawn, ...]:
+        """Do what has not been done."""
+        assert self.flights.pop(0) is flight, "flights land in the order of their launches"
+        return self.answer(flight.step) if flight.drawn is None else flight.drawn
+
+    def answer(self, step: Step) -> tuple[Drawn, ...]:
         """Write the KV, read it back, draw."""
         self.entered.release()
         if self.gate is not None:
@@ -85,7 +123,9 @@ class FakeEngine:
         self.clock.now += self.step_s + self.token_s * step.num_tokens
         if self.fail is not None:
             self.fail(step)
-        return tuple(d for chunk in step.chunks if (d := self._chunk(chunk)))
+        drawn = tuple(d for chunk in step.chunks if (d := self._chunk(chunk)))
+        self.newest = {d.seq_id: d.token_id for d in drawn}
+        return drawn
 
     def _chunk(self, chunk: Chunk) -> Drawn | None:
         assert all(0 <= block < self.num_blocks for block in chunk.blocks)
@@ -94,7 +134,7 @@ class FakeEngine:
             for position in range(chunk.start + len(chunk.token_ids))
         ]
         for slot, token_id in zip(slots[chunk.start :], chunk.token_ids, strict=True):
-            self.cache[slot] = token_id
+            self.cache[slot] = self.newest[chunk.seq_id] if token_id == PENDING else token_id
         if chunk.draw is None:
             return None
         history = [self.cache[slot] for slot in slots]

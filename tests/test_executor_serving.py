@@ -41,9 +41,9 @@ class Observer:
 class Rig:
     """A started executor over two fake engines that share a clock."""
 
-    def __init__(self, **setup: int) -> None:
+    def __init__(self, *, pipelined: bool = False, **setup: int) -> None:
         self.clock = Clock()
-        self.engines = {tier: FakeEngine(clock=self.clock) for tier in Tier}
+        self.engines = {tier: FakeEngine(clock=self.clock, pipelined=pipelined) for tier in Tier}
         self.observer = Observer()
         self.executor = Executor(
             {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
@@ -87,9 +87,10 @@ async def entered(engine: FakeEngine) -> None:
     assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
 
 
-async def test_every_stream_is_what_it_would_be_alone() -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+async def test_every_stream_is_what_it_would_be_alone(*, pipelined: bool) -> None:
     """Many sequences on both tiers, joining and leaving at random, do not touch each other."""
-    rig = Rig(max_batch=8, max_waiting=200)
+    rig = Rig(pipelined=pipelined, max_batch=8, max_waiting=200)
     chance = random.Random(2)
     asked = [
         spec(i, chance.choice([T, S]), prompt=chance.randint(1, 60), new=chance.randint(1, 30))
@@ -277,7 +278,7 @@ async def test_a_broken_engine_takes_only_its_own_tier() -> None:
 async def test_an_engine_that_answers_wrongly_is_broken() -> None:
     """A draw without an answer fails the tier, and no sequence hangs."""
     rig = Rig()
-    rig.engines[T].run = lambda _step: ()  # type: ignore[method-assign]
+    rig.engines[T].answer = lambda _step: ()  # type: ignore[method-assign]
     async with serving(rig) as executor:
         _, ended = await read(executor.submit(spec(0)))
     assert EndReason.FAILED is ended.reason

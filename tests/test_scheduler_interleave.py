@@ -149,3 +149,27 @@ def test_long_prompts_say_more_about_prefill() -> None:
 
 def _order(device: Device, steps: int) -> str:
     return "".join("t" if device.step()[0].tier is T else "S" for _ in range(steps))
+
+
+def test_what_follows_a_step_in_flight_is_built_only_where_it_is_certain() -> None:
+    """Behind a strategic step a tactical one can wait; a tier's own next step never does."""
+    device = Device()
+    device.add(T)
+    device.add(S)
+    first = device.scheduler.next_step(0.0)
+    assert first is not None
+    assert T is first.tier
+    assert device.scheduler.next_step(0.0) is None, "after one tactical step strategic may be due"
+    drawn = device.engine.run(first)
+    device.scheduler.complete(first, drawn, now=0.0, elapsed_s=0.01)
+    deep = device.scheduler.next_step(0.0)
+    assert deep is not None
+    assert S is deep.tier
+    behind = device.scheduler.next_step(0.0)
+    assert behind is not None
+    assert T is behind.tier
+    assert device.scheduler.next_step(0.0) is None
+    for step in (deep, behind):
+        drawn = device.engine.run(step)
+        device.scheduler.complete(step, drawn, now=0.0, elapsed_s=0.01)
+    assert device.scheduler.next_step(0.0) is not None

@@ -212,9 +212,7 @@ def _pick_descending(best: torch.Tensor, ids: torch.Tensor, controls: _Controls)
     return ids.gather(-1, column).squeeze(-1)
 
 
-def _with_logprobs(
-    raw: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]
-) -> torch.Tensor:
+def _with_logprobs(raw: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Token, its log-probability, and ids and log-probabilities of the best, row by row."""
     width = min(max(draw.sampling.top_logprobs or 0 for draw in draws), raw.shape[1])
     logprobs = raw.log_softmax(-1)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from sage_fed.core import Tier, TierLoad, TierState, TierStatus
 from sage_fed.errors import DeviceOutOfMemory, SageFedError
+from sage_fed.executor.flights import Flights
 from sage_fed.executor.handover import Handover, Opened
 from sage_fed.executor.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
 from sage_fed.executor.loader import close_engine
@@ -58,6 +59,7 @@ class DeviceThread:
         self._probes = ProbeDesk(scheduler, self._publish)
         self._clock = clock
         self._engines: dict[Tier, Engine] = {}
+        self._flights = Flights(clock)
         self._steps_done = 0
         self._thread = threading.Thread(target=self._main, name="sage-fed-device", daemon=True)
 
@@ -80,12 +82,13 @@ class DeviceThread:
     def _serve(self) -> EndReason:
         while True:
             ended: list[Ended] = []
-            idle = not (self._scheduler.has_work or self._probes.has_work)
-            messages = self._inbox.take(wait=idle)
+            messages = self._inbox.take(wait=not self._busy)
             for message in messages:
                 ended += self._handle(message)
             if any(isinstance(message, Stop) for message in messages):
                 # Only now: an engine that came with the same messages has to be closed too.
+                while self._flights:
+                    self._land()
                 self._end_all(ended)
                 return EndReason.SHUTDOWN
             self._beat(busy=True)
@@ -98,10 +101,17 @@ class DeviceThread:
             if ended:
                 self._handover.post(ended=ended)
             if step is not None:
-                self._run(step)
-            elif self._probes.has_work:
+                self._launch(step)
+            elif not self._flights and self._probes.has_work:
                 self._run_probe()
-            self._beat(busy=self._scheduler.has_work or self._probes.has_work)
+            # While a step is on the device, the next is built and launched behind it.
+            if self._flights and (step is None or self._flights.full):
+                self._land()
+            self._beat(busy=self._busy)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._flights) or self._scheduler.has_work or self._probes.has_work
 
     def _handle(self, message: Message) -> tuple[Ended, ...]:
         if isinstance(message, Submit):
@@ -127,29 +137,39 @@ class DeviceThread:
             opened=Opened(message.limits, engine.defaults),
         )
 
-    def _run(self, step: Step) -> None:
-        """Run one step from beginning to end.
-
-        Overlapping the device's work with the host's would split this in two: launch the
-        step, and take in the one before it.
-        """
+    def _launch(self, step: Step) -> None:
         begun_s = self._clock()
-        memory_short = False
         try:
-            drawn = self._engines[step.tier].run(step)
-            now = self._clock()
-            elapsed_s = now - begun_s
-            outcome = self._scheduler.complete(step, drawn, now=now, elapsed_s=elapsed_s)
+            self._flights.launch(self._engines[step.tier], step)
         except DeviceOutOfMemory:
-            now = self._clock()
-            elapsed_s = now - begun_s
-            memory_short = True
-            logger.warning("a step of the %s tier did not fit the device", step.tier.value)
-            outcome = self._scheduler.out_of_memory(step, now=now, elapsed_s=elapsed_s)
+            self._give_way(step, self._clock() - begun_s)
         except Exception:  # an engine may break in any way; only its own tier goes with it
             logger.exception("the %s tier's engine is broken", step.tier.value)
             self._break(step.tier)
-            return
+
+    def _land(self) -> None:
+        """Take in the oldest step in flight and hand over what came of it."""
+        step, begun_s = self._flights.next_to_land, self._clock()
+        try:
+            drawn, elapsed_s = self._flights.land()
+            outcome = self._scheduler.complete(step, drawn, now=self._clock(), elapsed_s=elapsed_s)
+        except DeviceOutOfMemory:
+            self._give_way(step, self._clock() - begun_s)
+        except Exception:  # as above
+            logger.exception("the %s tier's engine is broken", step.tier.value)
+            self._break(step.tier)
+        else:
+            self._tell(step, outcome, elapsed_s)
+
+    def _give_way(self, step: Step, elapsed_s: float) -> None:
+        """End as few sequences as possible after a step that did not fit."""
+        logger.warning("a step of the %s tier did not fit the device", step.tier.value)
+        outcome = self._scheduler.out_of_memory(step, now=self._clock(), elapsed_s=elapsed_s)
+        self._tell(step, outcome, elapsed_s, memory_short=True)
+
+    def _tell(
+        self, step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool = False
+    ) -> None:
         self._steps_done += 1
         self._publish()
         self._handover.post(
@@ -163,9 +183,9 @@ class DeviceThread:
         step = self._probes.next_step()
         if step is None:
             return
-        begun_s = self._clock()
         try:
-            self._engines[step.tier].run(step)
+            self._flights.launch(self._engines[step.tier], step)
+            _, elapsed_s = self._flights.land()
         except DeviceOutOfMemory as error:
             self._probes.fail(error)
         except Exception:  # as for live work
@@ -173,10 +193,11 @@ class DeviceThread:
             self._break(step.tier)
         else:
             self._steps_done += 1
-            self._probes.note(self._clock() - begun_s)
+            self._probes.note(elapsed_s)
 
     def _break(self, tier: Tier) -> None:
         engine = self._engines.pop(tier)
+        self._flights.drop(tier)
         info = engine.info
         ended = self._scheduler.close_tier(tier, EndReason.FAILED, self._clock())
         self._publish()

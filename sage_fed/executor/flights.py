@@ -20,11 +20,15 @@ from sage_fed.steps import Drawn, Engine, Flight, Step
 
 @dataclass(frozen=True, slots=True)
 class Airborne:
-    """A step in flight; `launched_s` is when its launch began, on the executor's clock."""
+    """A step in flight; `launched_s` is when its launch began, on the executor's clock.
+
+    `overlaps` says that its engine may still be at work: the host can use the time.
+    """
 
     step: Step
     flight: Flight
     launched_s: float
+    overlaps: bool
 
 
 class Flights:
@@ -39,6 +43,11 @@ class Flights:
         return len(self._airborne)
 
     @property
+    def full(self) -> bool:
+        """Whether one has to land before the next launch: one waits behind another, or is done."""
+        return len(self._airborne) > 1 or not self._airborne[-1].overlaps
+
+    @property
     def next_to_land(self) -> Step:
         """The oldest step in flight; there is one."""
         return self._airborne[0].step
@@ -46,7 +55,8 @@ class Flights:
     def launch(self, engine: Engine, step: Step) -> None:
         """Put a step behind the others; whatever the launch raises, it is not in flight."""
         launched_s = self._clock()
-        self._airborne.append(Airborne(step, engine.launch(step), launched_s))
+        flight = engine.launch(step)
+        self._airborne.append(Airborne(step, flight, launched_s, engine.pipelined))
 
     def land(self) -> tuple[tuple[Drawn, ...], float]:
         """Wait for the oldest step: what it drew, and the seconds that it took.

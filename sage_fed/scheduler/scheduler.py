@@ -66,13 +66,21 @@ class Scheduler:
         return ()
 
     def next_step(self, now: float) -> Step | None:
-        """Return what to run next, or None where there is nothing to do."""
+        """Return what to run next, or None where there is nothing to do.
+
+        Also None where it is the turn of a tier whose step is in flight: that has to land first,
+        because the other tier's turn may depend on how long it took. What follows a strategic
+        step does not, so with tactical work waiting it can be launched at once.
+        """
         tactical = self._tiers.get(Tier.TACTICAL)
         strategic = self._tiers.get(Tier.STRATEGIC)
         tactical_works = tactical is not None and tactical.has_work
         strategic_works = strategic is not None and strategic.has_work
-        tier = self._interleave.pick(tactical=tactical_works, strategic=strategic_works)
-        if tier is None:
+        if tactical_works and strategic is not None and strategic.in_flight:
+            tier: Tier | None = Tier.TACTICAL
+        else:
+            tier = self._interleave.pick(tactical=tactical_works, strategic=strategic_works)
+        if tier is None or self._tiers[tier].in_flight:
             return None
         schedule = self._tiers[tier]
         limit = schedule.limits.prefill_chunk_tokens

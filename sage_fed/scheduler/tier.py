@@ -114,6 +114,11 @@ class TierSchedule:
         return bool(self._running or self._waiting)
 
     @property
+    def in_flight(self) -> bool:
+        """Whether a step was built that has not been completed."""
+        return self._in_flight is not None
+
+    @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
         return len(self._running)
