@@ -88,6 +88,11 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
         max_context_tokens=context,
         dtype=dtype,
         device=device,
+        pending_rows=num_blocks if device.type == "cuda" else 0,
+    )
+    # A sequence owns at least a block, so no step has more draws.
+    newest = (
+        torch.zeros(num_blocks, dtype=torch.int64, device=device) if device.type == "cuda" else None
     )
     engine = Engine(
         info=ModelInfo(
@@ -104,12 +109,13 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
             kv_token_bytes=bytes_per_token(spec, dtype),
             load_s=time.monotonic() - began,
         ),
-        forward=TorchForward(batches, Decoder(spec, weights, cache, rotary)),
+        forward=TorchForward(batches, Decoder(spec, weights, cache, rotary), newest),
         device=device,
         num_blocks=num_blocks,
         max_context_tokens=context,
         eos_token_ids=eos_token_ids,
         defaults=defaults,
+        newest=newest,
     )
     progress(1.0)
     return engine
