@@ -149,7 +149,7 @@ def check(path: Path, reference: PreTrainedModel, device: str, precision: str) -
         found["plain_tokens_equal"] = all(ids(plain[job]) == ids(row) for job, row in full.items())
         good = error.relative < FP32_BOUND and off == 0 and found["plain_tokens_equal"]
     else:
-        half = copy.deepcopy(reference).to(dtype=PRECISION_TYPES[precision])
+        half = copy.deepcopy(reference).to(dtype=PRECISION_TYPES[precision].compute)
         peer = {job: reference_logits(half, jobs[job], ids(row)) for job, row in full.items()}
         found["transformers_relative"] = Error.between(peer, expected).relative
         good = error.relative < HALF_TIMES * found["transformers_relative"]

@@ -24,7 +24,8 @@ from gpu_shapes import Plan, RandomWeights, Shape
 
 from sage_fed.core import Tier
 from sage_fed.engine.architecture import read_spec
-from sage_fed.engine.linear import DenseFormat
+from sage_fed.engine.formats import choose_formats
+from sage_fed.engine.precision import PRECISIONS
 from sage_fed.engine.weights import WeightsBuilder
 
 if TYPE_CHECKING:
@@ -226,9 +227,9 @@ def _write_weights(shape: Shape, directory: Path, device: str, seed: int) -> int
     meta = torch.device("meta")  # shapes only
     builder = WeightsBuilder(
         read_spec(directory),
-        DenseFormat(torch.bfloat16, meta),
+        choose_formats(PRECISIONS["bf16"], meta),
         num_valid_ids=shape.vocab,
-        dtype=torch.bfloat16,
+        compute=torch.bfloat16,
         device=meta,
     )
     weights = RandomWeights(torch.device(device), torch.bfloat16, seed)

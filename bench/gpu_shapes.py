@@ -220,22 +220,23 @@ class RandomWeights:
 def random_engine(shape: Shape, device: str, precision: str, seed: int) -> tuple[Engine, Filling]:
     """Load a model by the engine's own path, with only the reading of files replaced."""
     filling = Filling()
-    dtype = PRECISIONS[precision]
+    dtype = PRECISIONS[precision].compute
     weights = RandomWeights(torch.device(device), dtype, seed)
     tiny = torch.finfo(dtype).tiny
 
     def fill(
         directory: Path,  # noqa: ARG001 - there is nothing to read
         places: Mapping[str, Place],
-        placed: Callable[[int], None],
+        device: torch.device,  # noqa: ARG001 - the weights are made there
+        placed: Callable[[int, int], None],
     ) -> None:
-        for name, place in places.items():
+        for number, (name, place) in enumerate(places.items(), 1):
             values = weights.tensor(name, place.shape)
             filling.elements += values.numel()
             filling.not_finite += int((~values.isfinite()).sum())
             filling.denormal += int(((values != 0) & (values.abs() < tiny)).sum())
             place.put(values)
-            placed(filling.elements)
+            placed(number, len(places))
 
     with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config()))

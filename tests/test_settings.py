@@ -270,7 +270,7 @@ def test_a_table_is_not_set_by_one_variable() -> None:
         ({"tactical.max_context_tokens": 0}, "should be greater than 0, not 0"),
         ({"tactical.max_batch": True}, "tactical.max_batch (flag): expected a number, not True"),
         ({"strategic.prefill_chunk_tokens": "x"}, "strategic.prefill_chunk_tokens (flag): should"),
-        ({"strategic.precision": "int3"}, "should be 'fp32', 'bf16' or 'fp16', not 'int3'"),
+        ({"strategic.precision": "int3"}, "should be 'fp32', 'bf16', 'fp16', 'int8', 'int4' or 'fp8', not 'int3'"),
         ({"strategic.model": "a b"}, "strategic.model (flag): expected a hub id"),
         ({"strategic.revision": "main"}, "strategic.revision (flag): expected a commit"),
         ({"budget.initial_atp": "0.0000001"}, "budget.initial_atp (flag): expected at most 6"),

@@ -45,6 +45,7 @@ def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetu
         name=display_name(own),
         max_context_tokens=own.max_context_tokens,
         num_valid_ids=tokenizer.num_valid_ids,
+        kernels=settings.kernels,
     )
 
     def load(progress: Callable[[float], None]) -> Engine:

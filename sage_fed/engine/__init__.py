@@ -8,7 +8,8 @@ from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.describe import DeviceDescription, describe_device
 from sage_fed.engine.engine import Engine
-from sage_fed.engine.load import PRECISIONS, EngineOptions, load_engine
+from sage_fed.engine.load import EngineOptions, load_engine
+from sage_fed.engine.precision import PRECISIONS
 from sage_fed.engine.random_checkpoint import (
     SHAPES,
     WEIGHT_TYPES,

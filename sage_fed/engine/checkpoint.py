@@ -1,25 +1,26 @@
 """A checkpoint on disk: where it is, which files hold its weights, and their streaming.
 
 Accepts a local directory, or a hub id with the commit it is pinned to. Weights come from
-safetensors only: a pickle runs code when it is read. Tensors are read one at a time, each
-straight into its final place, so the host never holds more than one beside the model.
+safetensors only: a pickle runs code when it is read. They are read straight into their final
+places, some megabytes at a time (`stream`).
 Fails with a `ModelLoadError` that names the file or the tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 
+from sage_fed.engine.stream import Piece, pieces_of, read_pieces
+from sage_fed.engine.tensor_file import Stored, TensorFile
 from sage_fed.engine.weights import Place
 from sage_fed.errors import ModelLoadError
 
@@ -112,33 +113,36 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
 
 
 def stream_weights(
-    directory: Path, places: Mapping[str, Place], placed: Callable[[int], None]
+    directory: Path,
+    places: Mapping[str, Place],
+    device: torch.device,
+    placed: Callable[[int, int], None],
 ) -> None:
-    """Read every tensor of the checkpoint into its place.
+    """Read every tensor of the checkpoint into its place on `device`.
 
-    `placed` is called after each tensor with the number of elements read so far.
+    `placed` is called with the bytes that have been read and those of all, again and again.
+    What the checkpoint lacks or has too much of is found before a weight is read.
 
     Raises:
         ModelLoadError: a missing, unexpected or doubled tensor, a wrong shape or type, or a
             broken file.
     """
     missing = set(places)
-    elements = 0
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                    if _is_redundant(name, places):
-                        continue
-                    tensor = _read(file, name, places, missing)
-                    places[name].put(tensor)
-                    missing.remove(name)
-                    elements += tensor.numel()
-                    placed(elements)
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{path.name} cannot be read: {error}") from error
-    if missing:
-        raise ModelLoadError(f"the checkpoint lacks {_some(missing)}")
+    pieces: list[Piece] = []
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(TensorFile(path)) for path in weight_files(directory)]
+        for file in files:
+            for name, stored in file.tensors.items():
+                if _is_redundant(name, places):
+                    continue
+                _check(name, stored, places, missing)
+                pieces += pieces_of(file, stored, places[name])
+                missing.remove(name)
+        if missing:
+            raise ModelLoadError(f"the checkpoint lacks {_some(missing)}")
+        read_pieces(pieces, device, placed)
+        for file in files:
+            file.check_unchanged()
 
 
 def _is_redundant(name: str, places: Mapping[str, Place]) -> bool:
@@ -147,12 +151,9 @@ def _is_redundant(name: str, places: Mapping[str, Place]) -> bool:
     return tied_head or _RECOMPUTED.search(name) is not None
 
 
-def _read(
-    file: Any,  # noqa: ANN401 - safetensors types its reader as a context manager only
-    name: str,
-    places: Mapping[str, Place],
-    missing: AbstractSet[str],
-) -> torch.Tensor:
+def _check(
+    name: str, stored: Stored, places: Mapping[str, Place], missing: AbstractSet[str]
+) -> None:
     place = places.get(name)
     if place is None:
         raise ModelLoadError(
@@ -160,14 +161,12 @@ def _read(
         )
     if name not in missing:
         raise ModelLoadError(f"the checkpoint holds {name} twice")
-    header = file.get_slice(name)
-    shape, dtype = tuple(header.get_shape()), header.get_dtype()
-    if shape != place.shape:
-        raise ModelLoadError(f"{name} has shape {list(shape)}, not {list(place.shape)}")
-    if dtype not in _FLOATS:
-        raise ModelLoadError(f"{name} is of type {dtype}; the engine reads {', '.join(_FLOATS)}")
-    tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
+    if stored.shape != place.shape:
+        raise ModelLoadError(f"{name} has shape {list(stored.shape)}, not {list(place.shape)}")
+    if stored.type_name not in _FLOATS:
+        raise ModelLoadError(
+            f"{name} is of type {stored.type_name}; the engine reads {', '.join(_FLOATS)}"
+        )
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

@@ -41,7 +41,7 @@ class Decoder:
         if batch.stale is not None:
             self._cache.clear(batch.stale)
         cos, sin = self._rotary.index_select(0, batch.positions).unbind(1)
-        x = self._weights.embedding.index_select(0, batch.token_ids)
+        x = self._weights.embedding.lookup(batch.token_ids)
         for index, layer in enumerate(self._weights.layers):
             qkv = layer.qkv(F.rms_norm(x, self._hidden, layer.input_norm, self._eps))
             heads = qkv.view(qkv.shape[0], -1, self._head_dim)

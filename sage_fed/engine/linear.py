@@ -1,16 +1,20 @@
 """The seam for weight formats: what the forward pass may ask of a linear layer.
 
-Today the only format is dense. A packed format (int8, int4) adds one `Linear` and one
-`LinearFormat` beside the dense ones; checkpoint reading and the forward pass stay as they are,
-because pieces of a fused layer are handed over row range by row range and applied as a whole.
+Owns the protocols, and the dense format. A packed format adds one `Linear` and one
+`LinearFormat` (`quantised`, and those of native kernels); checkpoint reading and the forward
+pass stay as they are, because pieces of a fused layer are handed over row range by row range
+and applied as a whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every reader of torch knows
+
+from sage_fed.engine.memory import allocate
 
 
 class Linear(Protocol):
@@ -26,12 +30,36 @@ class Linear(Protocol):
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return residual + self(x), in one pass where the format can."""
 
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows [n, in_features] of W in the type of x: what a tied embedding looks up.
+
+        Only asked of heads. `indices` is int64 [n].
+        """
+
 
 class LinearBuilder(Protocol):
     """One layer while its checkpoint is read; pieces arrive in any order."""
 
+    @property
+    def storage(self) -> Mapping[str, torch.Tensor]:
+        """What the pieces fill, by names of the format's own.
+
+        Whoever has a copy of all of it, made under the same `LinearFormat.layout`, may fill it
+        instead of placing pieces.
+        """
+
+    def memory(self, first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where rows [num_rows, in_features] of `dtype` may be read to, instead of placed.
+
+        Contiguous host memory in which they already are as the layer keeps them; None where
+        the format keeps them otherwise.
+        """
+
     def place_weight(self, first_row: int, rows: torch.Tensor) -> None:
-        """Take `rows` [n, in_features], a host tensor that is only valid during the call."""
+        """Take `rows` [n, in_features], a host tensor that is only valid during the call.
+
+        On a device that runs behind the host, it is valid until what was queued has run.
+        """
 
     def place_bias(self, first_row: int, values: torch.Tensor) -> None:
         """Take `values` [n], likewise."""
@@ -42,6 +70,10 @@ class LinearBuilder(Protocol):
 
 class LinearFormat(Protocol):
     """How a model's linear layers are stored."""
+
+    @property
+    def layout(self) -> str:
+        """Names the form of the storage: copies made under another name are not usable."""
 
     def builder(self, out_features: int, in_features: int, *, bias: bool) -> LinearBuilder:
         """Allocate a layer on the device."""
@@ -72,6 +104,10 @@ class DenseLinear:
             return residual + F.linear(x, self._weight, self._bias)
         return torch.addmm(residual, x, self._transposed)
 
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the weights."""
+        return self._weight.index_select(0, indices)
+
 
 class DenseFormat:
     """Dense layers of one type on one device."""
@@ -80,9 +116,14 @@ class DenseFormat:
         self._dtype = dtype
         self._device = device
 
+    @property
+    def layout(self) -> str:
+        """Rows as the checkpoint has them."""
+        return f"dense-{self._dtype}"
+
     def builder(self, out_features: int, in_features: int, *, bias: bool) -> LinearBuilder:
         """Allocate the layer in its final place; pieces are converted into it."""
-        weight = torch.empty(out_features, in_features, dtype=self._dtype, device=self._device)
+        weight = allocate((out_features, in_features), self._dtype, self._device)
         biases = torch.empty(out_features, dtype=self._dtype, device=self._device) if bias else None
         return _DenseBuilder(weight, biases)
 
@@ -92,12 +133,22 @@ class _DenseBuilder:
         self._weight = weight
         self._bias = bias
 
+    @property
+    def storage(self) -> Mapping[str, torch.Tensor]:
+        weight = {"weight": self._weight}
+        return weight if self._bias is None else weight | {"bias": self._bias}
+
+    def memory(self, first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:
+        if self._weight.device.type != "cpu" or self._weight.dtype != dtype:
+            return None
+        return self._weight[first_row : first_row + num_rows]
+
     def place_weight(self, first_row: int, rows: torch.Tensor) -> None:
-        self._weight[first_row : first_row + rows.shape[0]].copy_(rows)
+        self._weight[first_row : first_row + rows.shape[0]].copy_(rows, non_blocking=True)
 
     def place_bias(self, first_row: int, values: torch.Tensor) -> None:
         assert self._bias is not None
-        self._bias[first_row : first_row + values.shape[0]].copy_(values)
+        self._bias[first_row : first_row + values.shape[0]].copy_(values, non_blocking=True)
 
     def build(self) -> Linear:
         return DenseLinear(self._weight, self._bias)

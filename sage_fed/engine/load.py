@@ -20,19 +20,14 @@ from sage_fed.engine.batch import BatchBuilder
 from sage_fed.engine.checkpoint import locate, stream_weights
 from sage_fed.engine.decoder import Decoder
 from sage_fed.engine.engine import Engine
+from sage_fed.engine.formats import Formats, choose_formats
 from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.generation import read_generation
 from sage_fed.engine.kv_cache import KVCache, blocks_in_budget, bytes_per_token
-from sage_fed.engine.linear import DenseFormat
+from sage_fed.engine.precision import precision_of
 from sage_fed.engine.rotary import rotary_table
 from sage_fed.engine.weights import WeightsBuilder
 from sage_fed.errors import ModelLoadError
-
-PRECISIONS: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +38,7 @@ class EngineOptions:
     the world calls it; "" takes the directory's name or the hub id. `max_context_tokens` None
     takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
     are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
+    `kernels` is "auto", or insists on "native" or "torch" ones.
     """
 
     model: str
@@ -53,6 +49,7 @@ class EngineOptions:
     name: str = ""
     max_context_tokens: int | None = None
     num_valid_ids: int | None = None
+    kernels: str = "auto"
 
 
 @torch.inference_mode()
@@ -65,28 +62,30 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
     began = time.monotonic()
     progress(0.0)
     device = resolve_device(options.device)
-    dtype = _dtype(options.precision)
+    precision = precision_of(options.precision, device)
+    formats = choose_formats(precision, device, options.kernels)
+    compute = precision.compute
     directory = locate(options.model, options.revision)
     name = options.name or _display_name(options.model)
     try:
         spec = read_spec(directory)
         context = _context(spec, options.max_context_tokens)
-        num_blocks = blocks_in_budget(spec, dtype, options.kv_cache_bytes, context)
+        num_blocks = blocks_in_budget(spec, compute, options.kv_cache_bytes, context)
         defaults, eos_token_ids = read_generation(directory)
-        builder = _weights_builder(spec, options.num_valid_ids, dtype, device)
-        _fill(builder, directory, progress)
+        builder = _weights_builder(spec, options.num_valid_ids, formats, compute, device)
+        _fill(builder, directory, device, progress)
         weights = builder.build()
-        cache = KVCache(spec, num_blocks, dtype, device)
-        rotary = rotary_table(spec.rope, spec.head_dim, context, dtype, device)
+        cache = KVCache(spec, num_blocks, compute, device)
+        rotary = rotary_table(spec.rope, spec.head_dim, context, compute, device)
     except ModelLoadError as error:
         raise ModelLoadError(f"model {name}: {error.message}") from error
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(f"model {name}: {device} has not enough memory for it") from error
     batches = BatchBuilder(
         Heads(spec.num_heads, spec.num_kv_heads),
-        vocab_size=spec.vocab_size,
+        vocab_size=weights.embedding.num_ids,
         max_context_tokens=context,
-        dtype=dtype,
+        dtype=compute,
         device=device,
         pending_rows=num_blocks if device.type == "cuda" else 0,
     )
@@ -101,12 +100,12 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
             architecture=spec.architecture,
             parameters=weights.parameters,
             precision=options.precision,
-            kernels="torch",
+            kernels=formats.kernels,
             device=str(device),
             weight_bytes=weights.nbytes,
             step_bytes=weights.step_nbytes,
             kv_cache_bytes=cache.nbytes,
-            kv_token_bytes=bytes_per_token(spec, dtype),
+            kv_token_bytes=bytes_per_token(spec, compute),
             load_s=time.monotonic() - began,
         ),
         forward=TorchForward(batches, Decoder(spec, weights, cache, rotary), newest),
@@ -144,13 +143,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _dtype(precision: str) -> torch.dtype:
-    dtype = PRECISIONS.get(precision)
-    if dtype is None:
-        raise ModelLoadError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    return dtype
-
-
 def _display_name(model: str) -> str:
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
@@ -172,7 +164,11 @@ def _context(spec: ModelSpec, asked: int | None) -> int:
 
 
 def _weights_builder(
-    spec: ModelSpec, num_valid_ids: int | None, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    num_valid_ids: int | None,
+    formats: Formats,
+    compute: torch.dtype,
+    device: torch.device,
 ) -> WeightsBuilder:
     valid = spec.vocab_size if num_valid_ids is None else num_valid_ids
     if not 0 < valid <= spec.vocab_size:
@@ -180,14 +176,19 @@ def _weights_builder(
             f"the tokenizer has {valid} ids, the vocabulary {spec.vocab_size}: "
             "they do not belong together"
         )
-    linears = DenseFormat(dtype, device)
     try:
-        return WeightsBuilder(spec, linears, num_valid_ids=valid, dtype=dtype, device=device)
-    except RuntimeError as error:  # torch's out-of-memory errors on every device
+        return WeightsBuilder(spec, formats, num_valid_ids=valid, compute=compute, device=device)
+    except (RuntimeError, MemoryError) as error:  # torch's and the host's own
         raise ModelLoadError(f"{device} has no memory for the weights") from error
 
 
-def _fill(builder: WeightsBuilder, directory: Path, progress: Callable[[float], None]) -> None:
-    total = sum(torch.Size(place.shape).numel() for place in builder.places.values())
+def _fill(
+    builder: WeightsBuilder,
+    directory: Path,
+    device: torch.device,
+    progress: Callable[[float], None],
+) -> None:
     # The pool and the tables are still to come, so the weights alone never make it 1.
-    stream_weights(directory, builder.places, lambda done: progress(0.99 * done / total))
+    stream_weights(
+        directory, builder.places, device, lambda done, total: progress(0.99 * done / total)
+    )

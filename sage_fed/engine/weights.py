@@ -14,7 +14,10 @@ from functools import partial
 import torch
 
 from sage_fed.engine.architecture import ModelSpec
-from sage_fed.engine.linear import DenseLinear, Linear, LinearBuilder, LinearFormat
+from sage_fed.engine.embedding import Embedding, TableEmbedding, TiedEmbedding
+from sage_fed.engine.formats import Formats
+from sage_fed.engine.linear import Linear, LinearBuilder
+from sage_fed.engine.memory import allocate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,80 +43,99 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """The whole decoder; `embedding` is [vocab_size, hidden_size].
+    """The whole decoder.
 
     `head` yields logits of the ids that the tokenizer knows only: the padding above them in
     the vocabulary is neither computed nor ever drawn.
     """
 
-    embedding: torch.Tensor
+    embedding: Embedding
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     head: Linear
-    tied: bool
     parameters: int
 
     @property
     def nbytes(self) -> int:
-        """Device memory of all weights; a tied head is the embedding's."""
-        return self.step_nbytes + (0 if self.tied else self.embedding.nbytes)
+        """Device memory of all weights."""
+        return self.step_nbytes + self.embedding.nbytes
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes that one step reads of the weights: of the embedding it looks up only rows."""
-        head = self.embedding.nbytes if self.tied else self.head.nbytes
-        return head + self.norm.nbytes + sum(layer.nbytes for layer in self.layers)
+        """Bytes that one step reads of the weights: of an embedding it looks up only rows."""
+        return self.head.nbytes + self.norm.nbytes + sum(layer.nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one checkpoint tensor goes: the shape it must have, and what takes it."""
+    """Where one checkpoint tensor goes, row range by row range.
+
+    `shape` is what the checkpoint must have; of its rows (elements, where it is a vector) the
+    first `num_rows` are wanted. `take(first_row, rows)` takes some of them, a host tensor of
+    any floating type that is only valid during the call, or until the device has caught up.
+    `memory(first_row, num_rows, dtype)` is host memory to read them to instead, or None.
+    """
 
     shape: tuple[int, ...]
-    put: Callable[[torch.Tensor], object]
+    num_rows: int
+    take: Callable[[int, torch.Tensor], object]
+    memory: Callable[[int, int, torch.dtype], torch.Tensor | None]
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Take the whole tensor."""
+        self.take(0, tensor[: self.num_rows])
 
 
 class WeightsBuilder:
-    """Allocates a decoder and lists the `places` of its tensors by checkpoint name."""
+    """Allocates a decoder and lists the `places` of its tensors by checkpoint name.
+
+    `storage` names every tensor that the places fill: a copy of all of them, made by a builder
+    of the same `Formats.layout`, may be read into them instead. `compute` is the type of norms
+    and of an embedding of its own.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
-        linears: LinearFormat,
+        formats: Formats,
         *,
         num_valid_ids: int,
-        dtype: torch.dtype,
+        compute: torch.dtype,
         device: torch.device,
     ) -> None:
         self._spec = spec
-        self._linears = linears
-        self._dtype = dtype
+        self._formats = formats
+        self._compute = compute
         self._device = device
         self.places: dict[str, Place] = {}
-        self._embedding = self._tensor(
-            "model.embed_tokens.weight", spec.vocab_size, spec.hidden_size
-        )
+        self.storage: dict[str, torch.Tensor] = {}
         self._layers = [self._layer(f"model.layers.{i}") for i in range(spec.num_layers)]
         self._norm = self._tensor("model.norm.weight", spec.hidden_size)
-        self._head: Callable[[], Linear]
+        table = (spec.vocab_size, spec.hidden_size)
+        self._table: torch.Tensor | None = None
+        head = "lm_head"
         if spec.tied_embeddings:
-            self._head = partial(DenseLinear, self._embedding[:num_valid_ids], None)
+            head = "model.embed_tokens"
         else:
-            head = linears.builder(num_valid_ids, spec.hidden_size, bias=False)
-            self.places["lm_head.weight"] = Place(
-                (spec.vocab_size, spec.hidden_size),
-                lambda rows: head.place_weight(0, rows[:num_valid_ids]),
-            )
-            self._head = head.build
+            self._table = self._tensor("model.embed_tokens.weight", *table)
+        self._num_valid_ids = num_valid_ids
+        self._head = formats.head.builder(num_valid_ids, spec.hidden_size, bias=False)
+        self._keep(head, self._head)
+        self.places[f"{head}.weight"] = Place(
+            table, num_valid_ids, self._head.place_weight, self._head.memory
+        )
 
     def build(self) -> ModelWeights:
         """The decoder, once every place has been filled."""
+        head = self._head.build()
+        embedding: Embedding = TiedEmbedding(head, self._num_valid_ids)
+        if self._table is not None:
+            embedding = TableEmbedding(self._table)
         return ModelWeights(
-            embedding=self._embedding,
+            embedding=embedding,
             layers=tuple(layer() for layer in self._layers),
             norm=self._norm,
-            head=self._head(),
-            tied=self._spec.tied_embeddings,
+            head=head,
             parameters=sum(torch.Size(place.shape).numel() for place in self.places.values()),
         )
 
@@ -122,6 +144,7 @@ class WeightsBuilder:
         q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         qkv = self._fused(
+            f"{attention}.qkv",
             hidden,
             {
                 f"{attention}.q_proj": q_rows,
@@ -130,13 +153,18 @@ class WeightsBuilder:
             },
             bias=spec.qkv_bias,
         )
-        out = self._fused(q_rows, {f"{attention}.o_proj": hidden}, bias=spec.out_bias)
+        out = self._fused(
+            f"{attention}.out", q_rows, {f"{attention}.o_proj": hidden}, bias=spec.out_bias
+        )
         gate_up = self._fused(
+            f"{mlp}.gate_up",
             hidden,
             {f"{mlp}.{part}_proj": spec.intermediate_size for part in ("gate", "up")},
             bias=spec.mlp_bias,
         )
-        down = self._fused(spec.intermediate_size, {f"{mlp}.down_proj": hidden}, bias=spec.mlp_bias)
+        down = self._fused(
+            f"{mlp}.down", spec.intermediate_size, {f"{mlp}.down_proj": hidden}, bias=spec.mlp_bias
+        )
         input_norm = self._tensor(f"{name}.input_layernorm.weight", hidden)
         mlp_norm = self._tensor(f"{name}.post_attention_layernorm.weight", hidden)
         q_norm = k_norm = None
@@ -155,19 +183,63 @@ class WeightsBuilder:
         )
 
     def _tensor(self, name: str, *shape: int) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self.places[name] = Place(shape, tensor.copy_)
+        tensor = allocate(shape, self._compute, self._device)
+        self.storage[name] = tensor
+        self.places[name] = Place(shape, shape[0], partial(_copy, tensor), partial(_part, tensor))
         return tensor
 
-    def _fused(self, in_features: int, pieces: dict[str, int], *, bias: bool) -> LinearBuilder:
+    def _fused(
+        self, name: str, in_features: int, pieces: dict[str, int], *, bias: bool
+    ) -> LinearBuilder:
         """One layer from the rows of several checkpoint layers, in the order of `pieces`."""
-        layer = self._linears.builder(sum(pieces.values()), in_features, bias=bias)
+        layer = self._formats.layers.builder(sum(pieces.values()), in_features, bias=bias)
+        self._keep(name, layer)
         first = 0
-        for name, rows in pieces.items():
-            self.places[f"{name}.weight"] = Place(
-                (rows, in_features), partial(layer.place_weight, first)
+        for piece, rows in pieces.items():
+            self.places[f"{piece}.weight"] = Place(
+                (rows, in_features),
+                rows,
+                partial(_from, first, layer.place_weight),
+                partial(_memory_from, first, layer.memory),
             )
             if bias:
-                self.places[f"{name}.bias"] = Place((rows,), partial(layer.place_bias, first))
+                self.places[f"{piece}.bias"] = Place(
+                    (rows,), rows, partial(_from, first, layer.place_bias), _no_memory
+                )
             first += rows
         return layer
+
+    def _keep(self, name: str, layer: LinearBuilder) -> None:
+        self.storage |= {f"{name}.{part}": tensor for part, tensor in layer.storage.items()}
+
+
+def _copy(tensor: torch.Tensor, first_row: int, rows: torch.Tensor) -> None:
+    tensor[first_row : first_row + rows.shape[0]].copy_(rows, non_blocking=True)
+
+
+def _part(
+    tensor: torch.Tensor, first_row: int, num_rows: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    if tensor.device.type != "cpu" or tensor.dtype != dtype:
+        return None
+    return tensor[first_row : first_row + num_rows]
+
+
+def _from(
+    offset: int, take: Callable[[int, torch.Tensor], object], first_row: int, rows: torch.Tensor
+) -> None:
+    take(offset + first_row, rows)
+
+
+def _memory_from(
+    offset: int,
+    memory: Callable[[int, int, torch.dtype], torch.Tensor | None],
+    first_row: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    return memory(offset + first_row, num_rows, dtype)
+
+
+def _no_memory(first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG001 - vectors are not worth it
+    return None

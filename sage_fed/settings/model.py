@@ -64,6 +64,10 @@ class Settings(BaseSettings):
     cpu_threads: Whole = Field(
         default=0, ge=0, le=1024, description="Threads of one forward pass on CPU; 0 is torch's."
     )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="Whose code computes on CPU; auto is native where this machine can, else torch.",
+    )
     tactical: TierSettings = Field(description="The fast tier.")
     strategic: TierSettings = Field(description="The deep tier.")
     rate_card: str = Field(

@@ -39,8 +39,8 @@ class TierSettings(Section):
         default=None,
         description="Commit of the hub repository, 40 hexadecimal digits; a hub id needs it.",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        description="Number format of weights and KV cache."
+    precision: Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8"] = Field(
+        description="Number format of the weights; int8, int4 and fp8 compute and cache in bf16."
     )
     kv_cache_bytes: Size = Field(
         gt=0, description="Memory of the KV cache, allocated at start; for example 512MiB."

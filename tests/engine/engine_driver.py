@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from sage_fed.core import Logprob, Sampling, Tier
 from sage_fed.engine import Engine
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
@@ -105,3 +107,14 @@ def generate(
     driver = Driver(engine)
     driver.add(0, prompt, num_new, sampling, pieces)
     return driver.finish()[0]
+
+
+def logits(engine: Engine, prompt: tuple[int, ...], pieces: Sequence[int] = ()) -> torch.Tensor:
+    """Logits after a prompt, less their mean, from what every client can ask for."""
+    driver = Driver(engine)
+    driver.add(0, prompt, 1, Sampling(top_logprobs=1 << 20), pieces)
+    driver.finish()
+    logprob = driver.finished[0].logprobs[0]
+    assert logprob is not None
+    values = torch.tensor([value for _, value in sorted(logprob.top)])
+    return values - values.mean()

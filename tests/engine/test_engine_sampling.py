@@ -224,7 +224,7 @@ def test_padding_of_the_vocabulary_is_never_drawn(checkpoint: Checkpoints, name:
     source, valid = checkpoint(name), 60
     options = EngineOptions(model=str(source.path), kv_cache_bytes=1 << 22, num_valid_ids=valid)
     engine = load_engine(options, lambda _: None)
-    prompt = prompt_of(25)
+    prompt = tuple(token % valid for token in prompt_of(25))
     row = source.logits(prompt)[-1]
     assert row.argmax() >= valid or any(t >= valid for t in source.greedy(prompt, 60))
     driver = Driver(engine)
