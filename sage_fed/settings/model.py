@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     )
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
-        description="Whose code computes on CPU; auto is native where this machine can, else torch.",
+        description="Whose code computes: torch's, or native on CPU; auto is native where it can.",
     )
     tactical: TierSettings = Field(description="The fast tier.")
     strategic: TierSettings = Field(description="The deep tier.")
