@@ -7,7 +7,15 @@ Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that ca
 
 from sage_fed.text.decoding import IncrementalDecoder
 from sage_fed.text.padding import write_padded_tokenizer
+from sage_fed.text.source import fingerprint, locate_tokenizer
 from sage_fed.text.stopping import StopMatcher
 from sage_fed.text.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDecoder", "StopMatcher", "Tokenizer", "write_padded_tokenizer"]
+__all__ = [
+    "IncrementalDecoder",
+    "StopMatcher",
+    "Tokenizer",
+    "fingerprint",
+    "locate_tokenizer",
+    "write_padded_tokenizer",
+]

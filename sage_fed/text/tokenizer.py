@@ -7,26 +7,25 @@ Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that ca
 Encoding is blocking (seconds for megabytes): call it in a thread. A `Tokenizer` may be used
 from any number of threads at once: it is never changed after construction, its two Rust
 tokenizers release the interpreter lock while they encode, and the flags that `transformers`
-flips per call (the cause of its "Already borrowed") are fixed in two separate copies instead.
+flips per call (the cause of its "Already borrowed") are fixed in two of them instead, which
+share one vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import tokenizers
-from transformers import AutoTokenizer
 
 from sage_fed.core import Message
-from sage_fed.errors import InvalidField, ModelLoadError
+from sage_fed.errors import InvalidField
 from sage_fed.text.decoding import ByteDecoder, IncrementalDecoder, WindowDecoder
+from sage_fed.text.source import TokenizerSource, locate_tokenizer, read_source
+from sage_fed.text.template import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,22 +37,24 @@ class Tokenizer:
     vocabulary is larger, and its logits beyond this are noise.
     """
 
-    def __init__(self, hf: Any) -> None:  # noqa: ANN401 - transformers does not type it
-        serialized = hf.backend_tokenizer.to_str()
-        self._hf = hf
-        self._rust = _plain_copy(serialized)
-        self._literal = _plain_copy(serialized)
+    def __init__(self, source: TokenizerSource) -> None:
+        self._rust = source.backend
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        self._literal = _sibling(source.backend)
         self._literal.encode_special_tokens = True
-        self._byte_level = _is_byte_level(serialized)
+        self._byte_level = isinstance(source.backend.decoder, tokenizers.decoders.ByteLevel)
         self._byte_of = _byte_alphabet()
         added = self._rust.get_added_tokens_decoder()
         self._special = {token.content: id_ for id_, token in added.items() if token.special}
         self._special_ids = frozenset(self._special.values())
         self._special_text = _alternation(self._special)
         # Where a vocabulary has no bytes, an unknown character honestly is the unk token.
-        self._unk_id: int | None = hf.unk_token_id
-        self.num_valid_ids = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
-        self._identity = hashlib.sha256(f"{serialized}{hf.chat_template}".encode()).digest()
+        unk = source.named.get("unk_token")
+        self._unk_id: int | None = None if unk is None else self._rust.token_to_id(unk)
+        self.num_valid_ids = _num_ids(self._rust)
+        self._source = source
+        self._template = ChatTemplate(source.template, source.named) if source.template else None
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
@@ -61,20 +62,13 @@ class Tokenizer:
 
         Blocking. Never runs code of the checkpoint. Raises `ModelLoadError`.
         """
-        local = Path(source).is_dir()
-        try:
-            hf = AutoTokenizer.from_pretrained(
-                str(source), revision=revision, trust_remote_code=False, local_files_only=local
-            )
-        except Exception as error:  # tokenizers raises it bare for a bad file
-            raise ModelLoadError(f"no usable tokenizer in {source}: {error}") from error
-        if not hf.is_fast:
-            raise ModelLoadError(f"{source} has no tokenizer.json; convert its tokenizer first")
-        return cls(hf)
+        return cls(read_source(locate_tokenizer(source, revision)))
 
     def encodes_like(self, other: Tokenizer) -> bool:
         """Whether every conversation has the same ids here and there."""
-        return self._identity == other._identity
+        mine, its = self._source, other._source
+        alike = (mine.template, mine.named) == (its.template, its.named)
+        return alike and mine.backend.to_str() == its.backend.to_str()
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The ids of a conversation under the chat template, ready for the assistant's turn.
@@ -154,7 +148,7 @@ class Tokenizer:
                 )
 
     def _check(self, messages: Sequence[Message]) -> None:
-        if not self._hf.chat_template:
+        if self._template is None:
             raise InvalidField("job.chat", "this model has no chat template; send token_ids")
         if not messages:
             raise InvalidField("job.chat.messages", "give at least one message")
@@ -163,13 +157,9 @@ class Tokenizer:
                 raise InvalidField(f"job.chat.messages[{i}].role", f"one of {', '.join(ROLES)}")
 
     def _render(self, turns: Sequence[tuple[str, str]]) -> str:
-        conversation = [{"role": role, "content": content} for role, content in turns]
+        assert self._template is not None
         try:
-            return str(
-                self._hf.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True
-                )
-            )
+            return self._template.render(turns)
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             reason = str(error)[:200]
             raise InvalidField(
@@ -215,17 +205,25 @@ class _Marks:
         return self._specials[int(mark[1])] if mark[1] else self._contents[int(mark[2])]
 
 
-def _plain_copy(serialized: str) -> tokenizers.Tokenizer:
-    """A tokenizer of its own that neither truncates nor pads."""
-    copy = tokenizers.Tokenizer.from_str(serialized)
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
+def _sibling(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer with flags of its own that shares the vocabulary: a copy takes long to make."""
+    sibling = tokenizers.Tokenizer(backend.model)
+    sibling.normalizer = backend.normalizer
+    sibling.pre_tokenizer = backend.pre_tokenizer
+    sibling.post_processor = backend.post_processor
+    sibling.decoder = backend.decoder
+    added = backend.get_added_tokens_decoder()
+    sibling.add_tokens([token for _, token in sorted(added.items())])
+    assert sibling.get_added_tokens_decoder() == added, "added tokens are numbered in order"
+    return sibling
 
 
-def _is_byte_level(serialized: str) -> bool:
-    decoder = json.loads(serialized).get("decoder") or {}
-    return bool(decoder.get("type") == "ByteLevel")
+def _num_ids(backend: tokenizers.Tokenizer) -> int:
+    """One above the largest id; asking for the whole vocabulary takes far longer."""
+    count = int(backend.get_vocab_size(with_added_tokens=True))
+    if None not in map(backend.id_to_token, range(count)):
+        return count
+    return max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _alternation(texts: Sequence[str] | dict[str, int]) -> re.Pattern[str]:

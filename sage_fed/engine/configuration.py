@@ -1,0 +1,165 @@
+"""A checkpoint's `config.json`: its values, with its architecture's defaults for absent ones.
+
+Owns what an architecture says where the file does not, as the configuration classes of
+`transformers` have it (a test compares the two); those take a second to import, and may run code
+that comes with a checkpoint. Knows no weights and no device.
+Fails with a `ModelLoadError` that names the key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sage_fed.errors import ModelLoadError
+
+T = TypeVar("T", int, float, bool, str)
+
+_DEFAULT_THETA = 10_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What an architecture fixes by its code, and what it assumes where its file is silent.
+
+    `qkv_bias` None: `attention_bias` of the file says it. `num_kv_heads` None: as many as there
+    are heads. `head_dim` None: the hidden size over the heads. `sliding_window` is None or the
+    window's length; `windowed_by_flag`: only where `use_sliding_window` is set.
+    """
+
+    model_type: str
+    max_position: int
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    mlp_bias: bool = False
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    windowed_by_flag: bool = False
+
+
+SUPPORTED: dict[str, Traits] = {
+    "Qwen2ForCausalLM": Traits(
+        model_type="qwen2",
+        max_position=32768,
+        qkv_bias=True,
+        num_kv_heads=32,
+        sliding_window=4096,
+        windowed_by_flag=True,
+    ),
+    "Qwen3ForCausalLM": Traits(
+        model_type="qwen3",
+        max_position=32768,
+        qk_norm=True,
+        num_kv_heads=32,
+        head_dim=128,
+        sliding_window=4096,
+        windowed_by_flag=True,
+    ),
+    "LlamaForCausalLM": Traits(model_type="llama", max_position=2048, mlp_bias=True),
+    "MistralForCausalLM": Traits(
+        model_type="mistral",
+        max_position=131072,
+        qkv_bias=False,
+        num_kv_heads=8,
+        sliding_window=4096,
+    ),
+}
+
+
+class Configuration:
+    """The values of one `config.json`; what is absent or null reads as the default given."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+
+    def has(self, key: str) -> bool:
+        """Whether the file has the key, be it null."""
+        return key in self._raw
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+        """Return a whole number of at least `low`; without a default it has to be there."""
+        value = self._value(key, default, int)
+        if value < low:
+            raise ModelLoadError(f"config.json: {key} cannot be {value}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number; a whole one will do."""
+        value = self._raw.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        return self._value(key, default, float)
+
+    def flag(self, key: str) -> bool:
+        """Return a truth, false where the file says nothing."""
+        return self._value(key, False, bool)
+
+    def text(self, key: str, default: str) -> str:
+        """Return a text."""
+        return self._value(key, default, str)
+
+    def listed(self, key: str) -> list[Any] | None:
+        """Return a list, or None."""
+        value = self._raw.get(key)
+        if value is not None and not isinstance(value, list):
+            raise ModelLoadError(f"config.json: {key} is not a list")
+        return value
+
+    def rope(self) -> dict[str, Any]:
+        """Return the rotary parameters, of new files and of old; `rope_theta` is there."""
+        raw = self._raw.get("rope_scaling") or self._raw.get("rope_parameters") or {}
+        if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
+            raise ModelLoadError("config.json: rope_parameters are not one set for all layers")
+        beside: dict[str, Any] = {"rope_theta": self.number("rope_theta", _DEFAULT_THETA)}
+        if self._raw.get("partial_rotary_factor") is not None:
+            beside["partial_rotary_factor"] = self._raw["partial_rotary_factor"]
+        return beside | raw
+
+    def _value(self, key: str, default: T | None, kind: type[T]) -> T:
+        value = self._raw.get(key)
+        if value is None:
+            if default is None:
+                raise ModelLoadError(f"config.json has no {key}")
+            return default
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise ModelLoadError(f"config.json: {key} is {value!r}, which is no {kind.__name__}")
+        return value
+
+
+def read_configuration(directory: Path) -> tuple[str, Configuration]:
+    """Return the architecture that `directory/config.json` names, and its values.
+
+    Raises:
+        ModelLoadError: no or a broken file, an architecture that the engine cannot run, or
+            weights that are quantised already.
+    """
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelLoadError("config.json cannot be read") from error
+    except ValueError as error:
+        raise ModelLoadError(f"config.json is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelLoadError("config.json is not a JSON object")
+    named = raw.get("architectures") or [raw.get("model_type") or "none"]
+    architecture = str(named[0]) if isinstance(named, list) else str(named)
+    if architecture not in SUPPORTED:
+        raise ModelLoadError(
+            f"architecture {architecture} is not supported; "
+            f"the engine runs {', '.join(sorted(SUPPORTED))}"
+        )
+    if (quantised := raw.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelLoadError(
+            f"{architecture}: the checkpoint is quantised ({method}); "
+            "use the original bf16, fp16 or fp32 weights"
+        )
+    if raw.get("model_type") != SUPPORTED[architecture].model_type:
+        raise ModelLoadError(
+            f"config.json: model_type {raw.get('model_type')!r} is not that of {architecture}"
+        )
+    return architecture, Configuration(raw)
