@@ -15,6 +15,8 @@ help:
 	@echo "make proto   regenerate sage_fed/v1 from proto/"
 	@echo "make lock    resolve constraints.txt anew"
 
+# Bytecode is made once, here: a service's user may not write it, and without it each start would
+# compile torch anew, which takes seconds.
 setup: $(VENV)/.ready
 
 # The stamp is made last, so that an interrupted set-up is done again.
@@ -22,7 +24,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3,11) <= sys.version_info[:2] <= (3,13) else "sage-fed needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d; set PYTHON=python3.11 or newer" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv -c constraints.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m compileall -q sage_fed
 	@touch $@
 
 demo: setup

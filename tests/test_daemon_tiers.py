@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import sage_fed
 from sage_fed.core import Tier
 from sage_fed.daemon.tiers import load_tokenizers
 from sage_fed.errors import ModelLoadError
@@ -33,3 +37,34 @@ async def test_tiers_with_the_same_tokenizer_share_one(tmp_path: Path) -> None:
     """The bundled pair encodes alike, so each prompt is encoded once."""
     tokenizers = await load_tokenizers(settings(tmp_path))
     assert tokenizers[Tier.TACTICAL] is tokenizers[Tier.STRATEGIC]
+
+
+def test_the_daemon_does_without_transformers() -> None:
+    """Its import is a second of a start, and nothing of the bundled pair needs it."""
+    program = "import sage_fed.daemon, sys; sys.exit('transformers' in sys.modules)"
+
+    assert 0 == subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode
+
+
+async def test_equal_files_in_two_places_are_read_once(tmp_path: Path) -> None:
+    """A tokenizer is the same by what its files say, wherever they are and whatever is beside."""
+    bundled = Path(sage_fed.__file__).parent / "models" / "demo-tactical"
+    for tier in Tier:
+        shutil.copytree(bundled, tmp_path / tier.value)
+    (tmp_path / "strategic" / "README.md").write_text("a copy")
+    given = {f"{tier.value}__model": str(tmp_path / tier.value) for tier in Tier}
+
+    tokenizers = await load_tokenizers(settings(tmp_path, **given))
+
+    assert tokenizers[Tier.TACTICAL] is tokenizers[Tier.STRATEGIC]
+
+
+async def test_tokenizers_that_encode_differently_stay_apart(tmp_path: Path) -> None:
+    """Another template is another tokenizer, also where the vocabulary is the same."""
+    bundled = Path(sage_fed.__file__).parent / "models" / "demo-tactical"
+    shutil.copytree(bundled, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+    tokenizers = await load_tokenizers(settings(tmp_path, strategic__model=str(tmp_path / "other")))
+
+    assert tokenizers[Tier.TACTICAL] is not tokenizers[Tier.STRATEGIC]

@@ -37,8 +37,11 @@ FLOORS: dict[str, int] = {
 OWNERS: dict[str, set[str]] = {
     # third-party package -> the only parts that may know it
     "torch": {"engine"},
-    "transformers": {"engine", "text"},
+    "transformers": {"text"},
     "safetensors": {"engine"},
+    "huggingface_hub": {"engine", "text"},
+    "tokenizers": {"text"},
+    "jinja2": {"text"},
     "apsw": {"ledger"},
     "pydantic": {"settings"},
     "pydantic_settings": {"settings"},

@@ -23,7 +23,7 @@ from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.core import Phase, Tier
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
-from sage_fed.daemon.readiness import Readiness, StartProgress
+from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.engine import read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import ConfigError, LedgerDown, SageFedError
@@ -90,6 +90,7 @@ async def _started(
     settings: Settings, lifecycle: Lifecycle, progress: StartProgress
 ) -> AsyncIterator[_Parts]:
     """Build every part, and take down in reverse what was built."""
+    laps = Laps()
     set_cpu_threads(settings.cpu_threads)
     card = await asyncio.to_thread(RateCard.load, settings.rate_card, settings.cards_dir)
     metrics = _metrics(settings, card)
@@ -97,7 +98,9 @@ async def _started(
     # leaves nothing behind, no ledger and no account with the wrong profile's grant.
     bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
     metrics.memory_bandwidth(bandwidth)
+    laps.done("device")
     tokenizers = await load_tokenizers(settings)
+    laps.done("tokenizers")
     _prepare_state_dir(settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         ledger = await _open_ledger(settings, metrics, lifecycle)
@@ -107,6 +110,7 @@ async def _started(
             settings, mint_admin_token(settings.state_dir, settings.auth.anonymous_account)
         )
         await _open_accounts(ledger, settings, {*settings.accounts, *authenticator.accounts()})
+        laps.done("ledger")
         readiness = Readiness(settings, lifecycle, progress)
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
@@ -163,6 +167,7 @@ async def _started(
         stack.push_async_callback(bound.server.stop, 0.0)
         endpoint = settings.state_dir / ENDPOINT_FILE
         _announce(endpoint, bound.address, metrics_address)
+        laps.done("listen")
         stack.callback(endpoint.unlink, missing_ok=True)
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
         yield _Parts(executor, broker, operations, readiness, bound)

@@ -7,6 +7,8 @@ and tells the health service from a task of its own, because that one has to be 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from typing import Protocol
 
 from sage_fed.core import Tier, TierState, TierStatus
@@ -15,6 +17,8 @@ from sage_fed.daemon.tiers import display_name
 from sage_fed.service.health import Health
 from sage_fed.settings import Address, Settings
 from sage_fed.steps import StepReport
+
+_log = logging.getLogger(__name__)
 
 
 class StartProgress(Protocol):
@@ -25,6 +29,19 @@ class StartProgress(Protocol):
 
     def ready(self, listen: str, metrics: str) -> None:
         """Every tier serves; the two are the bound HOST:PORT."""
+
+
+class Laps:
+    """Says in the log how long each part of the start took, the models aside."""
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+
+    def done(self, part: str) -> None:
+        """Log the time since the part before this one."""
+        now = time.monotonic()
+        _log.info("start: %s took %.3f s", part, now - self._since_s)
+        self._since_s = now
 
 
 class Readiness:

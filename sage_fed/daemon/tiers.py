@@ -14,7 +14,7 @@ from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.errors import ModelLoadError
 from sage_fed.executor import TierSetup
 from sage_fed.settings import Settings, TierSettings, resolve_model
-from sage_fed.text import Tokenizer
+from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
 
 
 async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
@@ -23,13 +23,24 @@ async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
     Raises:
         ModelLoadError: a checkpoint without a usable tokenizer.
     """
+    return await asyncio.to_thread(_load_tokenizers, settings)
+
+
+def _load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
     tokenizers: dict[Tier, Tokenizer] = {}
+    by_files: dict[bytes, Tokenizer] = {}
     for tier in Tier:
-        tokenizer = await asyncio.to_thread(
-            Tokenizer.load, _source(settings, tier), revision=settings.tier(tier).revision
-        )
-        equal = (known for known in tokenizers.values() if known.encodes_like(tokenizer))
-        tokenizers[tier] = next(equal, tokenizer)
+        directory = locate_tokenizer(_source(settings, tier), settings.tier(tier).revision)
+        # A pair's files are mostly equal: a large vocabulary takes half a second to read.
+        seen = fingerprint(directory)
+        tokenizer = by_files.get(seen) if seen else None
+        if tokenizer is None:
+            tokenizer = Tokenizer.load(directory)
+            equal = (known for known in tokenizers.values() if known.encodes_like(tokenizer))
+            tokenizer = next(equal, tokenizer)
+        if seen:
+            by_files[seen] = tokenizer
+        tokenizers[tier] = tokenizer
     return tokenizers
 
 

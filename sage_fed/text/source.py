@@ -69,7 +69,9 @@ def locate_tokenizer(source: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelLoadError(f"no usable tokenizer in {source}: {error}") from error
+        # Not the error's text: it may hold addresses and tokens.
+        why = f"it could not be downloaded ({type(error).__name__})"
+        raise ModelLoadError(f"no usable tokenizer in {source}: {why}") from error
 
 
 def fingerprint(directory: Path) -> bytes | None:
