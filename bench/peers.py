@@ -1,0 +1,233 @@
+"""This engine beside llama.cpp, OpenVINO and `transformers`, on one random-weight checkpoint.
+
+Physics first. One decoded token reads every weight once: 0.99 GB in bf16, half of it in int8, a
+quarter and a bit in int4, so a machine that reads 45 GB/s cannot decode one sequence of the
+0.5B shape faster than 45, 90 and some 160 tokens/s. Concurrent sequences share that reading, so
+their limit is arithmetic, as it is for a prompt: about 1 GFLOP a token.
+
+Each engine runs in a process of its own, one at a time, with the same threads, prompts (random
+ids, no shared prefixes) and lengths, greedily and without an end-of-text. The rounds interleave
+(A B C, A B C, ...) and every figure is the median over them; `spread` is (max - min) / median.
+A peer that is not installed, or that fails, is in the table and the JSON as that.
+
+Run: python bench/peers.py --peers-python PEERS/bin/python [--rounds 3] [--engines NAME ...]
+Writes bench/results/peers.json. Three rounds of everything take 20 to 25 minutes on two cores,
+the first run 3 minutes more for the checkpoint and its conversions, which are kept in --folder.
+`--quick` is one short round (4 minutes); `--shape tiny` is a test of the script.
+
+The peers' interpreter, on Debian 12 with gcc and cmake (llama.cpp builds for this CPU):
+    python3 -m venv PEERS
+    CMAKE_ARGS="-DGGML_NATIVE=ON" PEERS/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+    PEERS/bin/pip install torch==2.13.0 openvino openvino-genai openvino-tokenizers nncf gguf \
+        transformers==5.5.4 safetensors
+    PEERS/bin/pip install --no-deps optimum==2.3.0 optimum-intel==2.2.0
+`transformers` itself is measured under the interpreter that runs this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peers_checkpoint
+import peers_ours
+import peers_plan as plan
+import peers_table
+import report
+
+HERE = Path(__file__).resolve().parent
+WORKER_S = 900.0
+CONVERT_S = 900.0
+_CONVERTERS = {"peers_llama": "llama", "peers_openvino": "openvino"}
+
+
+@dataclass
+class Found:
+    """What is known of one engine: why it is missing, or what each round measured."""
+
+    missing: str = ""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is asked for."""
+
+    shape: str
+    folder: Path
+    peers_python: Path | None
+    threads: int
+    sizes: str
+    rounds: int
+
+    def python(self, module: str) -> Path | None:
+        """The interpreter of a worker module; None where the peers have none."""
+        return Path(sys.executable) if module in plan.OWN_PYTHON else self.peers_python
+
+
+def measure(run: Run, engines: Sequence[str]) -> tuple[dict[str, Found], dict[str, Any]]:
+    """Convert what has to be, then every engine once a round."""
+    checkpoint = peers_checkpoint.make(run.shape, run.folder)
+    converted = run.folder / run.shape / "converted"
+    found = {name: Found(missing(name, run)) for name in engines}
+    notes = _convert(run, found, checkpoint, converted)
+    for index in range(run.rounds):
+        for name, engine in found.items():
+            if engine.missing:
+                continue
+            say(f"round {index + 1} of {run.rounds}: {name}")
+            job = {
+                "engine": name, "checkpoint": str(checkpoint), "converted": str(converted),
+                "sizes": run.sizes, "threads": run.threads, "seed": index,
+                "vocab": peers_checkpoint.SHAPES[run.shape].vocab,
+            }  # fmt: skip
+            module, _ = plan.ENGINES[name]
+            record, failure = call(
+                run, module, "peers_worker.py", [json.dumps(job)], WORKER_S
+            )
+            if record is None:
+                engine.missing = failure
+            else:
+                engine.rounds.append(record | {"load_1min": os.getloadavg()[0]})
+    return found, notes
+
+
+def missing(name: str, run: Run) -> str:
+    """Why an engine cannot be measured here; "" where it can."""
+    module, variant = plan.ENGINES[name]
+    if module == plan.OURS:
+        return "" if variant in peers_ours.available() else f"no precision {variant} yet"
+    if module == "peers_transformers":
+        return ""
+    if run.peers_python is None:
+        return "not installed: give --peers-python"
+    needs = {"peers_llama": "llama_cpp, gguf", "peers_openvino": "openvino_genai"}[module]
+    probe = subprocess.run(
+        [run.peers_python, "-c", f"import {needs}"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    return "" if probe.returncode == 0 else f"not installed: {_last_line(probe.stderr)}"
+
+
+def _convert(
+    run: Run, found: dict[str, Found], checkpoint: Path, converted: Path
+) -> dict[str, Any]:
+    notes: dict[str, Any] = {}
+    for module, peer in _CONVERTERS.items():
+        users = [f for name, f in found.items() if plan.ENGINES[name][0] == module]
+        if all(user.missing for user in users):
+            continue
+        say(f"converting for {peer}")
+        arguments = [str(checkpoint), str(converted), peer]
+        record, failure = call(run, module, "peers_convert.py", arguments, CONVERT_S)
+        notes[peer] = record
+        if record is None:
+            for user in users:
+                user.missing = f"conversion: {failure}"
+    return notes
+
+
+def call(
+    run: Run, module: str, script: str, arguments: Sequence[str], limit_s: float
+) -> tuple[dict[str, Any] | None, str]:
+    """The JSON that a script's last line is, or what went wrong."""
+    threads = str(run.threads)
+    # Two cores of a larger machine are still two: the affinity holds for every library.
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [str(run.python(module)), str(HERE / script), *arguments],
+            capture_output=True, text=True, check=False, timeout=limit_s, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None, f"not done in {limit_s:.0f} s"
+    if done.returncode:
+        return None, f"failed with {done.returncode}: {_last_line(done.stderr)}"
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record, ""
+
+
+def summary(engine: Found) -> dict[str, Any]:
+    """Medians and spreads over the rounds."""
+    if not engine.rounds:
+        return {"missing": engine.missing}
+    last = engine.rounds[-1]
+    cells = {
+        name: {
+            figure: middle([r["cells"][name][figure] for r in engine.rounds])
+            for figure in last["cells"][name]
+        }
+        for name in last["cells"]
+    }
+    loads = {key: middle([r[key] for r in engine.rounds]) for key in ("load_s", "rss_bytes")}
+    kept = {key: last[key] for key in ("versions", "notes", "first_tokens")}
+    stopped = {"failed_later": engine.missing} if engine.missing else {}
+    machine = [round(r["load_1min"], 2) for r in engine.rounds]
+    return {"cells": cells, **loads, **kept, **stopped, "machine_load_1min": machine}
+
+
+def middle(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the whole width of the rounds as a share of it."""
+    median = statistics.median(values)
+    return {"median": median, "spread": (max(values) - min(values)) / median}
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or ["no message"])[-1][:300]
+
+
+def main(run: Run, engines: Sequence[str], output: Path | None) -> None:
+    """Measure, show, write."""
+    found, notes = measure(run, engines)
+    engines_found = {name: summary(engine) for name, engine in found.items()}
+    ratios = peers_table.ratios(engines_found)
+    peers_table.show(engines_found, ratios)
+    result = {
+        "shape": run.shape, "threads": run.threads, "rounds": run.rounds, "sizes": run.sizes,
+        "engines": engines_found, "conversions": notes, "ratios": ratios,
+    }  # fmt: skip
+    report.write("peers", result, output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--peers-python", type=Path)
+    parser.add_argument("--engines", nargs="*", choices=tuple(plan.ENGINES), metavar="NAME")
+    parser.add_argument("--shape", choices=tuple(peers_checkpoint.SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true", help="short lengths, one round")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    default = Path(tempfile.gettempdir()) / "sage-fed-peers"
+    parser.add_argument("--folder", type=Path, default=default, help="keeps the checkpoint")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    asked = "tiny" if given.shape == "tiny" else "quick" if given.quick else "full"
+    main(
+        Run(
+            given.shape,
+            given.folder,
+            given.peers_python,
+            given.threads,
+            asked,
+            given.rounds or (3 if asked == "full" else 1),
+        ),
+        given.engines or tuple(plan.ENGINES),
+        given.output,
+    )
