@@ -1,4 +1,4 @@
-"""This engine beside llama.cpp, OpenVINO and `transformers`, on one random-weight checkpoint.
+r"""This engine beside llama.cpp, OpenVINO and `transformers`, on one random-weight checkpoint.
 
 Physics first. One decoded token reads every weight once: 0.99 GB in bf16, half of it in int8, a
 quarter and a bit in int4, so a machine that reads 45 GB/s cannot decode one sequence of the
@@ -17,7 +17,8 @@ the first run 3 minutes more for the checkpoint and its conversions, which are k
 
 The peers' interpreter, on Debian 12 with gcc and cmake (llama.cpp builds for this CPU):
     python3 -m venv PEERS
-    CMAKE_ARGS="-DGGML_NATIVE=ON" PEERS/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+    CMAKE_ARGS="-DGGML_NATIVE=ON" PEERS/bin/pip install --no-binary llama-cpp-python \
+        llama-cpp-python
     PEERS/bin/pip install torch==2.13.0 openvino openvino-genai openvino-tokenizers nncf gguf \
         transformers==5.5.4 safetensors
     PEERS/bin/pip install --no-deps optimum==2.3.0 optimum-intel==2.2.0
@@ -77,8 +78,9 @@ class Run:
 def measure(run: Run, engines: Sequence[str]) -> tuple[dict[str, Found], dict[str, Any]]:
     """Convert what has to be, then every engine once a round."""
     checkpoint = peers_checkpoint.make(run.shape, run.folder)
-    converted = run.folder / run.shape / "converted"
+    converted = run.folder / f"{run.shape}-converted"
     found = {name: Found(missing(name, run)) for name in engines}
+    say("\n".join(f"{name}: {f.missing}" for name, f in found.items() if f.missing))
     notes = _convert(run, found, checkpoint, converted)
     for index in range(run.rounds):
         for name, engine in found.items():
@@ -91,9 +93,7 @@ def measure(run: Run, engines: Sequence[str]) -> tuple[dict[str, Found], dict[st
                 "vocab": peers_checkpoint.SHAPES[run.shape].vocab,
             }  # fmt: skip
             module, _ = plan.ENGINES[name]
-            record, failure = call(
-                run, module, "peers_worker.py", [json.dumps(job)], WORKER_S
-            )
+            record, failure = call(run, module, "peers_worker.py", [json.dumps(job)], WORKER_S)
             if record is None:
                 engine.missing = failure
             else:
@@ -141,7 +141,6 @@ def call(
 ) -> tuple[dict[str, Any] | None, str]:
     """The JSON that a script's last line is, or what went wrong."""
     threads = str(run.threads)
-    # Two cores of a larger machine are still two: the affinity holds for every library.
     environment = os.environ | {
         "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
@@ -228,6 +227,6 @@ if __name__ == "__main__":
             asked,
             given.rounds or (3 if asked == "full" else 1),
         ),
-        given.engines or tuple(plan.ENGINES),
+        given.engines or plan.DEFAULT_ENGINES,
         given.output,
     )

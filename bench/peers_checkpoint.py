@@ -1,7 +1,7 @@
 """A random-weight checkpoint that every engine here can be fed with, written once.
 
 Owns: its directory and its tokenizer, a stand-in because token ids are fed directly.
-Does not know: the engines.
+Does not know: the engines; what the weights are (`sage_fed.engine.write_checkpoint`).
 """
 
 from __future__ import annotations
@@ -14,41 +14,33 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the checkout that this file is in, whatever is installed
 
-import json  # noqa: E402 - after the path
+from sage_fed.engine import SHAPES as REAL_SHAPES  # noqa: E402 - after the path
+from sage_fed.engine import plan_checkpoint, write_checkpoint  # noqa: E402
+from sage_fed.engine.random_checkpoint import Shape  # noqa: E402
 
-import gpu_shapes  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-
-SHAPES = {
-    "qwen2.5-0.5b": gpu_shapes.QWEN_05B,
-    "tiny": gpu_shapes.Shape("tiny", 128, 2, 2, 1, 256, 1024, 1024, True, 2**22, 512),
+SHAPES: dict[str, Shape] = {
+    "qwen2.5-0.5b": REAL_SHAPES["qwen2.5-0.5b"],
+    "qwen2.5-1.5b": REAL_SHAPES["qwen2.5-1.5b"],
+    "tiny": Shape(128, 2, 2, 1, 256, 1024, tied=True, tokenizer_ids=1024),
 }
 _TOKENIZER = ROOT / "sage_fed" / "models" / "demo-tactical"
 
 
 def make(shape: str, folder: Path) -> Path:
-    """The checkpoint of `shape` under `folder`; as it is where it is whole already."""
+    """The checkpoint of `shape` under `folder`; as it is where it is there already."""
     directory = folder / shape
-    done = directory / "model.safetensors"
-    if done.is_file():
-        return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(SHAPES[shape].config(), indent=1))
+    if not directory.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(
+            plan_checkpoint(SHAPES[shape]),
+            directory,
+            seed=7,
+            progress=lambda _: None,
+            complete=_add_tokenizer,
+        )
+    return directory
+
+
+def _add_tokenizer(directory: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(_TOKENIZER / name, directory / name)
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    with torch.device("meta"):
-        places = AutoModelForCausalLM.from_config(config).state_dict()
-    weights = gpu_shapes.RandomWeights(torch.device("cpu"), torch.bfloat16, seed=7)
-    tensors = {
-        name: weights.tensor(name, tuple(place.shape))
-        for name, place in places.items()
-        if not (SHAPES[shape].tied and name == "lm_head.weight")
-    }
-    # A half-written file must not be taken for a checkpoint by the next run.
-    partial = directory / "model.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.rename(done)
-    return directory

@@ -39,9 +39,7 @@ def llama(checkpoint: Path, folder: Path) -> dict[str, Any]:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = ftype
         params.nthread = 2
-        code = llama_cpp.llama_model_quantize(
-            str(source).encode(), str(partial).encode(), params
-        )
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), params)
         assert code == 0, f"llama_model_quantize returned {code}"
         partial.rename(target)
     return {name: _types(folder / f"{name}.gguf") for name in ("BF16", *types)}
@@ -63,7 +61,7 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(_rope_theta(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -83,6 +81,12 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    """Where this version of `transformers` writes it, or older ones did."""
+    theta: float = (config.get("rope_parameters") or config)["rope_theta"]
+    return theta
 
 
 def _types(path: Path) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class LlamaSubject:
         for _ in range(new_tokens):
             drawn = self._step(fed, start)
             now = time.perf_counter() - began
-            for i, token in enumerate(drawn):
+            for i in range(len(drawn)):
                 start[i] += len(fed[i])
                 times[i].append(now)
             fed = [(token,) for token in drawn]

@@ -28,6 +28,9 @@ ENGINES: dict[str, tuple[str, str]] = {
     "OpenVINO int8": ("peers_openvino", "int8"),
 }
 
+DEFAULT_ENGINES = tuple(name for name in ENGINES if name != "sage_fed fp32")
+"""Nobody else here computes in fp32, so it says nothing beside them."""
+
 OURS = "peers_ours"
 OWN_PYTHON = frozenset({OURS, "peers_transformers"})
 """Modules that run under this project's interpreter; the others under the peers'."""
