@@ -97,7 +97,7 @@ class StepReport:
     the sum of the steps' batch sizes, `elapsed_s` the device's time. `num_context_tokens` are
     the tokens in the KV cache that the steps' sequences attended to, their own included.
     The sequences that started had `num_queried_tokens`, and found `num_hit_tokens` of them in the
-    prefix cache; where it is off, nobody asks.
+    prefix cache; where it is off, nobody asks. `num_preempted` were interrupted for the steps.
     """
 
     tier: Tier
@@ -111,6 +111,7 @@ class StepReport:
     num_context_tokens: int = 0
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
+    num_preempted: int = 0
 
 
 class Flight(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from surroundings import MODELS
@@ -87,10 +88,12 @@ class Company:
 
     def __init__(self) -> None:
         self._stepped = asyncio.Event()
+        self.preempted = 0
 
     def step_done(self, report: StepReport) -> None:
         """Somebody moved."""
         assert report.num_sequences
+        self.preempted += report.num_preempted
         self._stepped.set()
 
     def tier_changed(self, status: TierStatus) -> None:
@@ -172,3 +175,42 @@ async def test_a_prompt_found_again_gives_the_same_tokens(
     for spec, (tokens, _) in zip(asked, results, strict=True):
         assert sequential(alone[tier], spec) == tokens
     assert [0, 64, 64, 64, 64, 64] == [ended.cached_tokens for _, ended in results]
+
+
+@pytest.mark.parametrize("tier", Tier)
+async def test_an_interruption_changes_no_token(alone: dict[Tier, Engine], tier: Tier) -> None:
+    """Recomputed keys and values continue every kind of sampling where it was."""
+    chance = random.Random(8)
+    samplings = [
+        Sampling(),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=0.9, top_p=0.9, seed=11, top_logprobs=0),
+    ]
+    asked = [
+        SequenceSpec(
+            seq_id,
+            tier,
+            tuple(chance.randrange(VOCAB) for _ in range(chance.randint(1, 60))),
+            40,
+            samplings[seq_id % 3],
+            ignore_eos=True,
+            prefix_cache=seq_id % 2 == 0,
+        )
+        for seq_id in range(8)
+    ]
+    watch = Company()
+    small = replace(options(tier), kv_cache_bytes=(20 if tier is Tier.TACTICAL else 80) * 16384)
+    setup = TierSetup(
+        lambda progress: load_engine(small, progress), prefill_chunk_tokens=37, kv_overcommit=8.0
+    )
+    executor = Executor({tier: setup}, observers=[watch])
+    await executor.start()
+    async with asyncio.timeout(DEADLINE_S):
+        assert TierState.READY is (await executor.loaded(tier)).state
+        readers = [read(executor.submit(spec)) for spec in asked]
+        results = await asyncio.gather(*readers)
+    await executor.stop(0.0)
+    assert 0 < watch.preempted
+    for spec, (tokens, ended) in zip(asked, results, strict=True):
+        assert sequential(alone[tier], spec) == tokens
+        assert (len(spec.prompt), 40) == (ended.prompt_tokens, ended.output_tokens)

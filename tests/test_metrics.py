@@ -381,6 +381,14 @@ def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:
     assert 0 == value(metrics, "prefix_cache_hit_tokens_total", tier="strategic")
 
 
+def test_interruptions_are_counted(metrics: Metrics) -> None:
+    """A step may have cost several jobs their place."""
+    metrics.step_done(report(STRATEGIC, StepKind.MIXED, 0.1, num_preempted=2))
+
+    assert 2 == value(metrics, "preemptions_total", tier="strategic")
+    assert 0 == value(metrics, "preemptions_total", tier="tactical")
+
+
 def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
     """Out of memory is a counter of its own."""
     short = StepReport(STRATEGIC, StepKind.PREFILL, 1, 0, 0, 1, 0.1, out_of_memory=True)

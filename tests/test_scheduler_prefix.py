@@ -6,59 +6,14 @@ import itertools
 
 import hypothesis.strategies as st
 import pytest
-from fake_engine import FakeEngine, reference, spec
+from fake_engine import FakeEngine, spec
 from hypothesis import given, settings
+from scheduler_bench import Bench, T
 
-from sage_fed.core import Sampling, Tier
-from sage_fed.scheduler import BlockPool, Ended, EndReason, Scheduler, SequenceSpec, TierLimits
+from sage_fed.core import Sampling
+from sage_fed.scheduler import BlockPool, EndReason, SequenceSpec, TierLimits
 from sage_fed.scheduler.prefix import BlockKeys
-from sage_fed.steps import BLOCK_SIZE, Step
-
-T = Tier.TACTICAL
-
-
-class Bench:
-    """A scheduler with the tactical tier open, stepped by hand."""
-
-    def __init__(self, num_blocks: int = 64, **fields: float) -> None:
-        self.scheduler = Scheduler()
-        self.engine = FakeEngine(num_blocks=num_blocks)
-        self.scheduler.open_tier(T, TierLimits(num_blocks, 512, **fields), frozenset())  # type: ignore[arg-type]
-        self.ended: dict[int, Ended] = {}
-        self.tokens: dict[int, list[int]] = {}
-        self.queried = self.hit = 0
-
-    def add(self, asked: SequenceSpec) -> None:
-        """Queue a sequence."""
-        self.scheduler.add(asked, 0.0)
-        self.tokens[asked.seq_id] = []
-
-    def step(self) -> Step:
-        """Run the next step."""
-        step = self.scheduler.next_step(0.0)
-        assert step is not None
-        outcome = self.scheduler.complete(step, self.engine.run(step), now=1.0, elapsed_s=0.01)
-        for d in outcome.drawn:
-            self.tokens[d.seq_id].append(d.token_id)
-        self.ended |= {e.seq_id: e for e in outcome.ended}
-        self.queried += outcome.num_queried_tokens
-        self.hit += outcome.num_hit_tokens
-        return step
-
-    def run(self, *asked: SequenceSpec) -> None:
-        """Queue sequences and run until nothing is left; each delivers what it would alone."""
-        for one in asked:
-            self.add(one)
-        while self.scheduler.has_work:
-            self.step()
-        for one in asked:
-            assert reference(one) == self.tokens[one.seq_id]
-
-    def kv(self) -> tuple[int, int]:
-        """Tokens used and cached."""
-        load = self.scheduler.load(T)
-        assert load is not None
-        return load.kv_tokens_used, load.kv_tokens_cached
+from sage_fed.steps import BLOCK_SIZE
 
 
 def same(seq_id: int, prompt: int = 40, **fields: object) -> SequenceSpec:
@@ -74,7 +29,6 @@ def test_a_prompt_is_found_again() -> None:
     (chunk,) = bench.step().chunks
     assert (32, 8) == (chunk.start, len(chunk.token_ids))
     bench.run()
-    assert reference(same(1)) == bench.tokens[1]
     assert [(40, 0), (40, 32)] == [
         (bench.ended[i].prompt_tokens, bench.ended[i].cached_tokens) for i in range(2)
     ]
@@ -111,8 +65,6 @@ def test_a_prompt_is_shared_while_it_still_runs() -> None:
     # 4 blocks each, the two full ones of the prompt once.
     assert (6 * BLOCK_SIZE, 0) == bench.kv()
     bench.run()
-    assert reference(same(0, new=20)) == bench.tokens[0]
-    assert reference(same(1, new=20, sampling=Sampling(seed=1))) == bench.tokens[1]
     assert 0 == bench.kv()[0]
 
 
@@ -172,7 +124,6 @@ def test_admission_reserves_only_what_is_not_shared() -> None:
     bench.add(same(1, prompt=33, new=30))
     assert 2 == len(bench.step().chunks)
     bench.run()
-    assert reference(same(1, prompt=33, new=30)) == bench.tokens[1]
 
 
 def test_a_cut_prompt_leaves_what_it_had_computed() -> None:
@@ -191,9 +142,7 @@ def test_a_step_that_did_not_fit_publishes_nothing() -> None:
     bench = Bench()
     bench.add(same(0))
     for _ in range(2):
-        step = bench.scheduler.next_step(0.0)
-        assert step is not None
-        outcome = bench.scheduler.out_of_memory(step, now=1.0, elapsed_s=0.0)
+        outcome = bench.land(bench.launch(), fits=False)
     assert [EndReason.OUT_OF_MEMORY] == [e.reason for e in outcome.ended]
     assert (0, 0) == bench.kv()
 

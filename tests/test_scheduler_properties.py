@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -18,18 +19,23 @@ from sage_fed.steps import Step
 LIMITS = TierLimits(
     num_blocks=12, max_context_tokens=96, max_batch=4, max_waiting=5, prefill_chunk_tokens=20
 )
+CROWDED = replace(
+    LIMITS, kv_overcommit=4.0, ageing_s=1.0, overdue_s=5.0, preempt_after_s=0.5, max_preemptions=3
+)
 TIERS = st.sampled_from(Tier)
 
 
 class Traffic(RuleBasedStateMachine):
     """Clients, a device that is sometimes out of memory, and cancels at any moment."""
 
+    limits = LIMITS
+
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler()
         self.engines = {tier: FakeEngine(num_blocks=LIMITS.num_blocks) for tier in Tier}
         for tier in Tier:
-            self.scheduler.open_tier(tier, LIMITS, frozenset({EOS}))
+            self.scheduler.open_tier(tier, self.limits, frozenset({EOS}))
         self.specs: dict[int, SequenceSpec] = {}
         self.outputs: dict[int, list[int]] = {}
         self.ended: dict[int, Ended] = {}
@@ -150,10 +156,15 @@ class Traffic(RuleBasedStateMachine):
             assert sorted([*owned, *pool._free, *pool._kept]) == list(range(LIMITS.num_blocks))
             assert pool._by_key == {key: block for block, key in pool._keys.items()}
             assert not pool._keys.keys() & set(pool._free)
-            assert len(schedule._waiting) <= LIMITS.max_waiting
+            interrupted = [seq for seq in schedule._line if seq.num_output or seq.preemptions]
+            assert len(schedule._line) <= LIMITS.max_waiting + len(interrupted)
             assert len(schedule._running) <= LIMITS.max_batch
-            live = (*schedule._waiting, *schedule._running.values())
+            assert all(0 < s.preemptions <= self.limits.max_preemptions for s in interrupted)
+            live = (*schedule._line, *schedule._running.values())
             assert sum(seq.prefill_left for seq in live) == schedule.queued_prompt_tokens
+            accounts = Counter(seq.spec.account for seq in live)
+            known = schedule._line._accounts
+            assert accounts == Counter({name: a.live for name, a in known.items()})
 
     def teardown(self) -> None:
         """Whatever was begun ends within a bounded number of steps, with the right tokens."""
@@ -183,8 +194,16 @@ class Traffic(RuleBasedStateMachine):
         assert self.busy_s == pytest.approx(paid_s)
 
 
+class CrowdedTraffic(Traffic):
+    """The same where outputs are expected to be short, and jobs are interrupted easily."""
+
+    limits = CROWDED
+
+
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCrowdedTraffic = CrowdedTraffic.TestCase
+TestCrowdedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @given(

@@ -24,6 +24,7 @@ from sage_fed.core import (
     Budget,
     Finished,
     JobSpec,
+    Phase,
     Price,
     Refusal,
     Route,
@@ -39,7 +40,7 @@ from sage_fed.ledger import HoldReceipt, HoldRequest, Ledger, Replay
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import charge
 from sage_fed.router import refusal_error
-from sage_fed.scheduler import Ended, SequenceSpec
+from sage_fed.scheduler import Ended, SequenceSpec, TokenWeights
 
 _log = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ class Job:
                 ignore_eos=self.spec.sampling.ignore_eos,
                 priority=self.spec.priority,
                 account=self.spec.account,
+                weights=_weights(plan),
             )
         )
         self._submitted = True
@@ -310,6 +312,12 @@ class Job:
             seed=plan.sampling.seed,
             max_new_tokens=plan.offer.max_new_tokens,
         )
+
+
+def _weights(plan: Plan) -> TokenWeights:
+    """Return what the job's tokens count for between accounts: what they cost."""
+    rates = plan.card.rates[plan.route.tier]
+    return TokenWeights(rates[Phase.PREFILL], rates[Phase.CACHED], rates[Phase.DECODE])
 
 
 def _internal(error: Exception) -> Internal:

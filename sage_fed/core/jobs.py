@@ -9,7 +9,7 @@ from sage_fed.core.tiers import Tier
 
 
 class Priority(enum.IntEnum):
-    """Order of starting, never of displacing: a running job is not pushed out."""
+    """Order of an account's own jobs: a higher one starts first, and may interrupt a lower one."""
 
     LOW = 1
     NORMAL = 2

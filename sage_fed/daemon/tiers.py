@@ -68,6 +68,7 @@ def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetu
         max_waiting=own.max_waiting,
         prefill_chunk_tokens=own.prefill_chunk_tokens,
         prefix_cache=own.prefix_cache,
+        kv_overcommit=own.kv_overcommit,
     )
 
 

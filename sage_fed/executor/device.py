@@ -262,6 +262,7 @@ def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: boo
         num_context_tokens=step.num_context_tokens,
         num_queried_tokens=outcome.num_queried_tokens,
         num_hit_tokens=outcome.num_hit_tokens,
+        num_preempted=outcome.num_preempted,
     )
 
 

@@ -111,4 +111,5 @@ def _sum(a: StepReport, b: StepReport) -> StepReport:
         num_context_tokens=a.num_context_tokens + b.num_context_tokens,
         num_queried_tokens=a.num_queried_tokens + b.num_queried_tokens,
         num_hit_tokens=a.num_hit_tokens + b.num_hit_tokens,
+        num_preempted=a.num_preempted + b.num_preempted,
     )

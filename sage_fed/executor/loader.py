@@ -36,6 +36,7 @@ class TierSetup:
     max_waiting: int = 64
     prefill_chunk_tokens: int = 512
     prefix_cache: bool = True
+    kv_overcommit: float = 1.0
 
     def limits(self, engine: Engine) -> TierLimits:
         """Return the tier's bounds, now that the engine is known."""
@@ -46,6 +47,7 @@ class TierSetup:
             max_waiting=self.max_waiting,
             prefill_chunk_tokens=self.prefill_chunk_tokens,
             prefix_cache=self.prefix_cache,
+            kv_overcommit=self.kv_overcommit,
         )
 
 

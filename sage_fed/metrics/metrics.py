@@ -216,6 +216,7 @@ class Metrics:
             step_seconds.observe(report.elapsed_s / report.num_steps)
         series.tokens.labels(name, Phase.PREFILL.value).inc(report.num_prefill_tokens)
         series.tokens.labels(name, Phase.DECODE.value).inc(report.num_decode_tokens)
+        series.preemptions.labels(name).inc(report.num_preempted)
         series.queried.labels(name).inc(report.num_queried_tokens)
         series.hit.labels(name).inc(report.num_hit_tokens)
         if report.num_steps:

@@ -215,6 +215,11 @@ class EngineSeries:
         self.tokens = make.counter(
             "engine_tokens_total", "Tokens fed to the model.", "tier", "phase"
         )
+        self.preemptions = make.counter(
+            "preemptions_total",
+            "Times that a running job was interrupted, to be computed again and go on later.",
+            "tier",
+        )
         self.queried = make.counter(
             "prefix_cache_queried_tokens_total",
             "Tokens of sequences that were looked up in the prefix cache when they started.",
@@ -255,7 +260,8 @@ class EngineSeries:
 
     def _start_at_zero(self) -> None:
         for tier in TIERS:
-            for metric in (self.batch_size, self.oom, self.restarts, self.queried, self.hit):
+            counters = (self.oom, self.restarts, self.preemptions, self.queried, self.hit)
+            for metric in (self.batch_size, *counters):
                 metric.labels(tier)
             for metric in (self.load_progress, self.load_seconds):
                 metric.labels(tier)

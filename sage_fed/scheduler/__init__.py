@@ -4,9 +4,10 @@ Import from here: `Scheduler`, the words it speaks, and the limits it keeps.
 """
 
 from sage_fed.scheduler.blocks import BlockPool, blocks_for
+from sage_fed.scheduler.limits import TierLimits
 from sage_fed.scheduler.scheduler import Scheduler
-from sage_fed.scheduler.sequence import Ended, EndReason, SequenceSpec
-from sage_fed.scheduler.tier import Outcome, TierLimits
+from sage_fed.scheduler.sequence import Ended, EndReason, SequenceSpec, TokenWeights
+from sage_fed.scheduler.tier import Outcome
 
 __all__ = [
     "BlockPool",
@@ -16,5 +17,6 @@ __all__ = [
     "Scheduler",
     "SequenceSpec",
     "TierLimits",
+    "TokenWeights",
     "blocks_for",
 ]

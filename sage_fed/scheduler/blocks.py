@@ -59,11 +59,13 @@ class BlockPool:
             found.append(block)
         return tuple(found)
 
-    def fits(self, count: int, shared: Sequence[int] = ()) -> bool:
-        """Whether `count` blocks can be taken besides sharing `shared`, which may be kept ones."""
-        if count <= len(self._free):
-            return True
-        return count <= self.num_available - sum(block in self._kept for block in shared)
+    def num_spare(self, shared: Iterable[int]) -> int:
+        """Return how many blocks can be taken besides sharing `shared`, some of them kept ones."""
+        return self.num_available - sum(block in self._kept for block in shared)
+
+    def fits(self, count: int, shared: Iterable[int] = ()) -> bool:
+        """Whether `count` blocks can be taken besides sharing `shared`."""
+        return count <= len(self._free) or count <= self.num_spare(shared)
 
     def share(self, blocks: Iterable[int]) -> None:
         """Own published `blocks` together with whoever else does."""

@@ -27,11 +27,21 @@ class EndReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """What a token counts for between accounts, by phase: its price in uATP, or its equal."""
+
+    prefill: int = 1
+    cached: int = 0
+    decode: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSpec:
     """One sequence to run; `seq_id` is unique among those that have not ended.
 
     `prompt` are token ids, at least one; `max_new_tokens` is at least 1.
-    `account` is whose it is: only the same account's sequences find its blocks again.
+    `account` is whose it is: only the same account's sequences find its blocks again, and accounts
+    share the tier fairly by what was served to them, which `weights` measure.
     `prefix_cache` False neither looks for known blocks nor leaves any behind.
     """
 
@@ -44,11 +54,7 @@ class SequenceSpec:
     priority: Priority = Priority.NORMAL
     account: str = ""
     prefix_cache: bool = True
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks of the worst case, which are reserved before the first step."""
-        return blocks_for(len(self.prompt) + self.max_new_tokens)
+    weights: TokenWeights = TokenWeights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,9 @@ class Sequence:
     """A sequence between `add` and its ending; `order` is its place among all that were added.
 
     `token_ids` are the prompt and what was delivered; the first `num_stored` of them have their
-    keys and values in `blocks`.
+    keys and values in `blocks`. A sequence that is interrupted loses those and feeds all of its
+    tokens again, for which nobody is charged: `prompt_done` and `cached_tokens` only say how its
+    prompt was reached first. `counted_uatp` is what its account was counted for it.
     """
 
     spec: SequenceSpec
@@ -94,6 +102,8 @@ class Sequence:
     num_output: int = 0
     prompt_done: int = 0
     cached_tokens: int = 0
+    preemptions: int = 0
+    counted_uatp: int = 0
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -119,6 +129,48 @@ class Sequence:
     def prefill_left(self) -> int:
         """Tokens that have to be fed to the model before the first draw."""
         return 0 if self.decodes else len(self.token_ids) - self.num_stored
+
+    @property
+    def served_uatp(self) -> int:
+        """What it was served: tokens computed, found and delivered, by their weights."""
+        weights = self.spec.weights
+        computed = self.prompt_done - self.cached_tokens
+        return (
+            computed * weights.prefill
+            + self.cached_tokens * weights.cached
+            + self.num_output * weights.decode
+        )
+
+    @property
+    def promised_uatp(self) -> int:
+        """What it will have been served once its whole prompt is, and nothing more."""
+        left = len(self.spec.prompt) - self.prompt_done
+        return self.served_uatp + left * self.spec.weights.prefill
+
+    @property
+    def worst_uatp(self) -> int:
+        """What it can be served at most."""
+        weights = self.spec.weights
+        return len(self.spec.prompt) * weights.prefill + self.spec.max_new_tokens * weights.decode
+
+    def begin(self, shared: tuple[int, ...], own: tuple[int, ...], now: float) -> None:
+        """Start, or start again, in these blocks, `shared` of which are stored already."""
+        self.blocks = shared + own
+        self.num_stored = len(shared) * BLOCK_SIZE
+        if self.started_s is None:
+            self.started_s = now
+
+    def interrupt(self) -> tuple[int, ...]:
+        """Stop, to start again later; returns its blocks, which it loses."""
+        blocks, self.blocks = self.blocks, ()
+        self.num_stored = 0
+        self.preemptions += 1
+        return blocks
+
+    @property
+    def blocks_missing(self) -> int:
+        """Blocks that it needs for its next token and does not have."""
+        return blocks_for(len(self.token_ids)) - len(self.blocks)
 
     def next_chunk(self, prefill_limit: int) -> Chunk:
         """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill."""

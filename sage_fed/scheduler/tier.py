@@ -1,27 +1,29 @@
-"""One tier's sequences: waiting in order, running in a ragged batch, ending once.
+"""One tier's sequences: waiting in line, running in a ragged batch, ending once.
 
-Owns the tier's waiting list, running set and KV blocks. Knows nothing of the other tier, of
-threads or of a clock: `now` is given. World's errors are raised by `add` only
-(`InvalidField`, `QueueFull`); a wrong call anywhere else is our bug and asserts.
+Owns the tier's running set and KV blocks. Knows nothing of the other tier, of threads or of a
+clock: `now` is given. World's errors are raised by `add` only (`InvalidField`, `QueueFull`); a
+wrong call anywhere else is our bug and asserts.
 
-Order of starting: a sequence ranks by the time it was submitted, less `ageing_s` for each level
-of priority. So a higher priority goes first, the same priority is first come first served, and
-nobody is passed by sequences submitted more than `2 * ageing_s` after it. The first in rank is
-never passed by a smaller one behind it: a long prompt would otherwise wait for ever.
+Who starts next is `line`'s decision, who is interrupted `preemption`'s. An interrupted sequence
+loses its blocks, waits with its rank, and later feeds its prompt and output again (what the prefix
+cache still has of them is not even computed); its next token is drawn with the same seed and
+index, so its reader notices a pause and nothing else.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sage_fed.core import Tier
-from sage_fed.errors import InvalidField, QueueFull
+from sage_fed.errors import QueueFull
 from sage_fed.scheduler.blocks import BlockPool
+from sage_fed.scheduler.limits import TierLimits
+from sage_fed.scheduler.line import Line
+from sage_fed.scheduler.preemption import make_way, weakest
 from sage_fed.scheduler.rates import StepRates
 from sage_fed.scheduler.sequence import Ended, EndReason, Sequence, SequenceSpec
-from sage_fed.steps import BLOCK_SIZE, Chunk, Drawn, Step
+from sage_fed.steps import Chunk, Drawn, Step
 
 _RETRY_S = 1.0
 """How soon a place may be free, where nothing has been measured."""
@@ -30,57 +32,12 @@ _RETRY_MAX_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class TierLimits:
-    """A tier's bounds; `prefill_chunk_tokens` are prompt tokens a step, over all sequences.
-
-    `prefix_cache` keeps the full blocks of sequences for later ones of the same account.
-    """
-
-    num_blocks: int
-    max_context_tokens: int
-    max_batch: int = 16
-    max_waiting: int = 64
-    prefill_chunk_tokens: int = 512
-    ageing_s: float = 30.0
-    prefix_cache: bool = True
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the KV blocks hold."""
-        return self.num_blocks * BLOCK_SIZE
-
-    def check(self, spec: SequenceSpec) -> None:
-        """Refuse a sequence that could never run.
-
-        Raises:
-            InvalidField: naming the field that has to be smaller.
-        """
-        if not spec.prompt:
-            raise InvalidField("prompt", "is empty")
-        if spec.max_new_tokens < 1:
-            raise InvalidField("sampling.max_new_tokens", "has to be at least 1")
-        longest = min(self.max_context_tokens, self.kv_tokens)
-        if len(spec.prompt) >= longest:
-            raise InvalidField(
-                "prompt",
-                f"{len(spec.prompt)} tokens leave no room for output; "
-                f"the {spec.tier.value} tier holds {longest} tokens, prompt and output together",
-            )
-        if len(spec.prompt) + spec.max_new_tokens > longest:
-            raise InvalidField(
-                "sampling.max_new_tokens",
-                f"at most {longest - len(spec.prompt)} fit behind this prompt; "
-                f"the {spec.tier.value} tier holds {longest} tokens, prompt and output together",
-            )
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step delivered and which sequences it ended; a token comes before its ending.
 
     `num_prefill_tokens` of the step's tokens were prompt tokens. The sequences that started with
     the step were looked up in the prefix cache with `num_queried_tokens`, and had `num_hit_tokens`
-    of them there.
+    of them there. `num_preempted` were interrupted to make room for the step.
     """
 
     drawn: tuple[Drawn, ...] = ()
@@ -88,6 +45,7 @@ class Outcome:
     num_prefill_tokens: int = 0
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
+    num_preempted: int = 0
 
 
 class TierSchedule:
@@ -99,19 +57,17 @@ class TierSchedule:
         self.pool = BlockPool(limits.num_blocks)
         self.rates = StepRates()
         self._eos_token_ids = eos_token_ids
-        self._waiting: list[Sequence] = []
-        self._waiting_tokens = 0
+        self._line = Line(ageing_s=limits.ageing_s, overdue_s=limits.overdue_s)
         self._running: dict[int, Sequence] = {}
         self._added = 0
         self._in_flight: Step | None = None
-        self._queried_tokens = 0
-        self._hit_tokens = 0
+        self._decided = Outcome()
         self._out_of_memory_alone: int | None = None
 
     @property
     def has_work(self) -> bool:
-        """Whether a step can be built: the first in rank always fits an empty tier."""
-        return bool(self._running or self._waiting)
+        """Whether a step can be built: the first in line always fits an empty tier."""
+        return bool(self._running or self._line)
 
     @property
     def in_flight(self) -> bool:
@@ -125,13 +81,13 @@ class TierSchedule:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not started."""
-        return len(self._waiting)
+        """Sequences that have not started, and those that were interrupted."""
+        return len(self._line)
 
     @property
     def queued_prompt_tokens(self) -> int:
-        """Prompt tokens that the model has yet to be fed."""
-        return self._waiting_tokens + sum(seq.prefill_left for seq in self._running.values())
+        """Tokens that the model has yet to be fed before the sequences that want them decode."""
+        return self._line.prefill_left + sum(seq.prefill_left for seq in self._running.values())
 
     @property
     def retry_after_s(self) -> float:
@@ -150,18 +106,15 @@ class TierSchedule:
             QueueFull: `max_waiting` sequences wait already.
         """
         self.limits.check(spec)
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise QueueFull.of_tier(self.tier.value, len(self._waiting), self.retry_after_s)
+        if len(self._line) >= self.limits.max_waiting:
+            raise QueueFull.of_tier(self.tier.value, len(self._line), self.retry_after_s)
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
-        insort(self._waiting, Sequence(spec, submitted_s, order=self._added), key=self._rank)
+        self._line.add(Sequence(spec, submitted_s, order=self._added))
         self._added += 1
-        self._waiting_tokens += len(spec.prompt)
 
     def find(self, seq_id: int) -> Sequence | None:
         """Return the sequence, waiting or running, if it has not ended."""
-        if seq_id in self._running:
-            return self._running[seq_id]
-        return next((seq for seq in self._waiting if seq.spec.seq_id == seq_id), None)
+        return self._running.get(seq_id) or self._line.find(seq_id)
 
     def cancel(self, seq_id: int, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End a sequence: now, or with the step that it is in; an unknown id is no error."""
@@ -177,18 +130,20 @@ class TierSchedule:
     def end_all(self, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End every sequence at once, a step in flight or not; the engine is not used again."""
         self._in_flight = None
-        everyone = (*self._running.values(), *self._waiting)
+        everyone = (*self._running.values(), *self._line)
         return tuple(self._end(seq, reason, now) for seq in everyone)
 
     def build(self, prefill_limit: int, now: float) -> Step:
         """Return the next step: a token of each decoding sequence, then pieces of prompts.
 
-        At most `prefill_limit` prompt tokens; sequences start in rank while some of the limit,
-        a place in the batch and the blocks of their worst case are left, less those that the
-        prefix cache has.
+        At most `prefill_limit` prompt tokens; sequences start in line while some of the limit, a
+        place in the batch and their blocks are left, less those that the prefix cache has.
         """
         assert self._in_flight is None
         assert self.has_work
+        if self.limits.kv_overcommit > 1.0:
+            self._grow(now)
+        self._make_way(now)
         chunks: list[Chunk] = []
         left = max(1, min(prefill_limit, self.limits.prefill_chunk_tokens))
         for seq in self._running.values():
@@ -220,7 +175,9 @@ class TierSchedule:
             reason = seq.cancelled
             if reason is None and chunk.draw:
                 reason = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
-            if reason is not None:
+            if reason is None:
+                self._line.count(seq)
+            else:
                 ended.append(self._end(seq, reason, now))
         return self._outcome(delivered, ended, num_prefill)
 
@@ -240,28 +197,54 @@ class TierSchedule:
                 ended.append(self._end(victim, EndReason.OUT_OF_MEMORY, now))
         return self._outcome((), ended, num_prefill)
 
-    def _rank(self, seq: Sequence) -> tuple[float, int]:
-        return (seq.submitted_s - seq.spec.priority * self.limits.ageing_s, seq.order)
+    def _grow(self, now: float) -> None:
+        """Give each running sequence the block of its next token, where it has none."""
+        for seq in tuple(self._running.values()):
+            while seq.spec.seq_id in self._running and seq.blocks_missing > 0:
+                if self.pool.num_available:
+                    seq.blocks += self.pool.take(1)
+                else:
+                    self._preempt(weakest(self._running.values(), self._line, self.limits), now)
+
+    def _make_way(self, now: float) -> None:
+        """Interrupt whoever has to give way to the head of the line, if it does not fit."""
+        head = self._line.head(now)
+        if head is None:
+            return
+        for seq in make_way(
+            head,
+            self._running.values(),
+            line=self._line,
+            pool=self.pool,
+            limits=self.limits,
+            now=now,
+        ):
+            self._preempt(seq, now)
+
+    def _preempt(self, seq: Sequence, now: float) -> None:
+        del self._running[seq.spec.seq_id]
+        self.pool.give_back(seq.interrupt())
+        self._line.put_back(seq, now)
+        self._decided = replace(self._decided, num_preempted=self._decided.num_preempted + 1)
 
     def _start_head(self, now: float) -> Sequence | None:
-        """Start the first in rank, if there is a place and there are blocks for it."""
-        if not self._waiting or len(self._running) >= self.limits.max_batch:
+        """Start the first in line, if there is a place and there are blocks for it."""
+        if len(self._running) >= self.limits.max_batch or not (seq := self._line.head(now)):
             return None
-        seq = self._waiting[0]
         shared = seq.find(self.pool) if self.limits.prefix_cache else ()
-        own = seq.spec.num_blocks - len(shared)
-        if not self.pool.fits(own, shared):
+        num_own = self.limits.blocks_to_start(seq) - len(shared)
+        if not self.pool.fits(num_own, shared):
             return None
-        del self._waiting[0]
-        self._waiting_tokens -= seq.prefill_left
+        self._line.start(seq, now)
         self.pool.share(shared)
-        seq.blocks = shared + self.pool.take(own)
-        seq.num_stored = len(shared) * BLOCK_SIZE
-        seq.started_s = now
+        seq.begin(shared, self.pool.take(num_own), now)
         self._running[seq.spec.seq_id] = seq
         if self.limits.prefix_cache and seq.spec.prefix_cache:
-            self._queried_tokens += len(seq.token_ids)
-            self._hit_tokens += seq.num_stored
+            self._decided = replace(
+                self._decided,
+                num_queried_tokens=self._decided.num_queried_tokens + len(seq.token_ids),
+                num_hit_tokens=self._decided.num_hit_tokens + seq.num_stored,
+            )
         return seq
 
     def _land(self, step: Step, elapsed_s: float) -> tuple[list[Sequence], int]:
@@ -276,9 +259,10 @@ class TierSchedule:
         return members, num_prefill
 
     def _outcome(self, drawn: Iterable[Drawn], ended: Iterable[Ended], num_prefill: int) -> Outcome:
-        queried, self._queried_tokens = self._queried_tokens, 0
-        hit, self._hit_tokens = self._hit_tokens, 0
-        return Outcome(tuple(drawn), tuple(ended), num_prefill, queried, hit)
+        decided, self._decided = self._decided, Outcome()
+        return replace(
+            decided, drawn=tuple(drawn), ended=tuple(ended), num_prefill_tokens=num_prefill
+        )
 
     def _take_token(
         self, seq: Sequence, drawn: Drawn, delivered: list[Drawn], now: float
@@ -290,10 +274,7 @@ class TierSchedule:
         return EndReason.LENGTH if seq.num_output == seq.spec.max_new_tokens else None
 
     def _end(self, seq: Sequence, reason: EndReason, now: float) -> Ended:
-        if seq.spec.seq_id in self._running:
-            del self._running[seq.spec.seq_id]
+        if self._running.pop(seq.spec.seq_id, None):
             self.pool.give_back(seq.blocks)
-        else:
-            self._waiting.remove(seq)
-            self._waiting_tokens -= seq.prefill_left
+        self._line.end(seq)
         return seq.ended(reason, now)

@@ -58,6 +58,13 @@ class TierSettings(Section):
         description="Keep prompts' and answers' KV blocks; the account's next job that begins "
         "with the same tokens pays the cached price for them.",
     )
+    kv_overcommit: Real = Field(
+        default=1.0,
+        ge=1.0,
+        le=64.0,
+        description="How far outputs are expected to fall short of max_new_tokens; above 1 more "
+        "jobs run at once, and one is interrupted and computed again where memory runs out.",
+    )
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
