@@ -42,7 +42,9 @@ class GenerationDefaults:
 class ModelInfo:
     """A loaded model, as operators and clients see it; `revision` "" for a local directory.
 
-    `kernels` says whose code computes a step: "torch", or "native" for our own on the CPU.
+    `kernels` says whose code computes a step: "torch", with "+graphs" where steps are captured
+    beforehand, or "native" for our own on the CPU. `capture_s` of `load_s` went into that, and
+    `graph_bytes` of the device's memory.
     `step_bytes` are the weights that one decode step reads: all but an embedding of its own.
     `kv_token_bytes` are what a step reads of the cache for each token that it attends to.
     """
@@ -59,6 +61,8 @@ class ModelInfo:
     kv_cache_bytes: int
     kv_token_bytes: int
     load_s: float
+    capture_s: float = 0.0
+    graph_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

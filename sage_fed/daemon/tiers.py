@@ -57,6 +57,7 @@ def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetu
         max_context_tokens=own.max_context_tokens,
         num_valid_ids=tokenizer.num_valid_ids,
         kernels=settings.kernels,
+        max_batch=own.max_batch,
     )
 
     def load(progress: Callable[[float], None]) -> Engine:

@@ -88,10 +88,10 @@ class BatchBuilder:
             first = len(token_ids)
             for index in members:
                 chunk = chunks[index]
-                self._check(chunk)
+                self.check(chunk)
                 token_ids += chunk.token_ids
                 positions += range(chunk.start, chunk.start + len(chunk.token_ids))
-                _add_slots(chunk, slots, stale)
+                add_slots(chunk, slots, stale)
                 if chunk.draw is not None:
                     rows.append(len(token_ids) - 1)
                     drawing.append(index)
@@ -113,7 +113,8 @@ class BatchBuilder:
             pending=min(token_ids) < 0,
         )
 
-    def _check(self, chunk: Chunk) -> None:
+    def check(self, chunk: Chunk) -> None:
+        """Assert that a chunk does not contradict itself, before any of it is on the device."""
         end = chunk.start + len(chunk.token_ids)
         assert chunk.token_ids, "a chunk without tokens"
         # On CUDA an index out of bounds takes the whole process's context down.
@@ -131,7 +132,7 @@ class BatchBuilder:
         (chunk,) = members
         if chunk.start == 0:
             return lambda _: PromptGroup(rows, self._heads)
-        blocks = packer.add(chunk.blocks[: _blocks_used(chunk)])
+        blocks = packer.add(chunk.blocks[: blocks_used(chunk)])
         return lambda vectors: ContextGroup(
             rows, self._heads, vectors[blocks], chunk.start, self._dtype
         )
@@ -139,10 +140,10 @@ class BatchBuilder:
     def _plan_decode(
         self, members: Sequence[Chunk], rows: slice, packer: Packer
     ) -> Callable[[Vectors], AttentionGroup]:
-        width = max(_blocks_used(chunk) for chunk in members)
+        width = max(blocks_used(chunk) for chunk in members)
         table: list[int] = []
         for chunk in members:
-            used = chunk.blocks[: _blocks_used(chunk)]
+            used = chunk.blocks[: blocks_used(chunk)]
             # Padded with the sequence's own first block: what strangers left in a block that
             # it has not entered yet must not be read, not even to be masked.
             table += used + used[:1] * (width - len(used))
@@ -165,18 +166,19 @@ def _layout(chunks: Sequence[Chunk]) -> list[list[int]]:
     longer: list[list[int]] = []
     for index, chunk in enumerate(chunks):
         if len(chunk.token_ids) == 1:
-            blocks = max(_blocks_used(chunk), _SMALLEST_GROUP_BLOCKS)
+            blocks = max(blocks_used(chunk), _SMALLEST_GROUP_BLOCKS)
             decode.setdefault((blocks - 1).bit_length(), []).append(index)
         else:
             longer.append([index])
     return [*decode.values(), *longer]
 
 
-def _blocks_used(chunk: Chunk) -> int:
+def blocks_used(chunk: Chunk) -> int:
+    """Blocks of the sequence that hold its tokens, the chunk's own included."""
     return -(-(chunk.start + len(chunk.token_ids)) // BLOCK_SIZE)
 
 
-def _add_slots(chunk: Chunk, slots: list[int], stale: list[int]) -> None:
+def add_slots(chunk: Chunk, slots: list[int], stale: list[int]) -> None:
     """Append the cache slots of the chunk's tokens, and the stale ones behind the newest."""
     blocks, end = chunk.blocks, chunk.start + len(chunk.token_ids)
     if len(chunk.token_ids) == 1:

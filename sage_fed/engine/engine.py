@@ -106,7 +106,9 @@ class Engine:
     def _launch(self, forward: Forward, step: Step) -> Flight:
         begun = begin(self._device)
         forwarded = forward.run([self._resolved(chunk) for chunk in step.chunks])
-        picked = pick(forwarded.logits, forwarded.draws) if forwarded.logits is not None else None
+        picked = None
+        if forwarded.logits is not None:
+            picked = pick(forwarded.logits, forwarded.draws, forwarded.best)
         seq_ids = [step.chunks[index].seq_id for index in forwarded.drawing]
         flight = Flight(self._landed, seq_ids, forwarded.drawing, picked, begun)
         if self._newest is None:

@@ -23,11 +23,13 @@ class Forwarded:
 
     `logits` is [len(draws), valid ids] of a floating type, or None where no chunk has a draw.
     `drawing[i]` is the index, in the step, of the chunk that `draws[i]` belongs to.
+    `best`, where the pass has found it already, is the argmax of each row.
     """
 
     logits: torch.Tensor | None
     draws: tuple[Draw, ...]
     drawing: tuple[int, ...]
+    best: torch.Tensor | None = None
 
 
 class Forward(Protocol):

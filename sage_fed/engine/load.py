@@ -15,19 +15,20 @@ import torch
 
 from sage_fed.core import ModelInfo
 from sage_fed.engine.architecture import ModelSpec, read_spec
-from sage_fed.engine.attention import Heads
-from sage_fed.engine.batch import BatchBuilder
+from sage_fed.engine.assemble import capture_for, prepare
 from sage_fed.engine.checkpoint import locate, stream_weights
-from sage_fed.engine.decoder import Decoder
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.formats import Formats, choose_formats
-from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.generation import read_generation
+from sage_fed.engine.graphs import GraphCapture
 from sage_fed.engine.kv_cache import KVCache, blocks_in_budget, bytes_per_token
 from sage_fed.engine.precision import precision_of
 from sage_fed.engine.rotary import rotary_table
 from sage_fed.engine.weights import WeightsBuilder
 from sage_fed.errors import ModelLoadError
+
+_LOADED = 0.9
+"""The share of the progress that is the weights'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class EngineOptions:
     takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
     are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
     `kernels` is "auto", or insists on "native" or "torch" ones.
+    Where steps are captured beforehand, those of up to `max_batch` sequences are, of one new
+    token each and of each number in `verify_tokens`; larger ones run uncaptured.
     """
 
     model: str
@@ -50,11 +53,19 @@ class EngineOptions:
     max_context_tokens: int | None = None
     num_valid_ids: int | None = None
     kernels: str = "auto"
+    max_batch: int = 16
+    verify_tokens: tuple[int, ...] = ()
 
 
 @torch.inference_mode()
-def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> Engine:
+def load_engine(
+    options: EngineOptions,
+    progress: Callable[[float], None],
+    capture: GraphCapture | None = None,
+) -> Engine:
     """Load a model; blocks. `progress` gets the loaded share, rising from 0 to 1.
+
+    `capture` None leaves it to the device whether and how steps are recorded.
 
     Raises:
         ModelLoadError: anything that keeps the model from being served, by name.
@@ -75,24 +86,26 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
         builder = _weights_builder(spec, options.num_valid_ids, formats, compute, device)
         _fill(builder, directory, device, progress)
         weights = builder.build()
-        cache = KVCache(spec, num_blocks, compute, device)
+        capture = capture or capture_for(device)
+        # Padding rows of a graph write to a block that no sequence owns.
+        cache = KVCache(spec, num_blocks + (1 if capture else 0), compute, device)
         rotary = rotary_table(spec.rope, spec.head_dim, context, compute, device)
+        prepared = prepare(
+            spec,
+            weights,
+            cache,
+            rotary,
+            capture,
+            num_blocks=num_blocks,
+            num_ids=options.num_valid_ids or spec.vocab_size,
+            max_batch=options.max_batch,
+            verify_tokens=options.verify_tokens,
+            progress=lambda share: progress(_LOADED + (0.99 - _LOADED) * share),
+        )
     except ModelLoadError as error:
         raise ModelLoadError(f"model {name}: {error.message}") from error
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(f"model {name}: {device} has not enough memory for it") from error
-    batches = BatchBuilder(
-        Heads(spec.num_heads, spec.num_kv_heads),
-        vocab_size=weights.embedding.num_ids,
-        max_context_tokens=context,
-        dtype=compute,
-        device=device,
-        pending_rows=num_blocks if device.type == "cuda" else 0,
-    )
-    # A sequence owns at least a block, so no step has more draws.
-    newest = (
-        torch.zeros(num_blocks, dtype=torch.int64, device=device) if device.type == "cuda" else None
-    )
     engine = Engine(
         info=ModelInfo(
             name=name,
@@ -100,21 +113,23 @@ def load_engine(options: EngineOptions, progress: Callable[[float], None]) -> En
             architecture=spec.architecture,
             parameters=weights.parameters,
             precision=options.precision,
-            kernels=formats.kernels,
+            kernels="+".join(name for name in (formats.kernels, prepared.recorded) if name),
             device=str(device),
             weight_bytes=weights.nbytes,
             step_bytes=weights.step_nbytes,
             kv_cache_bytes=cache.nbytes,
             kv_token_bytes=bytes_per_token(spec, compute),
             load_s=time.monotonic() - began,
+            capture_s=prepared.capture_s,
+            graph_bytes=prepared.graph_bytes,
         ),
-        forward=TorchForward(batches, Decoder(spec, weights, cache, rotary), newest),
+        forward=prepared.forward,
         device=device,
         num_blocks=num_blocks,
         max_context_tokens=context,
         eos_token_ids=eos_token_ids,
         defaults=defaults,
-        newest=newest,
+        newest=prepared.newest,
     )
     progress(1.0)
     return engine
@@ -188,7 +203,7 @@ def _fill(
     device: torch.device,
     progress: Callable[[float], None],
 ) -> None:
-    # The pool and the tables are still to come, so the weights alone never make it 1.
+    # The pool and the graphs are still to come, so the weights alone never make it 1.
     stream_weights(
-        directory, builder.places, device, lambda done, total: progress(0.99 * done / total)
+        directory, builder.places, device, lambda done, total: progress(_LOADED * done / total)
     )

@@ -50,11 +50,14 @@ class Picked:
         return _read_logprobs(results, self.draws)
 
 
-def pick(logits: torch.Tensor, draws: Sequence[Draw]) -> Picked:
-    """Choose a token for every row of `logits` [rows, ids], of any floating type."""
+def pick(logits: torch.Tensor, draws: Sequence[Draw], best: torch.Tensor | None = None) -> Picked:
+    """Choose a token for every row of `logits` [rows, ids], of any floating type.
+
+    `best` is their argmax, where it is known.
+    """
     kept = tuple(draws)
     if all(_is_plain(draw.sampling) for draw in draws):
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1) if best is None else best
         return Picked(tokens, tokens, kept)
     raw = logits.float()
     packer = Packer()

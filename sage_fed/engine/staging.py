@@ -56,7 +56,8 @@ class Landing:
     def __init__(self, results: torch.Tensor | None, begin: torch.cuda.Event | None) -> None:
         self._begin = begin
         self._end: torch.cuda.Event | None = None
-        self._results = results
+        # A copy here, too: the next step may use the memory before this one is read.
+        self._results = None if results is None else results.clone() if begin is None else results
         if begin is not None:
             if results is not None:
                 self._results = pinned_like(results).copy_(results, non_blocking=True)

@@ -1,0 +1,112 @@
+"""From weights to torch's forward pass: plain, or by graphs that are captured before it serves.
+
+Owns the choice, and what it costs in time and memory. Knows no files. Fails with torch's
+out-of-memory error where the graphs do not fit beside the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sage_fed.engine.architecture import ModelSpec
+from sage_fed.engine.attention import Heads
+from sage_fed.engine.batch import BatchBuilder
+from sage_fed.engine.buckets import Buckets
+from sage_fed.engine.decoder import Decoder
+from sage_fed.engine.forward import Forward, TorchForward
+from sage_fed.engine.graph_forward import GraphForward
+from sage_fed.engine.graphs import CudaCapture, GraphCapture
+from sage_fed.engine.kv_cache import KVCache
+from sage_fed.engine.weights import ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A forward pass that is ready to serve.
+
+    `newest` is where an engine leaves what it has drawn; None where it runs each step to its
+    end. `recorded` names how steps are recorded, "" where they are not. `capture_s` and `graph_bytes` are what preparing took, and keeps, of the device.
+    """
+
+    forward: Forward
+    newest: torch.Tensor | None
+    recorded: str = ""
+    capture_s: float = 0.0
+    graph_bytes: int = 0
+
+
+def capture_for(device: torch.device) -> GraphCapture | None:
+    """How steps are recorded on this device; None where they are not."""
+    return CudaCapture(device) if device.type == "cuda" else None
+
+
+def prepare(
+    spec: ModelSpec,
+    weights: ModelWeights,
+    cache: KVCache,
+    rotary: torch.Tensor,
+    capture: GraphCapture | None,
+    *,
+    num_blocks: int,
+    num_ids: int,
+    max_batch: int,
+    verify_tokens: Sequence[int],
+    progress: Callable[[float], None],
+) -> Prepared:
+    """Build the pass over `weights`; with a `capture`, `cache` has a block beyond `num_blocks`.
+
+    `num_ids` are those that there are logits for; `progress` rises to 1.
+    """
+    context, dtype, device = rotary.shape[0], rotary.dtype, rotary.device
+    heads = Heads(spec.num_heads, spec.num_kv_heads)
+    batches = BatchBuilder(
+        heads,
+        vocab_size=weights.embedding.num_ids,
+        max_context_tokens=context,
+        dtype=dtype,
+        device=device,
+        pending_rows=num_blocks if capture else 0,
+    )
+    decoder = Decoder(spec, weights, cache, rotary)
+    if capture is None:
+        return Prepared(TorchForward(batches, decoder), None)
+    began_s, free = time.monotonic(), _free(device)
+    # A sequence owns at least a block, so no step has more draws.
+    newest = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+    forward = GraphForward(
+        TorchForward(batches, decoder, newest),
+        batches,
+        decoder,
+        heads,
+        capture,
+        newest=newest,
+        scratch_block=num_blocks,
+        dtype=dtype,
+    )
+    buckets = Buckets(
+        max_batch=max_batch,
+        max_context_tokens=context,
+        capacity_blocks=num_blocks,
+        tokens=(1, *verify_tokens),
+    )
+    forward.prepare(buckets, num_ids, progress)
+    return Prepared(
+        forward,
+        newest,
+        recorded=capture.name,
+        capture_s=time.monotonic() - began_s,
+        graph_bytes=max(0, free - _free(device)),
+    )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that the device has left; 0 where that is everybody's."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
