@@ -42,8 +42,9 @@ from sage_fed.core import Sampling, Tier
 from sage_fed.engine import PRECISIONS as PRECISION_TYPES
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.forward import TorchForward
+from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.scheduler import Scheduler, SequenceSpec, TierLimits
-from sage_fed.steps import Drawn
+from sage_fed.steps import BLOCK_SIZE, Drawn
 
 FP32_BOUND = 1e-4
 """Relative error of all logits of a model."""
@@ -237,9 +238,12 @@ def ragged(
 def poison(engine: Engine) -> None:
     """NaN in every slot of the cache: whoever reads what it has not written shows it."""
     forward = engine._forward  # noqa: SLF001 - nobody else should be able to
-    assert isinstance(forward, TorchForward)
+    assert isinstance(forward, TorchForward | GraphForward)
     with torch.inference_mode():
-        forward._decoder._cache._pool.fill_(math.nan)  # noqa: SLF001
+        # The block beyond those that are served is the padding's own: it is never poisoned by
+        # what strangers leave.
+        pool = forward._decoder._cache._pool  # noqa: SLF001
+        pool[:, : engine.num_blocks * BLOCK_SIZE].fill_(math.nan)
 
 
 def reference_logits(

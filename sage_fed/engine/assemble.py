@@ -29,7 +29,8 @@ class Prepared:
     """A forward pass that is ready to serve.
 
     `newest` is where an engine leaves what it has drawn; None where it runs each step to its
-    end. `recorded` names how steps are recorded, "" where they are not. `capture_s` and `graph_bytes` are what preparing took, and keeps, of the device.
+    end. `recorded` names how steps are recorded, "" where they are not. `capture_s` and
+    `graph_bytes` are what preparing took, and keeps, of the device.
     """
 
     forward: Forward
