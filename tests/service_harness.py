@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,14 +18,21 @@ import grpc
 
 from sage_fed.auth import Authenticator, Token
 from sage_fed.core import (
+    CalibrationEvent,
+    CalibrationProgress,
+    CalibrationResult,
     Caller,
+    CardFit,
+    CardStatus,
     DaemonStatus,
     Delta,
     Event,
     Finished,
     JobSpec,
     Logprob,
+    MeasuredPoint,
     ModelStatus,
+    Phase,
     Price,
     Priority,
     Prompt,
@@ -42,6 +49,7 @@ from sage_fed.core import (
     Timing,
     Usage,
 )
+from sage_fed.errors import NotFound
 from sage_fed.ledger import AccountTerms, Ledger
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.settings import Address, LimitSettings
@@ -99,7 +107,22 @@ MODELS = (
         message="config.json: no such file",
     ),
 )  # fmt: skip
-STATUS = DaemonStatus("0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS)
+STATUS = DaemonStatus(
+    "0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS, CardFit.STALE, "threads is 2 now"
+)
+
+
+CARD = CardStatus("mine-1", 5.25, CardFit.MEASURED, "on this device, engine and pair")
+POINTS = (
+    MeasuredPoint(Tier.TACTICAL, Phase.DECODE, 1, 40, 1, 0.002, 0.01, 30, 0.0025),
+    MeasuredPoint(Tier.STRATEGIC, Phase.VERIFY, 1, 40, 8, 0.02, 0.03, 8),
+)
+PROGRESS = CalibrationProgress("round 1 of 2", 0.25, "tactical decode x1", 3.5, 5.3, POINTS[:1])
+RESULT = CalibrationResult(
+    version="mine-1", path="/var/lib/sage-fed/cards/mine-1.toml", card='version = "mine-1"\n',
+    report="# Rate card", plot="<svg/>", cost_ratio=5.25, cost_ratio_spread=0.01, took_s=61.0,
+    adopted=True, points=POINTS,
+)  # fmt: skip
 
 
 class ScriptedStream:
@@ -177,6 +200,10 @@ class ScriptedOperations:
 
     drained: list[float | None] = field(default_factory=list)
     shown: tuple[ModelStatus, ...] = MODELS
+    calibrated: list[tuple[bool, bool]] = field(default_factory=list)
+    calibration_error: BaseException | None = None
+    calibration_hangs: bool = False
+    calibration_over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def models(self) -> tuple[ModelStatus, ...]:
         """Whatever is shown."""
@@ -185,6 +212,27 @@ class ScriptedOperations:
     def status(self) -> DaemonStatus:
         """Always the same."""
         return STATUS
+
+    async def calibrate(
+        self, *, quick: bool, adopt: bool
+    ) -> AsyncGenerator[CalibrationEvent, None]:
+        """Progress, then the result, or what is asked for instead; notes how it was left."""
+        self.calibrated.append((quick, adopt))
+        try:
+            yield PROGRESS
+            if self.calibration_error is not None:
+                raise self.calibration_error
+            if self.calibration_hangs:
+                await asyncio.Event().wait()
+            yield RESULT
+        finally:
+            self.calibration_over.set()
+
+    async def adopt_card(self, version: str) -> CardStatus:
+        """There is one card."""
+        if version != CARD.version:
+            raise NotFound(f"there is no rate card {version}")
+        return CARD
 
     def drain(self, grace_s: float | None) -> int:
         """Two jobs are left, always."""

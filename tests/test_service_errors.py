@@ -78,6 +78,8 @@ ROWS: list[tuple[SageFedError, grpc.StatusCode, list[str]]] = [
         grpc.StatusCode.ABORTED,
         ["ErrorInfo"],
     ),
+    (errors.CalibrationRunning("one runs"), grpc.StatusCode.ALREADY_EXISTS, ["ErrorInfo"]),
+    (errors.DeviceBusy("jobs run"), grpc.StatusCode.UNAVAILABLE, ["ErrorInfo"]),
     (errors.DeviceOutOfMemory("no memory"), grpc.StatusCode.RESOURCE_EXHAUSTED, ["ErrorInfo"]),
     (errors.Internal("c0ffee"), grpc.StatusCode.INTERNAL, ["ErrorInfo"]),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from pathlib import Path
 
@@ -9,12 +10,32 @@ import pytest
 from grpc.aio import AioRpcError
 from hypothesis import given
 from hypothesis import strategies as st
-from service_harness import LOADS, MODELS, RUNNING, STATUS, Harness, in_thread, serving
+from service_harness import (
+    CARD,
+    LOADS,
+    MODELS,
+    PROGRESS,
+    RESULT,
+    RUNNING,
+    STATUS,
+    WAIT_S,
+    Harness,
+    in_thread,
+    serving,
+)
 
 from sage_fed.client import Client, LoadReport
 from sage_fed.client.failures import error_of
 from sage_fed.core import Budget
-from sage_fed.errors import InvalidField, NoSuchAccount, NotFound, SageFedError
+from sage_fed.errors import (
+    CalibrationRunning,
+    DeviceBusy,
+    InvalidField,
+    NoSuchAccount,
+    NotFound,
+    SageFedError,
+    TierUnavailable,
+)
 from sage_fed.ledger import EntryKind, HoldRequest
 from sage_fed.service.budget import page_token, read_page_token
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
@@ -230,11 +251,64 @@ async def test_an_operator_creates_and_changes_accounts(tmp_path: Path) -> None:
         ) == await in_thread(ask)
 
 
+async def test_an_operator_calibrates_and_adopts(tmp_path: Path) -> None:
+    """Progress and result arrive as they were said; so does what is in force after it."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> object:
+            with Client(harness.address, token=ADMIN) as client:
+                return (
+                    list(client.calibrate(quick=True, adopt=True)),
+                    list(client.calibrate()),
+                    client.adopt_card("mine-1"),
+                )
+
+        assert ([PROGRESS, RESULT], [PROGRESS, RESULT], CARD) == await in_thread(ask)
+        assert [(True, True), (False, False)] == harness.operations.calibrated
+
+
+async def test_a_client_that_leaves_ends_its_calibration(tmp_path: Path) -> None:
+    """The measurement is told at once; it would go on for minutes otherwise."""
+    async with serving(tmp_path) as harness:
+        harness.operations.calibration_hangs = True
+
+        def ask() -> object:
+            with Client(harness.address, token=ADMIN) as client:
+                return next(client.calibrate())
+
+        assert PROGRESS == await in_thread(ask)
+        async with asyncio.timeout(WAIT_S):
+            await harness.operations.calibration_over.wait()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CalibrationRunning("a calibration runs already"),
+        DeviceBusy("live jobs kept it busy"),
+        TierUnavailable("the daemon is draining"),
+    ],
+)
+async def test_a_calibration_that_fails_says_why(tmp_path: Path, error: SageFedError) -> None:
+    """With a reason of its own, also in the middle of it; the client raises the same error."""
+    async with serving(tmp_path) as harness:
+        harness.operations.calibration_error = error
+
+        def ask() -> None:
+            with Client(harness.address, token=ADMIN) as client:
+                list(client.calibrate())
+
+        with pytest.raises(type(error), match=error.message):
+            await in_thread(ask)
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "field"),
     [
         ("Abort", admin_pb2.AbortRequest(), "job_id"),
         ("Abort", admin_pb2.AbortRequest(job_id="x" * 257), "job_id"),
+        ("AdoptRateCard", admin_pb2.AdoptRateCardRequest(), "version"),
+        ("AdoptRateCard", admin_pb2.AdoptRateCardRequest(version="x" * 65), "version"),
         ("Drain", admin_pb2.DrainRequest(grace_s=-1.0), "grace_s"),
         ("Drain", admin_pb2.DrainRequest(grace_s=float("nan")), "grace_s"),
         ("Drain", admin_pb2.DrainRequest(grace_s=float("inf")), "grace_s"),

@@ -119,6 +119,10 @@ class Planner:
         self._policy = policy
         self._default_new_tokens = default_new_tokens
 
+    def use(self, card: RateCard) -> None:
+        """Price with this card from the next draft on."""
+        self.card = card
+
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode and price a job on every tier."""
         prompts = await self.encoder.encode(spec.prompt)

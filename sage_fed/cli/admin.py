@@ -15,9 +15,8 @@ from sage_fed.cli import options
 from sage_fed.cli.connection import call
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.inspect import print_tier_loads
-from sage_fed.cli.paths import admin_token
+from sage_fed.cli.paths import operator_token
 from sage_fed.cli.render import atp_number, format_atp, format_seconds, print_json, print_table
-from sage_fed.cli.serve import effective
 
 
 def admin_app() -> typer.Typer:
@@ -29,7 +28,7 @@ def admin_app() -> typer.Typer:
         help="Operate the daemon. The token is SAGE_FED_TOKEN, or the one in its state directory.",
         epilog=EXIT_CODES_HELP,
     )
-    for command in (load, abort, drain, set_budget):
+    for command in (load, abort, drain, set_budget, adopt_card):
         app.command(epilog=EXIT_CODES_HELP)(command)
     return app
 
@@ -43,7 +42,7 @@ def load(
 ) -> None:
     """Show the running jobs of all accounts."""
     with reported(as_json=as_json):
-        now = call(address, _token(token, state_dir), lambda client: client.load())
+        now = call(address, operator_token(token, state_dir), lambda client: client.load())
         if as_json:
             print_json(now)
             return
@@ -84,7 +83,9 @@ def abort(
     Its client gets, and pays for, what was made.
     """
     with reported(as_json=as_json):
-        aborted = call(address, _token(token, state_dir), lambda client: client.abort(job_id))
+        aborted = call(
+            address, operator_token(token, state_dir), lambda client: client.abort(job_id)
+        )
         if as_json:
             print_json({"aborted": aborted})
         else:
@@ -108,7 +109,9 @@ def drain(
     Nothing more is admitted. What still runs after the grace is cancelled.
     """
     with reported(as_json=as_json):
-        running = call(address, _token(token, state_dir), lambda client: client.drain(grace))
+        running = call(
+            address, operator_token(token, state_dir), lambda client: client.drain(grace)
+        )
         if as_json:
             print_json({"jobs_running": running})
         else:
@@ -157,7 +160,7 @@ def set_budget(
     with reported(as_json=as_json):
         books = call(
             address,
-            _token(token, state_dir),
+            operator_token(token, state_dir),
             lambda client: client.set_budget(
                 account,
                 balance_uatp=balance,
@@ -177,8 +180,28 @@ def set_budget(
             )
 
 
-def _token(token: str | None, state_dir: options.StateDir) -> str:
-    """The given token, or the one of this machine's daemon."""
-    if token:
-        return token
-    return admin_token(effective({"state_dir": state_dir}, None).settings.state_dir)
+def adopt_card(
+    version: Annotated[str, typer.Argument(metavar="CARD", help="Its version.")],
+    *,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Put a rate card in force, until the daemon restarts.
+
+    It prices jobs from now on; those that run keep the prices they were admitted at.
+    """
+    with reported(as_json=as_json):
+        card = call(
+            address,
+            operator_token(token, state_dir),
+            lambda client: client.adopt_card(version),
+        )
+        if as_json:
+            print_json(card)
+        else:
+            typer.echo(
+                f"{card.version} is in force (strategic : tactical {card.cost_ratio:.2f} : 1); "
+                f"{card.fit.value}: {card.note}"
+            )

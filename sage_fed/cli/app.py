@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from sage_fed import __version__
-from sage_fed.cli import admin, ask, chat, demo, dev, inspect, options, serve
+from sage_fed.cli import admin, ask, calibrate, chat, demo, dev, inspect, options, serve
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
 from sage_fed.cli.streams import complain, give_up_output, is_output_failure
 
@@ -100,6 +100,7 @@ def build_app() -> typer.Typer:
         inspect.budget,
         inspect.models,
         inspect.status,
+        calibrate.calibrate,
         serve.config,
         version,
     )

@@ -18,10 +18,12 @@ import typer
 
 from sage_fed.cli.streams import complain
 from sage_fed.errors import (
+    CalibrationRunning,
     CannotAfford,
     CannotConnect,
     ConfigError,
     DeadlineInfeasible,
+    DeviceBusy,
     DeviceOutOfMemory,
     Forbidden,
     InvalidField,
@@ -80,6 +82,8 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
     (QueueFull, ExitCode.UNAVAILABLE, ""),
     (LedgerDown, ExitCode.UNAVAILABLE, ""),
     (TierUnavailable, ExitCode.UNAVAILABLE, "see `sage-fed status`"),
+    (DeviceBusy, ExitCode.UNAVAILABLE, ""),
+    (CalibrationRunning, ExitCode.ERROR, ""),
     (InvalidField, ExitCode.USAGE, ""),
     (ConfigError, ExitCode.USAGE, "see `sage-fed config`"),
     (

@@ -26,7 +26,15 @@ from sage_fed.cli.render import (
     print_table,
 )
 from sage_fed.cli.serve import effective
-from sage_fed.core import ModelStatus, Quote, Route, SamplingRequest, TierLoad
+from sage_fed.core import (
+    CardFit,
+    DaemonStatus,
+    ModelStatus,
+    Quote,
+    Route,
+    SamplingRequest,
+    TierLoad,
+)
 from sage_fed.ledger import check
 
 _BOOKS = {"charged": "available", "discharged": "spent"}
@@ -103,7 +111,7 @@ def budget(
 ) -> None:
     """Show the account: balance, held, spent, refill."""
     with reported(as_json=as_json):
-        books = call(address, token, lambda client: client.budget())
+        books, now = call(address, token, lambda client: (client.budget(), client.status()))
         if as_json:
             print_json(books)
             return
@@ -116,6 +124,7 @@ def budget(
                 ("capacity", format_atp(books.capacity_uatp)),
                 ("refill", f"{format_atp(books.refill_uatp_per_s)}/s"),
                 ("strategic floor", format_atp(books.strategic_floor_uatp)),
+                ("rate card", f"{now.rate_card}, {card_fit(now)}"),
             )
         )
 
@@ -230,7 +239,7 @@ def models(
                     ),
                     ("  context", f"{model.max_context_tokens:,} tokens"),
                     ("  loaded in", format_seconds(model.load_s)),
-                    ("  price", f"{format_atp(model.decode_uatp)} per output token"),
+                    ("  price", _price(model)),
                 )
             )
 
@@ -253,6 +262,7 @@ def status(
                 ("up for", format_seconds(now.uptime_s)),
                 ("device", now.device),
                 ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
+                ("  its prices", card_fit(now)),
                 ("admission", "draining" if now.draining else "open"),
             )
         )
@@ -283,6 +293,21 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
 
 def _kernels(model: ModelStatus) -> str:
     return f", {model.kernels} kernels" if model.kernels else ""
+
+
+def _price(model: ModelStatus) -> str:
+    """What each kind of token costs on the card in force."""
+    return (
+        f"{format_atp(model.decode_uatp)} per output token, "
+        f"{format_atp(model.prefill_uatp)} per prompt token, "
+        f"{format_atp(model.cached_uatp)} where it is cached"
+    )
+
+
+def card_fit(now: DaemonStatus) -> str:
+    """Whether the prices belong to this machine, loudly where they do not."""
+    fit = now.rate_card_fit
+    return f"{'STALE' if fit is CardFit.STALE else fit.value}: {now.rate_card_note}"
 
 
 def _kv_cache(model: ModelStatus) -> str:

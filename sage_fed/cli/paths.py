@@ -17,6 +17,15 @@ def ledger_file(state_dir: Path) -> Path:
     return state_dir / "ledger.db"
 
 
+def operator_token(token: str | None, state_dir: Path | None) -> str:
+    """The given token, or the one of this machine's daemon."""
+    if token:
+        return token
+    from sage_fed.cli.serve import effective  # noqa: PLC0415 - pydantic takes half a second
+
+    return admin_token(effective({"state_dir": state_dir}, None).settings.state_dir)
+
+
 def admin_token(state_dir: Path) -> str:
     """The token that the running daemon wrote for operators of its machine."""
     path = state_dir / "admin.token"

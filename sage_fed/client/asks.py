@@ -141,3 +141,17 @@ def load() -> Ask[LoadReport]:
     """Read what runs and waits now."""
     request = admin_pb2.GetLoadRequest()
     return Ask(f"{_ADMIN}GetLoad", request, admin_pb2.GetLoadResponse, replies.load_of)
+
+
+def calibrate(*, quick: bool, adopt: bool) -> Ask[core.CalibrationEvent]:
+    """Measure the engines; one reply an event."""
+    request = admin_pb2.CalibrateRequest(quick=quick, adopt=adopt)
+    reply = admin_pb2.CalibrateResponse
+    return Ask(f"{_ADMIN}Calibrate", request, reply, replies.calibration_of, timed=False)
+
+
+def adopt_card(version: str) -> Ask[core.CardStatus]:
+    """Put a card in force."""
+    request = filled(admin_pb2.AdoptRateCardRequest(), version=version)
+    reply = admin_pb2.AdoptRateCardResponse
+    return Ask(f"{_ADMIN}AdoptRateCard", request, reply, replies.card_status_of)

@@ -19,7 +19,17 @@ from sage_fed.client.asks import Ask
 from sage_fed.client.channel import DEFAULT_TIMEOUT_S, metadata_of, open_channel, serialize
 from sage_fed.client.failures import error_of
 from sage_fed.client.requests import JobFields, PromptLike, job_of
-from sage_fed.core import Budget, DaemonStatus, Event, Message, ModelStatus, Quote, Tier
+from sage_fed.core import (
+    Budget,
+    CalibrationEvent,
+    CardStatus,
+    DaemonStatus,
+    Event,
+    Message,
+    ModelStatus,
+    Quote,
+    Tier,
+)
 from sage_fed.ledger.words import BudgetChange, Entry
 
 T = TypeVar("T")
@@ -58,7 +68,9 @@ class Client:
         self, prompt: PromptLike, **fields: Unpack[JobFields]
     ) -> Generator[Event, None, None]:
         """Run a job and yield its events; leaving the loop early cancels the job."""
-        ask = asks.stream(job_of(prompt, **fields))
+        return self._stream(asks.stream(job_of(prompt, **fields)))
+
+    def _stream(self, ask: Ask[T]) -> Generator[T, None, None]:
         method = self._channel.unary_stream(ask.method, serialize, ask.reply.FromString)
         call = method(ask.request, metadata=self._metadata)
         try:
@@ -140,6 +152,19 @@ class Client:
     def load(self) -> LoadReport:
         """Return what runs and waits now (admins only)."""
         return self._ask(asks.load())
+
+    def calibrate(
+        self, *, quick: bool = False, adopt: bool = False
+    ) -> Generator[CalibrationEvent, None, None]:
+        """Measure the engines and write a rate card (admins only): progress, then the result.
+
+        Leaving the loop early ends the calibration without a trace.
+        """
+        return self._stream(asks.calibrate(quick=quick, adopt=adopt))
+
+    def adopt_card(self, version: str) -> CardStatus:
+        """Put a rate card in force for new jobs, until the daemon restarts (admins only)."""
+        return self._ask(asks.adopt_card(version))
 
     def _ask(self, ask: Ask[T]) -> T:
         call = self._channel.unary_unary(ask.method, serialize, ask.reply.FromString)

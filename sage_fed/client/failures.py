@@ -68,7 +68,7 @@ def _known(message: str, details: _Details) -> SageFedError | None:
         case errors.Internal.reason:
             return errors.Internal(details.metadata.get("error_id", ""))
         case reason:
-            for kind in (errors.QueueFull, errors.TierUnavailable, errors.LedgerDown):
+            for kind in _RETRYABLE:
                 if reason == kind.reason:
                     return kind(message, details.retry_after_s)
             for plain in _PLAIN:
@@ -84,12 +84,19 @@ def _seconds(details: _Details) -> float:
         return math.nan
 
 
+_RETRYABLE: tuple[type[errors.Retryable], ...] = (
+    errors.QueueFull,
+    errors.TierUnavailable,
+    errors.LedgerDown,
+    errors.DeviceBusy,
+)
 _PLAIN: tuple[type[SageFedError], ...] = (
     errors.Unauthenticated,
     errors.Forbidden,
     errors.NoSuchAccount,
     errors.NotFound,
     errors.RequestIdConflict,
+    errors.CalibrationRunning,
     errors.DeviceOutOfMemory,
 )
 

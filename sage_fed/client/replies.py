@@ -206,6 +206,8 @@ def model_of(model: model_pb2.Model) -> core.ModelStatus:
         load_progress=model.load_progress,
         decode_uatp=model.decode_uatp,
         message=model.message,
+        prefill_uatp=model.prefill_uatp,
+        cached_uatp=model.cached_uatp,
     )
 
 
@@ -244,6 +246,68 @@ def status_of(reply: model_pb2.GetStatusResponse) -> core.DaemonStatus:
         rate_card=reply.rate_card,
         cost_ratio=reply.cost_ratio,
         tiers=tuple(tier_load_of(status) for status in reply.tiers),
+        rate_card_fit=fit_of(reply.rate_card_fit),
+        rate_card_note=reply.rate_card_note,
+    )
+
+
+def fit_of(number: int) -> core.CardFit:
+    """Return how a card fits; a daemon that does not say so does not know."""
+    if number == model_pb2.RATE_CARD_FIT_UNSPECIFIED:
+        return core.CardFit.UNKNOWN
+    return word(core.CardFit, model_pb2.RateCardFit.Name, "RATE_CARD_FIT_", number)
+
+
+def card_status_of(reply: admin_pb2.AdoptRateCardResponse) -> core.CardStatus:
+    """Return what is in force now."""
+    return core.CardStatus(reply.rate_card, reply.cost_ratio, fit_of(reply.fit), reply.note)
+
+
+def calibration_of(reply: admin_pb2.CalibrateResponse) -> core.CalibrationEvent:
+    """Return one event of a calibration."""
+    match reply.WhichOneof("event"):
+        case "progress":
+            progress = reply.progress
+            return core.CalibrationProgress(
+                phase=progress.phase,
+                fraction=progress.fraction,
+                point=progress.point,
+                elapsed_s=progress.elapsed_s,
+                cost_ratio=progress.cost_ratio if progress.HasField("cost_ratio") else None,
+                measured=tuple(point_of(point) for point in progress.measured),
+            )
+        case "result":
+            result = reply.result
+            return core.CalibrationResult(
+                version=result.version,
+                path=result.path,
+                card=result.card,
+                report=result.report,
+                plot=result.plot,
+                cost_ratio=result.cost_ratio,
+                cost_ratio_spread=result.cost_ratio_spread,
+                took_s=result.took_s,
+                adopted=result.adopted,
+                points=tuple(point_of(point) for point in result.points),
+            )
+        case _:
+            raise CallFailed(
+                "the daemon sent an event that this client does not know", status="UNKNOWN"
+            )
+
+
+def point_of(point: admin_pb2.MeasuredPoint) -> core.MeasuredPoint:
+    """Return a measured point."""
+    return core.MeasuredPoint(
+        tier=tier_of(point.tier),
+        phase=word(core.Phase, types_pb2.Phase.Name, "PHASE_", point.phase),
+        batch=point.batch,
+        context_tokens=point.context_tokens,
+        tokens=point.tokens,
+        step_s=point.step_s,
+        spread=point.spread,
+        rounds=point.rounds,
+        co_resident_s=point.co_resident_s if point.HasField("co_resident_s") else None,
     )
 
 

@@ -31,6 +31,8 @@ from sage_fed.core.jobs import (
 from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Phase, Price
 from sage_fed.core.routes import Quote, Refusal, Route, RouteQuote
 from sage_fed.core.tiers import (
+    CardFit,
+    CardStatus,
     DaemonStatus,
     GenerationDefaults,
     ModelInfo,
@@ -48,6 +50,8 @@ __all__ = [
     "CalibrationProgress",
     "CalibrationResult",
     "Caller",
+    "CardFit",
+    "CardStatus",
     "DaemonStatus",
     "Delta",
     "Event",

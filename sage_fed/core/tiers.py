@@ -103,7 +103,8 @@ class ModelStatus:
     """A tier's model: as configured, and as loaded (0 and "" until it is).
 
     `load_progress` goes from 0 to 1; `message` says why the tier FAILED;
-    `decode_uatp` is the price of one decoded token on the card in force.
+    `decode_uatp` is the price of one decoded token on the card in force, `prefill_uatp` and
+    `cached_uatp` those of a prompt token that is computed or found in the prefix cache.
     """
 
     tier: Tier
@@ -123,6 +124,31 @@ class ModelStatus:
     load_progress: float = 0.0
     decode_uatp: int = 0
     message: str = ""
+    prefill_uatp: int = 0
+    cached_uatp: int = 0
+
+
+class CardFit(enum.Enum):
+    """Whether the prices in force were measured on what is loaded.
+
+    UNKNOWN until both tiers are loaded; DECLARED for a card without a fingerprint; STALE where
+    it was measured on something else, or where a measured card was wanted and none fits.
+    """
+
+    UNKNOWN = "unknown"
+    MEASURED = "measured"
+    DECLARED = "declared"
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class CardStatus:
+    """The rate card in force; `note` says in words what its fit means here."""
+
+    version: str
+    cost_ratio: float
+    fit: CardFit
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +162,5 @@ class DaemonStatus:
     rate_card: str
     cost_ratio: float
     tiers: tuple[TierLoad, ...]
+    rate_card_fit: CardFit = CardFit.UNKNOWN
+    rate_card_note: str = ""

@@ -20,12 +20,14 @@ from pathlib import Path
 import sage_fed
 from sage_fed.auth import Authenticator, mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
+from sage_fed.calibrate import Calibrator
 from sage_fed.core import Phase, Tier
+from sage_fed.daemon.cards import card_in_force, site_of
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
-from sage_fed.engine import read_bandwidth_bytes_per_s, set_cpu_threads
+from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import ConfigError, LedgerDown, SageFedError
 from sage_fed.executor import Executor
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
@@ -92,8 +94,9 @@ async def _started(
     """Build every part, and take down in reverse what was built."""
     laps = Laps()
     set_cpu_threads(settings.cpu_threads)
-    card = await asyncio.to_thread(RateCard.load, settings.rate_card, settings.cards_dir)
-    metrics = _metrics(settings, card)
+    metrics = _metrics(settings)
+    device = await asyncio.to_thread(describe_device, settings.device)
+    cards = await asyncio.to_thread(card_in_force, settings, device, metrics)
     # The device and the models' files before the books: a start that fails for want of either
     # leaves nothing behind, no ledger and no account with the wrong profile's grant.
     bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
@@ -114,19 +117,20 @@ async def _started(
         readiness = Readiness(settings, lifecycle, progress)
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
-            observers=(metrics, readiness),
+            observers=(metrics, cards, readiness),
         )
         threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sage-fed-text"))
         planner = Planner(
             Encoder(tokenizers, threads),
             executor,
-            card,
+            cards.card,
             policy=RoutingPolicy(
                 complexity_threshold=settings.routing.complexity_threshold,
                 strategic_prompt_tokens=settings.routing.strategic_prompt_tokens,
             ),
             default_new_tokens=settings.limits.default_new_tokens,
         )
+        cards.use = planner.use
         tasks = asyncio.TaskGroup()
         broker = Broker(
             tasks,
@@ -137,7 +141,10 @@ async def _started(
             max_jobs=settings.limits.max_jobs,
             hold_ttl_s=settings.ledger.hold_ttl_s,
         )
-        operations = Operations(settings, executor, broker, card, drain=lifecycle.drain)
+        calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)
+        operations = Operations(
+            settings, executor, broker, cards, calibrator, drain=lifecycle.drain
+        )
         bound = await build_server(
             settings.listen,
             authenticator=authenticator,
@@ -233,16 +240,14 @@ async def _open_accounts(ledger: Ledger, settings: Settings, accounts: set[str])
         raise
 
 
-def _metrics(settings: Settings, card: RateCard) -> Metrics:
+def _metrics(settings: Settings) -> Metrics:
     metrics = Metrics(
         version=sage_fed.__version__,
         decisions=possible_decisions(),
         per_account_balance=settings.metrics.per_account_balance,
     )
-    metrics.rate_card(card.version)
     published = RateCard.load()
-    for source, shown in (("configured", published), ("card", card)):
-        metrics.cost_ratios(source, {phase: shown.cost_ratio(phase) for phase in Phase})
+    metrics.cost_ratios("configured", {phase: published.cost_ratio(phase) for phase in Phase})
     return metrics
 
 

@@ -5,16 +5,23 @@ Owns nothing: it reads the executor, the card and the settings into one picture.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 import sage_fed
 from sage_fed.broker import Broker
-from sage_fed.core import DaemonStatus, ModelStatus, Phase, Tier
+from sage_fed.calibrate import Calibrator
+from sage_fed.core import CalibrationEvent, CardStatus, DaemonStatus, ModelStatus, Phase, Tier
+from sage_fed.daemon.cards import CardInForce
 from sage_fed.daemon.tiers import display_name
+from sage_fed.errors import ConfigError, InvalidField, NotFound
 from sage_fed.executor import Executor
-from sage_fed.pricing import RateCard
+from sage_fed.pricing import RateCard, available_cards, is_version
 from sage_fed.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 
 class Operations:
@@ -25,14 +32,16 @@ class Operations:
         settings: Settings,
         executor: Executor,
         broker: Broker,
-        card: RateCard,
+        cards: CardInForce,
+        calibrator: Calibrator,
         *,
         drain: Callable[[float | None], None],
     ) -> None:
         self._settings = settings
         self._executor = executor
         self._broker = broker
-        self._card = card
+        self._cards = cards
+        self._calibrator = calibrator
         self._drain = drain
         self._draining = False
         self._started_s = time.monotonic()
@@ -48,9 +57,11 @@ class Operations:
             uptime_s=time.monotonic() - self._started_s,
             draining=self._draining,
             device=self._settings.device,
-            rate_card=self._card.version,
-            cost_ratio=self._card.cost_ratio(),
+            rate_card=self._cards.card.version,
+            cost_ratio=self._cards.card.cost_ratio(),
             tiers=tuple(self._executor.load(tier) for tier in Tier),
+            rate_card_fit=self._cards.fit,
+            rate_card_note=self._cards.note,
         )
 
     def drain(self, grace_s: float | None) -> int:
@@ -63,9 +74,30 @@ class Operations:
         """Say from now on that the daemon drains (a signal asked for it)."""
         self._draining = True
 
+    def calibrate(self, *, quick: bool, adopt: bool) -> AsyncGenerator[CalibrationEvent, None]:
+        """Measure the engines and write a card."""
+        return self._calibrator.run(quick=quick, adopt=adopt)
+
+    async def adopt_card(self, version: str) -> CardStatus:
+        """Put a card in force for new jobs, until the daemon restarts."""
+        # A path would let whoever may call read any file of this machine.
+        if not is_version(version):
+            raise InvalidField("version", "is not a rate card's version")
+        directory = self._settings.own_cards_dir
+        if version not in await asyncio.to_thread(available_cards, directory):
+            raise NotFound(f"there is no rate card {version}")
+        try:
+            card = await asyncio.to_thread(RateCard.load, version, directory)
+        except ConfigError as error:
+            _log.error("an operator chose a card that cannot be read: %s", error.message)
+            raise InvalidField("version", "this card cannot be read; see the log") from None
+        self._cards.adopt(card)
+        return self._cards.status
+
     def _model(self, tier: Tier) -> ModelStatus:
         settings, status = self._settings.tier(tier), self._executor.status(tier)
         load, info = self._executor.load(tier), status.info
+        prices = self._cards.card.rates[tier]
         return ModelStatus(
             tier=tier,
             state=status.state,
@@ -82,6 +114,8 @@ class Operations:
             max_context_tokens=load.max_context_tokens,
             load_s=info.load_s if info else 0.0,
             load_progress=status.load_progress,
-            decode_uatp=self._card.rates[tier][Phase.DECODE],
+            decode_uatp=prices[Phase.DECODE],
             message=status.message,
+            prefill_uatp=prices[Phase.PREFILL],
+            cached_uatp=prices[Phase.CACHED],
         )

@@ -112,10 +112,11 @@ class Metrics:
         """Says what a card prices; `source` is "configured" or "card" (the one in force)."""
         self._scrape.ratios = {**self._scrape.ratios, source: dict(ratios)}
 
-    def rate_card(self, version: str) -> None:
-        """Says which card is in force."""
+    def rate_card(self, version: str, *, stale: bool = False) -> None:
+        """Says which card is in force, and whether it was measured on something else."""
         self._money.card.clear()
         self._money.card.labels(version).set(1)
+        self._money.card_stale.set(stale)
 
     def memory_bandwidth(self, bytes_per_s: float) -> None:
         """Says how fast the device reads memory; what decoding is measured against."""

@@ -198,6 +198,10 @@ class MoneySeries:
             "ledger_group_size", "Ledger operations made durable by one commit.", GROUP
         )
         self.card = make.gauge("rate_card_info", "Always 1; the rate card in force.", "version")
+        self.card_stale = make.gauge(
+            "rate_card_stale",
+            "1 where the card in force was measured on something else than what is loaded.",
+        )
         for tier in TIERS:
             for metric in (self.reserved, self.charged, self.refunded):
                 metric.labels(tier)

@@ -12,6 +12,8 @@ from sage_fed.pricing.card import (
     Rate,
     RateCard,
     available_cards,
+    is_version,
+    own_cards,
 )
 from sage_fed.pricing.charges import charge, quote, worst_case
 from sage_fed.pricing.fingerprint import Fingerprint, ModelPrint
@@ -30,6 +32,8 @@ __all__ = [
     "available_cards",
     "card_text",
     "charge",
+    "is_version",
+    "own_cards",
     "quote",
     "worst_case",
 ]

@@ -89,6 +89,23 @@ def available_cards(directory: Path | None = None) -> tuple[str, ...]:
     return tuple(sorted({path.stem for folder in folders for path in folder.glob("*.toml")}))
 
 
+def own_cards(directory: Path) -> tuple[tuple[RateCard, ...], tuple[ConfigError, ...]]:
+    """Read the operator's own cards; those that cannot be read come back as their errors."""
+    cards: list[RateCard] = []
+    errors: list[ConfigError] = []
+    for path in sorted(directory.glob("*.toml")):
+        try:
+            cards.append(RateCard.load(path.stem, directory))
+        except ConfigError as error:
+            errors.append(error)
+    return tuple(cards), tuple(errors)
+
+
+def is_version(name: str) -> bool:
+    """Whether a name may be a card's version, and so can be no path."""
+    return _VERSION.fullmatch(name) is not None
+
+
 def _find(name: str | Path, directory: Path | None) -> Path:
     if isinstance(name, Path) or "/" in name or name.endswith(".toml"):
         path = Path(name).expanduser()

@@ -6,7 +6,8 @@ Fails with `InvalidField` on the request, otherwise as the ledger does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
 
 from sage_fed.errors import InvalidField
 from sage_fed.ledger.words import BudgetChange
@@ -20,10 +21,11 @@ MAX_GRACE_S = 86_400.0
 """A drain that may take longer is a daemon that does not stop."""
 
 MAX_JOB_ID_CHARS = 256
+MAX_VERSION_CHARS = 64
 
 
 class AdminService:
-    """Abort, Drain, SetBudget and GetLoad."""
+    """Abort, Drain, SetBudget, GetLoad, Calibrate and AdoptRateCard."""
 
     def __init__(self, jobs: Jobs, books: Books, operations: Operations) -> None:
         self._jobs = jobs
@@ -38,6 +40,8 @@ class AdminService:
             "Drain": self.drain,
             "SetBudget": self.set_budget,
             "GetLoad": self.get_load,
+            "Calibrate": self.calibrate,
+            "AdoptRateCard": self.adopt_rate_card,
         }
 
     async def abort(
@@ -93,3 +97,24 @@ class AdminService:
             jobs=[replies.running_job_of(job) for job in self._jobs.running()],
             held_uatp=await self._books.held_total_uatp(),
         )
+
+    async def calibrate(
+        self,
+        request: admin_pb2.CalibrateRequest,
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> AsyncGenerator[admin_pb2.CalibrateResponse, None]:
+        """Measure the engines and write a card; a client that goes away ends it."""
+        events = self._operations.calibrate(quick=request.quick, adopt=request.adopt)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield replies.calibration_of(event)
+
+    async def adopt_rate_card(
+        self,
+        request: admin_pb2.AdoptRateCardRequest,
+        call: Call,  # noqa: ARG002 - every method has it
+    ) -> admin_pb2.AdoptRateCardResponse:
+        """Put a card in force for jobs from now on."""
+        if not 1 <= len(request.version) <= MAX_VERSION_CHARS:
+            raise InvalidField("version", f"must have 1 to {MAX_VERSION_CHARS} characters")
+        return replies.card_status_of(await self._operations.adopt_card(request.version))

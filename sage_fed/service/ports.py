@@ -5,11 +5,13 @@ Owns no behaviour: protocols that the broker, the ledger and the daemon fulfil.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
 from sage_fed.core import (
     Budget,
+    CalibrationEvent,
+    CardStatus,
     DaemonStatus,
     Event,
     JobSpec,
@@ -82,3 +84,12 @@ class Operations(Protocol):
 
     def drain(self, grace_s: float | None) -> int:
         """Start to drain (idempotent; None is the setting's grace); jobs still running."""
+
+    def calibrate(self, *, quick: bool, adopt: bool) -> AsyncGenerator[CalibrationEvent, None]:
+        """Measure and write a card; closing the generator ends it without a trace.
+
+        Raises `CalibrationRunning`, `DeviceBusy`, `TierUnavailable` or `DeviceOutOfMemory`.
+        """
+
+    async def adopt_card(self, version: str) -> CardStatus:
+        """Put a card in force for new jobs; `NotFound` where there is none of that version."""

@@ -190,6 +190,8 @@ def model_of(model: core.ModelStatus) -> model_pb2.Model:
         load_progress=model.load_progress,
         decode_uatp=model.decode_uatp,
         message=model.message,
+        prefill_uatp=model.prefill_uatp,
+        cached_uatp=model.cached_uatp,
     )
 
 
@@ -221,6 +223,8 @@ def status_of(status: core.DaemonStatus) -> model_pb2.GetStatusResponse:
         rate_card=status.rate_card,
         cost_ratio=status.cost_ratio,
         tiers=[load_of(load) for load in status.tiers],
+        rate_card_fit=fit_of(status.rate_card_fit),
+        rate_card_note=status.rate_card_note,
     )
 
 
@@ -235,4 +239,60 @@ def running_job_of(job: core.RunningJob) -> admin_pb2.RunningJob:
         output_tokens=job.output_tokens,
         held_uatp=job.held_uatp,
         priority=f"PRIORITY_{job.priority.name}",
+    )
+
+
+def fit_of(fit: core.CardFit) -> str:
+    """Return the name of the enum's value."""
+    return f"RATE_CARD_FIT_{fit.name}"
+
+
+def card_status_of(card: core.CardStatus) -> admin_pb2.AdoptRateCardResponse:
+    """Translate what is in force now."""
+    return admin_pb2.AdoptRateCardResponse(
+        rate_card=card.version, cost_ratio=card.cost_ratio, fit=fit_of(card.fit), note=card.note
+    )
+
+
+def calibration_of(event: core.CalibrationEvent) -> admin_pb2.CalibrateResponse:
+    """Translate one event of a calibration."""
+    match event:
+        case core.CalibrationProgress():
+            progress = admin_pb2.CalibrationProgress(
+                phase=event.phase,
+                fraction=event.fraction,
+                point=event.point,
+                elapsed_s=event.elapsed_s,
+                cost_ratio=event.cost_ratio,
+                measured=[point_of(point) for point in event.measured],
+            )
+            return admin_pb2.CalibrateResponse(progress=progress)
+        case core.CalibrationResult():
+            result = admin_pb2.CalibrationResult(
+                version=event.version,
+                path=event.path,
+                card=event.card,
+                report=event.report,
+                plot=event.plot,
+                cost_ratio=event.cost_ratio,
+                cost_ratio_spread=event.cost_ratio_spread,
+                took_s=event.took_s,
+                adopted=event.adopted,
+                points=[point_of(point) for point in event.points],
+            )
+            return admin_pb2.CalibrateResponse(result=result)
+
+
+def point_of(point: core.MeasuredPoint) -> admin_pb2.MeasuredPoint:
+    """Translate a measured point."""
+    return admin_pb2.MeasuredPoint(
+        tier=tier_of(point.tier),
+        phase=f"PHASE_{point.phase.name}",
+        batch=point.batch,
+        context_tokens=point.context_tokens,
+        tokens=point.tokens,
+        step_s=point.step_s,
+        spread=point.spread,
+        rounds=point.rounds,
+        co_resident_s=point.co_resident_s,
     )

@@ -50,7 +50,9 @@ TABLE: Mapping[type[SageFedError], grpc.StatusCode] = MappingProxyType(
         errors.TierUnavailable: grpc.StatusCode.UNAVAILABLE,
         errors.LedgerDown: grpc.StatusCode.UNAVAILABLE,
         errors.DeadlineInfeasible: grpc.StatusCode.DEADLINE_EXCEEDED,
+        errors.DeviceBusy: grpc.StatusCode.UNAVAILABLE,
         errors.RequestIdConflict: grpc.StatusCode.ALREADY_EXISTS,
+        errors.CalibrationRunning: grpc.StatusCode.ALREADY_EXISTS,
         errors.HoldClosed: grpc.StatusCode.ABORTED,
         errors.Internal: grpc.StatusCode.INTERNAL,
     }

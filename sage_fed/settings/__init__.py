@@ -9,7 +9,7 @@ Fails with `ConfigError`, whose text names every offending key, its origin and w
 
 from __future__ import annotations
 
-from sage_fed.settings.model import Settings
+from sage_fed.settings.model import AUTO_CARD, Settings
 from sage_fed.settings.sections import (
     AccountSettings,
     AuthSettings,
@@ -32,6 +32,7 @@ from sage_fed.settings.values import (
 )
 
 __all__ = [
+    "AUTO_CARD",
     "AccountSettings",
     "Address",
     "AuthSettings",

@@ -5,6 +5,7 @@ Knows nothing of files, flags or the environment (`sources`).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -33,6 +34,9 @@ from sage_fed.settings.sections import (
     TierSettings,
 )
 from sage_fed.settings.values import Address
+
+AUTO_CARD = "auto"
+"""The value of `rate_card` that chooses by what is loaded."""
 
 
 class Settings(BaseSettings):
@@ -73,10 +77,13 @@ class Settings(BaseSettings):
     rate_card: str = Field(
         default="thor-fp16-2025-11-05",
         min_length=1,
-        description="Version of a rate card, or its path.",
+        description="Version of a rate card, its path, or auto: the newest own card that was "
+        "measured on what is loaded, else the shipped one.",
     )
     cards_dir: Annotated[UserPath | None, EmptyIsNone] = Field(
-        default=None, description="Directory of the operator's own rate cards."
+        default=None,
+        description="Directory of the operator's own rate cards, where calibrate writes; "
+        "cards in state_dir.",
     )
     routing: RoutingSettings = Field(default=RoutingSettings(), description="AUTO's rules.")
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds of requests.")
@@ -93,6 +100,11 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lowered] = Field(
         default="info", description="Least severe level that is logged."
     )
+
+    @property
+    def own_cards_dir(self) -> Path:
+        """Where the operator's own cards are, set or not."""
+        return self.cards_dir or self.state_dir / "cards"
 
     @classmethod
     def settings_customise_sources(

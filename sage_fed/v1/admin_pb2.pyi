@@ -85,3 +85,99 @@ class RunningJob(_message.Message):
     held_uatp: int
     priority: _types_pb2.Priority
     def __init__(self, job_id: _Optional[str] = ..., account: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., age_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., held_uatp: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
+
+class CalibrateRequest(_message.Message):
+    __slots__ = ("quick", "adopt")
+    QUICK_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
+    quick: bool
+    adopt: bool
+    def __init__(self, quick: _Optional[bool] = ..., adopt: _Optional[bool] = ...) -> None: ...
+
+class CalibrateResponse(_message.Message):
+    __slots__ = ("progress", "result")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    progress: CalibrationProgress
+    result: CalibrationResult
+    def __init__(self, progress: _Optional[_Union[CalibrationProgress, _Mapping]] = ..., result: _Optional[_Union[CalibrationResult, _Mapping]] = ...) -> None: ...
+
+class CalibrationProgress(_message.Message):
+    __slots__ = ("phase", "fraction", "point", "elapsed_s", "cost_ratio", "measured")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    COST_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    fraction: float
+    point: str
+    elapsed_s: float
+    cost_ratio: float
+    measured: _containers.RepeatedCompositeFieldContainer[MeasuredPoint]
+    def __init__(self, phase: _Optional[str] = ..., fraction: _Optional[float] = ..., point: _Optional[str] = ..., elapsed_s: _Optional[float] = ..., cost_ratio: _Optional[float] = ..., measured: _Optional[_Iterable[_Union[MeasuredPoint, _Mapping]]] = ...) -> None: ...
+
+class CalibrationResult(_message.Message):
+    __slots__ = ("version", "path", "card", "report", "plot", "cost_ratio", "cost_ratio_spread", "took_s", "adopted", "points")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    PLOT_FIELD_NUMBER: _ClassVar[int]
+    COST_RATIO_FIELD_NUMBER: _ClassVar[int]
+    COST_RATIO_SPREAD_FIELD_NUMBER: _ClassVar[int]
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    path: str
+    card: str
+    report: str
+    plot: str
+    cost_ratio: float
+    cost_ratio_spread: float
+    took_s: float
+    adopted: bool
+    points: _containers.RepeatedCompositeFieldContainer[MeasuredPoint]
+    def __init__(self, version: _Optional[str] = ..., path: _Optional[str] = ..., card: _Optional[str] = ..., report: _Optional[str] = ..., plot: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., cost_ratio_spread: _Optional[float] = ..., took_s: _Optional[float] = ..., adopted: _Optional[bool] = ..., points: _Optional[_Iterable[_Union[MeasuredPoint, _Mapping]]] = ...) -> None: ...
+
+class MeasuredPoint(_message.Message):
+    __slots__ = ("tier", "phase", "batch", "context_tokens", "tokens", "step_s", "spread", "rounds", "co_resident_s")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    CO_RESIDENT_S_FIELD_NUMBER: _ClassVar[int]
+    tier: _types_pb2.Tier
+    phase: _types_pb2.Phase
+    batch: int
+    context_tokens: int
+    tokens: int
+    step_s: float
+    spread: float
+    rounds: int
+    co_resident_s: float
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., phase: _Optional[_Union[_types_pb2.Phase, str]] = ..., batch: _Optional[int] = ..., context_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., step_s: _Optional[float] = ..., spread: _Optional[float] = ..., rounds: _Optional[int] = ..., co_resident_s: _Optional[float] = ...) -> None: ...
+
+class AdoptRateCardRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
+
+class AdoptRateCardResponse(_message.Message):
+    __slots__ = ("rate_card", "cost_ratio", "fit", "note")
+    RATE_CARD_FIELD_NUMBER: _ClassVar[int]
+    COST_RATIO_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    rate_card: str
+    cost_ratio: float
+    fit: _model_pb2.RateCardFit
+    note: str
+    def __init__(self, rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., fit: _Optional[_Union[_model_pb2.RateCardFit, str]] = ..., note: _Optional[str] = ...) -> None: ...

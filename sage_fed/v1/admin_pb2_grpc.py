@@ -55,6 +55,16 @@ class AdminServiceStub:
                 request_serializer=sage__fed_dot_v1_dot_admin__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=sage__fed_dot_v1_dot_admin__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.Calibrate = channel.unary_stream(
+                '/sage_fed.v1.AdminService/Calibrate',
+                request_serializer=sage__fed_dot_v1_dot_admin__pb2.CalibrateRequest.SerializeToString,
+                response_deserializer=sage__fed_dot_v1_dot_admin__pb2.CalibrateResponse.FromString,
+                _registered_method=True)
+        self.AdoptRateCard = channel.unary_unary(
+                '/sage_fed.v1.AdminService/AdoptRateCard',
+                request_serializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardRequest.SerializeToString,
+                response_deserializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -89,6 +99,22 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Calibrate(self, request, context):
+        """Measures what a token costs on the loaded engines and writes a rate card: progress, then the
+        result. Live jobs go first. One at a time; cancelling the call ends it without a trace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptRateCard(self, request, context):
+        """Puts another card in force for jobs from now on, until the daemon restarts; running jobs keep
+        the prices they were admitted at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +137,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=sage__fed_dot_v1_dot_admin__pb2.GetLoadRequest.FromString,
                     response_serializer=sage__fed_dot_v1_dot_admin__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'Calibrate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Calibrate,
+                    request_deserializer=sage__fed_dot_v1_dot_admin__pb2.CalibrateRequest.FromString,
+                    response_serializer=sage__fed_dot_v1_dot_admin__pb2.CalibrateResponse.SerializeToString,
+            ),
+            'AdoptRateCard': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptRateCard,
+                    request_deserializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardRequest.FromString,
+                    response_serializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +258,60 @@ class AdminService:
             '/sage_fed.v1.AdminService/GetLoad',
             sage__fed_dot_v1_dot_admin__pb2.GetLoadRequest.SerializeToString,
             sage__fed_dot_v1_dot_admin__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calibrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sage_fed.v1.AdminService/Calibrate',
+            sage__fed_dot_v1_dot_admin__pb2.CalibrateRequest.SerializeToString,
+            sage__fed_dot_v1_dot_admin__pb2.CalibrateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptRateCard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sage_fed.v1.AdminService/AdoptRateCard',
+            sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardRequest.SerializeToString,
+            sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,11 +1,25 @@
 from sage_fed.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class RateCardFit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RATE_CARD_FIT_UNSPECIFIED: _ClassVar[RateCardFit]
+    RATE_CARD_FIT_UNKNOWN: _ClassVar[RateCardFit]
+    RATE_CARD_FIT_MEASURED: _ClassVar[RateCardFit]
+    RATE_CARD_FIT_DECLARED: _ClassVar[RateCardFit]
+    RATE_CARD_FIT_STALE: _ClassVar[RateCardFit]
+RATE_CARD_FIT_UNSPECIFIED: RateCardFit
+RATE_CARD_FIT_UNKNOWN: RateCardFit
+RATE_CARD_FIT_MEASURED: RateCardFit
+RATE_CARD_FIT_DECLARED: RateCardFit
+RATE_CARD_FIT_STALE: RateCardFit
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -30,7 +44,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels")
+    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels", "prefill_uatp", "cached_uatp")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +62,8 @@ class Model(_message.Message):
     DECODE_UATP_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_UATP_FIELD_NUMBER: _ClassVar[int]
+    CACHED_UATP_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     name: str
@@ -65,14 +81,16 @@ class Model(_message.Message):
     decode_uatp: int
     message: str
     kernels: str
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ...) -> None: ...
+    prefill_uatp: int
+    cached_uatp: int
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ..., prefill_uatp: _Optional[int] = ..., cached_uatp: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "draining", "device", "rate_card", "cost_ratio", "tiers")
+    __slots__ = ("version", "uptime_s", "draining", "device", "rate_card", "cost_ratio", "tiers", "rate_card_fit", "rate_card_note")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +98,8 @@ class GetStatusResponse(_message.Message):
     RATE_CARD_FIELD_NUMBER: _ClassVar[int]
     COST_RATIO_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    RATE_CARD_FIT_FIELD_NUMBER: _ClassVar[int]
+    RATE_CARD_NOTE_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     draining: bool
@@ -87,7 +107,9 @@ class GetStatusResponse(_message.Message):
     rate_card: str
     cost_ratio: float
     tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ...) -> None: ...
+    rate_card_fit: RateCardFit
+    rate_card_note: str
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., rate_card_fit: _Optional[_Union[RateCardFit, str]] = ..., rate_card_note: _Optional[str] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached")

@@ -14,6 +14,15 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_STRATEGIC: _ClassVar[Tier]
     TIER_AUTO: _ClassVar[Tier]
 
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_PREFILL: _ClassVar[Phase]
+    PHASE_CACHED: _ClassVar[Phase]
+    PHASE_DECODE: _ClassVar[Phase]
+    PHASE_DRAFT: _ClassVar[Phase]
+    PHASE_VERIFY: _ClassVar[Phase]
+
 class TierState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TIER_STATE_UNSPECIFIED: _ClassVar[TierState]
@@ -42,6 +51,12 @@ TIER_UNSPECIFIED: Tier
 TIER_TACTICAL: Tier
 TIER_STRATEGIC: Tier
 TIER_AUTO: Tier
+PHASE_UNSPECIFIED: Phase
+PHASE_PREFILL: Phase
+PHASE_CACHED: Phase
+PHASE_DECODE: Phase
+PHASE_DRAFT: Phase
+PHASE_VERIFY: Phase
 TIER_STATE_UNSPECIFIED: TierState
 TIER_STATE_LOADING: TierState
 TIER_STATE_READY: TierState

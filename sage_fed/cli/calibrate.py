@@ -1,0 +1,200 @@
+"""`sage-fed calibrate`: have the daemon measure what its tokens cost, and watch it do so.
+
+Owns: the progress on the terminal, the tables of the result, the copies that `--output` asks for.
+Does not know: how anything is measured (`sage_fed.calibrate` does, in the daemon).
+Fails: exit codes of `exits.py`; an interrupt ends the calibration, which leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.connection import call
+from sage_fed.cli.exits import reported
+from sage_fed.cli.paths import operator_token
+from sage_fed.cli.render import format_seconds, print_fields, print_json, print_table, to_plain
+from sage_fed.core import (
+    CalibrationEvent,
+    CalibrationProgress,
+    CalibrationResult,
+    MeasuredPoint,
+    Phase,
+    Tier,
+)
+from sage_fed.errors import ConfigError
+
+NOISY = 0.03
+"""A spread of the ratio from which on the machine was not quiet."""
+
+Show = Callable[[CalibrationProgress], None]
+
+
+def calibrate(
+    *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds: seconds, not minutes; less exact.")
+    ] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Put the new card in force, until the daemon restarts.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Copies of the card, the report, the plot."),
+    ] = None,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    address: options.Address = options.DEFAULT_ADDRESS,
+    token: options.Token = None,
+) -> None:
+    """Measure what a token costs here, and write a rate card.
+
+    The daemon times its own engines while no job runs; jobs that come go first.
+    It needs the operator's token, as `sage-fed admin` does.
+    """
+    with reported(as_json=as_json):
+        with _progress(quiet=as_json) as show:
+
+            def watch(events: Iterator[CalibrationEvent]) -> CalibrationResult:
+                for event in events:
+                    if isinstance(event, CalibrationResult):
+                        return event
+                    show(event)
+                raise AssertionError("a calibration ends with a result or an error")
+
+            result = call(
+                address,
+                operator_token(token, state_dir),
+                lambda client: watch(client.calibrate(quick=quick, adopt=adopt)),
+            )
+        copies = _copy(result, output) if output else []
+        if as_json:
+            texts = ("card", "report", "plot")
+            fields = (field.name for field in dataclasses.fields(result))
+            shown = {name: getattr(result, name) for name in fields if name not in texts}
+            print_json({**shown, "prices_atp": _prices(result), "copies": copies})
+        else:
+            _print_result(result, copies)
+
+
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[Show]:
+    """A bar where somebody watches, a line a phase elsewhere, nothing beside an object."""
+    if quiet:
+        yield lambda _progress: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    from sage_fed.cli.tables import stderr_console  # noqa: PLC0415 - a tenth of a second
+
+    console = stderr_console()
+    if not console.is_terminal:
+        phases: set[str] = set()
+
+        def line(progress: CalibrationProgress) -> None:
+            if progress.phase not in phases:
+                phases.add(progress.phase)
+                typer.echo(f"{progress.elapsed_s:5.1f} s  {progress.phase}", err=True)
+
+        yield line
+        return
+    bar = Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=1.0)
+
+        def move(progress: CalibrationProgress) -> None:
+            parts = [progress.phase, progress.point]
+            if progress.cost_ratio is not None:
+                parts.append(f"ratio {progress.cost_ratio:.2f}")
+            bar.update(
+                task, completed=progress.fraction, description=" · ".join(filter(None, parts))
+            )
+
+        yield move
+
+
+def _copy(result: CalibrationResult, directory: Path) -> list[str]:
+    """Write the three texts on this side of the wire."""
+    texts = {".toml": result.card, ".md": result.report, ".svg": result.plot}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for suffix, text in texts.items():
+            (directory / f"{result.version}{suffix}").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write into {directory}: {error.strerror}") from None
+    return [str(directory / f"{result.version}{suffix}") for suffix in texts]
+
+
+def _prices(result: CalibrationResult) -> dict[str, dict[str, str]]:
+    """The card's prices as they are written, in ATP."""
+    card = tomllib.loads(result.card)
+    return {
+        tier.value: {phase.value: card[tier.value][phase.value]["price_atp"] for phase in Phase}
+        for tier in Tier
+    }
+
+
+def _print_result(result: CalibrationResult, copies: list[str]) -> None:
+    print_table(
+        ("tier", "phase", "batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
+        [_row(point) for point in result.points],
+        right=("batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
+    )
+    typer.echo()
+    prices = _prices(result)
+    print_table(
+        ("ATP per token", *(phase.value for phase in Phase)),
+        [
+            (tier.value, *(f"{float(prices[tier.value][phase.value]):.4f}" for phase in Phase))
+            for tier in Tier
+        ],
+        right=tuple(phase.value for phase in Phase),
+    )
+    typer.echo()
+    ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
+    if result.cost_ratio_spread > NOISY:
+        ratio += " (not a quiet machine: measure again when it idles)"
+    in_force = (
+        "now, until the daemon restarts; rate_card = auto keeps it"
+        if result.adopted
+        else f"no; `sage-fed admin adopt-card {result.version}`, or rate_card = auto at a restart"
+    )
+    print_fields(
+        (
+            ("strategic : tactical", ratio),
+            ("took", format_seconds(result.took_s)),
+            ("rate card", result.version),
+            ("written to", f"{result.path}, with a report (.md) and a plot (.svg) beside it"),
+            *((("copies in", str(Path(copies[0]).parent)),) if copies else ()),
+            ("in force", in_force),
+        )
+    )
+
+
+def _row(point: MeasuredPoint) -> tuple[str, ...]:
+    beside = point.co_resident_s
+    return (
+        point.tier.value,
+        str(to_plain(point.phase)),
+        str(point.batch),
+        str(point.context_tokens),
+        str(point.tokens),
+        format_seconds(point.step_s),
+        f"{1 / point.token_s:,.0f}",
+        "-" if beside is None else f"{beside / point.step_s:.2f}x",
+        f"{point.spread:.1%}",
+    )

@@ -1,0 +1,165 @@
+"""Which rate card is in force, and whether its prices belong to what is loaded.
+
+Owns the choice: the setting names a card, or asks for the newest of the operator's own that was
+measured on exactly this device, engine and pair. Hears from the executor what is loaded, and
+judges when both tiers are. A card that was measured on something else is a loud warning, never
+an error: its prices are still prices. Event loop only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import sage_fed
+from sage_fed.calibrate import Site
+from sage_fed.core import CardFit, CardStatus, ModelInfo, Phase, Tier, TierState, TierStatus
+from sage_fed.engine import DeviceDescription
+from sage_fed.metrics import Metrics
+from sage_fed.pricing import Fingerprint, RateCard, own_cards
+from sage_fed.settings import AUTO_CARD, Settings
+from sage_fed.steps import StepReport
+
+_log = logging.getLogger(__name__)
+
+
+class CardInForce:
+    """Satisfies `sage_fed.executor.ExecutorObserver`; `use` hears of every new card.
+
+    Args:
+        setting: as configured; `AUTO_CARD` chooses by fingerprint.
+        card: in force until both tiers are loaded, and after that unless a better one is found.
+        own: the operator's own cards, for `AUTO_CARD`.
+        fingerprint: of what is loaded, once both models are known.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        card: RateCard,
+        own: Sequence[RateCard],
+        fingerprint: Callable[[Mapping[Tier, ModelInfo]], Fingerprint],
+        metrics: Metrics,
+    ) -> None:
+        self.card = card
+        self.fit = CardFit.UNKNOWN
+        self.note = "the models are not loaded yet"
+        self.use: Callable[[RateCard], None] = lambda _card: None
+        self._auto = setting == AUTO_CARD
+        self._own = tuple(own)
+        self._fingerprint = fingerprint
+        self._metrics = metrics
+        self._models: dict[Tier, ModelInfo] = {}
+        self._show()
+
+    @property
+    def status(self) -> CardStatus:
+        """The card in force, for clients."""
+        return CardStatus(self.card.version, self.card.cost_ratio(), self.fit, self.note)
+
+    def adopt(self, card: RateCard) -> None:
+        """Put a card in force for jobs from now on; those that run keep their prices."""
+        _log.info("rate card %s is in force, chosen by an operator", card.version)
+        self._auto = False
+        self._put(card)
+
+    def step_done(self, report: StepReport) -> None:
+        """Steps do not change the prices."""
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Note what was loaded; judge when it is all there."""
+        if status.state is not TierState.READY or status.info is None:
+            return
+        if self._models.get(status.tier) == status.info:
+            return
+        self._models[status.tier] = status.info
+        if len(self._models) == len(Tier):
+            self._put(self._chosen())
+
+    def _chosen(self) -> RateCard:
+        """The newest own card that fits, where one is to be found; else what is in force."""
+        if not self._auto:
+            return self.card
+        loaded = self._fingerprint(self._models)
+        fitting = [
+            card
+            for card in self._own
+            if card.measured is not None
+            and card.fingerprint is not None
+            and not card.fingerprint.differences(loaded)
+        ]
+        return max(fitting, key=_age, default=self.card)
+
+    def _put(self, card: RateCard) -> None:
+        changed = card is not self.card
+        self.card = card
+        if len(self._models) == len(Tier):
+            self.fit, self.note = self._judge(card)
+            if self.fit is CardFit.STALE:
+                _log.warning("RATE CARD %s IS STALE: %s", card.version, self.note)
+            else:
+                _log.info("rate card %s: %s", card.version, self.note)
+        self._show()
+        if changed:
+            self.use(card)
+
+    def _judge(self, card: RateCard) -> tuple[CardFit, str]:
+        advice = "measure with `sage-fed calibrate`"
+        if card.fingerprint is None:
+            if self._auto:
+                note = f"no own card was measured on what is loaded; {advice}"
+                return CardFit.STALE, note
+            return CardFit.DECLARED, f"not measured here; {advice}"
+        differences = card.fingerprint.differences(self._fingerprint(self._models))
+        if differences:
+            return CardFit.STALE, f"{'; '.join(differences)}; {advice}"
+        return CardFit.MEASURED, "on this device, engine and pair"
+
+    def _show(self) -> None:
+        self._metrics.rate_card(self.card.version, stale=self.fit is CardFit.STALE)
+        self._metrics.cost_ratios("card", {phase: self.card.cost_ratio(phase) for phase in Phase})
+
+
+def _age(card: RateCard) -> float:
+    assert card.measured is not None
+    return card.measured.at.timestamp()
+
+
+def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metrics) -> CardInForce:
+    """Read the card that the settings name, and with `AUTO_CARD` those to choose from; blocks.
+
+    Raises:
+        ConfigError: the named card is not there or cannot be read.
+    """
+    own: tuple[RateCard, ...] = ()
+    if settings.rate_card == AUTO_CARD:
+        card = RateCard.load()
+        own, errors = own_cards(settings.own_cards_dir)
+        for error in errors:
+            _log.warning("a rate card is passed over: %s", error.message)
+    else:
+        card = RateCard.load(settings.rate_card, settings.own_cards_dir)
+
+    def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
+        return Fingerprint.of(device.name, device.threads, sage_fed.__version__, models)
+
+    return CardInForce(settings.rate_card, card, own, fingerprint, metrics)
+
+
+def site_of(settings: Settings, device: DeviceDescription, bandwidth: float) -> Site:
+    """Return what a calibration is told of this daemon."""
+    _, _, index = settings.device.partition("cuda:")
+    tiers = {
+        f"{tier.value}.{key}": str(getattr(settings.tier(tier), key))
+        for tier in Tier
+        for key in ("kv_cache_bytes", "max_context_tokens", "max_batch", "prefill_chunk_tokens")
+    }
+    return Site(
+        device=device.name,
+        threads=device.threads,
+        version=sage_fed.__version__,
+        cuda_index=int(index) if index else None,
+        read_bandwidth_bytes_per_s=bandwidth,
+        settings={"device": settings.device, "cpu_threads": str(settings.cpu_threads), **tiers},
+        cards_dir=settings.own_cards_dir,
+    )

@@ -1,0 +1,147 @@
+"""Which rate card is in force, by setting, by what is loaded and by an operator's word."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_pricing_cards import CARD, INFO, MEASURED
+
+from sage_fed.core import CardFit, ModelInfo, Tier, TierState, TierStatus
+from sage_fed.daemon.cards import CardInForce
+from sage_fed.metrics import Metrics
+from sage_fed.pricing import DEFAULT_CARD, Fingerprint, RateCard, card_text, own_cards
+
+SHIPPED = RateCard.load()
+
+
+def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
+    return Fingerprint.of("AMD EPYC, 2 cores", 2, "0.1.0", models)
+
+
+def measured(version: str, day: int = 1, **model: object) -> RateCard:
+    models = {tier: replace(INFO, **model) for tier in Tier}  # type: ignore[arg-type]
+    at = dt.datetime(2026, 11, day, tzinfo=dt.UTC)
+    return replace(
+        CARD,
+        version=version,
+        fingerprint=fingerprint(models),
+        measured=replace(MEASURED, at=at),
+    )
+
+
+class Desk:
+    """A card in force, what was said of it, and what the planner was told to use."""
+
+    def __init__(self, setting: str, card: RateCard, *own: RateCard) -> None:
+        self.metrics = Metrics()
+        self.cards = CardInForce(setting, card, own, fingerprint, self.metrics)
+        self.used: list[str] = []
+        self.cards.use = lambda card: self.used.append(card.version)
+
+    def load(self, *tiers: Tier) -> None:
+        """The tiers get ready, one after the other."""
+        for tier in tiers or Tier:
+            self.cards.tier_changed(TierStatus(tier, TierState.LOADING, 0.5))
+            self.cards.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO))
+
+    @property
+    def stale(self) -> float:
+        """The gauge."""
+        value = self.metrics.registry.get_sample_value("sage_fed_rate_card_stale")
+        assert value is not None
+        return value
+
+    @property
+    def shown(self) -> set[str]:
+        """The versions that metrics call in force."""
+        return {
+            sample.labels["version"]
+            for family in self.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == "sage_fed_rate_card_info"
+        }
+
+
+def test_a_card_that_was_measured_here_fits(caplog: pytest.LogCaptureFixture) -> None:
+    """Known only when both tiers are loaded; then nobody is warned."""
+    desk = Desk("own", measured("own"))
+    desk.load(Tier.TACTICAL)
+    assert CardFit.UNKNOWN is desk.cards.fit
+    desk.load(Tier.STRATEGIC)
+    assert (CardFit.MEASURED, 0.0, []) == (desk.cards.fit, desk.stale, desk.used)
+    assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_stale_card_is_a_loud_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """It stays in force, and log, metric and status say what has changed."""
+    desk = Desk("own", measured("own", precision="int8"))
+    desk.load()
+    assert (CardFit.STALE, 1.0) == (desk.cards.fit, desk.stale)
+    assert "tactical.precision is bf16, the card's is int8" in desk.cards.note
+    (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+    assert "own IS STALE" in warning.getMessage()
+    assert {"own"} == desk.shown
+
+
+def test_the_shipped_card_is_selectable_and_says_what_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It was measured elsewhere, openly so: that is no warning."""
+    desk = Desk(DEFAULT_CARD, SHIPPED, measured("own"))
+    desk.load()
+    assert (DEFAULT_CARD, CardFit.DECLARED, 0.0) == (
+        desk.cards.card.version,
+        desk.cards.fit,
+        desk.stale,
+    )
+    assert "calibrate" in desk.cards.note
+    assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_auto_takes_the_newest_that_fits() -> None:
+    """Not one that is newer but was measured on something else; jobs are priced by it at once."""
+    own = (measured("a", 1), measured("c", 3), measured("b", 2), measured("d", 4, kernels="torch"))
+    desk = Desk("auto", SHIPPED, *own, replace(SHIPPED, version="declared"))
+    assert DEFAULT_CARD == desk.cards.status.version
+    desk.load()
+    assert ("c", CardFit.MEASURED, 0.0) == (desk.cards.card.version, desk.cards.fit, desk.stale)
+    assert (["c"], {"c"}) == (desk.used, desk.shown)
+
+
+def test_auto_without_a_fitting_card_falls_back_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    """Prices that were asked to be measured and are not: the shipped ones, and a warning."""
+    desk = Desk("auto", SHIPPED, measured("d", 4, parameters=3))
+    desk.load()
+    assert (DEFAULT_CARD, CardFit.STALE, 1.0) == (
+        desk.cards.card.version,
+        desk.cards.fit,
+        desk.stale,
+    )
+    assert any("IS STALE" in record.getMessage() for record in caplog.records)
+
+
+def test_an_operator_adopts_a_card_at_run_time() -> None:
+    """New jobs are priced by it from then on, and a tier that loads again does not undo it."""
+    desk = Desk("auto", SHIPPED, measured("a"))
+    desk.load()
+    desk.cards.adopt(measured("new", precision="fp32"))
+    assert (["a", "new"], {"new"}) == (desk.used, desk.shown)
+    assert (CardFit.STALE, 1.0) == (desk.cards.fit, desk.stale)
+    other = replace(INFO, load_s=5.0)
+    desk.cards.tier_changed(TierStatus(Tier.TACTICAL, TierState.READY, 1.0, other))
+    assert "new" == desk.cards.card.version
+
+
+def test_own_cards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """The others are read all the same."""
+    (tmp_path / "good.toml").write_text(card_text(measured("good")))
+    (tmp_path / "bad.toml").write_text("version = ")
+    cards, errors = own_cards(tmp_path)
+    assert (["good"], 1) == ([card.version for card in cards], len(errors))
+    assert "bad.toml" in errors[0].message
+    assert ((), ()) == own_cards(tmp_path / "absent")
