@@ -18,7 +18,18 @@ import typer
 from typer.core import TyperGroup
 
 from sage_fed import __version__
-from sage_fed.cli import admin, ask, calibrate, chat, demo, dev, inspect, options, serve
+from sage_fed.cli import (
+    admin,
+    ask,
+    bench,
+    calibrate,
+    chat,
+    demo,
+    dev,
+    inspect,
+    options,
+    serve,
+)
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
 from sage_fed.cli.streams import complain, give_up_output, is_output_failure
 
@@ -108,5 +119,6 @@ def build_app() -> typer.Typer:
         app.command(epilog=EXIT_CODES_HELP)(command)
     app.add_typer(inspect.ledger_app())
     app.add_typer(admin.admin_app())
+    app.add_typer(bench.bench_app())
     app.add_typer(dev.dev_app())
     return app

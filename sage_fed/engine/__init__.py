@@ -4,10 +4,12 @@ The only part that knows torch. `load_engine` builds an `Engine`; `locate` finds
 a checkpoint, so that its tokenizer can be read from the same directory.
 """
 
+from sage_fed.engine.architecture import ModelSpec, read_spec
 from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.describe import DeviceDescription, describe_device
 from sage_fed.engine.engine import Engine
+from sage_fed.engine.footprint import begin_host_peak, host_peak_bytes, memory_used_bytes
 from sage_fed.engine.load import EngineOptions, load_engine
 from sage_fed.engine.precision import PRECISIONS
 from sage_fed.engine.random_checkpoint import (
@@ -28,12 +30,17 @@ __all__ = [
     "DeviceDescription",
     "Engine",
     "EngineOptions",
+    "ModelSpec",
+    "begin_host_peak",
     "describe_device",
     "free_bytes",
+    "host_peak_bytes",
     "load_engine",
     "locate",
+    "memory_used_bytes",
     "plan_checkpoint",
     "read_bandwidth_bytes_per_s",
+    "read_spec",
     "set_cpu_threads",
     "write_checkpoint",
 ]

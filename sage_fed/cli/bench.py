@@ -1,0 +1,186 @@
+"""`sage-fed bench ...`: measurements that need no daemon.
+
+Owns: options to a plan, progress on stderr, where the report is written.
+Does not know: how a model is measured or judged (`sage_fed.inertia`); torch until it runs.
+Fails: exit codes of `exits.py`; a model that cannot be measured is in the report, with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
+from sage_fed.cli.render import print_json
+from sage_fed.cli.streams import leave_on_interrupt
+
+if TYPE_CHECKING:
+    from sage_fed.inertia import ModelRef, Plan
+
+_NO_REFERENCE = "none"
+
+Tactical = Annotated[
+    str,
+    typer.Option("--tactical", metavar="MODEL", help="Directory, bundled:NAME, or hub id@commit."),
+]
+Strategic = Annotated[
+    str, typer.Option("--strategic", metavar="MODEL", help="The larger one, likewise.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu or cuda:N.")]
+Precisions = Annotated[
+    str, typer.Option("--precisions", metavar="LIST", help="Of this engine, such as bf16,int4.")
+]
+Reference = Annotated[
+    str,
+    typer.Option(
+        "--reference",
+        metavar="PRECISION",
+        help="Precision of transformers' generate: bf16, fp16, fp32; none leaves it out.",
+    ),
+]
+Batches = Annotated[
+    str, typer.Option("--batches", metavar="LIST", help="Batch sizes, such as 1,8.")
+]
+PromptTokens = Annotated[
+    int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Random ids of each prompt.")
+]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", min=2, metavar="N", help="Decoded after each prompt.")
+]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, metavar="N", help="Of each point; the median counts.")
+]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, metavar="N", help="On the CPU; 0 is torch's choice.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DIR", help="Also write report.md and inertia.json here."),
+]
+
+
+def bench_app() -> typer.Typer:
+    """The measurements."""
+    app = typer.Typer(
+        name="bench",
+        invoke_without_command=True,
+        callback=options.help_if_bare,
+        help="Measure models on this machine; the daemon should not be running.",
+        epilog=EXIT_CODES_HELP,
+    )
+    app.command(epilog=EXIT_CODES_HELP)(inertia)
+    return app
+
+
+def inertia(
+    *,
+    tactical: Tactical = "bundled:demo-tactical",
+    strategic: Strategic = "bundled:demo-strategic",
+    device: Device = "cpu",
+    precisions: Precisions = "bf16,int8,int4",
+    reference: Reference = "bf16",
+    batches: Batches = "1,8",
+    prompt_tokens: PromptTokens = 32,
+    new_tokens: NewTokens = 100,
+    repeats: Repeats = 3,
+    threads: Threads = 0,
+    output: Output = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how much slower the larger of two models is, and why.
+
+    By the published method (transformers' generate) and by this engine, at several precisions
+    and batch sizes, beside what the memory's bandwidth allows. One model is loaded at a time.
+    """
+    with leave_on_interrupt():
+        from sage_fed.engine import PRECISIONS, set_cpu_threads  # noqa: PLC0415 - torch is slow
+        from sage_fed.engine.reference import REFERENCE_PRECISIONS  # noqa: PLC0415
+        from sage_fed.inertia import Plan, analyse, markdown, measure, record  # noqa: PLC0415
+    plan = Plan(
+        tactical=_model(tactical, "--tactical"),
+        strategic=_model(strategic, "--strategic"),
+        device=device,
+        precisions=_names(precisions, tuple(PRECISIONS), "--precisions"),
+        reference_precision=_reference(reference, tuple(REFERENCE_PRECISIONS)),
+        batches=_sizes(batches),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
+    with reported(as_json=as_json):
+        set_cpu_threads(threads)
+        findings = measure(plan, _Lines(plan))
+        analysis = analyse(findings)
+        page, body = markdown(findings, analysis), record(findings, analysis)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "report.md").write_text(page, encoding="utf-8")
+            (output / "inertia.json").write_text(json.dumps(body, indent=2) + "\n")
+        if as_json:
+            print_json(body)
+        else:
+            typer.echo(page, nl=False)
+        if not analysis.slowdowns:
+            raise typer.Exit(ExitCode.ERROR)
+
+
+class _Lines:
+    """A line on stderr where something new begins, with how far the whole has come."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._runs = plan.runs
+        self._told: tuple[int, str, int] | None = None
+
+    def __call__(self, run: int, text: str, share: float | None) -> None:
+        quarter = 0 if share is None else int(4 * share)
+        if self._told == (run, text, quarter):
+            return
+        self._told = (run, text, quarter)
+        method, precision, tier = self._runs[run]
+        done = "" if share is None else f" {share:.0%}"
+        where = f"{run + 1}/{len(self._runs)} {method.value} {precision} {tier.value}"
+        typer.echo(f"{where}: {text}{done}", err=True)
+
+
+def _model(given: str, option: str) -> ModelRef:
+    from sage_fed.inertia import ModelRef  # noqa: PLC0415 - torch takes seconds to import
+    from sage_fed.settings import resolve_model  # noqa: PLC0415 - pydantic takes half of one
+
+    name, _, revision = given.partition("@")
+    if Path(given).expanduser().is_dir():
+        return ModelRef(str(Path(given).expanduser()), Path(given).resolve().name)
+    try:
+        return ModelRef(str(resolve_model(name)), name.rpartition(":")[2], revision)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _reference(given: str, known: tuple[str, ...]) -> str | None:
+    if given == _NO_REFERENCE:
+        return None
+    (name,) = _names(given, known, "--reference")[:1]
+    return name
+
+
+def _names(given: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(
+                f"{name!r} is not one of {', '.join(known)}", param_hint=option
+            )
+    return names
+
+
+def _sizes(given: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in given.split(",")))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"{given!r} is not a list such as 1,8", param_hint="--batches")
+    return sizes

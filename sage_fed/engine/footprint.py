@@ -1,0 +1,47 @@
+"""How much memory models take here: the device's, and the host's while they are loaded.
+
+Fails never: what the system does not tell is None.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from sage_fed.engine.load import resolve_device
+
+_PEAK_RESET = "5"  # proc(5), clear_refs: the peak resident size becomes the present one
+
+
+def memory_used_bytes(device_name: str) -> int:
+    """What torch has allocated on a GPU; on the CPU what this process has resident."""
+    device = resolve_device(device_name)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """This process's memory on the host; pages of files that it has mapped are included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def begin_host_peak() -> bool:
+    """Forget the peak so far; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text(_PEAK_RESET)
+    except OSError:
+        return False
+    return True
+
+
+def host_peak_bytes() -> int | None:
+    """The most that was resident since `begin_host_peak`."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split() for line in lines if line.startswith("VmHWM:")]
+    return int(sizes[0][1]) * 1024 if sizes else None

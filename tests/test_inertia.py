@@ -1,0 +1,221 @@
+"""The size-inertia report: arithmetic on made-up figures, then a real run of the bundled pair."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sage_fed.cli.app import build_app
+from sage_fed.core import Tier
+from sage_fed.inertia import Findings, ModelRef, Plan, Point, Run, analyse, markdown, record
+from sage_fed.inertia.analysis import fit
+from sage_fed.inertia.conclusions import (
+    FAILS,
+    HOLDS,
+    PARTLY,
+    UNCERTAIN,
+    UNTESTED,
+    conclusions,
+    precision_answer,
+)
+from sage_fed.inertia.figures import Method
+
+PLAN = Plan(
+    tactical=ModelRef("/models/small", "small"),
+    strategic=ModelRef("/models/large", "large"),
+    device="cuda:0",
+    precisions=("bf16", "int4"),
+    reference_precision="fp16",
+    batches=(1,),
+)
+
+PUBLISHED = {Tier.TACTICAL: 2.03, Tier.STRATEGIC: 13.39}
+LOADS = {Tier.TACTICAL: 2.99, Tier.STRATEGIC: 272.76}
+PARAMETERS = {Tier.TACTICAL: 494_032_768, Tier.STRATEGIC: 7_615_616_512}
+STEP_BYTES = {Tier.TACTICAL: 988_000_000, Tier.STRATEGIC: 14_140_000_000}
+LAYERS = {Tier.TACTICAL: 24, Tier.STRATEGIC: 28}
+
+
+def run(method: Method, precision: str, tier: Tier, hundred_s: float, spread: float = 0.01) -> Run:
+    return Run(
+        method,
+        precision,
+        tier,
+        parameters=PARAMETERS[tier],
+        num_layers=LAYERS[tier],
+        weight_bytes=2 * PARAMETERS[tier],
+        step_bytes=STEP_BYTES[tier],
+        load_s=LOADS[tier],
+        memory_bytes=2 * PARAMETERS[tier],
+        bandwidth_bytes_per_s=273e9,
+        software="made up",
+        points=(Point(1, 100, hundred_s, hundred_s / 100, spread),),
+    )
+
+
+def pair(
+    method: Method, precision: str, small_s: float, large_s: float, spread: float = 0.01
+) -> tuple[Run, Run]:
+    return (
+        run(method, precision, Tier.TACTICAL, small_s, spread),
+        run(method, precision, Tier.STRATEGIC, large_s, spread),
+    )
+
+
+def findings(*pairs: tuple[Run, Run]) -> Findings:
+    runs = tuple(one for two in pairs for one in two)
+    return Findings(PLAN, "2025-11-05T12:00:00+00:00", "Thor", "made up", runs)
+
+
+NOTE = pair(Method.REFERENCE, "fp16", PUBLISHED[Tier.TACTICAL], PUBLISHED[Tier.STRATEGIC])
+
+
+def test_the_published_times_give_the_published_figures() -> None:
+    """Slowdown 6.60, tokens per second 49.3 and 7.47, and 496 us a layer at 118 GB/s."""
+    analysis = analyse(findings(NOTE))
+    (row,) = analysis.slowdowns
+    assert 6.596 == pytest.approx(row.slowdown, abs=1e-3)
+    assert 15.415 == pytest.approx(row.parameter_ratio, abs=1e-3)
+    assert row.slowdown / row.parameter_ratio == row.efficiency
+    assert [49.26, 7.468] == pytest.approx([r.points[0].tokens_per_s for r in NOTE], rel=1e-3)
+    (fitted,) = analysis.fits
+    assert 496e-6 == pytest.approx(fitted.overhead_s, rel=0.01)
+    assert 118e9 == pytest.approx(fitted.bytes_per_s, rel=0.01)
+    assert 0.0 == pytest.approx(fitted.error, abs=1e-9)
+    shares = [row.share for row in analysis.rooflines]
+    assert [0.178, 0.387] == pytest.approx(shares, abs=2e-3)
+
+
+@pytest.mark.parametrize(("overhead_s", "bytes_per_s"), [(4e-4, 1e11), (1e-6, 4e10), (0.0, 4e10)])
+def test_a_fit_recovers_what_made_the_points(overhead_s: float, bytes_per_s: float) -> None:
+    """Of points made by an overhead and a bandwidth it finds both, however many they are."""
+    shapes = [(24, 1e9), (28, 14e9), (24, 0.5e9), (28, 7e9), (24, 0.3e9)]
+    for count in (2, 4, 5):
+        found = fit([(n, b, n * overhead_s + b / bytes_per_s) for n, b in shapes[:count]])
+        assert found is not None
+        assert overhead_s == pytest.approx(found[0], abs=1e-9)
+        assert bytes_per_s == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_fit_never_finds_time_below_nothing() -> None:
+    """Where the larger model reads more slowly, the overhead is held at 0 and said to be."""
+    found = fit([(24, 1e9, 0.030), (28, 14e9, 0.500)])
+    assert found is not None
+    assert (0.0, True) == (found[0], found[2])
+    assert fit([(24, 1e9, 0.03)]) is None
+    assert fit([(24, 1e9, 0.03), (48, 2e9, 0.06)]) is None
+
+
+def test_the_note_bears_out_itself() -> None:
+    """Fed with its own figures, every claim that one pair of runs can test holds."""
+    found = findings(NOTE)
+    verdicts = [c.verdict for c in conclusions(found, analyse(found))]
+    assert [HOLDS, HOLDS, UNTESTED, HOLDS, HOLDS] == verdicts
+    assert UNTESTED == precision_answer(analyse(found)).verdict
+
+
+def test_claims_fail_on_figures_that_contradict_them() -> None:
+    """A pair at the limit of bandwidth is linear, not 6.59, and not the same at every precision."""
+    steady = pair(Method.REFERENCE, "fp16", 1.0, 16.0)
+    slower = pair(Method.ENGINE, "int4", 0.5, 5.0)
+    found = findings(steady, slower)
+    verdicts = [c.verdict for c in conclusions(found, analyse(found))]
+    assert [PARTLY, FAILS, FAILS, HOLDS, HOLDS] == verdicts
+
+
+@pytest.mark.parametrize(
+    ("bf16", "int4", "spread", "verdict", "says"),
+    [
+        ((1.0, 14.0), (0.4, 4.0), 0.01, "yes", "falls from bf16 to int4"),
+        ((1.0, 10.0), (0.4, 5.0), 0.01, "yes", "rises from bf16 to int4"),
+        ((1.0, 10.0), (0.4, 4.1), 0.01, "no", "within"),
+        ((1.0, 10.0), (0.4, 5.0), 0.40, UNCERTAIN, "spread"),
+    ],
+)
+def test_the_open_question_is_answered_from_the_figures(
+    bf16: tuple[float, float], int4: tuple[float, float], spread: float, verdict: str, says: str
+) -> None:
+    """Yes with a direction, no within the uncertainty, and nothing on a busy machine."""
+    pairs = (
+        pair(Method.ENGINE, "bf16", *bf16, spread),
+        pair(Method.ENGINE, "int4", *int4, spread),
+    )
+    answer = precision_answer(analyse(findings(*pairs)))
+    assert verdict == answer.verdict
+    assert says in answer.because
+
+
+def test_a_busy_machine_proves_nothing() -> None:
+    """A spread of half the time leaves the claims about times without a verdict."""
+    found = findings(pair(Method.REFERENCE, "fp16", 2.0, 13.2, 0.5))
+    verdicts = [c.verdict for c in conclusions(found, analyse(found))]
+    assert [UNCERTAIN, UNCERTAIN] == verdicts[:2]
+
+
+def test_another_pair_is_not_held_against_the_notes_ratio() -> None:
+    """Two models of other sizes say nothing about 6.59 or the note's load time."""
+    small, large = NOTE
+    found = findings((small, replace(large, parameters=2 * small.parameters)))
+    by_claim = {c.claim: c.verdict for c in conclusions(found, analyse(found))}
+    untested = [claim for claim, verdict in by_claim.items() if verdict == UNTESTED]
+    assert any("6.59" in claim for claim in untested)
+    assert any("to load" in claim for claim in untested)
+
+
+def test_the_report_shows_what_could_not_be_measured() -> None:
+    """A model that did not load is named with its reason, and the rest is reported."""
+    small, _ = pair(Method.ENGINE, "int4", 0.5, 5.0)
+    broken = Run(Method.ENGINE, "int4", Tier.STRATEGIC, failure="no memory for it")
+    found = findings(NOTE, (small, broken))
+    analysis = analyse(found)
+    page = markdown(found, analysis)
+    assert "- strategic: not measured: no memory for it" in page
+    assert "| seconds per 100 tokens | 2.03 s | 13.39 s |" in page
+    assert "slowdown 6.60 of a linear 15.42 (efficiency 43%)" in page
+    assert 1 == len(analysis.slowdowns)
+    json.dumps(record(found, analysis), allow_nan=False)
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(build_app(), ("bench", "inertia", *arguments))
+
+
+def test_the_bundled_pair_is_measured_by_both_methods(tmp_path: Path) -> None:
+    """One JSON object: every run with its points, and the same in the files of --output."""
+    result = bench(
+        "--json", "--output", str(tmp_path), "--precisions", "bf16", "--batches", "1,2",
+        "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2",
+    )  # fmt: skip
+    assert 0 == result.exit_code, result.output
+    body = json.loads(result.stdout)
+    assert body == json.loads((tmp_path / "inertia.json").read_text())
+    assert (tmp_path / "report.md").read_text().startswith("# Size inertia: demo-tactical and")
+    kinds = [(r["method"], r["precision"], r["tier"]) for r in body["runs"]]
+    methods, tiers = ("reference", "engine"), ("tactical", "strategic")
+    assert [(method, "bf16", tier) for method in methods for tier in tiers] == kinds
+    assert {""} == {r["failure"] for r in body["runs"]}
+    assert [1, 2] * 4 == [point["batch"] for r in body["runs"] for point in r["points"]]
+    assert all(
+        point["total_s"] > point["step_s"] > 0 for r in body["runs"] for point in r["points"]
+    )
+    reference, engine = body["runs"][0], body["runs"][2]
+    for key in ("parameters", "weight_bytes", "step_bytes", "kv_token_bytes", "num_layers"):
+        assert reference[key] == pytest.approx(engine[key], rel=0.02)
+    assert 4 == len(body["slowdowns"])
+    assert "1/4 reference bf16 tactical: loading" in result.stderr
+    assert "4/4 engine bf16 strategic: batch 2, 2 of 2" in result.stderr
+
+
+def test_a_model_that_is_none_is_an_error_before_anything_is_loaded(tmp_path: Path) -> None:
+    """A directory without a checkpoint, and a name that is nothing, are refused by name."""
+    result = bench("--tactical", str(tmp_path), "--json")
+    assert 1 == result.exit_code
+    assert "config.json" in json.loads(result.stdout)["error"]["message"]
+    result = bench("--strategic", "neither")
+    assert 2 == result.exit_code
+    assert 2 == bench("--precisions", "int3").exit_code
+    assert 2 == bench("--batches", "1,x").exit_code
