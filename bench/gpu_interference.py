@@ -133,8 +133,9 @@ class Scene:
     ) -> None:
         while (begun := time.perf_counter()) < seen.until_s:
             spec = SequenceSpec(
-                next(self._ids), load.tier, next(prompts), load.new_tokens, ignore_eos=True
-            )
+                next(self._ids), load.tier, next(prompts), load.new_tokens, ignore_eos=True,
+                prefix_cache=False,  # the prompts repeat, and their prefill is the load
+            )  # fmt: skip
             stream = executor.submit(spec)
             last: float | None = None
             while not isinstance(got := await stream.next(), Ended):

@@ -220,6 +220,30 @@ async def test_a_prompt_that_is_found_again_is_charged_as_cached(tmp_path: Path)
         assert 32.0 == r.counted("prefix_cache_hit_tokens_total", tier="tactical")
 
 
+async def test_device_time_adds_up(tmp_path: Path) -> None:
+    """What the jobs were told they took is what the device was busy, cancelled ones included."""
+    async with rig(tmp_path) as r:
+        streams = [await r.submit(job(new=30, prompt=Prompt(token_ids=(i,)))) for i in range(4)]
+        leaving = await r.submit(job(new=300))
+        async for event in leaving:
+            if isinstance(event, Delta):
+                leaving.cancel()
+        told_s = [finished_of(await read(stream)).timing.device_s for stream in streams]
+        await r.settled()
+        counted = [
+            r.counted("device_seconds_total", tier="tactical", outcome=outcome)
+            for outcome in ("finished", "aborted", "failed")
+        ]
+        assert pytest.approx(sum(told_s)) == counted[0]
+        assert counted[1]
+        assert 0.0 == counted[2]
+        busy_s = [
+            r.counted("engine_step_seconds_sum", tier="tactical", kind=kind)
+            for kind in ("prefill", "decode", "mixed")
+        ]
+        assert pytest.approx(sum(filter(None, busy_s))) == sum(filter(None, counted))
+
+
 async def test_an_engine_that_breaks_in_mid_job_costs_nothing(tmp_path: Path) -> None:
     """The stream ends UNAVAILABLE, the hold is given back, the work counts as wasted."""
     async with rig(tmp_path) as r:
@@ -241,6 +265,7 @@ async def test_an_engine_that_breaks_in_mid_job_costs_nothing(tmp_path: Path) ->
             "requests_total", tier="tactical", outcome="failed", code="tier_unavailable"
         )
         assert 2.0 == r.counted("tokens_total", tier="tactical", type="output", outcome="failed")
+        assert r.counted("device_seconds_total", tier="tactical", outcome="failed")
         # The other tier goes on.
         assert finished_of(await r.run(job(requested=Tier.STRATEGIC)))
 

@@ -11,7 +11,7 @@ import pytest
 
 import sage_fed
 from sage_fed.core import Tier
-from sage_fed.daemon.tiers import load_tokenizers
+from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.errors import ModelLoadError
 from sage_fed.settings import Settings, load_settings
 
@@ -31,6 +31,16 @@ async def test_a_mistyped_relative_directory_is_not_taken_for_a_hub_id(
     with pytest.raises(ModelLoadError) as raised:
         await load_tokenizers(settings(tmp_path, strategic__model="./owner/model"))
     assert f"strategic.model: there is no directory {tmp_path}/owner/model" == str(raised.value)
+
+
+async def test_a_tiers_settings_reach_its_scheduler(tmp_path: Path) -> None:
+    """What the operator says of batches, queues and the cache bounds the tier."""
+    flags = {"tactical__prefix_cache": "false", "tactical__kv_overcommit": "2.5"}
+    given = settings(tmp_path, tactical__max_batch="3", **flags)
+    tokenizers = await load_tokenizers(given)
+    chosen, default = (tier_setup(given, tier, tokenizers[tier]) for tier in Tier)
+    assert (3, False, 2.5) == (chosen.max_batch, chosen.prefix_cache, chosen.kv_overcommit)
+    assert (32, True, 1.0) == (default.max_batch, default.prefix_cache, default.kv_overcommit)
 
 
 async def test_tiers_with_the_same_tokenizer_share_one(tmp_path: Path) -> None:

@@ -260,9 +260,11 @@ async def test_a_broken_engine_takes_only_its_own_tier() -> None:
         doomed = [executor.submit(spec(i, T)) for i in (1, 2)]
         assert engine.gate
         engine.gate.release(100)
-        endings = [(await read(stream))[1].reason for stream in doomed]
-        tokens, _ = await read(strategic)
-        assert [EndReason.FAILED] * 2 == endings
+        endings = [(await read(stream))[1] for stream in doomed]
+        tokens, ended = await read(strategic)
+        assert [EndReason.FAILED] * 2 == [failed.reason for failed in endings]
+        busy_s = rig.clock.now - 100.0
+        assert pytest.approx(busy_s) == sum(e.device_s for e in (*endings, ended))
         assert reference(spec(0, S, new=10)) == tokens
         assert TierState.FAILED is executor.status(T).state
         assert TierState.FAILED is executor.load(T).state

@@ -139,6 +139,17 @@ class Traffic(RuleBasedStateMachine):
             assert len(outcome.ended) <= len(step.chunks)
         self.take(outcome)
 
+    @precondition(lambda self: self.flying is not None and len(self.ended) > 12)
+    @rule(elapsed_s=st.floats(0.0, 1.0))
+    def break_in_flight(self, elapsed_s: float) -> None:
+        """An engine breaks in the middle of a step, which took its time all the same."""
+        step, self.flying = self.flying, None
+        assert step is not None
+        self.now += elapsed_s
+        self.busy_s += elapsed_s
+        self.end(*self.scheduler.broken(step, now=self.now, elapsed_s=elapsed_s))
+        self.closed.add(step.tier)
+
     @precondition(lambda self: self.flying is None and len(self.ended) > 12)
     @rule()
     def break_strategic(self) -> None:

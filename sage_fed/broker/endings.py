@@ -55,4 +55,5 @@ def timing_of(ended: Ended | None, arrived_s: float, now: float) -> Timing:
         decode_s=last - first if last is not None and first is not None else 0.0,
         time_to_first_token_s=first - arrived_s if first is not None else 0.0,
         total_s=now - arrived_s,
+        device_s=ended.device_s,
     )

@@ -79,6 +79,7 @@ class Job:
         self._stop_reason: StopReason | None = None
         self._output: Output | None = None
         self._wasted: Usage | None = None
+        self._device_s = 0.0
         self._last_push_s = 0.0
 
     def stop(self, reason: StopReason) -> None:
@@ -191,7 +192,7 @@ class Job:
     def _fail(self, error: SageFedError) -> None:
         tier = self._plan.route.tier if self._plan else self.spec.requested
         total_s = time.monotonic() - self._arrived_s
-        self._metrics.job_failed(tier, error, total_s, self._wasted)
+        self._metrics.job_failed(tier, error, total_s, self._wasted, self._device_s)
         self.stream.end(error)
 
     async def _work(self, plan: Plan) -> Ended | None:
@@ -216,6 +217,7 @@ class Job:
         self.stream.start(self._started(plan))
         async with self._deadline():
             ended = await self._deliver(source)
+        self._device_s = ended.device_s
         if (failure := failure_of(ended, plan.route.tier)) is not None:
             self._wasted = Usage(ended.prompt_tokens, ended.cached_tokens, ended.output_tokens)
             raise failure

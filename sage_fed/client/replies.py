@@ -113,6 +113,7 @@ def finished_of(finished: inference_pb2.Finished) -> core.Finished:
             decode_s=timing.decode_s,
             time_to_first_token_s=timing.time_to_first_token_s,
             total_s=timing.total_s,
+            device_s=timing.device_s,
         ),
         price=core.Price(price.charged_uatp, price.held_uatp, price.rate_card),
         balance_uatp=finished.balance_uatp,

@@ -43,13 +43,18 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Durations of one job in seconds; 0.0 for a phase that was not reached."""
+    """Durations of one job in seconds; 0.0 for a phase that was not reached.
+
+    `device_s` is the job's part of its steps' device time: over all jobs it adds up to the time
+    that the device was busy.
+    """
 
     queue_s: float
     prefill_s: float
     decode_s: float
     time_to_first_token_s: float
     total_s: float
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ async def _started(
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
             observers=(metrics, cards, readiness),
+            tactical_share=settings.scheduling.tactical_share,
         )
         threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sage-fed-text"))
         planner = Planner(

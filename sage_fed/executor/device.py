@@ -145,7 +145,7 @@ class DeviceThread:
             self._give_way(step, self._clock() - begun_s)
         except Exception:  # an engine may break in any way; only its own tier goes with it
             logger.exception("the %s tier's engine is broken", step.tier.value)
-            self._break(step.tier)
+            self._break(step, self._clock() - begun_s)
 
     def _land(self) -> None:
         """Take in the oldest step in flight and hand over what came of it."""
@@ -157,7 +157,7 @@ class DeviceThread:
             self._give_way(step, self._clock() - begun_s)
         except Exception:  # as above
             logger.exception("the %s tier's engine is broken", step.tier.value)
-            self._break(step.tier)
+            self._break(step, self._clock() - begun_s)
         else:
             self._tell(step, outcome, elapsed_s)
 
@@ -183,6 +183,7 @@ class DeviceThread:
         step = self._probes.next_step()
         if step is None:
             return
+        begun_s = self._clock()
         try:
             self._flights.launch(self._engines[step.tier], step)
             _, elapsed_s = self._flights.land()
@@ -190,16 +191,18 @@ class DeviceThread:
             self._probes.fail(error)
         except Exception:  # as for live work
             logger.exception("the %s tier's engine is broken", step.tier.value)
-            self._break(step.tier)
+            self._break(step, self._clock() - begun_s)
         else:
             self._steps_done += 1
             self._probes.note(elapsed_s)
 
-    def _break(self, tier: Tier) -> None:
+    def _break(self, step: Step, elapsed_s: float) -> None:
+        """Give up the tier whose engine raised in this step."""
+        tier = step.tier
         engine = self._engines.pop(tier)
         self._flights.drop(tier)
         info = engine.info
-        ended = self._scheduler.close_tier(tier, EndReason.FAILED, self._clock())
+        ended = self._scheduler.broken(step, now=self._clock(), elapsed_s=elapsed_s)
         self._publish()
         message = "the engine failed; the daemon's log has the details"
         self._handover.post(

@@ -157,6 +157,7 @@ class Metrics:
             series.decode.labels(name).observe(timing.decode_s)
         series.prompt_tokens.labels(name).observe(finished.usage.prompt_tokens)
         series.output_tokens.labels(name).observe(finished.usage.output_tokens)
+        series.device_seconds.labels(name, outcome).inc(timing.device_s)
         self._count_tokens(name, outcome, finished.usage)
 
     def job_failed(
@@ -165,6 +166,7 @@ class Metrics:
         error: SageFedError,
         seconds: float,
         usage: Usage | None = None,
+        device_s: float = 0.0,
     ) -> None:
         """Counts a job that ended with an error; `usage` is what was computed for nobody."""
         fault = isinstance(error, FAULTS) or usage is not None
@@ -173,6 +175,7 @@ class Metrics:
         self._jobs.requests.labels(name, outcome, code if code in CODES else OTHER).inc()
         self._jobs.duration.labels(name, outcome).observe(seconds)
         if usage is not None:
+            self._jobs.device_seconds.labels(name, FAILED).inc(device_s)
             self._count_tokens(name, FAILED, usage)
 
     def replayed(self, tier: Tier) -> None:

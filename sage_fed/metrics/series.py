@@ -150,6 +150,11 @@ class JobSeries:
             "Tokens of jobs by how the job ended; those of failed jobs were computed for nobody.",
             *("tier", "type", "outcome"),
         )
+        self.device_seconds = make.counter(
+            "device_seconds_total",
+            "Device time of jobs that ended, attributed by tokens; adds up to the steps' time.",
+            *("tier", "outcome"),
+        )
         self.prompt_tokens = make.histogram(
             "prompt_tokens", "Prompt tokens of a job.", TOKENS, "tier"
         )
@@ -165,6 +170,8 @@ class JobSeries:
                 metric.labels(tier)
             for kind, outcome in itertools.product(TOKEN_TYPES, TOKEN_OUTCOMES):
                 self.tokens.labels(tier, kind, outcome)
+            for outcome in TOKEN_OUTCOMES:
+                self.device_seconds.labels(tier, outcome)
             for reason in StopReason:
                 self.requests.labels(tier, ABORTED if reason in ABORTS else FINISHED, reason.value)
             self.requests.labels(tier, REPLAYED, REPLAYED)

@@ -103,6 +103,14 @@ class Scheduler:
         self._note(step.tier, elapsed_s)
         return outcome
 
+    def broken(self, step: Step, *, now: float, elapsed_s: float) -> tuple[Ended, ...]:
+        """End all of a tier's sequences after a step that broke its engine.
+
+        Those that were in it bear its time; a probe's step was nobody's.
+        """
+        self._tiers[step.tier].bear(step, elapsed_s)
+        return self.close_tier(step.tier, EndReason.FAILED, now)
+
     def reserve(self, tier: Tier, num_blocks: int) -> tuple[int, ...] | None:
         """Take KV blocks of a tier for a measurement; None where so many are not available."""
         schedule = self._tiers.get(tier)

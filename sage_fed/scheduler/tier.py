@@ -197,6 +197,11 @@ class TierSchedule:
                 ended.append(self._end(victim, EndReason.OUT_OF_MEMORY, now))
         return self._outcome((), ended, num_prefill)
 
+    def bear(self, step: Step, elapsed_s: float) -> None:
+        """Take in a step that came to nothing but cost time; the engine is not used again."""
+        if step is self._in_flight:  # else it broke while its results were taken in
+            self._land(step, elapsed_s)
+
     def _grow(self, now: float) -> None:
         """Give each running sequence the block of its next token, where it has none."""
         for seq in tuple(self._running.values()):

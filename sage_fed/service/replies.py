@@ -83,6 +83,7 @@ def finished_of(finished: core.Finished) -> inference_pb2.Finished:
             decode_s=timing.decode_s,
             time_to_first_token_s=timing.time_to_first_token_s,
             total_s=timing.total_s,
+            device_s=timing.device_s,
         ),
         price=types_pb2.Price(
             charged_uatp=price.charged_uatp, held_uatp=price.held_uatp, rate_card=price.rate_card

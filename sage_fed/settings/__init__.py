@@ -18,6 +18,7 @@ from sage_fed.settings.sections import (
     LimitSettings,
     MetricsSettings,
     RoutingSettings,
+    SchedulingSettings,
     TierSettings,
 )
 from sage_fed.settings.sources import Effective, load_settings, profile_names
@@ -43,6 +44,7 @@ __all__ = [
     "LimitSettings",
     "MetricsSettings",
     "RoutingSettings",
+    "SchedulingSettings",
     "Settings",
     "TierSettings",
     "atp_from_uatp",

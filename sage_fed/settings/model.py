@@ -31,6 +31,7 @@ from sage_fed.settings.sections import (
     LimitSettings,
     MetricsSettings,
     RoutingSettings,
+    SchedulingSettings,
     TierSettings,
 )
 from sage_fed.settings.values import Address
@@ -86,6 +87,9 @@ class Settings(BaseSettings):
         "cards in state_dir.",
     )
     routing: RoutingSettings = Field(default=RoutingSettings(), description="AUTO's rules.")
+    scheduling: SchedulingSettings = Field(
+        default=SchedulingSettings(), description="How the tiers share the device."
+    )
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds of requests.")
     budget: BudgetSettings = Field(description="Budget of an account that has none of its own.")
     accounts: dict[AccountName, AccountSettings] = Field(

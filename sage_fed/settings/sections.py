@@ -78,6 +78,18 @@ class TierSettings(Section):
         return self
 
 
+class SchedulingSettings(Section):
+    """How the two tiers share the device."""
+
+    tactical_share: Real = Field(
+        default=0.5,
+        ge=0.05,
+        le=0.95,
+        description="Tactical tier's part of device time while both have work; more makes its "
+        "answers steadier and strategic ones slower.",
+    )
+
+
 class RoutingSettings(Section):
     """When a request that leaves the choice to the daemon goes to the strategic tier."""
 
