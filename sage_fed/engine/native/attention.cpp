@@ -162,6 +162,10 @@ void store_head(const Model& model, const float* sums, int64_t panel_stride, flo
     else if (out.kind == kFp32) Fp32::store(at + (first + d) * 4, lanes, part(d));
     else _mm512_mask_storeu_ps(spare + row * model.num_heads * dim + first + d, lanes, part(d));
   }
+  if (head + 1 < model.num_heads || out.quantised()) return;
+  // The product reads whole groups: zero weights times what an earlier step left may be NaN.
+  const int64_t each = out.kind == kBf16 ? 2 : 4;
+  std::memset(at + (first + dim) * each, 0, size_t((out.width() - first - dim) * each));
 }
 
 template <class T>

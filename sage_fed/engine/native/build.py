@@ -28,9 +28,10 @@ _ERROR_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """Why this machine does not have the kernels."""
+    """Why this machine does not have the kernels; `hardware`: no compiler could help."""
 
     reason: str
+    hardware: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ def build_library() -> Built | Unavailable:
 def _cpu_flags() -> str | Unavailable:
     """The CPU's own list of what it can do, which decides what `-march=native` means."""
     if platform.machine() != "x86_64":
-        return Unavailable(f"the kernels are for x86_64, and this is {platform.machine()}")
+        return Unavailable(f"they are for x86_64, and this is {platform.machine()}", hardware=True)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return Unavailable("/proc/cpuinfo cannot be read")
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     if missing := [flag for flag in _CPU_FLAGS if flag not in flags]:
-        return Unavailable(f"the CPU lacks {', '.join(missing)}")
+        return Unavailable(f"the CPU lacks {', '.join(missing)}", hardware=True)
     return " ".join(sorted(flags))
 
 

@@ -33,7 +33,15 @@ float largest(const float* x, int64_t count) {
   return _mm512_reduce_max_ps(most);
 }
 
-// round(x / scale) to nearest even, kept in [-limit, limit]; zero where the scale is.
+// The element of a group of 32 that is largest in magnitude, the positive one of two.
+float extreme(const float* x) {
+  const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+  const float highest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+  const float lowest = _mm512_reduce_min_ps(_mm512_min_ps(low, high));
+  return highest >= -lowest ? highest : lowest;
+}
+
+// round(x / scale) to nearest even, kept between two limits; zero where the scale is.
 __m512i quantised(const float* x, float scale, int32_t lowest, int32_t highest) {
   if (scale == 0.0f) return _mm512_setzero_si512();
   const __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x), _mm512_set1_ps(scale)));
@@ -58,7 +66,7 @@ void row_to_dwords(const Linear& layer, const float* x, uint32_t* dwords, float*
     }
   } else {
     for (int64_t i = 0; i < k; i += kGroup) {
-      const __m256i rounded = fp32_to_bf16(_mm512_set1_ps(largest(x + i, kGroup) / 7.0f));
+      const __m256i rounded = fp32_to_bf16(_mm512_set1_ps(extreme(x + i) / -8.0f));
       const uint16_t bits = uint16_t(_mm256_extract_epi16(rounded, 0));
       int4_scales[i / kGroup] = bits;
       alignas(16) uint8_t q[kGroup];
