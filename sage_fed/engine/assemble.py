@@ -67,6 +67,7 @@ def prepare(
     it is theirs, and `rotary` is fp32.
     """
     if native is not None:
+        assert capture is None, "native steps are one call already: there is nothing to record"
         return Prepared(
             NativeForward(native, spec, weights, cache, rotary, num_valid_ids=num_ids), None
         )

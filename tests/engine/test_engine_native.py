@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, Checkpoint, prompt_of
 from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.native import Library, Unavailable, build
-from sage_fed.engine.native.linear import PackedFormat, PackedLinear
+from sage_fed.engine.native.linear import Arena, PackedFormat, PackedLinear
 from sage_fed.errors import ModelLoadError
 from sage_fed.steps import Chunk, Draw
 
@@ -40,7 +40,7 @@ def library() -> Library:
 
 def packed(library: Library, kind: str, weight: torch.Tensor, bias: torch.Tensor) -> PackedLinear:
     """A layer whose rows arrive in two pieces, the later one first."""
-    builder = PackedFormat(library, kind).builder(*weight.shape, bias=True)
+    builder = PackedFormat(library, kind, Arena()).builder(*weight.shape, bias=True)
     half = weight.shape[0] // 3
     builder.place_weight(half, weight[half:])
     builder.place_weight(0, weight[:half])

@@ -90,18 +90,14 @@ class PackedFormat:
         self, out_features: int, in_features: int, *, bias: bool, gated: bool = False
     ) -> PackedBuilder:
         """Allocate a layer; the kernels multiply the halves of a gated one."""
-        struct = LinearStruct(
-            n=out_features, k=in_features, kind=KINDS[self._kind], gated=gated
-        )
+        struct = LinearStruct(n=out_features, k=in_features, kind=KINDS[self._kind], gated=gated)
         return PackedBuilder(self._library, self._arena, struct, bias=bias)
 
 
 class PackedBuilder:
     """A `LinearBuilder` that packs, and quantises, as rows arrive."""
 
-    def __init__(
-        self, library: Library, arena: Arena, struct: LinearStruct, *, bias: bool
-    ) -> None:
+    def __init__(self, library: Library, arena: Arena, struct: LinearStruct, *, bias: bool) -> None:
         self._library = library
         self._struct = struct
         floats = 4 * library.linear_columns(struct)
@@ -136,9 +132,7 @@ class PackedBuilder:
         """Place `values` [n] of any floating type."""
         assert self._struct.bias is not None
         values = values.float().contiguous()
-        self._library.linear_place_bias(
-            self._struct, first_row, values.shape[0], values.data_ptr()
-        )
+        self._library.linear_place_bias(self._struct, first_row, values.shape[0], values.data_ptr())
 
     def build(self) -> PackedLinear:
         """The layer."""
