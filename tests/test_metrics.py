@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from surroundings import require_tool
@@ -35,6 +37,7 @@ from sage_fed.core import (
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
 from sage_fed.metrics import Metrics, MetricsServer, Snapshot
+from sage_fed.metrics.live import LiveRates
 from sage_fed.metrics.scrape import available_memory_bytes
 from sage_fed.metrics.server import MAX_CONNECTIONS, ScrapeServer
 from sage_fed.pricing import RateCard
@@ -67,6 +70,7 @@ atp_charged_total atp_refunded_total atp_denied_total cost_ratio decode_bytes_pe
 kv_cache_tokens model_memory_bytes memory_available_bytes model_load_seconds tier_state
 device_fallback oom_total engine_restarts_total build_info model_info
 atp_reserved_total ledger_commit_seconds ledger_group_size ledger_holds_open rate_card_info
+rate_card_stale device_seconds_total
 """
 
 
@@ -406,11 +410,44 @@ def test_the_live_cost_ratio_needs_traffic_on_both_tiers(metrics: Metrics) -> No
     metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
     assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
 
-    # A mixed step's time cannot be told apart by phase.
-    mixed = report(STRATEGIC, StepKind.MIXED, 9.0, num_prefill_tokens=1, num_decode_tokens=1)
-    metrics.step_done(mixed)
-    assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
     assert value(metrics, "cost_ratio", source="live", phase="prefill") is None
+
+
+def test_mixed_steps_are_split_by_what_their_tokens_cost(metrics: Metrics) -> None:
+    """From steps of many mixes the cost of each phase is found, and no device time is lost."""
+    for tier, prefill_s, decode_s in ((TACTICAL, 0.0001, 0.002), (STRATEGIC, 0.0003, 0.012)):
+        for prefill, decode in ((0, 1), (64, 3), (16, 8), (128, 1), (32, 4)):
+            kind = StepKind.MIXED if prefill else StepKind.DECODE
+            seconds = prefill * prefill_s + decode * decode_s
+            counts = {"num_prefill_tokens": prefill, "num_decode_tokens": decode}
+            metrics.step_done(report(tier, kind, seconds, **counts))
+
+    assert pytest.approx(6.0) == value(metrics, "cost_ratio", source="live", phase="decode")
+    assert pytest.approx(3.0) == value(metrics, "cost_ratio", source="live", phase="prefill")
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 512), st.integers(0, 64), st.floats(1e-5, 10.0)).filter(
+            lambda step: step[0] + step[1] > 0
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_the_phases_times_add_up_to_the_devices(steps: list[tuple[int, int, float]]) -> None:
+    """Whatever was measured: each second belongs to a phase, none to two, none is negative."""
+    live = LiveRates()
+    for prefill, decode, seconds in steps:
+        kind = StepKind.DECODE if not prefill else StepKind.MIXED if decode else StepKind.PREFILL
+        counts = {"num_prefill_tokens": prefill, "num_decode_tokens": decode}
+        live.add(report(TACTICAL, kind, seconds, **counts))
+    rates = live.seconds_per_token(TACTICAL)
+    total = rates.get(Phase.PREFILL, 0.0) * sum(p for p, _, _ in steps)
+    total += rates.get(Phase.DECODE, 0.0) * sum(d for _, d, _ in steps)
+
+    assert all(rate > 0 for rate in rates.values())
+    assert pytest.approx(sum(seconds for _, _, seconds in steps)) == total
 
 
 def test_the_live_cost_ratio_follows_the_load(metrics: Metrics) -> None:
@@ -433,13 +470,19 @@ def test_the_cards_cost_ratios_are_shown_by_source(metrics: Metrics) -> None:
     assert 12.4 == value(metrics, "cost_ratio", source="card", phase="decode")
 
 
-def test_decode_bandwidth_is_weights_times_steps_per_second(metrics: Metrics) -> None:
-    """1000 bytes of weights read 100 times a second are 100 kB/s."""
+def test_decode_bandwidth_counts_weights_and_kv_cache(metrics: Metrics) -> None:
+    """1000 bytes of weights read 100 times a second are 100 kB/s, and each context token 8 more."""
     metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
     assert 0.0 == value(metrics, "decode_bytes_per_second", tier="tactical")
 
     metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
     assert pytest.approx(100_000.0) == value(metrics, "decode_bytes_per_second", tier="tactical")
+
+    # 2000 bytes of weights in the first report, 1000 and 8 x 500 of KV in the second.
+    context = {"num_decode_tokens": 1, "num_context_tokens": 500}
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.05, **context))
+    expected = (2000 + 1000 + 8 * 500) / 0.07
+    assert pytest.approx(expected) == value(metrics, "decode_bytes_per_second", tier="tactical")
 
 
 # At the scrape

@@ -302,6 +302,23 @@ async def test_a_calibration_that_fails_says_why(tmp_path: Path, error: SageFedE
             await in_thread(ask)
 
 
+async def test_a_new_account_may_hold_what_it_is_given(tmp_path: Path) -> None:
+    """Without a capacity of its own it refills up to its first balance, not up to nothing."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> object:
+            with Client(harness.address, token=ADMIN) as client:
+                return (
+                    client.set_budget("new", balance_uatp=5, refill_uatp_per_s=1),
+                    client.set_budget("local", balance_uatp=300, capacity_uatp=300),
+                )
+
+        assert (
+            Budget("new", 5, 0, 0, 5, 1, 0),
+            Budget("local", 300, 0, 0, 300, 0, 0),
+        ) == await in_thread(ask)
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "field"),
     [
@@ -313,8 +330,19 @@ async def test_a_calibration_that_fails_says_why(tmp_path: Path, error: SageFedE
         ("Drain", admin_pb2.DrainRequest(grace_s=float("nan")), "grace_s"),
         ("Drain", admin_pb2.DrainRequest(grace_s=float("inf")), "grace_s"),
         ("SetBudget", admin_pb2.SetBudgetRequest(), "account"),
-        ("SetBudget", admin_pb2.SetBudgetRequest(account="x" * 1000), "account"),
+        ("SetBudget", admin_pb2.SetBudgetRequest(account="x" * 1000, capacity_uatp=1), "account"),
         ("SetBudget", admin_pb2.SetBudgetRequest(account="a", balance_uatp=-1), "balance_uatp"),
+        ("SetBudget", admin_pb2.SetBudgetRequest(account="a"), "capacity_uatp"),
+        (
+            "SetBudget",
+            admin_pb2.SetBudgetRequest(account="a", balance_uatp=10, capacity_uatp=9),
+            "balance_uatp",
+        ),
+        (
+            "SetBudget",
+            admin_pb2.SetBudgetRequest(account="local", balance_uatp=100_000_001),
+            "balance_uatp",
+        ),
         (
             "SetBudget",
             admin_pb2.SetBudgetRequest(account="a", capacity_uatp=2**62),

@@ -124,13 +124,19 @@ def set_budget(
     balance: Annotated[
         int | None,
         typer.Option(
-            "--balance", parser=options.atp_amount, metavar="ATP", help="What it has now."
+            "--balance",
+            parser=options.atp_amount,
+            metavar="ATP",
+            help="What it has now; at most the capacity.",
         ),
     ] = None,
     capacity: Annotated[
         int | None,
         typer.Option(
-            "--capacity", parser=options.atp_amount, metavar="ATP", help="Up to where it refills."
+            "--capacity",
+            parser=options.atp_amount,
+            metavar="ATP",
+            help="Up to where it refills; a new account's balance by default.",
         ),
     ] = None,
     refill: Annotated[

@@ -102,6 +102,8 @@ _REFUSALS = (CannotAfford, QueueFull, TierUnavailable, DeadlineInfeasible, Forbi
 
 # The option by which a person gave a field; where it is not simply its name.
 _OPTIONS = {
+    "balance_uatp": "--balance",
+    "capacity_uatp": "--capacity",
     "client_request_id": "--request-id",
     "deadline_s": "--deadline",
     "grace_s": "--grace",

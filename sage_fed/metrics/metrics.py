@@ -252,7 +252,8 @@ class Metrics:
         series.load_seconds.labels(name).set(info.load_s)
         series.model_memory.labels(name, "weights").set(info.weight_bytes)
         series.model_memory.labels(name, "kv_cache").set(info.kv_cache_bytes)
-        self._scrape.step_bytes = {**self._scrape.step_bytes, tier: info.step_bytes}
+        read = (info.step_bytes, info.kv_token_bytes)
+        self._scrape.read_bytes = {**self._scrape.read_bytes, tier: read}
 
     def _count_tokens(self, tier: str, outcome: str, usage: Usage) -> None:
         tokens = self._jobs.tokens

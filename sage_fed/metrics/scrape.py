@@ -31,15 +31,16 @@ class Snapshot:
 class ScrapeCollector(Collector):
     """Gauges computed from a snapshot, the live rates and the kernel's memory figures.
 
-    `ratios` holds the cost ratios of the rate cards by source, `step_bytes` what a decode step
-    of each loaded model reads; both are replaced whole, never changed. `memory_bytes_per_s` is
-    the device's measured read bandwidth, 0 until it has been measured.
+    `ratios` holds the cost ratios of the rate cards by source, `read_bytes` what each loaded
+    model reads: of weights in a decode step, and of the KV cache for a token that it attends to.
+    Both are replaced whole, never changed. `memory_bytes_per_s` is the device's measured read
+    bandwidth, 0 until it has been measured.
     """
 
     def __init__(self, live: LiveRates) -> None:
         self.snapshot: Callable[[], Snapshot] = Snapshot
         self.ratios: Mapping[str, Mapping[Phase, float]] = {}
-        self.step_bytes: Mapping[Tier, int] = {}
+        self.read_bytes: Mapping[Tier, tuple[int, int]] = {}
         self.memory_bytes_per_s = 0.0
         self._live = live
 
@@ -70,10 +71,8 @@ class ScrapeCollector(Collector):
             for source, ratios in self.ratios.items()
             for phase, ratio in ratios.items()
         ]
-        for phase in (Phase.PREFILL, Phase.DECODE):
-            live = self._live.cost_ratio(phase)
-            if live is not None:
-                samples.append((("live", phase.value), live))
+        live = self._live.cost_ratios()
+        samples += [(("live", phase.value), live[phase]) for phase in Phase if phase in live]
         return _family(
             "cost_ratio",
             "Strategic over tactical cost of a token: priced, and live from device time.",
@@ -83,12 +82,14 @@ class ScrapeCollector(Collector):
 
     def _bandwidth(self) -> Iterator[GaugeMetricFamily]:
         used: list[tuple[tuple[str, ...], float]] = []
-        for tier, step_bytes in self.step_bytes.items():
-            rate = self._live.decode_steps_per_second(tier)
-            used.append(((tier.value,), step_bytes * rate if rate else 0.0))
+        for tier, (step_bytes, kv_token_bytes) in self.read_bytes.items():
+            rate = self._live.decode_bytes_per_second(
+                tier, step_bytes=step_bytes, kv_token_bytes=kv_token_bytes
+            )
+            used.append(((tier.value,), rate or 0.0))
         yield _family(
             "decode_bytes_per_second",
-            "Weights read per second of device time in recent decode steps.",
+            "Weights and KV cache read per second of device time in recent decode steps.",
             ("tier",),
             used,
         )
@@ -103,7 +104,7 @@ class ScrapeCollector(Collector):
         yield _family(
             "decode_bandwidth_ratio",
             "decode_bytes_per_second over the measured bandwidth; above 1 where caches hold "
-            "the weights.",
+            "what is read.",
             ("tier",),
             [(labels, value / self.memory_bytes_per_s) for labels, value in used],
         )

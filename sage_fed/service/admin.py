@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 
-from sage_fed.errors import InvalidField
+from sage_fed.errors import InvalidField, NoSuchAccount
 from sage_fed.ledger.words import BudgetChange
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
@@ -70,7 +71,11 @@ class AdminService:
         request: admin_pb2.SetBudgetRequest,
         call: Call,  # noqa: ARG002 - every method has it
     ) -> admin_pb2.SetBudgetResponse:
-        """Create an account's budget or change it; the ledger checks the amounts."""
+        """Create an account's budget or change it; the ledger checks each amount by itself.
+
+        To the ledger the capacity limits refill only. An operator who sets a balance above it
+        has mistyped one of the two, and an account that may hold nothing was not meant.
+        """
         if not request.account:
             raise InvalidField("account", "must not be empty")
 
@@ -83,8 +88,29 @@ class AdminService:
             refill_uatp_per_s=given("refill_uatp_per_s"),
             strategic_floor_uatp=given("strategic_floor_uatp"),
         )
+        change = replace(change, capacity_uatp=await self._capacity(request.account, change))
         budget = await self._books.set_budget(request.account, change)
         return admin_pb2.SetBudgetResponse(budget=replies.budget_of(budget))
+
+    async def _capacity(self, account: str, change: BudgetChange) -> int | None:
+        """Return the capacity to set, None for the present one; it covers the balance."""
+        try:
+            present_uatp = (await self._books.budget(account)).capacity_uatp
+        except NoSuchAccount:
+            if change.capacity_uatp is None and change.balance_uatp is None:
+                raise InvalidField(
+                    "capacity_uatp", "a new account needs a capacity, or a balance to begin with"
+                ) from None
+            present_uatp = None
+        capacity_uatp = change.capacity_uatp if change.capacity_uatp is not None else present_uatp
+        if capacity_uatp is None:
+            return change.balance_uatp
+        if change.balance_uatp is not None and change.balance_uatp > capacity_uatp:
+            raise InvalidField(
+                "balance_uatp",
+                f"must be at most the capacity, {capacity_uatp}; raise capacity_uatp with it",
+            )
+        return change.capacity_uatp
 
     async def get_load(
         self,
