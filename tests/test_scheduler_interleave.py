@@ -103,6 +103,21 @@ def test_a_strategic_prefill_is_cut_while_tactical_works() -> None:
     assert min(n for n, _ in settled) >= 64
 
 
+def test_a_strategic_prefill_stays_cut_where_tactical_worked_a_moment_ago() -> None:
+    """The next tactical request will come while a strategic step runs, and waits for all of it."""
+    device = Device()
+    device.add(T, new=50)
+    device.add(S)
+    device.times(120)
+    assert not device.scheduler._tiers[T].has_work
+    device.add(S, prompt=2000)
+    soon, _ = device.step()
+    assert soon.num_tokens < 100
+    later = device.scheduler.next_step(10.0)
+    assert later is not None
+    assert 512 + 1 == later.num_tokens
+
+
 def test_a_chunk_grows_until_its_tokens_cost_time() -> None:
     """Where reading the weights is all the cost, a chunk grows to the whole budget."""
     device = Device()

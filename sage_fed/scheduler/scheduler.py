@@ -18,12 +18,20 @@ from sage_fed.scheduler.tier import Outcome, TierSchedule
 from sage_fed.steps import BLOCK_SIZE, Drawn, Step
 
 
+_TACTICAL_NEAR_S = 10.0
+"""How long after its last step the tactical tier is expected to have work again soon.
+
+A request that comes in the middle of a strategic step waits for all of it. With prompts cut only
+while tactical work is there, the first request after a pause would wait for a whole chunk."""
+
+
 class Scheduler:
     """Admits, builds steps, takes in results. One caller; at most one step a tier in flight."""
 
     def __init__(self, *, tactical_share: float = 0.5) -> None:
         self._tiers: dict[Tier, TierSchedule] = {}
         self._interleave = Interleave(tactical_share)
+        self._tactical_seen_s: float | None = None
 
     def open_tier(self, tier: Tier, limits: TierLimits, eos_token_ids: frozenset[int]) -> None:
         """Begin to admit sequences of a tier."""
@@ -76,6 +84,8 @@ class Scheduler:
         tactical = self._tiers.get(Tier.TACTICAL)
         strategic = self._tiers.get(Tier.STRATEGIC)
         tactical_works = tactical is not None and tactical.has_work
+        if tactical_works:
+            self._tactical_seen_s = now
         strategic_works = strategic is not None and strategic.has_work
         if tactical_works and strategic is not None and strategic.in_flight:
             tier: Tier | None = Tier.TACTICAL
@@ -85,7 +95,7 @@ class Scheduler:
             return None
         schedule = self._tiers[tier]
         limit = schedule.limits.prefill_chunk_tokens
-        if tier is Tier.STRATEGIC and tactical is not None and tactical_works:
+        if tier is Tier.STRATEGIC and tactical is not None and self._tactical_near(now):
             limit = min(limit, shared_chunk_tokens(tactical.rates, schedule.rates))
         return schedule.build(limit, now)
 
@@ -147,6 +157,10 @@ class Scheduler:
         """Return when an open tier may have a waiting place again."""
         schedule = self._tiers.get(tier)
         return schedule.retry_after_s if schedule else None
+
+    def _tactical_near(self, now: float) -> bool:
+        seen_s = self._tactical_seen_s
+        return seen_s is not None and now - seen_s < _TACTICAL_NEAR_S
 
     def _note(self, tier: Tier, elapsed_s: float) -> None:
         contended = any(s.has_work for t, s in self._tiers.items() if t is not tier)

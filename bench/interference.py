@@ -1,0 +1,361 @@
+"""What a saturated strategic tier costs the tactical one, and what the sharing costs it in turn.
+
+What has to happen: a strategic step holds the device for as long as it takes to read its weights,
+and a piece of a prompt for longer. A tactical token that comes meanwhile waits that long, however
+clever the scheduler; what it can do is keep the pieces short and never let two strategic steps
+follow each other. The baseline is what one gets without it: two threads, each driving one engine
+as fast as it can, sharing the device as the operating system likes.
+
+Scenes, interleaved A B C D A B C D: the tactical tier alone, the strategic tier alone, both in one
+executor, both in two executors that know nothing of each other. The strategic tier is saturated
+by 16 streams of 512-token prompts, each followed by the next at once; no prompt repeats. Figures
+are medians over the rounds with the smallest and the largest beside them. Strategic throughput
+counts every token that was fed to the model, prompts too, by the executor's own reports.
+
+Run: python bench/interference.py --tactical DIR --strategic DIR [--precision bf16]
+     [--rounds 3] [--seconds 40] [--tactical-share 0.5] [--threads 0] [--quick]
+Four scenes a round, so rounds x seconds x 4 plus the loading. Without models: the bundled pair.
+Writes bench/results/interference.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import report
+from rich.console import Console
+from rich.table import Table
+
+from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.engine import Engine, EngineOptions, load_engine, set_cpu_threads
+from sage_fed.executor import Executor, TierSetup
+from sage_fed.scheduler import Ended, EndReason, SequenceSpec
+from sage_fed.steps import StepReport
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models"
+WARM_UP_SHARE = 0.25
+PATIENCE_S = 120.0
+"""How long the last steps of a scene may take to land."""
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`streams` closed loops of one kind of request."""
+
+    tier: Tier
+    streams: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Loads on one executor, or `apart` on one for each tier."""
+
+    name: str
+    loads: tuple[Load, ...]
+    apart: bool = False
+
+
+class Borrowed:
+    """An engine that outlives the executor which borrows it: `close` leaves it loaded."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the engine has
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        """Do nothing; the owner closes it."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What happened between two instants; an executor's observer."""
+
+    from_s: float = 0.0
+    until_s: float = 0.0
+    fed: dict[Tier, int] = field(default_factory=lambda: defaultdict(int))
+    delivered: dict[Tier, int] = field(default_factory=lambda: defaultdict(int))
+    busy_s: dict[Tier, float] = field(default_factory=lambda: defaultdict(float))
+    longest_s: dict[Tier, float] = field(default_factory=lambda: defaultdict(float))
+    first_s: dict[Tier, list[float]] = field(default_factory=lambda: defaultdict(list))
+    gap_s: dict[Tier, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def within(self, now: float) -> bool:
+        """Whether `now` counts."""
+        return self.from_s <= now <= self.until_s
+
+    def step_done(self, report: StepReport) -> None:
+        """Count a step's tokens and time."""
+        if self.within(time.monotonic()):
+            tier = report.tier
+            self.fed[tier] += report.num_prefill_tokens + report.num_decode_tokens
+            self.busy_s[tier] += report.elapsed_s
+            mean_s = report.elapsed_s / report.num_steps
+            self.longest_s[tier] = max(self.longest_s[tier], mean_s)
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Tiers are not of interest here."""
+
+    def figures(self, tier: Tier) -> Figures:
+        """Rates, latencies in milliseconds and the device's share of one tier."""
+        wall_s = self.until_s - self.from_s
+        return {
+            "fed_tokens_per_s": self.fed[tier] / wall_s,
+            "output_tokens_per_s": self.delivered[tier] / wall_s,
+            "busy_share": self.busy_s[tier] / wall_s,
+            "longest_step_ms": 1e3 * self.longest_s[tier],
+            **_percentiles("inter_token", self.gap_s[tier]),
+            **_percentiles("first_token", self.first_s[tier]),
+        }
+
+
+class Stage:
+    """Resident engines, and the loads that are put on them."""
+
+    def __init__(self, engines: dict[Tier, Engine], valid_ids: int, tactical_share: float) -> None:
+        self._engines = engines
+        self._valid_ids = valid_ids
+        self._tactical_share = tactical_share
+        self._random = Random(17)
+        self._ids = itertools.count(1)
+
+    async def play(self, scene: Scene, seconds: float) -> Seen:
+        """Serve a scene's loads for a while, then stop."""
+        seen = Seen()
+        tiers = [load.tier for load in scene.loads]
+        groups = [[tier] for tier in tiers] if scene.apart else [tiers]
+        async with AsyncExitStack() as stack:
+            executors: dict[Tier, Executor] = {}
+            for group in groups:
+                executor = Executor(
+                    {tier: TierSetup(_lend(self._engines[tier]), 64, 256) for tier in group},
+                    observers=(seen,),
+                    tactical_share=self._tactical_share,
+                )
+                await executor.start()
+                stack.push_async_callback(executor.stop, 0.0)
+                for tier in group:
+                    status = await executor.loaded(tier)
+                    if status.state is not TierState.READY:
+                        raise RuntimeError(f"the {tier.value} tier is {status}")
+                    executors[tier] = executor
+            seen.from_s = time.monotonic() + WARM_UP_SHARE * seconds
+            seen.until_s = time.monotonic() + seconds
+            async with asyncio.timeout(seconds + PATIENCE_S), asyncio.TaskGroup() as group_of:
+                for load in scene.loads:
+                    for _ in range(load.streams):
+                        group_of.create_task(self._stream(executors[load.tier], load, seen))
+        return seen
+
+    async def _stream(self, executor: Executor, load: Load, seen: Seen) -> None:
+        while (begun := time.monotonic()) < seen.until_s:
+            prompt = tuple(self._random.choices(range(self._valid_ids), k=load.prompt_tokens))
+            spec = SequenceSpec(
+                next(self._ids), load.tier, prompt, load.new_tokens, ignore_eos=True
+            )
+            stream = executor.submit(spec)
+            stop = asyncio.get_running_loop().call_later(
+                max(seen.until_s - begun, 0.0), executor.cancel, spec.seq_id
+            )
+            last: float | None = None
+            while not isinstance(got := await stream.next(), Ended):
+                now, count = time.monotonic(), len(got.drawn)
+                if seen.within(now):
+                    seen.delivered[load.tier] += count
+                    if last is None:
+                        seen.first_s[load.tier].append(now - begun)
+                    else:
+                        seen.gap_s[load.tier] += [(now - last) / count] * count
+                last = now
+            stop.cancel()
+            if got.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
+                raise RuntimeError(f"a {load.tier.value} sequence ended {got.reason.value}")
+
+
+def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) -> dict[str, Any]:
+    """Every scene in every round; per scene and tier each figure's median and range."""
+    found: dict[str, dict[str, list[Figures]]] = defaultdict(lambda: defaultdict(list))
+    for _ in range(rounds):
+        for scene in scenes:
+            seen = asyncio.run(stage.play(scene, seconds))
+            for load in scene.loads:
+                found[scene.name][load.tier.value].append(seen.figures(load.tier))
+    return {
+        name: {tier: _over_rounds(rows) for tier, rows in tiers.items()}
+        for name, tiers in found.items()
+    }
+
+
+def compare(found: dict[str, Any]) -> dict[str, float | None]:
+    """How many times as long the tactical tier waits, and how much of the strategic is left."""
+    rows: dict[str, float | None] = {}
+    for name in ("together", "apart"):
+        for figure in (
+            "inter_token_p50_ms", "inter_token_p99_ms", "first_token_p50_ms", "first_token_p99_ms",
+        ):  # fmt: skip
+            rows[f"tactical_{figure[:-3]}_{name}_times"] = _ratio(
+                found[name][T.value], found["tactical_alone"][T.value], figure
+            )
+        for figure in ("fed_tokens_per_s", "output_tokens_per_s"):
+            rows[f"strategic_{figure}_{name}_kept"] = _ratio(
+                found[name][S.value], found["strategic_alone"][S.value], figure
+            )
+    return rows
+
+
+def show(found: dict[str, Any], ratios: dict[str, float | None]) -> None:
+    """A table for people."""
+    columns = {
+        "ITL p50 ms": "inter_token_p50_ms",
+        "ITL p99 ms": "inter_token_p99_ms",
+        "TTFT p50 ms": "first_token_p50_ms",
+        "TTFT p99 ms": "first_token_p99_ms",
+        "fed tok/s": "fed_tokens_per_s",
+        "out tok/s": "output_tokens_per_s",
+        "longest step ms": "longest_step_ms",
+    }
+    table = Table("scene", "tier", *columns)
+    for name, tiers in found.items():
+        for tier, figures in tiers.items():
+            cells = (figures.get(figure) for figure in columns.values())
+            table.add_row(name, tier, *(f"{c['median']:,.1f}" if c else "-" for c in cells))
+    console = Console()
+    console.print(table)
+    for name, ratio in ratios.items():
+        console.print(f"{name}: {'-' if ratio is None else f'{ratio:.2f}'}")
+
+
+def _over_rounds(rows: Sequence[Figures]) -> dict[str, dict[str, float]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {
+        name: {"median": statistics.median(v), "least": min(v), "most": max(v), "rounds": len(v)}
+        for name, v in values.items()
+    }
+
+
+def _percentiles(name: str, seconds: Sequence[float]) -> Figures:
+    """p50 and p99 in milliseconds, and of how many; nothing where nothing was seen."""
+    if len(seconds) < 2:
+        return {}
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {
+        f"{name}_p50_ms": 1e3 * cuts[49],
+        f"{name}_p99_ms": 1e3 * cuts[98],
+        f"{name}_n": float(len(seconds)),
+    }
+
+
+def _ratio(over: dict[str, Any], under: dict[str, Any], figure: str) -> float | None:
+    if figure not in over or not (base := under.get(figure, {}).get("median")):
+        return None
+    return float(over[figure]["median"] / base)
+
+
+def _lend(engine: Engine) -> Callable[[Callable[[float], None]], Any]:
+    return lambda _: Borrowed(engine)
+
+
+def _engine(model: Path, tier: Tier, args: argparse.Namespace, load: Load) -> Engine:
+    tokens = load.prompt_tokens + load.new_tokens
+    options = EngineOptions(
+        str(model),
+        # Room for all streams and some for what is kept; the pool's size is no part of this.
+        kv_cache_bytes=args.kv_mib * 2**20,
+        device=args.device,
+        precision=args.precision,
+        max_context_tokens=-(-tokens // 16) * 16,
+        max_batch=load.streams,
+    )
+    engine = load_engine(options, lambda _: None)
+    if engine.num_blocks * 16 < tokens * load.streams:
+        raise SystemExit(f"--kv-mib {args.kv_mib} does not hold the {tier.value} tier's streams")
+    return engine
+
+
+def _vocabulary(model: Path) -> int:
+    size: int = json.loads((model / "config.json").read_text())["vocab_size"]
+    return size
+
+
+def main() -> None:
+    """Load both, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tactical", type=Path, default=BUNDLED / "demo-tactical")
+    parser.add_argument("--strategic", type=Path, default=BUNDLED / "demo-strategic")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of a forward pass; 0 is torch's")
+    parser.add_argument("--kv-mib", type=int, default=1024, help="KV cache of each tier")
+    parser.add_argument("--tactical-share", type=float, default=0.5)
+    parser.add_argument("--tactical-streams", type=int, default=1)
+    parser.add_argument("--strategic-streams", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--quick", action="store_true", help="one short round, to see it work")
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.seconds = 1, 3.0
+    if args.threads:
+        set_cpu_threads(args.threads)
+    tactical = Load(T, args.tactical_streams, 64, 64)
+    strategic = Load(S, args.strategic_streams, 512, 64)
+    engines = {
+        T: _engine(args.tactical, T, args, tactical),
+        S: _engine(args.strategic, S, args, strategic),
+    }
+    scenes = (
+        Scene("tactical_alone", (tactical,)),
+        Scene("strategic_alone", (strategic,)),
+        Scene("together", (tactical, strategic)),
+        Scene("apart", (tactical, strategic), apart=True),
+    )
+    vocabulary = min(_vocabulary(args.tactical), _vocabulary(args.strategic))
+    stage = Stage(engines, vocabulary, args.tactical_share)
+    found = measure(stage, scenes, args.rounds, args.seconds)
+    ratios = compare(found)
+    show(found, ratios)
+    result = {
+        "models": {
+            tier.value: {
+                "name": engine.info.name, "parameters": engine.info.parameters,
+                "precision": engine.info.precision, "kernels": engine.info.kernels,
+                "device": engine.info.device,
+            }
+            for tier, engine in engines.items()
+        },
+        "loads": {
+            load.tier.value: {
+                "streams": load.streams, "prompt_tokens": load.prompt_tokens,
+                "new_tokens": load.new_tokens,
+            }
+            for load in (tactical, strategic)
+        },
+        "threads": args.threads, "tactical_share": args.tactical_share,
+        "rounds": args.rounds, "seconds": args.seconds,
+        "scenes": found, "compared": ratios,
+    }  # fmt: skip
+    report.write("interference", result, args.output)
+
+
+if __name__ == "__main__":
+    main()
