@@ -1,4 +1,4 @@
-"""From weights to torch's forward pass: plain, or by graphs that are captured before it serves.
+"""From weights to a forward pass: native, torch's, or graphs that are captured before it serves.
 
 Owns the choice, and what it costs in time and memory. Knows no files. Fails with torch's
 out-of-memory error where the graphs do not fit beside the model.
@@ -21,6 +21,8 @@ from sage_fed.engine.forward import Forward, TorchForward
 from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.engine.graphs import CudaCapture, GraphCapture
 from sage_fed.engine.kv_cache import KVCache
+from sage_fed.engine.native import Library
+from sage_fed.engine.native.forward import NativeForward
 from sage_fed.engine.weights import ModelWeights
 
 
@@ -52,6 +54,7 @@ def prepare(
     rotary: torch.Tensor,
     capture: GraphCapture | None,
     *,
+    native: Library | None,
     num_blocks: int,
     num_ids: int,
     max_batch: int,
@@ -60,8 +63,14 @@ def prepare(
 ) -> Prepared:
     """Build the pass over `weights`; with a `capture`, `cache` has a block beyond `num_blocks`.
 
-    `num_ids` are those that there are logits for; `progress` rises to 1.
+    `num_ids` are those that there are logits for; `progress` rises to 1. With `native` kernels
+    it is theirs, and `rotary` is fp32.
     """
+    if native is not None:
+        assert capture is None, "native steps are one call already: there is nothing to record"
+        return Prepared(
+            NativeForward(native, spec, weights, cache, rotary, num_valid_ids=num_ids), None
+        )
     context, dtype, device = rotary.shape[0], rotary.dtype, rotary.device
     heads = Heads(spec.num_heads, spec.num_kv_heads)
     batches = BatchBuilder(

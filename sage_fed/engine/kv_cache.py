@@ -76,6 +76,11 @@ class KVCache:
         """Device memory of the pool."""
         return self._pool.nbytes
 
+    @property
+    def pool(self) -> torch.Tensor:
+        """The whole pool [layers, slots, 2 * kv_heads * head_dim]."""
+        return self._pool
+
     def clear(self, slots: torch.Tensor) -> None:
         """Zero `slots` in every layer.
 

@@ -75,8 +75,10 @@ class LinearFormat(Protocol):
     def layout(self) -> str:
         """Names the form of the storage: copies made under another name are not usable."""
 
-    def builder(self, out_features: int, in_features: int, *, bias: bool) -> LinearBuilder:
-        """Allocate a layer on the device."""
+    def builder(
+        self, out_features: int, in_features: int, *, bias: bool, gated: bool = False
+    ) -> LinearBuilder:
+        """Allocate a layer on the device; `gated`: gate rows, and then as many up rows."""
 
 
 class DenseLinear:
@@ -121,7 +123,14 @@ class DenseFormat:
         """Rows as the checkpoint has them."""
         return f"dense-{self._dtype}"
 
-    def builder(self, out_features: int, in_features: int, *, bias: bool) -> LinearBuilder:
+    def builder(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        bias: bool,
+        gated: bool = False,  # noqa: ARG002 - rows stay in their order
+    ) -> LinearBuilder:
         """Allocate the layer in its final place; pieces are converted into it."""
         weight = allocate((out_features, in_features), self._dtype, self._device)
         biases = torch.empty(out_features, dtype=self._dtype, device=self._device) if bias else None

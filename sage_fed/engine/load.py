@@ -89,13 +89,15 @@ def load_engine(
         capture = capture or capture_for(device)
         # Padding rows of a graph write to a block that no sequence owns.
         cache = KVCache(spec, num_blocks + (1 if capture else 0), compute, device)
-        rotary = rotary_table(spec.rope, spec.head_dim, context, compute, device)
+        turned = compute if formats.native is None else torch.float32
+        rotary = rotary_table(spec.rope, spec.head_dim, context, turned, device)
         prepared = prepare(
             spec,
             weights,
             cache,
             rotary,
             capture,
+            native=formats.native,
             num_blocks=num_blocks,
             num_ids=options.num_valid_ids or spec.vocab_size,
             max_batch=options.max_batch,

@@ -44,7 +44,14 @@ class QuantisedFormat:
         """Canonical numbers, a row after the other, on every device."""
         return f"rows-{self._kind}-1"
 
-    def builder(self, out_features: int, in_features: int, *, bias: bool) -> LinearBuilder:
+    def builder(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        bias: bool,
+        gated: bool = False,  # noqa: ARG002 - rows stay in their order
+    ) -> LinearBuilder:
         """Allocate the layer; pieces are quantised as they arrive."""
         groups = num_groups(in_features)
         width, dtype = {

@@ -161,6 +161,7 @@ class WeightsBuilder:
             hidden,
             {f"{mlp}.{part}_proj": spec.intermediate_size for part in ("gate", "up")},
             bias=spec.mlp_bias,
+            gated=True,
         )
         down = self._fused(
             f"{mlp}.down", spec.intermediate_size, {f"{mlp}.down_proj": hidden}, bias=spec.mlp_bias
@@ -189,10 +190,18 @@ class WeightsBuilder:
         return tensor
 
     def _fused(
-        self, name: str, in_features: int, pieces: dict[str, int], *, bias: bool
+        self,
+        name: str,
+        in_features: int,
+        pieces: dict[str, int],
+        *,
+        bias: bool,
+        gated: bool = False,
     ) -> LinearBuilder:
         """One layer from the rows of several checkpoint layers, in the order of `pieces`."""
-        layer = self._formats.layers.builder(sum(pieces.values()), in_features, bias=bias)
+        layer = self._formats.layers.builder(
+            sum(pieces.values()), in_features, bias=bias, gated=gated
+        )
         self._keep(name, layer)
         first = 0
         for piece, rows in pieces.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from native_kernels import require_native
 from tiny_models import CONFIGS, Checkpoint, save_random
 
 from sage_fed.engine import Engine, EngineOptions, load_engine
@@ -24,14 +25,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return of
 
 
-@pytest.fixture(scope="session")
-def engine_of(checkpoint: Callable[[str], Checkpoint]) -> Callable[[str], Engine]:
-    """Engines in fp32 on the CPU by the name of their configuration."""
+@pytest.fixture(scope="session", params=["native", "torch"])
+def engine_of(
+    checkpoint: Callable[[str], Checkpoint], request: pytest.FixtureRequest
+) -> Callable[[str], Engine]:
+    """Engines in fp32 on the CPU by the name of their configuration, on either's kernels."""
     loaded: dict[str, Engine] = {}
+    if request.param == "native":
+        require_native()
 
     def of(name: str) -> Engine:
         if name not in loaded:
-            options = EngineOptions(model=str(checkpoint(name).path), kv_cache_bytes=1 << 22)
+            options = EngineOptions(
+                model=str(checkpoint(name).path), kv_cache_bytes=1 << 22, kernels=request.param
+            )
             loaded[name] = load_engine(options, lambda _: None)
         return loaded[name]
 

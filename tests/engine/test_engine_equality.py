@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from engine_driver import Driver, generate
+from native_kernels import require_native
 from tiny_models import CONFIGS, Checkpoint, prompt_of
 from transformers import AutoModelForCausalLM
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.decoder import Decoder
+from sage_fed.engine.native import Library
 from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, Step
 
@@ -117,15 +120,20 @@ def test_contexts_of_very_different_length_decode_together(
     assert expected == driver.finish()
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_what_a_block_held_before_cannot_reach_its_next_owner(
-    checkpoint: Checkpoints,
+    checkpoint: Checkpoints, kernels: Literal["native", "torch"]
 ) -> None:
     """Even a cache full of NaN (an overflow of strangers) leaves a new sequence untouched."""
+    if kernels == "native":
+        require_native()
     source = checkpoint("llama")
-    options = EngineOptions(model=str(source.path), kv_cache_bytes=1 << 20)
+    options = EngineOptions(model=str(source.path), kv_cache_bytes=1 << 20, kernels=kernels)
     engine = load_engine(options, lambda _: None)
+    forward = engine._forward
+    cache = forward._cache if kernels == "native" else forward._decoder._cache
     with torch.inference_mode():
-        engine._forward._decoder._cache._pool.fill_(float("nan"))
+        cache.pool.fill_(float("nan"))
     driver = Driver(engine)
     for seq_id, length in enumerate((3, 40)):
         driver.add(seq_id, prompt_of(length), 30, pieces=[2, 20])
@@ -156,6 +164,7 @@ def test_running_out_of_memory_fails_the_step_only(
     engine, prompt = engine_of("llama"), prompt_of(20)
     with monkeypatch.context() as patched:
         patched.setattr(Decoder, "logits", exhausted)
+        patched.setattr(Library, "session_run", lambda *_: False)
         with pytest.raises(DeviceOutOfMemory, match="20 tokens"):
             generate(engine, prompt, 5)
     assert checkpoint("llama").greedy(prompt, 5) == generate(engine, prompt, 5)

@@ -40,6 +40,7 @@ def graphs_of(checkpoint: Checkpoints) -> Engines:
                 kv_cache_bytes=1 << 22,
                 max_batch=MAX_BATCH,
                 verify_tokens=(3,),
+                kernels="torch",
             )
             loaded[name] = load_engine(options, lambda _: None, EagerCapture())
         return loaded[name]
@@ -136,7 +137,9 @@ def test_several_tokens_a_sequence_are_verified_in_one_padded_step(
 def test_a_cache_full_of_nan_reaches_nobody(checkpoint: Checkpoints) -> None:
     """Neither what strangers left nor the padding's own block touches a row that is read."""
     source = checkpoint("llama")
-    options = EngineOptions(model=str(source.path), kv_cache_bytes=1 << 20, max_batch=4)
+    options = EngineOptions(
+        model=str(source.path), kv_cache_bytes=1 << 20, max_batch=4, kernels="torch"
+    )
     engine = load_engine(options, lambda _: None, EagerCapture())
     pool = _forward(engine)._decoder._cache._pool
     with torch.inference_mode():
@@ -251,7 +254,9 @@ def test_two_engines_fly_by_turns(checkpoint: Checkpoints, graphs_of: Engines) -
 
 def test_flights_land_once_and_in_order(checkpoint: Checkpoints) -> None:
     """Landing out of turn, twice, or after the engine was closed is a bug of the caller."""
-    options = EngineOptions(model=str(checkpoint("llama").path), kv_cache_bytes=1 << 20)
+    options = EngineOptions(
+        model=str(checkpoint("llama").path), kv_cache_bytes=1 << 20, kernels="torch"
+    )
     engine = load_engine(options, lambda _: None, EagerCapture())
     step = Step(T, (Chunk(0, 0, (5, 6), (0,), Draw(GREEDY, 0)),))
     first, second = engine.launch(step), engine.launch(step)
@@ -276,7 +281,9 @@ def test_preparing_is_part_of_loading_and_is_reported(
 ) -> None:
     """Progress rises to 1 over weights and buckets; the model says how long it took."""
     shares: list[float] = []
-    options = EngineOptions(model=str(checkpoint("llama").path), kv_cache_bytes=1 << 20)
+    options = EngineOptions(
+        model=str(checkpoint("llama").path), kv_cache_bytes=1 << 20, kernels="torch"
+    )
     engine = load_engine(options, shares.append, EagerCapture())
     assert sorted(shares) == shares
     assert 1.0 == shares[-1]

@@ -1,0 +1,381 @@
+// A whole step of a decoder: embedding, layers, head; and the C interface of the library.
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <new>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace sf {
+namespace {
+
+constexpr int64_t kOwnRows = 4;  // up to so many rows every thread prepares by itself
+constexpr int64_t kHugePage = int64_t(1) << 21;
+
+// Zeroed memory for the activations of a step.
+class Memory {
+ public:
+  ~Memory() { std::free(data_); }
+  // Throws std::bad_alloc; what was there is lost either way.
+  void grow(int64_t nbytes) {
+    if (nbytes <= size_) return;
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    const int64_t size = round_up(nbytes, kHugePage);
+    data_ = static_cast<uint8_t*>(std::aligned_alloc(size_t(kHugePage), size_t(size)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    madvise(data_, size_t(size), MADV_HUGEPAGE);
+    std::memset(data_, 0, size_t(size));
+    size_ = size;
+  }
+  uint8_t* data() { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Hands out pieces of a block, 64-byte aligned; with no block it only counts.
+class Carver {
+ public:
+  explicit Carver(uint8_t* data) : data_(data) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* mine = data_ == nullptr ? nullptr : reinterpret_cast<T*>(data_ + used_);
+    used_ += round_up(count * int64_t(sizeof(T)), 64) + 64;
+    return mine;
+  }
+  Activations activations(int64_t rows, int64_t k, int32_t kind) {
+    Activations a;
+    a.k = k;
+    a.kind = kind;
+    a.stride = Activations::stride_for(kind, k);
+    a.rows = take<uint8_t>(rows * a.stride);
+    a.group_stride = a.width() / kGroup;
+    a.groups = take<GroupScale>(a.quantised() ? rows * a.group_stride : 0);
+    return a;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* data_;
+  int64_t used_ = 0;
+};
+
+struct Workspace {
+  float* x;        // the residual stream [rows, x_stride]
+  float* qkv;      // [rows, qkv_stride]
+  float* spare;    // attention's output where it is converted afterwards
+  Activations attended, gated, shared;
+  std::vector<Activations> own;      // of each thread
+  std::vector<float*> scratch;       // of each thread, for products
+  std::vector<float*> attention;     // of each thread, likewise
+  std::vector<AttentionTask> tasks;
+  std::vector<int64_t> chunk_of_row;
+  std::vector<int64_t> drawn_rows;
+};
+
+}  // namespace
+
+class Session {
+ public:
+  Session(const Model& model, Pool& pool)
+      : model_(model), layers_(model.layers, model.layers + model.num_layers), pool_(pool) {
+    model_.layers = layers_.data();
+  }
+
+  void run(const Step& step) {
+    lay_out(step);
+    pool_.run([&](Team& team, int thread) { work(step, team, thread); });
+  }
+
+ private:
+  int64_t query_width() const { return int64_t(model_.num_heads) * model_.head_dim; }
+
+  void carve(Carver& carver, int64_t rows) {
+    const Layer& layer = model_.layers[0];
+    const int64_t hidden = model_.hidden;
+    w_.x = carver.take<float>(rows * x_stride());
+    w_.qkv = carver.take<float>(rows * qkv_stride());
+    w_.spare = carver.take<float>(needs_spare(model_, layer.out.kind) ? rows * query_width() : 0);
+    w_.attended = carver.activations(rows, query_width(), layer.out.kind);
+    w_.gated = carver.activations(rows, model_.intermediate, layer.down.kind);
+    w_.shared = any_kind(carver, rows, hidden);
+    w_.own.resize(size_t(pool_.size()));
+    w_.scratch.resize(size_t(pool_.size()));
+    w_.attention.resize(size_t(pool_.size()));
+    const int64_t together = std::min(rows, attention_rows(model_));
+    for (int t = 0; t < pool_.size(); ++t) {
+      w_.own[size_t(t)] = any_kind(carver, kOwnRows, hidden);
+      w_.scratch[size_t(t)] = carver.take<float>(rows * kPanel);
+      w_.attention[size_t(t)] = carver.take<float>(attention_scratch(model_, together));
+    }
+  }
+
+  // Room for activations of every kind: the head's may differ from the layers'.
+  static Activations any_kind(Carver& carver, int64_t rows, int64_t k) {
+    Activations a = carver.activations(rows, k, kInt8);
+    a.stride = Activations::stride_for(kFp32, k);
+    a.rows = carver.take<uint8_t>(rows * a.stride);
+    return a;
+  }
+
+  int64_t x_stride() const { return round_up(model_.hidden, kPanel); }
+  int64_t qkv_stride() const { return num_panels(model_.layers[0].qkv) * kPanel; }
+
+  void lay_out(const Step& step) {
+    Carver counting(nullptr);
+    carve(counting, step.num_tokens);
+    memory_.grow(counting.used());
+    Carver carver(memory_.data());
+    carve(carver, step.num_tokens);
+    w_.tasks.clear();
+    w_.chunk_of_row.clear();
+    w_.drawn_rows.clear();
+    alone_ = true;
+    const int64_t rows_each = attention_rows(model_);
+    int64_t row = 0;
+    for (int64_t c = 0; c < step.num_chunks; ++c) {
+      const Chunk& chunk = step.chunks[c];
+      alone_ = alone_ && chunk.num_rows == 1;
+      for (int64_t r = 0; r < chunk.num_rows; r += rows_each)
+        for (int32_t head = 0; head < model_.num_kv_heads; ++head)
+          w_.tasks.push_back({c, row + r, std::min(rows_each, chunk.num_rows - r), chunk.start + r, head});
+      w_.chunk_of_row.insert(w_.chunk_of_row.end(), size_t(chunk.num_rows), c);
+      row += chunk.num_rows;
+      if (chunk.draws) w_.drawn_rows.push_back(row - 1);
+      first_row_.resize(size_t(c) + 1);
+      first_row_[size_t(c)] = row - chunk.num_rows;
+    }
+  }
+
+  // Activations of rows of `x` for a layer of `kind`, ready on return.
+  Activations prepared(Team& team, int thread, const float* x, int64_t x_stride, int64_t rows,
+                       int64_t k, int32_t kind, const float* norm, const int64_t* picked) {
+    const auto from = [&](int64_t row) { return x + (picked ? picked[row] : row) * x_stride; };
+    Activations to = rows <= kOwnRows ? w_.own[size_t(thread)] : w_.shared;
+    to.k = k;
+    to.kind = kind;
+    if (rows <= kOwnRows) {
+      for (int64_t row = 0; row < rows; ++row) prepare_row(to, row, from(row), norm, model_.eps);
+      return to;
+    }
+    team.share(rows, [&](int64_t row) { prepare_row(to, row, from(row), norm, model_.eps); });
+    team.barrier();
+    return to;
+  }
+
+  void product(Team& team, int thread, const Linear& layer, const Activations& a, int64_t rows,
+               const Output& output) {
+    team.share(product_tasks(layer, output.then == Then::kGate ? num_panels(layer) * kPanel : output.columns),
+               [&](int64_t task) { product_task(layer, a, rows, task, w_.scratch[size_t(thread)], output); });
+    team.barrier();
+  }
+
+  void embed(const Step& step, int64_t row) {
+    float* x = w_.x + row * x_stride();
+    const int64_t id = step.token_ids[row], hidden = model_.hidden;
+    if (model_.embedding == nullptr) {
+      weight_row(model_.head, id, x);
+    } else if (model_.embedding_type == kSrcFp32) {
+      std::memcpy(x, static_cast<const float*>(model_.embedding) + id * hidden, size_t(hidden) * 4);
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(model_.embedding) + id * hidden;
+      for (int64_t i = 0; i < hidden; ++i) x[i] = bf16_to_fp32(from[i]);
+    }
+  }
+
+  void attention(const Step& step, const Layer& layer, Team& team, int thread) {
+    const int64_t stride = qkv_stride();
+    if (!alone_) {
+      team.share(step.num_tokens, [&](int64_t row) {
+        const int64_t c = w_.chunk_of_row[size_t(row)];
+        const Chunk& chunk = step.chunks[c];
+        const int64_t position = chunk.start + row - first_row_[size_t(c)];
+        const int64_t slot = slot_of(model_, step, chunk, position);
+        for (int32_t head = 0; head < model_.num_kv_heads; ++head)
+          store_kv(model_, layer, w_.qkv + row * stride, position, slot, head);
+      });
+      team.barrier();
+    }
+    // The last rows of a prompt have most to attend to: they go first.
+    const int64_t count = int64_t(w_.tasks.size());
+    team.share(count, [&](int64_t task) {
+      attend(model_, layer, step, w_.tasks[size_t(count - 1 - task)], w_.qkv, stride, alone_,
+             w_.attention[size_t(thread)], w_.attended, w_.spare);
+    });
+    team.barrier();
+  }
+
+  void work(const Step& step, Team& team, int thread) {
+    const int64_t rows = step.num_tokens, hidden = model_.hidden, xs = x_stride();
+    team.share(rows, [&](int64_t row) { embed(step, row); });
+    team.barrier();
+    for (int32_t i = 0; i < model_.num_layers; ++i) {
+      const Layer& layer = model_.layers[i];
+      const Activations normed =
+          prepared(team, thread, w_.x, xs, rows, hidden, layer.qkv.kind, layer.input_norm, nullptr);
+      product(team, thread, layer.qkv, normed, rows,
+              {Then::kStore, w_.qkv, qkv_stride(), qkv_stride(), nullptr});
+      attention(step, layer, team, thread);
+      Activations attended = w_.attended;
+      if (needs_spare(model_, layer.out.kind)) {
+        team.share(rows, [&](int64_t row) {
+          prepare_row(w_.attended, row, w_.spare + row * query_width(), nullptr, 0.0f);
+        });
+        team.barrier();
+      }
+      product(team, thread, layer.out, attended, rows, {Then::kAdd, w_.x, xs, xs, nullptr});
+      const Activations again =
+          prepared(team, thread, w_.x, xs, rows, hidden, layer.gate_up.kind, layer.mlp_norm, nullptr);
+      product(team, thread, layer.gate_up, again, rows, {Then::kGate, nullptr, 0, 0, &w_.gated});
+      product(team, thread, layer.down, w_.gated, rows, {Then::kAdd, w_.x, xs, xs, nullptr});
+    }
+    const int64_t drawn = int64_t(w_.drawn_rows.size());
+    if (drawn == 0) return;
+    const Activations last = prepared(team, thread, w_.x, xs, drawn, hidden, model_.head.kind,
+                                      model_.norm, w_.drawn_rows.data());
+    product(team, thread, model_.head, last, drawn,
+            {Then::kStore, step.logits, model_.valid_ids, model_.valid_ids, nullptr});
+  }
+
+  Model model_;
+  std::vector<Layer> layers_;
+  Pool& pool_;
+  Memory memory_;
+  Workspace w_{};
+  std::vector<int64_t> first_row_;
+  bool alone_ = true;  // every chunk is one token: each task stores its own key and value
+};
+
+// Two engines in a process take turns on the cores, so they share their threads.
+struct SharedPool {
+  std::unique_ptr<Pool> pool;
+  int64_t users = 0;
+};
+std::mutex pools_lock;
+std::map<int32_t, SharedPool> pools;
+
+}  // namespace sf
+
+extern "C" {
+
+using namespace sf;
+
+// Sizes of the structs that Python mirrors, in the order of library.py.
+void sf_abi_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(Linear);
+  sizes[1] = sizeof(Layer);
+  sizes[2] = sizeof(Model);
+  sizes[3] = sizeof(Chunk);
+  sizes[4] = sizeof(Step);
+}
+
+// The process's pool of `num_threads`, shared by all who ask for it; null: no memory or threads.
+void* sf_pool_get(int32_t num_threads) {
+  try {
+    std::lock_guard<std::mutex> lock(pools_lock);
+    SharedPool& shared = pools[num_threads];
+    if (shared.pool == nullptr) shared.pool = std::make_unique<Pool>(num_threads);
+    ++shared.users;
+    return shared.pool.get();
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void sf_pool_release(void* pool) {
+  std::lock_guard<std::mutex> lock(pools_lock);
+  for (auto at = pools.begin(); at != pools.end(); ++at) {
+    if (at->second.pool.get() != pool) continue;
+    if (--at->second.users == 0) pools.erase(at);
+    return;
+  }
+}
+
+int64_t sf_linear_nbytes(const Linear* layer) { return num_panels(*layer) * panel_nbytes(*layer); }
+
+int64_t sf_linear_columns(const Linear* layer) { return num_panels(*layer) * kPanel; }
+
+// Zeroes what padding leaves: nothing else is ever unwritten.
+void sf_linear_clear(const Linear* layer) {
+  const int64_t columns = num_panels(*layer) * kPanel, nbytes = panel_nbytes(*layer);
+  if (columns != layer->n) std::memset(layer->data + (num_panels(*layer) - 1) * nbytes, 0, size_t(nbytes));
+  if (layer->scales != nullptr) std::memset(layer->scales, 0, size_t(columns) * 4);
+  if (layer->bias != nullptr) std::memset(layer->bias, 0, size_t(columns) * 4);
+}
+
+int32_t sf_linear_pack(void* pool, const Linear* layer, int64_t first_row, int64_t count,
+                       const void* source, int32_t source_type) {
+  std::atomic<int32_t> failed{0};
+  static_cast<Pool*>(pool)->run([&](Team& team, int) {
+    try {
+      pack_rows(team, *layer, first_row, count, source, source_type);
+    } catch (...) {
+      failed = 1;
+    }
+  });
+  return failed;
+}
+
+void sf_linear_place_bias(const Linear* layer, int64_t first_row, int64_t count, const float* values) {
+  for (int64_t i = 0; i < count; ++i) layer->bias[packed_column(*layer, first_row + i)] = values[i];
+}
+
+void sf_linear_row(const Linear* layer, int64_t row, float* x) { weight_row(*layer, row, x); }
+
+// y [rows, n] = x [rows, k] W^T + b, for tests and measurements; 1: no memory.
+int32_t sf_linear_apply(void* pool, const Linear* layer, const float* x, int64_t rows, float* y) {
+  Memory memory;
+  std::vector<float*> scratch;
+  Pool& threads = *static_cast<Pool*>(pool);
+  Activations a;
+  try {
+    for (int pass = 0; pass < 2; ++pass) {
+      Carver carver(memory.data());
+      a = carver.activations(rows, layer->k, layer->kind);
+      scratch.clear();
+      for (int t = 0; t < threads.size(); ++t) scratch.push_back(carver.take<float>(rows * kPanel));
+      if (pass == 0) memory.grow(carver.used());
+    }
+  } catch (...) {
+    return 1;
+  }
+  const Output output{Then::kStore, y, layer->n, layer->n, nullptr};
+  threads.run([&](Team& team, int thread) {
+    team.share(rows, [&](int64_t row) { prepare_row(a, row, x + row * layer->k, nullptr, 0.0f); });
+    team.barrier();
+    team.share(product_tasks(*layer, layer->n),
+               [&](int64_t task) { product_task(*layer, a, rows, task, scratch[size_t(thread)], output); });
+  });
+  return 0;
+}
+
+void* sf_session_new(const Model* model, void* pool) {
+  try {
+    return new Session(*model, *static_cast<Pool*>(pool));
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void sf_session_free(void* session) { delete static_cast<Session*>(session); }
+
+// 0, or 1 where there is no memory for the step.
+int32_t sf_session_run(void* session, const Step* step) {
+  try {
+    static_cast<Session*>(session)->run(*step);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // extern "C"

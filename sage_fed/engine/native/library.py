@@ -1,0 +1,211 @@
+"""The kernels' C interface in Python: structs, signatures, and who frees what.
+
+Every call releases the GIL for as long as it lasts. Pointers are plain integers: whoever calls
+keeps the memory behind them alive. The structs mirror `model.h`; their sizes are compared when
+the library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+from sage_fed.engine.native.build import Unavailable, build_library
+
+_LOG = logging.getLogger(__name__)
+
+KINDS = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3}
+SOURCE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+
+
+class LinearStruct(ctypes.Structure):
+    """`Linear` of model.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("kind", c_int32),
+        ("gated", c_int32),
+    )
+
+
+class LayerStruct(ctypes.Structure):
+    """`Layer` of model.h."""
+
+    _fields_ = (
+        ("qkv", LinearStruct),
+        ("out", LinearStruct),
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
+        ("input_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("kv", c_void_p),
+    )
+
+
+class ModelStruct(ctypes.Structure):
+    """`Model` of model.h."""
+
+    _fields_ = (
+        ("num_layers", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("valid_ids", c_int64),
+        ("eps", c_float),
+        ("block_size", c_int32),
+        ("fp32", c_int32),
+        ("embedding_type", c_int32),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("rotary", c_void_p),
+        ("layers", POINTER(LayerStruct)),
+        ("head", LinearStruct),
+    )
+
+
+class ChunkStruct(ctypes.Structure):
+    """`Chunk` of model.h."""
+
+    _fields_ = (
+        ("start", c_int64),
+        ("num_rows", c_int64),
+        ("first_block", c_int64),
+        ("draws", c_int64),
+    )
+
+
+class StepStruct(ctypes.Structure):
+    """`Step` of model.h."""
+
+    _fields_ = (
+        ("token_ids", c_void_p),
+        ("chunks", c_void_p),
+        ("blocks", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_chunks", c_int64),
+        ("logits", c_void_p),
+    )
+
+
+_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct)
+
+
+class Library:
+    """The loaded kernels, working on `num_threads` threads.
+
+    All libraries of a process with the same number share one pool of threads.
+    """
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        self._dll = dll = ctypes.CDLL(str(path))
+        linear = POINTER(LinearStruct)
+        for name, result, arguments in (
+            ("sf_abi_sizes", None, [POINTER(c_int64)]),
+            ("sf_pool_get", c_void_p, [c_int32]),
+            ("sf_pool_release", None, [c_void_p]),
+            ("sf_linear_nbytes", c_int64, [linear]),
+            ("sf_linear_columns", c_int64, [linear]),
+            ("sf_linear_clear", None, [linear]),
+            (
+                "sf_linear_pack",
+                c_int32,
+                [c_void_p, linear, c_int64, c_int64, c_void_p, c_int32],
+            ),
+            ("sf_linear_place_bias", None, [linear, c_int64, c_int64, c_void_p]),
+            ("sf_linear_row", None, [linear, c_int64, c_void_p]),
+            ("sf_linear_apply", c_int32, [c_void_p, linear, c_void_p, c_int64, c_void_p]),
+            ("sf_session_new", c_void_p, [POINTER(ModelStruct), c_void_p]),
+            ("sf_session_free", None, [c_void_p]),
+            ("sf_session_run", c_int32, [c_void_p, POINTER(StepStruct)]),
+        ):
+            function = getattr(dll, name)
+            function.restype = result
+            function.argtypes = arguments
+        sizes = (c_int64 * len(_STRUCTS))()
+        dll.sf_abi_sizes(sizes)
+        assert list(sizes) == [ctypes.sizeof(struct) for struct in _STRUCTS], "model.h has changed"
+        pool = dll.sf_pool_get(num_threads)
+        if not pool:
+            raise MemoryError("the kernels' threads cannot be started")
+        self._pool = c_void_p(pool)
+
+    def __del__(self) -> None:
+        if pool := getattr(self, "_pool", None):
+            self._dll.sf_pool_release(pool)
+
+    def linear_nbytes(self, linear: LinearStruct) -> int:
+        """Bytes of the packed weights."""
+        return int(self._dll.sf_linear_nbytes(byref(linear)))
+
+    def linear_columns(self, linear: LinearStruct) -> int:
+        """Packed outputs: floats that `scales` and `bias` must have."""
+        return int(self._dll.sf_linear_columns(byref(linear)))
+
+    def linear_clear(self, linear: LinearStruct) -> None:
+        """Zero the padding, before the first row is packed."""
+        self._dll.sf_linear_clear(byref(linear))
+
+    def linear_pack(
+        self, linear: LinearStruct, first_row: int, count: int, source: int, source_type: int
+    ) -> None:
+        """Pack `count` contiguous rows, quantising them on the way."""
+        failed = self._dll.sf_linear_pack(
+            self._pool, byref(linear), first_row, count, source, source_type
+        )
+        if failed:
+            raise MemoryError("no memory to pack weights")
+
+    def linear_place_bias(
+        self, linear: LinearStruct, first_row: int, count: int, values: int
+    ) -> None:
+        """Place fp32 biases."""
+        self._dll.sf_linear_place_bias(byref(linear), first_row, count, values)
+
+    def linear_row(self, linear: LinearStruct, row: int, to: int) -> None:
+        """Write a row of the weights as fp32 [k]."""
+        self._dll.sf_linear_row(byref(linear), row, to)
+
+    def linear_apply(self, linear: LinearStruct, x: int, rows: int, y: int) -> None:
+        """fp32 y [rows, n] = x [rows, k] W^T + b."""
+        if self._dll.sf_linear_apply(self._pool, byref(linear), x, rows, y):
+            raise MemoryError("no memory for a product")
+
+    def session_new(self, model: ModelStruct) -> int:
+        """A model that can be run; the memory behind the struct's pointers must outlive it."""
+        session = self._dll.sf_session_new(byref(model), self._pool)
+        if not session:
+            raise MemoryError("no memory for a session")
+        return int(session)
+
+    def session_free(self, session: int) -> None:
+        """Free a session's own memory."""
+        self._dll.sf_session_free(session)
+
+    def session_run(self, session: int, step: StepStruct) -> bool:
+        """Run a step; False where there was no memory for it."""
+        return not self._dll.sf_session_run(session, byref(step))
+
+
+def load_library(num_threads: int) -> Library | Unavailable:
+    """Build the kernels if need be and load them; blocks."""
+    began = time.monotonic()
+    built = build_library()
+    if isinstance(built, Unavailable):
+        return built
+    if built.compiled:
+        _LOG.info("compiled the CPU kernels in %.1f s", time.monotonic() - began)
+    try:
+        return Library(built.path, num_threads)
+    except (OSError, AttributeError, MemoryError) as error:
+        return Unavailable(f"the compiled kernels cannot be loaded ({error})")
