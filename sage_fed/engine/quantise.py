@@ -20,6 +20,7 @@ GROUP = 32
 """Inputs that share a scale in int4."""
 
 _INT8_MAX = 127.0
+_NO_FRACTIONS = 1.5 * 2.0**23
 _FP8_MAX = 448.0
 
 
@@ -32,7 +33,7 @@ def quantise_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise [n, in]: int8 [n, in] and fp32 scales [n]."""
     wide = rows.to(torch.float32, copy=True)
     scales = wide.abs().amax(-1) / _INT8_MAX
-    values = _over(wide, scales[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+    values = _round(_over(wide, scales[:, None])).clamp_(-_INT8_MAX, _INT8_MAX)
     return values.to(torch.int8), scales
 
 
@@ -49,14 +50,15 @@ def quantise_int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     highest, lowest = wide.amax(-1), wide.amin(-1)
     extreme = torch.where(highest >= -lowest, highest, lowest)
     scales = (extreme / -8.0).to(torch.bfloat16)
-    values = _over(wide, scales.float()[..., None]).round_().clamp_(-8.0, 7.0).add_(8.0)
+    values = _round(_over(wide, scales.float()[..., None])).clamp_(-8.0, 7.0).add_(8.0)
     return pack_int4(values.to(torch.uint8).view(rows.shape[0], -1)), scales
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
     """Numbers 0..15 [n, in], two to a byte [n, in / 2]."""
-    pairs = values.view(values.shape[0], -1, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    # As 16-bit numbers, the even input low: three passes over half as many, none of them strided.
+    pairs = values.view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
@@ -86,3 +88,12 @@ def dequantise_fp8(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _over(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Quotient, in place; what has no scale is zero, and stays it."""
     return values.div_(scales.masked_fill(scales == 0, 1.0))
+
+
+def _round(values: torch.Tensor) -> torch.Tensor:
+    """Round to even, in place, what is well below 2**22: beyond it fp32 has no fractions.
+
+    `round_` does the same through MKL, whose threads wait for each other ever so long on a
+    machine that has other work.
+    """
+    return values.add_(_NO_FRACTIONS).sub_(_NO_FRACTIONS)

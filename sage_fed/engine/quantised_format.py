@@ -16,10 +16,11 @@ from sage_fed.engine.memory import allocate
 from sage_fed.engine.quantise import GROUP, num_groups
 from sage_fed.engine.quantised import AtenInt4Linear, Fp8Linear, Int4Linear, Int8Linear
 
-_PANEL = 64
-"""ATen packs int4 in panels of 64 outputs, so panels can be packed one by one, in place."""
+_PANELS = 16 * 64
+"""ATen packs int4 in panels of 64 outputs, so some panels at a time can be packed in place."""
 
 _BLOCK_ELEMENTS = 2**18  # 1 MiB in fp32
+_SERIAL_ELEMENTS = 2**15  # up to here torch does an operation on one thread
 _BLOCK_ELEMENTS_CUDA = 2**25
 _QUANTISE = {
     "int8": quantise.quantise_int8,
@@ -82,8 +83,10 @@ class _QuantisedBuilder:
     def place_weight(self, first_row: int, rows: torch.Tensor) -> None:
         values, scales = self.storage["values"], self.storage["scales"]
         rows = rows.to(values.device, non_blocking=True)
-        # Some rows at a time: what is in between fits into the cache, or is little memory.
-        for start in range(0, rows.shape[0], step := _rows_of(rows.shape[1], values.device)):
+        # Few rows at a time: what is in between stays in the cache, and no operation is worth
+        # waking threads for, which on a busy machine takes longer than the work.
+        elements = _SERIAL_ELEMENTS if values.device.type == "cpu" else _BLOCK_ELEMENTS_CUDA
+        for start in range(0, rows.shape[0], step := max(1, elements // rows.shape[1])):
             part = rows[start : start + step]
             target = slice(first_row + start, first_row + start + part.shape[0])
             values[target], scales[target] = self._quantise(part)
@@ -113,12 +116,12 @@ def _rows_of(in_features: int, device: torch.device) -> int:
 
 
 def _packed_by_aten_(canonical: torch.Tensor) -> torch.Tensor:
-    """Rearrange canonical int4 in its own memory, panel by panel."""
-    for start in range(0, canonical.shape[0], _PANEL):
-        panel = canonical[start : start + _PANEL]
-        wide = quantise.unpack_int4(panel).to(torch.int32)
+    """Rearrange canonical int4 in its own memory, some panels at a time."""
+    for start in range(0, canonical.shape[0], _PANELS):
+        panels = canonical[start : start + _PANELS]
+        wide = quantise.unpack_int4(panels).to(torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(wide, 1)  # noqa: SLF001 - an operator's name
-        panel.view(-1).copy_(packed.view(-1))
+        panels.view(-1).copy_(packed.view(-1))
     return canonical
 
 
