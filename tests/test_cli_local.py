@@ -145,8 +145,11 @@ def test_the_audit_needs_books(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("ask", "x"), ("quote", "x"), ("budget",), ("ledger",), ("models",), ("status",), ("chat",)],
-)
+    [
+        ("ask", "x"), ("quote", "x"), ("budget",), ("ledger",), ("models",), ("status",), ("chat",),
+        ("calibrate", "--token", "any"),
+    ],
+)  # fmt: skip
 def test_nobody_at_the_address(command: tuple[str, ...]) -> None:
     """Exit code 4, and how to start the daemon."""
     result = run(*command, "--address", NOBODY, stdin="hello\n")
@@ -343,9 +346,9 @@ def test_wrong_usage_for_a_program(arguments: tuple[str, ...]) -> None:
 
 COMMANDS = (
     *((name,) for name in ("serve", "demo", "ask", "chat", "quote", "budget", "ledger", "models",
-                           "status", "config", "admin", "version")),
+                           "status", "calibrate", "config", "admin", "version")),
     ("ledger", "check"),
-    *(("admin", name) for name in ("load", "abort", "drain", "set-budget")),
+    *(("admin", name) for name in ("load", "abort", "drain", "set-budget", "adopt-card")),
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from sage_fed.calibrate import Calibrator
 from sage_fed.core import CalibrationEvent, CardStatus, DaemonStatus, ModelStatus, Phase, Tier
 from sage_fed.daemon.cards import CardInForce
 from sage_fed.daemon.tiers import display_name
-from sage_fed.errors import ConfigError, InvalidField, NotFound
+from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
 from sage_fed.executor import Executor
 from sage_fed.pricing import RateCard, available_cards, is_version
 from sage_fed.settings import Settings
@@ -76,6 +76,8 @@ class Operations:
 
     def calibrate(self, *, quick: bool, adopt: bool) -> AsyncGenerator[CalibrationEvent, None]:
         """Measure the engines and write a card."""
+        if self._draining:
+            raise TierUnavailable("the daemon is draining")
         return self._calibrator.run(quick=quick, adopt=adopt)
 
     async def adopt_card(self, version: str) -> CardStatus:

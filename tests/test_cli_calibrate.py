@@ -1,0 +1,113 @@
+"""`sage-fed calibrate` and `admin adopt-card` against a server that follows a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import service_harness
+from service_harness import CARD, POINTS, RESULT, Harness, in_thread, serving
+from typer.testing import CliRunner, Result
+
+from sage_fed.cli.app import build_app
+from sage_fed.core import Phase, Tier
+from sage_fed.errors import CalibrationRunning
+from sage_fed.pricing import RateCard, card_text
+
+MEASURED = replace(
+    RESULT, card=card_text(replace(RateCard.load(), version="mine-1")), points=POINTS
+)
+
+
+def runner(harness: Harness) -> Callable[..., Result]:
+    environ = {"SAGE_FED_ADDRESS": harness.address, "SAGE_FED_TOKEN": "admin-token"}
+    return lambda *arguments: CliRunner(env=environ).invoke(build_app(), arguments)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's card is one that can be read."""
+    monkeypatch.setattr(service_harness, "RESULT", MEASURED)
+
+
+async def test_the_result_is_shown_as_tables(tmp_path: Path) -> None:
+    """Points, prices, ratio with its spread, where the card is and how to put it in force."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        result = await in_thread(lambda: run("calibrate", "--quick"))
+    assert 0 == result.exit_code, result.output
+    assert [(True, False)] == harness.operations.calibrated
+    assert "round 1 of 2" in result.stderr
+    for text in ("2.0 ms", "1.25x", "6.5900", "5.250 : 1, spread ±1.0%", RESULT.path):
+        assert text in result.stdout
+    assert "now, until the daemon restarts" in result.stdout
+
+
+async def test_a_program_gets_one_object(tmp_path: Path) -> None:
+    """Figures and prices, and nothing beside it; the long texts are in the files."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        result = await in_thread(lambda: run("calibrate", "--json", "--adopt"))
+    assert (0, "") == (result.exit_code, result.stderr)
+    assert [(False, True)] == harness.operations.calibrated
+    body = json.loads(result.stdout)
+    assert ("mine-1", 5.25, True) == (body["version"], body["cost_ratio"], body["adopted"])
+    assert {tier.value for tier in Tier} == body["prices_atp"].keys()
+    assert {phase.value for phase in Phase} == body["prices_atp"]["tactical"].keys()
+    assert len(POINTS) == len(body["points"])
+    assert "plot" not in body
+
+
+async def test_copies_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Card, report and plot on this side of the wire; a directory that cannot be is an error."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        good = await in_thread(lambda: run("calibrate", "--output", str(tmp_path / "a" / "b")))
+        bad = await in_thread(lambda: run("calibrate", "--output", "/proc/none"))
+    assert 0 == good.exit_code, good.output
+    texts = (MEASURED.card, MEASURED.report, MEASURED.plot)
+    for suffix, text in zip((".toml", ".md", ".svg"), texts, strict=True):
+        assert text == (tmp_path / "a" / "b" / f"mine-1{suffix}").read_text()
+    assert 2 == bad.exit_code
+    assert "--output" in bad.stderr
+
+
+async def test_an_error_in_the_middle_has_its_exit_code(tmp_path: Path) -> None:
+    """As every other command: one line, and a reason for programs."""
+    async with serving(tmp_path) as harness:
+        harness.operations.calibration_error = CalibrationRunning("a calibration runs already")
+        run = runner(harness)
+        result = await in_thread(lambda: run("calibrate", "--json"))
+    assert 1 == result.exit_code
+    assert "CALIBRATION_RUNNING" == json.loads(result.stdout)["error"]["reason"]
+    assert "a calibration runs already" in result.stderr
+
+
+async def test_an_operator_adopts_a_card(tmp_path: Path) -> None:
+    """It says what is in force now and how it fits; an unknown one is an error."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        good = await in_thread(lambda: run("admin", "adopt-card", "mine-1"))
+        bad = await in_thread(lambda: run("admin", "adopt-card", "other"))
+    assert 0 == good.exit_code, good.output
+    assert f"mine-1 is in force (strategic : tactical {CARD.cost_ratio:.2f} : 1)" in good.stdout
+    assert (1, "") == (bad.exit_code, bad.stdout)
+    assert "no rate card other" in bad.stderr
+
+
+async def test_a_stale_card_is_loud_where_operators_look(tmp_path: Path) -> None:
+    """`status` and `budget` name the card, and what has changed since it was measured."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        shown = [
+            await in_thread(lambda command=command: run(command))
+            for command in ("status", "budget")
+        ]
+        models = await in_thread(lambda: run("models"))
+    for result in shown:
+        assert "STALE: threads is 2 now" in result.stdout
+        assert "default-1" in result.stdout
+    assert "per prompt token" in models.stdout
