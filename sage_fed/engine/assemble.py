@@ -19,8 +19,9 @@ from sage_fed.engine.buckets import Buckets
 from sage_fed.engine.decoder import Decoder
 from sage_fed.engine.forward import Forward, TorchForward
 from sage_fed.engine.graph_forward import GraphForward
-from sage_fed.engine.graphs import CudaCapture, GraphCapture
+from sage_fed.engine.graphs import CudaCapture, GraphCapture, can_compile
 from sage_fed.engine.kv_cache import KVCache
+from sage_fed.engine.layer import Body
 from sage_fed.engine.native import Library
 from sage_fed.engine.native.forward import NativeForward
 from sage_fed.engine.weights import ModelWeights
@@ -42,9 +43,14 @@ class Prepared:
     graph_bytes: int = 0
 
 
-def capture_for(device: torch.device) -> GraphCapture | None:
-    """How steps are recorded on this device; None where they are not."""
-    return CudaCapture(device) if device.type == "cuda" else None
+def capture_for(device: torch.device, kernels: str) -> GraphCapture | None:
+    """How steps are recorded on this device; None where they are not.
+
+    `kernels` "torch" insists on torch's own: nothing is compiled.
+    """
+    if device.type != "cuda":
+        return None
+    return CudaCapture(device, compiles=kernels != "torch" and can_compile(device))
 
 
 def prepare(
@@ -59,12 +65,14 @@ def prepare(
     num_ids: int,
     max_batch: int,
     verify_tokens: Sequence[int],
+    widened: bool,
     progress: Callable[[float], None],
 ) -> Prepared:
     """Build the pass over `weights`; with a `capture`, `cache` has a block beyond `num_blocks`.
 
-    `num_ids` are those that there are logits for; `progress` rises to 1. With `native` kernels
-    it is theirs, and `rotary` is fp32.
+    `num_ids` are those that there are logits for, `widened` says that weights are stored narrower
+    than they are computed with; `progress` rises to 1. With `native` kernels it is theirs, and
+    `rotary` is fp32.
     """
     if native is not None:
         assert capture is None, "native steps are one call already: there is nothing to record"
@@ -90,7 +98,7 @@ def prepare(
     forward = GraphForward(
         TorchForward(batches, decoder, newest),
         batches,
-        decoder,
+        Decoder(spec, weights, cache, rotary, _compiled(capture, widened=widened)),
         heads,
         capture,
         newest=newest,
@@ -110,6 +118,15 @@ def prepare(
         recorded=capture.name,
         capture_s=time.monotonic() - began_s,
         graph_bytes=max(0, free - _free(device)),
+    )
+
+
+def _compiled(capture: GraphCapture, *, widened: bool) -> Body:
+    plain = Body()
+    return Body(
+        project=capture.compile(plain.project, widened=widened),
+        finish=capture.compile(plain.finish, widened=widened),
+        logits=capture.compile(plain.logits, widened=widened),
     )
 
 

@@ -98,12 +98,15 @@ class DenseLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to [tokens, in_features]."""
+        if self._bias is not None and torch.compiler.is_compiling():
+            # Apart, the product of one row can become a kernel that adds what follows as well.
+            return F.linear(x, self._weight) + self._bias
         return F.linear(x, self._weight, self._bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return residual + self(x)."""
-        if self._bias is not None:
-            return residual + F.linear(x, self._weight, self._bias)
+        if self._bias is not None or torch.compiler.is_compiling():
+            return residual + self(x)
         return torch.addmm(residual, x, self._transposed)
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ def load_engine(
         builder = _weights_builder(spec, options.num_valid_ids, formats, compute, device)
         _fill(builder, directory, device, progress)
         weights = builder.build()
-        capture = capture or capture_for(device)
+        capture = capture or capture_for(device, options.kernels)
         # Padding rows of a graph write to a block that no sequence owns.
         cache = KVCache(spec, num_blocks + (1 if capture else 0), compute, device)
         turned = compute if formats.native is None else torch.float32
@@ -102,6 +102,7 @@ def load_engine(
             num_ids=options.num_valid_ids or spec.vocab_size,
             max_batch=options.max_batch,
             verify_tokens=options.verify_tokens,
+            widened=precision.layers != "dense",
             progress=lambda share: progress(_LOADED + (0.99 - _LOADED) * share),
         )
     except ModelLoadError as error:

@@ -17,7 +17,7 @@ from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.buckets import Bucket, Buckets
 from sage_fed.engine.graph_forward import GraphForward
-from sage_fed.engine.graphs import EagerCapture
+from sage_fed.engine.graphs import EagerCapture, Function, compiled_by_rows
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, Step
 
 Checkpoints = Callable[[str], Checkpoint]
@@ -291,6 +291,59 @@ def test_preparing_is_part_of_loading_and_is_reported(
     assert 0 < engine.info.capture_s <= engine.info.load_s
     assert "torch" == engine.info.kernels
     assert 0.0 == engine_of("llama").info.capture_s
+
+
+class TracedCapture(EagerCapture):
+    """Traces as compiling does, and runs what was traced."""
+
+    name = "compile"
+
+    def __init__(self) -> None:
+        self.traced = 0
+
+    def compile(self, function: Function, *, widened: bool) -> Function:
+        """Compile for no device."""
+
+        def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Function:
+            self.traced += 1
+            return module.forward
+
+        assert widened == self.widened
+        return compiled_by_rows(function, backend=backend)
+
+    widened = False
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("qwen2-tied", "fp32"), ("qwen3", "fp32"), ("llama", "int8"), ("llama", "int4")],
+)
+def test_the_body_of_a_layer_can_be_compiled_once_for_all_layers_and_batches(
+    checkpoint: Checkpoints, name: str, precision: str
+) -> None:
+    """It has no break, and makes one graph for one row and one for several, of each function."""
+    capture = TracedCapture()
+    capture.widened = precision != "fp32"
+    options = EngineOptions(
+        model=str(checkpoint(name).path),
+        kv_cache_bytes=1 << 22,
+        precision=precision,
+        kernels="torch",
+        max_batch=4,
+        verify_tokens=(3,),
+    )
+    engine = load_engine(options, lambda _: None, capture)
+    assert 6 == capture.traced
+    assert "torch+compile" == engine.info.kernels
+    answers = []
+    for each in (engine, load_engine(options, lambda _: None)):
+        driver = Driver(each)
+        for seq_id, length in enumerate((9, 30, 17)):
+            driver.add(seq_id, prompt_of(length), 6)
+        answers.append(driver.finish())
+    if precision == "fp32":
+        assert answers[1] == answers[0]
+    assert 6 == capture.traced, "nothing is compiled once it serves"
 
 
 def test_a_prompt_too_long_for_a_bucket_goes_the_plain_way(
