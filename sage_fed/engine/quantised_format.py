@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sage_fed.engine import quantise
+from sage_fed.engine import cuda_formats, quantise
 from sage_fed.engine.linear import Linear, LinearBuilder
 from sage_fed.engine.memory import allocate
 from sage_fed.engine.quantise import GROUP, num_groups
@@ -99,14 +99,25 @@ class _QuantisedBuilder:
         values, scales = self.storage["values"], self.storage["scales"]
         bias = self.storage.get("bias")
         block = _rows_of(self._in_features, values.device)
+        if values.is_cuda and (fast := self._for_cuda(values, scales, bias)) is not None:
+            return fast
         if self._kind == "int8":
             return Int8Linear(values, scales, bias, block=block)
         if self._kind == "fp8":
             return Fp8Linear(values, scales, bias)
         suits = values.shape[0] % 16 == 0 and self._in_features % GROUP == 0
         if values.device.type == "cpu" and suits:
-            return AtenInt4Linear(_packed_by_aten_(values), _grid(scales), bias)
+            return AtenInt4Linear(_packed_by_aten_(values), cuda_formats.scale_grid(scales), bias)
         return Int4Linear(values, scales, bias, in_features=self._in_features, block=block)
+
+    def _for_cuda(
+        self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> Linear | None:
+        if self._kind == "int8":
+            return cuda_formats.int8_linear(values, scales, bias)
+        if self._kind == "fp8":
+            return cuda_formats.fp8_linear(values, scales, bias)
+        return cuda_formats.int4_linear(values, scales, bias, self._in_features)
 
 
 def _rows_of(in_features: int, device: torch.device) -> int:
@@ -123,8 +134,3 @@ def _packed_by_aten_(canonical: torch.Tensor) -> torch.Tensor:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(wide, 1)  # noqa: SLF001 - an operator's name
         panels.view(-1).copy_(packed.view(-1))
     return canonical
-
-
-def _grid(scales: torch.Tensor) -> torch.Tensor:
-    """Scales and zeros as ATen's kernel has them: [groups, out, 2]; 8 is its middle, as ours."""
-    return torch.stack((scales.t(), torch.zeros_like(scales.t())), dim=-1).contiguous()

@@ -9,8 +9,11 @@ import torch
 from engine_driver import Driver, generate
 from tiny_models import Checkpoint, prompt_of
 
-from sage_fed.core import Sampling
-from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.core import Sampling, Tier
+from sage_fed.engine import Engine, EngineOptions, load_engine, quantise
+from sage_fed.engine.graphs import EagerCapture
+from sage_fed.engine.quantised_format import QuantisedFormat
+from sage_fed.steps import PENDING, Chunk, Draw, Step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +70,83 @@ def test_half_precision_on_cuda_is_close(
     actual = torch.tensor([value for _, value in sorted(logprob.top)]).exp()
     expected = source.logits(prompt)[-1].softmax(-1)
     assert (actual - expected).abs().sum() / 2 < 0.1
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 33, 200])
+def test_quantised_products_are_those_of_the_dequantised_weights(kind: str, rows: int) -> None:
+    """Each kind, at each number of rows, as near as bf16 (and fp8 activations) let it be."""
+    if kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the device has no 8-bit floats")
+    device = torch.device("cuda:0")
+    generator = torch.Generator().manual_seed(rows)
+    w = torch.randn(192, 896, generator=generator) * 0.05
+    bias = torch.randn(192, generator=generator)
+    builder = QuantisedFormat(kind, torch.bfloat16, device).builder(192, 896, bias=True)
+    builder.place_weight(0, w)
+    builder.place_bias(0, bias)
+    layer = builder.build()
+    x = torch.randn(rows, 896, generator=generator).bfloat16()
+    wide = getattr(quantise, f"dequantise_{kind}")(*getattr(quantise, f"quantise_{kind}")(w))
+    expected = x.float() @ wide.t() + bias
+    found = layer(x.to(device)).float().cpu()
+    bound = 0.05 if kind == "fp8" else 0.01
+    assert (found - expected).norm() / expected.norm() < bound
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_graphs_give_the_tokens_of_uncaptured_steps(
+    checkpoint: Checkpoints, precision: str, kernels: str
+) -> None:
+    """Replayed, padded and compiled steps choose what plain ones do, or nearly as good."""
+    source = checkpoint("qwen2-tied")
+    options = EngineOptions(
+        model=str(source.path),
+        kv_cache_bytes=1 << 22,
+        device="cuda:0",
+        precision=precision,
+        kernels=kernels,
+        max_batch=6,
+        verify_tokens=(3,),
+    )
+    tops = []
+    for capture in (None, EagerCapture()):
+        engine = load_engine(options, lambda _: None, capture)
+        driver = Driver(engine)
+        driver.add(0, prompt_of(40), 1, Sampling(top_logprobs=131), pieces=[37, 3])
+        for seq_id, length in enumerate((1, 16, 45, 80), start=1):
+            driver.add(seq_id, prompt_of(length), 20, pieces=[30, 1, 30, 19])
+        driver.finish()
+        logprob = driver.finished[0].logprobs[0]
+        assert logprob is not None
+        tops.append(torch.tensor([value for _, value in sorted(logprob.top)]).exp())
+        if precision == "fp32":
+            outputs = {i: tuple(s.output) for i, s in driver.finished.items() if i}
+            expected = {
+                i: source.greedy(prompt_of(n), 20) for i, n in enumerate((1, 16, 45, 80), start=1)
+            }
+            assert expected == outputs
+        engine.close()
+    assert (tops[0] - tops[1]).abs().sum() / 2 < 0.1
+
+
+def test_steps_in_flight_draw_what_steps_that_wait_do(checkpoint: Checkpoints) -> None:
+    """Pending tokens, resolved on the device, two steps in flight; times are the device's."""
+    source, prompt = checkpoint("llama3"), prompt_of(20)
+    engine = on_cuda(source, "fp32")
+    flights, answer = [], []
+    for number in range(10):
+        token_ids = prompt if number == 0 else (PENDING,)
+        start = 0 if number == 0 else len(prompt) + number - 1
+        chunk = Chunk(3, start, token_ids, (7, 1, 4), Draw(Sampling(), number))
+        flights.append(engine.launch(Step(Tier.TACTICAL, (chunk,))))
+    for flight in flights:
+        answer += [drawn.token_id for drawn in flight.land()]
+        assert flight.device_s is not None
+        assert flight.device_s > 0
+    assert source.greedy(prompt, 10) == tuple(answer)
 
 
 def test_memory_comes_back_when_an_engine_is_closed(checkpoint: Checkpoints) -> None:

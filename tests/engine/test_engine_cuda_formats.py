@@ -1,0 +1,76 @@
+"""Quantised layers as CUDA runs them: what of them can be checked without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sage_fed.engine import quantise
+from sage_fed.engine.cuda_formats import (
+    RowwiseFp8Linear,
+    WidenedLinear,
+    high_first,
+    scale_grid,
+)
+from sage_fed.engine.graphs import compiled_by_rows
+
+
+def weights(out: int, inputs: int) -> torch.Tensor:
+    return torch.randn(out, inputs, generator=torch.Generator().manual_seed(out)) * 0.05
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_widened_products_are_those_of_the_dequantised_weights(scheme: str, rows: int) -> None:
+    """Scaling the product is scaling the weights, but for bf16's rounding."""
+    w, bias = weights(48, 96), torch.randn(48)
+    values, scales = getattr(quantise, f"quantise_{scheme}")(w)
+    layer = WidenedLinear(values, scales, bias)
+    x = torch.randn(rows, 96).bfloat16()
+    wide = getattr(quantise, f"dequantise_{scheme}")(values, scales)
+    expected = x.float() @ wide.t() + bias
+    torch.testing.assert_close(layer(x).float(), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        layer.add_to(x[:, :48], x).float(), expected + x[:, :48].float(), atol=0.04, rtol=0.02
+    )
+    picked = layer.rows(torch.tensor([3, 40]))
+    torch.testing.assert_close(picked.float(), wide[[3, 40]], atol=0, rtol=0.01)
+    assert layer.nbytes == values.nbytes + scales.nbytes + bias.nbytes
+
+
+def test_one_row_of_fp8_is_widened_where_that_is_compiled() -> None:
+    """Its activations are not rounded then, and neither is another function traced."""
+    w = weights(48, 96)
+    values, scales = quantise.quantise_fp8(w)
+    layer = RowwiseFp8Linear(values, scales, None)
+
+    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+        assert "scaled_mm" not in module.code
+        return module.forward
+
+    x = torch.randn(1, 96).bfloat16()
+    found = compiled_by_rows(layer.__call__, backend=backend)(x)
+    assert torch.equal(WidenedLinear(values, scales, None)(x), found)
+
+
+def test_int4_bytes_are_turned_for_the_kernel_that_has_the_even_input_first() -> None:
+    """Read high half first, they are the canonical numbers in their order."""
+    values = torch.randint(0, 16, (6, 64), dtype=torch.uint8)
+    turned = high_first(quantise.pack_int4(values))
+    read = torch.stack((turned >> 4, turned & 15), dim=-1).view(6, 64)
+    assert torch.equal(values, read)
+
+
+def test_int4_layers_have_the_shapes_that_the_operator_asks_for() -> None:
+    """By torch's own check of shapes and types, on a device that is only imagined."""
+    with FakeTensorMode():
+        packed = torch.empty(64, 128, dtype=torch.uint8, device="cuda")
+        tiled = torch.ops.aten._convert_weight_to_int4pack(high_first(packed), 8)
+        grid = scale_grid(torch.empty(64, 8, dtype=torch.bfloat16, device="cuda"))
+        x = torch.empty(3, 256, dtype=torch.bfloat16, device="cuda")
+        y = torch.ops.aten._weight_int4pack_mm(x, tiled, 32, grid)
+    assert (8, 64, 2) == grid.shape
+    assert ((3, 64), torch.bfloat16) == (y.shape, y.dtype)
