@@ -11,7 +11,17 @@ from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
 from sage_fed.core import Tier
-from sage_fed.inertia import Findings, ModelRef, Plan, Point, Run, analyse, markdown, record
+from sage_fed.inertia import (
+    Findings,
+    ModelRef,
+    Plan,
+    Point,
+    Run,
+    analyse,
+    markdown,
+    measure,
+    record,
+)
 from sage_fed.inertia.analysis import fit
 from sage_fed.inertia.conclusions import (
     FAILS,
@@ -23,6 +33,7 @@ from sage_fed.inertia.conclusions import (
     precision_answer,
 )
 from sage_fed.inertia.figures import Method
+from sage_fed.settings import resolve_model
 
 PLAN = Plan(
     tactical=ModelRef("/models/small", "small"),
@@ -68,7 +79,7 @@ def pair(
 
 def findings(*pairs: tuple[Run, Run]) -> Findings:
     runs = tuple(one for two in pairs for one in two)
-    return Findings(PLAN, "2025-11-05T12:00:00+00:00", "Thor", "made up", runs)
+    return Findings(PLAN, "2025-11-05T12:00:00+00:00", "Thor", runs)
 
 
 NOTE = pair(Method.REFERENCE, "fp16", PUBLISHED[Tier.TACTICAL], PUBLISHED[Tier.STRATEGIC])
@@ -178,6 +189,19 @@ def test_the_report_shows_what_could_not_be_measured() -> None:
     assert "slowdown 6.60 of a linear 15.42 (efficiency 43%)" in page
     assert 1 == len(analysis.slowdowns)
     json.dumps(record(found, analysis), allow_nan=False)
+
+
+def test_what_is_measured_is_handed_out_after_every_model() -> None:
+    """An interrupted measurement keeps the models that were done, and can be reported."""
+    demo = [ModelRef(str(resolve_model(f"bundled:demo-{t.value}")), t.value) for t in Tier]
+    plan = replace(PLAN, tactical=demo[0], strategic=demo[1], device="cpu", precisions=("fp32",))
+    plan = replace(plan, reference_precision=None, prompt_tokens=4, new_tokens=2, repeats=1)
+    seen: list[Findings] = []
+    whole = measure(plan, lambda *_: None, seen.append)
+    assert [1, 2] == [len(found.runs) for found in seen]
+    assert whole == seen[-1]
+    assert "## engine, fp32, batch 1" in markdown(seen[0], analyse(seen[0]))
+    assert () == analyse(seen[0]).slowdowns
 
 
 def bench(*arguments: str) -> Result:

@@ -17,9 +17,10 @@ from sage_fed.cli import options
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.render import print_json
 from sage_fed.cli.streams import leave_on_interrupt
+from sage_fed.errors import CannotWrite
 
 if TYPE_CHECKING:
-    from sage_fed.inertia import ModelRef, Plan
+    from sage_fed.inertia import Findings, ModelRef, Plan
 
 _NO_REFERENCE = "none"
 
@@ -59,7 +60,7 @@ Threads = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", metavar="DIR", help="Also write report.md and inertia.json here."),
+    typer.Option("--output", metavar="DIR", help="Keep report.md and inertia.json here."),
 ]
 
 
@@ -113,19 +114,30 @@ def inertia(
     )
     with reported(as_json=as_json):
         set_cpu_threads(threads)
-        findings = measure(plan, _Lines(plan))
+        findings = measure(plan, _Lines(plan), lambda so_far: _write(so_far, output))
         analysis = analyse(findings)
-        page, body = markdown(findings, analysis), record(findings, analysis)
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "report.md").write_text(page, encoding="utf-8")
-            (output / "inertia.json").write_text(json.dumps(body, indent=2) + "\n")
         if as_json:
-            print_json(body)
+            print_json(record(findings, analysis))
         else:
-            typer.echo(page, nl=False)
+            typer.echo(markdown(findings, analysis), nl=False)
         if not analysis.slowdowns:
             raise typer.Exit(ExitCode.ERROR)
+
+
+def _write(findings: Findings, output: Path | None) -> None:
+    """After every model: the larger ones take minutes that nobody wants to lose."""
+    from sage_fed.inertia import analyse, markdown, record  # noqa: PLC0415 - as below
+
+    if output is None:
+        return
+    analysis = analyse(findings)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.md").write_text(markdown(findings, analysis), encoding="utf-8")
+        body = json.dumps(record(findings, analysis), indent=2)
+        (output / "inertia.json").write_text(f"{body}\n")
+    except OSError as error:
+        raise CannotWrite(f"{output} cannot be written: {error.strerror}") from error
 
 
 class _Lines:

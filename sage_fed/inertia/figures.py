@@ -125,5 +125,9 @@ class Findings:
     plan: Plan
     date: str
     machine: str
-    software: str
     runs: tuple[Run, ...]
+
+    @property
+    def software(self) -> str:
+        """Versions of whoever ran."""
+        return "; ".join(dict.fromkeys(run.software for run in self.runs if run.software))

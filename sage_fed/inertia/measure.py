@@ -12,7 +12,7 @@ import datetime as dt
 import gc
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Protocol
 
@@ -42,8 +42,10 @@ class Progress(Protocol):
         """`run` counts the plan's runs from 0; `share` of it is loaded, None where unknown."""
 
 
-def measure(plan: Plan, progress: Progress) -> Findings:
+def measure(plan: Plan, progress: Progress, each: Callable[[Findings], None]) -> Findings:
     """Measure every run of the plan; blocks, for minutes where the models are large.
+
+    `each` gets the findings so far after every run: what is interrupted is not all lost.
 
     Raises:
         ModelLoadError: the device is absent, or a checkpoint is none.
@@ -54,15 +56,17 @@ def measure(plan: Plan, progress: Progress) -> Findings:
         for ref in (plan.tactical, plan.strategic)
     )
     bench = _Bench(plan, vocab, progress)
-    runs = tuple(bench.run(index, *way) for index, way in enumerate(plan.runs))
     threads = f", {device.threads} threads" if device.threads else ""
-    return Findings(
+    findings = Findings(
         plan=plan,
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         machine=f"{device.name}{threads}",
-        software="; ".join(dict.fromkeys(run.software for run in runs if run.software)),
-        runs=runs,
+        runs=(),
     )
+    for index, way in enumerate(plan.runs):
+        findings = dataclasses.replace(findings, runs=(*findings.runs, bench.run(index, *way)))
+        each(findings)
+    return findings
 
 
 class _Bench:
