@@ -227,8 +227,8 @@ def test_the_bundled_pair_is_measured_by_both_methods(tmp_path: Path) -> None:
         point["total_s"] > point["step_s"] > 0 for r in body["runs"] for point in r["points"]
     )
     reference, engine = body["runs"][0], body["runs"][2]
-    for key in ("parameters", "weight_bytes", "step_bytes", "kv_token_bytes", "num_layers"):
-        assert reference[key] == pytest.approx(engine[key], rel=0.02)
+    for key in ("parameters", "kv_token_bytes", "num_layers"):
+        assert reference[key] == engine[key]
     assert 4 == len(body["slowdowns"])
     assert "1/4 reference bf16 tactical: loading" in result.stderr
     assert "4/4 engine bf16 strategic: batch 2, 2 of 2" in result.stderr
