@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from sage_fed.engine.architecture import ModelSpec
+from sage_fed.engine.memory import allocate
 from sage_fed.errors import ModelLoadError
 from sage_fed.steps import BLOCK_SIZE
 
@@ -60,10 +61,8 @@ class KVCache:
         try:
             # Written, not only reserved: a page that the kernel has yet to find is a promise
             # that another process may break, and a process that seems to grow for hours.
-            self._pool = torch.empty(
-                spec.num_layers, slots, spec.kv_width, dtype=dtype, device=device
-            ).zero_()
-        except RuntimeError as error:  # torch's out-of-memory errors on every device
+            self._pool = allocate((spec.num_layers, slots, spec.kv_width), dtype, device).zero_()
+        except (RuntimeError, MemoryError) as error:  # torch's and the host's out-of-memory errors on every device
             raise ModelLoadError(
                 f"{device} has no memory for a KV pool of {nbytes} bytes"
             ) from error

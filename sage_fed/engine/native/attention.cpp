@@ -82,15 +82,24 @@ void store_row(const Model& model, const Layer& layer, const float* qkv, int64_t
   }
 }
 
+// Asks for what the next 64 tokens have here, a little at a time; towards L2, because rows lie so
+// far apart that they would drive each other out of L1.
+inline void fetch(const uint8_t* at, int64_t nbytes) {
+  for (int64_t b = 0; b < nbytes; b += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(at + b), _MM_HINT_T1);
+}
+
 // Keys of up to 64 tokens as a packed panel: [dword of the head][token].
 template <class T>
-void pack_keys(const uint8_t* const* rows, int64_t count, int64_t dwords, uint8_t* panel) {
+void pack_keys(const uint8_t* const* rows, const uint8_t* const* next, int64_t offset, int64_t count,
+               int64_t dwords, uint8_t* panel) {
   for (int64_t t = 0; t < count; t += 16) {
+    for (int64_t i = t; i < std::min(t + 16, count); ++i) fetch(next[i] + offset, dwords * 4);
     for (int64_t d = 0; d < dwords; d += 16) {
       const __mmask16 lanes = first_lanes(dwords - d);
       __m512i block[16];
       for (int i = 0; i < 16; ++i)
-        block[i] = t + i < count ? _mm512_maskz_loadu_epi32(lanes, rows[t + i] + d * 4) : _mm512_setzero_si512();
+        block[i] = t + i < count ? _mm512_maskz_loadu_epi32(lanes, rows[t + i] + offset + d * 4) : _mm512_setzero_si512();
       transpose16(block);
       const int64_t used = std::min<int64_t>(16, dwords - d);
       for (int64_t i = 0; i < used; ++i) _mm512_store_si512(panel + (d + i) * 256 + t * 4, block[i]);
@@ -100,20 +109,24 @@ void pack_keys(const uint8_t* const* rows, int64_t count, int64_t dwords, uint8_
 
 // Values of up to 64 tokens as panels of 64 elements of the head: [step of tokens][element].
 template <class T>
-void pack_values(const uint8_t* const* rows, int64_t offset, int64_t count, int64_t dim, uint8_t* panels) {
-  for (int64_t d = 0; d < dim; d += 16) {
-    const __mmask16 lanes = first_lanes(dim - d);
-    uint8_t* to = panels + d / kPanel * (kKeys / T::kPack * 256) + d % kPanel * 4;
-    if constexpr (T::kPack == 1) {
-      for (int64_t t = 0; t < count; ++t)
-        _mm512_store_si512(to + t * 256, _mm512_maskz_loadu_epi32(lanes, rows[t] + offset + d * 4));
-    } else {
-      for (int64_t t = 0; t < count; t += 2) {
+void pack_values(const uint8_t* const* rows, const uint8_t* const* next, int64_t offset, int64_t count,
+                 int64_t dim, uint8_t* panels) {
+  const int64_t nbytes = dim * int64_t(sizeof(typename T::Element));
+  const int64_t panel_nbytes = kKeys / T::kPack * 256;
+  for (int64_t t = 0; t < count; t += T::kPack) {
+    for (int64_t i = t; i < std::min(t + T::kPack, count); ++i) fetch(next[i] + offset, nbytes);
+    uint8_t* to = panels + t / T::kPack * 256;
+    for (int64_t d = 0; d < dim; d += 16) {
+      const __mmask16 lanes = first_lanes(dim - d);
+      uint8_t* at = to + d / kPanel * panel_nbytes + d % kPanel * 4;
+      if constexpr (T::kPack == 1) {
+        _mm512_store_si512(at, _mm512_maskz_loadu_epi32(lanes, rows[t] + offset + d * 4));
+      } else {
         const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[t] + offset + d * 2));
         __m512i b = _mm512_setzero_si512();
         if (t + 1 < count)
           b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[t + 1] + offset + d * 2));
-        _mm512_store_si512(to + t / 2 * 256, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+        _mm512_store_si512(at, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
       }
     }
   }
@@ -174,87 +187,95 @@ void attend_as(const Model& model, const Layer& layer, const Step& step, const A
                const Activations& out, float* spare) {
   constexpr int64_t kEach = sizeof(typename T::Element);
   const Chunk& chunk = step.chunks[task.chunk];
-  const int64_t dim = model.head_dim, heads = model.num_heads / model.num_kv_heads;
-  const int64_t queries = task.num_rows * heads, dwords = dim / T::kPack;
-  const int64_t value_panels = (dim + kPanel - 1) / kPanel;
-  const int64_t value_floats = kKeys / T::kPack * kPanel;
+  const int64_t dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
+  const int64_t queries = task.num_rows * group, all = queries * task.num_kv_heads;
+  const int64_t dwords = dim / T::kPack, value_panels = (dim + kPanel - 1) / kPanel;
+  const int64_t value_floats = kKeys / T::kPack * kPanel, sums_floats = queries * value_panels * kPanel;
   const int64_t query_stride = round_up(dim * kEach, 64), weight_stride = kKeys * kEach;
   float* at = scratch;
   const auto take = [&at](int64_t count) { float* mine = at; at += round_up(count, 16); return mine; };
   uint8_t* keys = reinterpret_cast<uint8_t*>(take(dwords * kPanel));
   uint8_t* values = reinterpret_cast<uint8_t*>(take(value_panels * value_floats));
-  uint8_t* query = reinterpret_cast<uint8_t*>(take(queries * query_stride / 4));
+  uint8_t* query = reinterpret_cast<uint8_t*>(take(all * query_stride / 4));
   uint8_t* weights = reinterpret_cast<uint8_t*>(take(queries * weight_stride / 4));
   float* scores = take(queries * kPanel);
-  float* sums = take(queries * value_panels * kPanel);
-  float* most = take(queries);
-  float* total = most + queries;
+  float* sums = take(sums_floats * task.num_kv_heads);
+  float* most = take(all);
+  float* total = take(all);
 
-  for (int64_t q = 0; q < queries; ++q) {
-    const int64_t row = q / heads, head = task.kv_head * heads + q % heads;
+  // Queries in the order [KV head][row][head of the group].
+  for (int64_t q = 0; q < all; ++q) {
+    const int64_t row = q % queries / group, head = (task.kv_head + q / queries) * group + q % group;
     rotate_head<T>(model, qkv + (task.first_row + row) * qkv_stride + head * dim, layer.q_norm,
                    task.start + row, query + q * query_stride);
     most[q] = -std::numeric_limits<float>::infinity();
     total[q] = 0.0f;
   }
-  std::memset(sums, 0, size_t(queries * value_panels * kPanel) * 4);
+  std::memset(sums, 0, size_t(sums_floats * task.num_kv_heads) * 4);
 
   const float scale = 1.0f / std::sqrt(float(dim));
   const int64_t end = task.start + task.num_rows, offset = model.num_kv_heads * dim * kEach;
   const auto rows_from = [&](int64_t t, const uint8_t** rows) {
-    const int64_t count = std::min(kKeys, end - t);
-    for (int64_t i = 0; i < count; ++i)
-      rows[i] = cached<T>(model, layer, slot_of(model, step, chunk, t + i), task.kv_head);
-    return std::max<int64_t>(count, 0);
+    const int64_t count = std::max<int64_t>(std::min(kKeys, end - t), 0);
+    for (int64_t i = 0; i < count; i += model.block_size) {  // kKeys are whole blocks
+      const uint8_t* first = cached<T>(model, layer, slot_of(model, step, chunk, t + i), task.kv_head);
+      for (int64_t j = 0; j < std::min<int64_t>(model.block_size, count - i); ++j)
+        rows[i + j] = first + j * 2 * offset;
+    }
+    return count;
   };
   const uint8_t* rows[kKeys];
   const uint8_t* next[kKeys];
   int64_t count = rows_from(0, rows);
   for (int64_t t = 0; t < end; t += kKeys) {
     const int64_t following = rows_from(t + kKeys, next);
-    for (int64_t i = 0; i < following; ++i)
-      for (int64_t b = 0; b < dim * kEach; b += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(next[i] + b), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(next[i] + offset + b), _MM_HINT_T0);
-      }
-    pack_keys<T>(rows, count, dwords, keys);
-    pack_values<T>(rows, offset, count, dim, values);
-    float_rows<typename T::Dot>(keys, query, query_stride, queries, dwords, scores, false, {nullptr, 0});
-    for (int64_t q = 0; q < queries; ++q) {
-      const int64_t visible = std::min(count, task.start + q / heads + 1 - t);
-      if (visible <= 0) {
-        std::memset(weights + q * weight_stride, 0, size_t(weight_stride));
-        continue;
-      }
-      const float shrink = soften<T>(scores + q * kPanel, visible, scale, most[q], total[q],
-                                     weights + q * weight_stride);
-      if (shrink == 1.0f || t == 0) continue;
-      for (int64_t p = 0; p < value_panels; ++p)
-        for (int64_t v = 0; v < kPanel; v += 16) {
-          float* sum = sums + (p * queries + q) * kPanel + v;
-          _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), _mm512_set1_ps(shrink)));
+    std::copy(rows + following, rows + count, next + following);
+    for (int64_t h = 0; h < task.num_kv_heads; ++h) {
+      const int64_t here = h * dim * kEach, first = h * queries;
+      float* sum = sums + h * sums_floats;
+      pack_keys<T>(rows, next, here, count, dwords, keys);
+      pack_values<T>(rows, next, offset + here, count, dim, values);
+      float_rows<typename T::Dot>(keys, query + first * query_stride, query_stride, queries, dwords,
+                                  scores, false, {nullptr, 0});
+      for (int64_t q = 0; q < queries; ++q) {
+        const int64_t visible = std::min(count, task.start + q / group + 1 - t);
+        if (visible <= 0) {
+          std::memset(weights + q * weight_stride, 0, size_t(weight_stride));
+          continue;
         }
+        const float shrink = soften<T>(scores + q * kPanel, visible, scale, most[first + q],
+                                       total[first + q], weights + q * weight_stride);
+        if (shrink == 1.0f || t == 0) continue;
+        for (int64_t p = 0; p < value_panels; ++p)
+          for (int64_t v = 0; v < kPanel; v += 16) {
+            float* part = sum + (p * queries + q) * kPanel + v;
+            _mm512_store_ps(part, _mm512_mul_ps(_mm512_load_ps(part), _mm512_set1_ps(shrink)));
+          }
+      }
+      const int64_t steps = (count + T::kPack - 1) / T::kPack;
+      for (int64_t p = 0; p < value_panels; ++p)
+        float_rows<typename T::Dot>(values + p * value_floats * 4, weights, weight_stride, queries,
+                                    steps, sum + p * queries * kPanel, true, {nullptr, 0});
     }
-    const int64_t steps = (count + T::kPack - 1) / T::kPack;
-    for (int64_t p = 0; p < value_panels; ++p)
-      float_rows<typename T::Dot>(values + p * value_floats * 4, weights, weight_stride, queries,
-                                  steps, sums + p * queries * kPanel, true, {nullptr, 0});
     std::copy(next, next + following, rows);
     count = following;
   }
-  for (int64_t q = 0; q < queries; ++q)
-    store_head(model, sums + q * kPanel, queries * kPanel, 1.0f / total[q], task.first_row + q / heads,
-               task.kv_head * heads + q % heads, out, spare);
+  for (int64_t q = 0; q < all; ++q) {
+    const int64_t h = q / queries, row = q % queries / group;
+    store_head(model, sums + h * sums_floats + q % queries * kPanel, queries * kPanel, 1.0f / total[q],
+               task.first_row + row, (task.kv_head + h) * group + q % group, out, spare);
+  }
 }
 
 }  // namespace
 
-int64_t attention_scratch(const Model& model, int64_t num_rows) {
+int64_t attention_scratch(const Model& model, int64_t num_rows, int64_t num_kv_heads) {
   // As for fp32, which takes most: keys, values; and of each query itself, its weights, scores, sums.
   const int64_t queries = num_rows * (model.num_heads / model.num_kv_heads);
   const int64_t value_panels = (model.head_dim + kPanel - 1) / kPanel;
   return round_up(model.head_dim, 16) * kPanel + value_panels * kKeys * kPanel +
-         queries * (round_up(model.head_dim, 16) + kKeys + (1 + value_panels) * kPanel + 2) + 64;
+         queries * (kKeys + kPanel) +
+         queries * num_kv_heads * (round_up(model.head_dim, 16) + value_panels * kPanel + 2) + 64;
 }
 
 int64_t attention_rows(const Model& model) {
@@ -272,7 +293,8 @@ void attend(const Model& model, const Layer& layer, const Step& step, const Atte
             const Activations& out, float* spare) {
   if (store) {
     const int64_t slot = slot_of(model, step, step.chunks[task.chunk], task.start);
-    store_kv(model, layer, qkv + task.first_row * qkv_stride, task.start, slot, task.kv_head);
+    for (int32_t h = task.kv_head; h < task.kv_head + task.num_kv_heads; ++h)
+      store_kv(model, layer, qkv + task.first_row * qkv_stride, task.start, slot, h);
   }
   if (model.fp32) attend_as<Fp32>(model, layer, step, task, qkv, qkv_stride, scratch, out, spare);
   else attend_as<Bf16>(model, layer, step, task, qkv, qkv_stride, scratch, out, spare);

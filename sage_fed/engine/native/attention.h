@@ -5,17 +5,18 @@
 
 namespace sf {
 
-// A run of rows of one sequence against one KV head; all query heads of the head take part.
+// A run of rows of one sequence against some KV heads, with all query heads that share them.
 struct AttentionTask {
   int64_t chunk;      // of the step
   int64_t first_row;  // of the batch
   int64_t num_rows;
   int64_t start;      // position of the first row
-  int32_t kv_head;
+  int32_t kv_head;    // the first
+  int32_t num_kv_heads;
 };
 
 // Floats that attend() needs for a task of `num_rows`.
-int64_t attention_scratch(const Model& model, int64_t num_rows);
+int64_t attention_scratch(const Model& model, int64_t num_rows, int64_t num_kv_heads);
 
 // Normalises (Qwen3), rotates and stores the keys and stores the values of a row.
 void store_kv(const Model& model, const Layer& layer, const float* qkv, int64_t position,

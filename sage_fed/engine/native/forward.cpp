@@ -115,7 +115,8 @@ class Session {
     for (int t = 0; t < pool_.size(); ++t) {
       w_.own[size_t(t)] = any_kind(carver, kOwnRows, hidden);
       w_.scratch[size_t(t)] = carver.take<float>(rows * kPanel);
-      w_.attention[size_t(t)] = carver.take<float>(attention_scratch(model_, together));
+      w_.attention[size_t(t)] = carver.take<float>(
+          std::max(attention_scratch(model_, together, 1), attention_scratch(model_, 1, model_.num_kv_heads)));
     }
   }
 
@@ -145,9 +146,12 @@ class Session {
     for (int64_t c = 0; c < step.num_chunks; ++c) {
       const Chunk& chunk = step.chunks[c];
       alone_ = alone_ && chunk.num_rows == 1;
+      // Where rows are plenty, one task reads a token's keys and values of all heads together.
+      const bool whole = chunk.num_rows == 1 && step.num_chunks >= pool_.size();
+      const int32_t heads = whole ? model_.num_kv_heads : 1;
       for (int64_t r = 0; r < chunk.num_rows; r += rows_each)
-        for (int32_t head = 0; head < model_.num_kv_heads; ++head)
-          w_.tasks.push_back({c, row + r, std::min(rows_each, chunk.num_rows - r), chunk.start + r, head});
+        for (int32_t head = 0; head < model_.num_kv_heads; head += heads)
+          w_.tasks.push_back({c, row + r, std::min(rows_each, chunk.num_rows - r), chunk.start + r, head, heads});
       w_.chunk_of_row.insert(w_.chunk_of_row.end(), size_t(chunk.num_rows), c);
       row += chunk.num_rows;
       if (chunk.draws) w_.drawn_rows.push_back(row - 1);
