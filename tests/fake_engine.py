@@ -122,13 +122,18 @@ class FakeEngine:
         self.steps.append(step)
         self.clock.now += self.step_s + self.token_s * step.num_tokens
         if self.fail is not None:
+            before, self.newest = self.newest, {}  # what it was to draw, it does not
             self.fail(step)
+            self.newest = before
         drawn = tuple(d for chunk in step.chunks if (d := self._chunk(chunk)))
         self.newest = {d.seq_id: d.token_id for d in drawn}
         return drawn
 
     def _chunk(self, chunk: Chunk) -> Drawn | None:
         assert all(0 <= block < self.num_blocks for block in chunk.blocks)
+        if chunk.token_ids[0] == PENDING and chunk.seq_id not in self.newest:
+            # Behind a step that came to nothing: nonsense, like a real device's.
+            return Drawn(chunk.seq_id, 0)
         slots = [
             chunk.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(chunk.start + len(chunk.token_ids))

@@ -12,6 +12,7 @@ from surroundings import MODELS
 
 from sage_fed.core import Sampling, Tier, TierState, TierStatus
 from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine.graphs import EagerCapture
 from sage_fed.executor import Executor, TierSetup, Tokens, TokenStream
 from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step, StepReport
@@ -148,6 +149,45 @@ async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_ba
         expected = sequential(alone[spec.tier], spec)
         assert expected[: len(tokens)] == tokens
         if spec.seq_id not in gone:
+            assert expected == tokens
+            assert ended.reason in {EndReason.EOS, EndReason.LENGTH}
+    assert [(0, 0, 0)] * 2 == [(o.running, o.waiting, o.kv_tokens_used) for o in loads]
+
+
+async def test_two_steps_in_flight_change_no_token(alone: dict[Tier, Engine]) -> None:
+    """With engines whose draws stay on the device, ends of text and cancels between the steps."""
+    chance = random.Random(12)
+    asked = traffic(chance, 16)
+    engines: dict[Tier, Engine] = {}
+
+    def pipelined(tier: Tier) -> Callable[[Callable[[float], None]], Engine]:
+        def load(progress: Callable[[float], None]) -> Engine:
+            torch = replace(options(tier), kernels="torch")
+            engines[tier] = load_engine(torch, progress, EagerCapture())
+            return engines[tier]
+
+        return load
+
+    executor = Executor(
+        {tier: TierSetup(pipelined(tier), max_batch=5, prefill_chunk_tokens=48) for tier in Tier}
+    )
+    await executor.start()
+    async with asyncio.timeout(DEADLINE_S):
+        for tier in Tier:
+            assert TierState.READY is (await executor.loaded(tier)).state
+            assert engines[tier].pipelined
+        streams = [executor.submit(spec) for spec in asked]
+        readers = [
+            leave(executor, stream) if i % 5 == 4 else read(stream)
+            for i, stream in enumerate(streams)
+        ]
+        results = await asyncio.gather(*readers)
+    loads = [executor.load(tier) for tier in Tier]
+    await executor.stop(0.0)
+    for i, (spec, (tokens, ended)) in enumerate(zip(asked, results, strict=True)):
+        expected = sequential(alone[spec.tier], spec)
+        assert expected[: len(tokens)] == tokens
+        if i % 5 != 4:
             assert expected == tokens
             assert ended.reason in {EndReason.EOS, EndReason.LENGTH}
     assert [(0, 0, 0)] * 2 == [(o.running, o.waiting, o.kv_tokens_used) for o in loads]

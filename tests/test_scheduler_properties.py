@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -29,17 +29,21 @@ class Traffic(RuleBasedStateMachine):
     """Clients, a device that is sometimes out of memory, and cancels at any moment."""
 
     limits = LIMITS
+    depth = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler()
-        self.engines = {tier: FakeEngine(num_blocks=LIMITS.num_blocks) for tier in Tier}
+        pipelined = self.depth > 1
+        self.engines = {
+            tier: FakeEngine(num_blocks=LIMITS.num_blocks, pipelined=pipelined) for tier in Tier
+        }
         for tier in Tier:
-            self.scheduler.open_tier(tier, self.limits, frozenset({EOS}))
+            self.scheduler.open_tier(tier, self.limits, frozenset({EOS}), pipelined=pipelined)
         self.specs: dict[int, SequenceSpec] = {}
         self.outputs: dict[int, list[int]] = {}
         self.ended: dict[int, Ended] = {}
-        self.flying: Step | None = None
+        self.flying: deque[Step] = deque()
         self.now = 0.0
         self.busy_s = 0.0
         self.closed: set[Tier] = set()
@@ -116,41 +120,52 @@ class Traffic(RuleBasedStateMachine):
         seq_id = data.draw(st.sampled_from(sorted(self.specs)))
         self.end(*self.scheduler.cancel(seq_id, self.now))
 
-    @precondition(lambda self: self.flying is None)
+    @precondition(lambda self: len(self.flying) < self.depth)
     @rule()
     def launch(self) -> None:
         """The next step goes to the device."""
-        self.flying = self.scheduler.next_step(self.now)
-        assert (self.flying is None) == (len(self.ended) == len(self.specs))
+        step = self.scheduler.next_step(self.now)
+        if not self.flying:
+            assert (step is None) == (len(self.ended) == len(self.specs))
+        if step is not None:
+            self.flying.append(step)
 
-    @precondition(lambda self: self.flying is not None)
+    @precondition(lambda self: self.flying)
     @rule(elapsed_s=st.floats(0.0, 1.0), fits=st.integers(0, 4))
     def land(self, elapsed_s: float, fits: int) -> None:
         """The device answers, or was out of memory after it had written some KV."""
-        step, self.flying = self.flying, None
-        assert step is not None
+        step = self.flying.popleft()
         self.now += elapsed_s
         self.busy_s += elapsed_s
-        drawn = self.engines[step.tier].run(step)
+        engine = self.engines[step.tier]
+        drawn = engine.answer(step)
         if fits:
             outcome = self.scheduler.complete(step, drawn, now=self.now, elapsed_s=elapsed_s)
         else:
+            engine.newest = {}
             outcome = self.scheduler.out_of_memory(step, now=self.now, elapsed_s=elapsed_s)
             assert len(outcome.ended) <= len(step.chunks)
         self.take(outcome)
 
-    @precondition(lambda self: self.flying is not None and len(self.ended) > 12)
+    @precondition(lambda self: len(self.flying) == 2)
+    @rule()
+    def refuse(self) -> None:
+        """The second step does not even get on the device."""
+        step = self.flying.pop()
+        self.take(self.scheduler.out_of_memory(step, now=self.now, elapsed_s=0.0))
+
+    @precondition(lambda self: self.flying and len(self.ended) > 12)
     @rule(elapsed_s=st.floats(0.0, 1.0))
     def break_in_flight(self, elapsed_s: float) -> None:
         """An engine breaks in the middle of a step, which took its time all the same."""
-        step, self.flying = self.flying, None
-        assert step is not None
+        step = self.flying.popleft()
         self.now += elapsed_s
         self.busy_s += elapsed_s
         self.end(*self.scheduler.broken(step, now=self.now, elapsed_s=elapsed_s))
         self.closed.add(step.tier)
+        self.flying = deque(other for other in self.flying if other.tier is not step.tier)
 
-    @precondition(lambda self: self.flying is None and len(self.ended) > 12)
+    @precondition(lambda self: not self.flying and len(self.ended) > 12)
     @rule()
     def break_strategic(self) -> None:
         """An engine breaks: its sequences end, the other tier's do not notice."""
@@ -179,13 +194,14 @@ class Traffic(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever was begun ends within a bounded number of steps, with the right tokens."""
-        if self.flying:
-            self.land(0.01, 1)
         for _ in range(LIMITS.max_waiting * 2 * 100):
+            while self.flying:
+                self.land(0.01, 1)
             self.launch()
-            if self.flying is None:
+            if not self.flying:
                 break
-            self.land(0.01, 1)
+            if self.depth > 1:
+                self.launch()
         assert self.specs.keys() == self.ended.keys()
         for seq_id, ended in self.ended.items():
             expected = reference(self.specs[seq_id])
@@ -211,10 +227,28 @@ class CrowdedTraffic(Traffic):
     limits = CROWDED
 
 
+class PipelinedTraffic(Traffic):
+    """The same with a second step behind the one on the device, of either tier."""
+
+    depth = 2
+
+
+class CrowdedPipelinedTraffic(CrowdedTraffic):
+    """Everything at once."""
+
+    depth = 2
+
+
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestCrowdedTraffic = CrowdedTraffic.TestCase
 TestCrowdedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPipelinedTraffic = PipelinedTraffic.TestCase
+TestPipelinedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCrowdedPipelinedTraffic = CrowdedPipelinedTraffic.TestCase
+TestCrowdedPipelinedTraffic.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
 
 
 @given(

@@ -131,7 +131,9 @@ class DeviceThread:
     def _open(self, message: OpenTier) -> None:
         tier, engine = message.tier, message.engine
         self._engines[tier] = engine
-        self._scheduler.open_tier(tier, message.limits, engine.eos_token_ids)
+        self._scheduler.open_tier(
+            tier, message.limits, engine.eos_token_ids, pipelined=engine.pipelined
+        )
         self._handover.post(
             status=TierStatus(tier, TierState.READY, 1.0, engine.info),
             opened=Opened(message.limits, engine.defaults),

@@ -17,7 +17,6 @@ from sage_fed.scheduler.sequence import Ended, EndReason, SequenceSpec
 from sage_fed.scheduler.tier import Outcome, TierSchedule
 from sage_fed.steps import BLOCK_SIZE, Drawn, Step
 
-
 _TACTICAL_NEAR_S = 10.0
 """How long after its last step the tactical tier is expected to have work again soon.
 
@@ -26,17 +25,24 @@ while tactical work is there, the first request after a pause would wait for a w
 
 
 class Scheduler:
-    """Admits, builds steps, takes in results. One caller; at most one step a tier in flight."""
+    """Admits, builds steps, takes in results. One caller."""
 
     def __init__(self, *, tactical_share: float = 0.5) -> None:
         self._tiers: dict[Tier, TierSchedule] = {}
         self._interleave = Interleave(tactical_share)
         self._tactical_seen_s: float | None = None
 
-    def open_tier(self, tier: Tier, limits: TierLimits, eos_token_ids: frozenset[int]) -> None:
-        """Begin to admit sequences of a tier."""
+    def open_tier(
+        self,
+        tier: Tier,
+        limits: TierLimits,
+        eos_token_ids: frozenset[int],
+        *,
+        pipelined: bool = False,
+    ) -> None:
+        """Begin to admit sequences of a tier; `pipelined` allows two of its steps in flight."""
         assert tier not in self._tiers
-        self._tiers[tier] = TierSchedule(tier, limits, eos_token_ids)
+        self._tiers[tier] = TierSchedule(tier, limits, eos_token_ids, pipelined=pipelined)
 
     def close_tier(self, tier: Tier, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End all of a tier's sequences and admit no more; a closed tier is no error."""
@@ -77,9 +83,10 @@ class Scheduler:
     def next_step(self, now: float) -> Step | None:
         """Return what to run next, or None where there is nothing to do.
 
-        Also None where it is the turn of a tier whose step is in flight: that has to land first,
-        because the other tier's turn may depend on how long it took. What follows a strategic
-        step does not, so with tactical work waiting it can be launched at once.
+        Also None where a step in flight has to land before the next can be built. With tactical
+        work waiting, what follows a strategic step is a tactical one, launched at once. A tier's
+        step follows its own in flight only where its engine is pipelined, and a strategic one
+        only where no tactical request is to be expected: it would wait for both.
         """
         tactical = self._tiers.get(Tier.TACTICAL)
         strategic = self._tiers.get(Tier.STRATEGIC)
@@ -91,11 +98,13 @@ class Scheduler:
             tier: Tier | None = Tier.TACTICAL
         else:
             tier = self._interleave.pick(tactical=tactical_works, strategic=strategic_works)
-        if tier is None or self._tiers[tier].in_flight:
+        if tier is None:
             return None
         schedule = self._tiers[tier]
         limit = schedule.limits.prefill_chunk_tokens
         if tier is Tier.STRATEGIC and tactical is not None and self._tactical_near(now):
+            if schedule.in_flight:
+                return None
             limit = min(limit, shared_chunk_tokens(tactical.rates, schedule.rates))
         return schedule.build(limit, now)
 

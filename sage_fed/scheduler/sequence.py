@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from sage_fed.core import Priority, Sampling, Tier
 from sage_fed.scheduler.blocks import BlockPool, blocks_for
 from sage_fed.scheduler.prefix import BlockKeys
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw
 
 
 class EndReason(enum.Enum):
@@ -88,9 +88,12 @@ class Sequence:
     """A sequence between `add` and its ending; `order` is its place among all that were added.
 
     `token_ids` are the prompt and what was delivered; the first `num_stored` of them have their
-    keys and values in `blocks`. A sequence that is interrupted loses those and feeds all of its
-    tokens again, for which nobody is charged: `prompt_done` and `cached_tokens` only say how its
-    prompt was reached first. `counted_uatp` is what its account was counted for it.
+    keys and values in `blocks`. `num_fed` tokens were handed to the device, in `num_flights` steps
+    that have not landed, which will draw the `num_pending` tokens that follow.
+
+    A sequence that is interrupted loses its blocks and feeds all of its tokens again, for which
+    nobody is charged: `prompt_done` and `cached_tokens` only say how its prompt was reached first.
+    `counted_uatp` is what its account was counted for it.
     """
 
     spec: SequenceSpec
@@ -99,6 +102,9 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     blocks: tuple[int, ...] = ()
     num_stored: int = 0
+    num_fed: int = 0
+    num_pending: int = 0
+    num_flights: int = 0
     num_output: int = 0
     prompt_done: int = 0
     cached_tokens: int = 0
@@ -108,7 +114,8 @@ class Sequence:
     first_token_s: float | None = None
     last_token_s: float | None = None
     device_s: float = 0.0
-    cancelled: EndReason | None = None
+    ending: EndReason | None = None
+    """Why it ends once no step in flight has a chunk of it any more."""
     _keys: BlockKeys = field(init=False)
     _seen: tuple[int, ...] = ()
     _seen_set: set[int] = field(default_factory=set)
@@ -121,14 +128,34 @@ class Sequence:
             self._seen_set.update(self._seen)
 
     @property
+    def num_drawn(self) -> int:
+        """Output tokens that were drawn, or will be by a step in flight."""
+        return self.num_output + self.num_pending
+
+    @property
+    def length(self) -> int:
+        """Its tokens, with those that steps in flight will draw."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def decodes(self) -> bool:
-        """Whether all but its newest token, which was drawn, is stored."""
-        return self.num_output > 0 and self.num_stored + 1 == len(self.token_ids)
+        """Whether all but its newest token, which was drawn, has been fed."""
+        return self.num_drawn > 0 and self.num_fed + 1 == self.length
 
     @property
     def prefill_left(self) -> int:
-        """Tokens that have to be fed to the model before the first draw."""
-        return 0 if self.decodes else len(self.token_ids) - self.num_stored
+        """Tokens that have to be fed to the model before the next draw, beyond a newest one."""
+        return 0 if self.decodes else self.length - self.num_fed
+
+    @property
+    def done(self) -> bool:
+        """Whether it is fed nothing more, whatever the steps in flight bring."""
+        return self.ending is not None or self.num_drawn >= self.spec.max_new_tokens
+
+    @property
+    def needs_landing(self) -> bool:
+        """Whether its next draw depends on a token that only the device knows yet."""
+        return self.num_pending > 0 and self.spec.sampling.repetition_penalty != 1.0
 
     @property
     def served_uatp(self) -> int:
@@ -156,36 +183,58 @@ class Sequence:
     def begin(self, shared: tuple[int, ...], own: tuple[int, ...], now: float) -> None:
         """Start, or start again, in these blocks, `shared` of which are stored already."""
         self.blocks = shared + own
-        self.num_stored = len(shared) * BLOCK_SIZE
+        self.num_stored = self.num_fed = len(shared) * BLOCK_SIZE
         if self.started_s is None:
             self.started_s = now
 
     def interrupt(self) -> tuple[int, ...]:
         """Stop, to start again later; returns its blocks, which it loses."""
+        assert not self.num_flights, "the device may still write to its blocks"
         blocks, self.blocks = self.blocks, ()
-        self.num_stored = 0
+        self.num_stored = self.num_fed = 0
         self.preemptions += 1
         return blocks
 
     @property
     def blocks_missing(self) -> int:
         """Blocks that it needs for its next token and does not have."""
-        return blocks_for(len(self.token_ids)) - len(self.blocks)
+        return 0 if self.done else blocks_for(self.length) - len(self.blocks)
 
     def next_chunk(self, prefill_limit: int) -> Chunk:
         """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill."""
         assert self.decodes or prefill_limit > 0
-        end = len(self.token_ids)
+        start, end = self.num_fed, self.length
         if not self.decodes:
-            end = min(end, self.num_stored + prefill_limit)
-        draws = end == len(self.token_ids)
+            end = min(end, start + prefill_limit)
+        draws = end == self.length
+        known = tuple(self.token_ids[start:end])
         return Chunk(
             seq_id=self.spec.seq_id,
-            start=self.num_stored,
-            token_ids=tuple(self.token_ids[self.num_stored : end]),
+            start=start,
+            token_ids=known if len(known) == end - start else (PENDING,),
             blocks=self.blocks,
-            draw=Draw(self.spec.sampling, self.num_output, self._seen) if draws else None,
+            draw=Draw(self.spec.sampling, self.num_drawn, self._seen) if draws else None,
         )
+
+    def launch(self, chunk: Chunk) -> None:
+        """Note that a chunk is in a step in flight."""
+        self.num_fed += len(chunk.token_ids)
+        self.num_pending += chunk.draw is not None
+        self.num_flights += 1
+
+    def land(self, chunk: Chunk, pool: BlockPool | None) -> None:
+        """Note that a chunk's step has landed; blocks that it filled go public in `pool`."""
+        self.num_flights -= 1
+        self.num_pending -= chunk.draw is not None
+        if self.num_stored + len(chunk.token_ids) > len(self.token_ids):
+            return  # it was fed a token that ended it or was dropped: what was stored means nothing
+        self._stored(len(chunk.token_ids), pool)
+
+    def fall_back(self, chunk: Chunk) -> None:
+        """Note that a chunk's step came to nothing; it will be fed again."""
+        self.num_flights -= 1
+        self.num_fed -= len(chunk.token_ids)
+        self.num_pending -= chunk.draw is not None
 
     def find(self, pool: BlockPool) -> tuple[int, ...]:
         """Return the blocks of its beginning that are stored already.
@@ -196,18 +245,6 @@ class Sequence:
             return ()
         whole = (len(self.token_ids) - 1) // BLOCK_SIZE
         return pool.find(self._keys.of(index, self.token_ids) for index in range(whole))
-
-    def stored(self, count: int, pool: BlockPool | None) -> None:
-        """Note that `count` more tokens are stored; blocks that they fill go public in `pool`."""
-        # What it began with beyond what it had ever reached was found, not computed.
-        found = min(self.num_stored, len(self.spec.prompt))
-        self.cached_tokens += max(found - self.prompt_done, 0)
-        first = self.num_stored // BLOCK_SIZE
-        self.num_stored += count
-        self.prompt_done = max(self.prompt_done, min(self.num_stored, len(self.spec.prompt)))
-        if pool is not None and self.spec.prefix_cache:
-            for index in range(first, self.num_stored // BLOCK_SIZE):
-                pool.publish(self.blocks[index], self._keys.of(index, self.token_ids))
 
     def append(self, token_id: int, now: float) -> None:
         """Note a drawn token that is delivered."""
@@ -233,6 +270,17 @@ class Sequence:
             output_tokens=self.num_output,
             device_s=self.device_s,
         )
+
+    def _stored(self, count: int, pool: BlockPool | None) -> None:
+        # What it began with beyond what it had ever reached was found, not computed.
+        found = min(self.num_stored, len(self.spec.prompt))
+        self.cached_tokens += max(found - self.prompt_done, 0)
+        first = self.num_stored // BLOCK_SIZE
+        self.num_stored += count
+        self.prompt_done = max(self.prompt_done, min(self.num_stored, len(self.spec.prompt)))
+        if pool is not None and self.spec.prefix_cache:
+            for index in range(first, self.num_stored // BLOCK_SIZE):
+                pool.publish(self.blocks[index], self._keys.of(index, self.token_ids))
 
     def _note_seen(self, token_id: int) -> None:
         # Kept as a tuple of distinct ids that grows rarely, because each step's Draw holds it.

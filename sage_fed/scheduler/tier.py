@@ -8,16 +8,23 @@ Who starts next is `line`'s decision, who is interrupted `preemption`'s. An inte
 loses its blocks, waits with its rank, and later feeds its prompt and output again (what the prefix
 cache still has of them is not even computed); its next token is drawn with the same seed and
 index, so its reader notices a pause and nothing else.
+
+Where the engine is pipelined, a second step may be built while the first is on the device: a
+sequence whose newest token is still being drawn is fed `PENDING`. One that turns out to have ended
+wastes that row, and ends, giving its blocks back, when the step has landed. Nobody is interrupted
+while a step is in flight.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sage_fed.core import Tier
 from sage_fed.errors import QueueFull
 from sage_fed.scheduler.blocks import BlockPool
+from sage_fed.scheduler.flying import Flying
 from sage_fed.scheduler.limits import TierLimits
 from sage_fed.scheduler.line import Line
 from sage_fed.scheduler.preemption import make_way, weakest
@@ -49,9 +56,16 @@ class Outcome:
 
 
 class TierSchedule:
-    """The sequences of one tier; at most one step is in flight."""
+    """The sequences of one tier; one step is in flight at most, or two where `pipelined`."""
 
-    def __init__(self, tier: Tier, limits: TierLimits, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        limits: TierLimits,
+        eos_token_ids: frozenset[int],
+        *,
+        pipelined: bool = False,
+    ) -> None:
         self.tier = tier
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
@@ -60,19 +74,23 @@ class TierSchedule:
         self._line = Line(ageing_s=limits.ageing_s, overdue_s=limits.overdue_s)
         self._running: dict[int, Sequence] = {}
         self._added = 0
-        self._in_flight: Step | None = None
-        self._decided = Outcome()
+        self._pipelined = pipelined
+        self._flying: deque[Flying] = deque()
+        self._num_preempted = 0
         self._out_of_memory_alone: int | None = None
 
     @property
     def has_work(self) -> bool:
-        """Whether a step can be built: the first in line always fits an empty tier."""
+        """Whether there are sequences; with no step in flight, one can be built for them.
+
+        The first in line always fits an empty tier.
+        """
         return bool(self._running or self._line)
 
     @property
     def in_flight(self) -> bool:
         """Whether a step was built that has not been completed."""
-        return self._in_flight is not None
+        return bool(self._flying)
 
     @property
     def num_running(self) -> int:
@@ -121,42 +139,47 @@ class TierSchedule:
         seq = self.find(seq_id)
         if seq is None:
             return ()
-        if self._in_flight and any(c.seq_id == seq_id for c in self._in_flight.chunks):
+        if seq.num_flights:
             # The device may still write to its blocks.
-            seq.cancelled = seq.cancelled or reason
+            seq.ending = seq.ending or reason
             return ()
         return (self._end(seq, reason, now),)
 
     def end_all(self, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End every sequence at once, a step in flight or not; the engine is not used again."""
-        self._in_flight = None
+        self._flying.clear()
         everyone = (*self._running.values(), *self._line)
         return tuple(self._end(seq, reason, now) for seq in everyone)
 
-    def build(self, prefill_limit: int, now: float) -> Step:
+    def build(self, prefill_limit: int, now: float) -> Step | None:
         """Return the next step: a token of each decoding sequence, then pieces of prompts.
 
         At most `prefill_limit` prompt tokens; sequences start in line while some of the limit, a
         place in the batch and their blocks are left, less those that the prefix cache has.
+        None where what is in flight has to land first.
         """
-        assert self._in_flight is None
         assert self.has_work
-        if self.limits.kv_overcommit > 1.0:
-            self._grow(now)
-        self._make_way(now)
+        if not self._may_build() or not self._make_room(now):
+            return None
+        flying = Flying(Step(self.tier, ()), (), num_preempted=self._num_preempted)
+        self._num_preempted = 0
         chunks: list[Chunk] = []
+        members: list[Sequence] = []
         left = max(1, min(prefill_limit, self.limits.prefill_chunk_tokens))
         for seq in self._running.values():
-            if seq.decodes:
-                chunks.append(seq.next_chunk(0))
-            elif left:
-                chunks.append(seq.next_chunk(left))
-                left -= len(chunks[-1].token_ids)
-        while left and (started := self._start_head(now)):
-            chunks.append(started.next_chunk(left))
-            left -= len(chunks[-1].token_ids)
-        self._in_flight = Step(self.tier, tuple(chunks))
-        return self._in_flight
+            if not seq.done and (seq.decodes or left):
+                left -= self._feed(seq, left, chunks, flying)
+                members.append(seq)
+        while left and (started := self._start_head(now, flying)):
+            left -= self._feed(started, left, chunks, flying)
+            members.append(started)
+        if not chunks:
+            assert self._flying, "with nothing in flight, somebody can be fed"
+            self._num_preempted = flying.num_preempted
+            return None
+        flying.step, flying.members = Step(self.tier, tuple(chunks)), tuple(members)
+        self._flying.append(flying)
+        return flying.step
 
     def complete(
         self, step: Step, drawn: Iterable[Drawn], *, now: float, elapsed_s: float
@@ -165,21 +188,22 @@ class TierSchedule:
         by_id = {d.seq_id: d for d in drawn}
         wanted = {chunk.seq_id for chunk in step.chunks if chunk.draw}
         assert by_id.keys() == wanted, "the engine answers each draw once"
-        members, num_prefill = self._land(step, elapsed_s)
+        flying = self._land(step, elapsed_s)
+        if flying.void:
+            self._fall_back(flying)
+            return _outcome(flying, (), self._end_landed(flying.members, now))
         self._out_of_memory_alone = None
-        self.rates.record(num_tokens=step.num_tokens, prefills=num_prefill > 0, elapsed_s=elapsed_s)
+        self.rates.record(
+            num_tokens=step.num_tokens, prefills=flying.num_prefill > 0, elapsed_s=elapsed_s
+        )
         delivered: list[Drawn] = []
-        ended: list[Ended] = []
-        for seq, chunk in zip(members, step.chunks, strict=True):
-            seq.stored(len(chunk.token_ids), self.pool if self.limits.prefix_cache else None)
-            reason = seq.cancelled
-            if reason is None and chunk.draw:
-                reason = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
-            if reason is None:
+        for seq, chunk in zip(flying.members, step.chunks, strict=True):
+            seq.land(chunk, self.pool if self.limits.prefix_cache else None)
+            if seq.ending is None and chunk.draw:
+                seq.ending = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
+            if seq.ending is None:
                 self._line.count(seq)
-            else:
-                ended.append(self._end(seq, reason, now))
-        return self._outcome(delivered, ended, num_prefill)
+        return _outcome(flying, delivered, self._end_landed(flying.members, now))
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
         """Give way after a step that did not fit the device; it has changed nothing.
@@ -187,52 +211,86 @@ class TierSchedule:
         The newest sequence ends, one that prefills before one that decodes, and the others
         try again without it. A sequence that was alone tries once more before it ends.
         """
-        members, num_prefill = self._land(step, elapsed_s)
-        ended = [self._end(seq, seq.cancelled, now) for seq in members if seq.cancelled]
-        if not ended:
+        behind = [flying.step for flying in self._flying].index(step) + 1
+        for later in tuple(self._flying)[behind:]:
+            # It was fed what this one was to draw, where this one failed as late as at its landing.
+            later.void = True
+        flying = self._land(step, elapsed_s)
+        members = flying.members
+        self._fall_back(flying)
+        if not flying.void and not any(seq.ending for seq in members):
             victim = max(members, key=lambda seq: (seq.prefill_left > 0, seq.started_s, seq.order))
             spared = len(members) == 1 and self._out_of_memory_alone != victim.spec.seq_id
             self._out_of_memory_alone = victim.spec.seq_id if spared else None
             if not spared:
-                ended.append(self._end(victim, EndReason.OUT_OF_MEMORY, now))
-        return self._outcome((), ended, num_prefill)
+                victim.ending = EndReason.OUT_OF_MEMORY
+        return _outcome(flying, (), self._end_landed(members, now))
 
     def bear(self, step: Step, elapsed_s: float) -> None:
         """Take in a step that came to nothing but cost time; the engine is not used again."""
-        if step is self._in_flight:  # else it broke while its results were taken in
-            self._land(step, elapsed_s)
+        if any(flying.step is step for flying in self._flying):
+            self._land(step, elapsed_s)  # else it broke while its results were taken in
 
-    def _grow(self, now: float) -> None:
-        """Give each running sequence the block of its next token, where it has none."""
+    def _may_build(self) -> bool:
+        if not self._flying:
+            return True
+        if not self._pipelined or len(self._flying) > 1 or self._flying[0].void:
+            return False
+        # Left out of this step, such a sequence would get every other token only.
+        return not any(seq.needs_landing for seq in self._running.values())
+
+    def _make_room(self, now: float) -> bool:
+        """Interrupt whoever has to be; False where a step in flight has to land before that."""
+        if self.limits.kv_overcommit > 1.0 and not self._grow(now):
+            return False
+        victims = self._in_the_way(now)
+        if victims and self._flying:
+            return False
+        for seq in victims:
+            self._preempt(seq, now)
+        return True
+
+    def _feed(self, seq: Sequence, left: int, chunks: list[Chunk], flying: Flying) -> int:
+        """Append a sequence's next chunk; returns how many prompt tokens that takes."""
+        prefills = not seq.decodes
+        chunk = seq.next_chunk(left)
+        seq.launch(chunk)
+        chunks.append(chunk)
+        num_prefill = len(chunk.token_ids) if prefills else 0
+        flying.num_prefill += num_prefill
+        return num_prefill
+
+    def _grow(self, now: float) -> bool:
+        """Give each running sequence the block of its next token, where it has none.
+
+        False where somebody has to be interrupted for that, which waits for the step in flight.
+        """
         for seq in tuple(self._running.values()):
             while seq.spec.seq_id in self._running and seq.blocks_missing > 0:
                 if self.pool.num_available:
                     seq.blocks += self.pool.take(1)
+                elif self._flying:
+                    return False
                 else:
                     self._preempt(weakest(self._running.values(), self._line, self.limits), now)
+        return True
 
-    def _make_way(self, now: float) -> None:
-        """Interrupt whoever has to give way to the head of the line, if it does not fit."""
+    def _in_the_way(self, now: float) -> list[Sequence]:
+        """Return who has to give way to the head of the line, if it does not fit."""
         head = self._line.head(now)
         if head is None:
-            return
-        for seq in make_way(
-            head,
-            self._running.values(),
-            line=self._line,
-            pool=self.pool,
-            limits=self.limits,
-            now=now,
-        ):
-            self._preempt(seq, now)
+            return []
+        running = self._running.values()
+        line, pool, limits = self._line, self.pool, self.limits
+        return make_way(head, running, line=line, pool=pool, limits=limits, now=now)
 
     def _preempt(self, seq: Sequence, now: float) -> None:
         del self._running[seq.spec.seq_id]
         self.pool.give_back(seq.interrupt())
         self._line.put_back(seq, now)
-        self._decided = replace(self._decided, num_preempted=self._decided.num_preempted + 1)
+        self._num_preempted += 1
 
-    def _start_head(self, now: float) -> Sequence | None:
+    def _start_head(self, now: float, flying: Flying) -> Sequence | None:
         """Start the first in line, if there is a place and there are blocks for it."""
         if len(self._running) >= self.limits.max_batch or not (seq := self._line.head(now)):
             return None
@@ -245,29 +303,29 @@ class TierSchedule:
         seq.begin(shared, self.pool.take(num_own), now)
         self._running[seq.spec.seq_id] = seq
         if self.limits.prefix_cache and seq.spec.prefix_cache:
-            self._decided = replace(
-                self._decided,
-                num_queried_tokens=self._decided.num_queried_tokens + len(seq.token_ids),
-                num_hit_tokens=self._decided.num_hit_tokens + seq.num_stored,
-            )
+            flying.num_queried += len(seq.token_ids)
+            flying.num_hit += seq.num_stored
         return seq
 
-    def _land(self, step: Step, elapsed_s: float) -> tuple[list[Sequence], int]:
-        """Return the sequences of the step in flight, charged with its time; its prompt tokens."""
-        assert step is self._in_flight
-        self._in_flight = None
-        members = [self._running[chunk.seq_id] for chunk in step.chunks]
-        num_prefill = 0
-        for seq, chunk in zip(members, step.chunks, strict=True):
-            seq.device_s += elapsed_s * len(chunk.token_ids) / step.num_tokens
-            num_prefill += 0 if seq.decodes else len(chunk.token_ids)
-        return members, num_prefill
+    def _land(self, step: Step, elapsed_s: float) -> Flying:
+        """Take a step, which is the oldest or was never launched, out of the air."""
+        flying = next(flying for flying in self._flying if flying.step is step)
+        self._flying.remove(flying)
+        flying.charge(elapsed_s)
+        return flying
 
-    def _outcome(self, drawn: Iterable[Drawn], ended: Iterable[Ended], num_prefill: int) -> Outcome:
-        decided, self._decided = self._decided, Outcome()
-        return replace(
-            decided, drawn=tuple(drawn), ended=tuple(ended), num_prefill_tokens=num_prefill
-        )
+    def _fall_back(self, flying: Flying) -> None:
+        """Undo a step that changed nothing."""
+        for seq, chunk in zip(flying.members, flying.step.chunks, strict=True):
+            seq.fall_back(chunk)
+
+    def _end_landed(self, members: Iterable[Sequence], now: float) -> list[Ended]:
+        """End those of a landed step that have a reason to, and are in no step behind it."""
+        return [
+            self._end(seq, seq.ending, now)
+            for seq in members
+            if seq.ending is not None and not seq.num_flights
+        ]
 
     def _take_token(
         self, seq: Sequence, drawn: Drawn, delivered: list[Drawn], now: float
@@ -283,3 +341,14 @@ class TierSchedule:
             self.pool.give_back(seq.blocks)
         self._line.end(seq)
         return seq.ended(reason, now)
+
+
+def _outcome(flying: Flying, drawn: Iterable[Drawn], ended: Iterable[Ended]) -> Outcome:
+    return Outcome(
+        drawn=tuple(drawn),
+        ended=tuple(ended),
+        num_prefill_tokens=flying.num_prefill,
+        num_queried_tokens=flying.num_queried,
+        num_hit_tokens=flying.num_hit,
+        num_preempted=flying.num_preempted,
+    )
