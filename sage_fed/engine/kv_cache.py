@@ -62,7 +62,10 @@ class KVCache:
             # Written, not only reserved: a page that the kernel has yet to find is a promise
             # that another process may break, and a process that seems to grow for hours.
             self._pool = allocate((spec.num_layers, slots, spec.kv_width), dtype, device).zero_()
-        except (RuntimeError, MemoryError) as error:  # torch's and the host's out-of-memory errors on every device
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # torch's and the host's out-of-memory errors on every device
             raise ModelLoadError(
                 f"{device} has no memory for a KV pool of {nbytes} bytes"
             ) from error

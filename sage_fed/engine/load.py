@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ import torch
 from sage_fed.core import ModelInfo
 from sage_fed.engine.architecture import ModelSpec, read_spec
 from sage_fed.engine.assemble import capture_for, prepare
-from sage_fed.engine.checkpoint import locate, stream_weights
+from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.engine import Engine
+from sage_fed.engine.filling import load_weights, weights_cache
 from sage_fed.engine.formats import Formats, choose_formats
 from sage_fed.engine.generation import read_generation
 from sage_fed.engine.graphs import GraphCapture
@@ -39,7 +41,9 @@ class EngineOptions:
     the world calls it; "" takes the directory's name or the hub id. `max_context_tokens` None
     takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
     are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
-    `kernels` is "auto", or insists on "native" or "torch" ones.
+    `kernels` is "auto", or insists on "native" or "torch" ones. `weights_cache` is where
+    quantised weights are kept for the next start: a directory, "auto" or "off"; all of them
+    together take at most `weights_cache_bytes`.
     Where steps are captured beforehand, those of up to `max_batch` sequences are, of one new
     token each and of each number in `verify_tokens`; larger ones run uncaptured.
     """
@@ -53,6 +57,8 @@ class EngineOptions:
     max_context_tokens: int | None = None
     num_valid_ids: int | None = None
     kernels: str = "auto"
+    weights_cache: str = "off"
+    weights_cache_bytes: int = 32 * 2**30
     max_batch: int = 16
     verify_tokens: tuple[int, ...] = ()
 
@@ -83,9 +89,20 @@ def load_engine(
         context = _context(spec, options.max_context_tokens)
         num_blocks = blocks_in_budget(spec, compute, options.kv_cache_bytes, context)
         defaults, eos_token_ids = read_generation(directory)
-        builder = _weights_builder(spec, options.num_valid_ids, formats, compute, device)
-        _fill(builder, directory, device, progress)
-        weights = builder.build()
+        valid = _valid_ids(spec, options.num_valid_ids)
+        weights = load_weights(
+            partial(_weights_builder, spec, valid, formats, compute, device),
+            directory,
+            device,
+            # What a checkpoint has is kept already: in the checkpoint.
+            weights_cache(options.weights_cache, options.weights_cache_bytes)
+            if precision.quantised
+            else None,
+            layout=formats.layout,
+            num_valid_ids=valid,
+            # The pool and the graphs are still to come, so the weights alone never make it 1.
+            progress=lambda share: progress(_LOADED * share),
+        )
         capture = capture or capture_for(device, options.kernels)
         # Padding rows of a graph write to a block that no sequence owns.
         cache = KVCache(spec, num_blocks + (1 if capture else 0), compute, device)
@@ -99,7 +116,7 @@ def load_engine(
             capture,
             native=formats.native,
             num_blocks=num_blocks,
-            num_ids=options.num_valid_ids or spec.vocab_size,
+            num_ids=valid,
             max_batch=options.max_batch,
             verify_tokens=options.verify_tokens,
             widened=precision.layers != "dense",
@@ -181,32 +198,26 @@ def _context(spec: ModelSpec, asked: int | None) -> int:
     return context
 
 
-def _weights_builder(
-    spec: ModelSpec,
-    num_valid_ids: int | None,
-    formats: Formats,
-    compute: torch.dtype,
-    device: torch.device,
-) -> WeightsBuilder:
+def _valid_ids(spec: ModelSpec, num_valid_ids: int | None) -> int:
     valid = spec.vocab_size if num_valid_ids is None else num_valid_ids
     if not 0 < valid <= spec.vocab_size:
         raise ModelLoadError(
             f"the tokenizer has {valid} ids, the vocabulary {spec.vocab_size}: "
             "they do not belong together"
         )
+    return valid
+
+
+def _weights_builder(
+    spec: ModelSpec,
+    num_valid_ids: int,
+    formats: Formats,
+    compute: torch.dtype,
+    device: torch.device,
+) -> WeightsBuilder:
     try:
-        return WeightsBuilder(spec, formats, num_valid_ids=valid, compute=compute, device=device)
+        return WeightsBuilder(
+            spec, formats, num_valid_ids=num_valid_ids, compute=compute, device=device
+        )
     except (RuntimeError, MemoryError) as error:  # torch's and the host's own
         raise ModelLoadError(f"{device} has no memory for the weights") from error
-
-
-def _fill(
-    builder: WeightsBuilder,
-    directory: Path,
-    device: torch.device,
-    progress: Callable[[float], None],
-) -> None:
-    # The pool and the graphs are still to come, so the weights alone never make it 1.
-    stream_weights(
-        directory, builder.places, device, lambda done, total: progress(_LOADED * done / total)
-    )

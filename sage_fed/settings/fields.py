@@ -85,6 +85,12 @@ def _path(value: object) -> object:
     return value
 
 
+def _cache_place(value: str) -> str:
+    if value not in {"auto", "off"} and not Path(value).expanduser().is_absolute():
+        raise ValueError("expected auto, off or an absolute directory")
+    return value
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -117,6 +123,7 @@ EmptyIsNone = BeforeValidator(_empty_is_none)
 ModelName = Annotated[str, AfterValidator(_model)]
 Revision = Annotated[str, AfterValidator(_revision)]
 Device = Annotated[str, AfterValidator(_device)]
+CachePlace = Annotated[str, AfterValidator(_cache_place)]
 AccountName = Annotated[str, AfterValidator(_account)]
 AccountOrNobody = Annotated[str, AfterValidator(_account_or_nobody)]
 Lowered = BeforeValidator(_lower)

@@ -14,11 +14,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sage_fed.core import Tier
 from sage_fed.settings.fields import (
     AccountName,
+    CachePlace,
     Device,
     EmptyIsNone,
     Endpoint,
     Lowered,
     Real,
+    Size,
     UserPath,
     Whole,
     conflict,
@@ -72,6 +74,16 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="Whose code computes: torch's, or native on CPU; auto is native where it can.",
+    )
+    weights_cache: CachePlace = Field(
+        default="auto",
+        description="Where quantised weights are kept for the next start: a directory, off, or "
+        "auto: $CACHE_DIRECTORY, $XDG_CACHE_HOME/sage-fed or ~/.cache/sage-fed.",
+    )
+    weights_cache_bytes: Size = Field(
+        default=32 * 2**30,
+        gt=0,
+        description="What they take at most; the least recently used are removed.",
     )
     tactical: TierSettings = Field(description="The fast tier.")
     strategic: TierSettings = Field(description="The deep tier.")

@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sage_fed.engine.cache_directory import default_directory, private
+
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
 _CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
@@ -82,19 +84,13 @@ def _compiler() -> Path | None:
 
 
 def _cache_directory() -> Path | Unavailable:
-    """Our own directory, 0700: whoever could write there could run code as us."""
-    named = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]  # of systemd; may list several
-    home = os.environ.get("XDG_CACHE_HOME", "")
+    """Our own directory: whoever could write there could run code as us."""
     try:
-        base = Path(named) if named else Path(home or Path.home() / ".cache") / "sage-fed"
-        directory = base / "kernels"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
-    except (OSError, RuntimeError) as error:
+        return private(default_directory("kernels"))
+    except PermissionError as error:
+        return Unavailable(str(error))
+    except OSError as error:
         return Unavailable(f"there is no directory to keep them in ({error})")
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        return Unavailable(f"{directory} must belong to this user and be closed to others (0700)")
-    return directory
 
 
 def _cached(directory: Path, key: str, compiler: Path | None) -> Path | None:
