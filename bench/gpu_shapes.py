@@ -240,8 +240,8 @@ def random_engine(shape: Shape, device: str, precision: str, seed: int) -> tuple
 
     with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config()))
-        filling = importlib.import_module("sage_fed.engine.filling")
-        with mock.patch.object(filling, "stream_weights", fill):
+        reading = importlib.import_module("sage_fed.engine.filling")
+        with mock.patch.object(reading, "stream_weights", fill):
             options = EngineOptions(
                 model=folder,
                 kv_cache_bytes=shape.kv_cache_bytes,
