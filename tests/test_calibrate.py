@@ -34,7 +34,7 @@ from sage_fed.scheduler import TierLimits
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
-PACE = Pace(budget_s=WAIT_S, rounds=2, sample_s=0.02, max_repeats=3)
+PACE = Pace(budget_s=20 * WAIT_S, rounds=2, ratios=12, sample_s=0.02, max_repeats=3)
 
 
 # The plan

@@ -3,7 +3,8 @@
 Owns the order and the budget of time. Every point is timed once at least (the pilot, which is
 also its warm-up); then rounds go A B A B over both tiers' points, and after each of them one
 round of the pair of reference points, so that the ratio is sampled all through the
-measurement and a slow minute of the machine meets both tiers and all points alike.
+measurement and a slow minute of the machine meets both tiers and all points alike. What is
+left of the budget is the ratio's.
 Fails as `Executor.probe` does; a point that the device has no memory for is left out.
 """
 
@@ -26,11 +27,17 @@ from sage_fed.steps import Step
 
 _log = logging.getLogger(__name__)
 
-_MIN_RATIOS = 5
+_MIN_RATIOS = 9
 """Rounds of the reference pair below which there is no ratio to speak of."""
 
-_PATIENCE = 3.0
-"""How many budgets a calibration may last where live jobs keep interrupting it."""
+_POINTS_SHARE = 0.7
+"""Of the budget; the rest is the ratio's, which is what the prices of both tiers hang on."""
+
+_PATIENCE_S = 180.0
+"""How long one measurement may take, with the live jobs that go before it."""
+
+_LONGEST_S = 900.0
+"""And how long a calibration lasts at most, however often it is interrupted."""
 
 _WARM_STEPS = 2
 _LONG_STEP_S = 0.25
@@ -39,16 +46,21 @@ _LONG_STEP_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long to measure: `sample_s` of one point in a round, `rounds` and `budget_s` of all."""
+    """How long to measure: `sample_s` of one point in a round, `rounds` and `budget_s` of all.
+
+    `ratios` are rounds of the reference pair, made while the budget lasts; those that go with
+    the points' rounds count.
+    """
 
     budget_s: float
     rounds: int
+    ratios: int
     sample_s: float
     max_repeats: int = 24
 
 
-FULL = Pace(budget_s=120.0, rounds=8, sample_s=0.06)
-QUICK = Pace(budget_s=15.0, rounds=2, sample_s=0.03)
+FULL = Pace(budget_s=120.0, rounds=8, ratios=100, sample_s=0.06)
+QUICK = Pace(budget_s=15.0, rounds=2, ratios=30, sample_s=0.03)
 
 
 class Measurement:
@@ -95,14 +107,19 @@ class Measurement:
             yield self._progress("warm-up", point)
             await self._pilot(point)
         while len(self.ratios) < _MIN_RATIOS:
+            yield self._progress("ratio", self._references[Tier.STRATEGIC])
             await self._pair()
         try:
             for number in range(self._pace.rounds):
                 for point in self._points:
+                    if not self._has_time_for(point):
+                        continue
                     yield self._progress(f"round {number + 1} of {self._pace.rounds}", point)
                     await self._round(point)
-                    if self._affordable(self._pair_cost_s):
-                        await self._pair()
+                    await self._pair()
+            while len(self.ratios) < self._pace.ratios and self._affordable(self._pair_cost_s):
+                yield self._progress("ratio", self._references[Tier.STRATEGIC])
+                await self._pair()
         except DeviceBusy:
             _log.warning("live jobs took over: calibrating with the rounds that were done")
 
@@ -139,8 +156,6 @@ class Measurement:
 
     async def _round(self, point: Point) -> None:
         """Time a point alone, then with the other tier's reference before each step."""
-        if point not in self._samples or not self._affordable(self._round_cost_s(point)):
-            return
         other = self._other(point)
         warm, repeats = self._repeats(point)
         turns = self._turns(point)
@@ -153,8 +168,8 @@ class Measurement:
         self._done += 1
 
     async def _probe(self, steps: list[Step]) -> tuple[float, ...]:
-        left_s = self._begun_s + _PATIENCE * self._pace.budget_s - self._clock()
-        return await self._executor.probe(steps, max(left_s, 0.0))
+        patience_s = min(_PATIENCE_S, _LONGEST_S - self.elapsed_s)
+        return await self._executor.probe(steps, max(patience_s, 0.0))
 
     def _repeats(self, point: Point) -> tuple[int, int]:
         """How many steps warm it up, and how many are its sample of a round."""
@@ -182,8 +197,15 @@ class Measurement:
             sum(self._repeats(point)) * self._pilot_s[point] for point in self._references.values()
         )
 
-    def _affordable(self, cost_s: float) -> bool:
-        return self.elapsed_s + cost_s <= self._pace.budget_s
+    def _has_time_for(self, point: Point) -> bool:
+        """Whether a point's round fits into what is not kept for the ratio."""
+        if point not in self._samples:
+            return False
+        cost_s = self._round_cost_s(point) + self._pair_cost_s
+        return self._affordable(cost_s, _POINTS_SHARE)
+
+    def _affordable(self, cost_s: float, share: float = 1.0) -> bool:
+        return self.elapsed_s + cost_s <= share * self._pace.budget_s
 
     def _progress(self, phase: str, point: Point) -> CalibrationProgress:
         total = len(self._points) * self._pace.rounds

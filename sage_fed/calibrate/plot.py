@@ -31,8 +31,8 @@ def plot_of(card: RateCard) -> str:
             'font-family="sans-serif" font-size="12">'
         ),
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        _words(_LEFT, 20, card.title, size=13),
-        _words(_LEFT, 37, f"strategic : tactical = {card.cost_ratio():.2f} : 1 at batch 1"),
+        _words(_LEFT, 18, card.title.removesuffix(f" on {card.device}"), size=11),
+        _words(_LEFT, 36, f"{card.device}: {card.cost_ratio():.2f} : 1 at batch 1"),
         _words(_WIDTH / 2 - 60, _HEIGHT - 12, "sequences in the batch"),
         (
             f'<g transform="rotate(-90 16 {_HEIGHT / 2})">'
