@@ -249,6 +249,8 @@ def random_engine(shape: Shape, device: str, precision: str, seed: int) -> tuple
                 precision=precision,
                 name=shape.name,
                 max_context_tokens=shape.max_context,
+                # On the CPU the script rehearses the path that a GPU takes.
+                kernels="torch" if device == "cpu" else "auto",
                 num_valid_ids=shape.valid_ids,
             )
             engine = load_engine(options, lambda _: None)
