@@ -117,7 +117,7 @@ def test_prices_are_a_card_whatever_was_timed(
     """A tactical output token is 1 ATP, the ratio is the measured one, and nothing is free."""
     lines = prices(points, ratio, READ_S)
     assert 1_000_000 == lines[T][Phase.DECODE].uatp
-    assert ratio * 1e6 <= lines[S][Phase.DECODE].uatp <= ratio * 1e6 + 1
+    assert ratio * 1e6 - 1e-5 <= lines[S][Phase.DECODE].uatp <= ratio * 1e6 + 1
     for tier in Tier:
         assert 1 <= lines[tier][Phase.CACHED].uatp <= lines[tier][Phase.PREFILL].uatp
         assert lines[tier][Phase.DRAFT].uatp == lines[tier][Phase.DECODE].uatp
@@ -193,6 +193,13 @@ async def run(one: Calibrator, *, adopt: bool = False) -> CalibrationResult:
     assert sorted(fractions) == fractions
     result = events[-1]
     assert isinstance(result, CalibrationResult)
+    told = {
+        (p.tier, p.phase, p.batch, p.context_tokens, p.tokens)
+        for event in events[:-1]
+        if isinstance(event, CalibrationProgress)
+        for p in event.measured
+    }
+    assert told == {(p.tier, p.phase, p.batch, p.context_tokens, p.tokens) for p in result.points}
     return result
 
 

@@ -82,6 +82,7 @@ class Measurement:
         self._steps: dict[Point, Step] = {point: point.step() for point in self._points}
         self._pilot_s: dict[Point, float] = {}
         self._samples: dict[Point, Samples] = {}
+        self._changed: dict[Point, None] = {}
         self._done = 0
         self.ratios: list[float] = []
         self.left_out: list[str] = []
@@ -137,6 +138,7 @@ class Measurement:
             return
         self._pilot_s[point] = min(times)
         self._samples[point] = Samples([median(times)])
+        self._changed[point] = None
 
     async def _pair(self) -> None:
         """Time both references, in turns first, and note the ratio of this round."""
@@ -152,6 +154,7 @@ class Measurement:
         figures = {tier: median(times[part]) for tier, part in slices.items()}
         for tier, figure in figures.items():
             self._samples[self._references[tier]].alone_s.append(figure)
+            self._changed[self._references[tier]] = None
         self.ratios.append(figures[Tier.STRATEGIC] / figures[Tier.TACTICAL])
 
     async def _round(self, point: Point) -> None:
@@ -165,6 +168,7 @@ class Measurement:
         samples = self._samples[point]
         samples.alone_s.append(median(times[warm : warm + repeats]))
         samples.co_resident_s.append(median(times[warm + repeats + 1 :: 2]))
+        self._changed[point] = None
         self._done += 1
 
     async def _probe(self, steps: list[Step]) -> tuple[float, ...]:
@@ -210,12 +214,12 @@ class Measurement:
     def _progress(self, phase: str, point: Point) -> CalibrationProgress:
         total = len(self._points) * self._pace.rounds
         fraction = max(self._done / total, self.elapsed_s / self._pace.budget_s)
-        known = self._samples.get(point)
+        changed, self._changed = self._changed, {}
         return CalibrationProgress(
             phase=phase,
             fraction=min(fraction, 0.99),
             point=point.label,
             elapsed_s=self.elapsed_s,
             cost_ratio=median(self.ratios) if self.ratios else None,
-            measured=(known.measured(point),) if known else (),
+            measured=tuple(self._samples[one].measured(one) for one in changed),
         )

@@ -13,7 +13,7 @@ from sage_fed.core import MeasuredPoint, Phase, Tier
 from sage_fed.pricing import RateCard
 
 _WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 170, 50, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 210, 50, 50
 _COLOURS = {Tier.TACTICAL: "#1f77b4", Tier.STRATEGIC: "#d62728"}
 
 Curve = list[tuple[float, float]]
@@ -109,7 +109,7 @@ def _line(
             f'<line x1="{key_x}" y1="{key_y}" x2="{key_x + 24}" y2="{key_y}" stroke="{colour}" '
             f'stroke-width="2"{dash}/>'
         ),
-        _words(key_x + 30, key_y + 4, f"{tier.value}, {context}"),
+        _words(key_x + 30, key_y + 4, f"{tier.value}, context {context}"),
     ]
 
 
