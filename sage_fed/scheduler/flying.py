@@ -30,5 +30,6 @@ class Flying:
 
     def charge(self, elapsed_s: float) -> None:
         """Attribute the device's time to the members, by tokens."""
+        token_s = elapsed_s / self.step.num_tokens
         for seq, chunk in zip(self.members, self.step.chunks, strict=True):
-            seq.device_s += elapsed_s * len(chunk.token_ids) / self.step.num_tokens
+            seq.device_s += token_s * len(chunk.token_ids)

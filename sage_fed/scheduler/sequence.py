@@ -202,18 +202,17 @@ class Sequence:
 
     def next_chunk(self, prefill_limit: int) -> Chunk:
         """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill."""
-        assert self.decodes or prefill_limit > 0
-        start, end = self.num_fed, self.length
-        if not self.decodes:
-            end = min(end, start + prefill_limit)
-        draws = end == self.length
+        start, length = self.num_fed, self.length
+        # A newest token is one, whatever the limit.
+        end = length if self.decodes else min(length, start + prefill_limit)
+        assert start < end
         known = tuple(self.token_ids[start:end])
         return Chunk(
             seq_id=self.spec.seq_id,
             start=start,
-            token_ids=known if len(known) == end - start else (PENDING,),
+            token_ids=known or (PENDING,),
             blocks=self.blocks,
-            draw=Draw(self.spec.sampling, self.num_drawn, self._seen) if draws else None,
+            draw=Draw(self.spec.sampling, self.num_drawn, self._seen) if end == length else None,
         )
 
     def launch(self, chunk: Chunk) -> None:
@@ -272,14 +271,17 @@ class Sequence:
         )
 
     def _stored(self, count: int, pool: BlockPool | None) -> None:
-        # What it began with beyond what it had ever reached was found, not computed.
-        found = min(self.num_stored, len(self.spec.prompt))
-        self.cached_tokens += max(found - self.prompt_done, 0)
         first = self.num_stored // BLOCK_SIZE
+        if self.prompt_done < len(self.spec.prompt):
+            # What it began with beyond what it had ever reached was found, not computed.
+            found = min(self.num_stored, len(self.spec.prompt))
+            self.cached_tokens += max(found - self.prompt_done, 0)
+            reached = min(self.num_stored + count, len(self.spec.prompt))
+            self.prompt_done = max(self.prompt_done, reached)
         self.num_stored += count
-        self.prompt_done = max(self.prompt_done, min(self.num_stored, len(self.spec.prompt)))
-        if pool is not None and self.spec.prefix_cache:
-            for index in range(first, self.num_stored // BLOCK_SIZE):
+        last = self.num_stored // BLOCK_SIZE
+        if first < last and pool is not None and self.spec.prefix_cache:
+            for index in range(first, last):
                 pool.publish(self.blocks[index], self._keys.of(index, self.token_ids))
 
     def _note_seen(self, token_id: int) -> None:
