@@ -47,6 +47,7 @@ from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, LedgerOptions, ch
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import RateCard, charge
 from sage_fed.router import RoutingPolicy
+from sage_fed.scheduler import TokenWeights
 from sage_fed.steps import Step
 from sage_fed.text import Tokenizer
 
@@ -218,6 +219,20 @@ async def test_a_prompt_that_is_found_again_is_charged_as_cached(tmp_path: Path)
         assert 32.0 == r.counted("tokens_total", tier="tactical", type="cached", outcome="finished")
         assert 80.0 == r.counted("prefix_cache_queried_tokens_total", tier="tactical")
         assert 32.0 == r.counted("prefix_cache_hit_tokens_total", tier="tactical")
+
+
+async def test_a_sequence_carries_its_account_and_prices(tmp_path: Path) -> None:
+    """The scheduler is fair by what the card in force says, and caches per account."""
+    async with rig(tmp_path) as r:
+        engine = r.gate(Tier.STRATEGIC)
+        stream = await r.submit(job(requested=Tier.STRATEGIC))
+        await entered(engine)
+        (live,) = r.executor._streams.values()
+        assert "local" == live.spec.account
+        assert TokenWeights(329_500, 32_950, 6_590_000) == live.spec.weights
+        assert engine.gate is not None
+        engine.gate.release(100)
+        await read(stream)
 
 
 async def test_device_time_adds_up(tmp_path: Path) -> None:
