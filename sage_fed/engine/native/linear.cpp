@@ -13,7 +13,8 @@ constexpr int64_t kManyRows = 64;
 
 void multiply(const Linear& layer, const Activations& a, int64_t rows, const uint8_t* w, float* c) {
   const int64_t block_nbytes = rows > kManyRows ? kLargeBlockNbytes : kBlockNbytes;
-  const int64_t tiles = std::min((rows + kMaxTile - 1) / kMaxTile, kAheadTiles);
+  const int64_t most = a.quantised() ? kQuantisedTile : kMaxTile;
+  const int64_t tiles = std::min((rows + most - 1) / most, kAheadTiles);
   if (a.quantised()) {
     const int64_t group_nbytes = layer.kind == kInt8 ? kGroup * kPanel : int4_group_nbytes();
     const int64_t num_groups = padded_k(layer) / kGroup, each = block_nbytes / group_nbytes;

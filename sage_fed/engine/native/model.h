@@ -11,7 +11,8 @@ namespace sf {
 
 constexpr int kPanel = 64;   // output features in one packed panel: four vectors of 16
 constexpr int kGroup = 32;   // input features that share one activation scale
-constexpr int kMaxTile = 6;  // rows of activations in one register tile
+constexpr int kMaxTile = 6;        // rows of activations in one register tile
+constexpr int kQuantisedTile = 3;  // of int8 and int4
 
 enum Kind : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kFp32 = 3 };
 enum SourceType : int32_t { kSrcBf16 = 0, kSrcFp16 = 1, kSrcFp32 = 2 };

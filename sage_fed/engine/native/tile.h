@@ -1,4 +1,4 @@
-// Register tiles: up to six rows of activations times one packed panel of 64 columns.
+// Register tiles: a few rows of activations times one packed panel of 64 columns.
 //
 // A step is one dword of every row against one dword of every column: a product and a sum in
 // fp32, two in bf16, four in int8. Results lie in `c` [rows][64], added to what is there or not.
@@ -107,46 +107,43 @@ inline void float_rows(const uint8_t* w, const uint8_t* a, int64_t a_stride, int
   }
 }
 
-// int8 (u8 weights, zero-point 128) and int4 (nibbles, zero-point 8, bf16 scales in the stream),
-// NV vectors of 16 columns from `w` on; the products of a group are exact in int32.
-template <int MT, int NV, bool kNibbles>
+// int8 (u8 weights, zero-point 128) and int4 (nibbles, zero-point 8, bf16 scales in the stream).
+// The products of a group are exact in int32; every row needs two sums, hence at most three rows.
+template <int MT, bool kNibbles>
 void quantised_tile(const uint8_t* w, const uint8_t* a, int64_t a_stride, const GroupScale* groups,
-                    int64_t group_stride, int64_t num_groups, float* c, bool accumulate,
-                    int first_vector, Ahead ahead) {
-  __m512 sum[MT][NV];
-  w += first_vector * 64;
-  c += first_vector * 16;
-#pragma GCC unroll 6
+                    int64_t group_stride, int64_t num_groups, float* c, bool accumulate, Ahead ahead) {
+  __m512 sum[MT][4];
+#pragma GCC unroll 3
   for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
+    for (int v = 0; v < 4; ++v)
       sum[m][v] = accumulate ? _mm512_load_ps(c + m * kPanel + v * 16) : _mm512_setzero_ps();
   const __m512i low = _mm512_set1_epi8(0x0f);
   for (int64_t g = 0; g < num_groups; ++g) {
     ahead.fetch();
-    __m512i dot[MT][NV];
-#pragma GCC unroll 6
+    __m512i dot[MT][4];
+#pragma GCC unroll 3
     for (int m = 0; m < MT; ++m) {
       const __m512i correction = _mm512_set1_epi32(groups[m * group_stride + g].correction);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) dot[m][v] = correction;
+      for (int v = 0; v < 4; ++v) dot[m][v] = correction;
     }
     if constexpr (kNibbles) {
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) {
-        __m512i lo[NV], hi[NV];
+        __m512i lo[4], hi[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
+        for (int v = 0; v < 4; ++v) {
           const __m512i both = _mm512_load_si512(w + s * 256 + v * 64);
           lo[v] = _mm512_and_si512(both, low);
           hi[v] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         }
-#pragma GCC unroll 6
+#pragma GCC unroll 3
         for (int m = 0; m < MT; ++m) {
           const __m512i x = dword_of(a + m * a_stride + s * 8);
           const __m512i y = dword_of(a + m * a_stride + s * 8 + 4);
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) {
+          for (int v = 0; v < 4; ++v) {
             dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], lo[v], x);
             dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], hi[v], y);
           }
@@ -155,29 +152,28 @@ void quantised_tile(const uint8_t* w, const uint8_t* a, int64_t a_stride, const 
     } else {
 #pragma GCC unroll 8
       for (int s = 0; s < 8; ++s) {
-        __m512i u[NV];
+        __m512i u[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) u[v] = _mm512_load_si512(w + s * 256 + v * 64);
-#pragma GCC unroll 6
+        for (int v = 0; v < 4; ++v) u[v] = _mm512_load_si512(w + s * 256 + v * 64);
+#pragma GCC unroll 3
         for (int m = 0; m < MT; ++m) {
           const __m512i x = dword_of(a + m * a_stride + s * 4);
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], u[v], x);
+          for (int v = 0; v < 4; ++v) dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], u[v], x);
         }
       }
     }
-    __m512 scale[NV];
+    __m512 scale[4];
     if constexpr (kNibbles) {
-      const uint8_t* scales = w - first_vector * 64 + 1024 + first_vector * 32;
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
-        scale[v] = bf16_to_fp32(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales + v * 32)));
+      for (int v = 0; v < 4; ++v)
+        scale[v] = bf16_to_fp32(_mm256_load_si256(reinterpret_cast<const __m256i*>(w + 1024 + v * 32)));
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 3
     for (int m = 0; m < MT; ++m) {
       const __m512 x = _mm512_set1_ps(groups[m * group_stride + g].scale);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
+      for (int v = 0; v < 4; ++v) {
         const __m512 by = kNibbles ? _mm512_mul_ps(scale[v], x) : x;
         sum[m][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][v]), by, sum[m][v]);
       }
@@ -185,35 +181,24 @@ void quantised_tile(const uint8_t* w, const uint8_t* a, int64_t a_stride, const 
     w += kNibbles ? 1152 : 2048;
     a += kGroup;
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 3
   for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) _mm512_store_ps(c + m * kPanel + v * 16, sum[m][v]);
+    for (int v = 0; v < 4; ++v) _mm512_store_ps(c + m * kPanel + v * 16, sum[m][v]);
 }
 
 template <bool kNibbles>
 inline void quantised_rows(const uint8_t* w, const uint8_t* a, int64_t a_stride,
                            const GroupScale* groups, int64_t group_stride, int64_t rows,
                            int64_t num_groups, float* c, bool accumulate, Ahead ahead) {
-  const int64_t tiles = (rows + kMaxTile - 1) / kMaxTile;
+  const int64_t tiles = (rows + kQuantisedTile - 1) / kQuantisedTile;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, count = rows * (t + 1) / tiles - begin;
-    const uint8_t* at = a + begin * a_stride;
-    const GroupScale* scales = groups + begin * group_stride;
-    float* to = c + begin * kPanel;
-#define SF_TILE(MT, NV, first, next)                                                      \
-  quantised_tile<MT, NV, kNibbles>(w, at, a_stride, scales, group_stride, num_groups, to, \
-                                   accumulate, first, next)
-    const Ahead nothing{ahead.from, 0};
-    switch (count) {
-      case 1: SF_TILE(1, 4, 0, ahead); break;
-      case 2: SF_TILE(2, 4, 0, ahead); break;
-      case 3: SF_TILE(3, 4, 0, ahead); break;
-      case 4: SF_TILE(4, 2, 0, ahead), SF_TILE(4, 2, 2, nothing); break;
-      case 5: SF_TILE(5, 2, 0, ahead), SF_TILE(5, 2, 2, nothing); break;
-      default: SF_TILE(6, 2, 0, ahead), SF_TILE(6, 2, 2, nothing); break;
-    }
-#undef SF_TILE
+    const auto run = count == 1   ? quantised_tile<1, kNibbles>
+                     : count == 2 ? quantised_tile<2, kNibbles>
+                                  : quantised_tile<3, kNibbles>;
+    run(w, a + begin * a_stride, a_stride, groups + begin * group_stride, group_stride, num_groups,
+        c + begin * kPanel, accumulate, ahead);
     ahead.from += num_groups * ahead.lines * 64;
     if (t >= kAheadTiles - 1) ahead.lines = 0;
   }
