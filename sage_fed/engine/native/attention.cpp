@@ -263,7 +263,7 @@ void attend_as(const Model& model, const Layer& layer, const Step& step, const A
   for (int64_t q = 0; q < all; ++q) {
     const int64_t h = q / queries, row = q % queries / group;
     store_head(model, sums + h * sums_floats + q % queries * kPanel, queries * kPanel, 1.0f / total[q],
-               task.first_row + row, (task.kv_head + h) * group + q % group, out, spare);
+               task.out_row + row, (task.kv_head + h) * group + q % group, out, spare);
   }
 }
 

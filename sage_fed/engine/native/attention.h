@@ -11,6 +11,7 @@ struct AttentionTask {
   int64_t first_row;  // of the batch
   int64_t num_rows;
   int64_t start;      // position of the first row
+  int64_t out_row;    // where the first row's result goes
   int32_t kv_head;    // the first
   int32_t num_kv_heads;
 };

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <memory>
 #include <new>
@@ -69,15 +70,41 @@ class Carver {
   int64_t used_ = 0;
 };
 
+struct Best {
+  float logit;
+  int64_t id;
+  void take(float other, int64_t other_id) {
+    if (other > logit || (other == logit && other_id < id)) *this = {other, other_id};
+  }
+};
+
+// The highest of some logits whose first has `first` as its id.
+void find_best(const float* logits, int64_t count, int64_t first, Best& best) {
+  __m512 highest = _mm512_set1_ps(best.logit);
+  for (int64_t i = 0; i < count; i += 16)
+    highest = _mm512_mask_max_ps(highest, first_lanes(count - i), highest, _mm512_maskz_loadu_ps(first_lanes(count - i), logits + i));
+  const float most = _mm512_reduce_max_ps(highest);
+  if (!(most >= best.logit)) return;
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    const __mmask16 equal =
+        _mm512_mask_cmp_ps_mask(lanes, _mm512_maskz_loadu_ps(lanes, logits + i), _mm512_set1_ps(most), _CMP_EQ_OQ);
+    if (equal) return best.take(most, first + i + __builtin_ctz(equal));
+  }
+}
+
 struct Workspace {
   float* x;        // the residual stream [rows, x_stride]
+  float* drawn_x;  // of the drawn rows alone
   float* qkv;      // [rows, qkv_stride]
   float* spare;    // attention's output where it is converted afterwards
   Activations attended, gated, shared;
   std::vector<Activations> own;      // of each thread
   std::vector<float*> scratch;       // of each thread, for products
   std::vector<float*> attention;     // of each thread, likewise
+  std::vector<Best*> best;           // of each thread, one a drawn row
   std::vector<AttentionTask> tasks;
+  std::vector<AttentionTask> last_tasks;  // of the last layer, where only some rows are drawn
   std::vector<int64_t> chunk_of_row;
   std::vector<int64_t> drawn_rows;
 };
@@ -99,10 +126,11 @@ class Session {
  private:
   int64_t query_width() const { return int64_t(model_.num_heads) * model_.head_dim; }
 
-  void carve(Carver& carver, int64_t rows) {
+  void carve(Carver& carver, int64_t rows, int64_t drawn) {
     const Layer& layer = model_.layers[0];
     const int64_t hidden = model_.hidden;
     w_.x = carver.take<float>(rows * x_stride());
+    w_.drawn_x = carver.take<float>(drawn * x_stride());
     w_.qkv = carver.take<float>(rows * qkv_stride());
     w_.spare = carver.take<float>(needs_spare(model_, layer.out.kind) ? rows * query_width() : 0);
     w_.attended = carver.activations(rows, query_width(), layer.out.kind);
@@ -111,10 +139,12 @@ class Session {
     w_.own.resize(size_t(pool_.size()));
     w_.scratch.resize(size_t(pool_.size()));
     w_.attention.resize(size_t(pool_.size()));
+    w_.best.resize(size_t(pool_.size()));
     const int64_t together = std::min(rows, attention_rows(model_));
     for (int t = 0; t < pool_.size(); ++t) {
       w_.own[size_t(t)] = any_kind(carver, kOwnRows, hidden);
       w_.scratch[size_t(t)] = carver.take<float>(rows * kPanel);
+      w_.best[size_t(t)] = carver.take<Best>(drawn);
       w_.attention[size_t(t)] = carver.take<float>(
           std::max(attention_scratch(model_, together, 1), attention_scratch(model_, 1, model_.num_kv_heads)));
     }
@@ -132,46 +162,51 @@ class Session {
   int64_t qkv_stride() const { return num_panels(model_.layers[0].qkv) * kPanel; }
 
   void lay_out(const Step& step) {
+    int64_t drawn = 0;
+    for (int64_t c = 0; c < step.num_chunks; ++c) drawn += step.chunks[c].draws;
     Carver counting(nullptr);
-    carve(counting, step.num_tokens);
+    carve(counting, step.num_tokens, drawn);
     memory_.grow(counting.used());
     Carver carver(memory_.data());
-    carve(carver, step.num_tokens);
+    carve(carver, step.num_tokens, drawn);
     w_.tasks.clear();
+    w_.last_tasks.clear();
     w_.chunk_of_row.clear();
     w_.drawn_rows.clear();
+    first_row_.resize(size_t(step.num_chunks));
     alone_ = true;
     const int64_t rows_each = attention_rows(model_);
+    // Where rows are plenty, one task reads a token's keys and values of all heads together.
+    const int32_t all = model_.num_kv_heads;
+    const int32_t heads_of_one = step.num_chunks >= pool_.size() ? all : 1;
     int64_t row = 0;
     for (int64_t c = 0; c < step.num_chunks; ++c) {
       const Chunk& chunk = step.chunks[c];
       alone_ = alone_ && chunk.num_rows == 1;
-      // Where rows are plenty, one task reads a token's keys and values of all heads together.
-      const bool whole = chunk.num_rows == 1 && step.num_chunks >= pool_.size();
-      const int32_t heads = whole ? model_.num_kv_heads : 1;
+      const int32_t heads = chunk.num_rows == 1 ? heads_of_one : 1;
       for (int64_t r = 0; r < chunk.num_rows; r += rows_each)
-        for (int32_t head = 0; head < model_.num_kv_heads; head += heads)
-          w_.tasks.push_back({c, row + r, std::min(rows_each, chunk.num_rows - r), chunk.start + r, head, heads});
+        for (int32_t head = 0; head < all; head += heads)
+          w_.tasks.push_back({c, row + r, std::min(rows_each, chunk.num_rows - r), chunk.start + r, row + r, head, heads});
       w_.chunk_of_row.insert(w_.chunk_of_row.end(), size_t(chunk.num_rows), c);
+      first_row_[size_t(c)] = row;
       row += chunk.num_rows;
-      if (chunk.draws) w_.drawn_rows.push_back(row - 1);
-      first_row_.resize(size_t(c) + 1);
-      first_row_[size_t(c)] = row - chunk.num_rows;
+      if (!chunk.draws) continue;
+      const int64_t last = chunk.num_rows - 1, out = int64_t(w_.drawn_rows.size());
+      for (int32_t head = 0; head < all; head += heads_of_one)
+        w_.last_tasks.push_back({c, row - 1, 1, chunk.start + last, out, head, heads_of_one});
+      w_.drawn_rows.push_back(row - 1);
     }
   }
 
   // Activations of rows of `x` for a layer of `kind`, ready on return.
-  Activations prepared(Team& team, int thread, const float* x, int64_t x_stride, int64_t rows,
-                       int64_t k, int32_t kind, const float* norm, const int64_t* picked) {
-    const auto from = [&](int64_t row) { return x + (picked ? picked[row] : row) * x_stride; };
+  Activations prepared(Team& team, int thread, const float* x, int64_t rows, int32_t kind, const float* norm) {
     Activations to = rows <= kOwnRows ? w_.own[size_t(thread)] : w_.shared;
-    to.k = k;
     to.kind = kind;
     if (rows <= kOwnRows) {
-      for (int64_t row = 0; row < rows; ++row) prepare_row(to, row, from(row), norm, model_.eps);
+      for (int64_t row = 0; row < rows; ++row) prepare_row(to, row, x + row * x_stride(), norm, model_.eps);
       return to;
     }
-    team.share(rows, [&](int64_t row) { prepare_row(to, row, from(row), norm, model_.eps); });
+    team.share(rows, [&](int64_t row) { prepare_row(to, row, x + row * x_stride(), norm, model_.eps); });
     team.barrier();
     return to;
   }
@@ -196,58 +231,92 @@ class Session {
     }
   }
 
-  void attention(const Step& step, const Layer& layer, Team& team, int thread) {
-    const int64_t stride = qkv_stride();
-    if (!alone_) {
-      team.share(step.num_tokens, [&](int64_t row) {
-        const int64_t c = w_.chunk_of_row[size_t(row)];
-        const Chunk& chunk = step.chunks[c];
-        const int64_t position = chunk.start + row - first_row_[size_t(c)];
-        const int64_t slot = slot_of(model_, step, chunk, position);
-        for (int32_t head = 0; head < model_.num_kv_heads; ++head)
-          store_kv(model_, layer, w_.qkv + row * stride, position, slot, head);
-      });
-      team.barrier();
-    }
-    // The last rows of a prompt have most to attend to: they go first.
-    const int64_t count = int64_t(w_.tasks.size());
-    team.share(count, [&](int64_t task) {
-      attend(model_, layer, step, w_.tasks[size_t(count - 1 - task)], w_.qkv, stride, alone_,
-             w_.attention[size_t(thread)], w_.attended, w_.spare);
+  void store(const Step& step, const Layer& layer, Team& team) {
+    team.share(step.num_tokens, [&](int64_t row) {
+      const int64_t c = w_.chunk_of_row[size_t(row)];
+      const Chunk& chunk = step.chunks[c];
+      const int64_t position = chunk.start + row - first_row_[size_t(c)];
+      const int64_t slot = slot_of(model_, step, chunk, position);
+      for (int32_t head = 0; head < model_.num_kv_heads; ++head)
+        store_kv(model_, layer, w_.qkv + row * qkv_stride(), position, slot, head);
     });
     team.barrier();
   }
 
+  // Each task first stores its own key and value, with `store_own`.
+  void attention(const Step& step, const Layer& layer, Team& team, int thread,
+                 const std::vector<AttentionTask>& tasks, int64_t rows, bool store_own) {
+    // The last rows of a prompt have most to attend to: they go first.
+    const int64_t count = int64_t(tasks.size());
+    team.share(count, [&](int64_t task) {
+      attend(model_, layer, step, tasks[size_t(count - 1 - task)], w_.qkv, qkv_stride(), store_own,
+             w_.attention[size_t(thread)], w_.attended, w_.spare);
+    });
+    team.barrier();
+    if (!needs_spare(model_, layer.out.kind)) return;
+    team.share(rows, [&](int64_t row) {
+      prepare_row(w_.attended, row, w_.spare + row * query_width(), nullptr, 0.0f);
+    });
+    team.barrier();
+  }
+
+  // What follows attention: x [rows] += out(attended), and then the gated layers.
+  void rest(const Layer& layer, Team& team, int thread, float* x, int64_t rows) {
+    const Output add{Then::kAdd, x, x_stride(), x_stride(), nullptr};
+    product(team, thread, layer.out, w_.attended, rows, add);
+    const Activations normed = prepared(team, thread, x, rows, layer.gate_up.kind, layer.mlp_norm);
+    product(team, thread, layer.gate_up, normed, rows, {Then::kGate, nullptr, 0, 0, &w_.gated});
+    product(team, thread, layer.down, w_.gated, rows, add);
+  }
+
+  void head(const Step& step, Team& team, int thread, const float* x, int64_t drawn) {
+    const Activations last = prepared(team, thread, x, drawn, model_.head.kind, model_.norm);
+    const int64_t ids = model_.valid_ids;
+    const Output output{Then::kStore, step.logits, ids, ids, nullptr};
+    Best* best = w_.best[size_t(thread)];
+    std::fill(best, best + drawn, Best{-std::numeric_limits<float>::infinity(), ids});
+    team.share(product_tasks(model_.head, ids), [&](int64_t task) {
+      product_task(model_.head, last, drawn, task, w_.scratch[size_t(thread)], output);
+      const int64_t first = task * kPanel, count = std::min<int64_t>(kPanel, ids - first);
+      for (int64_t row = 0; row < drawn; ++row)
+        find_best(step.logits + row * ids + first, count, first, best[row]);
+    });
+    team.barrier();
+    if (thread != 0) return;
+    for (int64_t row = 0; row < drawn; ++row) {
+      Best found = w_.best[0][row];
+      for (const Best* other : w_.best) found.take(other[row].logit, other[row].id);
+      step.best[row] = std::min(found.id, ids - 1);  // logits that are all NaN have no best
+    }
+  }
+
   void work(const Step& step, Team& team, int thread) {
-    const int64_t rows = step.num_tokens, hidden = model_.hidden, xs = x_stride();
+    const int64_t rows = step.num_tokens, drawn = int64_t(w_.drawn_rows.size());
     team.share(rows, [&](int64_t row) { embed(step, row); });
     team.barrier();
+    float* x = w_.x;
     for (int32_t i = 0; i < model_.num_layers; ++i) {
       const Layer& layer = model_.layers[i];
-      const Activations normed =
-          prepared(team, thread, w_.x, xs, rows, hidden, layer.qkv.kind, layer.input_norm, nullptr);
+      const Activations normed = prepared(team, thread, x, rows, layer.qkv.kind, layer.input_norm);
       product(team, thread, layer.qkv, normed, rows,
               {Then::kStore, w_.qkv, qkv_stride(), qkv_stride(), nullptr});
-      attention(step, layer, team, thread);
-      Activations attended = w_.attended;
-      if (needs_spare(model_, layer.out.kind)) {
-        team.share(rows, [&](int64_t row) {
-          prepare_row(w_.attended, row, w_.spare + row * query_width(), nullptr, 0.0f);
-        });
-        team.barrier();
+      // After the last layer's keys and values only the rows that are drawn from matter.
+      const bool some = i + 1 == model_.num_layers && drawn < rows;
+      if (some || !alone_) store(step, layer, team);
+      if (!some) {
+        attention(step, layer, team, thread, w_.tasks, rows, alone_);
+        rest(layer, team, thread, x, rows);
+        continue;
       }
-      product(team, thread, layer.out, attended, rows, {Then::kAdd, w_.x, xs, xs, nullptr});
-      const Activations again =
-          prepared(team, thread, w_.x, xs, rows, hidden, layer.gate_up.kind, layer.mlp_norm, nullptr);
-      product(team, thread, layer.gate_up, again, rows, {Then::kGate, nullptr, 0, 0, &w_.gated});
-      product(team, thread, layer.down, w_.gated, rows, {Then::kAdd, w_.x, xs, xs, nullptr});
+      if (drawn == 0) return;
+      x = w_.drawn_x;
+      if (thread == 0)
+        for (int64_t row = 0; row < drawn; ++row)
+          std::memcpy(x + row * x_stride(), w_.x + w_.drawn_rows[size_t(row)] * x_stride(), size_t(x_stride()) * 4);
+      attention(step, layer, team, thread, w_.last_tasks, drawn, false);
+      rest(layer, team, thread, x, drawn);
     }
-    const int64_t drawn = int64_t(w_.drawn_rows.size());
-    if (drawn == 0) return;
-    const Activations last = prepared(team, thread, w_.x, xs, drawn, hidden, model_.head.kind,
-                                      model_.norm, w_.drawn_rows.data());
-    product(team, thread, model_.head, last, drawn,
-            {Then::kStore, step.logits, model_.valid_ids, model_.valid_ids, nullptr});
+    if (drawn > 0) head(step, team, thread, x, drawn);
   }
 
   Model model_;

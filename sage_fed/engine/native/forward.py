@@ -79,6 +79,7 @@ class NativeForward:
             if draws:
                 drawing.append(index)
         logits = self._logits_of(len(drawing))
+        best = torch.empty(len(drawing), dtype=torch.int64)
         done = self._library.session_run(
             self._session,
             StepStruct(
@@ -88,6 +89,7 @@ class NativeForward:
                 num_tokens=len(token_ids),
                 num_chunks=len(chunks),
                 logits=logits.data_ptr(),
+                best=best.data_ptr(),
             ),
         )
         if not done:
@@ -95,7 +97,7 @@ class NativeForward:
         if not drawing:
             return Forwarded(None, (), ())
         draws_of = tuple(draw for chunk in chunks if (draw := chunk.draw) is not None)
-        return Forwarded(logits, draws_of, tuple(drawing))
+        return Forwarded(logits, draws_of, tuple(drawing), best)
 
     def _logits_of(self, rows: int) -> torch.Tensor:
         """A buffer that is kept: fresh pages every step would cost as much as sampling does."""

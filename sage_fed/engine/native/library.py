@@ -95,6 +95,7 @@ class StepStruct(ctypes.Structure):
         ("num_tokens", c_int64),
         ("num_chunks", c_int64),
         ("logits", c_void_p),
+        ("best", c_void_p),
     )
 
 
