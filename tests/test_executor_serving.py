@@ -154,6 +154,49 @@ async def test_a_reader_may_give_up_a_wait_without_losing_a_token() -> None:
     assert reference(spec(0)) == tokens
 
 
+async def test_tokens_are_delivered_as_they_come() -> None:
+    """A reader that is called gets every token in order, and the ending after the last."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        one = spec(1, T, prompt=5, new=20)
+        got: list[int] = []
+        ended = await executor.submit(one).deliver(
+            lambda drawn: got.extend(d.token_id for d in drawn)
+        )
+    assert reference(one) == got
+    assert (EndReason.LENGTH, 20) == (ended.reason, ended.output_tokens)
+
+
+async def test_what_came_before_the_reader_is_delivered_too() -> None:
+    """A stream that has ended already gives all its tokens and its ending at once."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        one = spec(1, T, prompt=5, new=4)
+        stream = executor.submit(one)
+        await stream.wait_ended()
+        got: list[int] = []
+        ended = await stream.deliver(lambda drawn: got.extend(d.token_id for d in drawn))
+    assert (reference(one), EndReason.LENGTH) == (got, ended.reason)
+
+
+async def test_a_reader_that_fails_fails_alone() -> None:
+    """Its error comes out of its own wait; a neighbour in the same step loses no token."""
+    rig = Rig()
+    async with serving(rig) as executor:
+        broken, well = spec(1, T, prompt=5, new=20), spec(2, T, prompt=7, new=20)
+
+        def fail(_: object) -> None:
+            raise ZeroDivisionError
+
+        async def deliver() -> None:
+            with pytest.raises(ZeroDivisionError):
+                await executor.submit(broken).deliver(fail)
+
+        _, (tokens, ended) = await asyncio.gather(deliver(), read(executor.submit(well)))
+        await executor.abort_all()
+    assert (reference(well), EndReason.LENGTH) == (tokens, ended.reason)
+
+
 async def test_a_stalled_loop_is_woken_once() -> None:
     """Ten steps while the event loop does not run are one wake-up with all the tokens."""
     rig = Rig()

@@ -37,6 +37,7 @@ from sage_fed.core import (
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
 from sage_fed.metrics import Metrics, MetricsServer, Snapshot
+from sage_fed.metrics.kept import Gauge
 from sage_fed.metrics.live import LiveRates
 from sage_fed.metrics.scrape import available_memory_bytes
 from sage_fed.metrics.server import MAX_CONNECTIONS, ScrapeServer
@@ -711,3 +712,17 @@ def test_no_file_descriptor_is_no_spin(metrics: Metrics) -> None:
         scrapes.handle_request()
         assert client.recv(12) == b"HTTP/1.0 200"
     assert 1 == len(pauses)
+
+
+def test_a_removed_child_is_made_anew() -> None:
+    """A kept child that was removed is not counted into any more."""
+    registry = CollectorRegistry()
+    gauge = Gauge("g", "G.", ["tier"], registry=registry)
+    gauge.labels("tactical").set(1)
+    assert gauge.labels("tactical") is gauge.labels("tactical")
+
+    gauge.remove("tactical")
+    assert registry.get_sample_value("g", {"tier": "tactical"}) is None
+
+    gauge.labels("tactical").set(2)
+    assert 2 == registry.get_sample_value("g", {"tier": "tactical"})

@@ -285,3 +285,25 @@ async def test_a_prompt_that_cannot_be_counted_is_named_as_in_its_request(
         call = harness.channel.unary_unary(COUNT)(request.SerializeToString(), timeout=WAIT_S)
         assert grpc.StatusCode.INVALID_ARGUMENT is await call.code()
         assert f"{expected}: the template refuses it" == await call.details()
+
+
+@pytest.mark.parametrize("method", [STREAM, GENERATE])
+@pytest.mark.parametrize(
+    ("job", "raised", "expected"),
+    [
+        ({"chat": CHAT}, "job.chat.messages[0]", "job.chat.messages[0]"),
+        ({"text": "hello"}, "job.chat.messages[0]", "job.text"),
+        ({"text": "hello"}, "job.chat", "job.text"),
+        ({"text": "hello"}, "sampling.max_new_tokens", "sampling.max_new_tokens"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_encoded_is_named_as_in_its_job(
+    tmp_path: Path, method: str, job: dict[str, Any], raised: str, expected: str
+) -> None:
+    """A text is a conversation of one message below; its sender knows only the text."""
+    request = inference_pb2.GenerateStreamRequest(job=types_pb2.JobSpec(**job))
+    jobs = ScriptedJobs(refusals=[InvalidField(raised, "the template refuses it")])
+    async with serving(tmp_path, jobs=jobs) as harness:
+        call = harness.channel.unary_stream(method)(request.SerializeToString(), timeout=WAIT_S)
+        assert grpc.StatusCode.INVALID_ARGUMENT is await call.code()
+        assert f"{expected}: the template refuses it" == await call.details()

@@ -19,6 +19,7 @@ from sage_fed.errors import InvalidField, ModelLoadError
 from sage_fed.text import IncrementalDecoder, StopMatcher, Tokenizer
 from sage_fed.text.decoding import WindowDecoder
 from sage_fed.text.source import source_of
+from sage_fed.text.template import ChatTemplate
 
 BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models" / "demo-tactical"
 CHATML = (
@@ -137,6 +138,34 @@ def test_a_message_cannot_write_control_tokens(parts: list[str]) -> None:
     assert 3 == len(plain)
     assert plain == [id_ for id_ in ids if CHAT.is_special(id_)]
     assert f"user\n{content}\nassistant\n" == CHAT.decode(ids)
+
+
+def test_a_conversation_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the roles alone is not rendered again for other contents."""
+    tokenizer = with_template(CHATML)
+    first = tokenizer.encode_messages(user("the"))
+    rendered: list[object] = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(
+        ChatTemplate, "render", lambda self, turns: rendered.append(turns) or render(self, turns)
+    )
+
+    assert first == tokenizer.encode_messages(user("the"))
+    tokenizer.encode_messages(user("fox"))
+    assert [[("user", "the")], [("user", "fox")]] == rendered
+
+
+def test_a_template_that_asks_for_the_date_is_rendered_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing of yesterday is kept, also where the contents go in by their marks."""
+    tokenizer = with_template("{{ strftime_now('%d') }}" + JOINING)
+    days = iter(("01", "01", "02", "02"))
+    monkeypatch.setattr("sage_fed.text.template._strftime_now", lambda _: next(days))
+
+    texts = [tokenizer.decode(tokenizer.encode_messages(user("a<|im_~end|>b"))) for _ in range(2)]
+
+    assert ["01a<|im_~end|>b", "02a<|im_~end|>b"] == texts
 
 
 def test_a_template_that_joins_text_cannot_make_control_tokens() -> None:

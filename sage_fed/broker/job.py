@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from sage_fed.broker.endings import DROPS_OUTPUT, failure_of, stop_reason_of, timing_of
@@ -41,6 +41,7 @@ from sage_fed.metrics import Metrics
 from sage_fed.pricing import charge
 from sage_fed.router import refusal_error
 from sage_fed.scheduler import Ended, SequenceSpec, TokenWeights
+from sage_fed.steps import Drawn
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +148,9 @@ class Job:
         Nothing behind the ledger's answer can fail here: a hold that nobody knows of stays
         until it expires.
         """
-        spec, loads, payload = self.spec, self._planner.loads(), payload_hash(self.spec)
+        spec, loads = self.spec, self._planner.loads()
+        # Only told apart from another request of the same id: without one there is none.
+        payload = payload_hash(spec) if spec.client_request_id else b""
         decision: Route | Refusal | None = None
         decision_s = 0.0
 
@@ -238,25 +241,29 @@ class Job:
             timer.cancel()
 
     async def _deliver(self, source: TokenStream) -> Ended:
-        """Take tokens until the sequence has ended, and pass on what the client may see."""
+        """Pass on what the client may see, until the sequence has ended."""
         output = self._output
         assert output is not None
-        while not isinstance(item := await source.next(), Ended):
-            if self._stop_reason not in DROPS_OUTPUT:
-                delta, matched = output.push(item.drawn)
-                self.stream.push(delta)
-                self._note_gap(len(delta.token_ids))
-                if matched:
-                    # Also where a deadline or an abort came first: the text is complete.
-                    self._stop_reason = StopReason.STOP_STRING
-                    self._executor.cancel(self._seq_id)
+
+        def take(drawn: Sequence[Drawn]) -> None:
+            if self._stop_reason in DROPS_OUTPUT:
+                return
+            delta, matched = output.push(drawn)
+            self.stream.push(delta)
+            self._note_gap(len(delta.token_ids))
+            if matched:
+                # Also where a deadline or an abort came first: the text is complete.
+                self._stop_reason = StopReason.STOP_STRING
+                self._executor.cancel(self._seq_id)
+
+        ended = await source.deliver(take)
         if self._stop_reason not in DROPS_OUTPUT:
             delta, matched = output.finish()
             if matched:
                 self._stop_reason = StopReason.STOP_STRING
             if delta.text:
                 self.stream.push(delta)
-        return item
+        return ended
 
     def _note_gap(self, num_tokens: int) -> None:
         now, before = time.monotonic(), self._last_push_s

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
@@ -177,6 +178,9 @@ async def _started(
         _announce(endpoint, bound.address, metrics_address)
         laps.done("listen")
         stack.callback(endpoint.unlink, missing_ok=True)
+        # Half a million objects of torch and the others live as long as we do: a collection that
+        # walked them would hold every stream for a tenth of a second.
+        gc.freeze()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
         yield _Parts(executor, broker, operations, readiness, bound)
 

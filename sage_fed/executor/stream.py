@@ -7,7 +7,7 @@ does, so a slow reader merges and never stalls the device. Event loop only, one 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sage_fed.scheduler import Ended, SequenceSpec
@@ -33,6 +33,8 @@ class TokenStream:
         self._ended: Ended | None = None
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
+        self._reader: Callable[[Sequence[Drawn]], None] | None = None
+        self._delivered: asyncio.Future[Ended] | None = None
 
     @property
     def ended(self) -> Ended | None:
@@ -54,19 +56,45 @@ class TokenStream:
         assert self._ended is not None
         return self._ended
 
+    async def deliver(self, reader: Callable[[Sequence[Drawn]], None]) -> Ended:
+        """Call `reader` with tokens the moment they come, and return the ending.
+
+        No task is woken for a token, which at many streams is what an event loop does most.
+        What `reader` raises is raised here, and it is not called again.
+        """
+        assert self._delivered is None, "one reader"
+        unread, self._unread = self._unread, []
+        if unread:
+            reader(unread)
+        if self._ended is not None:
+            return self._ended
+        self._delivered = asyncio.get_running_loop().create_future()
+        self._reader = reader
+        try:
+            return await self._delivered
+        finally:
+            self._reader = self._delivered = None
+
     async def wait_ended(self) -> Ended:
         """Wait for the ending without reading."""
         await self._over.wait()
         assert self._ended is not None
         return self._ended
 
-    def push(self, drawn: Iterable[Drawn]) -> None:
+    def push(self, drawn: Sequence[Drawn]) -> None:
         """Write tokens (the executor only)."""
         assert self._ended is None
-        unread = len(self._unread)
-        self._unread.extend(drawn)
-        self.num_tokens += len(self._unread) - unread
-        self._changed.set()
+        self.num_tokens += len(drawn)
+        if self._reader is None:
+            self._unread.extend(drawn)
+            self._changed.set()
+            return
+        try:
+            self._reader(drawn)
+        except Exception as error:  # noqa: BLE001 - a reader's failure is its own, not its neighbours'
+            self._reader = None
+            if self._delivered is not None and not self._delivered.done():
+                self._delivered.set_exception(error)
 
     def end(self, ended: Ended) -> None:
         """Write the one ending (the executor only)."""
@@ -74,3 +102,5 @@ class TokenStream:
         self._ended = ended
         self._changed.set()
         self._over.set()
+        if self._delivered is not None and not self._delivered.done():
+            self._delivered.set_result(ended)

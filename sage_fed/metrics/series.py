@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from sage_fed.core import Phase, StopReason, Tier, TierState
 from sage_fed.errors import (
@@ -28,6 +28,7 @@ from sage_fed.errors import (
     TierUnavailable,
     Unauthenticated,
 )
+from sage_fed.metrics.kept import Counter, Gauge, Histogram
 from sage_fed.steps import StepKind
 
 PREFIX = "sage_fed"

@@ -7,14 +7,15 @@ away is passed on as `cancel`, and the job's own task settles what was made.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 from sage_fed.core import Delta, Event, Finished, JobSpec, Started
 from sage_fed.errors import InvalidField
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
-from sage_fed.service.ports import Jobs
-from sage_fed.service.requests import count_error, parse_count, parse_job
+from sage_fed.service.ports import EventStream, Jobs
+from sage_fed.service.requests import count_error, parse_count, parse_job, prompt_error
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
 
@@ -43,7 +44,7 @@ class InferenceService:
         spec = self._spec(request, call)
         reply = inference_pb2.GenerateResponse()
         text: list[str] = []
-        stream = await self._jobs.submit(spec, call.arrived)
+        stream = await self._submit(request, spec, call)
         try:
             async for event in stream:
                 match event:
@@ -66,7 +67,7 @@ class InferenceService:
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse, None]:
         """Run a job and stream its events; nothing is sent before the job is accepted."""
         spec = self._spec(request, call)
-        stream = await self._jobs.submit(spec, call.arrived)
+        stream = await self._submit(request, spec, call)
         event: Event | None = None
         try:
             async for event in stream:
@@ -80,7 +81,8 @@ class InferenceService:
         self, request: inference_pb2.QuoteRequest, call: Call
     ) -> inference_pb2.QuoteResponse:
         """Say what a job would cost at most and which route it would take."""
-        return replies.quote_of(await self._jobs.quote(self._spec(request, call)))
+        with _named_as_in(request.job):
+            return replies.quote_of(await self._jobs.quote(self._spec(request, call)))
 
     async def count_tokens(
         self,
@@ -97,6 +99,15 @@ class InferenceService:
             prompt_tokens=num_tokens, max_context_tokens=max_context_tokens
         )
 
+    async def _submit(
+        self,
+        request: inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest,
+        spec: JobSpec,
+        call: Call,
+    ) -> EventStream:
+        with _named_as_in(request.job):
+            return await self._jobs.submit(spec, call.arrived)
+
     def _spec(
         self,
         request: inference_pb2.GenerateRequest
@@ -109,3 +120,12 @@ class InferenceService:
         return parse_job(
             job, self._limits, account=call.caller.account, call_remaining_s=call.deadline_s
         )
+
+
+@contextlib.contextmanager
+def _named_as_in(job: types_pb2.JobSpec) -> Iterator[None]:
+    """Name a prompt's error as this job names its prompt: a text is a conversation below."""
+    try:
+        yield
+    except InvalidField as error:
+        raise prompt_error(error, job) from error

@@ -81,6 +81,13 @@ def parse_count(
             raise InvalidField("prompt", "one of text and chat must be set")
 
 
+def prompt_error(error: InvalidField, job: types_pb2.JobSpec) -> InvalidField:
+    """Return a conversation's error as this job names its prompt; any other as it is."""
+    if job.WhichOneof("prompt") != "text" or not error.field.startswith("job.chat"):
+        return error
+    return InvalidField("job.text", error.description)
+
+
 def count_error(error: InvalidField, request: inference_pb2.CountTokensRequest) -> InvalidField:
     """Return a prompt's error, which is named for a job, as this request names its prompt."""
     text = request.WhichOneof("prompt") == "text"

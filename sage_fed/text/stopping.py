@@ -26,6 +26,8 @@ class StopMatcher:
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is certain now, whether a stop string ended it); not called after a match."""
+        if not self._stops:
+            return text, False
         buffer = self._held + text
         for end in range(len(self._held) + 1, len(buffer) + 1):
             matched = self._advance(buffer[end - 1])

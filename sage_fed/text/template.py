@@ -31,6 +31,11 @@ class ChatTemplate:
         self._source = source
         self._named = dict(named)
 
+    @property
+    def timeless(self) -> bool:
+        """Whether the same turns always give the same text; a template may ask for the date."""
+        return "strftime_now" not in self._source
+
     def render(self, turns: Sequence[tuple[str, str]]) -> str:
         """Return the text of (role, content) turns, opened for the assistant's answer."""
         return self._template.render(

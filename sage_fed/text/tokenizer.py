@@ -5,7 +5,7 @@ Does not know tiers, jobs or the model that consumes the ids.
 Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that cannot be encoded.
 
 Encoding is blocking (seconds for megabytes): call it in a thread. A `Tokenizer` may be used
-from any number of threads at once: it is never changed after construction, its two Rust
+from any number of threads at once: nothing but its caches changes after construction, its two Rust
 tokenizers release the interpreter lock while they encode, and the flags that `transformers`
 flips per call (the cause of its "Already borrowed") are fixed in two of them instead, which
 share one vocabulary.
@@ -16,6 +16,8 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jinja2
@@ -28,6 +30,9 @@ from sage_fed.text.source import TokenizerSource, locate_tokenizer, read_source
 from sage_fed.text.template import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
+
+_MAX_SKELETONS = 64
+"""Sequences of roles whose skeletons are kept: short conversations are most of them."""
 
 
 class Tokenizer:
@@ -52,9 +57,14 @@ class Tokenizer:
         # Where a vocabulary has no bytes, an unknown character honestly is the unk token.
         unk = source.named.get("unk_token")
         self._unk_id: int | None = None if unk is None else self._rust.token_to_id(unk)
+        self._control_ids = self._special_ids - {self._unk_id}
+        self._bytes: dict[int, bytes] = {}
         self.num_valid_ids = _num_ids(self._rust)
         self._source = source
         self._template = ChatTemplate(source.template, source.named) if source.template else None
+        # Rendering is most of an encoding: what depends on the roles alone is rendered once.
+        timeless = self._template is not None and self._template.timeless
+        self._skeleton = lru_cache(_MAX_SKELETONS if timeless else 0)(self._render_skeleton)
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
@@ -78,28 +88,26 @@ class Tokenizer:
         or one that refuses or leaves out a message.
         """
         self._check(messages)
-        # Unguessable, so that no message can contain a mark.
-        nonce = secrets.token_hex(8)
-        skeleton = self._render([(m.role, f"{nonce}@{i}@") for i, m in enumerate(messages)])
-        for i, message in enumerate(messages):
-            if f"{nonce}@{i}@" not in skeleton:
-                raise InvalidField(
-                    f"job.chat.messages[{i}]",
-                    f"the model's chat template leaves out this {message.role} message",
-                )
-        specials = tuple(self._special)
-        numbers = {text: f"{nonce}#{i}#" for i, text in enumerate(specials)}
-        text = self._render(
-            [
-                (m.role, self._special_text.sub(lambda hit: numbers[hit[0]], m.content))
-                for m in messages
+        skeleton = self._skeleton(tuple(message.role for message in messages))
+        if (left_out := skeleton.left_out) is not None:
+            raise InvalidField(
+                f"job.chat.messages[{left_out}]",
+                f"the model's chat template leaves out this {messages[left_out].role} message",
+            )
+        nonce, specials = skeleton.nonce, tuple(self._special)
+        turns = [(message.role, message.content) for message in messages]
+        if any(self._special_text.search(content) for _, content in turns):
+            numbers = {text: f"{nonce}#{i}#" for i, text in enumerate(specials)}
+            turns = [
+                (role, self._special_text.sub(lambda hit: numbers[hit[0]], content))
+                for role, content in turns
             ]
-        )
+        text = self._render(turns)
         # A template may cut and join contents so that a control token comes into being that
         # it did not write; then the contents go in untouched by it.
-        if self._special_text.findall(text) != self._special_text.findall(skeleton):
-            text = skeleton
-        if nonce not in text and (ids := self._encode_marked(text)) is not None:
+        if self._special_text.findall(text) != skeleton.controls:
+            text = skeleton.text
+        if nonce not in text and (ids := self._encode_marked(text, skeleton.controls)) is not None:
             return ids
         contents = [message.content for message in messages]
         return self._encode_pieces(text, _Marks(nonce, specials, contents))
@@ -123,6 +131,13 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a byte-level token adds to the text; empty for special and meaningless ids."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            # Streams ask for every token, and a vocabulary has an end.
+            known = self._bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self._special_ids:
             return b""
         token = self._rust.id_to_token(token_id) or ""
@@ -166,16 +181,22 @@ class Tokenizer:
                 "job.chat.messages", f"the model's chat template refuses them: {reason}"
             ) from error
 
-    def _encode_marked(self, text: str) -> tuple[int, ...] | None:
-        """Encodes text whose every special token is the template's own.
+    def _render_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
+        # Unguessable, so that no message can contain a mark.
+        nonce = secrets.token_hex(8)
+        marks = [f"{nonce}@{i}@" for i in range(len(roles))]
+        text = self._render(list(zip(roles, marks, strict=True)))
+        left_out = next((i for i, mark in enumerate(marks) if mark not in text), None)
+        return _Skeleton(nonce, text, self._special_text.findall(text), left_out)
+
+    def _encode_marked(self, text: str, controls: Sequence[str]) -> tuple[int, ...] | None:
+        """Encodes text whose special tokens are `controls`, the template's own.
 
         None where the tokenizer sees more of them than the text spells (it normalises first).
         """
         ids = self._rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        found = sum(id_ in self._special_ids and id_ != self._unk_id for id_ in ids)
-        spelled = sum(
-            self._special[hit] != self._unk_id for hit in self._special_text.findall(text)
-        )
+        found = sum(map(self._control_ids.__contains__, ids))
+        spelled = sum(self._special[control] != self._unk_id for control in controls)
         return tuple(ids) if found == spelled else None
 
     def _encode_pieces(self, text: str, marks: _Marks) -> tuple[int, ...]:
@@ -188,6 +209,20 @@ class Tokenizer:
             position = hit.end()
         ids += self.encode_text(marks.restore(text[position:]))
         return tuple(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """A template rendered with a mark in place of each content; the same for the same roles.
+
+    `controls` are the control tokens that the template writes, `left_out` is the first message
+    that it does not show.
+    """
+
+    nonce: str
+    text: str
+    controls: list[str]
+    left_out: int | None
 
 
 class _Marks:

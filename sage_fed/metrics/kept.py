@@ -1,0 +1,41 @@
+"""Prometheus metrics that find a labelled child again without building its key anew.
+
+Owns the children by the label values as they were given. A job asks for some twenty children,
+and each `labels` of the library turns every value into a string and takes a lock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import prometheus_client
+from prometheus_client.metrics import MetricWrapperBase
+
+
+class _Kept(MetricWrapperBase):
+    """Remembers what `labels` returned for values that are given by position."""
+
+    def labels(self, *labelvalues: Any, **labelkwargs: Any) -> Self:  # noqa: ANN401 - as the base
+        if labelkwargs:
+            return super().labels(*labelvalues, **labelkwargs)
+        children: dict[tuple[Any, ...], Self] = self.__dict__.setdefault("_children", {})
+        child = children.get(labelvalues)
+        if child is None:
+            child = children[labelvalues] = super().labels(*labelvalues)
+        return child
+
+    def remove(self, *labelvalues: Any) -> None:  # noqa: ANN401 - as the base
+        self.__dict__.pop("_children", None)
+        super().remove(*labelvalues)
+
+
+class Counter(_Kept, prometheus_client.Counter):
+    """A counter."""
+
+
+class Gauge(_Kept, prometheus_client.Gauge):
+    """A gauge."""
+
+
+class Histogram(_Kept, prometheus_client.Histogram):
+    """A histogram."""
