@@ -8,12 +8,15 @@ Never fails loudly: what keeps the kernels from being had is returned as `Unavai
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +62,15 @@ def build_library() -> Built | Unavailable:
         return Built(found, compiled=False)
     if compiler is None:
         return Unavailable("there is no C++ compiler (CXX, c++, g++ or clang++)")
-    return _compile(compiler, sources, directory / f"{key}-{_identity(compiler)}.so")
+    target = directory / f"{key}-{_identity(compiler)}.so"
+    try:
+        with _alone(directory):
+            # Whoever had the lock before may just have built it.
+            if (found := _cached(directory, key, compiler)) is not None:
+                return Built(found, compiled=False)
+            return _compile(compiler, sources, target)
+    except OSError as error:
+        return Unavailable(f"they cannot be built ({error})")
 
 
 def _cpu_flags() -> str | Unavailable:
@@ -93,6 +104,14 @@ def _cache_directory() -> Path | Unavailable:
         return Unavailable(f"there is no directory to keep them in ({error})")
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Wait for others who build here: two tiers start together."""
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _cached(directory: Path, key: str, compiler: Path | None) -> Path | None:
     """A whole library of these sources; without a compiler any compiler's will do."""
     pattern = f"{key}-{_identity(compiler) if compiler else '*'}.so"
@@ -124,13 +143,11 @@ def _compile(compiler: Path, sources: list[Path], target: Path) -> Built | Unava
                 said = done.stderr.strip()[:_ERROR_CHARS]
                 return Unavailable(f"{compiler.name} failed with {done.returncode}: {said}")
             built.with_suffix(".sha256").write_text(_checksum(built), encoding="utf-8")
-            # Renamed whole, the checksum first: two processes may build at once.
+            # Renamed whole, the checksum first: a reader takes no lock.
             built.with_suffix(".sha256").replace(target.with_suffix(".sha256"))
             built.replace(target)
     except subprocess.TimeoutExpired:
         return Unavailable(f"{compiler.name} took more than {_COMPILE_TIMEOUT_S:.0f} s")
-    except OSError as error:
-        return Unavailable(f"they cannot be built ({error})")
     return Built(target, compiled=True)
 
 

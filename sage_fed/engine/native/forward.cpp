@@ -373,6 +373,24 @@ void sf_pool_release(void* pool) {
   }
 }
 
+// Reads `nbytes` (a multiple of 256) of memory with every thread; the sum keeps the reads alive.
+int32_t sf_read(void* pool, const void* data, int64_t nbytes) {
+  constexpr int64_t kPiece = 1 << 20;
+  std::atomic<int32_t> total{0};
+  static_cast<Pool*>(pool)->run([&](Team& team, int) {
+    __m512i sums[4] = {};
+    team.share((nbytes + kPiece - 1) / kPiece, [&](int64_t task) {
+      const char* at = static_cast<const char*>(data) + task * kPiece;
+      const char* end = at + std::min(kPiece, nbytes - task * kPiece);
+      for (; at < end; at += 256)
+        for (int i = 0; i < 4; ++i) sums[i] = _mm512_add_epi32(sums[i], _mm512_loadu_si512(at + i * 64));
+    });
+    total += _mm512_reduce_add_epi32(
+        _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3])));
+  });
+  return total;
+}
+
 int64_t sf_linear_nbytes(const Linear* layer) { return num_panels(*layer) * panel_nbytes(*layer); }
 
 int64_t sf_linear_columns(const Linear* layer) { return num_panels(*layer) * kPanel; }

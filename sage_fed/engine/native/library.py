@@ -115,6 +115,7 @@ class Library:
             ("sf_abi_sizes", None, [POINTER(c_int64)]),
             ("sf_pool_get", c_void_p, [c_int32]),
             ("sf_pool_release", None, [c_void_p]),
+            ("sf_read", c_int32, [c_void_p, c_void_p, c_int64]),
             ("sf_linear_nbytes", c_int64, [linear]),
             ("sf_linear_columns", c_int64, [linear]),
             ("sf_linear_clear", None, [linear]),
@@ -144,6 +145,10 @@ class Library:
     def __del__(self) -> None:
         if pool := getattr(self, "_pool", None):
             self._dll.sf_pool_release(pool)
+
+    def read(self, data: int, nbytes: int) -> None:
+        """Read memory once, with every thread; `nbytes` is a multiple of 256."""
+        self._dll.sf_read(self._pool, data, nbytes)
 
     def linear_nbytes(self, linear: LinearStruct) -> int:
         """Bytes of the packed weights."""
