@@ -35,12 +35,16 @@ def ratios(engines: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             if not rivals:
                 continue
             smaller = figure in _SMALLER_IS_BETTER
-            best = (min if smaller else max)(rivals, key=lambda name: rivals[name])
-            ratio = rivals[best] / value if smaller else value / rivals[best]
+            to = {
+                name: round(theirs / value if smaller else value / theirs, 3)
+                for name, theirs in rivals.items()
+            }
+            best = min(to, key=lambda name: to[name])
             rows.append(
                 {
                     "engine": ours, "cell": cell, "figure": figure, "ours": value,
-                    "best_peer": best, "best": rivals[best], "ratio": round(ratio, 3),
+                    "best_peer": best, "best": rivals[best], "ratio": to[best],
+                    "ratio_to_each": to,
                 }
             )  # fmt: skip
     return rows

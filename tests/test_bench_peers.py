@@ -87,6 +87,7 @@ def test_a_ratio_above_one_is_ahead(table: ModuleType) -> None:
         rows["decode_tokens_per_s"]["ratio"],
     )
     assert ("llama.cpp Q8_0", 2.0) == (rows["ttft_s"]["best_peer"], rows["ttft_s"]["ratio"])
+    assert {"llama.cpp Q8_0": 2.0, "OpenVINO int8": 3.0} == rows["ttft_s"]["ratio_to_each"]
 
 
 def test_no_two_prompts_share_a_prefix(plan: ModuleType) -> None:

@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
 from sage_fed.core import Tier
+from sage_fed.engine import reference
+from sage_fed.errors import ModelLoadError
 from sage_fed.inertia import (
     Findings,
     ModelRef,
@@ -202,6 +204,16 @@ def test_what_is_measured_is_handed_out_after_every_model() -> None:
     assert whole == seen[-1]
     assert "## engine, fp32, batch 1" in markdown(seen[0], analyse(seen[0]))
     assert () == analyse(seen[0]).slowdowns
+
+
+def test_a_reference_that_the_host_has_no_room_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It says how much it needs before it loads: a killed process would report nothing."""
+    monkeypatch.setattr(reference, "host_available_bytes", lambda: 1000)
+    model = str(resolve_model("bundled:demo-tactical"))
+    with pytest.raises(ModelLoadError, match=r"needs 0.0 GB of the host's memory, and 0.0 GB"):
+        reference.ReferenceModel(model, "", "cpu", "bf16")
 
 
 def bench(*arguments: str) -> Result:

@@ -28,6 +28,16 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+def host_available_bytes() -> int | None:
+    """What the host could give to a process without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(sizes[0][1]) * 1024 if sizes else None
+
+
 def begin_host_peak() -> bool:
     """Forget the peak so far; False where the system does not allow it."""
     try:

@@ -25,6 +25,7 @@ from transformers import (
 
 from sage_fed.engine.architecture import ModelSpec, read_spec
 from sage_fed.engine.checkpoint import locate
+from sage_fed.engine.footprint import host_available_bytes
 from sage_fed.engine.kv_cache import bytes_per_token
 from sage_fed.engine.load import resolve_device
 from sage_fed.errors import DeviceOutOfMemory, ModelLoadError
@@ -67,7 +68,13 @@ class ReferenceModel:
                 f"it has {', '.join(REFERENCE_PRECISIONS)}"
             )
         try:
-            _import_code(directory)
+            needed, available = _host_bytes(directory, dtype), host_available_bytes()
+            if available is not None and needed > available:
+                # Or the kernel would end the process, and with it all that was measured.
+                raise ModelLoadError(
+                    f"model {model}: the reference needs {needed / 1e9:.1f} GB of the host's "
+                    f"memory, and {available / 1e9:.1f} GB are available"
+                )
             began = time.monotonic()
             # As the published run did it: on the host, then moved.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -113,12 +120,16 @@ class ReferenceModel:
             torch.cuda.empty_cache()
 
 
-def _import_code(directory: Path) -> None:
-    """Have the architecture's module imported, which is no part of loading a model."""
+def _host_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes of the weights on the host.
+
+    Builds the model without any; importing its code on the way is no part of loading it either.
+    """
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    hollow: Any = AutoModelForCausalLM.from_config  # untyped there
+    build: Any = AutoModelForCausalLM.from_config  # untyped there
     with torch.device("meta"):
-        hollow(config)
+        hollow = build(config)
+    return sum(tensor.numel() for tensor in hollow.parameters()) * dtype.itemsize
 
 
 class _Clock(StoppingCriteria):
