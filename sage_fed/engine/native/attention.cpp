@@ -8,12 +8,13 @@ namespace sf {
 namespace {
 
 constexpr int64_t kKeys = 64;     // that are scored at once
-constexpr int64_t kQueries = 48;  // about as many vectors of queries as share a task
+constexpr int64_t kQueries = 112;  // about as many vectors of queries as share a task
 
 // How the cache and the operands of attention are stored: a dword holds kPack elements.
 struct Bf16 {
   using Element = uint16_t;
   using Dot = DotBf16;
+  static constexpr int kExpDegree = 4;  // beyond what bf16 weights can tell
   static constexpr int64_t kPack = 2;
   static void store(uint8_t* to, __mmask16 lanes, __m512 x) {
     _mm256_mask_storeu_epi16(to, lanes, fp32_to_bf16(x));
@@ -23,6 +24,7 @@ struct Bf16 {
 struct Fp32 {
   using Element = float;
   using Dot = DotFp32;
+  static constexpr int kExpDegree = 6;
   static constexpr int64_t kPack = 1;
   static void store(uint8_t* to, __mmask16 lanes, __m512 x) {
     _mm512_mask_storeu_ps(reinterpret_cast<float*>(to), lanes, x);
@@ -132,7 +134,8 @@ void pack_values(const uint8_t* const* rows, const uint8_t* const* next, int64_t
   }
 }
 
-// One row of scores [64] to weights: online softmax. Returns what older sums shrink by.
+// One row of scores [64] to weights: online softmax, to base 2, which `scale` accounts for.
+// Returns what older sums shrink by.
 template <class T>
 float soften(const float* scores, int64_t visible, float scale, float& most, float& total, uint8_t* to) {
   __m512 x[4];
@@ -148,11 +151,11 @@ float soften(const float* scores, int64_t visible, float scale, float& most, flo
   __m512 sum = _mm512_setzero_ps();
   for (int v = 0; v < 4; ++v) {
     const __mmask16 lanes = first_lanes(visible - v * 16);
-    const __m512 p = _mm512_maskz_mov_ps(lanes, exp_ps(_mm512_sub_ps(x[v], by)));
+    const __m512 p = _mm512_maskz_mov_ps(lanes, exp2_ps<T::kExpDegree>(_mm512_sub_ps(x[v], by)));
     sum = _mm512_add_ps(sum, p);
     T::store(to + v * 16 * int64_t(sizeof(typename T::Element)), 0xffff, p);
   }
-  const float shrink = before == most ? 1.0f : std::exp(before - most);
+  const float shrink = before == most ? 1.0f : std::exp2(before - most);
   total = total * shrink + _mm512_reduce_add_ps(sum);
   return shrink;
 }
@@ -213,7 +216,7 @@ void attend_as(const Model& model, const Layer& layer, const Step& step, const A
   }
   std::memset(sums, 0, size_t(sums_floats * task.num_kv_heads) * 4);
 
-  const float scale = 1.0f / std::sqrt(float(dim));
+  const float scale = 1.44269504f / std::sqrt(float(dim));  // log2(e): softmax works to base 2
   const int64_t end = task.start + task.num_rows, offset = model.num_kv_heads * dim * kEach;
   const auto rows_from = [&](int64_t t, const uint8_t** rows) {
     const int64_t count = std::max<int64_t>(std::min(kKeys, end - t), 0);
