@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from sage_fed.engine.cache_directory import default_directory, private
 
+_LOG = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
 _CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
@@ -68,6 +70,7 @@ def build_library() -> Built | Unavailable:
             # Whoever had the lock before may just have built it.
             if (found := _cached(directory, key, compiler)) is not None:
                 return Built(found, compiled=False)
+            _LOG.info("compiling the CPU kernels, once for this machine and version")
             return _compile(compiler, sources, target)
     except OSError as error:
         return Unavailable(f"they cannot be built ({error})")
