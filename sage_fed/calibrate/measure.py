@@ -56,7 +56,7 @@ class Pace:
     rounds: int
     ratios: int
     sample_s: float
-    max_repeats: int = 24
+    max_repeats: int = 400
 
 
 FULL = Pace(budget_s=120.0, rounds=8, ratios=100, sample_s=0.06)
