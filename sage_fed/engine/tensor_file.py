@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ class TensorFile:
             raise ModelLoadError(f"{self.name} cannot be opened: {error.strerror}") from error
         try:
             self._identity = self._identify()
+            if sys.platform == "linux":
+                # Or two threads that take turns look like somebody who jumps about.
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self.metadata, self.tensors = self._header()
         except BaseException:
             os.close(self._fd)
