@@ -129,7 +129,8 @@ def _host_bytes(directory: Path, dtype: torch.dtype) -> int:
     build: Any = AutoModelForCausalLM.from_config  # untyped there
     with torch.device("meta"):
         hollow = build(config)
-    return sum(tensor.numel() for tensor in hollow.parameters()) * dtype.itemsize
+    elements: int = sum(tensor.numel() for tensor in hollow.parameters())
+    return elements * dtype.itemsize
 
 
 class _Clock(StoppingCriteria):
