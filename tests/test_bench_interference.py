@@ -31,7 +31,10 @@ def test_every_scene_is_measured_and_compared(tmp_path: Path) -> None:
     } == tiers  # fmt: skip
     for scene in result["scenes"].values():
         for figures in scene.values():
-            assert 0 < figures["fed_tokens_per_s"]["median"]
-            assert 0 < figures["longest_step_ms"]["median"]
-    assert 1 == result["scenes"]["together"]["tactical"]["inter_token_p99_ms"]["rounds"]
-    assert None not in result["compared"].values()
+            assert {"fed_tokens_per_s", "output_tokens_per_s", "longest_step_ms"} <= figures.keys()
+            assert 1 == figures["busy_share"]["rounds"]
+    # What a busy machine did not deliver in two seconds is None, but it is there.
+    assert {
+        "tactical_inter_token_p99_together_times", "tactical_first_token_p99_apart_times",
+        "strategic_fed_tokens_per_s_together_kept",
+    } <= result["compared"].keys()  # fmt: skip

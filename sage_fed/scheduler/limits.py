@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from sage_fed.errors import InvalidField
 from sage_fed.scheduler.blocks import blocks_for
-from sage_fed.scheduler.sequence import Sequence, SequenceSpec
+from sage_fed.scheduler.sequence import Sequence
+from sage_fed.scheduler.words import SequenceSpec
 from sage_fed.steps import BLOCK_SIZE
 
 

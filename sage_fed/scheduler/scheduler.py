@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 from sage_fed.core import Tier, TierLoad, TierState
 from sage_fed.errors import TierUnavailable
+from sage_fed.scheduler.flying import Outcome
 from sage_fed.scheduler.interleave import Interleave, shared_chunk_tokens
 from sage_fed.scheduler.limits import TierLimits
-from sage_fed.scheduler.sequence import Ended, EndReason, SequenceSpec
-from sage_fed.scheduler.tier import Outcome, TierSchedule
+from sage_fed.scheduler.tier import TierSchedule
+from sage_fed.scheduler.words import Ended, EndReason, SequenceSpec
 from sage_fed.steps import BLOCK_SIZE, Drawn, Step
 
 _TACTICAL_NEAR_S = 10.0

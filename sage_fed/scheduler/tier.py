@@ -19,40 +19,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sage_fed.core import Tier
 from sage_fed.errors import QueueFull
 from sage_fed.scheduler.blocks import BlockPool
-from sage_fed.scheduler.flying import Flying
+from sage_fed.scheduler.flying import Flying, Outcome
 from sage_fed.scheduler.limits import TierLimits
 from sage_fed.scheduler.line import Line
 from sage_fed.scheduler.preemption import make_way, weakest
 from sage_fed.scheduler.rates import StepRates
-from sage_fed.scheduler.sequence import Ended, EndReason, Sequence, SequenceSpec
+from sage_fed.scheduler.sequence import Sequence
+from sage_fed.scheduler.words import Ended, EndReason, SequenceSpec
 from sage_fed.steps import Chunk, Drawn, Step
 
 _RETRY_S = 1.0
 """How soon a place may be free, where nothing has been measured."""
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step delivered and which sequences it ended; a token comes before its ending.
-
-    `num_prefill_tokens` of the step's tokens were prompt tokens. The sequences that started with
-    the step were looked up in the prefix cache with `num_queried_tokens`, and had `num_hit_tokens`
-    of them there. `num_preempted` were interrupted to make room for the step.
-    """
-
-    drawn: tuple[Drawn, ...] = ()
-    ended: tuple[Ended, ...] = ()
-    num_prefill_tokens: int = 0
-    num_queried_tokens: int = 0
-    num_hit_tokens: int = 0
-    num_preempted: int = 0
 
 
 class TierSchedule:
@@ -191,7 +174,7 @@ class TierSchedule:
         flying = self._land(step, elapsed_s)
         if flying.void:
             self._fall_back(flying)
-            return _outcome(flying, (), self._end_landed(flying.members, now))
+            return flying.outcome((), self._end_landed(flying.members, now))
         self._out_of_memory_alone = None
         self.rates.record(
             num_tokens=step.num_tokens, prefills=flying.num_prefill > 0, elapsed_s=elapsed_s
@@ -203,7 +186,7 @@ class TierSchedule:
                 seq.ending = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
             if seq.ending is None:
                 self._line.count(seq)
-        return _outcome(flying, delivered, self._end_landed(flying.members, now))
+        return flying.outcome(delivered, self._end_landed(flying.members, now))
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
         """Give way after a step that did not fit the device; it has changed nothing.
@@ -224,7 +207,7 @@ class TierSchedule:
             self._out_of_memory_alone = victim.spec.seq_id if spared else None
             if not spared:
                 victim.ending = EndReason.OUT_OF_MEMORY
-        return _outcome(flying, (), self._end_landed(members, now))
+        return flying.outcome((), self._end_landed(members, now))
 
     def bear(self, step: Step, elapsed_s: float) -> None:
         """Take in a step that came to nothing but cost time; the engine is not used again."""
@@ -341,14 +324,3 @@ class TierSchedule:
             self.pool.give_back(seq.blocks)
         self._line.end(seq)
         return seq.ended(reason, now)
-
-
-def _outcome(flying: Flying, drawn: Iterable[Drawn], ended: Iterable[Ended]) -> Outcome:
-    return Outcome(
-        drawn=tuple(drawn),
-        ended=tuple(ended),
-        num_prefill_tokens=flying.num_prefill,
-        num_queried_tokens=flying.num_queried,
-        num_hit_tokens=flying.num_hit,
-        num_preempted=flying.num_preempted,
-    )
