@@ -9,7 +9,8 @@ import pytest
 import torch
 from engine_driver import generate
 from native_kernels import require_native
-from tiny_models import CONFIGS, Checkpoint, prompt_of
+from tiny_models import CONFIGS, SHAPE, Checkpoint, prompt_of, save_random
+from transformers import Qwen3Config
 
 from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine, quantise
@@ -191,6 +192,39 @@ def test_quantised_logits_are_near_those_of_torch(
         for kernels in ("native", "torch")
     }
     assert (of["native"] - of["torch"]).norm() < 0.2 * of["torch"].norm()
+
+
+@pytest.fixture(scope="module", params=[(14, 2, 64), (7, 1, 128), (4, 4, 80), (6, 3, 32)], ids=str)
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model with heads of a real size: query heads, KV heads, elements."""
+    heads, kv_heads, head_dim = request.param
+    shape = {**SHAPE, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = Qwen3Config(**{**shape, "initializer_range": 0.1}, head_dim=head_dim)
+    return save_random(config, tmp_path_factory.mktemp("wide") / "model")
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 0.05), ("int8", 0.1)])
+def test_attention_over_blocks_of_keys_is_exact(
+    library: Library, wide: Checkpoint, precision: str, bound: float
+) -> None:
+    """Prompts over several blocks of 64 keys, in pieces, then many sequences that decode."""
+    del library
+    loaded = engine(wide, precision=precision, kv_cache_bytes=1 << 25)
+    prompts = [
+        prompt_of(length, seed=i) for i, length in enumerate((190, 64, 65, 129, 3, 17, 128, 1, 70))
+    ]
+    tables = [tuple(range(i * 16, i * 16 + 16)) for i in range(len(prompts))]
+    expected = [wide.logits(prompt)[-1] for prompt in prompts]
+    whole = [Chunk(i, 0, p, tables[i], DRAW) for i, p in enumerate(prompts)]
+    cut = [len(prompt) // 3 for prompt in prompts]
+    pieces = [Chunk(i, 0, p[: cut[i]], tables[i], None) for i, p in enumerate(prompts) if cut[i]]
+    rest = [Chunk(i, cut[i], p[cut[i] :], tables[i], DRAW) for i, p in enumerate(prompts)]
+    newest = [Chunk(i, len(p) - 1, p[-1:], tables[i], DRAW) for i, p in enumerate(prompts)]
+    for chunks in (whole, newest, rest, newest[:2]):
+        if chunks is rest:
+            loaded._forward.run(pieces)
+        for found, wanted in zip(logits_of(loaded, chunks), expected, strict=False):
+            assert (found - wanted).norm() < bound * wanted.norm()
 
 
 def test_the_best_token_is_that_of_the_logits(library: Library, checkpoint: Checkpoints) -> None:

@@ -176,9 +176,10 @@ class Session {
     first_row_.resize(size_t(step.num_chunks));
     alone_ = true;
     const int64_t rows_each = attention_rows(model_);
-    // Where rows are plenty, one task reads a token's keys and values of all heads together.
+    // Where rows are plenty, one task reads a token's keys and values of all heads together; few
+    // rows are shared out evenly only head by head.
     const int32_t all = model_.num_kv_heads;
-    const int32_t heads_of_one = step.num_chunks >= pool_.size() ? all : 1;
+    const int32_t heads_of_one = step.num_chunks >= 4 * pool_.size() ? all : 1;
     int64_t row = 0;
     for (int64_t c = 0; c < step.num_chunks; ++c) {
       const Chunk& chunk = step.chunks[c];
