@@ -16,6 +16,9 @@ namespace sf {
 namespace {
 
 constexpr int64_t kOwnRows = 4;  // up to so many rows every thread prepares by itself
+// What one thread does at most, roughly: weights streamed from a cache, and weights times rows.
+constexpr double kCachedBytesPerUs = 50e3;
+constexpr double kWorkBytesPerUs = 200e3;
 constexpr int64_t kHugePage = int64_t(1) << 21;
 
 // Zeroed memory for the activations of a step.
@@ -116,11 +119,18 @@ class Session {
   Session(const Model& model, Pool& pool)
       : model_(model), layers_(model.layers, model.layers + model.num_layers), pool_(pool) {
     model_.layers = layers_.data();
+    const auto nbytes = [](const Linear& l) { return num_panels(l) * panel_nbytes(l); };
+    weight_nbytes_ = nbytes(model_.head);
+    for (const Layer& l : layers_)
+      weight_nbytes_ += nbytes(l.qkv) + nbytes(l.out) + nbytes(l.gate_up) + nbytes(l.down);
   }
 
   void run(const Step& step) {
     lay_out(step);
-    pool_.run([&](Team& team, int thread) { work(step, team, thread); });
+    const double bytes_us = double(weight_nbytes_) / kCachedBytesPerUs;
+    const double work_us = double(step.num_tokens) * double(weight_nbytes_) / kWorkBytesPerUs;
+    pool_.run([&](Team& team, int thread) { work(step, team, thread); },
+              std::max(bytes_us, work_us) < double(model_.alone_us));
   }
 
  private:
@@ -326,6 +336,7 @@ class Session {
   Memory memory_;
   Workspace w_{};
   std::vector<int64_t> first_row_;
+  int64_t weight_nbytes_ = 0;
   bool alone_ = true;  // every chunk is one token: each task stores its own key and value
 };
 

@@ -31,6 +31,10 @@ from sage_fed.engine.native.linear import PackedLinear
 from sage_fed.engine.weights import LayerWeights, ModelWeights
 from sage_fed.steps import BLOCK_SIZE, Chunk
 
+_ALONE_US = 100.0
+"""Shorter steps stay on the caller's thread: to wait for another one costs more where the cores
+have other things to do, as those of a daemon do."""
+
 
 class NativeForward:
     """The pass of one model on the CPU; every linear layer of `weights` is a `PackedLinear`.
@@ -133,6 +137,7 @@ class _Description:
             valid_ids=num_valid_ids,
             eps=spec.rms_eps,
             block_size=BLOCK_SIZE,
+            alone_us=_ALONE_US,
             fp32=cache.pool.dtype == torch.float32,
             embedding_type=0 if table is None else _source_type(table),
             embedding=None if table is None else self._address(table),

@@ -64,6 +64,7 @@ class ModelStruct(ctypes.Structure):
         ("valid_ids", c_int64),
         ("eps", c_float),
         ("block_size", c_int32),
+        ("alone_us", c_float),
         ("fp32", c_int32),
         ("embedding_type", c_int32),
         ("embedding", c_void_p),

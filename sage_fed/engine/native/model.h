@@ -45,6 +45,7 @@ struct Model {
   int64_t valid_ids;  // logits that are wanted
   float eps;
   int32_t block_size;  // tokens in a KV block
+  float alone_us;      // a step that takes one thread less than this gets one thread only
   int32_t fp32;        // 1: KV cache and attention in fp32, else bf16
   int32_t embedding_type;
   const void* embedding;  // [vocab, hidden]; null: rows of `head`

@@ -35,18 +35,20 @@ Pool::~Pool() {
   for (auto& thread : threads_) thread.join();
 }
 
-void Pool::run(void (*work)(void*, Team&, int), void* argument) {
+void Pool::run(void (*work)(void*, Team&, int), void* argument, bool alone) {
   std::lock_guard<std::mutex> lock(one_at_a_time_);
   for (auto& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
-  if (num_threads_ > 1) {
+  const bool together = num_threads_ > 1 && !alone;
+  if (together) {
     work_ = work;
     argument_ = argument;
     running_.store(num_threads_ - 1, std::memory_order_relaxed);
     generation_.fetch_add(1);
     if (sleepers_.load() > 0) futex_wake_all(generation_);
   }
-  Team team(*this, 0);
+  Team team(*this, 0, together ? num_threads_ : 1);
   work(argument, team, 0);
+  if (!together) return;
   for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
     if (spins < kBarrierSpins) _mm_pause();
     else sched_yield();
@@ -67,14 +69,14 @@ void Pool::work(int thread) {
     }
     ++seen;
     if (stop_) return;
-    Team team(*this, thread);
+    Team team(*this, thread, num_threads_);
     work_(argument_, team, thread);
     running_.fetch_sub(1, std::memory_order_release);
   }
 }
 
 void Team::barrier() {
-  const int threads = pool_.num_threads_;
+  const int threads = num_threads_;
   if (threads == 1) return;
   const uint32_t round = pool_.barrier_.load(std::memory_order_relaxed);
   if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {

@@ -24,13 +24,14 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int size() const { return num_threads_; }
-  // Runs `work(argument, team, thread)` on every thread and returns when all have finished.
-  void run(void (*work)(void*, Team&, int), void* argument);
+  // Runs `work(argument, team, thread)` on every thread and returns when all have finished; with
+  // `alone` on the caller's only, for work that is over before the others would be awake.
+  void run(void (*work)(void*, Team&, int), void* argument, bool alone);
 
   template <class F>
-  void run(F&& f) {
+  void run(F&& f, bool alone = false) {
     run([](void* argument, Team& team, int thread) { (*static_cast<F*>(argument))(team, thread); },
-        const_cast<void*>(static_cast<const void*>(&f)));
+        const_cast<void*>(static_cast<const void*>(&f)), alone);
   }
 
  private:
@@ -57,16 +58,16 @@ class Pool {
 // A thread's view of the region it works in; every thread must call the same sequence.
 class Team {
  public:
-  Team(Pool& pool, int thread) : pool_(pool), thread_(thread) {}
+  Team(Pool& pool, int thread, int num_threads)
+      : pool_(pool), thread_(thread), num_threads_(num_threads) {}
 
-  int size() const { return pool_.num_threads_; }
   void barrier();
 
   // Calls f(task) for every task in [0, count), each on one thread. Ends without a barrier, but
   // there must be one before the next share(): the counters are used in turn.
   template <class F>
   void share(int64_t count, F&& f) {
-    const int threads = pool_.num_threads_;
+    const int threads = num_threads_;
     Pool::Counter* mine = &pool_.counters_[phase_ % 3 * threads];
     pool_.counters_[(phase_ + 1) % 3 * threads + thread_].next.store(0, std::memory_order_relaxed);
     ++phase_;
@@ -84,6 +85,7 @@ class Team {
  private:
   Pool& pool_;
   const int thread_;
+  const int num_threads_;
   int phase_ = 0;
 };
 
