@@ -20,148 +20,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import report
 import torch
-from lean_client import LeanClient, Reply, Run
+from direct import METHOD, RICH, START_S, Alone, check, job, prompts, thread_cpu_s, wait_ready
+from lean_client import LeanClient, Run
 from rich.console import Console
 from rich.table import Table
 
 from sage_fed.cli.demo_daemon import DemoDaemon
-from sage_fed.client import Client
-from sage_fed.core import Message, Sampling, Tier, TierState
-from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.executor import Executor, TierSetup
-from sage_fed.scheduler import Ended, SequenceSpec
-from sage_fed.settings import TierSettings, load_settings, resolve_model
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
-from sage_fed.tasks import task_at
-from sage_fed.text import Tokenizer
-from sage_fed.v1 import inference_pb2 as pb
-from sage_fed.v1 import types_pb2 as types
+from sage_fed.settings import load_settings
 
-METHOD = "/sage_fed.v1.InferenceService/GenerateStream"
-START_S = 120.0
 WAYS = ("engine", "executor", "daemon")
-_GREEDY = Sampling(temperature=0.0)
-
-
-def prompts(count: int, round_index: int) -> list[str]:
-    """Prompts that no round before has had, so that no cache knows them."""
-    first = 1000 * round_index
-    return [f"{first + i}. {task_at(1, first + i, 'test').prompt}" for i in range(count)]
-
-
-class Alone:
-    """The engine, and the executor over it, in this process."""
-
-    def __init__(self, tier: TierSettings) -> None:
-        model = resolve_model(tier.model)
-        self._tokenizer = Tokenizer.load(model)
-        self._ids = itertools.count(1)
-        self.engine: Engine | None = None
-
-        def load(progress: Callable[[float], None]) -> Engine:
-            self.engine = load_engine(
-                EngineOptions(
-                    model=str(model),
-                    kv_cache_bytes=tier.kv_cache_bytes,
-                    precision=tier.precision,
-                    max_context_tokens=tier.max_context_tokens,
-                    num_valid_ids=self._tokenizer.num_valid_ids,
-                ),
-                progress,
-            )
-            return self.engine
-
-        setup = TierSetup(load, tier.max_batch, tier.max_waiting, tier.prefill_chunk_tokens)
-        self.executor = Executor({Tier.TACTICAL: setup})
-
-    async def start(self) -> None:
-        """Load, or fail."""
-        await self.executor.start()
-        status = await self.executor.loaded(Tier.TACTICAL)
-        assert status.state is TierState.READY, status
-
-    def encode(self, prompt: str) -> tuple[int, ...]:
-        """The daemon's work too, but not on these clocks."""
-        return self._tokenizer.encode_messages((Message("user", prompt),))
-
-    def run_engine(self, asked: list[tuple[int, ...]], num_new: int) -> float:
-        """Steps one after another, from the executor's idle engine; seconds."""
-        assert self.engine is not None
-        # Blocks from the end of the pool: the executor's prefix cache fills from its beginning.
-        each = -(-(max(map(len, asked)) + num_new) // BLOCK_SIZE)
-        blocks = [
-            tuple(self.engine.num_blocks - 1 - i * each - j for j in range(each))
-            for i in range(len(asked))
-        ]
-        begun = time.perf_counter()
-        newest = [0] * len(asked)
-        for index in range(num_new):
-            chunks = [
-                Chunk(
-                    seq_id=i,
-                    start=len(tokens) + index - 1 if index else 0,
-                    token_ids=(newest[i],) if index else tokens,
-                    blocks=blocks[i],
-                    draw=Draw(_GREEDY, index),
-                )
-                for i, tokens in enumerate(asked)
-            ]
-            for drawn in self.engine.run(Step(Tier.TACTICAL, tuple(chunks))):
-                newest[drawn.seq_id] = drawn.token_id
-        return time.perf_counter() - begun
-
-    async def run_executor(self, asked: list[tuple[int, ...]], num_new: int) -> float:
-        """The device's thread and the hand-over to a reader each; seconds."""
-
-        async def read(tokens: tuple[int, ...]) -> None:
-            spec = SequenceSpec(
-                seq_id=next(self._ids),
-                tier=Tier.TACTICAL,
-                prompt=tokens,
-                max_new_tokens=num_new,
-                sampling=_GREEDY,
-                ignore_eos=True,
-            )
-            stream = self.executor.submit(spec)
-            while not isinstance(await stream.next(), Ended):
-                pass
-
-        begun = time.perf_counter()
-        await asyncio.gather(*map(read, asked))
-        return time.perf_counter() - begun
-
-
-def job(prompt: str, num_new: int) -> bytes:
-    """One streamed greedy request as it travels."""
-    sampling = types.SamplingParams(temperature=0.0, max_new_tokens=num_new, ignore_eos=True)
-    spec = types.JobSpec(text=prompt, tier=types.TIER_TACTICAL, sampling=sampling)
-    return pb.GenerateStreamRequest(job=spec).SerializeToString()
-
-
-def check(replies: list[Reply], num_new: int) -> None:
-    """Every stream brought what was asked for."""
-    for reply in replies:
-        last = pb.GenerateStreamResponse.FromString(reply.messages[-1])
-        assert last.finished.usage.output_tokens == num_new, last
-
-
-def thread_cpu_s(pid: int) -> dict[int, float]:
-    """Processor seconds of a process's threads; the event loop's is the process's own id."""
-    found = {}
-    for path in Path(f"/proc/{pid}/task").iterdir():
-        fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
-        found[int(path.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return found
 
 
 def spent(pid: int, before: dict[int, float], run: Run, num_tokens: int) -> dict[str, float]:
@@ -179,7 +53,7 @@ async def measure(given: argparse.Namespace, flags: list[str]) -> list[dict[str,
     named = {"profile": "demo"} | dict(f.split("=", 1) for f in flags[1::2])
     settings = load_settings(named, {"HOME": str(Path.home())}, None).settings
     torch.set_num_threads(settings.cpu_threads or torch.get_num_threads())
-    alone = Alone(settings.tactical)
+    alone = Alone(settings)
     await alone.start()
     rates: dict[tuple[str, int], list[float]] = {}
     costs: dict[int, list[dict[str, float]]] = {}
@@ -191,7 +65,7 @@ async def measure(given: argparse.Namespace, flags: list[str]) -> list[dict[str,
             client = LeanClient(listen)
             for index, many in itertools.product(range(given.rounds + 1), given.at_once):
                 num_new = given.tokens[given.at_once.index(many)]
-                texts = prompts(many, index)
+                texts = prompts(many, 2 * index + (many > 1))
                 asked = [alone.encode(text) for text in texts]
                 took = {"engine": await asyncio.to_thread(alone.run_engine, asked, num_new)}
                 took["executor"] = await alone.run_executor(asked, num_new)
@@ -211,15 +85,6 @@ async def measure(given: argparse.Namespace, flags: list[str]) -> list[dict[str,
             daemon.stop(60.0)
     await alone.executor.stop(0.0)
     return [row(many, given, rates, costs[many]) for many in given.at_once]
-
-
-def wait_ready(address: str) -> None:
-    """Both tiers: a load in the background would be measured too."""
-    with Client(address) as client:
-        until = time.monotonic() + START_S
-        while any(model.state is not TierState.READY for model in client.models()):
-            assert time.monotonic() < until, "the daemon did not get ready"
-            time.sleep(0.1)
 
 
 def row(
@@ -274,7 +139,7 @@ if __name__ == "__main__":
     given.at_once, given.tokens = (1, 32), (128, 64) if given.model else (448, 128)
     if given.quick:
         given.rounds, given.tokens = 2, tuple(n // 2 for n in given.tokens)
-    flags = ["--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000"]
+    flags = [*RICH]
     if given.model:
         own = {
             "tactical.model": given.model.absolute(),

@@ -1,15 +1,20 @@
-"""What the daemon adds: gRPC, routing and a FULL-durable ledger, over the executor alone.
+"""What the daemon adds to the executor: time to the first token, and in total.
 
-Physics first: a request through the daemon crosses two processes (HTTP/2 over loopback), is
-encoded, quoted and routed (microseconds of Python), waits for one fsync before device work
-(the hold) and one before its ending (the settlement). With many requests at once the ledger
-commits them in groups, so the fsync is shared, and the event loop's Python is what adds up.
+Between a client and a sequence's first token stand, beyond the executor: a request and a reply
+over a local socket, the event loop, encoding, quoting and routing (all Python, some hundred
+microseconds together), and one commit of the ledger with its sync of the disk, the hold, which
+has to be durable before any device work; the settlement and its sync are before the ending.
+With many requests at once the ledger commits them in groups, so the sync is shared, and the
+event loop's Python is what adds up.
 
-The same prompts run on the same settings either way, in interleaved rounds (A B A B ...), so
-that a machine that speeds up or slows down meets both. The executor runs in this process, the
-daemon in its own; both are idle while the other is measured.
+To tell the disk from the rest, a second daemon keeps its books in memory (`/dev/shm`, where a
+sync is free): "besides the durable hold" is that one's row. The same prompts run every way in
+interleaved rounds (A B A B ...). The executor runs in this process, each daemon in its own, all
+idle while another is measured; the client of the daemons is `lean_client`, which costs nothing,
+and `--client grpc` shows what an ordinary Python client adds on the same cores.
 
-Run: python bench/latency.py [--rounds 4]. Writes bench/results/latency.json.
+Run: python bench/latency.py [--rounds 4] [--client grpc] [--quick]. Two minutes.
+Writes bench/results/latency.json.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,176 +33,132 @@ from typing import Any
 import grpc
 import report
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from direct import METHOD, RICH, START_S, Alone, job, prompts, wait_ready
+from lean_client import LeanClient
 from rich.console import Console
 from rich.table import Table
 
 from sage_fed.cli.demo_daemon import DemoDaemon
-from sage_fed.core import Message, Sampling, Tier, TierState
-from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.executor import Executor, TierSetup
-from sage_fed.scheduler import Ended, SequenceSpec
-from sage_fed.settings import TierSettings, load_settings, resolve_model
-from sage_fed.tasks import task_at
-from sage_fed.text import Tokenizer
+from sage_fed.settings import load_settings
 from sage_fed.v1 import inference_pb2 as pb
-from sage_fed.v1 import inference_pb2_grpc as rpc
-from sage_fed.v1 import types_pb2 as types
 
-START_S = 120.0
 CONCURRENCIES = (1, 16)
 LENGTHS = (1, 16)
 REQUESTS = {1: 60, 16: 320}
 """Requests of one round by concurrency."""
 
-FLAGS = (
-    "--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000",
-    "--log-level", "warning",
-)  # fmt: skip
+Times = list[tuple[float, float]]
+"""Of each request: seconds to the first token, seconds to the end."""
 
-Ask = Callable[[str, int], Awaitable[tuple[float, float]]]
-"""(prompt, max_new_tokens) -> (seconds to the first token, seconds to the end)."""
+Way = Callable[[Sequence[str], int, int], Awaitable[Times]]
+"""(prompts, new tokens, at once) -> their times: a closed loop."""
 
 
 @dataclass
 class Sample:
-    """Times of one way of asking at one concurrency and length."""
+    """Times of one way at one concurrency and length."""
 
     first_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
 
-
-class Direct:
-    """The executor in this process, with the demo's settings."""
-
-    def __init__(self, tier: TierSettings) -> None:
-        model = resolve_model(tier.model)
-        self._tokenizer = Tokenizer.load(model)
-        self._ids = itertools.count(1)
-
-        def load(progress: Callable[[float], None]) -> Engine:
-            return load_engine(
-                EngineOptions(
-                    model=str(model),
-                    kv_cache_bytes=tier.kv_cache_bytes,
-                    precision=tier.precision,
-                    max_context_tokens=tier.max_context_tokens,
-                    num_valid_ids=self._tokenizer.num_valid_ids,
-                ),
-                progress,
-            )
-
-        setup = TierSetup(load, tier.max_batch, tier.max_waiting, tier.prefill_chunk_tokens)
-        self.executor = Executor({Tier.TACTICAL: setup})
-
-    async def start(self) -> None:
-        """Load, or fail."""
-        await self.executor.start()
-        status = await self.executor.loaded(Tier.TACTICAL)
-        assert status.state is TierState.READY, status
-
-    async def ask(self, prompt: str, max_new_tokens: int) -> tuple[float, float]:
-        """One sequence; encoding is the daemon's work, so it is not on this clock."""
-        tokens = self._tokenizer.encode_messages((Message("user", prompt),))
-        spec = SequenceSpec(
-            seq_id=next(self._ids),
-            tier=Tier.TACTICAL,
-            prompt=tokens,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(),
-            ignore_eos=True,
-        )
-        begun = time.perf_counter()
-        stream = self.executor.submit(spec)
-        first = None
-        while not isinstance(await stream.next(), Ended):
-            first = first or time.perf_counter()
-        ended = time.perf_counter()
-        assert first is not None
-        return first - begun, ended - begun
+    def add(self, times: Times) -> None:
+        """Keep a round's."""
+        self.first_s += [first for first, _ in times]
+        self.total_s += [total for _, total in times]
 
 
-class ThroughDaemon:
-    """A gRPC client of a real daemon process."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = rpc.InferenceServiceStub(channel)
-
-    async def ask(self, prompt: str, max_new_tokens: int) -> tuple[float, float]:
-        """One streamed request; ends when the status has come, so after the settlement."""
-        job = types.JobSpec(
-            text=prompt,
-            tier=types.TIER_TACTICAL,
-            sampling=types.SamplingParams(
-                temperature=0.0, max_new_tokens=max_new_tokens, ignore_eos=True
-            ),
-        )
-        begun = time.perf_counter()
-        first = None
-        async for response in self._stub.GenerateStream(
-            pb.GenerateStreamRequest(job=job), timeout=60.0
-        ):
-            if response.WhichOneof("event") == "delta":
-                first = first or time.perf_counter()
-        ended = time.perf_counter()
-        assert first is not None
-        return first - begun, ended - begun
-
-
-async def round_of(ask: Ask, concurrency: int, length: int, sample: Sample) -> None:
-    """A closed loop: each worker asks its next question when the last is answered."""
-    questions = iter(range(REQUESTS[concurrency]))
+async def closed_loop(
+    ask: Callable[[str], Awaitable[tuple[float, float]]], texts: Sequence[str], at_once: int
+) -> Times:
+    """Each worker asks its next question when its last is answered."""
+    questions, times = iter(texts), Times()
 
     async def worker() -> None:
-        for index in questions:
-            first_s, total_s = await ask(task_at(1, index, "test").prompt, length)
-            sample.first_s.append(first_s)
-            sample.total_s.append(total_s)
+        for text in questions:
+            times.append(await ask(text))
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(concurrency):
+        for _ in range(at_once):
             group.create_task(worker())
+    return times
 
 
-async def measure(rounds: int) -> dict[tuple[str, int, int], Sample]:
-    """Interleaved rounds of both ways, after one that is not counted."""
+def through_executor(alone: Alone) -> Way:
+    """Without a daemon; encoding is the daemon's work, so it is not on this clock."""
+
+    async def run(texts: Sequence[str], num_new: int, at_once: int) -> Times:
+        encoded = {text: alone.encode(text) for text in texts}
+        return await closed_loop(lambda text: alone.ask(encoded[text], num_new), texts, at_once)
+
+    return run
+
+
+def through_lean(client: LeanClient) -> Way:
+    """The client that costs nothing."""
+
+    async def run(texts: Sequence[str], num_new: int, at_once: int) -> Times:
+        bodies = [job(text, num_new) for text in texts]
+        done = await asyncio.to_thread(client.run, METHOD, bodies, at_once)
+        return [(reply.first - reply.sent, reply.end - reply.sent) for reply in done.replies]
+
+    return run
+
+
+def through_grpc(channel: grpc.aio.Channel) -> Way:
+    """The ordinary client of Python programs, in this process."""
+    call = channel.unary_stream(METHOD, response_deserializer=pb.GenerateStreamResponse.FromString)
+
+    async def run(texts: Sequence[str], num_new: int, at_once: int) -> Times:
+        async def ask(text: str) -> tuple[float, float]:
+            begun, first = time.perf_counter(), 0.0
+            async for response in call(job(text, num_new), timeout=60.0):
+                if not first and response.HasField("delta"):
+                    first = time.perf_counter()
+            return first - begun, time.perf_counter() - begun
+
+        return await closed_loop(ask, texts, at_once)
+
+    return run
+
+
+async def measure(given: argparse.Namespace) -> dict[tuple[str, int, int], Sample]:
+    """Interleaved rounds of all ways, after one that is not counted."""
     settings = load_settings({"profile": "demo"}, {"HOME": str(Path.home())}, None).settings
     torch.set_num_threads(settings.cpu_threads or torch.get_num_threads())
-    direct = Direct(settings.tactical)
-    await direct.start()
+    alone = Alone(settings)
+    await alone.start()
+    ways: dict[str, Way] = {"executor": through_executor(alone)}
     samples: dict[tuple[str, int, int], Sample] = {}
-    with tempfile.TemporaryDirectory(prefix="sage-fed-latency-") as folder:
-        daemon = DemoDaemon(Path(folder), *FLAGS)
+    daemons: list[DemoDaemon] = []
+    clients: list[LeanClient] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="sage-fed-latency-") as disk,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
+    ):
         try:
-            async with grpc.aio.insecure_channel(daemon.endpoint(START_S).listen) as channel:
-                await wait_serving(channel)
-                ways: dict[str, Ask] = {
-                    "executor": direct.ask,
-                    "daemon": ThroughDaemon(channel).ask,
-                }
-                for index in range(rounds + 1):
-                    for concurrency, length in itertools.product(CONCURRENCIES, LENGTHS):
-                        for way, ask in ways.items():
-                            key = (way, concurrency, length)
-                            # Round 0 warms up: its sample is thrown away.
-                            kept = samples.setdefault(key, Sample()) if index else Sample()
-                            await round_of(ask, concurrency, length, kept)
+            for name, folder in (("daemon", disk), ("daemon, books in memory", memory)):
+                daemons.append(DemoDaemon(Path(folder), "--log-level", "warning", *RICH))
+                listen = daemons[-1].endpoint(START_S).listen
+                await asyncio.to_thread(wait_ready, listen)
+                if given.client == "grpc":
+                    ways[name] = through_grpc(grpc.aio.insecure_channel(listen))
+                else:
+                    clients.append(LeanClient(listen))
+                    ways[name] = through_lean(clients[-1])
+            for index in range(given.rounds + 1):
+                for nth, (many, length) in enumerate(itertools.product(CONCURRENCIES, LENGTHS)):
+                    texts = prompts(REQUESTS[many] // given.shorter, 4 * index + nth)
+                    for way, run in ways.items():
+                        # Round 0 warms up: its sample is thrown away.
+                        kept = samples.setdefault((way, many, length), Sample())
+                        (kept if index else Sample()).add(await run(texts, length, many))
         finally:
-            daemon.stop(60.0)
-    await direct.executor.stop(0.0)
+            for client in clients:
+                client.close()
+            for daemon in daemons:
+                daemon.stop(60.0)
+    await alone.executor.stop(0.0)
     return samples
-
-
-async def wait_serving(channel: grpc.aio.Channel) -> None:
-    """Both tiers: a load in the background would be measured too."""
-    for tier in Tier:
-        request = health_pb2.HealthCheckRequest(service=tier.value)
-        call = health_pb2_grpc.HealthStub(channel).Watch(
-            request, timeout=START_S, wait_for_ready=True
-        )
-        async for response in call:
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
-                break
 
 
 def percentiles_ms(values: list[float]) -> dict[str, float]:
@@ -207,21 +168,26 @@ def percentiles_ms(values: list[float]) -> dict[str, float]:
 
 
 def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
-    """For each concurrency and length: both ways and the difference."""
+    """For each concurrency and length: every way, and what the daemons add."""
+    ways = list(dict.fromkeys(way for way, _, _ in samples))
     found = []
-    for concurrency, length in itertools.product(CONCURRENCIES, LENGTHS):
+    for many, length in itertools.product(CONCURRENCIES, LENGTHS):
         for name in ("first_s", "total_s"):
-            alone = percentiles_ms(getattr(samples["executor", concurrency, length], name))
-            daemon = percentiles_ms(getattr(samples["daemon", concurrency, length], name))
+            by_way = {
+                way: percentiles_ms(getattr(samples[way, many, length], name)) for way in ways
+            }
+            alone = by_way["executor"]
             found.append(
                 {
-                    "concurrency": concurrency,
+                    "concurrency": many,
                     "max_new_tokens": length,
                     "time": {"first_s": "time to first token", "total_s": "total"}[name],
-                    "requests": len(samples["daemon", concurrency, length].total_s),
-                    "executor_ms": alone,
-                    "daemon_ms": daemon,
-                    "added_ms": {p: round(daemon[p] - alone[p], 3) for p in alone},
+                    "requests": len(samples[ways[0], many, length].total_s),
+                    "ms": by_way,
+                    "added_ms": {
+                        way: {p: round(by_way[way][p] - alone[p], 3) for p in alone}
+                        for way in ways[1:]
+                    },
                 }
             )
     return found
@@ -229,23 +195,27 @@ def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
 
 def show(found: list[dict[str, Any]]) -> None:
     """The table, p50 / p99 in ms."""
-    table = Table("at once", "tokens", "time", title="added latency, p50 / p99 in ms")
-    for heading in ("executor", "daemon", "added"):
+    added = list(found[0]["added_ms"])
+    table = Table("at once", "tokens", "time", title="p50 / p99 in ms")
+    for heading in (*found[0]["ms"], *(f"{way} adds" for way in added)):
         table.add_column(heading, justify="right")
     for row in found:
-        cells = (
-            f"{row[k]['p50']:.2f} / {row[k]['p99']:.2f}"
-            for k in ("executor_ms", "daemon_ms", "added_ms")
-        )
-        table.add_row(str(row["concurrency"]), str(row["max_new_tokens"]), row["time"], *cells)
-    Console(stderr=True, width=110).print(table)
+        cells = [*row["ms"].values(), *(row["added_ms"][way] for way in added)]
+        shown = [f"{cell['p50']:.2f} / {cell['p99']:.2f}" for cell in cells]
+        table.add_row(str(row["concurrency"]), str(row["max_new_tokens"]), row["time"], *shown)
+    Console(stderr=True, width=150).print(table)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--client", choices=("lean", "grpc"), default="lean")
+    parser.add_argument("--quick", action="store_true", help="one round of fewer requests")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    result = rows(asyncio.run(measure(given.rounds)))
+    given.shorter = 4 if given.quick else 1
+    given.rounds = 1 if given.quick else given.rounds
+    result = rows(asyncio.run(measure(given)))
     show(result)
-    report.write("latency", {"rounds": given.rounds, "rows": result}, given.output)
+    body = {"rounds": given.rounds, "client": given.client, "rows": result}
+    report.write("latency", body, given.output)

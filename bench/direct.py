@@ -1,0 +1,148 @@
+"""The engine and the executor alone, in this process, and requests as they travel to a daemon.
+
+Owns what the benchmarks of the daemon compare it with. Does not know what is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lean_client import Reply
+
+from sage_fed.client import Client
+from sage_fed.core import Message, Sampling, Tier, TierState
+from sage_fed.daemon.tiers import tier_setup
+from sage_fed.executor import Executor
+from sage_fed.scheduler import Ended, SequenceSpec
+from sage_fed.settings import Settings, resolve_model
+from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Engine, Step
+from sage_fed.tasks import task_at
+from sage_fed.text import Tokenizer
+from sage_fed.v1 import inference_pb2 as pb
+from sage_fed.v1 import types_pb2 as types
+
+METHOD = "/sage_fed.v1.InferenceService/GenerateStream"
+START_S = 120.0
+_GREEDY = Sampling(temperature=0.0)
+
+RICH = ("--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000")
+"""Flags of an account that a benchmark does not run dry."""
+
+
+def prompts(count: int, round_index: int) -> list[str]:
+    """Prompts that no round before has had, so that no cache knows them."""
+    first = 1000 * round_index
+    return [f"{first + i}. {task_at(1, first + i, 'test').prompt}" for i in range(count)]
+
+
+class Alone:
+    """The engine, and the executor over it, in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._tokenizer = Tokenizer.load(resolve_model(settings.tactical.model))
+        self._ids = itertools.count(1)
+        self.engine: Engine | None = None
+        setup = tier_setup(settings, Tier.TACTICAL, self._tokenizer)
+
+        def load(progress: Callable[[float], None]) -> Engine:
+            self.engine = setup.load(progress)
+            return self.engine
+
+        self.executor = Executor({Tier.TACTICAL: replace(setup, load=load)})
+
+    async def start(self) -> None:
+        """Load, or fail."""
+        await self.executor.start()
+        status = await self.executor.loaded(Tier.TACTICAL)
+        assert status.state is TierState.READY, status
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """The daemon's work too, but not on these clocks."""
+        return self._tokenizer.encode_messages((Message("user", prompt),))
+
+    def run_engine(self, asked: list[tuple[int, ...]], num_new: int) -> float:
+        """Steps one after another, from the executor's idle engine; seconds."""
+        assert self.engine is not None
+        # Blocks from the end of the pool: the executor's prefix cache fills from its beginning.
+        each = -(-(max(map(len, asked)) + num_new) // BLOCK_SIZE)
+        blocks = [
+            tuple(self.engine.num_blocks - 1 - i * each - j for j in range(each))
+            for i in range(len(asked))
+        ]
+        begun = time.perf_counter()
+        newest = [0] * len(asked)
+        for index in range(num_new):
+            chunks = [
+                Chunk(
+                    seq_id=i,
+                    start=len(tokens) + index - 1 if index else 0,
+                    token_ids=(newest[i],) if index else tokens,
+                    blocks=blocks[i],
+                    draw=Draw(_GREEDY, index),
+                )
+                for i, tokens in enumerate(asked)
+            ]
+            for drawn in self.engine.run(Step(Tier.TACTICAL, tuple(chunks))):
+                newest[drawn.seq_id] = drawn.token_id
+        return time.perf_counter() - begun
+
+    async def run_executor(self, asked: list[tuple[int, ...]], num_new: int) -> float:
+        """The device's thread and the hand-over to a reader each; seconds."""
+        begun = time.perf_counter()
+        await asyncio.gather(*(self.ask(tokens, num_new) for tokens in asked))
+        return time.perf_counter() - begun
+
+    async def ask(self, tokens: tuple[int, ...], num_new: int) -> tuple[float, float]:
+        """One sequence: seconds to its first token and to its end."""
+        spec = SequenceSpec(
+            seq_id=next(self._ids),
+            tier=Tier.TACTICAL,
+            prompt=tokens,
+            max_new_tokens=num_new,
+            sampling=_GREEDY,
+            ignore_eos=True,
+        )
+        begun = time.perf_counter()
+        stream = self.executor.submit(spec)
+        first = 0.0
+        while not isinstance(await stream.next(), Ended):
+            first = first or time.perf_counter()
+        return first - begun, time.perf_counter() - begun
+
+
+def job(prompt: str, num_new: int) -> bytes:
+    """One streamed greedy request as it travels."""
+    sampling = types.SamplingParams(temperature=0.0, max_new_tokens=num_new, ignore_eos=True)
+    spec = types.JobSpec(text=prompt, tier=types.TIER_TACTICAL, sampling=sampling)
+    return pb.GenerateStreamRequest(job=spec).SerializeToString()
+
+
+def check(replies: list[Reply], num_new: int) -> None:
+    """Every stream brought what was asked for."""
+    for reply in replies:
+        last = pb.GenerateStreamResponse.FromString(reply.messages[-1])
+        assert last.finished.usage.output_tokens == num_new, last
+
+
+def thread_cpu_s(pid: int) -> dict[int, float]:
+    """Processor seconds of a process's threads; the event loop's is the process's own id."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+        found[int(path.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def wait_ready(address: str) -> None:
+    """Both tiers: a load in the background would be measured too."""
+    with Client(address) as client:
+        until = time.monotonic() + START_S
+        while any(model.state is not TierState.READY for model in client.models()):
+            assert time.monotonic() < until, "the daemon did not get ready"
+            time.sleep(0.1)
