@@ -37,7 +37,7 @@ from sage_fed.core import (
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
 from sage_fed.metrics import Metrics, MetricsServer, Snapshot
-from sage_fed.metrics.kept import Gauge
+from sage_fed.metrics.kept import Gauge, Histogram
 from sage_fed.metrics.live import LiveRates
 from sage_fed.metrics.scrape import available_memory_bytes
 from sage_fed.metrics.server import MAX_CONNECTIONS, ScrapeServer
@@ -726,3 +726,19 @@ def test_a_removed_child_is_made_anew() -> None:
 
     gauge.labels("tactical").set(2)
     assert 2 == registry.get_sample_value("g", {"tier": "tactical"})
+
+
+@given(st.floats(0, 10), st.integers(1, 50))
+def test_equal_observations_count_as_if_one_by_one(amount: float, count: int) -> None:
+    """The same buckets, and the same sum up to rounding, whatever the amount."""
+    together, single = CollectorRegistry(), CollectorRegistry()
+    bounds = (0.5, 1.0, 5.0)
+    Histogram("h", "H.", buckets=bounds, registry=together).observe_many(amount, count)
+    histogram = Histogram("h", "H.", buckets=bounds, registry=single)
+    for _ in range(count):
+        histogram.observe(amount)
+
+    for bound in ("0.5", "1.0", "5.0", "+Inf"):
+        one, other = (r.get_sample_value("h_bucket", {"le": bound}) for r in (together, single))
+        assert one == other
+    assert together.get_sample_value("h_sum") == pytest.approx(single.get_sample_value("h_sum"))

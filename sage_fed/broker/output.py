@@ -17,6 +17,7 @@ class Output:
 
     def __init__(self, decoder: IncrementalDecoder, stops: Sequence[str]) -> None:
         self._decoder = decoder
+        self._stops = tuple(stops)
         self._matcher = StopMatcher(stops)
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -33,6 +34,8 @@ class Output:
         Tokens behind the one that completes a stop string are dropped: never delivered, so
         never charged.
         """
+        if not self._stops:
+            return self._push_whole(drawn), False
         pieces: list[str] = []
         first, matched = len(self._token_ids), False
         first_logprob = len(self._logprobs)
@@ -45,6 +48,14 @@ class Output:
             if matched:
                 break
         return self._delta("".join(pieces), first, first_logprob), matched
+
+    def _push_whole(self, drawn: Sequence[Drawn]) -> Delta:
+        """Take tokens together: nothing but a stop string cares where one ends."""
+        first, first_logprob = len(self._token_ids), len(self._logprobs)
+        ids = [token.token_id for token in drawn]
+        self._token_ids += ids
+        self._logprobs += [token.logprob for token in drawn if token.logprob is not None]
+        return self._delta(self._decoder.push(ids), first, first_logprob)
 
     def finish(self) -> tuple[Delta, bool]:
         """Return the text that was held back, now that no more tokens come."""

@@ -97,7 +97,9 @@ class DeviceThread:
             step = self._scheduler.next_step(self._clock())
             # Before the endings are told and before the step takes its time: who reads the load
             # after an ending finds its blocks free, and places in the queue are free at once.
-            self._publish()
+            # Where nothing came and nobody waits, building a step has changed none of it.
+            if messages or any(load.waiting for load in self.loads.values()):
+                self._publish()
             if ended:
                 self._handover.post(ended=ended)
             if step is not None:

@@ -6,6 +6,7 @@ and each `labels` of the library turns every value into a string and takes a loc
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any, Self
 
 import prometheus_client
@@ -38,4 +39,10 @@ class Gauge(_Kept, prometheus_client.Gauge):
 
 
 class Histogram(_Kept, prometheus_client.Histogram):
-    """A histogram."""
+    """A histogram that takes equal observations together."""
+
+    def observe_many(self, amount: float, count: int) -> None:
+        """Observe the same amount `count` times, at the price of once."""
+        self._sum.inc(amount * count)
+        # The last bucket's bound is infinite.
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(count)

@@ -140,9 +140,9 @@ class Metrics:
 
     def tokens_delivered(self, tier: Tier, num_tokens: int, gap_s: float) -> None:
         """Counts the wait for `num_tokens` that came `gap_s` after the ones before them."""
-        histogram = self._jobs.inter_token.labels(tier.value)
-        for _ in range(num_tokens):
-            histogram.observe(gap_s / num_tokens)
+        if num_tokens:
+            gaps = self._jobs.inter_token.labels(tier.value)
+            gaps.observe_many(gap_s / num_tokens, num_tokens)
 
     def job_finished(self, tier: Tier, finished: Finished) -> None:
         """Counts a job that delivered an ending, aborted ones included."""
@@ -215,9 +215,9 @@ class Metrics:
         self._live.add(report)
         if report.out_of_memory:
             series.oom.labels(name).inc()
-        step_seconds = series.step_seconds.labels(name, report.kind.value)
-        for _ in range(report.num_steps):
-            step_seconds.observe(report.elapsed_s / report.num_steps)
+        if report.num_steps:
+            step_seconds = series.step_seconds.labels(name, report.kind.value)
+            step_seconds.observe_many(report.elapsed_s / report.num_steps, report.num_steps)
         series.tokens.labels(name, Phase.PREFILL.value).inc(report.num_prefill_tokens)
         series.tokens.labels(name, Phase.DECODE.value).inc(report.num_decode_tokens)
         series.preemptions.labels(name).inc(report.num_preempted)

@@ -71,7 +71,10 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether all but its newest token, which was drawn, has been fed."""
-        return self.num_drawn > 0 and self.num_fed + 1 == self.length
+        # Asked several times a token: written out, without a property of a property.
+        pending = self.num_pending
+        drawn = self.num_output + pending
+        return drawn > 0 and self.num_fed + 1 == len(self.token_ids) + pending
 
     @property
     def prefill_left(self) -> int:
