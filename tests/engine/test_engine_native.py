@@ -283,6 +283,18 @@ def test_the_second_build_is_a_find(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert build.build_library() == build.Built(first.path, compiled=False)
 
 
+def test_old_builds_are_forgotten(cache: Path, tmp_path: Path) -> None:
+    """Every version of the sources is a library of its own; the newest eight are kept."""
+    for version in range(10):
+        (tmp_path / "sources" / "one.cpp").write_text(
+            f'extern "C" int one() {{ return {version}; }}'
+        )
+        newest = build.build_library()
+        assert isinstance(newest, build.Built)
+    assert newest.path.is_file()
+    assert (8, 8) == (len(list(cache.glob("*.so"))), len(list(cache.glob("*.sha256"))))
+
+
 @pytest.mark.usefixtures("cache")
 def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in the cache and no compiler: a reason, not an exception."""

@@ -31,6 +31,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_TIMEOUT_S = 300.0
 _DIGEST_CHARS = 20
 _ERROR_CHARS = 300
+_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,16 @@ def _compile(compiler: Path, sources: list[Path], target: Path) -> Built | Unava
             built.replace(target)
     except subprocess.TimeoutExpired:
         return Unavailable(f"{compiler.name} took more than {_COMPILE_TIMEOUT_S:.0f} s")
+    _forget_old(target.parent)
     return Built(target, compiled=True)
+
+
+def _forget_old(directory: Path) -> None:
+    """Keep the newest few: other versions of the package, or another machine's on a shared home."""
+    newest_first = sorted(directory.glob("*.so"), key=lambda path: -path.stat().st_mtime)
+    for path in newest_first[_KEPT:]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".sha256").unlink(missing_ok=True)
 
 
 def _identity(compiler: Path) -> str:
