@@ -43,6 +43,20 @@ async def test_a_tiers_settings_reach_its_scheduler(tmp_path: Path) -> None:
     assert (32, True, 1.0) == (default.max_batch, default.prefix_cache, default.kv_overcommit)
 
 
+async def test_a_quantised_tier_keeps_its_weights_where_it_is_told(tmp_path: Path) -> None:
+    """Precision, kernels and the cache of the settings are what the engine is loaded with."""
+    place = tmp_path / "kept"
+    flags = {"tactical__precision": "int4", "kernels": "torch", "weights_cache": str(place)}
+    given = settings(tmp_path, **flags)
+    tokenizers = await load_tokenizers(given)
+    tactical, strategic = (tier_setup(given, tier, tokenizers[tier]) for tier in Tier)
+    info = tactical.load(lambda _: None).info
+    assert ("int4", "torch") == (info.precision, info.kernels)
+    assert 1 == len(list(place.glob("*.safetensors")))
+    strategic.load(lambda _: None).close()
+    assert 1 == len(list(place.glob("*.safetensors")))
+
+
 async def test_tiers_with_the_same_tokenizer_share_one(tmp_path: Path) -> None:
     """The bundled pair encodes alike, so each prompt is encoded once."""
     tokenizers = await load_tokenizers(settings(tmp_path))
