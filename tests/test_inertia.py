@@ -204,6 +204,7 @@ def test_what_is_measured_is_handed_out_after_every_model() -> None:
     assert whole == seen[-1]
     assert "## engine, fp32, batch 1" in markdown(seen[0], analyse(seen[0]))
     assert () == analyse(seen[0]).slowdowns
+    assert "No pair was measured." in markdown(seen[0], analyse(seen[0]))
 
 
 def test_a_reference_that_the_host_has_no_room_for_is_refused(

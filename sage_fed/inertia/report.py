@@ -96,6 +96,9 @@ def _pair(findings: Findings, analysis: Analysis, method: Method, precision: str
 
 def _slowdowns(analysis: Analysis) -> Iterator[str]:
     yield from ("", "## Slowdown", "")
+    if not analysis.slowdowns:
+        yield "No pair was measured."
+        return
     yield "Efficiency is the slowdown over the parameter ratio, as the note defines it."
     yield ""
     yield from _table(
