@@ -7,9 +7,15 @@ namespace sf {
 namespace {
 
 // Weights that are worked on at once: small enough for L2 beside what is fetched meanwhile.
-constexpr int64_t kBlockNbytes = 64 * 1024;
+constexpr int64_t kBlockNbytes = 128 * 1024;
 constexpr int64_t kLargeBlockNbytes = 256 * 1024;  // of many rows: the sums cross memory less often
 constexpr int64_t kManyRows = 64;
+
+// Blocks of equal size, because while one is worked on as much is fetched of the next.
+int64_t even(int64_t count, int64_t most) {
+  const int64_t blocks = (count + most - 1) / most;
+  return round_up((count + blocks - 1) / blocks, 4);
+}
 
 void multiply(const Linear& layer, const Activations& a, int64_t rows, const uint8_t* w, float* c) {
   const int64_t block_nbytes = rows > kManyRows ? kLargeBlockNbytes : kBlockNbytes;
@@ -17,7 +23,8 @@ void multiply(const Linear& layer, const Activations& a, int64_t rows, const uin
   const int64_t tiles = std::min((rows + most - 1) / most, kAheadTiles);
   if (a.quantised()) {
     const int64_t group_nbytes = layer.kind == kInt8 ? kGroup * kPanel : int4_group_nbytes();
-    const int64_t num_groups = padded_k(layer) / kGroup, each = block_nbytes / group_nbytes;
+    const int64_t num_groups = padded_k(layer) / kGroup;
+    const int64_t each = even(num_groups, block_nbytes / group_nbytes);
     const int64_t lines = tiles == 1 ? 0 : (group_nbytes / 64 + tiles - 1) / tiles;
     for (int64_t g = 0; g < num_groups; g += each) {
       const int64_t count = std::min(each, num_groups - g);
@@ -30,7 +37,7 @@ void multiply(const Linear& layer, const Activations& a, int64_t rows, const uin
     return;
   }
   const int64_t steps = layer.kind == kBf16 ? padded_k(layer) / 2 : padded_k(layer);
-  const int64_t each = block_nbytes / (kPanel * 4);
+  const int64_t each = even(steps, block_nbytes / (kPanel * 4));
   const int64_t lines = tiles == 1 ? 0 : (16 + tiles - 1) / tiles;
   for (int64_t s = 0; s < steps; s += each) {
     const int64_t count = std::min(each, steps - s);
