@@ -12,7 +12,10 @@ measured on the device at hand before anything is stated as a share of them.
 
 Parts: environment; correctness against `transformers` in fp32 on the CPU; both real shapes
 resident, with random weights made in the device's memory; speed of each tier alone; what the
-strategic tier costs the tactical one; the daemon as a process. A part that fails is recorded
+strategic tier costs the tactical one, and would in two threads or on two streams; every precision,
+captured and not, with the ratio of each; `transformers` beside it; loading from disk; the daemon
+as a process. All together are more than one budget where code has to be compiled: `--only` and
+`--keep` spread them over several runs into one JSON. A part that fails is recorded
 with its error and the others run; a part that has no time left says what it left out. All but
 the daemon need torch, transformers and safetensors only, and no installed sage-fed.
 
@@ -33,8 +36,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +53,9 @@ PART_SHARES = {
     "resident": 0.20,
     "speed": 0.35,
     "interference": 0.25,
+    "precisions": 0.45,
+    "peers": 0.35,
+    "load": 0.25,
     "daemon": 0.35,
 }
 """The most of the budget that a part may take; most take far less, and the last gets the rest."""
@@ -119,7 +126,7 @@ def body_of(run: Run, skip: Sequence[str]) -> dict[str, Any]:
         "bad": bad,
         "arguments": {
             "shapes": run.shapes, "device": run.device_name,
-            "budget_s": run.budget_s, "skip": list(skip),
+            "kernels": run.kernels, "budget_s": run.budget_s, "skip": list(skip),
         },
         "seconds": round(time.perf_counter() - run.began, 2),
         "parts": run.results,
@@ -137,15 +144,22 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
     return value
 
 
-def main(run: Run, skip: Sequence[str], output: Path) -> int:
-    """Run the parts, write after each, show the table; the exit code."""
+def main(
+    run: Run, skip: Sequence[str], output: Path, kept: Mapping[str, Any] = MappingProxyType({})
+) -> int:
+    """Run the parts, write after each, show the table; the exit code.
+
+    Of skipped parts those of an earlier run stand, where they are `kept`.
+    """
     import gpu_table  # noqa: PLC0415
 
     output.parent.mkdir(parents=True, exist_ok=True)
     # One line on stdout, whatever libraries say there.
     with contextlib.redirect_stdout(sys.stderr):
         for name, part in PARTS.items():
-            if name in skip:
+            if name in skip and name in kept:
+                run.results[name] = kept[name]
+            elif name in skip:
                 run.results[name] = {"status": "skipped", "seconds": 0.0, "reason": "--skip"}
             else:
                 print(f"{name} ...", file=sys.stderr, flush=True)
@@ -165,6 +179,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--skip", nargs="*", choices=tuple(PARTS), default=[])
+    parser.add_argument("--only", nargs="*", choices=tuple(PARTS), default=[])
+    parser.add_argument("--keep", action="store_true", help="the output's other parts stand")
+    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto")
     parser.add_argument("--budget-s", type=float, default=540.0)
     parser.add_argument("--commit", help="where the files came without their history")
     given = parser.parse_args()
@@ -172,8 +189,15 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    skipped = [
+        name for name in PARTS if name in given.skip or (given.only and name not in given.only)
+    ]
+    earlier = json.loads(given.output.read_text())["parts"] if given.keep else {}
     sys.exit(
         main(
-            Run(given.shapes, given.device, given.budget_s, given.commit), given.skip, given.output
+            Run(given.shapes, given.device, given.budget_s, given.commit, given.kernels),
+            skipped,
+            given.output,
+            earlier,
         )
     )

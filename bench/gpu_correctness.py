@@ -43,6 +43,7 @@ from sage_fed.engine import PRECISIONS as PRECISION_TYPES
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.graph_forward import GraphForward
+from sage_fed.engine.graphs import EagerCapture
 from sage_fed.scheduler import Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import BLOCK_SIZE, Drawn
 
@@ -52,7 +53,12 @@ FP32_BOUND = 1e-4
 HALF_TIMES = 1.5
 """What half precision may lose, in times of what `transformers` loses in it."""
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+"""Also fp8 where the device has it."""
+
+QUANTISED_BOUNDS = {"int8": 0.1, "fp8": 0.2, "int4": 0.6}
+"""Relative errors of quantised weights, against the weights that they were made of: random weights
+as widely spread as these multiply every rounding, some five times what a trained model shows."""
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 131,
@@ -127,10 +133,12 @@ def check(path: Path, reference: PreTrainedModel, device: str, precision: str) -
         device=device,
         precision=precision,
         max_context_tokens=_CONTEXT,
-        # On the CPU the script rehearses the path that a GPU takes.
+        max_batch=5,
         kernels="torch" if device == "cpu" else "auto",
     )
-    engine = load_engine(options, lambda _: None)
+    # On the CPU by the way of CUDA, its graphs done eagerly.
+    capture = EagerCapture() if device == "cpu" else None
+    engine = load_engine(options, lambda _: None, capture)
     vocab: int = reference.config.vocab_size
     jobs = prompts(vocab)
     exact = precision == "fp32"
@@ -151,6 +159,9 @@ def check(path: Path, reference: PreTrainedModel, device: str, precision: str) -
     if exact:
         found["plain_tokens_equal"] = all(ids(plain[job]) == ids(row) for job, row in full.items())
         good = error.relative < FP32_BOUND and off == 0 and found["plain_tokens_equal"]
+    elif precision in QUANTISED_BOUNDS:
+        found["bound"] = QUANTISED_BOUNDS[precision]
+        good = error.relative < found["bound"]
     else:
         half = copy.deepcopy(reference).to(dtype=PRECISION_TYPES[precision].compute)
         peer = {job: reference_logits(half, jobs[job], ids(row)) for job, row in full.items()}

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import torch
 from gpu_shapes import Plan
 
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.engine import Engine
 from sage_fed.executor import Executor, TierSetup
 from sage_fed.scheduler import Ended, EndReason, SequenceSpec
-from sage_fed.steps import StepKind, StepReport
+from sage_fed.steps import Drawn, Flight, Step, StepKind, StepReport
 
 _WARM_UP_SHARE = 0.2
 _PATIENCE_S = 60.0
@@ -34,10 +35,25 @@ _PATIENCE_S = 60.0
 
 
 class Resident:
-    """An engine that outlives the executor which borrows it: `close` leaves it loaded."""
+    """An engine that outlives the executor which borrows it: `close` leaves it loaded.
 
-    def __init__(self, engine: Engine) -> None:
+    With a `stream`, its steps are queued on that one, beside those of others.
+    """
+
+    def __init__(self, engine: Engine, stream: torch.cuda.Stream | None = None) -> None:
         self._engine = engine
+        self._stream = stream
+
+    def launch(self, step: Step) -> Flight:
+        """Launch, on the stream where there is one."""
+        if self._stream is None:
+            return self._engine.launch(step)
+        with torch.cuda.stream(self._stream):
+            return self._engine.launch(step)
+
+    def run(self, step: Step) -> tuple[Drawn, ...]:
+        """Launch and land."""
+        return self.launch(step).land()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the engine has
         return getattr(self._engine, name)
@@ -167,11 +183,16 @@ def interference(
     samples: dict[str, list[Seen]] = {name: [] for name in scenes}
     resident: dict[Tier, Any] = {tier: Resident(engine) for tier, engine in engines.items()}
     scene = Scene(resident, valid_ids, seed=7)
+    apart = _apart(engines, valid_ids)
+    samples |= {name: [] for name in apart}
     for number in range(plan.rounds):
-        if number and left() < 3 * plan.scene_s:
+        if number and left() < (3 + len(apart)) * plan.scene_s:
             break
         for name, loads in scenes.items():
             samples[name].append(asyncio.run(scene.run(loads, plan.scene_s)))
+        for name, pair in apart.items():
+            seen = asyncio.run(_run_apart(pair, (tactical, strategic), plan.scene_s))
+            samples[name].append(seen)
     by_streams = {}
     for streams in plan.daemon_concurrency:
         if left() < plan.daemon_s:
@@ -190,7 +211,8 @@ def interference(
             for load in (tactical, strategic)
         },
         **found,
-        "cost": cost(found),
+        "cost": cost(found, "together"),
+        "cost_without_interleaving": {name: cost(found, name) for name in apart},
         "tactical_alone_tokens_per_s_by_streams": by_streams,
     }  # fmt: skip
 
@@ -220,12 +242,38 @@ def summary(parts: Sequence[Seen]) -> dict[str, Any]:
     return tiers
 
 
-def cost(found: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def _apart(engines: dict[Tier, Engine], valid_ids: int) -> dict[str, list[Scene]]:
+    """Both tiers without their scheduler: two threads, and two streams where there are any."""
+    found = {"two_threads": dict.fromkeys(engines)}
+    if all(engine.info.device != "cpu" for engine in engines.values()):
+        found["two_streams"] = {
+            tier: torch.cuda.Stream(engine.info.device) for tier, engine in engines.items()
+        }
+    return {
+        name: [
+            Scene({tier: Resident(engines[tier], stream)}, valid_ids, seed=7 + tier.depth)  # type: ignore[dict-item] # stands in for one
+            for tier, stream in streams.items()
+        ]
+        for name, streams in found.items()
+    }
+
+
+async def _run_apart(pair: Sequence[Scene], loads: Sequence[Load], seconds: float) -> Seen:
+    """Each tier in an executor of its own, at the same time; what both saw."""
+    runs = (scene.run((load,), seconds) for scene, load in zip(pair, loads, strict=True))
+    first, *others = await asyncio.gather(*runs)
+    for other in others:
+        for name in ("tokens", "first_s", "gap_s", "step_s", "device_s"):
+            getattr(first, name).update(getattr(other, name))
+    return first
+
+
+def cost(found: dict[str, dict[str, Any]], scene: str) -> dict[str, float | None]:
     """How much slower and how much less, together against alone; None where nothing was seen."""
     tier = Tier.TACTICAL.value
-    alone, together = found["tactical_alone"].get(tier), found["together"].get(tier)
+    alone, together = found["tactical_alone"].get(tier), found[scene].get(tier)
     deep_alone = found["strategic_alone"].get(Tier.STRATEGIC.value)
-    deep_together = found["together"].get(Tier.STRATEGIC.value)
+    deep_together = found[scene].get(Tier.STRATEGIC.value)
     rows: dict[str, float | None] = {}
     for name in ("inter_token_s", "first_token_s"):
         for point in ("p50", "p99"):

@@ -32,6 +32,7 @@ class Run:
     device_name: str
     budget_s: float
     commit: str | None
+    kernels: str = "auto"
     began: float = field(default_factory=time.perf_counter)
     part_until: float = math.inf
     results: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +68,12 @@ class Run:
         for tier, shape in shapes.items():
             if tier not in self.pair:
                 self.pair[tier], self.fillings[tier] = random_engine(
-                    shape, str(self.device), plan.precision, seed=tier.depth
+                    shape,
+                    str(self.device),
+                    plan.precision,
+                    seed=tier.depth,
+                    max_batch=max(plan.batches),
+                    kernels=self.kernels,
                 )
         return self.pair
 
@@ -131,6 +137,30 @@ def speed(run: Run) -> dict[str, Any]:
     return gpu_speed.speed(pair, plan, run.device, run.left)
 
 
+def precisions(run: Run) -> dict[str, Any]:
+    """Every precision of both shapes: decode, graphs against eager, loading; the ratio of each."""
+    import gpu_precisions  # noqa: PLC0415
+
+    run.release()
+    return gpu_precisions.precisions(run.plan, run.device, run.kernels, run.left)
+
+
+def peers(run: Run) -> dict[str, Any]:
+    """`transformers` on the same device and shapes, interleaved with the engine."""
+    import gpu_peers  # noqa: PLC0415
+
+    run.release()
+    return gpu_peers.peers(run.plan, run.device, run.kernels, run.left)
+
+
+def load(run: Run) -> dict[str, Any]:
+    """From safetensors on disk to a model that serves, in processes of their own."""
+    import gpu_load  # noqa: PLC0415
+
+    run.release()
+    return gpu_load.load(run.plan, str(run.device), run.kernels, run.left)
+
+
 def interference(run: Run) -> dict[str, Any]:
     """The tactical tier alone and beside a busy strategic one."""
     import gpu_interference  # noqa: PLC0415
@@ -156,5 +186,8 @@ PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "resident": resident,
     "speed": speed,
     "interference": interference,
+    "precisions": precisions,
+    "peers": peers,
+    "load": load,
     "daemon": daemon,
 }

@@ -4,14 +4,17 @@ Owns: decode and prefill steps of chosen sizes on a resident pair, their times, 
 operations that each has to move, launch overhead, the ratio between the tiers.
 Does not know: schedulers and streams; a step here is what the executor would hand over.
 
-A step's time is the executor's: from the call to the tokens on the host. Both tiers are timed
-one after the other at every point, so a device that changes its clocks changes them for both.
+A step's time is the executor's: from the call to the tokens on the host; beside it stands that of
+a step behind which the next is in flight already, which is what the device alone takes. Both
+tiers are timed one after the other at every point, so a device that changes its clocks changes
+them for both.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -141,6 +144,7 @@ def decode_point(s: Sequences, batch: int, context: int, plan: Plan, read: float
         "tier": s.tier.value, "batch": batch, "context": context, **timed,
         "tokens_per_s": batch / timed["median_s"], "bytes": round(nbytes),
         "share_of_read_limit": nbytes / read / timed["median_s"],
+        "share_in_flight": nbytes / read / (timed["in_flight_s"] or timed["median_s"]),
     }  # fmt: skip
 
 
@@ -157,7 +161,22 @@ def times(s: Sequences, step: Step, plan: Plan) -> dict[str, Any]:
     low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
     return {
         "median_s": median, "min_s": min(taken), "spread": (high - low) / median, "n": len(taken),
+        "in_flight_s": in_flight_s(s, step, len(taken)),
     }  # fmt: skip
+
+
+def in_flight_s(s: Sequences, step: Step, repeats: int) -> float | None:
+    """Seconds a step where the next is launched before one lands; None where that is never so."""
+    if not s.engine.pipelined:
+        return None
+    flights = deque([s.engine.launch(step)])
+    began = time.perf_counter()
+    for _ in range(repeats):
+        flights.append(s.engine.launch(step))
+        flights.popleft().land()
+    taken = time.perf_counter() - began
+    flights.popleft().land()
+    return taken / repeats
 
 
 def launches(s: Sequences, plan: Plan, device: torch.device) -> dict[str, Any]:
@@ -167,7 +186,7 @@ def launches(s: Sequences, plan: Plan, device: torch.device) -> dict[str, Any]:
     Where the device's profiler works, kernels and the time that they keep it busy as well.
     """
     shape = hollow(s.shape)
-    engine, _ = random_engine(shape, str(device), plan.precision, seed=1)
+    engine, _ = random_engine(shape, str(device), plan.precision, seed=1, max_batch=1)
     tokens = tuple(range(32))
     empty = Sequences(s.tier, shape, engine, (tokens,), ((0, 1),))
     timed = times(empty, empty.decode([32]), plan)

@@ -42,6 +42,9 @@ def rows(body: dict[str, Any]) -> Iterator[Row]:
         "resident": _resident,
         "speed": _speed,
         "interference": _interference,
+        "precisions": _precisions,
+        "peers": _peers,
+        "load": _load,
         "daemon": _daemon,
     }
     for name, part in body["parts"].items():
@@ -106,14 +109,55 @@ def _timed(row: dict[str, Any]) -> str:
 
 
 def _interference(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for scene in ("tactical_alone", "strategic_alone", "together"):
+    for scene in ("tactical_alone", "strategic_alone", "together", "two_threads", "two_streams"):
+        if scene not in result:
+            continue
         for tier, row in result[scene].items():
             gap = row["inter_token_s"]
             if "p50" in gap:
                 gaps = f"{gap['p50'] * 1e3:.2f} / {gap['p99'] * 1e3:.2f} ms (p50 / p99)"
                 yield f"{scene}: {tier}", f"{row['tokens_per_s']:.0f} tok/s, token gap {gaps}"
-    for name, value in result["cost"].items():
-        yield name, "not seen" if value is None else f"{value:.2f}"
+    costs = {"": result["cost"], **result["cost_without_interleaving"]}
+    for scene, cost in costs.items():
+        for name, value in cost.items():
+            yield f"{scene} {name}".strip(), "not seen" if value is None else f"{value:.2f}"
+
+
+def _precisions(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for precision, tiers in result["precisions"].items():
+        for tier in ("tactical", "strategic"):
+            row = tiers.get(tier) or {}
+            if "error" in row:
+                yield f"{precision} {tier}", row["error"][:80]
+            for point in row.get("decode", ()):
+                share = point["share_in_flight"]
+                yield (
+                    f"{precision} {tier} {point['batch']}",
+                    f"{_timed(point)}, {share:.0%} in flight",
+                )
+        for row in tiers.get("ratio", ()):
+            yield f"{precision} ratio, batch {row['batch']}", f"{row['ratio']:.2f}"
+    for precision, tiers in result["speedup_over_bf16"].items():
+        for tier, times in tiers.items():
+            yield f"{precision} over bf16, {tier}", f"{times:.2f} x"
+
+
+def _peers(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for tier, rows in result["tiers"].items():
+        for row in rows:
+            rates = [
+                f"{way} {own['tokens_per_s']:.0f}" if isinstance(own, dict) else f"{way}: none"
+                for way, own in row.items()
+                if way != "batch"
+            ]
+            yield f"{tier}, {row['batch']} at once, tok/s", ", ".join(rates)
+
+
+def _load(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for number in ("first", "second"):
+        if row := result.get(number):
+            figures = f"{row['ready_s']:.1f} s to READY, {row['capture_s']:.1f} s of it capturing"
+            yield f"{number} start", f"{figures}, weights at {row['share_of_disk']:.0%} of the disk"
 
 
 def _daemon(result: dict[str, Any]) -> Iterator[tuple[str, str]]:

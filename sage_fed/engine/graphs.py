@@ -14,9 +14,12 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from sage_fed.errors import ModelLoadError
 
 Work = Callable[[], None]
 Function = Callable[..., torch.Tensor]
@@ -84,6 +87,8 @@ class CudaCapture:
         """Compile where Triton is there; see `GraphCapture`."""
         if not self._compiles:
             return function
+        # Read at the first compilation; what is there from an earlier start is not compiled again.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_directory()))
         # A product of one row becomes a reduction, which reads weights at nearly full speed and
         # takes in what is around it, but only with tuned tiles. Of several rows, Triton's own
         # products can widen weights as they read them; for the others cuBLAS is as good.
@@ -135,3 +140,23 @@ def compiled_by_rows(function: Function, **how: Any) -> Function:  # noqa: ANN40
             return compiled(*arguments)
 
     return by_rows
+
+
+def compiled_directory() -> Path:
+    """Where compiled code is kept over starts: with the service, or with the user.
+
+    Raises:
+        ModelLoadError: others could write there, and so run code as us.
+    """
+    service = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]  # of systemd; may list several
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(service) if service else Path(home or Path.home() / ".cache") / "sage-fed"
+    directory = base / "inductor"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+    except OSError as error:
+        raise ModelLoadError(f"there is no directory to keep compiled code in ({error})") from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ModelLoadError(f"{directory} must belong to this user and be closed to others (0700)")
+    return directory

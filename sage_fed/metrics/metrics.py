@@ -252,6 +252,7 @@ class Metrics:
         series.load_seconds.labels(name).set(info.load_s)
         series.model_memory.labels(name, "weights").set(info.weight_bytes)
         series.model_memory.labels(name, "kv_cache").set(info.kv_cache_bytes)
+        series.model_memory.labels(name, "graphs").set(info.graph_bytes)
         read = (info.step_bytes, info.kv_token_bytes)
         self._scrape.read_bytes = {**self._scrape.read_bytes, tier: read}
 
