@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 
 from sage_fed.engine import PRECISIONS, Engine, EngineOptions, load_engine
-from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.engine.graphs import EagerCapture
 from sage_fed.engine.weights import Place
 
@@ -243,12 +242,10 @@ def random_engine(
     *,
     max_batch: int,
     kernels: str = "auto",
-    graphs: bool = True,
 ) -> tuple[Engine, Filling]:
     """Load a model by the engine's own path, with only the reading of files replaced.
 
-    On the CPU it takes the path of CUDA all the same, graphs done eagerly. `graphs` False gives
-    an engine of steps that are never padded nor captured.
+    On the CPU it takes the path of CUDA all the same, graphs done eagerly.
     """
     filling = Filling()
     dtype = PRECISIONS[precision].compute
@@ -280,16 +277,10 @@ def random_engine(
                 precision=precision,
                 name=shape.name,
                 max_context_tokens=shape.max_context,
-                # On the CPU the script rehearses the path that a GPU takes.
-                kernels="torch" if device == "cpu" else "auto",
                 num_valid_ids=shape.valid_ids,
                 max_batch=max_batch,
                 kernels="torch" if device == "cpu" else kernels,
             )
-            capture = None if device != "cpu" and graphs else EagerCapture()
+            capture = EagerCapture() if device == "cpu" else None
             engine = load_engine(options, lambda _: None, capture)
-            if not graphs:
-                forward = engine._forward  # noqa: SLF001 - nobody else should be able to
-                assert isinstance(forward, GraphForward)
-                forward._buckets = None  # noqa: SLF001 - likewise
     return engine, filling

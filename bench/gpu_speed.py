@@ -69,23 +69,17 @@ class Sequences:
 
 
 def fill(tier: Tier, shape: Shape, engine: Engine, plan: Plan) -> Sequences:
-    """Prefill every sequence to the longest context, in chunks."""
+    """Prefill every sequence to the longest context, and the first to the longest prompt."""
     random = Random(shape.name)
-    longest, batch = max(*plan.contexts, *plan.prefills), max(plan.batches)
-    each = -(-longest // BLOCK_SIZE)
+    lengths = [max(plan.contexts)] * max(plan.batches)
+    lengths[0] = max(*plan.contexts, *plan.prefills)
     order = list(range(engine.num_blocks))
     random.shuffle(order)
-    sequences = Sequences(
-        tier,
-        shape,
-        engine,
-        tuple(
-            tuple(random.randrange(shape.valid_ids) for _ in range(longest)) for _ in range(batch)
-        ),
-        tuple(tuple(order[i * each : (i + 1) * each]) for i in range(batch)),
-    )
-    for number in range(batch):
-        for start in range(0, longest, plan.chunk_tokens):
+    blocks = [tuple(order.pop() for _ in range(-(-n // BLOCK_SIZE))) for n in lengths]
+    tokens = [tuple(random.randrange(shape.valid_ids) for _ in range(n)) for n in lengths]
+    sequences = Sequences(tier, shape, engine, tuple(tokens), tuple(blocks))
+    for number, length in enumerate(lengths):
+        for start in range(0, length, plan.chunk_tokens):
             engine.run(sequences.prefill(number, start, plan.chunk_tokens, draws=False))
     return sequences
 

@@ -54,13 +54,16 @@ def test_the_small_form_runs_every_part_where_only_torch_is_installed(
     body = json.loads(line)
     assert body["parts"] == json.loads(output.read_text())["parts"]
     statuses = {name: part["status"] for name, part in body["parts"].items()}
-    ran = ("environment", "correctness", "resident", "speed", "interference")
+    ran = (
+        "environment", "correctness", "resident", "speed", "interference", "precisions", "peers",
+        "load",
+    )  # fmt: skip
     assert {**dict.fromkeys(ran, "ok"), "daemon": "skipped"} == statuses
     assert "not installed: grpc" in body["parts"]["daemon"]["reason"]
     results = {name: body["parts"][name]["result"] for name in ran}
 
     precisions = results["correctness"]["precisions"]
-    assert {"fp32", "bf16", "fp16"} == precisions.keys()
+    assert {"fp32", "bf16", "fp16", "int8", "int4"} == precisions.keys()
     assert all(len(models) >= 2 for models in precisions.values())
 
     speed = results["speed"]
@@ -74,6 +77,16 @@ def test_the_small_form_runs_every_part_where_only_torch_is_installed(
     together = results["interference"]["together"]
     assert set(tiers) == together.keys()
     assert all(row["tokens_per_s"] > 0 for row in together.values())
+
+    assert {"two_threads"} == results["interference"]["cost_without_interleaving"].keys()
+
+    for tiers_of in results["precisions"]["precisions"].values():
+        assert all(tiers_of[tier]["equal"] for tier in tiers)
+        assert [1, 2] == [row["batch"] for row in tiers_of["tactical"]["decode"]]
+    assert {"tactical", "strategic"} == results["precisions"]["speedup_over_bf16"]["int4"].keys()
+    for rows in results["peers"]["tiers"].values():
+        assert all(row["engine"]["tokens_per_s"] > 0 < row["eager"]["tokens_per_s"] for row in rows)
+    assert all(results["load"][number]["ready_s"] > 0 for number in ("first", "second"))
 
     # The table without rich came with the run; with rich it has to hold the same rows.
     monkeypatch.syspath_prepend(str(BENCH))

@@ -110,7 +110,8 @@ class Engine:
         if forwarded.logits is not None:
             picked = pick(forwarded.logits, forwarded.draws, forwarded.best)
         seq_ids = [step.chunks[index].seq_id for index in forwarded.drawing]
-        flight = Flight(self._landed, seq_ids, forwarded.drawing, picked, begun)
+        landing = Landing(picked.results if picked else None, begun, self._device)
+        flight = Flight(self._landed, seq_ids, forwarded.drawing, picked, landing)
         if self._newest is None:
             self._pending = {drawn.seq_id: drawn.token_id for drawn in flight.read()}
         else:
@@ -151,13 +152,13 @@ class Flight:
         seq_ids: Sequence[int],
         drawing: Sequence[int],
         picked: Picked | None,
-        begun: torch.cuda.Event | None,
+        landing: Landing,
     ) -> None:
         self._landed = landed
         self._seq_ids = seq_ids
         self._drawing = drawing
         self._picked = picked
-        self._landing = Landing(picked.results if picked else None, begun)
+        self._landing = landing
         self._drawn: tuple[Drawn, ...] | None = None
 
     @property

@@ -53,7 +53,12 @@ class Landing:
     On the CPU everything is there already and no time is known.
     """
 
-    def __init__(self, results: torch.Tensor | None, begin: torch.cuda.Event | None) -> None:
+    def __init__(
+        self,
+        results: torch.Tensor | None,
+        begin: torch.cuda.Event | None,
+        device: torch.device,
+    ) -> None:
         self._begin = begin
         self._end: torch.cuda.Event | None = None
         # A copy here, too: the next step may use the memory before this one is read.
@@ -61,7 +66,7 @@ class Landing:
         if begin is not None:
             if results is not None:
                 self._results = pinned_like(results).copy_(results, non_blocking=True)
-            self._end = _marked()
+            self._end = _marked(device)
 
     def wait(self) -> torch.Tensor | None:
         """The results on the host, once they are there: the step's only wait for the device."""
@@ -81,7 +86,7 @@ def begin(device: torch.device) -> torch.cuda.Event | None:
     """Mark where a step's time begins: behind whatever the device still has to do."""
     if device.type != "cuda":
         return None
-    return _marked()
+    return _marked(device)
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
@@ -89,7 +94,7 @@ def pinned_like(values: torch.Tensor) -> torch.Tensor:
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
 
 
-def _marked() -> torch.cuda.Event:
+def _marked(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch's own
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
