@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
+from sage_fed.cli.progress import watched_bar
 from sage_fed.core import Message
 from sage_fed.engine import SHAPES, EngineOptions, load_engine
+from sage_fed.engine.random_checkpoint import Shape
 from sage_fed.text import Tokenizer
 
 
@@ -24,13 +27,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return path, run(str(path), "--like", "qwen2.5-0.5b", "--layers", "1", "--json")
 
 
-def test_it_says_what_it_takes_before_it_writes(made: tuple[Path, Result]) -> None:
-    """Size and free room come first, then progress, and with --json one object on stdout."""
+def test_a_program_gets_one_object(made: tuple[Path, Result]) -> None:
+    """With --json there is one object on stdout, and nothing beside it."""
     path, result = made
-    assert 0 == result.exit_code
-    first, *rest = result.stderr.splitlines()
-    assert "are free" in first
-    assert "100 %" in rest[-1]
+    assert (0, "") == (result.exit_code, result.stderr)
     told = json.loads(result.stdout)
     assert (str(path), 1) == (told["directory"], told["layers"])
     assert told["num_bytes"] == 2 * told["parameters"]
@@ -68,6 +68,7 @@ def test_the_help_names_every_shape() -> None:
     [
         (("--like", "gpt-2"), "--like"),
         (("--like", "qwen2.5-7b", "--dtype", "int4"), "--dtype"),
+        (("--like", "qwen2.5-0.5b", "--layers", "25"), "the 24 of qwen2.5-0.5b"),
     ],
 )
 def test_what_there_is_not_is_a_usage_error(
@@ -80,7 +81,46 @@ def test_what_there_is_not_is_a_usage_error(
 
 
 def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
-    """Exit code 1 and one line that names it."""
+    """Exit code 1 and one line, nothing before it: what is there, and what to do about it."""
     result = run(str(tmp_path), "--like", "qwen2.5-0.5b")
     assert 1 == result.exit_code
-    assert tmp_path.name in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert tmp_path.name in line
+    assert "remove it or name another" in line
+
+
+def test_a_log_gets_the_size_and_no_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off a terminal stderr is one line, size and free room, before anything is written."""
+    monkeypatch.setitem(SHAPES, "tiny", Shape(64, 1, 2, 1, 128, 512, tied=True, tokenizer_ids=512))
+    result = run(str(tmp_path / "m"), "--like", "tiny")
+    assert 0 == result.exit_code, result.output
+    (line,) = result.stderr.splitlines()
+    assert "are free" in line
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is watched."""
+
+    def isatty(self) -> bool:
+        """It does."""
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "as_json", "shown"),
+    [(Terminal(), False, True), (Terminal(), True, False), (io.StringIO(), False, False)],
+)
+def test_progress_is_for_whoever_watches(
+    stream: io.StringIO, as_json: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar on a terminal; nothing beside an object, nothing in a log."""
+    monkeypatch.setattr("sys.stderr", stream)
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with watched_bar(as_json=as_json) as show:
+        show(0.25, "a quarter")
+    assert shown == bool(stream.getvalue())
+    assert shown == ("25 %" in stream.getvalue())

@@ -8,7 +8,6 @@ Fails: exit codes of `exits.py`; what was begun is removed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -64,9 +63,11 @@ def make_checkpoint(
     of them invented words. No token ends an answer, and what it says means nothing.
     """
     with leave_on_interrupt():
+        from sage_fed.cli.progress import watched_bar  # noqa: PLC0415 - a tenth of a second
         from sage_fed.engine import (  # noqa: PLC0415 - torch takes seconds to import
             SHAPES,
             WEIGHT_TYPES,
+            check_destination,
             free_bytes,
             plan_checkpoint,
             write_checkpoint,
@@ -75,22 +76,29 @@ def make_checkpoint(
     _check("--like", like, tuple(SHAPES))
     _check("--dtype", weight_type, WEIGHT_TYPES)
     shape = SHAPES[like]
+    if layers is not None and layers > shape.layers:
+        raise typer.BadParameter(
+            f"{layers} are more than the {shape.layers} of {like}", param_hint="--layers"
+        )
     plan = plan_checkpoint(shape, num_layers=layers, weight_type=weight_type)
     tokenizer = Path(__file__).parent.parent / "models" / "demo-tactical"
     with reported(as_json=as_json):
-        typer.echo(
-            f"{like}: {plan.parameters:,} parameters, {format_bytes(plan.num_bytes)} in "
-            f"{len(plan.shards)} file(s); {format_bytes(free_bytes(directory))} are free",
-            err=True,
-        )
+        check_destination(plan, directory)
+        if not as_json:
+            typer.echo(
+                f"{like}: {plan.parameters:,} parameters, {format_bytes(plan.num_bytes)} in "
+                f"{len(plan.shards)} file(s); {format_bytes(free_bytes(directory))} are free",
+                err=True,
+            )
         began_s = time.monotonic()
-        write_checkpoint(
-            plan,
-            directory,
-            seed=seed,
-            progress=_progress(plan.num_bytes),
-            complete=lambda made: write_padded_tokenizer(tokenizer, made, shape.tokenizer_ids),
-        )
+        with watched_bar(as_json=as_json) as show:
+            write_checkpoint(
+                plan,
+                directory,
+                seed=seed,
+                progress=lambda done: show(done / plan.num_bytes, format_bytes(done)),
+                complete=lambda made: write_padded_tokenizer(tokenizer, made, shape.tokenizer_ids),
+            )
         took_s = time.monotonic() - began_s
     if as_json:
         print_json(
@@ -110,17 +118,3 @@ def make_checkpoint(
 def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """A line on stderr for each tenth."""
-    told = 0
-
-    def report(done: int) -> None:
-        nonlocal told
-        tenth = 10 * done // total
-        if tenth > told:
-            told = tenth
-            typer.echo(f"{10 * tenth:3d} %  {format_bytes(done)}", err=True)
-
-    return report

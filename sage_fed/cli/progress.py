@@ -1,20 +1,27 @@
-"""What a person sees while the models load: bars on a terminal, lines elsewhere.
+"""What a person sees while something takes long.
 
-Owns: the two pictures of a start; both are what `sage_fed.daemon.serve` reports to.
+Owns: the two pictures of a start, bars on a terminal and lines elsewhere, both of which are what
+`sage_fed.daemon.serve` reports to; and the one bar of a command that ends.
 Does not know: loading, gRPC, signals.
 Fails: never; calls may come from any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from sage_fed.cli.tables import stderr_console
 from sage_fed.core import Tier
+
+Move = Callable[[float, str], None]
+"""Takes the share that is done and what is going on."""
 
 
 class BarProgress:
@@ -103,3 +110,26 @@ StartProgress = BarProgress | LineProgress
 def start_progress(console: Console) -> StartProgress:
     """Bars where somebody watches, lines where a journal reads."""
     return BarProgress(console) if console.is_terminal else LineProgress(console)
+
+
+@contextlib.contextmanager
+def watched_bar(*, as_json: bool) -> Iterator[Move]:
+    """A bar on stderr while a person watches a command that prints its result afterwards.
+
+    Nothing with `--json` and nothing off a terminal: a log is for what happened.
+    """
+    console = stderr_console()
+    if as_json or not console.is_terminal:
+        yield lambda _share, _text: None
+        return
+    bar = Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share, text: bar.update(task, completed=share, description=text)

@@ -127,11 +127,7 @@ def write_checkpoint(
     Raises:
         CannotWrite: something is there, or the weights do not fit or cannot be written.
     """
-    if directory.exists():
-        raise CannotWrite(f"{directory} exists, and nothing is overwritten")
-    free = free_bytes(directory)
-    if free < plan.num_bytes:
-        raise CannotWrite(f"{directory} needs {plan.num_bytes:,} bytes, and {free:,} are free")
+    check_destination(plan, directory)
     partial = directory.with_name(f"{directory.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -147,6 +143,21 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_destination(plan: CheckpointPlan, directory: Path) -> None:
+    """Find out what can be known before anything is written.
+
+    Raises:
+        CannotWrite: something is there, or the weights do not fit.
+    """
+    if directory.exists():
+        raise CannotWrite(
+            f"{directory} exists, and nothing is overwritten; remove it or name another directory"
+        )
+    free = free_bytes(directory)
+    if free < plan.num_bytes:
+        raise CannotWrite(f"{directory} needs {plan.num_bytes:,} bytes, and {free:,} are free")
 
 
 def free_bytes(directory: Path) -> int:
