@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sage_fed.core import MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
-from sage_fed.pricing import Fingerprint, Measured, RateCard, card_text
+from sage_fed.pricing import Fingerprint, Measured, RateCard, card_text, own_cards
+from sage_fed.pricing.reading import Reader
 
 INFO = ModelInfo(
     name="a", revision="", architecture="Qwen2ForCausalLM", parameters=494_000_000,
@@ -120,3 +121,35 @@ def test_what_changes_the_speed_changes_the_fingerprint(field: str, value: objec
     assert PRINT.digest != other.digest
     (difference,) = PRINT.differences(other)
     assert difference == (f"strategic.{field} is {value}, the card's is {getattr(INFO, field)}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a=" + "9" * 5000,
+        "a=" + "[" * 20_000 + "]" * 20_000,
+        "#" * (2**20 + 1),
+        "\x00",
+    ],
+    ids=["an integer of too many digits", "nested too deeply", "too large", "no TOML"],
+)
+def test_a_hostile_card_is_passed_over_and_the_others_are_read(tmp_path: Path, text: str) -> None:
+    """Whatever lies among the operator's cards is named as unreadable; it stops nothing."""
+    (tmp_path / "hostile.toml").write_text(text, encoding="utf-8")
+    cards, errors = own_cards(tmp_path)
+    assert () == cards
+    assert ["hostile.toml" in str(error) for error in errors] == [True]
+
+
+@pytest.mark.parametrize("price", ["\u0663", "1_0", "1e-9", "0." + "1" * 100_000, "+1", " "])
+def test_a_price_is_plain_digits(price: str) -> None:
+    """What only a lenient parser takes for a number is refused as a price, by its key."""
+    reader = Reader(Path("card.toml"), "", {"price_atp": price})
+    with pytest.raises(ConfigError, match="price_atp"):
+        reader.price_uatp("price_atp")
+
+
+def test_a_number_beyond_all_floats_is_refused() -> None:
+    """An absurd whole number is a refused key, not a crash."""
+    with pytest.raises(ConfigError, match="took_s"):
+        Reader(Path("card.toml"), "", {"took_s": 10**400}).number("took_s")

@@ -174,7 +174,7 @@ def _is_superseded(path: Path, key: CacheKey) -> bool:
         with TensorFile(path) as file:
             made_of = json.loads(file.metadata["key"])
             return file.metadata["origin"] == key.origin and made_of[3] != json.loads(key.text)[3]
-    except (ModelLoadError, ValueError, KeyError, IndexError):
+    except (ModelLoadError, ValueError, KeyError, IndexError, TypeError):
         return True
 
 

@@ -25,6 +25,8 @@ from sage_fed.pricing.reading import Reader
 DEFAULT_CARD = "thor-fp16-2025-11-05"
 BUNDLED_CARDS = Path(__file__).parent.parent / "cards"
 _VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MAX_CARD_BYTES = 2**20
+"""Many times any card; what is larger is another file."""
 
 
 class Basis(enum.Enum):
@@ -126,9 +128,12 @@ def _find(name: str | Path, directory: Path | None) -> Path:
 
 def _parse(path: Path) -> RateCard:
     try:
+        if path.stat().st_size > _MAX_CARD_BYTES:
+            raise ConfigError(f"rate_card: {path}: more than {_MAX_CARD_BYTES} bytes are no card")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable rate card: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        # ValueError: broken TOML or UTF-8, and an integer of more digits than Python reads.
+        raise ConfigError(f"rate_card: {path}: not a readable rate card: {error}") from error
     reader = Reader(path, "", table)
     card = RateCard(
         version=reader.text("version"),

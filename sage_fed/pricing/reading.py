@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import math
-from decimal import ROUND_CEILING, Decimal, InvalidOperation, localcontext
+import re
+from decimal import ROUND_CEILING, Decimal, localcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,6 +17,8 @@ from sage_fed.core import UATP_PER_ATP
 from sage_fed.errors import ConfigError
 
 E = TypeVar("E", bound=enum.Enum)
+
+_PRICE = re.compile(r"[0-9]{1,20}(\.[0-9]{1,60})?")
 
 MAX_PRICE_ATP = 1_000_000
 """Above any real price; keeps every sum far inside the ledger's 64 bits."""
@@ -89,7 +92,10 @@ class Reader:
 
     def number(self, key: str, low: float = 0.0) -> float:
         """Return a finite number above `low`, or equal to it where that is 0."""
-        value = float(self._take(key, (int, float), "a number"))
+        try:
+            value = float(self._take(key, (int, float), "a number"))
+        except OverflowError:  # a whole number beyond all floats
+            value = math.inf
         if not math.isfinite(value) or value < low:
             self.fail(key, f"must be a number of at least {low:g}")
         return value
@@ -105,10 +111,8 @@ class Reader:
     def price_uatp(self, key: str) -> int:
         """A decimal of ATP as whole uATP, rounded up: the only rounding of money."""
         text = str(self._take(key, str, 'a decimal in quotes, like "6.59": binary floats round'))
-        try:
-            price = Decimal(text)
-        except InvalidOperation:
-            price = Decimal("NaN")
+        # Decimal alone would also take other scripts' digits, underscores and exponents.
+        price = Decimal(text) if _PRICE.fullmatch(text) else Decimal("NaN")
         if not price.is_finite() or not 0 < price <= MAX_PRICE_ATP:
             self.fail(key, f"{text!r} is not a decimal above 0 and at most {MAX_PRICE_ATP}")
         # The context's own rounding of long decimals has to go up, too.

@@ -126,7 +126,7 @@ def _is_whole(path: Path) -> bool:
     try:
         noted = path.with_suffix(".sha256").read_text(encoding="utf-8")
         return path.lstat().st_uid == os.geteuid() and noted == _checksum(path)
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return False
 
 
