@@ -40,7 +40,7 @@ from transformers import (
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import PRECISIONS as PRECISION_TYPES
-from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine import Engine, EngineOptions, load_engine, quantise
 from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.engine.graphs import EagerCapture
@@ -51,14 +51,14 @@ FP32_BOUND = 1e-4
 """Relative error of all logits of a model."""
 
 HALF_TIMES = 1.5
-"""What half precision may lose, in times of what `transformers` loses in it."""
+"""What half precision may lose, in times of what `transformers` loses in it. Quantised weights
+compute in bf16 and are held to the same, with the weights that they stand for."""
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-"""Also fp8 where the device has it."""
+_PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+_FP8_CAPABILITY = (8, 9)
 
-QUANTISED_BOUNDS = {"int8": 0.1, "fp8": 0.2, "int4": 0.6}
-"""Relative errors of quantised weights, against the weights that they were made of: random weights
-as widely spread as these multiply every rounding, some five times what a trained model shows."""
+FP8_BOUND = 0.3
+"""Relative: activations are rounded to 3 bits too, which these widely spread weights multiply."""
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 131,
@@ -84,6 +84,12 @@ _LEAVES_AFTER = 6
 """Tokens after which sequence 2 is cancelled, while the others run."""
 
 Answers = Mapping[int, list[Drawn]]
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """What the device can run."""
+    fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+    return (*_PRECISIONS, "fp8") if fp8 else _PRECISIONS
 
 
 def configs() -> dict[str, PretrainedConfig]:
@@ -159,15 +165,37 @@ def check(path: Path, reference: PreTrainedModel, device: str, precision: str) -
     if exact:
         found["plain_tokens_equal"] = all(ids(plain[job]) == ids(row) for job, row in full.items())
         good = error.relative < FP32_BOUND and off == 0 and found["plain_tokens_equal"]
-    elif precision in QUANTISED_BOUNDS:
-        found["bound"] = QUANTISED_BOUNDS[precision]
-        good = error.relative < found["bound"]
     else:
+        if PRECISION_TYPES[precision].quantised:
+            # Against the weights that the quantised ones stand for; the loss of quantising beside.
+            found["of_the_checkpoint"] = error.relative
+            reference = narrowed(reference, precision)
+            expected = {
+                job: reference_logits(reference, jobs[job], ids(row)) for job, row in full.items()
+            }
+            found |= asdict(error := Error.of(full, expected))
         half = copy.deepcopy(reference).to(dtype=PRECISION_TYPES[precision].compute)
         peer = {job: reference_logits(half, jobs[job], ids(row)) for job, row in full.items()}
         found["transformers_relative"] = Error.between(peer, expected).relative
-        good = error.relative < HALF_TIMES * found["transformers_relative"]
+        found["bound"] = HALF_TIMES * found["transformers_relative"]
+        if precision == "fp8":
+            found["bound"] = FP8_BOUND
+        good = error.relative < found["bound"]
     return {"ok": good, **found}
+
+
+def narrowed(reference: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """The same model, each matrix being what its quantised numbers stand for, in fp32."""
+    model = copy.deepcopy(reference)
+    own = PRECISION_TYPES[precision]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = own.head if name.endswith("lm_head") else own.layers
+            quantised = getattr(quantise, f"quantise_{kind}")(module.weight.detach())
+            wide = getattr(quantise, f"dequantise_{kind}")(*quantised)
+            with torch.no_grad():
+                module.weight.copy_(wide[:, : module.in_features])
+    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def correctness(run: Run) -> dict[str, Any]:
     cut: list[str] = []
     with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as folder:
         models = check.checkpoints(run.plan.references, Path(folder), MODELS)
-        for precision in check.PRECISIONS:
+        for precision in check.precisions(run.device):
             for name, (path, reference) in models.items():
                 if run.left() <= 0:
                     cut.append(f"{name} {precision}")
