@@ -17,7 +17,7 @@ from test_executor_probe import prepare, used
 from test_executor_serving import Rig, entered, read, serving
 
 from sage_fed.calibrate import Calibrator, Pace, Site
-from sage_fed.calibrate.derive import prices
+from sage_fed.calibrate.derive import prices, warning_of
 from sage_fed.calibrate.plan import interleaved, points_of, reference_of
 from sage_fed.calibrate.samples import median_error, spread_of
 from sage_fed.calibrate.store import save_card, stem_of
@@ -63,13 +63,13 @@ def test_every_point_fits_the_tier(blocks: int, context: int, batch: int, chunk:
 
 
 def test_a_roomy_tier_is_measured_in_every_phase() -> None:
-    """Batches by powers of two up to the largest, short and long contexts, three prompts."""
+    """Batches by powers of two up to the largest, short and long contexts, four prompts."""
     limits = TierLimits(10_000, 4096, max_batch=24, prefill_chunk_tokens=512)
     points = points_of(S, limits)
     assert {Phase.DECODE, Phase.PREFILL, Phase.CACHED, Phase.VERIFY} == {p.phase for p in points}
     short = [p.batch for p in points if p.phase is Phase.DECODE and p.context_tokens == 40]
     assert [1, 2, 4, 8, 16, 24] == short
-    assert [32, 128, 512] == [p.tokens for p in points if p.phase is Phase.PREFILL]
+    assert [32, 128, 256, 512] == [p.tokens for p in points if p.phase is Phase.PREFILL]
     assert [1, 8] == [p.batch for p in points if p.phase is Phase.DECODE and p.context_tokens > 40]
 
 
@@ -115,7 +115,7 @@ def test_prices_are_a_card_whatever_was_timed(
     points: tuple[MeasuredPoint, ...], ratio: float
 ) -> None:
     """A tactical output token is 1 ATP, the ratio is the measured one, and nothing is free."""
-    lines = prices(points, ratio, READ_S)
+    lines = prices(points, ratio, READ_S, 0.01)
     assert 1_000_000 == lines[T][Phase.DECODE].uatp
     assert ratio * 1e6 - 1e-5 <= lines[S][Phase.DECODE].uatp <= ratio * 1e6 + 1
     for tier in Tier:
@@ -130,8 +130,8 @@ def test_a_slower_clock_changes_no_price(
 ) -> None:
     """Prices are relative: a device that takes twice as long for everything costs the same."""
     slower = tuple(replace(one, step_s=one.step_s * factor) for one in points)
-    before = prices(points, ratio, READ_S)
-    after = prices(slower, ratio, {tier: value * factor for tier, value in READ_S.items()})
+    before = prices(points, ratio, READ_S, 0.01)
+    after = prices(slower, ratio, {tier: value * factor for tier, value in READ_S.items()}, 0.01)
     for tier in Tier:
         for phase in Phase:
             a, b = before[tier][phase].uatp, after[tier][phase].uatp
@@ -151,12 +151,52 @@ def test_a_job_pays_for_the_steps_that_it_takes() -> None:
             point(tier, Phase.VERIFY, 4, scale * 1.2, 40),
         )
     )
-    lines = prices(points, 6.0, READ_S)
+    lines = prices(points, 6.0, READ_S, 0.01)
     assert (1_000_000, 6_000_000) == tuple(lines[tier][Phase.DECODE].uatp for tier in Tier)
     assert (20_000, 120_000) == tuple(lines[tier][Phase.PREFILL].uatp for tier in Tier)
     assert (2_000, 12_000) == tuple(lines[tier][Phase.CACHED].uatp for tier in Tier)
     assert (300_000, 1_800_000) == tuple(lines[tier][Phase.VERIFY].uatp for tier in Tier)
     assert {Basis.MEASURED} == {rate.basis for tier in Tier for rate in lines[tier].values()}
+
+
+def priced(*, spread: float | None = 0.01, outlier: float = 1.0) -> tuple[MeasuredPoint, ...]:
+    """Each token of a prompt adds a fiftieth of a step; `outlier` lengthens the longest one."""
+    return tuple(
+        replace(point(tier, phase, tokens, 0.01 * scale, context), spread=spread)
+        for tier in Tier
+        for phase, tokens, context, scale in (
+            (Phase.DECODE, 1, 40, 1.0),
+            *((Phase.PREFILL, n, 0, 1 + (n - 1) / 50) for n in (32, 128, 256)),
+            (Phase.PREFILL, 512, 0, outlier * (1 + 511 / 50)),
+            (Phase.CACHED, 32, 1000, 1 + 31 / 50 + 2),
+            (Phase.VERIFY, 4, 40, 1.2),
+        )
+    )
+
+
+def test_one_disturbed_length_does_not_make_the_prompts_price() -> None:
+    """The longest prompt took half as long again: least squares would follow it."""
+    lines = prices(priced(outlier=1.5), 6.0, READ_S, 0.01)
+    assert pytest.approx(20_000, abs=1) == lines[T][Phase.PREFILL].uatp
+
+
+def test_every_price_has_a_spread_and_those_above_the_limit_are_named() -> None:
+    """A quiet machine is not warned of; a noisy ratio concerns the strategic decode price only."""
+    quiet = prices(priced(spread=0.0001), 6.0, READ_S, 0.0001)
+    assert "" == warning_of(quiet)
+    assert all(rate.spread is not None for tier in Tier for rate in quiet[tier].values())
+    noisy = warning_of(prices(priced(spread=0.0001), 6.0, READ_S, 0.25))
+    assert "not a quiet machine (spread above 3%: strategic decode ±25.0%)" in noisy
+    for word in ("prefill", "cached", "decode", "verify"):
+        loud = warning_of(prices(priced(spread=0.2), 6.0, READ_S, 0.25))
+        assert all(f"{tier.value} {word} ±" in loud for tier in Tier)
+
+
+def test_a_price_of_one_round_has_no_spread_and_is_named() -> None:
+    """None, not a spread of nothing, which would look like certainty."""
+    lines = prices(priced(spread=None), 6.0, READ_S, 0.01)
+    assert lines[T][Phase.PREFILL].spread is None
+    assert "one round only: tactical prefill, tactical cached, tactical decode" in warning_of(lines)
 
 
 def test_spread_is_half_the_interquartile_range() -> None:
@@ -226,6 +266,28 @@ async def test_a_calibration_finds_the_ratio_and_writes_a_card(tmp_path: Path) -
     assert [1, 2, 4] == decode[:3]
     assert all(p.co_resident_s is not None for p in result.points)
     assert [] == rig.observer.reports, "what serves nobody is no traffic"
+
+
+async def test_what_sets_a_price_is_timed_three_times_without_a_budget(tmp_path: Path) -> None:
+    """The budget is spent by the pilots: the others have one round, and say that it has no spread.
+
+    The report shows a dash for them, and the card reads back as it was.
+    """
+    rig = Rig(max_batch=4, prefill_chunk_tokens=64)
+    one, _ = calibrator(rig, tmp_path)
+    hurried = replace(PACE, budget_s=1e-9)
+    async with serving(rig):
+        result = [event async for event in one.run(quick=True, adopt=False, pace=hurried)][-1]
+    assert isinstance(result, CalibrationResult)
+    decode = [p for p in result.points if p.phase is Phase.DECODE]
+    assert all(p.rounds >= 3 for p in result.points if p.phase is not Phase.DECODE)
+    assert {1} == {p.rounds for p in decode if p.batch > 1}
+    assert {None} == {p.spread for p in decode if p.batch > 1}
+    assert "| - | 1 |" in result.report
+    card = RateCard.load(result.version, tmp_path)
+    assert card.measured is not None
+    assert result.points == card.measured.points
+    assert all(card.lines[tier][Phase.PREFILL].spread is not None for tier in Tier)
 
 
 async def test_the_report_and_the_plot_are_beside_the_card(tmp_path: Path) -> None:

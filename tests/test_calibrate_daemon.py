@@ -132,8 +132,10 @@ def test_only_a_known_version_is_adopted(
     operator: Client, version: str, error: type[Exception]
 ) -> None:
     """A path is none: an operator of the daemon is not one of the machine."""
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         operator.adopt_card(version)
+    if error is NotFound:
+        assert DEFAULT_CARD in caught.value.message, "the error says which there are"
 
 
 def test_a_user_cannot_calibrate(daemon: DaemonProcess) -> None:

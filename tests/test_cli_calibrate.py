@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import service_harness
 from service_harness import CARD, POINTS, RESULT, Harness, in_thread, serving
+from test_pricing_cards import MEASURED as CARD_MEASURED
 from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
@@ -17,9 +18,8 @@ from sage_fed.core import Phase, Tier
 from sage_fed.errors import CalibrationRunning
 from sage_fed.pricing import RateCard, card_text
 
-MEASURED = replace(
-    RESULT, card=card_text(replace(RateCard.load(), version="mine-1")), points=POINTS
-)
+CARD_FILE = replace(RateCard.load(), version="mine-1")
+MEASURED = replace(RESULT, card=card_text(CARD_FILE), points=POINTS)
 
 
 def runner(harness: Harness) -> Callable[..., Result]:
@@ -40,10 +40,54 @@ async def test_the_result_is_shown_as_tables(tmp_path: Path) -> None:
         result = await in_thread(lambda: run("calibrate", "--quick"))
     assert 0 == result.exit_code, result.output
     assert [(True, False)] == harness.operations.calibrated
-    assert "round 1 of 2" in result.stderr
+    assert "" == result.stderr, "nobody watches: a bar is for a terminal"
     for text in ("2.0 ms", "1.25x", "6.5900", "5.250 : 1, spread ±1.0%", RESULT.path):
         assert text in result.stdout
     assert "now, until the daemon restarts" in result.stdout
+
+
+async def test_the_next_command_goes_to_the_same_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It repeats the address and the state directory that were given."""
+    monkeypatch.setattr(service_harness, "RESULT", replace(MEASURED, adopted=False))
+    state = tmp_path / "a state"
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        result = await in_thread(lambda: run("calibrate", "--state-dir", str(state)))
+    wanted = f"sage-fed admin adopt-card mine-1 --state-dir '{state}' --address {harness.address}"
+    assert wanted in " ".join(result.stdout.split())
+
+
+async def test_noise_is_shown_with_the_prices_that_it_concerns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dash for one round, null for a program, and the card's own warning in both."""
+    single = replace(POINTS[1], spread=None, rounds=1)
+    rates = CARD_FILE.lines
+    prefill = {**rates[Tier.TACTICAL], Phase.PREFILL: replace(
+        rates[Tier.TACTICAL][Phase.PREFILL], spread=0.4)}  # fmt: skip
+    text = card_text(
+        replace(
+            CARD_FILE,
+            lines={**rates, Tier.TACTICAL: prefill},
+            measured=replace(CARD_MEASURED, warning="not a quiet machine (x)"),
+        )
+    )
+    noisy = replace(MEASURED, card=text, points=(single,))
+    monkeypatch.setattr(service_harness, "RESULT", noisy)
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        shown = await in_thread(lambda: run("calibrate"))
+        told = await in_thread(lambda: run("calibrate", "--json"))
+    assert "±40.0%" in shown.stdout
+    assert "not a quiet machine (x)" in shown.stdout
+    (row,) = (line for line in shown.stdout.splitlines() if "20.0 ms" in line)
+    assert row.endswith("-")
+    body = json.loads(told.stdout)
+    assert [(None, 1)] == [(p["spread"], p["rounds"]) for p in body["points"]]
+    assert 0.4 == body["price_spreads"]["tactical"]["prefill"]
+    assert "not a quiet machine (x)" == body["warning"]
 
 
 async def test_a_program_gets_one_object(tmp_path: Path) -> None:
@@ -111,3 +155,16 @@ async def test_a_stale_card_is_loud_where_operators_look(tmp_path: Path) -> None
         assert "STALE: threads is 2 now" in result.stdout
         assert "default-1" in result.stdout
     assert "per prompt token" in models.stdout
+
+
+async def test_the_budget_tells_programs_of_the_card(tmp_path: Path) -> None:
+    """As it tells people: version, ratio, fit and note."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        result = await in_thread(lambda: run("budget", "--json"))
+    card = json.loads(result.stdout)["rate_card"]
+    assert ("default-1", "stale", "threads is 2 now") == (
+        card["version"],
+        card["fit"],
+        card["note"],
+    )

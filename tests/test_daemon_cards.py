@@ -30,7 +30,7 @@ def measured(version: str, day: int = 1, **model: object) -> RateCard:
         CARD,
         version=version,
         fingerprint=fingerprint(models),
-        measured=replace(MEASURED, at=at),
+        measured=replace(MEASURED, at=at, warning=""),
     )
 
 
@@ -77,15 +77,48 @@ def test_a_card_that_was_measured_here_fits(caplog: pytest.LogCaptureFixture) ->
     assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+def test_a_noisy_measurement_is_told_wherever_its_card_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Chosen by the setting, by fingerprint or by an operator: status and log repeat it."""
+    noisy = measured("noisy")
+    assert noisy.measured is not None
+    noisy = replace(noisy, measured=replace(noisy.measured, warning="strategic prefill ±40%"))
+    for setting, card in (("noisy", noisy), ("auto", SHIPPED), (DEFAULT_CARD, SHIPPED)):
+        caplog.clear()
+        desk = Desk(setting, card, noisy)
+        desk.load()
+        if setting == DEFAULT_CARD:
+            desk.cards.adopt(noisy)
+        assert (CardFit.MEASURED, "noisy") == (desk.cards.fit, desk.cards.card.version)
+        assert "WARNING: strategic prefill ±40%" in desk.cards.status.note
+        (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+        assert "strategic prefill ±40%" in warning.getMessage()
+
+
 def test_a_stale_card_is_a_loud_warning(caplog: pytest.LogCaptureFixture) -> None:
     """It stays in force, and log, metric and status say what has changed."""
     desk = Desk("own", measured("own", precision="int8"))
     desk.load()
     assert (CardFit.STALE, 1.0) == (desk.cards.fit, desk.stale)
-    assert "tactical.precision is bf16, the card's is int8" in desk.cards.note
+    assert desk.cards.note.startswith(
+        "measured on another pair (2 differences): tactical.precision is bf16, the card's is int8; "
+    )
     (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
     assert "own IS STALE" in warning.getMessage()
     assert {"own"} == desk.shown
+
+
+def test_many_differences_are_counted_and_listed_below(caplog: pytest.LogCaptureFixture) -> None:
+    """Two are enough for a line; the log, and who reads the whole note, get all."""
+    desk = Desk("own", measured("own", precision="int8", kernels="torch", parameters=3))
+    desk.load()
+    head, *all_of_them = desk.cards.note.split("\n")
+    assert "another pair (6 differences)" in head
+    assert 2 == head.count("the card's is")
+    assert 6 == len(all_of_them)
+    (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+    assert all(difference in warning.getMessage() for difference in all_of_them)
 
 
 def test_the_shipped_card_is_selectable_and_says_what_it_is(

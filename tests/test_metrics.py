@@ -403,10 +403,15 @@ def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
 
 
 def test_the_live_cost_ratio_needs_traffic_on_both_tiers(metrics: Metrics) -> None:
-    """Device time per token, strategic over tactical; absent until both are known."""
+    """Device time per token, strategic over tactical; absent until both had enough tokens."""
     live = {"source": "live", "phase": "decode"}
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.002, num_decode_tokens=2))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.128, num_decode_tokens=128))
     assert value(metrics, "cost_ratio", **live) is None
+    assert 0 == value(metrics, "cost_ratio_tokens", phase="decode")
+
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.756, num_decode_tokens=63))
+    assert value(metrics, "cost_ratio", **live) is None
+    assert 63 == value(metrics, "cost_ratio_tokens", phase="decode")
 
     metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
     assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
@@ -417,7 +422,7 @@ def test_the_live_cost_ratio_needs_traffic_on_both_tiers(metrics: Metrics) -> No
 def test_mixed_steps_are_split_by_what_their_tokens_cost(metrics: Metrics) -> None:
     """From steps of many mixes the cost of each phase is found, and no device time is lost."""
     for tier, prefill_s, decode_s in ((TACTICAL, 0.0001, 0.002), (STRATEGIC, 0.0003, 0.012)):
-        for prefill, decode in ((0, 1), (64, 3), (16, 8), (128, 1), (32, 4)):
+        for prefill, decode in 4 * ((0, 1), (64, 3), (16, 8), (128, 1), (32, 4)):
             kind = StepKind.MIXED if prefill else StepKind.DECODE
             seconds = prefill * prefill_s + decode * decode_s
             counts = {"num_prefill_tokens": prefill, "num_decode_tokens": decode}
@@ -453,7 +458,7 @@ def test_the_phases_times_add_up_to_the_devices(steps: list[tuple[int, int, floa
 
 def test_the_live_cost_ratio_follows_the_load(metrics: Metrics) -> None:
     """Old steps fade: after a thousand new ones the old speed has no weight."""
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.001, num_decode_tokens=1))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.064, num_decode_tokens=64))
     metrics.step_done(report(STRATEGIC, StepKind.DECODE, 1.0, num_decode_tokens=1))
     for _ in range(2000):
         metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.005, num_decode_tokens=1))

@@ -33,7 +33,12 @@ MEASURED = Measured(
     read_bandwidth_bytes_per_s=4.5e10,
     load_s={Tier.TACTICAL: 1.5, Tier.STRATEGIC: 22.0},
     conditions={"driver": "none", "cpu frequency (MHz)": '2600 "boost"\n'},
-    points=(POINT, replace(POINT, tier=Tier.STRATEGIC, co_resident_s=None)),
+    points=(
+        POINT,
+        replace(POINT, tier=Tier.STRATEGIC, co_resident_s=None),
+        replace(POINT, batch=2, spread=None, rounds=1),
+    ),
+    warning="not a quiet machine",
 )
 CARD = replace(RateCard.load(), version="own", fingerprint=PRINT, measured=MEASURED)
 
@@ -52,6 +57,14 @@ def test_a_card_that_was_written_reads_back_as_the_same(tmp_path: Path) -> None:
         MEASURED, conditions={**MEASURED.conditions, "cpu frequency (MHz)": '2600 "boost"'}
     )
     assert replace(CARD, measured=expected) == card
+
+
+def test_an_older_cards_single_round_has_no_spread(tmp_path: Path) -> None:
+    """It said 0, which is what a perfectly quiet machine would have."""
+    text = card_text(CARD).replace("rounds = 1\n", "spread = 0.0\nrounds = 1\n")
+    measured = RateCard.load(saved(tmp_path, text)).measured
+    assert measured is not None
+    assert [(40, 0.004), (40, 0.004), (1, None)] == [(p.rounds, p.spread) for p in measured.points]
 
 
 @given(

@@ -170,6 +170,12 @@ def test_the_state_directory_is_where_the_system_puts_state(
         ('devise = "cpu"', "devise", "did you mean device?"),
         ("[tactical]\nmax_bach = 1", "tactical.max_bach", "did you mean tactical.max_batch?"),
         ("[budgets]\n", "budgets", "did you mean budget?"),
+        ('[tactical]\nkernels = "torch"', "tactical.kernels", "kernels is a top-level key"),
+        (
+            "max_batch = 8",
+            "max_batch",
+            "max_batch is a key of a table: tactical.max_batch",
+        ),
         (
             '[accounts.robot]\nrolle = "user"',
             "accounts.robot.rolle",

@@ -17,7 +17,7 @@ from statistics import median
 from types import MappingProxyType
 
 from sage_fed.calibrate.conditions import read_conditions
-from sage_fed.calibrate.derive import prices, reference_point
+from sage_fed.calibrate.derive import prices, reference_point, warning_of
 from sage_fed.calibrate.measure import FULL, QUICK, Measurement, Pace
 from sage_fed.calibrate.plot import plot_of
 from sage_fed.calibrate.report import report_of
@@ -140,6 +140,7 @@ def _card(
     names = " and ".join(
         f"{models[tier].name} ({models[tier].precision}, {models[tier].kernels})" for tier in Tier
     )
+    lines = prices(points, median(ratios), kv_read_s, spread_of(ratios))
     precisions = "-".join(dict.fromkeys(models[tier].precision for tier in Tier))
     return RateCard(
         version=stem_of(site.device, precisions, f"{now:%Y-%m-%d}"),
@@ -153,7 +154,7 @@ def _card(
             f"{spread_of(ratios):.1%}. 1 ATP is one decode step of one tactical sequence with "
             f"{tactical.context_tokens} tokens of context; every price is marginal device time."
         ),
-        lines=prices(points, median(ratios), kv_read_s),
+        lines=lines,
         fingerprint=Fingerprint.of(site.device, site.threads, site.version, models),
         measured=Measured(
             at=now,
@@ -167,5 +168,6 @@ def _card(
             load_s=MappingProxyType({tier: models[tier].load_s for tier in Tier}),
             conditions=MappingProxyType({**site.settings, **conditions}),
             points=points,
+            warning=warning_of(lines),
         ),
     )

@@ -1,10 +1,10 @@
 """Times the points of both tiers through the executor, round by round.
 
 Owns the order and the budget of time. Every point is timed once at least (the pilot, which is
-also its warm-up); then rounds go A B A B over both tiers' points, and after each of them one
-round of the pair of reference points, so that the ratio is sampled all through the
-measurement and a slow minute of the machine meets both tiers and all points alike. What is
-left of the budget is the ratio's.
+also its warm-up), one that sets a price `_PRICE_ROUNDS` times, whatever the budget; then rounds
+go A B A B over both tiers' points. After each of them goes one round of the pair of reference
+points, so that the ratio is sampled all through the measurement and a slow minute of the machine
+meets both tiers and all points alike. What is left of the budget is the ratio's.
 Fails as `Executor.probe` does; a point that the device has no memory for is left out.
 """
 
@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 _MIN_RATIOS = 9
 """Rounds of the reference pair below which there is no ratio to speak of."""
+
+_PRICE_ROUNDS = 3
+"""Rounds of a point below which no price is made of it: of three, one may be disturbed."""
 
 _POINTS_SHARE = 0.7
 """Of the budget; the rest is the ratio's, which is what the prices of both tiers hang on."""
@@ -111,6 +114,11 @@ class Measurement:
             yield self._progress("ratio", self._references[Tier.STRATEGIC])
             await self._pair()
         try:
+            for number in range(2, _PRICE_ROUNDS + 1):
+                for point in self._priced:
+                    yield self._progress(f"prices, round {number} of {_PRICE_ROUNDS}", point)
+                    await self._alone(point)
+                    await self._pair()
             for number in range(self._pace.rounds):
                 for point in self._points:
                     if not self._has_time_for(point):
@@ -156,6 +164,17 @@ class Measurement:
             self._samples[self._references[tier]].alone_s.append(figure)
             self._changed[self._references[tier]] = None
         self.ratios.append(figures[Tier.STRATEGIC] / figures[Tier.TACTICAL])
+
+    @property
+    def _priced(self) -> list[Point]:
+        return [point for point in self._points if point.sets_a_price and point in self._samples]
+
+    async def _alone(self, point: Point) -> None:
+        """Time a point alone: all that a price is made of."""
+        warm, repeats = self._repeats(point)
+        times = await self._probe([self._steps[point]] * (warm + repeats))
+        self._samples[point].alone_s.append(median(times[warm:]))
+        self._changed[point] = None
 
     async def _round(self, point: Point) -> None:
         """Time a point alone, then with the other tier's reference before each step."""

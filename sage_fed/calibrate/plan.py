@@ -18,7 +18,8 @@ SHORT_TOKENS = 40
 
 LONG_TOKENS = 1032
 LONG_BATCH = 8
-PREFILL_TOKENS = (32, 128, 512)
+SHORT_PREFILL_TOKENS = 32
+LONG_PREFILL_TOKENS = 512
 CACHED_CHUNK_TOKENS = 32
 VERIFY_TOKENS = (4, 8)
 MAX_BATCH = 64
@@ -44,6 +45,11 @@ class Point:
     def num_blocks(self) -> int:
         """KV blocks that its step needs."""
         return self.batch * blocks_for(self.context_tokens + self.tokens)
+
+    @property
+    def sets_a_price(self) -> bool:
+        """Whether a price hangs on it; the reference's does too, and has rounds of its own."""
+        return self.phase is not Phase.DECODE
 
     def step(self) -> Step:
         """Return the step; its blocks are numbered from 0, sequence after sequence."""
@@ -78,11 +84,10 @@ def points_of(tier: Tier, limits: TierLimits) -> tuple[Point, ...]:
     if long:
         batches = {1, min(LONG_BATCH, limits.max_batch)}
         points += [Point(tier, Phase.DECODE, batch, long, 1) for batch in sorted(batches)]
-    chunk = limits.prefill_chunk_tokens
-    lengths = sorted({min(length, chunk, _longest(limits)) for length in PREFILL_TOKENS})
-    points += [Point(tier, Phase.PREFILL, 1, 0, length) for length in lengths if length > 1]
-    if long:
-        points.append(Point(tier, Phase.CACHED, 1, long, min(CACHED_CHUNK_TOKENS, lengths[0])))
+    lengths = _prompts(min(LONG_PREFILL_TOKENS, limits.prefill_chunk_tokens, _longest(limits)))
+    points += [Point(tier, Phase.PREFILL, 1, 0, length) for length in lengths]
+    if long and lengths:
+        points.append(Point(tier, Phase.CACHED, 1, long, lengths[0]))
     points += [Point(tier, Phase.VERIFY, 1, short, length) for length in VERIFY_TOKENS]
     return tuple(
         point
@@ -101,6 +106,12 @@ def _batches(max_batch: int) -> list[int]:
     largest = min(max_batch, MAX_BATCH)
     powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
     return powers if powers[-1] == largest else [*powers, largest]
+
+
+def _prompts(longest: int) -> list[int]:
+    """Lengths of prompts: enough of them that a slope through all can do without any one."""
+    lengths = {min(SHORT_PREFILL_TOKENS, longest), *(longest // part for part in (4, 2, 1))}
+    return sorted(length for length in lengths if length > 1)
 
 
 def _longest(limits: TierLimits) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sage_fed.core import MeasuredPoint, Phase, Tier
-from sage_fed.pricing import RateCard
+from sage_fed.pricing import Rate, RateCard
 
 
 def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:
@@ -27,17 +27,18 @@ def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:
             f"(half of the interquartile range), standard error ±{measured.error:.2%}."
         ),
         f"1 ATP is {measured.token_s * 1e3:.4g} ms of device time.",
+        *(("", f"**Warning**: {measured.warning}.") if measured.warning else ()),
         "",
         f"![step times]({plot})",
         "",
         "## Prices (ATP per token)",
         "",
         *_table(
-            ("phase", *(tier.value for tier in Tier), "ratio"),
+            ("phase", *(name for tier in Tier for name in (tier.value, "spread")), "ratio"),
             [
                 (
                     phase.value,
-                    *(f"{card.lines[tier][phase].uatp / 1e6:.6f}" for tier in Tier),
+                    *(cell for tier in Tier for cell in _price(card.lines[tier][phase])),
                     f"{card.cost_ratio(phase):.2f}",
                 )
                 for phase in Phase
@@ -100,11 +101,16 @@ def point_rows(card: RateCard) -> list[tuple[str, ...]]:
             f"{1 / point.token_s:,.0f}",
             f"{_share(card, point):.0%}",
             "" if point.co_resident_s is None else f"{point.co_resident_s / point.step_s:.2f}x",
-            f"±{point.spread:.1%}",
+            spread_text(point.spread),
             str(point.rounds),
         )
         for point in card.measured.points
     ]
+
+
+def spread_text(spread: float | None) -> str:
+    """For a person; one round has none."""
+    return "-" if spread is None else f"±{spread:.1%}"
 
 
 def batch_rows(points: Iterable[MeasuredPoint]) -> list[tuple[str, ...]]:
@@ -125,6 +131,10 @@ def batch_rows(points: Iterable[MeasuredPoint]) -> list[tuple[str, ...]]:
         )
         for batch in sorted(tactical.keys() & strategic.keys())
     ]
+
+
+def _price(rate: Rate) -> tuple[str, str]:
+    return f"{rate.uatp / 1e6:.6f}", spread_text(rate.spread)
 
 
 def _share(card: RateCard, point: MeasuredPoint) -> float:

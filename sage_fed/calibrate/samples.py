@@ -30,7 +30,7 @@ class Samples:
             context_tokens=point.context_tokens,
             tokens=point.tokens,
             step_s=median(self.alone_s),
-            spread=spread_of(self.alone_s),
+            spread=spread_of(self.alone_s) if len(self.alone_s) > 1 else None,
             rounds=len(self.alone_s),
             co_resident_s=median(self.co_resident_s) if self.co_resident_s else None,
         )

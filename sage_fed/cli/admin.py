@@ -14,7 +14,7 @@ import typer
 from sage_fed.cli import options
 from sage_fed.cli.connection import call
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
-from sage_fed.cli.inspect import print_tier_loads
+from sage_fed.cli.inspect import headline, print_tier_loads
 from sage_fed.cli.paths import operator_token
 from sage_fed.cli.render import atp_number, format_atp, format_seconds, print_json, print_table
 
@@ -38,7 +38,7 @@ def load(
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    token: options.OperatorToken = None,
 ) -> None:
     """Show the running jobs of all accounts."""
     with reported(as_json=as_json):
@@ -76,7 +76,7 @@ def abort(
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    token: options.OperatorToken = None,
 ) -> None:
     """End a running job.
 
@@ -102,7 +102,7 @@ def drain(
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    token: options.OperatorToken = None,
 ) -> None:
     """Stop the daemon when its jobs are done.
 
@@ -157,7 +157,7 @@ def set_budget(
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    token: options.OperatorToken = None,
 ) -> None:
     """Create an account's budget, or change it.
 
@@ -192,7 +192,7 @@ def adopt_card(
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    token: options.OperatorToken = None,
 ) -> None:
     """Put a rate card in force, until the daemon restarts.
 
@@ -209,5 +209,5 @@ def adopt_card(
         else:
             typer.echo(
                 f"{card.version} is in force (strategic : tactical {card.cost_ratio:.2f} : 1); "
-                f"{card.fit.value}: {card.note}"
+                f"{card.fit.value}: {headline(card.note)}"
             )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +33,6 @@ from sage_fed.core import (
 )
 from sage_fed.errors import ConfigError
 
-NOISY = 0.03
-"""A spread of the ratio from which on the machine was not quiet."""
-
 Show = Callable[[CalibrationProgress], None]
 
 
@@ -52,7 +51,7 @@ def calibrate(
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    token: options.OperatorToken = None,
 ) -> None:
     """Measure what a token costs here, and write a rate card.
 
@@ -79,38 +78,32 @@ def calibrate(
             texts = ("card", "report", "plot")
             fields = (field.name for field in dataclasses.fields(result))
             shown = {name: getattr(result, name) for name in fields if name not in texts}
-            print_json({**shown, "prices_atp": _prices(result), "copies": copies})
+            card = {
+                "prices_atp": _prices(result),
+                "price_spreads": _spreads(result),
+                "warning": _warning(result),
+            }
+            print_json({**shown, **card, "copies": copies})
         else:
-            _print_result(result, copies)
+            _print_result(result, copies, _adopt_command(result.version, state_dir, address))
 
 
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Show]:
-    """A bar where somebody watches, a line a phase elsewhere, nothing beside an object."""
-    if quiet:
+    """A bar where somebody watches; nothing elsewhere, and nothing beside an object."""
+    if quiet or not sys.stderr.isatty():
         yield lambda _progress: None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     from sage_fed.cli.tables import stderr_console  # noqa: PLC0415 - a tenth of a second
 
-    console = stderr_console()
-    if not console.is_terminal:
-        phases: set[str] = set()
-
-        def line(progress: CalibrationProgress) -> None:
-            if progress.phase not in phases:
-                phases.add(progress.phase)
-                typer.echo(f"{progress.elapsed_s:5.1f} s  {progress.phase}", err=True)
-
-        yield line
-        return
     bar = Progress(
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
-        console=console,
+        console=stderr_console(),
         transient=True,
     )
     with bar:
@@ -148,34 +141,62 @@ def _prices(result: CalibrationResult) -> dict[str, dict[str, str]]:
     }
 
 
-def _print_result(result: CalibrationResult, copies: list[str]) -> None:
+def _spreads(result: CalibrationResult) -> dict[str, dict[str, float | None]]:
+    """The relative spread of each price; None where the card has none."""
+    card = tomllib.loads(result.card)
+    return {
+        tier.value: {phase.value: card[tier.value][phase.value].get("spread") for phase in Phase}
+        for tier in Tier
+    }
+
+
+def _warning(result: CalibrationResult) -> str:
+    """What the card says of its own measurement."""
+    return str(tomllib.loads(result.card).get("measured", {}).get("warning", ""))
+
+
+def _adopt_command(version: str, state_dir: Path | None, address: str) -> str:
+    """The command that puts the card in force, at the daemon that this one was given."""
+    words = ["sage-fed", "admin", "adopt-card", version]
+    if state_dir is not None:
+        words += ["--state-dir", str(state_dir)]
+    if address != options.DEFAULT_ADDRESS:
+        words += ["--address", address]
+    return shlex.join(words)
+
+
+def _print_result(result: CalibrationResult, copies: list[str], command: str) -> None:
     print_table(
         ("tier", "phase", "batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
         [_row(point) for point in result.points],
         right=("batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
     )
     typer.echo()
-    prices = _prices(result)
+    prices, spreads = _prices(result), _spreads(result)
     print_table(
         ("ATP per token", *(phase.value for phase in Phase)),
         [
-            (tier.value, *(f"{float(prices[tier.value][phase.value]):.4f}" for phase in Phase))
-            for tier in Tier
+            row
+            for tier in (each.value for each in Tier)
+            for row in (
+                (tier, *(f"{float(price):.4f}" for price in prices[tier].values())),
+                ("  spread", *(_spread(spread) for spread in spreads[tier].values())),
+            )
         ],
         right=tuple(phase.value for phase in Phase),
     )
     typer.echo()
     ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
-    if result.cost_ratio_spread > NOISY:
-        ratio += " (not a quiet machine: measure again when it idles)"
+    warning = _warning(result)
     in_force = (
         "now, until the daemon restarts; rate_card = auto keeps it"
         if result.adopted
-        else f"no; `sage-fed admin adopt-card {result.version}`, or rate_card = auto at a restart"
+        else f"no; `{command}`, or rate_card = auto at a restart"
     )
     print_fields(
         (
             ("strategic : tactical", ratio),
+            *((("WARNING", warning),) if warning else ()),
             ("took", format_seconds(result.took_s)),
             ("rate card", result.version),
             ("written to", f"{result.path}, with a report (.md) and a plot (.svg) beside it"),
@@ -196,5 +217,10 @@ def _row(point: MeasuredPoint) -> tuple[str, ...]:
         format_seconds(point.step_s),
         f"{1 / point.token_s:,.0f}",
         "-" if beside is None else f"{beside / point.step_s:.2f}x",
-        f"{point.spread:.1%}",
+        _spread(point.spread),
     )
+
+
+def _spread(spread: float | None) -> str:
+    """One round has none."""
+    return "-" if spread is None else f"±{spread:.1%}"

@@ -7,6 +7,7 @@ Fails: exit codes of `exits.py`; `ledger check` with 1 where the books do not ba
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from sage_fed.cli.render import (
 from sage_fed.cli.serve import effective
 from sage_fed.core import (
     CardFit,
+    CardStatus,
     DaemonStatus,
     ModelStatus,
     Quote,
@@ -113,7 +115,9 @@ def budget(
     with reported(as_json=as_json):
         books, now = call(address, token, lambda client: (client.budget(), client.status()))
         if as_json:
-            print_json(books)
+            card = CardStatus(now.rate_card, now.cost_ratio, now.rate_card_fit, now.rate_card_note)
+            plain = {field.name: getattr(books, field.name) for field in dataclasses.fields(books)}
+            print_json({**plain, "rate_card": card})
             return
         print_fields(
             (
@@ -307,7 +311,12 @@ def _price(model: ModelStatus) -> str:
 def card_fit(now: DaemonStatus) -> str:
     """Whether the prices belong to this machine, loudly where they do not."""
     fit = now.rate_card_fit
-    return f"{'STALE' if fit is CardFit.STALE else fit.value}: {now.rate_card_note}"
+    return f"{'STALE' if fit is CardFit.STALE else fit.value}: {headline(now.rate_card_note)}"
+
+
+def headline(note: str) -> str:
+    """A card's note for a person; the lines below it are for the log and for programs."""
+    return note.partition("\n")[0]
 
 
 def _kv_cache(model: ModelStatus) -> str:

@@ -58,6 +58,15 @@ Token = Annotated[
         help="Bearer token of the account; better set in the environment.",
     ),
 ]
+OperatorToken = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        metavar="TOKEN",
+        envvar="SAGE_FED_TOKEN",
+        help="The operator's token; else the one in the daemon's state directory.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 TierOption = Annotated[
     TierChoice,

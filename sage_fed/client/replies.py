@@ -306,7 +306,7 @@ def point_of(point: admin_pb2.MeasuredPoint) -> core.MeasuredPoint:
         context_tokens=point.context_tokens,
         tokens=point.tokens,
         step_s=point.step_s,
-        spread=point.spread,
+        spread=point.spread if point.rounds > 1 else None,
         rounds=point.rounds,
         co_resident_s=point.co_resident_s if point.HasField("co_resident_s") else None,
     )

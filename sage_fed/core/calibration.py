@@ -14,7 +14,8 @@ class MeasuredPoint:
 
     `step_s` is the median over the rounds of the device's time with no other tier's step in
     between, `co_resident_s` with one before each (None where that was not measured).
-    `spread` is half of the interquartile range of the rounds over their median.
+    `spread` is half of the interquartile range of the rounds over their median; None where
+    there was one round, which says nothing of it.
     """
 
     tier: Tier
@@ -23,7 +24,7 @@ class MeasuredPoint:
     context_tokens: int
     tokens: int
     step_s: float
-    spread: float
+    spread: float | None
     rounds: int
     co_resident_s: float | None = None
 

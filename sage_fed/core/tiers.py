@@ -143,7 +143,10 @@ class CardFit(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class CardStatus:
-    """The rate card in force; `note` says in words what its fit means here."""
+    """The rate card in force; `note` says in words what its fit means here.
+
+    Its first line is for a person, those below are the differences of a stale card, all of them.
+    """
 
     version: str
     cost_ratio: float

@@ -22,6 +22,9 @@ from sage_fed.steps import StepReport
 
 _log = logging.getLogger(__name__)
 
+_SHOWN = 2
+"""Differences of a stale card that its note begins with."""
+
 
 class CardInForce:
     """Satisfies `sage_fed.executor.ExecutorObserver`; `use` hears of every new card.
@@ -96,7 +99,11 @@ class CardInForce:
         if len(self._models) == len(Tier):
             self.fit, self.note = self._judge(card)
             if self.fit is CardFit.STALE:
-                _log.warning("RATE CARD %s IS STALE: %s", card.version, self.note)
+                _log.warning(
+                    "RATE CARD %s IS STALE: %s", card.version, self.note.replace("\n", "; ")
+                )
+            elif card.measured is not None and card.measured.warning:
+                _log.warning("rate card %s: %s", card.version, self.note)
             else:
                 _log.info("rate card %s: %s", card.version, self.note)
         self._show()
@@ -112,12 +119,33 @@ class CardInForce:
             return CardFit.DECLARED, f"not measured here; {advice}"
         differences = card.fingerprint.differences(self._fingerprint(self._models))
         if differences:
-            return CardFit.STALE, f"{'; '.join(differences)}; {advice}"
-        return CardFit.MEASURED, "on this device, engine and pair"
+            return CardFit.STALE, _stale_note(differences, f"{advice}{_warning(card)}")
+        return CardFit.MEASURED, f"on this device, engine and pair{_warning(card)}"
 
     def _show(self) -> None:
         self._metrics.rate_card(self.card.version, stale=self.fit is CardFit.STALE)
         self._metrics.cost_ratios("card", {phase: self.card.cost_ratio(phase) for phase in Phase})
+
+
+def _stale_note(differences: Sequence[str], tail: str) -> str:
+    """What has changed: one line with the first two differences, then a line for each."""
+    keys = {difference.partition(" is ")[0] for difference in differences}
+    changed: list[str] = [key for key in ("device", "threads", "engine") if key in keys]
+    changed += ["pair"] if keys.difference(changed) else []
+    number = len(differences)
+    count = "1 difference" if number == 1 else f"{number} differences"
+    more = ", ..." if number > _SHOWN else ""
+    head = (
+        f"measured on another {' and '.join(changed)} ({count}): "
+        f"{'; '.join(differences[:_SHOWN])}{more}; {tail}"
+    )
+    return "\n".join([head, *(differences if number > _SHOWN else ())])
+
+
+def _warning(card: RateCard) -> str:
+    """What its measurement says against it, as the tail of a note."""
+    warning = card.measured.warning if card.measured else ""
+    return f"; WARNING: {warning}" if warning else ""
 
 
 def _age(card: RateCard) -> float:

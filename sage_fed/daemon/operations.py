@@ -86,8 +86,9 @@ class Operations:
         if not is_version(version):
             raise InvalidField("version", "is not a rate card's version")
         directory = self._settings.own_cards_dir
-        if version not in await asyncio.to_thread(available_cards, directory):
-            raise NotFound(f"there is no rate card {version}")
+        known = await asyncio.to_thread(available_cards, directory)
+        if version not in known:
+            raise NotFound(f"there is no rate card {version}; there are {', '.join(known)}")
         try:
             card = await asyncio.to_thread(RateCard.load, version, directory)
         except ConfigError as error:

@@ -29,6 +29,11 @@ class _Kept(MetricWrapperBase):
         self.__dict__.pop("_children", None)
         super().remove(*labelvalues)
 
+    def clear(self) -> None:
+        # A child of before would go on being set, and never be scraped again.
+        self.__dict__.pop("_children", None)
+        super().clear()
+
 
 class Counter(_Kept, prometheus_client.Counter):
     """A counter."""

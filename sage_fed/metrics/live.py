@@ -21,6 +21,9 @@ from sage_fed.steps import StepKind, StepReport
 _WINDOW = 512
 """Reports that a figure looks back on, for each tier: some seconds of busy traffic."""
 
+MIN_RATIO_TOKENS = 64
+"""Tokens of a phase on each tier, among those, below which there is no ratio."""
+
 
 class LiveRates:
     """Device seconds per token, by tier and phase, over the recent past."""
@@ -38,6 +41,14 @@ class LiveRates:
         with self._lock:
             self._reports[report.tier].append(report)
 
+    def ratio_tokens(self) -> Mapping[Phase, int]:
+        """Tokens that each phase's ratio rests on: those of the tier that had fewer."""
+        recent = {tier: self._recent(tier) for tier in Tier}
+        return {
+            Phase.PREFILL: min(sum(r.num_prefill_tokens for r in of) for of in recent.values()),
+            Phase.DECODE: min(sum(r.num_decode_tokens for r in of) for of in recent.values()),
+        }
+
     def seconds_per_token(self, tier: Tier) -> Mapping[Phase, float]:
         """Device seconds per token of the phases that the tier has had traffic in."""
         reports = self._recent(tier)
@@ -52,10 +63,18 @@ class LiveRates:
         return rates
 
     def cost_ratios(self) -> Mapping[Phase, float]:
-        """Strategic over tactical device time per token, of phases in which both had traffic."""
+        """Strategic over tactical device time per token, of phases in which both had traffic.
+
+        Not of those in which a tier had less than `MIN_RATIO_TOKENS`: that is no figure yet.
+        """
+        tokens = self.ratio_tokens()
         strategic = self.seconds_per_token(Tier.STRATEGIC)
         tactical = self.seconds_per_token(Tier.TACTICAL)
-        return {phase: strategic[phase] / tactical[phase] for phase in strategic.keys() & tactical}
+        return {
+            phase: strategic[phase] / tactical[phase]
+            for phase in strategic.keys() & tactical
+            if tokens[phase] >= MIN_RATIO_TOKENS
+        }
 
     def decode_bytes_per_second(
         self, tier: Tier, *, step_bytes: int, kv_token_bytes: int

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from sage_fed.core import UATP_PER_ATP, Phase, RunningJob, Tier, TierLoad
-from sage_fed.metrics.live import LiveRates
+from sage_fed.metrics.live import MIN_RATIO_TOKENS, LiveRates
 from sage_fed.metrics.series import PREFIX, TIERS
 
 _MEMINFO = Path("/proc/meminfo")
@@ -55,6 +55,12 @@ class ScrapeCollector(Collector):
         yield from _ages(now)
         yield from _money(now)
         yield self._cost_ratio()
+        yield _family(
+            "cost_ratio_tokens",
+            "Recent tokens that the live cost ratio rests on: of the tier that had fewer.",
+            ("phase",),
+            [((phase.value,), count) for phase, count in self._live.ratio_tokens().items()],
+        )
         yield from self._bandwidth()
         available = available_memory_bytes()
         if available is not None:
@@ -75,7 +81,8 @@ class ScrapeCollector(Collector):
         samples += [(("live", phase.value), live[phase]) for phase in Phase if phase in live]
         return _family(
             "cost_ratio",
-            "Strategic over tactical cost of a token: priced, and live from device time.",
+            "Strategic over tactical cost of a token: priced, and live from device time of each "
+            f"tier's recent steps, where both had at least {MIN_RATIO_TOKENS} tokens of the phase.",
             ("source", "phase"),
             samples,
         )

@@ -38,11 +38,16 @@ class Basis(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The price of one token of a tier and phase, and where it comes from."""
+    """The price of one token of a tier and phase, and where it comes from.
+
+    `spread` is that of the device time behind a measured price, relative to it; None where it is
+    not known.
+    """
 
     uatp: int
     basis: Basis
     source: str
+    spread: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ def _rate(reader: Reader) -> Rate:
         uatp=reader.price_uatp("price_atp"),
         basis=reader.word("basis", Basis),
         source=reader.text("source"),
+        spread=reader.number("spread") if reader.has("spread") else None,
     )
     reader.finish()
     return rate

@@ -20,7 +20,8 @@ class Measured:
 
     `spread` is half of the interquartile range over the median; `error` is the standard error
     of the median, relative to it. `token_s` are the device seconds that 1 ATP stands for.
-    `conditions` are readings by name, as many as this machine gave.
+    `conditions` are readings by name, as many as this machine gave. `warning` says which prices
+    rest on too few or too uneven rounds, "" where none does.
     """
 
     at: dt.datetime
@@ -34,6 +35,7 @@ class Measured:
     load_s: Mapping[Tier, float]
     conditions: Mapping[str, str]
     points: tuple[MeasuredPoint, ...]
+    warning: str = ""
 
 
 def read_measured(reader: Reader) -> Measured:
@@ -51,6 +53,7 @@ def read_measured(reader: Reader) -> Measured:
         load_s=MappingProxyType({tier: loads.number(tier.value) for tier in Tier}),
         conditions=MappingProxyType(reader.table("conditions").texts()),
         points=tuple(_point(point) for point in reader.tables("points")),
+        warning=reader.text("warning") if reader.has("warning") else "",
     )
     loads.finish()
     reader.finish()
@@ -58,6 +61,8 @@ def read_measured(reader: Reader) -> Measured:
 
 
 def _point(reader: Reader) -> MeasuredPoint:
+    rounds = reader.count("rounds", 1)
+    spread = reader.number("spread") if rounds > 1 or reader.has("spread") else None
     point = MeasuredPoint(
         tier=reader.word("tier", Tier),
         phase=reader.word("phase", Phase),
@@ -65,8 +70,9 @@ def _point(reader: Reader) -> MeasuredPoint:
         context_tokens=reader.count("context_tokens"),
         tokens=reader.count("tokens", 1),
         step_s=reader.number("step_s"),
-        spread=reader.number("spread"),
-        rounds=reader.count("rounds", 1),
+        # Cards of earlier versions say 0 where there was one round.
+        spread=spread if rounds > 1 else None,
+        rounds=rounds,
         co_resident_s=reader.number("co_resident_s") if reader.has("co_resident_s") else None,
     )
     reader.finish()

@@ -36,6 +36,7 @@ def card_text(card: RateCard) -> str:
                 price_atp=f"{Decimal(rate.uatp) / UATP_PER_ATP:f}",
                 basis=rate.basis.value,
                 source=rate.source,
+                **({} if rate.spread is None else {"spread": rate.spread}),
             )
     if card.fingerprint is not None:
         lines += _fingerprint(card.fingerprint)
@@ -77,6 +78,7 @@ def _measured(measured: Measured) -> list[str]:
         error=measured.error,
         rounds=measured.rounds,
         read_bandwidth_bytes_per_s=measured.read_bandwidth_bytes_per_s,
+        **({"warning": measured.warning} if measured.warning else {}),
     )
     lines += _table(
         "measured.load_s", **{tier.value: seconds for tier, seconds in measured.load_s.items()}
@@ -95,7 +97,7 @@ def _point(point: MeasuredPoint) -> dict[str, object]:
         "context_tokens": point.context_tokens,
         "tokens": point.tokens,
         "step_s": point.step_s,
-        "spread": point.spread,
+        **({} if point.spread is None else {"spread": point.spread}),
         "rounds": point.rounds,
         **({} if point.co_resident_s is None else {"co_resident_s": point.co_resident_s}),
     }

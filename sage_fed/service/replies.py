@@ -293,7 +293,7 @@ def point_of(point: core.MeasuredPoint) -> admin_pb2.MeasuredPoint:
         context_tokens=point.context_tokens,
         tokens=point.tokens,
         step_s=point.step_s,
-        spread=point.spread,
+        spread=0.0 if point.spread is None else point.spread,
         rounds=point.rounds,
         co_resident_s=point.co_resident_s,
     )

@@ -67,10 +67,29 @@ def unknown_key(model: type[BaseModel], path: Sequence[str]) -> str:
     for depth in range(len(path)):
         known = known_keys(model, path[:depth])
         if known is not None and path[depth] not in known:
+            elsewhere = _elsewhere(model, path[depth], depth)
+            if elsewhere:
+                return f"unknown key; {elsewhere}"
             prefix = "".join(f"{part}." for part in path[:depth])
             whole = [f"{prefix}{name}" for name in known]
             return f"unknown key; {did_you_mean(f'{prefix}{path[depth]}', whole)}"
     return "a variable for the whole table is set too; set its keys one by one"
+
+
+def _elsewhere(model: type[BaseModel], key: str, depth: int) -> str:
+    """Where a key belongs that stands `depth` tables deep and is none there; "" if nowhere."""
+    if depth:
+        here = key in model.model_fields and section_of(model.model_fields[key].annotation) is None
+        return f"{key} is a top-level key, not one of a table" * here
+    tables = {name: section_of(field.annotation) for name, field in model.model_fields.items()}
+    holders = [
+        f"{name}.{key}"
+        for name, section in tables.items()
+        if section is not None
+        and get_origin(model.model_fields[name].annotation) is not dict
+        and key in section.model_fields
+    ]
+    return f"{key} is a key of a table: {' or '.join(holders)}" if holders else ""
 
 
 def section_of(annotation: object) -> type[BaseModel] | None:
