@@ -283,5 +283,5 @@ class EngineSeries:
                 self.tokens.labels(tier, phase.value)
             for state in TierState:
                 self.state.labels(tier, state.value)
-            for memory in ("weights", "kv_cache"):
+            for memory in ("weights", "kv_cache", "graphs"):
                 self.model_memory.labels(tier, memory)
