@@ -7,7 +7,7 @@ second. Layers are taken from memory, never from the cache: together they are la
 Each time is the best of several, interleaved rounds: noise only ever adds.
 `torch` is oneDNN's bf16 product with the weights reordered for it.
 
-Run: python bench/kernels.py [--quick] [--model DIR] [--precisions bf16,int8,int4] [--torch].
+Run: python bench/native_kernels.py [--quick] [--model DIR] [--precisions bf16,int8,int4] [--torch].
 Products take a minute (20 s with --quick), steps of a 0.5B half a minute a precision.
 Writes bench/results/kernels.json.
 """
