@@ -8,6 +8,7 @@ Fails: exit codes of `exits.py`; a model that cannot be measured is in the repor
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,9 +21,13 @@ from sage_fed.cli.streams import leave_on_interrupt
 from sage_fed.errors import CannotWrite
 
 if TYPE_CHECKING:
-    from sage_fed.inertia import Findings, ModelRef, Plan
+    from sage_fed.cli.progress import Move
+    from sage_fed.inertia import Findings, Plan
 
 _NO_REFERENCE = "none"
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+REFERENCES = ("fp32", "bf16", "fp16")
+"""Of the published method; here, because to ask it takes seconds of imports."""
 
 Tactical = Annotated[
     str,
@@ -53,7 +58,13 @@ NewTokens = Annotated[
     int, typer.Option("--new-tokens", min=2, metavar="N", help="Decoded after each prompt.")
 ]
 Repeats = Annotated[
-    int, typer.Option("--repeats", min=1, metavar="N", help="Of each point; the median counts.")
+    int,
+    typer.Option(
+        "--repeats",
+        min=1,
+        metavar="N",
+        help="Of each point; the median counts. One leaves the spread unknown: no verdicts.",
+    ),
 ]
 Threads = Annotated[
     int, typer.Option("--threads", min=0, metavar="N", help="On the CPU; 0 is torch's choice.")
@@ -98,23 +109,41 @@ def inertia(
     and batch sizes, beside what the memory's bandwidth allows. One model is loaded at a time.
     """
     with leave_on_interrupt():
-        from sage_fed.engine import PRECISIONS, set_cpu_threads  # noqa: PLC0415 - torch is slow
-        from sage_fed.engine.reference import REFERENCE_PRECISIONS  # noqa: PLC0415
-        from sage_fed.inertia import Plan, analyse, markdown, measure, record  # noqa: PLC0415
+        # All arguments are read before torch is, which takes seconds.
+        from sage_fed.cli.progress import watched_bar, watched_line  # noqa: PLC0415 - rich
+        from sage_fed.settings import PRECISIONS  # noqa: PLC0415 - pydantic takes half of one
+    names = _names(precisions, PRECISIONS, "--precisions")
+    _check(reference, (*REFERENCES, _NO_REFERENCE), "--reference")
+    if not _DEVICE.fullmatch(device):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda:N", param_hint="--device")
+    sizes = _sizes(batches)
+    pair = (_found(tactical, "--tactical"), _found(strategic, "--strategic"))
+    watched_line("importing torch and transformers", as_json=as_json)
+    with leave_on_interrupt():
+        from sage_fed.engine import set_cpu_threads  # noqa: PLC0415 - torch takes seconds
+        from sage_fed.inertia import (  # noqa: PLC0415 - transformers, too
+            ModelRef,
+            Plan,
+            analyse,
+            markdown,
+            measure,
+            record,
+        )
     plan = Plan(
-        tactical=_model(tactical, "--tactical"),
-        strategic=_model(strategic, "--strategic"),
+        tactical=ModelRef(*pair[0]),
+        strategic=ModelRef(*pair[1]),
         device=device,
-        precisions=_names(precisions, tuple(PRECISIONS), "--precisions"),
-        reference_precision=_reference(reference, tuple(REFERENCE_PRECISIONS)),
-        batches=_sizes(batches),
+        precisions=names,
+        reference_precision=None if reference == _NO_REFERENCE else reference,
+        batches=sizes,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeats=repeats,
     )
     with reported(as_json=as_json):
         set_cpu_threads(threads)
-        findings = measure(plan, _Lines(plan), lambda so_far: _write(so_far, output))
+        with watched_bar(as_json=as_json) as show:
+            findings = measure(plan, _Shown(plan, show), lambda so_far: _write(so_far, output))
         analysis = analyse(findings)
         if as_json:
             print_json(record(findings, analysis))
@@ -140,52 +169,43 @@ def _write(findings: Findings, output: Path | None) -> None:
         raise CannotWrite(f"{output} cannot be written: {error.strerror}") from error
 
 
-class _Lines:
-    """A line on stderr where something new begins, with how far the whole has come."""
+class _Shown:
+    """The whole measurement as one bar: which run of how many, and what of it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, show: Move) -> None:
         self._runs = plan.runs
-        self._told: tuple[int, str, int] | None = None
+        self._show = show
 
     def __call__(self, run: int, text: str, share: float | None) -> None:
-        quarter = 0 if share is None else int(4 * share)
-        if self._told == (run, text, quarter):
-            return
-        self._told = (run, text, quarter)
         method, precision, tier = self._runs[run]
         done = "" if share is None else f" {share:.0%}"
         where = f"{run + 1}/{len(self._runs)} {method.value} {precision} {tier.value}"
-        typer.echo(f"{where}: {text}{done}", err=True)
+        self._show(run / len(self._runs), f"{where}: {text}{done}")
 
 
-def _model(given: str, option: str) -> ModelRef:
-    from sage_fed.inertia import ModelRef  # noqa: PLC0415 - torch takes seconds to import
-    from sage_fed.settings import resolve_model  # noqa: PLC0415 - pydantic takes half of one
+def _found(given: str, option: str) -> tuple[str, str, str]:
+    """Where the checkpoint is, its name and its commit."""
+    from sage_fed.settings import resolve_model  # noqa: PLC0415 - pydantic takes half a second
 
     name, _, revision = given.partition("@")
     if Path(given).expanduser().is_dir():
-        return ModelRef(str(Path(given).expanduser()), Path(given).resolve().name)
+        return str(Path(given).expanduser()), Path(given).expanduser().resolve().name, ""
     try:
-        return ModelRef(str(resolve_model(name)), name.rpartition(":")[2], revision)
+        return str(resolve_model(name)), name.rpartition(":")[2], revision
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def _reference(given: str, known: tuple[str, ...]) -> str | None:
-    if given == _NO_REFERENCE:
-        return None
-    (name,) = _names(given, known, "--reference")[:1]
-    return name
 
 
 def _names(given: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
     for name in names:
-        if name not in known:
-            raise typer.BadParameter(
-                f"{name!r} is not one of {', '.join(known)}", param_hint=option
-            )
+        _check(name, known, option)
     return names
+
+
+def _check(name: str, known: tuple[str, ...], option: str) -> None:
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
 
 
 def _sizes(given: str) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def watched_bar(*, as_json: bool) -> Iterator[Move]:
     Nothing with `--json` and nothing off a terminal: a log is for what happened.
     """
     console = stderr_console()
-    if as_json or not console.is_terminal:
+    if not _watched(console, as_json=as_json):
         yield lambda _share, _text: None
         return
     bar = Progress(
@@ -133,3 +133,14 @@ def watched_bar(*, as_json: bool) -> Iterator[Move]:
     with bar:
         task = bar.add_task("", total=1.0)
         yield lambda share, text: bar.update(task, completed=share, description=text)
+
+
+def watched_line(text: str, *, as_json: bool) -> None:
+    """A line where there would be a bar: for an import, which may be left without a farewell."""
+    console = stderr_console()
+    if _watched(console, as_json=as_json):
+        console.print(text, highlight=False, markup=False)
+
+
+def _watched(console: Console, *, as_json: bool) -> bool:
+    return console.is_terminal and not as_json

@@ -5,7 +5,6 @@ Fails never: what the system does not tell is None.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -15,17 +14,14 @@ from sage_fed.engine.load import resolve_device
 _PEAK_RESET = "5"  # proc(5), clear_refs: the peak resident size becomes the present one
 
 
-def memory_used_bytes(device_name: str) -> int:
-    """What torch has allocated on a GPU; on the CPU what this process has resident."""
+def memory_used_bytes(device_name: str) -> int | None:
+    """What torch has allocated on a GPU; None on the CPU.
+
+    What is resident there does not tell one model from the next: freed memory is used again, and
+    pages of a mapped file count from their first use.
+    """
     device = resolve_device(device_name)
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return resident_bytes()
-
-
-def resident_bytes() -> int:
-    """This process's memory on the host; pages of files that it has mapped are included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def host_available_bytes() -> int | None:

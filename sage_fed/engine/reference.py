@@ -75,6 +75,9 @@ class ReferenceModel:
                     f"model {model}: the reference needs {needed / 1e9:.1f} GB of the host's "
                     f"memory, and {available / 1e9:.1f} GB are available"
                 )
+            # Who loads has a progress of their own, and a log wants no bars.
+            quiet: Any = transformers.utils.logging.disable_progress_bar  # untyped there
+            quiet()
             began = time.monotonic()
             # As the published run did it: on the host, then moved.
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -21,7 +21,7 @@ class Slowdown:
 
     `slowdown` compares seconds per 100 tokens, as was published, `step_slowdown` decode steps.
     `parameter_ratio` is the linear expectation; `efficiency` the slowdown as a share of it;
-    `spread` what the repeats leave uncertain of it, as a share.
+    `spread` what the repeats leave uncertain of it, as a share; None after a single one.
     """
 
     method: Method
@@ -31,7 +31,7 @@ class Slowdown:
     step_slowdown: float
     parameter_ratio: float
     bytes_ratio: float
-    spread: float
+    spread: float | None
 
     @property
     def efficiency(self) -> float:
@@ -139,7 +139,7 @@ def _slowdown(plan: Plan, small: Run, large: Run, batch: int) -> Slowdown | None
         step_slowdown=b.step_s / a.step_s,
         parameter_ratio=large.parameters / small.parameters,
         bytes_ratio=large.bytes_per_step(batch, context) / small.bytes_per_step(batch, context),
-        spread=math.hypot(a.spread, b.spread),
+        spread=None if a.spread is None or b.spread is None else math.hypot(a.spread, b.spread),
     )
 
 

@@ -64,14 +64,15 @@ class Point:
     """One batch size of one model, medians over the repeats.
 
     `total_s` is from the prompts to the last of `new_tokens` tokens of each sequence, `step_s`
-    one decode step; `spread` is the width of the repeats' `total_s` over their median.
+    one decode step; `spread` is the width of the repeats' `total_s` over their median, None where
+    a single repeat leaves it unknown.
     """
 
     batch: int
     new_tokens: int
     total_s: float
     step_s: float
-    spread: float
+    spread: float | None
 
     @property
     def hundred_s(self) -> float:
@@ -88,8 +89,8 @@ class Point:
 class Run:
     """One model loaded and timed by one method at one precision; `failure` says why it was not.
 
-    `memory_bytes` is what the device holds more than before the load, `peak_host_bytes` the most
-    that the process had resident on the host meanwhile (None where it cannot be known).
+    `memory_bytes` is what a GPU holds more than before the load, `peak_host_bytes` the most that
+    the process had resident on the host meanwhile; None where they cannot be known.
     `bandwidth_bytes_per_s` is the device's, measured beside the model.
     """
 
@@ -103,7 +104,7 @@ class Run:
     step_bytes: int = 0
     kv_token_bytes: int = 0
     load_s: float = 0.0
-    memory_bytes: int = 0
+    memory_bytes: int | None = None
     peak_host_bytes: int | None = None
     bandwidth_bytes_per_s: float = 0.0
     software: str = ""
@@ -120,12 +121,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Everything that was measured; `date` is ISO 8601, `machine` the device's own name."""
+    """Everything that was measured; `date` is ISO 8601, `machine` the device's own name.
+
+    `threads` are those of both methods on a CPU; None on a GPU.
+    """
 
     plan: Plan
     date: str
     machine: str
     runs: tuple[Run, ...]
+    threads: int | None = None
 
     @property
     def software(self) -> str:

@@ -62,6 +62,7 @@ def measure(plan: Plan, progress: Progress, each: Callable[[Findings], None]) ->
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         machine=f"{device.name}{threads}",
         runs=(),
+        threads=device.threads or None,
     )
     for index, way in enumerate(plan.runs):
         findings = dataclasses.replace(findings, runs=(*findings.runs, bench.run(index, *way)))
@@ -91,10 +92,10 @@ class _Bench:
                 lambda share: self._progress(index, "loading", share),
             )  # fmt: skip
             peak_bytes = host_peak_bytes() if peak_known else None
-            memory_bytes = max(memory_used_bytes(device) - before_bytes, 0)
+            after_bytes = memory_used_bytes(device)
             return dataclasses.replace(
                 subject.describe(),
-                memory_bytes=memory_bytes,
+                memory_bytes=_grown(before_bytes, after_bytes),
                 peak_host_bytes=peak_bytes,
                 points=tuple(self._point(index, subject, b) for b in self._plan.batches),
                 bandwidth_bytes_per_s=read_bandwidth_bytes_per_s(device),
@@ -120,10 +121,14 @@ class _Bench:
             totals.append(time.perf_counter() - began)
             steps.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
         total_s = median(totals)
-        spread = (max(totals) - min(totals)) / total_s
+        spread = (max(totals) - min(totals)) / total_s if len(totals) > 1 else None
         return Point(batch, plan.new_tokens, total_s, median(steps), spread)
 
     def _prompts(self, batch: int, seed: int) -> Sequence[Sequence[int]]:
         """Random ids, the same for both models and every method."""
         source = random.Random(f"{seed} {batch}")  # noqa: S311 - nothing secret
         return [source.choices(self._ids, k=self._plan.prompt_tokens) for _ in range(batch)]
+
+
+def _grown(before_bytes: int | None, after_bytes: int | None) -> int | None:
+    return None if before_bytes is None or after_bytes is None else after_bytes - before_bytes

@@ -24,6 +24,7 @@ def record(findings: Findings, analysis: Analysis) -> dict[str, Any]:
         "date": findings.date,
         "machine": findings.machine,
         "software": findings.software,
+        "threads": findings.threads,
         "plan": asdict(plan),
         "worklog": worklog(findings, analysis),
         "runs": [_run(run) for run in findings.runs],

@@ -46,8 +46,9 @@ def _lines(findings: Findings, analysis: Analysis) -> Iterator[str]:
     yield f"{findings.date}, {findings.machine}; {findings.software}."
     yield (
         f"Prompt {plan.prompt_tokens} random ids, {plan.new_tokens} new tokens, greedy, "
-        f"medians of {plan.repeats} repeats after a warm-up; one model loaded at a time."
+        f"{_repeats(plan.repeats)} after a warm-up; one model loaded at a time."
     )
+    yield _conditions(findings)
     yield ""
     yield f"Worklog: {worklog(findings, analysis)}"
     for method, precision in dict.fromkeys((r.method, r.precision) for r in findings.runs):
@@ -78,10 +79,10 @@ def _pair(findings: Findings, analysis: Analysis, method: Method, precision: str
         ("load time", *(f"{run.load_s:.2f} s" for run in done.values())),
         ("seconds per 100 tokens", *(f"{_at(r, batch).hundred_s:.2f} s" for r in done.values())),
         ("tokens per second", *(f"{_at(r, batch).tokens_per_s:.2f}" for r in done.values())),
-        ("memory", *(_size(run.memory_bytes) for run in done.values())),
-        ("of it weights", *(_size(run.weight_bytes) for run in done.values())),
-        ("peak on the host while loading", *(_peak(run) for run in done.values())),
-        ("spread", *(f"{_at(run, batch).spread:.1%}" for run in done.values())),
+        ("weights", *(_size(run.weight_bytes) for run in done.values())),
+        ("memory of the GPU", *(_size(run.memory_bytes) for run in done.values())),
+        ("peak on the host while loading", *(_size(run.peak_host_bytes) for run in done.values())),
+        ("spread", *(_spread(_at(run, batch).spread) for run in done.values())),
     ]
     yield from _table(("", *(tier.value for tier in done)), rows)
     row = analysis.slowdown(method, precision, batch)
@@ -108,7 +109,7 @@ def _slowdowns(analysis: Analysis) -> Iterator[str]:
             (
                 row.method.value, row.precision, str(row.batch), f"{row.slowdown:.2f}",
                 f"{row.step_slowdown:.2f}", f"{row.parameter_ratio:.2f}",
-                f"{row.efficiency:.0%}", f"{row.spread:.1%}",
+                f"{row.efficiency:.0%}", _spread(row.spread),
             )
             for row in analysis.slowdowns
         ),
@@ -182,12 +183,30 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def _size(num_bytes: int) -> str:
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "-"
     return f"{num_bytes / _GB:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _peak(run: Run) -> str:
-    return "unknown" if run.peak_host_bytes is None else _size(run.peak_host_bytes)
+def _spread(spread: float | None) -> str:
+    return "-" if spread is None else f"{spread:.1%}"
+
+
+def _repeats(repeats: int) -> str:
+    if repeats == 1:
+        return "one repeat, whose spread is unknown,"
+    return f"medians of {repeats} repeats"
+
+
+def _conditions(findings: Findings) -> str:
+    """Why another of our measurements may say otherwise of the same pair."""
+    threads = "" if findings.threads is None else f"Both methods used {findings.threads} threads. "
+    return (
+        f"{threads}`sage-fed calibrate` may find another ratio: it times the daemon's engines, "
+        "with the threads, precisions and batches of its settings; here each model runs alone, "
+        "without a daemon."
+    )
 
 
 def _at(run: Run, batch: int) -> Point:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from sage_fed.settings.model import AUTO_CARD, Settings
 from sage_fed.settings.sections import (
+    PRECISIONS,
     AccountSettings,
     AuthSettings,
     BudgetSettings,
@@ -34,6 +35,7 @@ from sage_fed.settings.values import (
 
 __all__ = [
     "AUTO_CARD",
+    "PRECISIONS",
     "AccountSettings",
     "Address",
     "AuthSettings",

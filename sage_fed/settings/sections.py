@@ -5,7 +5,7 @@ Owns the rules inside one table; what holds between tables is in `model`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,9 @@ from sage_fed.settings.fields import (
 )
 from sage_fed.settings.values import resolve_model, uatp_from_atp
 
+PrecisionName = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8"]
+PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
+"""What a model may be held in."""
 MAX_HOLD_TTL_S = 30 * 86_400.0
 """What the ledger takes at most; also the longest deadline, which a hold has to cover."""
 
@@ -39,7 +42,7 @@ class TierSettings(Section):
         default=None,
         description="Commit of the hub repository, 40 hexadecimal digits; a hub id needs it.",
     )
-    precision: Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8"] = Field(
+    precision: PrecisionName = Field(
         description="Number format of the weights; int8, int4 and fp8 compute and cache in bf16."
     )
     kv_cache_bytes: Size = Field(
