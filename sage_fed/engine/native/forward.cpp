@@ -296,7 +296,8 @@ class Session {
     if (thread != 0) return;
     for (int64_t row = 0; row < drawn; ++row) {
       Best found = w_.best[0][row];
-      for (const Best* other : w_.best) found.take(other[row].logit, other[row].id);
+      // Of the threads that work on this step: the others have left what an earlier one found.
+      for (int t = 1; t < team.size(); ++t) found.take(w_.best[size_t(t)][row].logit, w_.best[size_t(t)][row].id);
       step.best[row] = std::min(found.id, ids - 1);  // logits that are all NaN have no best
     }
   }

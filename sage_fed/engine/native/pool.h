@@ -61,6 +61,8 @@ class Team {
   Team(Pool& pool, int thread, int num_threads)
       : pool_(pool), thread_(thread), num_threads_(num_threads) {}
 
+  // Threads that work on this region.
+  int size() const { return num_threads_; }
   void barrier();
 
   // Calls f(task) for every task in [0, count), each on one thread. Ends without a barrier, but
