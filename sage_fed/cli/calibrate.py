@@ -7,12 +7,10 @@ Fails: exit codes of `exits.py`; an interrupt ends the calibration, which leaves
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +30,6 @@ from sage_fed.core import (
     Tier,
 )
 from sage_fed.errors import ConfigError
-
-Show = Callable[[CalibrationProgress], None]
 
 
 def calibrate(
@@ -58,14 +54,16 @@ def calibrate(
     The daemon times its own engines while no job runs; jobs that come go first.
     It needs the operator's token, as `sage-fed admin` does.
     """
+    from sage_fed.cli.progress import watched_bar  # noqa: PLC0415 - a tenth of a second
+
     with reported(as_json=as_json):
-        with _progress(quiet=as_json) as show:
+        with watched_bar(as_json=as_json) as move:
 
             def watch(events: Iterator[CalibrationEvent]) -> CalibrationResult:
                 for event in events:
                     if isinstance(event, CalibrationResult):
                         return event
-                    show(event)
+                    move(event.fraction, _text(event))
                 raise AssertionError("a calibration ends with a result or an error")
 
             result = call(
@@ -88,36 +86,12 @@ def calibrate(
             _print_result(result, copies, _adopt_command(result.version, state_dir, address))
 
 
-@contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Show]:
-    """A bar where somebody watches; nothing elsewhere, and nothing beside an object."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _progress: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    from sage_fed.cli.tables import stderr_console  # noqa: PLC0415 - a tenth of a second
-
-    bar = Progress(
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=stderr_console(),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=1.0)
-
-        def move(progress: CalibrationProgress) -> None:
-            parts = [progress.phase, progress.point]
-            if progress.cost_ratio is not None:
-                parts.append(f"ratio {progress.cost_ratio:.2f}")
-            bar.update(
-                task, completed=progress.fraction, description=" · ".join(filter(None, parts))
-            )
-
-        yield move
+def _text(progress: CalibrationProgress) -> str:
+    """What is measured now, and the ratio so far."""
+    parts = [progress.phase, progress.point]
+    if progress.cost_ratio is not None:
+        parts.append(f"ratio {progress.cost_ratio:.2f}")
+    return " · ".join(filter(None, parts))
 
 
 def _copy(result: CalibrationResult, directory: Path) -> list[str]:
