@@ -86,6 +86,23 @@ class QueueFull(Retryable):
         return cls(message, retry_after_s)
 
 
+class RateLimited(Retryable):
+    """An account that calls more often, or runs more jobs at once, than it may.
+
+    `limit` is the setting that says so, `allowed` its value.
+    """
+
+    reason = "RATE_LIMITED"
+
+    def __init__(
+        self, message: str, *, account: str, limit: str, allowed: int, retry_after_s: float | None
+    ) -> None:
+        super().__init__(message, retry_after_s)
+        self.account = account
+        self.limit = limit
+        self.allowed = allowed
+
+
 class TierUnavailable(Retryable):
     """Draining, or the tier is loading or down."""
 

@@ -60,6 +60,7 @@ class DaemonProcess:
         *arguments: str,
         wait_for: tuple[str, ...] = ("tactical", "strategic"),
         launch: Launch = launch,
+        connect: Callable[[str], grpc.Channel] = grpc.insecure_channel,
     ) -> DaemonProcess:
         """Start it and wait until the given health services are SERVING."""
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ class DaemonProcess:
         where = json.loads(endpoint.read_text())
         daemon.address = where["listen"]
         daemon.metrics_url = f"http://{where['metrics']}/metrics"
-        with grpc.insecure_channel(daemon.address) as channel:
+        with connect(daemon.address) as channel:
             for service in wait_for:
                 daemon._watch_until_serving(channel, service, deadline)
         return daemon

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import grpc
 
-from sage_fed.auth import Authenticator, Token
+from sage_fed.auth import Authenticator, Register, Throttle, Token
 from sage_fed.core import (
     CalibrationEvent,
     CalibrationProgress,
@@ -52,7 +52,8 @@ from sage_fed.core import (
 from sage_fed.errors import NotFound
 from sage_fed.ledger import AccountTerms, Ledger
 from sage_fed.service.server import BoundServer, build_server
-from sage_fed.settings import Address, LimitSettings
+from sage_fed.service.tls import LiveCertificate
+from sage_fed.settings import Address, LimitSettings, UnixSocket
 
 T = TypeVar("T")
 
@@ -257,6 +258,7 @@ class Harness:
     ledger: Ledger
     operations: ScriptedOperations
     channel: grpc.aio.Channel
+    denied: list[str]
 
 
 @contextlib.asynccontextmanager
@@ -266,6 +268,10 @@ async def serving(
     jobs: ScriptedJobs | None = None,
     anonymous: Caller | None = Caller("local", Role.USER),  # noqa: B008 - frozen
     limits: LimitSettings | None = None,
+    listen: Address | UnixSocket = Address("127.0.0.1", 0),  # noqa: B008 - frozen
+    certificate: LiveCertificate | None = None,
+    register: Register | None = None,
+    throttle: Throttle | None = None,
 ) -> AsyncIterator[Harness]:
     """Serve until the block is left; account `local` has 100 ATP, `robot` has none."""
     jobs = jobs or ScriptedJobs()
@@ -274,19 +280,23 @@ async def serving(
     await ledger.ensure_account(
         "local", AccountTerms(capacity_uatp=100_000_000, initial_uatp=100_000_000)
     )
+    denied: list[str] = []
     bound = await build_server(
-        Address("127.0.0.1", 0),
-        authenticator=Authenticator(TOKENS, anonymous),
+        listen,
+        authenticator=Authenticator(TOKENS, anonymous, register),
         limits=limits or LimitSettings(),
         jobs=jobs,
         books=ledger,
         operations=operations,
+        throttle=throttle,
+        certificate=certificate,
+        on_denied=denied.append,
     )
     await bound.server.start()
     address = str(bound.address)
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Harness(address, bound, jobs, ledger, operations, channel)
+            yield Harness(address, bound, jobs, ledger, operations, channel, denied)
     finally:
         await bound.server.stop(None)
         await ledger.close()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
+import pickle
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sage_fed.auth import (
     ADMIN_TOKEN_FILE,
     Authenticator,
+    Certificate,
+    Register,
     Token,
     mint_admin_token,
-    read_tokens,
+    read_register,
     require_role,
 )
 from sage_fed.core import Caller, Role
@@ -24,6 +29,7 @@ from sage_fed.settings import AccountSettings, Settings, load_settings
 ROBOT = Caller("robot", Role.USER)
 BOSS = Caller("boss", Role.ADMIN)
 LOCAL = Caller("local", Role.USER)
+EYE = Caller("eye", Role.MONITOR)
 
 
 def digest(text: str) -> str:
@@ -87,10 +93,11 @@ def test_without_a_token_the_anonymous_account_calls() -> None:
 @pytest.mark.parametrize(
     ("caller", "role", "allowed"),
     [(ROBOT, Role.USER, True), (BOSS, Role.USER, True), (BOSS, Role.ADMIN, True),
-     (ROBOT, Role.ADMIN, False)],
+     (ROBOT, Role.ADMIN, False), (EYE, Role.MONITOR, True), (BOSS, Role.MONITOR, True),
+     (EYE, Role.USER, False), (EYE, Role.ADMIN, False), (ROBOT, Role.MONITOR, False)],
 )  # fmt: skip
-def test_only_admins_operate(caller: Caller, role: Role, allowed: bool) -> None:
-    """An admin may do all that a user may; not the other way round."""
+def test_a_role_opens_its_own_doors_only(caller: Caller, role: Role, allowed: bool) -> None:
+    """An admin may do all that others may; not the other way round."""
     if allowed:
         require_role(caller, role)
         return
@@ -108,21 +115,29 @@ def test_loopback_lets_the_anonymous_account_in_never_as_admin(tmp_path: Path) -
     """Even an anonymous account that the settings call admin is a user without its token."""
     on_loopback = settings(tmp_path, **{"accounts.local.role": "admin"})
     admin = mint_admin_token(tmp_path, "local")
-    assert LOCAL == Authenticator.from_settings(on_loopback, admin).caller([])
+    assert LOCAL == Authenticator.from_settings(on_loopback, admin, Register()).caller([])
 
 
 def test_an_empty_anonymous_account_refuses_everyone_without_a_token(tmp_path: Path) -> None:
     """On loopback too, where the operator says so."""
     closed = settings(tmp_path, **{"auth.anonymous_account": ""})
     with pytest.raises(Unauthenticated):
-        Authenticator.from_settings(closed, mint_admin_token(tmp_path, "")).caller([])
+        Authenticator.from_settings(closed, mint_admin_token(tmp_path, ""), Register()).caller([])
 
 
 def test_beyond_loopback_a_token_is_needed(tmp_path: Path) -> None:
     """The tokens of the file are let in, nobody else."""
     file = tokens_file(tmp_path, f'[[token]]\nsha256 = "{digest("robot-1")}"\naccount = "robot"\n')
-    public = settings(tmp_path, **{"listen": "0.0.0.0:6590", "auth.tokens_file": str(file)})
-    door = Authenticator.from_settings(public, mint_admin_token(tmp_path, "local"))
+    public = settings(
+        tmp_path,
+        **{
+            "listen": "0.0.0.0:6590",
+            "auth.tokens_file": str(file),
+            "tls.allow_plaintext": True,
+        },
+    )
+    register = read_register(public.tokens_file, {})
+    door = Authenticator.from_settings(public, mint_admin_token(tmp_path, "local"), register)
     assert ROBOT == door.caller(["Bearer robot-1"])
     with pytest.raises(Unauthenticated):
         door.caller([])
@@ -179,7 +194,7 @@ def test_a_tokens_file_names_accounts_and_roles(tmp_path: Path) -> None:
         known("b", Caller("robot", Role.ADMIN)),
         known("c", BOSS),
     )
-    assert expected == read_tokens(path, accounts)
+    assert Register(expected) == read_register(path, accounts)
 
 
 GOOD = f'sha256 = "{digest("a")}"\naccount = "robot"\n'
@@ -189,9 +204,9 @@ GOOD = f'sha256 = "{digest("a")}"\naccount = "robot"\n'
     ("text", "problem"),
     [
         ("[[token]]\n" + GOOD + 'rol = "user"\n', "token 1: unknown key rol"),
-        ("[[token]]\n" + GOOD + 'role = "root"\n', "token 1: role must be user or admin"),
-        ("[[token]]\n" + GOOD + "role = 1\n", "token 1: role must be user or admin"),
-        ("[[token]]\n" + GOOD + "role = []\n", "token 1: role must be user or admin"),
+        ("[[token]]\n" + GOOD + 'role = "root"\n', "token 1: role must be user, admin or monitor"),
+        ("[[token]]\n" + GOOD + "role = 1\n", "token 1: role must be user, admin or monitor"),
+        ("[[token]]\n" + GOOD + "role = []\n", "token 1: role must be user, admin or monitor"),
         ('[[token]]\naccount = "robot"\n', "token 1: sha256 must be"),
         ('[[token]]\nsha256 = "plain-token"\naccount = "robot"\n', "token 1: sha256 must be"),
         (f'[[token]]\nsha256 = "{digest("a")}"\n', "token 1: account must be"),
@@ -208,7 +223,7 @@ def test_a_tokens_file_that_cannot_be_used_fails_the_start(
     """The error names the file and the entry, and never shows a secret."""
     path = tokens_file(tmp_path, text)
     with pytest.raises(ConfigError) as raised:
-        read_tokens(path, {})
+        read_register(path, {})
     assert f"auth.tokens_file {path}: " in raised.value.message
     assert problem in raised.value.message
     assert "plain-token" not in raised.value.message
@@ -217,13 +232,13 @@ def test_a_tokens_file_that_cannot_be_used_fails_the_start(
 def test_a_missing_tokens_file_fails_the_start(tmp_path: Path) -> None:
     """A typo in its path must not open the door, nor lock it silently."""
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        read_tokens(tmp_path / "nowhere.toml", {})
+        read_register(tmp_path / "nowhere.toml", {})
 
 
 def test_a_tokens_file_that_anyone_may_write_fails_the_start(tmp_path: Path) -> None:
     """Whoever can add a digest is everybody's admin."""
     with pytest.raises(ConfigError, match="anyone may write it"):
-        read_tokens(tokens_file(tmp_path, "[[token]]\n" + GOOD, 0o606), {})
+        read_register(tokens_file(tmp_path, "[[token]]\n" + GOOD, 0o606), {})
 
 
 @pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o640, 0), (0o644, 1)])
@@ -232,5 +247,94 @@ def test_a_tokens_file_that_anyone_may_read_is_warned_of(
 ) -> None:
     """Digests of weak tokens can be guessed from; long random ones cannot, so it still starts."""
     caplog.set_level(logging.WARNING, "sage_fed.auth")
-    assert 1 == len(read_tokens(tokens_file(tmp_path, "[[token]]\n" + GOOD, mode), {}))
+    assert 1 == len(read_register(tokens_file(tmp_path, "[[token]]\n" + GOOD, mode), {}).tokens)
     assert warnings == len(caplog.records)
+
+
+def test_a_certificate_says_who_calls() -> None:
+    """One of its names is known; a token, where one is sent, goes first."""
+    door = Authenticator(
+        [known("boss-1", BOSS)], None, Register(certificates=(Certificate("arm.fleet", ROBOT),))
+    )
+    assert ROBOT == door.caller([], [b"other.fleet", b"arm.fleet"])
+    assert BOSS == door.caller(["Bearer boss-1"], [b"arm.fleet"])
+
+
+@pytest.mark.parametrize("names", [[], [b"nobody.fleet"], [b"ARM.FLEET"], [b"arm.fleet", b"boss"]])
+def test_a_certificate_of_nobody_or_of_several_is_refused(names: list[bytes]) -> None:
+    """Where clients show certificates, an unknown one is never the anonymous account."""
+    both = (Certificate("arm.fleet", ROBOT), Certificate("boss", BOSS))
+    with pytest.raises(Unauthenticated):
+        Authenticator([], LOCAL, Register(certificates=both)).caller([], names)
+
+
+def test_what_has_expired_is_refused() -> None:
+    """From its second on, tokens and certificates alike."""
+    now = [99.0]
+    register = Register(
+        (Token(bytes.fromhex(digest("robot-1")), ROBOT, expires_s=100.0),),
+        (Certificate("arm.fleet", ROBOT, expires_s=100.0),),
+    )
+    door = Authenticator([], None, register, clock=lambda: now[0])
+    assert ROBOT == door.caller(["Bearer robot-1"]) == door.caller([], [b"arm.fleet"])
+    now[0] = 100.0
+    with pytest.raises(Unauthenticated, match="expired"):
+        door.caller(["Bearer robot-1"])
+    with pytest.raises(Unauthenticated):
+        door.caller([], [b"arm.fleet"])
+
+
+def test_a_new_register_replaces_the_old_one_and_not_our_own_tokens() -> None:
+    """A revoked token is nobody's from then on; the admin token of this machine stays."""
+    door = Authenticator([known("boss-1", BOSS)], None, Register((known("robot-1", ROBOT),)))
+    assert {"robot", "boss"} == door.accounts()
+    door.use(Register((known("arm-1", Caller("arm", Role.USER)), known("eye-1", EYE))))
+    assert BOSS == door.caller(["Bearer boss-1"])
+    assert {"arm", "boss"} == door.accounts()
+    with pytest.raises(Unauthenticated):
+        door.caller(["Bearer robot-1"])
+
+
+def test_tokens_are_compared_by_digest_and_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Known or not, one comparison of two digests decides; no token is kept to compare with."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(ours: bytes, theirs: bytes) -> bool:
+        compared.append((ours, theirs))
+        return hmac.compare_digest(ours, theirs)
+
+    door = authenticator()
+    monkeypatch.setattr("sage_fed.auth.authenticator.hmac", SimpleNamespace(compare_digest=compare))
+    door.caller(["Bearer robot-1"])
+    for wrong in ("robot-2", "r", "x" * 1000):
+        with pytest.raises(Unauthenticated):
+            door.caller([f"Bearer {wrong}"])
+    assert [(32, 32)] * 4 == [(len(ours), len(theirs)) for ours, theirs in compared]
+    kept = pickle.dumps((door._tokens, door._own))
+    assert b"robot-1" not in kept
+
+
+def test_a_missing_file_is_an_empty_one_only_where_nobody_named_it(tmp_path: Path) -> None:
+    """The default place may be empty; a named one that is not there is a mistake."""
+    assert Register() == read_register(tmp_path / "tokens.toml", {}, optional=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[[token]]\n" + GOOD + "expires = 2027-01-31\n", "token 1: expires must be a time with"),
+        ("[[token]]\n" + GOOD + "expires = 2027-01-31T00:00:00\n", "token 1: expires must be"),
+        ("[[token]]\n" + GOOD + "name = 7\n", "token 1: name must be a text"),
+        ('[[certificate]]\naccount = "robot"\n', "certificate 1: identity must be"),
+        ('[[certificate]]\nidentity = "a"\n', "certificate 1: account must be"),
+        ('[[certificate]]\nidentity = "a"\naccount = "b"\nsha256 = "c"\n', "unknown key sha256"),
+        ('[[certificate]]\nidentity = "a"\naccount = "b"\n' * 2, "identity appears twice"),
+    ],
+)
+def test_the_newer_keys_are_checked_as_well(tmp_path: Path, text: str, problem: str) -> None:
+    """Names, times and certificates of the tokens file."""
+    with pytest.raises(ConfigError) as raised:
+        read_register(tokens_file(tmp_path, text), {})
+    assert problem in raised.value.message

@@ -30,6 +30,7 @@ FLOORS: dict[str, int] = {
     "inertia": 2,
     "service": 3,
     "auth": 3,
+    "logs": 3,
     "daemon": 3,
     "client": 3,
     "cli": 3,
@@ -51,6 +52,9 @@ OWNERS: dict[str, set[str]] = {
     "google": {"service", "client", "v1"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "limits": {"auth"},
+    "tomlkit": {"auth"},
+    "pythonjsonlogger": {"logs"},
 }
 
 GUESTS: set[tuple[str, str]] = {
@@ -71,8 +75,10 @@ SIDEWAYS: set[tuple[str, str]] = {
     ("service", "auth"),
     ("daemon", "auth"),
     ("daemon", "service"),
+    ("cli", "auth"),  # `sage-fed token` changes the tokens file
     ("cli", "client"),
     ("cli", "daemon"),
+    ("cli", "logs"),  # `sage-fed serve` says where they go
 }
 
 

@@ -1,4 +1,4 @@
-"""Auth on the wire: no RPC of ours without it, none of the standard ones behind it."""
+"""Auth on the wire, before anything is read; who may call what is in test_service_rules."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ async def test_two_authorization_headers_are_refused(tmp_path: Path) -> None:
         assert grpc.StatusCode.UNAUTHENTICATED is await call.code()
 
 
-async def test_health_and_reflection_are_open(tmp_path: Path) -> None:
-    """Load balancers and tools have no token."""
+async def test_health_is_open_and_reflection_takes_a_caller(tmp_path: Path) -> None:
+    """Load balancers have no token; tools send theirs, where one is needed at all."""
     async with serving(tmp_path, anonymous=None) as harness:
         health = harness.channel.unary_unary("/grpc.health.v1.Health/Check")
         reply = health_pb2.HealthCheckResponse.FromString(await health(b"", timeout=WAIT_S))
@@ -87,6 +87,9 @@ async def test_health_and_reflection_are_open(tmp_path: Path) -> None:
         )
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         call = reflection([request.SerializeToString()], timeout=WAIT_S)
+        assert grpc.StatusCode.UNAUTHENTICATED is await call.code()
+        token = (("authorization", "Bearer robot-token"),)
+        call = reflection([request.SerializeToString()], metadata=token, timeout=WAIT_S)
         listed = reflection_pb2.ServerReflectionResponse.FromString(await call.read())
         assert "sage_fed.v1.AdminService" in [
             service.name for service in listed.list_services_response.service

@@ -20,10 +20,13 @@ from sage_fed.ledger.words import MAX_TEXT
 from sage_fed.settings import (
     Address,
     Effective,
+    RateSettings,
+    UnixSocket,
     atp_from_uatp,
     describe,
     format_size,
     load_settings,
+    parse_listen,
     parse_size,
     profile_names,
     resolve_model,
@@ -291,7 +294,7 @@ def test_a_table_is_not_set_by_one_variable() -> None:
         ({"drain_grace_s": "inf"}, "drain_grace_s (flag): should be a finite number"),
         ({"auth.anonymous_account": "A B"}, "auth.anonymous_account (flag): expected 1 to 64"),
         ({"accounts.Robot.role": "user"}, "accounts.Robot (flag): expected 1 to 64 lower-case"),
-        ({"accounts.robot.role": "root"}, "should be 'user' or 'admin', not 'root'"),
+        ({"accounts.robot.role": "root"}, "should be 'user', 'admin' or 'monitor', not 'root'"),
         ({"state_dir": ""}, "state_dir (flag): expected a path, not ''"),
         ({"profile": "dem"}, "profile (flag): no profile 'dem'; did you mean demo?"),
         ({"ledger.result_retention_s": 1e11}, "ledger.result_retention_s (flag): should be less"),
@@ -392,7 +395,60 @@ def test_another_model_does_not_inherit_the_revision() -> None:
 def test_beyond_loopback_with_a_tokens_file_is_fine(tmp_path: Path) -> None:
     """The guard is about strangers, not about networks."""
     flags = {"listen": "[::]:6590", "auth.tokens_file": str(tmp_path / "tokens.toml")}
-    assert Address("::", 6590) == load(flags).settings.listen
+    encrypted = {"tls.certificate": "/tls.crt", "tls.key": "/tls.key"}
+    for how in ({"tls.allow_plaintext": True}, encrypted, {**encrypted, "tls.client_ca": "/ca"}):
+        assert Address("::", 6590) == load({**flags, **how}).settings.listen
+    by_certificate = {**encrypted, "tls.client_ca": "/ca", "listen": "[::]:6590"}
+    assert load(by_certificate).settings.tls.client_ca == Path("/ca")
+
+
+@pytest.mark.parametrize("written", ["$CREDENTIALS_DIRECTORY", "${CREDENTIALS_DIRECTORY}"])
+def test_secrets_may_be_where_systemd_puts_them(written: str) -> None:
+    """A leading $CREDENTIALS_DIRECTORY of tokens and TLS files is that of the service."""
+    flags = {
+        "auth.tokens_file": f"{written}/tokens.toml",
+        "tls.certificate": f"{written}/tls.crt",
+        "tls.key": f"{written}/tls.key",
+        "tls.client_ca": f"{written}/client-ca.crt",
+    }
+    environ = {"CREDENTIALS_DIRECTORY": "/run/credentials/sage-fed.service"}
+    settings = load(flags, environ).settings
+    assert [
+        Path(environ["CREDENTIALS_DIRECTORY"]) / name
+        for name in ("tokens.toml", "tls.crt", "tls.key", "client-ca.crt")
+    ] == [
+        settings.auth.tokens_file, settings.tls.certificate, settings.tls.key,
+        settings.tls.client_ca,
+    ]  # fmt: skip
+    assert "$CREDENTIALS_DIRECTORY is not set; systemd sets it" in refusal(flags)
+
+
+def test_credentials_of_the_units_names_need_no_setting(tmp_path: Path) -> None:
+    """What LoadCredential has put there is used, what it has not is left out, a flag wins."""
+    (tmp_path / "tokens.toml").touch()
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    settings = load({}, environ).settings
+    assert (tmp_path / "tokens.toml", None) == (settings.auth.tokens_file, settings.tls.key)
+    for name in ("tls.crt", "tls.key", "client-ca.crt"):
+        (tmp_path / name).touch()
+    given = load({"auth.tokens_file": "/own"}, environ)
+    tls = given.settings.tls
+    assert (Path("/own"), "environment CREDENTIALS_DIRECTORY") == (
+        given.settings.auth.tokens_file, given.origins["tls.client_ca"],
+    )  # fmt: skip
+    assert [tmp_path / name for name in ("tls.crt", "tls.key", "client-ca.crt")] == [
+        tls.certificate, tls.key, tls.client_ca,
+    ]  # fmt: skip
+
+
+def test_rate_limits_are_the_accounts_own_or_the_common_ones() -> None:
+    """Both keys of an account's own table replace the common table."""
+    settings = load(
+        {"rate_limits.concurrent_jobs": 4, "accounts.robot.rate_limits.requests_per_minute": 9}
+    ).settings
+    assert [RateSettings(concurrent_jobs=4), RateSettings(requests_per_minute=9)] == [
+        settings.account_rates(name) for name in ("guest", "robot")
+    ]
 
 
 def test_accounts_have_budgets_of_their_own_or_the_common_one(toml: Path) -> None:
@@ -506,24 +562,29 @@ def test_a_secret_is_not_repeated_in_an_error() -> None:
         ("0.0.0.0:65535", Address("0.0.0.0", 65535), False),
         ("[::]:1", Address("::", 1), False),
         ("robot.local:1", Address("robot.local", 1), False),
+        ("unix:/run/s.sock", UnixSocket("/run/s.sock"), True),
+        ("unix:///run/s.sock", UnixSocket("/run/s.sock"), True),
     ],
 )
-def test_an_address_is_read_and_written(text: str, expected: Address, loopback: bool) -> None:
-    """IPv4, bracketed IPv6 and names; what is written is read back the same."""
-    assert expected == Address.parse(text)
-    assert expected == Address.parse(str(expected))
+def test_an_address_is_read_and_written(
+    text: str, expected: Address | UnixSocket, loopback: bool
+) -> None:
+    """IPv4, bracketed IPv6, names and sockets; what is written is read back the same."""
+    assert expected == parse_listen(text)
+    assert expected == parse_listen(str(expected))
     assert loopback == expected.is_loopback
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "6590", ":6590", "localhost", "::1:6590", "[::1]", "[x]:1", "1.2.3:1", "1.2.3.4.5:1",
-     "a:65536", "a:-1", "a:1:2", "http://a:1", "a b:1"],
+     "a:65536", "a:-1", "a:1:2", "http://a:1", "a b:1", "unix:", "unix:a", "unix:/", "unix:/a\nb",
+     "unix:@a", "unix:/" + "a" * 108],
 )  # fmt: skip
 def test_a_malformed_address_is_refused(text: str) -> None:
     """Nothing is guessed."""
     with pytest.raises(ValueError, match=r".+"):
-        Address.parse(text)
+        parse_listen(text)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ import asyncio
 import itertools
 import secrets
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from sage_fed.broker.job import Job
 from sage_fed.broker.mailbox import JobStream
 from sage_fed.broker.plan import Planner
 from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier
-from sage_fed.errors import QueueFull, TierUnavailable
+from sage_fed.errors import QueueFull, RateLimited, TierUnavailable
 from sage_fed.executor import Executor
 from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
@@ -33,6 +35,7 @@ class Broker:
     Args:
         tasks: where jobs run; ends after all of them have.
         max_jobs: accepted and not ended, over all tiers and accounts.
+        max_account_jobs: the same of one account; 0 is no limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
     """
 
@@ -46,6 +49,7 @@ class Broker:
         metrics: Metrics,
         max_jobs: int,
         hold_ttl_s: float,
+        max_account_jobs: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self._tasks = tasks
         self._planner = planner
@@ -53,8 +57,10 @@ class Broker:
         self._executor = executor
         self._metrics = metrics
         self._max_jobs = max_jobs
+        self._max_account_jobs = max_account_jobs
         self._hold_ttl_s = hold_ttl_s
         self._jobs: dict[str, Job] = {}
+        self._account_jobs: Counter[str] = Counter()
         self._seq_ids = itertools.count(1)
         self._empty = asyncio.Event()
         self._empty.set()
@@ -81,6 +87,7 @@ class Broker:
             )
         if len(self._jobs) >= self._max_jobs:
             raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
+        self._require_place(spec.account)
         job_id = f"job-{secrets.token_hex(8)}"
         job = Job(
             job_id=job_id,
@@ -95,6 +102,7 @@ class Broker:
             on_left=lambda: self._reader_left(job_id),
         )
         self._jobs[job_id] = job
+        self._account_jobs[spec.account] += 1
         self._empty.clear()
         task = self._tasks.create_task(job.run(), name=job_id)
         task.add_done_callback(lambda _: self._forget(job_id))
@@ -170,7 +178,24 @@ class Broker:
         if not self._reading:
             self._all_read.set()
 
+    def _require_place(self, account: str) -> None:
+        """Refuse a job of an account that runs all that it may; nothing is held for it."""
+        allowed = self._max_account_jobs(account)
+        if not allowed or self._account_jobs[account] < allowed:
+            return
+        self._metrics.call_denied("concurrent_jobs")
+        raise RateLimited(
+            f"account {account} may run {allowed} jobs at once",
+            account=account,
+            limit="concurrent_jobs",
+            allowed=allowed,
+            retry_after_s=_RETRY_FULL_S,
+        )
+
     def _forget(self, job_id: str) -> None:
-        del self._jobs[job_id]
+        account = self._jobs.pop(job_id).spec.account
+        self._account_jobs[account] -= 1
+        if not self._account_jobs[account]:
+            del self._account_jobs[account]
         if not self._jobs:
             self._empty.set()

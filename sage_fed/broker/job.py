@@ -120,7 +120,7 @@ class Job:
             self._fail(TierUnavailable("the daemon is stopping; ask another one"))
             raise
         except Exception as error:  # noqa: BLE001 - the job's last line of defence: it must end
-            self._fail(_internal(error))
+            self._fail(self._internal(error))
 
     async def _run(self) -> None:
         draft = await self._planner.draft(self.spec, self._arrived_s)
@@ -193,6 +193,7 @@ class Job:
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 
     def _fail(self, error: SageFedError) -> None:
+        self._log_ending(error.reason.lower())
         tier = self._plan.route.tier if self._plan else self.spec.requested
         total_s = time.monotonic() - self._arrived_s
         self._metrics.job_failed(tier, error, total_s, self._wasted, self._device_s)
@@ -303,9 +304,27 @@ class Job:
             self._metrics.balance_changed(self.spec.account, balance_uatp)
             self._metrics.settled(plan.route.tier, self._held_uatp, charged_uatp)
         self._metrics.job_finished(plan.route.tier, finished)
+        self._log_ending(finished.stop_reason.value)
         if not self._submitted:
             self.stream.start(self._started(plan))
         self.stream.end(replace(finished, balance_uatp=balance_uatp))
+
+    def _log_ending(self, how: str) -> None:
+        """Say how it ended, under the id that its client and the ledger have; at debug only.
+
+        A line a job would cost more than the job's own bookkeeping, and a flood of refusals would
+        be a flood of lines.
+        """
+        if _log.isEnabledFor(logging.DEBUG):
+            story = {"job_id": self.job_id, "account": self.spec.account, "ending": how}
+            _log.debug("%s ended: %s", self.job_id, how, extra=story)
+
+    def _internal(self, error: Exception) -> Internal:
+        """Return what the client gets for a bug of ours; the log gets the rest."""
+        error_id = secrets.token_hex(4)
+        story = {"job_id": self.job_id, "error_id": error_id}
+        _log.error("%s: internal error %s", self.job_id, error_id, exc_info=error, extra=story)
+        return Internal(error_id)
 
     async def _void(self, tier: Tier, why: str) -> int:
         release = await self._ledger.void(self.job_id, why)
@@ -327,10 +346,3 @@ def _weights(plan: Plan) -> TokenWeights:
     """Return what the job's tokens count for between accounts: what they cost."""
     rates = plan.card.rates[plan.route.tier]
     return TokenWeights(rates[Phase.PREFILL], rates[Phase.CACHED], rates[Phase.DECODE])
-
-
-def _internal(error: Exception) -> Internal:
-    """Return what the client gets for a bug of ours; the log gets the rest."""
-    error_id = secrets.token_hex(4)
-    _log.error("internal error %s", error_id, exc_info=error)
-    return Internal(error_id)

@@ -12,10 +12,9 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.connection import call
+from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.inspect import headline, print_tier_loads
-from sage_fed.cli.paths import operator_token
 from sage_fed.cli.render import atp_number, format_atp, format_seconds, print_json, print_table
 
 
@@ -33,16 +32,16 @@ def admin_app() -> typer.Typer:
     return app
 
 
+@connected
 def load(
     *,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.OperatorToken = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Show the running jobs of all accounts."""
     with reported(as_json=as_json):
-        now = call(address, operator_token(token, state_dir), lambda client: client.load())
+        now = daemon.as_operator(state_dir).call(lambda client: client.load())
         if as_json:
             print_json(now)
             return
@@ -70,22 +69,20 @@ def load(
         typer.echo(f"\n{format_atp(now.held_uatp)} held over all accounts")
 
 
+@connected
 def abort(
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
     *,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.OperatorToken = None,
+    daemon: Connection = HERE,
 ) -> None:
     """End a running job.
 
     Its client gets, and pays for, what was made.
     """
     with reported(as_json=as_json):
-        aborted = call(
-            address, operator_token(token, state_dir), lambda client: client.abort(job_id)
-        )
+        aborted = daemon.as_operator(state_dir).call(lambda client: client.abort(job_id))
         if as_json:
             print_json({"aborted": aborted})
         else:
@@ -94,6 +91,7 @@ def abort(
             raise typer.Exit(ExitCode.ERROR)
 
 
+@connected
 def drain(
     grace: Annotated[
         float | None,
@@ -101,23 +99,21 @@ def drain(
     ] = None,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.OperatorToken = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Stop the daemon when its jobs are done.
 
     Nothing more is admitted. What still runs after the grace is cancelled.
     """
     with reported(as_json=as_json):
-        running = call(
-            address, operator_token(token, state_dir), lambda client: client.drain(grace)
-        )
+        running = daemon.as_operator(state_dir).call(lambda client: client.drain(grace))
         if as_json:
             print_json({"jobs_running": running})
         else:
             typer.echo(f"draining, {running} jobs still run")
 
 
+@connected
 def set_budget(
     account: Annotated[str, typer.Argument(metavar="ACCOUNT", help="Its name.")],
     *,
@@ -156,17 +152,14 @@ def set_budget(
     ] = None,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.OperatorToken = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Create an account's budget, or change it.
 
     What is not given stays as it is.
     """
     with reported(as_json=as_json):
-        books = call(
-            address,
-            operator_token(token, state_dir),
+        books = daemon.as_operator(state_dir).call(
             lambda client: client.set_budget(
                 account,
                 balance_uatp=balance,
@@ -186,22 +179,20 @@ def set_budget(
             )
 
 
+@connected
 def adopt_card(
     version: Annotated[str, typer.Argument(metavar="CARD", help="Its version.")],
     *,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.OperatorToken = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Put a rate card in force, until the daemon restarts.
 
     It prices jobs from now on; those that run keep the prices they were admitted at.
     """
     with reported(as_json=as_json):
-        card = call(
-            address,
-            operator_token(token, state_dir),
+        card = daemon.as_operator(state_dir).call(
             lambda client: client.adopt_card(version),
         )
         if as_json:

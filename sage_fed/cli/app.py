@@ -29,6 +29,7 @@ from sage_fed.cli import (
     inspect,
     options,
     serve,
+    tokens,
 )
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
 from sage_fed.cli.streams import complain, give_up_output, is_output_failure
@@ -119,6 +120,7 @@ def build_app() -> typer.Typer:
         app.command(epilog=EXIT_CODES_HELP)(command)
     app.add_typer(inspect.ledger_app())
     app.add_typer(admin.admin_app())
+    app.add_typer(tokens.token_app())
     app.add_typer(bench.bench_app())
     app.add_typer(dev.dev_app())
     return app

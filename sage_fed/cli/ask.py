@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.connection import call
+from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import ConnectionBroke, ExitCode, reported
 from sage_fed.cli.render import (
     format_atp,
@@ -161,6 +161,7 @@ def answer_object(answer: Answer) -> dict[str, object]:
     }
 
 
+@connected
 def ask(
     words: Annotated[list[str] | None, options.PROMPT] = None,
     *,
@@ -221,8 +222,7 @@ def ask(
         ),
     ] = "",
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Ask one question and stream the answer.
 
@@ -250,7 +250,7 @@ def ask(
         ),
     )
     with reported(as_json=as_json):
-        answer = _stream(address, token, spec, _show_nothing if as_json else show_text)
+        answer = _stream(daemon, spec, _show_nothing if as_json else show_text)
         if as_json:
             print_json(answer_object(answer))
         else:
@@ -259,8 +259,8 @@ def ask(
             raise typer.Exit(ExitCode.ERROR)
 
 
-def _stream(address: str, token: str | None, spec: JobSpec, show: Callable[[str], None]) -> Answer:
-    return call(address, token, lambda client: follow(client.stream(spec), show))
+def _stream(daemon: Connection, spec: JobSpec, show: Callable[[str], None]) -> Answer:
+    return daemon.call(lambda client: follow(client.stream(spec), show))
 
 
 def _show_nothing(_text: str) -> None:

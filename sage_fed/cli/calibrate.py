@@ -17,9 +17,8 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.connection import call
+from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import reported
-from sage_fed.cli.paths import operator_token
 from sage_fed.cli.render import format_seconds, print_fields, print_json, print_table, to_plain
 from sage_fed.core import (
     CalibrationEvent,
@@ -32,6 +31,7 @@ from sage_fed.core import (
 from sage_fed.errors import ConfigError
 
 
+@connected
 def calibrate(
     *,
     quick: Annotated[
@@ -46,8 +46,7 @@ def calibrate(
     ] = None,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.OperatorToken = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Measure what a token costs here, and write a rate card.
 
@@ -66,9 +65,7 @@ def calibrate(
                     move(event.fraction, _text(event))
                 raise AssertionError("a calibration ends with a result or an error")
 
-            result = call(
-                address,
-                operator_token(token, state_dir),
+            result = daemon.as_operator(state_dir).call(
                 lambda client: watch(client.calibrate(quick=quick, adopt=adopt)),
             )
         copies = _copy(result, output) if output else []
@@ -83,7 +80,7 @@ def calibrate(
             }
             print_json({**shown, **card, "copies": copies})
         else:
-            _print_result(result, copies, _adopt_command(result.version, state_dir, address))
+            _print_result(result, copies, _adopt_command(result.version, state_dir, daemon))
 
 
 def _text(progress: CalibrationProgress) -> str:
@@ -129,14 +126,12 @@ def _warning(result: CalibrationResult) -> str:
     return str(tomllib.loads(result.card).get("measured", {}).get("warning", ""))
 
 
-def _adopt_command(version: str, state_dir: Path | None, address: str) -> str:
+def _adopt_command(version: str, state_dir: Path | None, daemon: Connection) -> str:
     """The command that puts the card in force, at the daemon that this one was given."""
     words = ["sage-fed", "admin", "adopt-card", version]
     if state_dir is not None:
         words += ["--state-dir", str(state_dir)]
-    if address != options.DEFAULT_ADDRESS:
-        words += ["--address", address]
-    return shlex.join(words)
+    return shlex.join([*words, *daemon.arguments()])
 
 
 def _print_result(result: CalibrationResult, copies: list[str], command: str) -> None:

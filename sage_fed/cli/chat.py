@@ -17,7 +17,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.ask import complain_if_cut, follow, show_footer, show_text
-from sage_fed.cli.connection import call
+from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import ExitCode, explain, reported
 from sage_fed.cli.render import format_atp
 from sage_fed.cli.streams import complain
@@ -53,6 +53,7 @@ class Conversation:
         self.turns += [Message("user", question), Message("assistant", answer)]
 
 
+@connected
 def chat(
     *,
     tier: options.TierOption = options.TierChoice.AUTO,
@@ -61,8 +62,7 @@ def chat(
     ] = None,
     max_new_tokens: options.MaxNewTokens = None,
     max_cost: options.MaxCost = None,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Talk, turn by turn.
 
@@ -71,7 +71,7 @@ def chat(
     """
     conversation = Conversation(tier, system, max_new_tokens, max_cost)
     with reported():
-        call(address, token, lambda client: _talk(client, conversation))
+        daemon.call(lambda client: _talk(client, conversation))
 
 
 def _talk(client: Client, conversation: Conversation) -> None:

@@ -1,21 +1,168 @@
-"""One command's conversation with the daemon.
+"""One command's conversation with the daemon: where it is, who asks, and over what.
 
-Owns: opening and closing the client.
+Owns: the options that every such command has, once; opening and closing the client.
 Does not know: what is asked, how it is shown.
-Fails: the error tree, as the client raises it.
+Fails: the error tree, as the client raises it; `ConfigError` for a token that cannot be read.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from sage_fed.client import Client
+import typer
+
+from sage_fed.cli.paths import operator_token
+from sage_fed.cli.streams import complain
+from sage_fed.client import Client, Tls, leaves_machine
+from sage_fed.errors import ConfigError
 
 T = TypeVar("T")
 
+DEFAULT_ADDRESS = "127.0.0.1:6590"
 
-def call(address: str, token: str | None, work: Callable[[Client], T]) -> T:
-    """Connect, do the work, disconnect. Ctrl-C ends the work, and with it its RPC."""
-    with Client(address, token=token) as client:
-        return work(client)
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A daemon as the options describe it."""
+
+    address: str = DEFAULT_ADDRESS
+    token: str | None = None
+    token_file: Path | None = None
+    tls: Tls | None = None
+
+    def call(self, work: Callable[[Client], T]) -> T:
+        """Connect, do the work, disconnect. Ctrl-C ends the work, and with it its RPC."""
+        token = self._read_token()
+        if token and self.tls is None and leaves_machine(self.address):
+            complain(f"warning: the token goes to {self.address} in plain text; see --tls-ca")
+        with Client(self.address, token, tls=self.tls) as client:
+            return work(client)
+
+    def as_operator(self, state_dir: Path | None) -> Connection:
+        """The same with the admin token of this machine's daemon, where no token is given."""
+        token = operator_token(self._read_token(), state_dir)
+        return replace(self, token=token, token_file=None)
+
+    def arguments(self) -> list[str]:
+        """The options that lead another command here; tokens stay out of it."""
+        tls = self.tls or Tls()
+        given: tuple[tuple[str, object], ...] = (
+            ("--address", self.address if self.address != DEFAULT_ADDRESS else None),
+            ("--token-file", self.token_file),
+            ("--tls-ca", tls.ca),
+            ("--tls-cert", tls.certificate),
+            ("--tls-key", tls.key),
+            ("--tls-name", tls.name),
+        )
+        words = [word for option, value in given if value for word in (option, str(value))]
+        return [*words, "--tls"] if self.tls == Tls() else words
+
+    def _read_token(self) -> str | None:
+        if self.token_file is None:
+            return self.token
+        if self.token:
+            raise ConfigError("token: it is given twice; use one of --token and --token-file")
+        try:
+            return self.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigError(f"token_file: {self.token_file} cannot be read: {why}") from None
+
+
+HERE = Connection()
+"""This machine's daemon, without a token."""
+
+
+def _described_by(
+    *,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            envvar="SAGE_FED_ADDRESS",
+            help="The daemon's HOST:PORT or unix:/PATH.",
+        ),
+    ] = DEFAULT_ADDRESS,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token",
+            metavar="TOKEN",
+            envvar="SAGE_FED_TOKEN",
+            help="Bearer token; others see a command line, so better a file or the environment.",
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            envvar="SAGE_FED_TOKEN_FILE",
+            help="File that holds the token.",
+        ),
+    ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Encrypt; trust whom this system does.")
+    ] = False,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-ca",
+            metavar="FILE",
+            envvar="SAGE_FED_TLS_CA",
+            help="Encrypt; trust who signed with these certificates (PEM).",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            envvar="SAGE_FED_TLS_CERT",
+            help="Certificate to show, where the daemon asks for one.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key", metavar="FILE", envvar="SAGE_FED_TLS_KEY", help="Its private key."
+        ),
+    ] = None,
+    tls_name: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-name",
+            metavar="NAME",
+            envvar="SAGE_FED_TLS_NAME",
+            help="Name in the daemon's certificate, if it is not the address's.",
+        ),
+    ] = None,
+) -> Connection:
+    """The connection of these options."""
+    wanted = Tls(tls_ca, tls_cert, tls_key, tls_name)
+    encrypted = tls or wanted != Tls()
+    return Connection(address, token, token_file, wanted if encrypted else None)
+
+
+def connected(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options above in place of its parameter of type `Connection`."""
+    own = inspect.signature(command, eval_str=True)
+    place = next(name for name, p in own.parameters.items() if p.annotation is Connection)
+    options = inspect.signature(_described_by, eval_str=True).parameters
+    kept = [p for name, p in own.parameters.items() if name != place]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:  # noqa: ANN401 - whatever the command takes
+        described = _described_by(**{name: given.pop(name) for name in options})
+        command(**given, **{place: described})
+
+    shown = own.replace(parameters=[*kept, *options.values()])
+    run.__signature__ = shown  # type: ignore[attr-defined] # functions may have one
+    run.__annotations__ = {name: p.annotation for name, p in shown.parameters.items()}
+    return run

@@ -30,6 +30,7 @@ from sage_fed.errors import (
     LedgerDown,
     NoSuchAccount,
     QueueFull,
+    RateLimited,
     RequestIdConflict,
     Retryable,
     SageFedError,
@@ -80,6 +81,7 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
         "is the daemon running? start it with: sage-fed serve --profile demo",
     ),
     (QueueFull, ExitCode.UNAVAILABLE, ""),
+    (RateLimited, ExitCode.UNAVAILABLE, ""),
     (LedgerDown, ExitCode.UNAVAILABLE, ""),
     (TierUnavailable, ExitCode.UNAVAILABLE, "see `sage-fed status`"),
     (DeviceBusy, ExitCode.UNAVAILABLE, ""),
@@ -92,13 +94,13 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
         "allow more time with --deadline, or ask for fewer tokens",
     ),
     (RequestIdConflict, ExitCode.ERROR, "choose another --request-id"),
-    (Unauthenticated, ExitCode.ERROR, "give a token with --token or SAGE_FED_TOKEN"),
+    (Unauthenticated, ExitCode.ERROR, "give a token with --token-file or SAGE_FED_TOKEN"),
     (Forbidden, ExitCode.ERROR, "this needs another role; give its token with SAGE_FED_TOKEN"),
     (NoSuchAccount, ExitCode.ERROR, "an operator creates it with `sage-fed admin set-budget`"),
     (DeviceOutOfMemory, ExitCode.ERROR, "ask for fewer tokens, or try again"),
 )
 
-_REFUSALS = (CannotAfford, QueueFull, TierUnavailable, DeadlineInfeasible, Forbidden)
+_REFUSALS = (CannotAfford, QueueFull, RateLimited, TierUnavailable, DeadlineInfeasible, Forbidden)
 
 # The option by which a person gave a field; where it is not simply its name.
 _OPTIONS = {
@@ -114,7 +116,7 @@ _SPOKEN = {"max_cost_uatp": "--max-cost", "allow_downgrade": "--allow-downgrade"
 _NAMESAKES = frozenset(
     {
         "address", "complexity", "max_new_tokens", "min_p", "repetition_penalty", "seed", "stop",
-        "temperature", "tier", "token", "top_k", "top_p",
+        "temperature", "tier", "tls", "tls_ca", "tls_cert", "tls_key", "token", "top_k", "top_p",
     }
 )  # fmt: skip
 

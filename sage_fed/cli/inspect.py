@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.connection import call
+from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, as_options, reported
 from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.render import (
@@ -43,6 +43,7 @@ _BOOKS = {"charged": "available", "discharged": "spent"}
 """What a person reads for a book of the ledger."""
 
 
+@connected
 def quote(
     words: Annotated[list[str] | None, options.PROMPT] = None,
     *,
@@ -52,8 +53,7 @@ def quote(
     complexity: options.Complexity = None,
     max_new_tokens: options.MaxNewTokens = None,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Say what a question would cost, and who would answer.
 
@@ -68,7 +68,7 @@ def quote(
         sampling=SamplingRequest(max_new_tokens=max_new_tokens),
     )
     with reported(as_json=as_json):
-        answer = call(address, token, lambda client: client.quote(spec))
+        answer = daemon.call(lambda client: client.quote(spec))
         if as_json:
             print_json(answer)
         else:
@@ -105,15 +105,15 @@ def _print_quote(answer: Quote) -> None:
     )
 
 
+@connected
 def budget(
     *,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Show the account: balance, held, spent, refill."""
     with reported(as_json=as_json):
-        books, now = call(address, token, lambda client: (client.budget(), client.status()))
+        books, now = daemon.call(lambda client: (client.budget(), client.status()))
         if as_json:
             card = CardStatus(now.rate_card, now.cost_ratio, now.rate_card_fit, now.rate_card_note)
             plain = {field.name: getattr(books, field.name) for field in dataclasses.fields(books)}
@@ -145,6 +145,7 @@ def ledger_app() -> typer.Typer:
     return app
 
 
+@connected
 def list_entries(
     *,
     context: typer.Context,
@@ -152,14 +153,13 @@ def list_entries(
         int, typer.Option("--limit", min=1, metavar="N", help="So many of the newest.")
     ] = 50,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """List the account's entries, newest first; `ledger check` audits the books."""
     if context.invoked_subcommand is not None:
         return
     with reported(as_json=as_json):
-        entries = call(address, token, lambda client: client.entries(limit=limit))
+        entries = daemon.call(lambda client: client.entries(limit=limit))
         if as_json:
             print_json({"entries": entries})
             return
@@ -211,15 +211,15 @@ def check_books(
             raise typer.Exit(ExitCode.ERROR)
 
 
+@connected
 def models(
     *,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Show the model of each tier."""
     with reported(as_json=as_json):
-        listed = call(address, token, lambda client: client.models())
+        listed = daemon.call(lambda client: client.models())
         if as_json:
             print_json({"models": listed})
             return
@@ -248,15 +248,15 @@ def models(
             )
 
 
+@connected
 def status(
     *,
     as_json: options.AsJson = False,
-    address: options.Address = options.DEFAULT_ADDRESS,
-    token: options.Token = None,
+    daemon: Connection = HERE,
 ) -> None:
     """Show the daemon at a glance."""
     with reported(as_json=as_json):
-        now = call(address, token, lambda client: client.status())
+        now = daemon.call(lambda client: client.status())
         if as_json:
             print_json(now)
             return

@@ -18,8 +18,6 @@ from sage_fed.cli.exits import ExitCode
 from sage_fed.cli.render import parse_atp
 from sage_fed.core import JobSpec, Message, Prompt, SamplingRequest, Tier
 
-DEFAULT_ADDRESS = "127.0.0.1:6590"
-
 
 class TierChoice(enum.Enum):
     """What `--tier` takes; `auto` lets the daemon choose."""

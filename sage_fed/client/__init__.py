@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
 from sage_fed.client.blocking import Client
+from sage_fed.client.channel import Tls, leaves_machine
 from sage_fed.client.requests import JobFields
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "EntryPage",
     "JobFields",
     "LoadReport",
+    "Tls",
     "TokenCount",
+    "leaves_machine",
 ]

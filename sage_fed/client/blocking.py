@@ -16,7 +16,13 @@ import grpc
 from sage_fed.client import asks
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
 from sage_fed.client.asks import Ask
-from sage_fed.client.channel import DEFAULT_TIMEOUT_S, metadata_of, open_channel, serialize
+from sage_fed.client.channel import (
+    DEFAULT_TIMEOUT_S,
+    Tls,
+    metadata_of,
+    open_channel,
+    serialize,
+)
 from sage_fed.client.failures import error_of
 from sage_fed.client.requests import JobFields, PromptLike, job_of
 from sage_fed.core import (
@@ -39,15 +45,23 @@ MAX_PAGE_SIZE = 1000
 
 
 class Client:
-    """A daemon at `address` (HOST:PORT), called as the bearer of `token`."""
+    """A daemon at `address` (HOST:PORT or unix:/PATH), called as the bearer of `token`.
+
+    With `tls` the connection is encrypted, and the daemon has to prove who it is.
+    """
 
     def __init__(
-        self, address: str, token: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        address: str,
+        token: str | None = None,
+        *,
+        tls: Tls | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self._address = address
         self._metadata = metadata_of(token)
         self._timeout_s = timeout_s
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls)
 
     def __enter__(self) -> Self:
         return self

@@ -61,6 +61,14 @@ def _known(message: str, details: _Details) -> SageFedError | None:
                 reason=details.metadata.get("detail", ""),
                 retry_after_s=details.retry_after_s,
             )
+        case errors.RateLimited.reason:
+            return errors.RateLimited(
+                message,
+                account=details.metadata.get("account", ""),
+                limit=details.metadata.get("limit", ""),
+                allowed=_whole(details.metadata.get("allowed", "")),
+                retry_after_s=details.retry_after_s,
+            )
         case errors.DeadlineInfeasible.reason:
             return errors.DeadlineInfeasible(message, estimate_s=_seconds(details))
         case errors.HoldClosed.reason:
@@ -75,6 +83,11 @@ def _known(message: str, details: _Details) -> SageFedError | None:
                 if reason == plain.reason:
                     return plain(message)
             return None
+
+
+def _whole(text: str) -> int:
+    """The number of our own daemon; 0 for whatever else somebody sent."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else 0
 
 
 def _seconds(details: _Details) -> float:

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 
 class Role(enum.Enum):
-    """What a caller may do: users spend their own budget, admins operate the daemon."""
+    """What a caller may do: users spend their own budget, admins operate the daemon as well.
+
+    A monitor reads the metrics, and nothing else.
+    """
 
     USER = "user"
     ADMIN = "admin"
+    MONITOR = "monitor"
 
 
 @dataclass(frozen=True, slots=True)

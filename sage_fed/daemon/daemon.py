@@ -13,17 +13,18 @@ import contextlib
 import gc
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import sage_fed
-from sage_fed.auth import Authenticator, mint_admin_token
+from sage_fed.auth import Throttle, mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
 from sage_fed.core import Phase, Tier
 from sage_fed.daemon.cards import card_in_force, site_of
+from sage_fed.daemon.doors import Doors, read_door_files
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
@@ -32,11 +33,11 @@ from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu
 from sage_fed.errors import ConfigError, LedgerDown, SageFedError
 from sage_fed.executor import Executor
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
-from sage_fed.metrics import Metrics, MetricsServer, Snapshot
+from sage_fed.metrics import Metrics, MetricsServer, PageDoor, Snapshot
 from sage_fed.pricing import RateCard
 from sage_fed.router import RoutingPolicy, possible_decisions
 from sage_fed.service.server import BoundServer, build_server
-from sage_fed.settings import Address, Settings
+from sage_fed.settings import Address, Settings, UnixSocket
 
 ENDPOINT_FILE = "endpoint.json"
 """In the state directory: where this daemon listens; there while it serves."""
@@ -59,10 +60,6 @@ def serve(settings: Settings, progress: StartProgress) -> int:
         LedgerCorrupt: books that do not balance, or were lost.
         LedgerUnusable: a disk that does not take them.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     return asyncio.run(_run(settings, progress))
 
 
@@ -105,15 +102,22 @@ async def _started(
     laps.done("device")
     tokenizers = await load_tokenizers(settings)
     laps.done("tokenizers")
+    door_files = await asyncio.to_thread(read_door_files, settings)
     _prepare_state_dir(settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         ledger = await _open_ledger(settings, metrics, lifecycle)
         stack.push_async_callback(ledger.close)
-        # After the ledger, whose lock says that no other daemon has this directory.
-        authenticator = Authenticator.from_settings(
-            settings, mint_admin_token(settings.state_dir, settings.auth.anonymous_account)
+        doors = Doors(
+            settings,
+            door_files,
+            # After the ledger, whose lock says that no other daemon has this directory.
+            admin=mint_admin_token(settings.state_dir, settings.auth.anonymous_account),
+            open_accounts=lambda accounts: _open_accounts(ledger, settings, accounts),
+            metrics=metrics,
         )
-        await _open_accounts(ledger, settings, {*settings.accounts, *authenticator.accounts()})
+        await _open_accounts(
+            ledger, settings, {*settings.accounts, *doors.authenticator.accounts()}
+        )
         laps.done("ledger")
         readiness = Readiness(settings, lifecycle, progress)
         executor = Executor(
@@ -142,6 +146,7 @@ async def _started(
             metrics=metrics,
             max_jobs=settings.limits.max_jobs,
             hold_ttl_s=settings.ledger.hold_ttl_s,
+            max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
         )
         calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)
         operations = Operations(
@@ -149,16 +154,19 @@ async def _started(
         )
         bound = await build_server(
             settings.listen,
-            authenticator=authenticator,
+            authenticator=doors.authenticator,
             limits=settings.limits,
             jobs=broker,
             books=ledger,
             operations=operations,
+            throttle=Throttle(lambda name: settings.account_rates(name).requests_per_minute),
+            certificate=doors.certificate,
+            on_denied=metrics.call_denied,
         )
         metrics.watch(
             lambda: Snapshot({tier: executor.load(tier) for tier in Tier}, broker.running())
         )
-        exposition = _expose(metrics, settings.metrics_listen)
+        exposition = _expose(metrics, settings.metrics_listen, doors.page_door())
         stack.callback(exposition.close)
         metrics_address = Address(settings.metrics_listen.host, exposition.port)
         readiness.listening(bound.address, metrics_address)
@@ -168,6 +176,7 @@ async def _started(
         for name, chore in (
             ("ledger upkeep", ledger.run_upkeep(broker.job_ids)),
             ("health", readiness.run(bound.health)),
+            ("doors", doors.run()),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)
             stack.callback(task.cancel)
@@ -182,6 +191,8 @@ async def _started(
         # walked them would hold every stream for a tenth of a second.
         gc.freeze()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
+        _log.info("let in: %s", doors.describe())
+        _warn_of_plaintext(settings)
         yield _Parts(executor, broker, operations, readiness, bound)
 
 
@@ -234,7 +245,7 @@ async def _open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycl
     )
 
 
-async def _open_accounts(ledger: Ledger, settings: Settings, accounts: set[str]) -> None:
+async def _open_accounts(ledger: Ledger, settings: Settings, accounts: Collection[str]) -> None:
     try:
         for account in sorted(accounts):
             await ledger.ensure_account(account, _terms(settings, account))
@@ -256,11 +267,19 @@ def _metrics(settings: Settings) -> Metrics:
     return metrics
 
 
-def _expose(metrics: Metrics, listen: Address) -> MetricsServer:
+def _expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
     try:
-        return metrics.serve(listen.host, listen.port)
+        return metrics.serve(listen.host, listen.port, door)
     except OSError as error:
         raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
+
+
+def _warn_of_plaintext(settings: Settings) -> None:
+    if settings.tls.certificate is None and not settings.listen.is_loopback:
+        _log.warning(
+            "tls.allow_plaintext: tokens and prompts on %s are readable to the network between",
+            settings.listen,
+        )
 
 
 def _terms(settings: Settings, account: str) -> AccountTerms:
@@ -280,7 +299,7 @@ def _prepare_state_dir(path: Path) -> None:
         raise ConfigError(f"state_dir: cannot create {path}: {error.strerror}") from None
 
 
-def _announce(endpoint: Path, listen: Address, metrics: Address) -> None:
+def _announce(endpoint: Path, listen: Address | UnixSocket, metrics: Address) -> None:
     """Write where we listen; renamed into place, so that no reader sees half of it."""
     fresh = endpoint.with_name(f"{endpoint.name}.new")
     try:

@@ -15,7 +15,7 @@ from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.tiers import display_name
 from sage_fed.service.health import Health
-from sage_fed.settings import Address, Settings
+from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class StartProgress(Protocol):
         """A tier has loaded this share (0 to 1)."""
 
     def ready(self, listen: str, metrics: str) -> None:
-        """Every tier serves; the two are the bound HOST:PORT."""
+        """Every tier serves; the two are what it has bound."""
 
 
 class Laps:
@@ -54,9 +54,9 @@ class Readiness:
         self._statuses: dict[Tier, TierStatus] = {}
         self._loaded: set[Tier] = set()
         self._changed = asyncio.Event()
-        self._where: tuple[Address, Address] | None = None
+        self._where: tuple[Address | UnixSocket, Address] | None = None
 
-    def listening(self, listen: Address, metrics: Address) -> None:
+    def listening(self, listen: Address | UnixSocket, metrics: Address) -> None:
         """Note the bound addresses, for the line that says that all is ready."""
         self._where = listen, metrics
 

@@ -9,6 +9,6 @@ Recording cannot fail; a server that cannot bind raises `OSError`.
 
 from sage_fed.metrics.metrics import Metrics
 from sage_fed.metrics.scrape import Snapshot
-from sage_fed.metrics.server import MetricsServer
+from sage_fed.metrics.server import MetricsServer, PageDoor
 
-__all__ = ["Metrics", "MetricsServer", "Snapshot"]
+__all__ = ["Metrics", "MetricsServer", "PageDoor", "Snapshot"]

@@ -30,6 +30,7 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import SageFedError
+from sage_fed.metrics.doors import BROKEN, DONE, DoorSeries
 from sage_fed.metrics.live import LiveRates
 from sage_fed.metrics.scrape import ScrapeCollector, Snapshot
 from sage_fed.metrics.series import (
@@ -49,7 +50,7 @@ from sage_fed.metrics.series import (
     JobSeries,
     MoneySeries,
 )
-from sage_fed.metrics.server import MetricsServer
+from sage_fed.metrics.server import OPEN_PAGE, MetricsServer, PageDoor
 from sage_fed.steps import StepReport
 
 Decisions = Iterable[tuple[Tier | None, Tier | None, str]]
@@ -80,6 +81,7 @@ class Metrics:
         self._jobs = JobSeries(make)
         self._money = MoneySeries(make)
         self._engines = EngineSeries(make)
+        self._doors = DoorSeries(make)
         self._model_labels: dict[Tier, tuple[str, ...]] = {}
         self._live = LiveRates()
         self._scrape = ScrapeCollector(self._live)
@@ -98,9 +100,9 @@ class Metrics:
         """
         self._scrape.snapshot = snapshot
 
-    def serve(self, host: str, port: int) -> MetricsServer:
+    def serve(self, host: str, port: int, door: PageDoor = OPEN_PAGE) -> MetricsServer:
         """Starts the HTTP endpoint; raises `OSError` where it cannot bind."""
-        return MetricsServer(self.registry, host, port)
+        return MetricsServer(self.registry, host, port, door=door)
 
     def exposition(self) -> bytes:
         """What a scrape returns now, in the text format."""
@@ -125,6 +127,20 @@ class Metrics:
     def device_fallback(self, *, fallen_back: bool) -> None:
         """Says whether another device serves than the one that was wanted."""
         self._engines.fallback.set(fallen_back)
+
+    # Doors
+
+    def call_denied(self, reason: str) -> None:
+        """Counts a call that was not let in."""
+        self._doors.denied.labels(reason).inc()
+
+    def reloaded(self, file: str, *, failed: bool = False) -> None:
+        """Counts that a changed file ("tokens" or "certificate") was read again."""
+        self._doors.reloads.labels(file, BROKEN if failed else DONE).inc()
+
+    def certificate_expires(self, at_s: float) -> None:
+        """Shows until when the certificate in use is good, in seconds since 1970."""
+        self._doors.certificate_expiry.set(at_s)
 
     # Jobs
 

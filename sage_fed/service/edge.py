@@ -1,10 +1,11 @@
-"""The one way into our services: auth, then parsing, then the method, then one ending.
+"""The one way in: the rule of the method, then parsing, then the method, then one ending.
 
-Owns what every RPC has in common, so that no method can forget it: the caller is known and
-allowed before a byte of the request is parsed, an error becomes a status by the one table,
+Owns what every RPC has in common, so that no method can forget it: the caller is known, allowed
+and counted before a byte of the request is parsed, an error becomes a status by the one table,
 and only the client's own cancellation leaves a handler as CancelledError (any other would
 leave the client waiting for a status for ever).
-Does not know what the methods do. Fails by aborting the RPC, never by raising.
+Does not know what the methods do, nor who may call them (`rules`).
+Fails by aborting the RPC, never by raising.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
-from sage_fed.auth import Authenticator, require_role
+from sage_fed.auth import Authenticator, Throttle, require_role
 from sage_fed.core import Caller, Role
-from sage_fed.errors import InvalidField
+from sage_fed.errors import InvalidField, RateLimited, SageFedError
+from sage_fed.service.rules import OPEN, RULES
 from sage_fed.service.status import status_of
 
 
@@ -42,36 +44,65 @@ Context = grpc.aio.ServicerContext[Any, Any]
 UnaryMethod = Callable[[Any, Call], Awaitable[Message]]
 StreamMethod = Callable[[Any, Call], AsyncGenerator[Message, None]]
 Method = UnaryMethod | StreamMethod
+Check = Callable[[Context], Call | None]
+"""Lets a call in, or raises; None is a caller that nobody asked for."""
 
 
 class Edge:
-    """Builds a service's handlers from its methods."""
+    """Builds a service's handlers from its methods.
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    Args:
+        authenticator: who calls.
+        throttle: how often they may; None is as often as they like.
+        certificates: whether every client has shown a certificate.
+        on_denied: told why a call was not let in: a reason in lower case.
+    """
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        *,
+        throttle: Throttle | None = None,
+        certificates: bool = False,
+        on_denied: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._authenticator = authenticator
+        self._throttle = throttle
+        self._certificates = certificates
+        self._on_denied = on_denied
+
+    def check(self, path: str) -> Check:
+        """Return what lets a call of this method in, by the rule that names it."""
+        assert path in RULES, f"no rule names {path}"
+        role = RULES[path]
+        if role is OPEN:
+            return lambda _: None
+        return lambda context: self._identify(context, role)
 
     def handler(
-        self, service: ServiceDescriptor, methods: Mapping[str, Method], *, role: Role = Role.USER
+        self, service: ServiceDescriptor, methods: Mapping[str, Method]
     ) -> grpc.GenericRpcHandler[Any, Any]:
         """Return the handler of a whole service; `methods` has one entry for each of its RPCs."""
         assert methods.keys() == {method.name for method in service.methods}, service.full_name
         return grpc.method_handlers_generic_handler(
             service.full_name,
             {
-                method.name: self._method_handler(method, methods[method.name], role)
+                method.name: self._method_handler(method, methods[method.name])
                 for method in service.methods
             },
         )
 
     def _method_handler(
-        self, descriptor: MethodDescriptor, method: Method, role: Role
+        self, descriptor: MethodDescriptor, method: Method
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Requests arrive as bytes: they are parsed here, after auth, not by gRPC before it."""
         assert not descriptor.client_streaming
         request_class = GetMessageClass(descriptor.input_type)
+        check = self.check(f"/{descriptor.containing_service.full_name}/{descriptor.name}")
 
         def enter(raw: bytes, context: Context) -> tuple[Message, Call]:
-            call = self._identify(context, role)
+            call = check(context)
+            assert call is not None, "a method of ours has a caller"
             return parse(request_class, raw), call
 
         handle = _streaming if descriptor.server_streaming else _unary
@@ -87,8 +118,16 @@ class Edge:
         headers = [
             value for key, value in context.invocation_metadata() or () if key == "authorization"
         ]
-        caller = self._authenticator.caller(headers)
-        require_role(caller, role)
+        identities = tuple(context.peer_identities() or ()) if self._certificates else None
+        try:
+            caller = self._authenticator.caller(headers, identities)
+            require_role(caller, role)
+            # Operators get in while their robots are too loud.
+            if self._throttle is not None and role is Role.USER:
+                self._throttle.count(caller.account)
+        except SageFedError as error:
+            self._on_denied(error.limit if isinstance(error, RateLimited) else error.reason.lower())
+            raise
         return Call(caller, arrived, context.time_remaining())
 
 

@@ -17,8 +17,8 @@ from grpc_health.v1 import health, health_pb2
 
 from sage_fed.core import Tier, TierState
 from sage_fed.service.catalogue import INFERENCE, SERVICES
-from sage_fed.service.edge import Context
-from sage_fed.service.open import answering, writing
+from sage_fed.service.edge import Context, Edge
+from sage_fed.service.standard import answering, writing
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -29,14 +29,17 @@ class Health:
     def __init__(self) -> None:
         self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined] # stubs lack it
 
-    async def register(self, server: grpc.aio.Server) -> None:
+    async def register(self, server: grpc.aio.Server, edge: Edge) -> None:
         """Add the service to a server that has not started."""
         await self._publish(dict.fromkeys(names(), False))
         check, listing = health_pb2.HealthCheckRequest, health_pb2.HealthListRequest
+        let_in = {
+            name: edge.check(f"/{SERVICE_NAME}/{name}") for name in ("Check", "List", "Watch")
+        }
         handlers = {
-            "Check": answering(check, self._servicer.Check),
-            "List": answering(listing, self._list),
-            "Watch": writing(check, self._servicer.Watch),
+            "Check": answering(let_in["Check"], check, self._servicer.Check),
+            "List": answering(let_in["List"], listing, self._list),
+            "Watch": writing(let_in["Watch"], check, self._servicer.Watch),
         }
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)

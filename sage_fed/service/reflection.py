@@ -14,27 +14,28 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from sage_fed.service.open import conversing
+from sage_fed.service.edge import Edge
+from sage_fed.service.standard import conversing
 
 V1ALPHA = "grpc.reflection.v1alpha"
 V1 = "grpc.reflection.v1"
 SERVICE = "ServerReflection"
+METHOD = "ServerReflectionInfo"
 
 
-def register_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
+def register_reflection(server: grpc.aio.Server, edge: Edge, services: Iterable[str]) -> None:
     """Serve the schema of `services` (full names) and of reflection itself."""
     pool = descriptor_pool.Default()
     if not _known(pool, f"{V1}.{SERVICE}"):
         pool.AddSerializedFile(v1_file().SerializeToString())
     names = (*services, f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}")
     servicer = reflection.aio.ReflectionServicer(names, pool)  # type: ignore[attr-defined] # stubs lack it
-    handler = conversing(reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo)
-    server.add_generic_rpc_handlers(
-        grpc.method_handlers_generic_handler(
-            f"{package}.{SERVICE}", {"ServerReflectionInfo": handler}
+    request_class, answer = reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
+    for service in (f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}"):
+        handler = conversing(edge.check(f"/{service}/{METHOD}"), request_class, answer)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {METHOD: handler}),)
         )
-        for package in (V1, V1ALPHA)
-    )
 
 
 def v1_file() -> FileDescriptorProto:

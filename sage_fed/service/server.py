@@ -6,13 +6,18 @@ Fails with `ConfigError` where the address cannot be bound.
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2  # noqa: F401 - its schema has to be known to reflection
 
-from sage_fed.auth import Authenticator
-from sage_fed.core import Role
+from sage_fed.auth import Authenticator, Throttle
 from sage_fed.errors import ConfigError
 from sage_fed.service import catalogue, health
 from sage_fed.service.admin import AdminService
@@ -23,7 +28,8 @@ from sage_fed.service.inference import InferenceService
 from sage_fed.service.model import ModelService
 from sage_fed.service.ports import Books, Jobs, Operations
 from sage_fed.service.reflection import register_reflection
-from sage_fed.settings import Address, LimitSettings
+from sage_fed.service.tls import LiveCertificate
+from sage_fed.settings import Address, LimitSettings, UnixSocket
 
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of one request together; ours fit into a fraction of it."""
@@ -43,42 +49,50 @@ class BoundServer:
     """A server that holds its port and awaits `server.start()`."""
 
     server: grpc.aio.Server
-    address: Address
+    address: Address | UnixSocket
     health: Health
 
 
 async def build_server(
-    listen: Address,
+    listen: Address | UnixSocket,
     *,
     authenticator: Authenticator,
     limits: LimitSettings,
     jobs: Jobs,
     books: Books,
     operations: Operations,
+    throttle: Throttle | None = None,
+    certificate: LiveCertificate | None = None,
+    on_denied: Callable[[str], None] = lambda _: None,
 ) -> BoundServer:
     """Build the server and bind it; port 0 takes a free one, named in the answer.
+
+    Without a certificate, and on a Unix socket, it speaks plain text.
 
     Raises:
         ConfigError: the address is taken, not this machine's, or not allowed.
     """
     server = grpc.aio.server(options=server_options(limits))
-    edge = Edge(authenticator)
+    edge = Edge(
+        authenticator,
+        throttle=throttle,
+        certificates=certificate is not None and certificate.needs_clients,
+        on_denied=on_denied,
+    )
     server.add_generic_rpc_handlers(
         (
             edge.handler(catalogue.INFERENCE_SERVICE, InferenceService(jobs, limits).methods),
             edge.handler(catalogue.BUDGET_SERVICE, BudgetService(books, operations).methods),
             edge.handler(catalogue.MODEL_SERVICE, ModelService(operations).methods),
-            edge.handler(
-                catalogue.ADMIN_SERVICE,
-                AdminService(jobs, books, operations).methods,
-                role=Role.ADMIN,
-            ),
+            edge.handler(catalogue.ADMIN_SERVICE, AdminService(jobs, books, operations).methods),
         )
     )
     watch = Health()
-    await watch.register(server)
-    register_reflection(server, (*catalogue.SERVICES, health.SERVICE_NAME))
-    return BoundServer(server, _bind(server, listen), watch)
+    await watch.register(server, edge)
+    register_reflection(server, edge, (*catalogue.SERVICES, health.SERVICE_NAME))
+    if isinstance(listen, UnixSocket):
+        return BoundServer(server, _bind_socket(server, listen), watch)
+    return BoundServer(server, _bind(server, listen, certificate), watch)
 
 
 def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
@@ -98,9 +112,12 @@ def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _bind(server: grpc.aio.Server, listen: Address) -> Address:
+def _bind(server: grpc.aio.Server, listen: Address, certificate: LiveCertificate | None) -> Address:
     try:
-        port = server.add_insecure_port(str(listen))
+        if certificate is None:
+            port = server.add_insecure_port(str(listen))
+        else:
+            port = server.add_secure_port(str(listen), certificate.credentials())
     except RuntimeError:
         port = 0
     if port == 0:
@@ -109,3 +126,40 @@ def _bind(server: grpc.aio.Server, listen: Address) -> Address:
             "or it is not an address of this machine"
         )
     return Address(listen.host, port)
+
+
+def _bind_socket(server: grpc.aio.Server, listen: UnixSocket) -> UnixSocket:
+    """Bind a socket that its owner and its group may connect to (mode 0660)."""
+    _require_unused(listen)
+    # The file is born with its mode; a chmod after it would leave a moment for everybody.
+    mask = os.umask(0o117)
+    try:
+        bound = server.add_insecure_port(str(listen))
+    except RuntimeError:
+        bound = 0
+    finally:
+        os.umask(mask)
+    if not bound:
+        raise ConfigError(
+            f"listen: cannot bind {listen}; its directory has to exist, and to be writable"
+        )
+    return listen
+
+
+def _require_unused(listen: UnixSocket) -> None:
+    """Refuse to take a socket from a daemon that serves it; gRPC would replace it silently.
+
+    Raises:
+        ConfigError: somebody listens there, or it is another kind of file.
+    """
+    try:
+        mode = Path(listen.path).stat().st_mode
+    except OSError:
+        return  # what is wrong with it, if anything, shows when it is bound
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"listen: {listen.path} is a file, and no socket; remove it")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        # EAGAIN is a listener with a full queue.
+        if probe.connect_ex(listen.path) in (0, errno.EAGAIN):
+            raise ConfigError(f"listen: cannot bind {listen}; another daemon has it")

@@ -46,6 +46,7 @@ TABLE: Mapping[type[SageFedError], grpc.StatusCode] = MappingProxyType(
         errors.NotFound: grpc.StatusCode.NOT_FOUND,
         errors.CannotAfford: grpc.StatusCode.RESOURCE_EXHAUSTED,
         errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        errors.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
         errors.DeviceOutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
         errors.TierUnavailable: grpc.StatusCode.UNAVAILABLE,
         errors.LedgerDown: grpc.StatusCode.UNAVAILABLE,
@@ -96,6 +97,12 @@ def _details(error: SageFedError) -> list[Message]:
             )
             details.append(QuotaFailure(violations=[quota]))
             metadata = {"account": error.account, "detail": error.detail}
+        case errors.RateLimited():
+            metadata = {
+                "account": error.account,
+                "limit": error.limit,
+                "allowed": str(error.allowed),
+            }
         case errors.HoldClosed():
             metadata = {"how": error.how}
         case errors.DeadlineInfeasible():

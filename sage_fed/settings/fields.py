@@ -14,7 +14,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from sage_fed.settings.values import Address, parse_size, resolve_model, uatp_from_atp
+from sage_fed.settings.addresses import Address, UnixSocket, parse_listen
+from sage_fed.settings.values import parse_account, parse_size, resolve_model, uatp_from_atp
 
 
 class Section(BaseModel):
@@ -45,6 +46,12 @@ def _address(value: object) -> object:
     return Address.parse(value if isinstance(value, str) else "")
 
 
+def _listen(value: object) -> object:
+    if isinstance(value, (Address, UnixSocket)):
+        return value
+    return parse_listen(value if isinstance(value, str) else "")
+
+
 def _amount(value: Decimal) -> Decimal:
     uatp_from_atp(value)
     return value
@@ -67,16 +74,8 @@ def _device(value: str) -> str:
     return "cuda:0" if value == "cuda" else value
 
 
-def _account(value: str) -> str:
-    if re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", value) is None:
-        raise ValueError(
-            "expected 1 to 64 lower-case letters, digits, - or _, the first a letter or digit"
-        )
-    return value
-
-
 def _account_or_nobody(value: str) -> str:
-    return _account(value) if value else value
+    return parse_account(value) if value else value
 
 
 def _path(value: object) -> object:
@@ -114,6 +113,9 @@ Amount = Annotated[Decimal, BeforeValidator(_number), AfterValidator(_amount)]
 Endpoint = Annotated[Address, BeforeValidator(_address)]
 """`HOST:PORT`, or `[IPV6]:PORT`."""
 
+ListenPoint = Annotated[Address | UnixSocket, BeforeValidator(_listen)]
+"""The same, or `unix:/PATH`."""
+
 UserPath = Annotated[Path, BeforeValidator(_path), AfterValidator(Path.expanduser)]
 """A path in which a leading `~` is the home directory."""
 
@@ -124,6 +126,6 @@ ModelName = Annotated[str, AfterValidator(_model)]
 Revision = Annotated[str, AfterValidator(_revision)]
 Device = Annotated[str, AfterValidator(_device)]
 CachePlace = Annotated[str, AfterValidator(_cache_place)]
-AccountName = Annotated[str, AfterValidator(_account)]
+AccountName = Annotated[str, AfterValidator(parse_account)]
 AccountOrNobody = Annotated[str, AfterValidator(_account_or_nobody)]
 Lowered = BeforeValidator(_lower)

@@ -12,12 +12,15 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from sage_fed.core import Tier
+from sage_fed.settings.addresses import Address, UnixSocket
+from sage_fed.settings.doors import AccountSettings, AuthSettings, RateSettings, TlsSettings
 from sage_fed.settings.fields import (
     AccountName,
     CachePlace,
     Device,
     EmptyIsNone,
     Endpoint,
+    ListenPoint,
     Lowered,
     Real,
     Size,
@@ -26,8 +29,6 @@ from sage_fed.settings.fields import (
     conflict,
 )
 from sage_fed.settings.sections import (
-    AccountSettings,
-    AuthSettings,
     BudgetSettings,
     LedgerSettings,
     LimitSettings,
@@ -36,7 +37,6 @@ from sage_fed.settings.sections import (
     SchedulingSettings,
     TierSettings,
 )
-from sage_fed.settings.values import Address
 
 AUTO_CARD = "auto"
 """The value of `rate_card` that chooses by what is loaded."""
@@ -55,8 +55,9 @@ class Settings(BaseSettings):
     )
 
     profile: str = Field(description="Packaged set of values under all others.")
-    listen: Endpoint = Field(
-        default=Address("127.0.0.1", 6590), description="HOST:PORT of the gRPC API."
+    listen: ListenPoint = Field(
+        default=Address("127.0.0.1", 6590),
+        description="HOST:PORT of the gRPC API, or unix:/PATH.",
     )
     metrics_listen: Endpoint = Field(
         default=Address("127.0.0.1", 9659), description="HOST:PORT of the Prometheus endpoint."
@@ -105,9 +106,13 @@ class Settings(BaseSettings):
     limits: LimitSettings = Field(default=LimitSettings(), description="Bounds of requests.")
     budget: BudgetSettings = Field(description="Budget of an account that has none of its own.")
     accounts: dict[AccountName, AccountSettings] = Field(
-        default={}, description="Accounts with a role or a budget of their own."
+        default={}, description="Accounts with a role, a budget or limits of their own."
     )
     auth: AuthSettings = Field(default=AuthSettings(), description="Who may call.")
+    tls: TlsSettings = Field(default=TlsSettings(), description="Encryption.")
+    rate_limits: RateSettings = Field(
+        default=RateSettings(), description="How often an account may call that has no own limits."
+    )
     ledger: LedgerSettings = Field(default=LedgerSettings(), description="The books.")
     metrics: MetricsSettings = Field(default=MetricsSettings(), description="What is exported.")
     drain_grace_s: Real = Field(
@@ -115,6 +120,10 @@ class Settings(BaseSettings):
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lowered] = Field(
         default="info", description="Least severe level that is logged."
+    )
+    log_format: Annotated[Literal["auto", "json", "pretty"], Lowered] = Field(
+        default="auto",
+        description="One JSON object a line, or lines for people; auto is pretty on a terminal.",
     )
 
     @property
@@ -143,15 +152,61 @@ class Settings(BaseSettings):
         named = self.accounts.get(account)
         return named.budget if named is not None and named.budget is not None else self.budget
 
+    def account_rates(self, account: str) -> RateSettings:
+        """How often `account` may call: its own limits, or the common ones."""
+        named = self.accounts.get(account)
+        own = named.rate_limits if named is not None else None
+        return own if own is not None else self.rate_limits
+
+    @property
+    def tokens_file(self) -> Path:
+        """Where the tokens are, set or not."""
+        return self.auth.tokens_file or self.state_dir / "tokens.toml"
+
     @model_validator(mode="after")
     def _guarded(self) -> Self:
-        if not self.listen.is_loopback and self.auth.tokens_file is None:
+        if not self.listen.is_loopback:
+            if self.auth.tokens_file is None and self.tls.client_ca is None:
+                raise conflict(
+                    f"listening on {self.listen}, beyond this machine, needs to know who may call: "
+                    "set auth.tokens_file (`sage-fed token create` writes it) or tls.client_ca, or "
+                    "listen on a loopback address or a Unix socket",
+                    "listen",
+                    "auth.tokens_file",
+                )
+            self._encrypted("listen", self.listen)
+        if not self.metrics_listen.is_loopback and not self.metrics.public:
+            if self.auth.tokens_file is None:
+                raise conflict(
+                    f"metrics on {self.metrics_listen}, beyond this machine, need a token to scrape"
+                    " them: set auth.tokens_file, or metrics.public where anyone may read them",
+                    "metrics_listen",
+                    "auth.tokens_file",
+                )
+            self._encrypted("metrics_listen", self.metrics_listen)
+        if isinstance(self.listen, UnixSocket) and self.tls.client_ca is not None:
             raise conflict(
-                f"listening on {self.listen}, beyond this machine, needs auth.tokens_file",
+                "nobody shows a certificate on a Unix socket: its file's mode says who may "
+                "connect; remove tls.client_ca, or listen on HOST:PORT",
                 "listen",
-                "auth.tokens_file",
+                "tls.client_ca",
             )
-        if self.listen == self.metrics_listen and self.listen.port != 0:
+        return self
+
+    def _encrypted(self, key: str, listen: Address | UnixSocket) -> None:
+        """Refuse to take tokens over a wire that others may read."""
+        if self.tls.certificate is None and not self.tls.allow_plaintext:
+            raise conflict(
+                f"{key} is {listen}, beyond this machine, where tokens could be read on the way: "
+                "set tls.certificate and tls.key, or tls.allow_plaintext on a network that "
+                "encrypts by itself",
+                key,
+                "tls.certificate",
+            )
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if self.listen == self.metrics_listen and self.metrics_listen.port != 0:
             raise conflict(
                 f"listen and metrics_listen are both {self.listen}; give them different ports",
                 "listen",

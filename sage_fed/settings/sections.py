@@ -9,9 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from sage_fed.core import Role
 from sage_fed.settings.fields import (
-    AccountOrNobody,
     Amount,
     EmptyIsNone,
     ModelName,
@@ -19,7 +17,6 @@ from sage_fed.settings.fields import (
     Revision,
     Section,
     Size,
-    UserPath,
     Whole,
     conflict,
 )
@@ -193,29 +190,6 @@ class BudgetSettings(Section):
         return self
 
 
-class AccountSettings(Section):
-    """One named account."""
-
-    role: Role = Field(
-        default=Role.USER, description="user, or admin for the operator's commands too."
-    )
-    budget: BudgetSettings | None = Field(
-        default=None, description="Its own budget, all four keys; without it, [budget] holds."
-    )
-
-
-class AuthSettings(Section):
-    """Who may call."""
-
-    tokens_file: Annotated[UserPath | None, EmptyIsNone] = Field(
-        default=None, description="TOML file with the SHA-256 of each bearer token, its account."
-    )
-    anonymous_account: AccountOrNobody = Field(
-        default="local",
-        description="Account of callers without a token on a loopback address; empty refuses them.",
-    )
-
-
 class LedgerSettings(Section):
     """How long the ledger waits and remembers."""
 
@@ -238,4 +212,9 @@ class MetricsSettings(Section):
 
     per_account_balance: bool = Field(
         default=False, description="One balance series per account; off keeps names out of metrics."
+    )
+    public: bool = Field(
+        default=False,
+        description="Beyond this machine anyone may scrape; otherwise it takes a token whose role "
+        "is monitor or admin. On a loopback address it is open.",
     )

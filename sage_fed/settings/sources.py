@@ -30,8 +30,30 @@ from sage_fed.settings.table import leaves
 
 DEFAULT_PROFILE = "qwen2.5"
 ENV_PREFIX = "SAGE_FED_"
-NOT_SETTINGS = frozenset({"SAGE_FED_CONFIG", "SAGE_FED_ADDRESS", "SAGE_FED_TOKEN"})
+NOT_SETTINGS = frozenset(
+    {
+        "SAGE_FED_CONFIG",
+        "SAGE_FED_ADDRESS",
+        "SAGE_FED_TOKEN",
+        "SAGE_FED_TOKEN_FILE",
+        "SAGE_FED_TLS_CA",
+        "SAGE_FED_TLS_CERT",
+        "SAGE_FED_TLS_KEY",
+        "SAGE_FED_TLS_NAME",
+    }
+)
 """Variables that are not keys: where the file is, and what a client uses."""
+
+CREDENTIALS = "CREDENTIALS_DIRECTORY"
+"""Where systemd puts the files of LoadCredential; the paths below may start with it."""
+
+_CREDENTIALS = {
+    "tokens.toml": "auth.tokens_file",
+    "tls.crt": "tls.certificate",
+    "tls.key": "tls.key",
+    "client-ca.crt": "tls.client_ca",
+}
+"""Names of the credentials that the unit asks for, and the keys that take their paths."""
 
 _PROFILES = Path(__file__).parent.parent / "profiles"
 
@@ -87,8 +109,10 @@ def load_settings(
     base = _Layer({"profile": DEFAULT_PROFILE}, {"profile": "default"})
     merged: Values = {}
     origins: dict[str, str] = {}
-    for layer in (base, _state_dir_layer(environ), _profile_layer(profile, origin), *given):
+    manager = (_state_dir_layer(environ), _credentials_layer(environ))
+    for layer in (base, *manager, _profile_layer(profile, origin), *given):
         _merge(merged, origins, layer)
+    _expand_credentials(merged, origins, environ)
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
@@ -100,6 +124,27 @@ def load_settings(
 def profile_names() -> tuple[str, ...]:
     """The packaged profiles."""
     return tuple(sorted(path.stem for path in _PROFILES.glob("*.toml")))
+
+
+def _expand_credentials(
+    merged: Values, origins: Mapping[str, str], environ: Mapping[str, str]
+) -> None:
+    """Replace a leading `$CREDENTIALS_DIRECTORY` in the paths of secrets; nowhere else."""
+    for key in _CREDENTIALS.values():
+        section, name = key.split(".")
+        table: Any = merged.get(section)
+        path = table.get(name) if isinstance(table, dict) else None
+        if not isinstance(path, str):
+            continue
+        for written in (f"${CREDENTIALS}/", f"${{{CREDENTIALS}}}/"):
+            if not path.startswith(written):
+                continue
+            if not environ.get(CREDENTIALS):
+                raise config_error(
+                    f"{key} ({origin_of(key, origins)}): ${CREDENTIALS} is not set; systemd sets "
+                    "it for a unit with LoadCredential=, elsewhere give the whole path"
+                )
+            table[name] = f"{environ[CREDENTIALS]}/{path.removeprefix(written)}"
 
 
 def _flag_layer(flags: Mapping[str, Any]) -> _Layer:
@@ -156,6 +201,16 @@ def _state_dir_layer(environ: Mapping[str, str]) -> _Layer:
         home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
         path, origin = home / ".local" / "state" / "sage-fed", "default"
     return _Layer({"state_dir": path}, {"state_dir": origin})
+
+
+def _credentials_layer(environ: Mapping[str, str]) -> _Layer:
+    """The secrets that systemd hands to this unit alone, those of them that it was given."""
+    values: Values = {}
+    if directory := environ.get(CREDENTIALS):
+        for name, key in _CREDENTIALS.items():
+            if (path := Path(directory) / name).is_file():
+                _put(values, key.split("."), path)
+    return _layer(values, f"environment {CREDENTIALS}")
 
 
 def _read_toml(path: Path, what: str) -> Values:

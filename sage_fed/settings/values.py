@@ -1,4 +1,4 @@
-"""The small values of the settings: addresses, sizes, amounts and model names.
+"""The small values of the settings: sizes, amounts and model names.
 
 Owns their text forms. Knows no key, no file and no pydantic; the parsers raise `ValueError`
 with a text that says what would be right, so that whoever knows the key can add it.
@@ -6,12 +6,9 @@ with a text that says what would be right, so that whoever knows the key can add
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation, localcontext
 from pathlib import Path
-from typing import Self
 
 from sage_fed.core import UATP_PER_ATP
 
@@ -32,55 +29,18 @@ _UNITS = {
     "tb": 10**12,
 }
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
-_ADDRESS = re.compile(
-    r"(?:\[(?P<ipv6>[^\]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>\d{1,5})", re.ASCII
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 _BUNDLED_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A TCP endpoint; port 0 asks the kernel for a free one (tests)."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `HOST:PORT` or `[IPV6]:PORT`; `ValueError` says what is wrong."""
-        match = _ADDRESS.fullmatch(text.strip())
-        if match is None:
-            raise ValueError(
-                "expected HOST:PORT, for example 127.0.0.1:6590, [::1]:6590 "
-                "or 0.0.0.0:6590 for every interface"
-            )
-        port = int(match["port"])
-        if port > 65535:
-            raise ValueError("expected a port from 0 to 65535")
-        try:
-            if match["ipv6"] is not None:
-                return cls(str(ipaddress.IPv6Address(match["ipv6"])), port)
-            if re.fullmatch(r"[\d.]+", match["host"]):
-                return cls(str(ipaddress.IPv4Address(match["host"])), port)
-        except ipaddress.AddressValueError:
-            kind = "IPv4 address of four numbers" if match["host"] else "IPv6 address in brackets"
-            raise ValueError(f"expected an {kind}") from None
-        return cls(match["host"], port)
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it; an unknown host name counts as reachable."""
-        if self.host.lower() == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+def parse_account(text: str) -> str:
+    """Check the name of an account; `ValueError` says what would be right."""
+    if _ACCOUNT.fullmatch(text) is None:
+        raise ValueError(
+            "expected 1 to 64 lower-case letters, digits, - or _, the first a letter or digit"
+        )
+    return text
 
 
 def parse_size(text: str) -> int:

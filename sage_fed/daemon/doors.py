@@ -1,0 +1,191 @@
+"""Who is let in while the daemon runs: the tokens file and the certificate, kept up to date.
+
+Owns the looking at the files: a change holds within `WATCH_S` and the moment that reading takes,
+without a restart. A file that cannot be used changes nothing: what was in force stays, the log
+says what is wrong, and a metric counts it.
+Fails with `ConfigError` at the start only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+from sage_fed.auth import Authenticator, Register, Token, read_register, require_role
+from sage_fed.core import Role
+from sage_fed.errors import ConfigError, Forbidden, Unauthenticated
+from sage_fed.metrics import Metrics, PageDoor
+from sage_fed.service.tls import LiveCertificate
+from sage_fed.settings import Settings
+
+WATCH_S = 1.0
+"""How often the files are looked at: a revoked token works for about so long."""
+
+OpenAccounts = Callable[[frozenset[str]], Awaitable[None]]
+Signature = tuple[tuple[int, ...] | None, ...]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DoorFiles:
+    """What the files held, and how they looked just before they were read."""
+
+    register: Register
+    certificate: LiveCertificate | None
+    tokens: Signature
+    pems: Signature
+
+
+class Doors:
+    """The authenticator and the certificate of a running daemon.
+
+    Args:
+        settings: where the files are.
+        files: what they held at the start.
+        admin: the token of this machine's operator.
+        open_accounts: gives new accounts their budgets, before their tokens are let in.
+        metrics: told of every change.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        files: DoorFiles,
+        *,
+        admin: Token,
+        open_accounts: OpenAccounts,
+        metrics: Metrics,
+    ) -> None:
+        self.authenticator = Authenticator.from_settings(settings, admin, files.register)
+        self.certificate = files.certificate
+        self._settings = settings
+        self._open_accounts = open_accounts
+        self._metrics = metrics
+        self._seen_tokens, self._seen_pems = files.tokens, files.pems
+        self._show_expiry()
+
+    def page_door(self) -> PageDoor:
+        """Return who may read the metrics: on this machine anyone, beyond it a monitor."""
+        tls = self.certificate.page if self.certificate is not None else None
+        if self._settings.metrics_listen.is_loopback:
+            return PageDoor()
+        if self._settings.metrics.public:
+            return PageDoor(tls=tls)
+        return PageDoor(self._admit_scrape, tls)
+
+    def describe(self) -> str:
+        """Return in words who is let in."""
+        who = [f"{self.authenticator.num_tokens} tokens"]
+        if self.certificate is not None:
+            who.append("clients with a certificate" * self.certificate.needs_clients)
+        if (anonymous := self.authenticator.anonymous) is not None:
+            who.append(f"this machine without a token, as {anonymous.account}")
+        wire = "TLS" if self.certificate is not None else "plain text"
+        return f"{', '.join(filter(None, who))}; {wire}"
+
+    async def run(self) -> None:
+        """Follow the files until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Take over what has changed since the last time."""
+        tokens = await asyncio.to_thread(_signature_of_tokens, self._settings)
+        if tokens != self._seen_tokens:
+            self._seen_tokens = tokens
+            await self._reload("tokens", self._reload_tokens)
+        pems = await asyncio.to_thread(_signature_of_pems, self._settings)
+        if pems != self._seen_pems:
+            self._seen_pems = pems
+            await self._reload("certificate", self._reload_certificate)
+
+    async def _reload(self, file: str, reload: Callable[[], Awaitable[str]]) -> None:
+        try:
+            what = await reload()
+        except ConfigError as error:
+            self._metrics.reloaded(file, failed=True)
+            _log.error("what was in force stays: %s", error.message)
+            return
+        self._metrics.reloaded(file)
+        _log.info("%s", what)
+
+    async def _reload_tokens(self) -> str:
+        register = await asyncio.to_thread(read_tokens, self._settings)
+        known = self.authenticator.accounts()
+        accounts = Authenticator([], None, register).accounts()
+        if accounts - known:
+            await self._open_accounts(accounts - known)
+        self.authenticator.use(register)
+        return f"the tokens file has changed: {self.describe()}"
+
+    async def _reload_certificate(self) -> str:
+        assert self.certificate is not None
+        await asyncio.to_thread(self.certificate.reload)
+        self._show_expiry()
+        return "the certificate has changed: new connections get it"
+
+    def _show_expiry(self) -> None:
+        if self.certificate is not None:
+            self._metrics.certificate_expires(self.certificate.expires_s)
+
+    def _admit_scrape(self, authorization: Sequence[str]) -> HTTPStatus:
+        if not authorization:
+            return HTTPStatus.UNAUTHORIZED
+        try:
+            require_role(self.authenticator.caller(authorization), Role.MONITOR)
+        except Unauthenticated:
+            return HTTPStatus.UNAUTHORIZED
+        except Forbidden:
+            return HTTPStatus.FORBIDDEN
+        return HTTPStatus.OK
+
+
+def read_tokens(settings: Settings) -> Register:
+    """Read the tokens file; where the settings name none, there may be none.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    optional = settings.auth.tokens_file is None
+    return read_register(settings.tokens_file, settings.accounts, optional=optional)
+
+
+def read_door_files(settings: Settings) -> DoorFiles:
+    """Read what the settings name. It blocks.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    tokens, pems = _signature_of_tokens(settings), _signature_of_pems(settings)
+    certificate = LiveCertificate(settings.tls) if settings.tls.certificate else None
+    return DoorFiles(read_tokens(settings), certificate, tokens, pems)
+
+
+def _signature_of_tokens(settings: Settings) -> Signature:
+    return _signature(settings.tokens_file)
+
+
+def _signature_of_pems(settings: Settings) -> Signature:
+    tls = settings.tls
+    return _signature(tls.certificate, tls.key, tls.client_ca)
+
+
+def _signature(*paths: Path | None) -> Signature:
+    """Return what tells changed files from those before; None for one that is not there."""
+    found: list[tuple[int, ...] | None] = []
+    for path in paths:
+        try:
+            stat = path.stat() if path is not None else None
+        except OSError:
+            stat = None
+        if stat is None:
+            found.append(None)
+        else:
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(found)

@@ -1,0 +1,79 @@
+"""Calls a minute, for each account by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_status import rpc_status
+from service_harness import WAIT_S, in_thread, serving
+
+from sage_fed.auth import Throttle
+from sage_fed.client import Client
+from sage_fed.errors import RateLimited
+
+BUDGET = "/sage_fed.v1.BudgetService/GetBudget"
+
+
+def test_so_many_calls_and_no_more() -> None:
+    """The next one is refused, with the account, the limit and when to come again."""
+    throttle = Throttle({"robot": 3, "free": 0, "arm": 3}.__getitem__)
+    for _ in range(3):
+        throttle.count("robot")
+    with pytest.raises(RateLimited) as raised:
+        throttle.count("robot")
+    error = raised.value
+    assert ("robot", "requests_per_minute", 3) == (error.account, error.limit, error.allowed)
+    assert error.retry_after_s is not None
+    assert 0 < error.retry_after_s <= 60
+    throttle.count("arm")
+    for _ in range(1000):
+        throttle.count("free")
+
+
+async def test_a_call_too_many_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    """RESOURCE_EXHAUSTED with ErrorInfo and RetryInfo; nothing of it reaches a service."""
+    async with serving(tmp_path, throttle=Throttle(lambda _: 2)) as harness:
+
+        async def ask() -> grpc.aio.AioRpcError:
+            call = harness.channel.unary_unary(BUDGET)
+            for _ in range(2):
+                await call(b"", timeout=WAIT_S)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call(b"\xff\xff", timeout=WAIT_S)
+            return raised.value
+
+        error = await asyncio.wait_for(ask(), WAIT_S)
+        assert ["requests_per_minute"] == harness.denied
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED is error.code()
+    status = rpc_status.from_call(error)  # type: ignore[arg-type] # it has what is asked of it
+    assert status is not None
+    found = {detail.type_url.rpartition(".")[2]: detail.value for detail in status.details}
+    info = ErrorInfo.FromString(found["ErrorInfo"])
+    limited = {"account": "local", "limit": "requests_per_minute", "allowed": "2"}
+    assert ("RATE_LIMITED", limited) == (info.reason, dict(info.metadata))
+    delay = RetryInfo.FromString(found["RetryInfo"]).retry_delay
+    assert 0 < delay.seconds * 10**9 + delay.nanos <= 60 * 10**9
+
+
+async def test_operators_and_health_are_not_counted(tmp_path: Path) -> None:
+    """Who has to stop a robot that is too loud gets in, and so do load balancers."""
+    async with serving(tmp_path, throttle=Throttle(lambda _: 1)) as harness:
+
+        def operate() -> None:
+            with Client(harness.address, "admin-token") as client:
+                client.status()
+                for _ in range(5):
+                    client.load()
+                with pytest.raises(RateLimited) as raised:
+                    client.status()
+            assert ("local", "requests_per_minute", 1) == (
+                raised.value.account, raised.value.limit, raised.value.allowed,
+            )  # fmt: skip
+
+        await in_thread(operate)
+        for _ in range(5):
+            await harness.channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=WAIT_S)
