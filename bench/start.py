@@ -75,7 +75,7 @@ def _watch(process: subprocess.Popen[str], begun: float) -> dict[str, float]:
         elif tier := _TIER.search(line):
             found[tier[1]] = now - before
             before = now
-        elif line.startswith("ready on "):
+        elif "ready on " in line:
             found["ready"] = now - begun
             found["cpu_ready"] = _cpu_s(process.pid)
             return found

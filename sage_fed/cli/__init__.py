@@ -8,12 +8,16 @@ Fails: with the exit codes of `exits.py`.
 
 from __future__ import annotations
 
+import os
+
 
 def main() -> None:
     """Run one command and exit with its code."""
     from sage_fed.cli.streams import leave_on_interrupt, open_standard_streams  # noqa: PLC0415
 
     open_standard_streams()
+    # gRPC's C core would write to stderr by itself, past every format, from its import on.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with leave_on_interrupt():
         # Most of a second on a slow machine, in which somebody may already regret the command.
         from sage_fed.cli.app import build_app  # noqa: PLC0415

@@ -1,7 +1,7 @@
 """What a person sees while something takes long.
 
-Owns: the two pictures of a start, bars on a terminal and lines elsewhere, both of which are what
-`sage_fed.daemon.serve` reports to; and the one bar of a command that ends.
+Owns: the pictures of a start, bars on a terminal and lines elsewhere, in a log or beside it, which
+are what `sage_fed.daemon.serve` reports to; and the one bar of a command that ends.
 Does not know: loading, gRPC, signals.
 Fails: never; calls may come from any thread.
 """
@@ -19,6 +19,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from sage_fed.cli.tables import stderr_console
 from sage_fed.core import Tier
+
+_log = logging.getLogger(__name__)
 
 Move = Callable[[float, str], None]
 """Takes the share that is done and what is going on."""
@@ -40,16 +42,16 @@ class BarProgress:
         )
         self._tasks: dict[Tier, TaskID] = {}
 
-    def log_handlers(self) -> list[logging.Handler]:
+    def log_handler(self) -> logging.Handler:
         """Log lines through the same console: printed beside it they would tear the bars."""
-        return [
-            RichHandler(
-                console=self._console,
-                show_path=False,
-                log_time_format="%X",
-                highlighter=NullHighlighter(),
-            )
-        ]
+        handler = RichHandler(
+            console=self._console,
+            show_path=False,
+            log_time_format="%X",
+            highlighter=NullHighlighter(),
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        return handler
 
     def tier_progress(self, tier: Tier, share: float, text: str) -> None:
         """Move the tier's bar."""
@@ -76,10 +78,6 @@ class LineProgress:
         self._console = console
         self._quarters: dict[Tier, int] = {}
 
-    def log_handlers(self) -> list[logging.Handler]:
-        """A journal gets the daemon's own log lines."""
-        return []
-
     def tier_progress(self, tier: Tier, share: float, text: str) -> None:
         """Print where a new quarter begins."""
         quarter = int(share * 4)
@@ -97,6 +95,27 @@ class LineProgress:
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class LogProgress:
+    """A log line for each quarter that a tier has loaded."""
+
+    def __init__(self) -> None:
+        self._quarters: dict[Tier, int] = {}
+
+    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
+        """Say where a new quarter begins."""
+        quarter = int(share * 4)
+        if quarter != self._quarters.get(tier):
+            self._quarters[tier] = quarter
+            _log.info("%s: %.0f%% %s", tier.value, share * 100, text)
+
+    def ready(self, listen: str, metrics: str) -> None:
+        """Say where to connect."""
+        _log.info("%s", ready_line(listen, metrics))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def ready_line(listen: str, metrics: str) -> str:

@@ -7,7 +7,6 @@ Fails: exit code 2 for settings that cannot work, 1 for a model or ledger that c
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,7 @@ from sage_fed.cli.render import print_json, print_table
 from sage_fed.cli.streams import leave_on_interrupt
 
 if TYPE_CHECKING:
-    from sage_fed.settings import Effective
+    from sage_fed.settings import Effective, Settings
 
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="ADDRESS", help="HOST:PORT of the gRPC API.")
@@ -33,6 +32,10 @@ LogLevel = Annotated[
     str | None, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 ]
 
+LogFormat = Annotated[
+    str | None, typer.Option("--log-format", metavar="FORM", help="auto, json or pretty.")
+]
+
 
 def serve(
     *,
@@ -43,6 +46,7 @@ def serve(
     state_dir: options.StateDir = None,
     device: Device = None,
     log_level: LogLevel = None,
+    log_format: LogFormat = None,
     assignments: options.Assignments = None,
 ) -> None:
     """Run the daemon.
@@ -58,25 +62,34 @@ def serve(
         state_dir=state_dir,
         device=device,
         log_level=log_level,
+        log_format=log_format,
     )
     with reported():
         settings = effective(flags, config_file).settings
-        # Torch takes seconds to import: no other command, and no mistyped setting, pays for it.
-        with leave_on_interrupt():
-            from sage_fed.cli.progress import start_progress  # noqa: PLC0415
-            from sage_fed.cli.tables import stderr_console  # noqa: PLC0415
-            from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
+        code = _run(settings)
+    raise typer.Exit(code)
 
-        progress = start_progress(stderr_console())
-        if handlers := progress.log_handlers():
-            logging.basicConfig(
-                level=settings.log_level.upper(), format="%(message)s", handlers=handlers
-            )
+
+def _run(settings: Settings) -> int:
+    """The daemon's exit code, once it has left."""
+    # Torch takes seconds to import: no other command, and no mistyped setting, pays for it.
+    with leave_on_interrupt():
+        from sage_fed.cli.progress import BarProgress, LogProgress  # noqa: PLC0415
+        from sage_fed.cli.tables import stderr_console  # noqa: PLC0415
+        from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
+        from sage_fed.logs import logging_to  # noqa: PLC0415
+
+    console = stderr_console()
+    pretty = settings.log_format == "pretty" or (
+        settings.log_format == "auto" and console.is_terminal
+    )
+    progress = BarProgress(console) if pretty and console.is_terminal else LogProgress()
+    handler = progress.log_handler() if isinstance(progress, BarProgress) else None
+    with logging_to(settings.log_level, as_json=not pretty, handler=handler):
         try:
-            code = run_daemon(settings, progress)
+            return run_daemon(settings, progress)
         finally:
             progress.close()
-    raise typer.Exit(code)
 
 
 def config(
@@ -88,6 +101,7 @@ def config(
     state_dir: options.StateDir = None,
     device: Device = None,
     log_level: LogLevel = None,
+    log_format: LogFormat = None,
     assignments: options.Assignments = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -103,6 +117,7 @@ def config(
         state_dir=state_dir,
         device=device,
         log_level=log_level,
+        log_format=log_format,
     )
     with reported(as_json=as_json):
         rows = effective(flags, config_file).rows()
