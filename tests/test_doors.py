@@ -249,6 +249,35 @@ def test_a_certificate_is_renewed_while_the_daemon_runs(start: Start, tmp_path: 
     assert "what was in force stays: tls.certificate" in daemon.log.read_text()
 
 
+def test_a_client_certificate_opens_a_real_daemon(start: Start, tmp_path: Path) -> None:
+    """The command line binds its name to an account, while the daemon runs, and takes it back."""
+    fleet = authority()
+    server = issue(tmp_path / "tls", authority(), "127.0.0.1")
+    arm, probe = (issue(tmp_path / name, fleet, f"{name}.fleet") for name in ("arm", "probe"))
+    daemon = start(
+        *server.flags(),
+        *("--set", f"tls.client_ca={arm.ca}"),
+        connect=lambda address: open_channel(address, server.client(probe)),
+    )
+    state = ("--state-dir", daemon.state_dir)
+    reach = (
+        *("--address", daemon.address, "--tls-ca", server.ca),
+        *("--tls-cert", arm.certificate, "--tls-key", arm.key),
+    )
+
+    def account() -> object:
+        done = CliRunner().invoke(build_app(), [*map(str, ("budget", *reach)), "--json"])
+        said = json.loads(done.stdout)
+        return said.get("account") or said["error"]["reason"]
+
+    assert "UNAUTHENTICATED" == account(), "a loopback address lets in nobody for nothing here"
+    sage_fed("token", "create", "--account", "arm", "--certificate", "arm.fleet", *state)
+    eventually(lambda: account() == "arm")
+    assert {"held_uatp", "jobs", "tiers"} == sage_fed("admin", "load", *reach, *state).keys()
+    sage_fed("token", "revoke", "arm.fleet", *state)
+    eventually(lambda: account() == "UNAUTHENTICATED")
+
+
 LIMITS = """
 [rate_limits]
 requests_per_minute = 1000

@@ -1,8 +1,8 @@
 """Who is let in while the daemon runs: the tokens file and the certificate, kept up to date.
 
-Owns the looking at the files: a change holds within `WATCH_S` and the moment that reading takes,
-without a restart. A file that cannot be used changes nothing: what was in force stays, the log
-says what is wrong, and a metric counts it.
+Owns the looking at the files: a change holds within two seconds, without a restart. A file that
+cannot be used changes nothing: what was in force stays, the log says what is wrong, and a metric
+counts it.
 Fails with `ConfigError` at the start only.
 """
 
@@ -22,8 +22,9 @@ from sage_fed.metrics import Metrics, PageDoor
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Settings
 
-WATCH_S = 1.0
-"""How often the files are looked at: a revoked token works for about so long."""
+WATCH_S = 0.5
+"""How often the files are looked at. A change is taken over when two looks have seen the same, so
+that a certificate is not read without the key that is written after it."""
 
 OpenAccounts = Callable[[frozenset[str]], Awaitable[None]]
 Signature = tuple[tuple[int, ...] | None, ...]
@@ -39,6 +40,23 @@ class DoorFiles:
     certificate: LiveCertificate | None
     tokens: Signature
     pems: Signature
+
+
+class Followed:
+    """A set of files whose changes are noticed once they have come to rest."""
+
+    def __init__(self, look: Callable[[], Signature], seen: Signature) -> None:
+        self._look = look
+        self._taken = self._last = seen
+
+    async def changed(self) -> bool:
+        """Look at them; whether there is something new, which two looks agree on."""
+        last, self._last = self._last, await asyncio.to_thread(self._look)
+        at_rest = self._last == last
+        if not at_rest or self._last == self._taken:
+            return False
+        self._taken = self._last
+        return True
 
 
 class Doors:
@@ -66,7 +84,8 @@ class Doors:
         self._settings = settings
         self._open_accounts = open_accounts
         self._metrics = metrics
-        self._seen_tokens, self._seen_pems = files.tokens, files.pems
+        self._tokens = Followed(lambda: _signature_of_tokens(settings), files.tokens)
+        self._pems = Followed(lambda: _signature_of_pems(settings), files.pems)
         self._show_expiry()
 
     def page_door(self) -> PageDoor:
@@ -96,13 +115,9 @@ class Doors:
 
     async def refresh(self) -> None:
         """Take over what has changed since the last time."""
-        tokens = await asyncio.to_thread(_signature_of_tokens, self._settings)
-        if tokens != self._seen_tokens:
-            self._seen_tokens = tokens
+        if await self._tokens.changed():
             await self._reload("tokens", self._reload_tokens)
-        pems = await asyncio.to_thread(_signature_of_pems, self._settings)
-        if pems != self._seen_pems:
-            self._seen_pems = pems
+        if await self._pems.changed():
             await self._reload("certificate", self._reload_certificate)
 
     async def _reload(self, file: str, reload: Callable[[], Awaitable[str]]) -> None:
