@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-
-from limits import RateLimitItem, RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
+from typing import TYPE_CHECKING
 
 from sage_fed.errors import RateLimited
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 _SOON_S = 0.001
 """The least that a refused caller is told to wait."""
@@ -24,7 +24,13 @@ class Throttle:
     """Counts calls; `per_minute` is how many an account may make, 0 is no limit."""
 
     def __init__(self, per_minute: Callable[[str], int]) -> None:
+        # An eighth of a second to import, which a start without limits does not pay.
+        from limits import RateLimitItemPerMinute  # noqa: PLC0415
+        from limits.storage import MemoryStorage  # noqa: PLC0415
+        from limits.strategies import SlidingWindowCounterRateLimiter  # noqa: PLC0415
+
         self._per_minute = per_minute
+        self._item_of = RateLimitItemPerMinute
         self._items: dict[str, RateLimitItem | None] = {}
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
@@ -38,7 +44,7 @@ class Throttle:
             item = self._items[account]
         except KeyError:
             allowed = self._per_minute(account)
-            item = self._items[account] = RateLimitItemPerMinute(allowed) if allowed else None
+            item = self._items[account] = self._item_of(allowed) if allowed else None
         if item is None or self._limiter.hit(item, account):
             return
         wait_s = self._limiter.get_window_stats(item, account).reset_time - time.time()

@@ -159,7 +159,7 @@ async def _started(
             jobs=broker,
             books=ledger,
             operations=operations,
-            throttle=Throttle(lambda name: settings.account_rates(name).requests_per_minute),
+            throttle=_throttle(settings),
             certificate=doors.certificate,
             on_denied=metrics.call_denied,
         )
@@ -272,6 +272,14 @@ def _expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
         return metrics.serve(listen.host, listen.port, door)
     except OSError as error:
         raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
+
+
+def _throttle(settings: Settings) -> Throttle | None:
+    """Return what counts calls; None where nobody has a limit."""
+    own = [account.rate_limits for account in settings.accounts.values() if account.rate_limits]
+    if not any(rates.requests_per_minute for rates in (settings.rate_limits, *own)):
+        return None
+    return Throttle(lambda name: settings.account_rates(name).requests_per_minute)
 
 
 def _warn_of_plaintext(settings: Settings) -> None:
