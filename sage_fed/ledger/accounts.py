@@ -70,6 +70,18 @@ class Account:
         """What may be held now, refill included."""
         return self.charged_uatp + self.accrual(now).amount_uatp
 
+    def budget(self, now: Now) -> Budget:
+        """The books with refill counted until now."""
+        return Budget(
+            account=self.account,
+            balance_uatp=self.available_uatp(now),
+            held_uatp=self.held_uatp,
+            discharged_uatp=self.discharged_uatp,
+            capacity_uatp=self.capacity_uatp,
+            refill_uatp_per_s=self.refill_uatp_per_s,
+            strategic_floor_uatp=self.strategic_floor_uatp,
+        )
+
     def retry_after_s(self, needed_uatp: int, now: Now) -> float | None:
         """When refill will have covered `needed_uatp`; None where it never will."""
         if self.refill_uatp_per_s == 0 or needed_uatp > self.capacity_uatp:
@@ -105,16 +117,7 @@ class Accounts:
 
     def budget(self, account: str, now: Now) -> Budget:
         """The books of an account with refill counted until now, without writing it."""
-        row = self.read(account)
-        return Budget(
-            account=account,
-            balance_uatp=row.available_uatp(now),
-            held_uatp=row.held_uatp,
-            discharged_uatp=row.discharged_uatp,
-            capacity_uatp=row.capacity_uatp,
-            refill_uatp_per_s=row.refill_uatp_per_s,
-            strategic_floor_uatp=row.strategic_floor_uatp,
-        )
+        return self.read(account).budget(now)
 
     def post(
         self, account: str, kind: EntryKind, amount_uatp: int, now: Now, job_id: str | None = None

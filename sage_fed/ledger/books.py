@@ -67,31 +67,7 @@ class Books:
         replay = self.requests.find(
             request.account, request.client_request_id, request.payload_hash
         )
-        if replay is not None:
-            return replay
-        if self._find(request.job_id) is not None:
-            raise InvalidField("job_id", "is in use")
-        _require_affordable(row, request, now)
-        self.accounts.write_refill(row, now, needed_uatp=request.amount_uatp)
-        self._db.execute(
-            "INSERT INTO job (job_id, account, state, held_uatp, rate_card, tier, expires_ns) "
-            "VALUES (?, ?, 'held', ?, ?, ?, ?)",
-            (
-                request.job_id,
-                request.account,
-                request.amount_uatp,
-                request.rate_card,
-                request.tier,
-                now.ns + int(request.ttl_s * NS_PER_S),
-            ),
-        )
-        self.accounts.post(
-            request.account, EntryKind.HOLD, request.amount_uatp, now, request.job_id
-        )
-        self.requests.claim(request)
-        return HoldReceipt(
-            request.job_id, request.amount_uatp, self._balance_uatp(request.account, now)
-        )
+        return self._hold(row, request, now) if replay is None else replay
 
     def decide_hold(
         self,
@@ -109,7 +85,11 @@ class Books:
         replay = self.requests.find(account, client_request_id, payload_hash)
         if replay is not None:
             return replay
-        return self.hold(decide(self.accounts.budget(account, now)), now)
+        row = self.accounts.read(account)
+        request = decide(row.budget(now))
+        assert request.account == account, "the balance that was shown is another account's"
+        _require_sound(request)
+        return self._hold(row, request, now)
 
     def settle(
         self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None, now: Now
@@ -129,14 +109,16 @@ class Books:
         require_amount("charged_uatp", charged_uatp)
         if charged_uatp > job.held_uatp:
             raise InvalidField("charged_uatp", f"is above the {job.held_uatp} uATP held")
-        self.accounts.write_refill(self.accounts.read(job.account), now)
+        row = self.accounts.read(job.account)
+        released_uatp = job.held_uatp - charged_uatp
+        self.accounts.write_refill(row, now)
         self._end(job_id, JobState.SETTLED, outcome, charged_uatp)
         self.accounts.post(job.account, EntryKind.SETTLE, charged_uatp, now, job_id)
-        self.accounts.post(
-            job.account, EntryKind.RELEASE, job.held_uatp - charged_uatp, now, job_id
-        )
+        self.accounts.post(job.account, EntryKind.RELEASE, released_uatp, now, job_id)
         self.requests.answer(job_id, result, now)
-        return Settlement(job_id, job.held_uatp, charged_uatp, self._balance_uatp(job.account, now))
+        # The refill until now was counted before, so what comes back is all that comes.
+        balance_uatp = row.available_uatp(now) + released_uatp
+        return Settlement(job_id, job.held_uatp, charged_uatp, balance_uatp)
 
     def void(self, job_id: str, reason: str, now: Now) -> Release:
         """Give a hold back whole; a second time, or after it expired, changes nothing.
@@ -195,6 +177,33 @@ class Books:
     def held_total_uatp(self) -> int:
         """What is held now, over all accounts."""
         return int(self._db.execute("SELECT coalesce(sum(held_uatp), 0) FROM account").get)
+
+    def _hold(self, row: Account, request: HoldRequest, now: Now) -> HoldReceipt:
+        """Hold for the account of `row`, as it was just read."""
+        available_uatp = row.available_uatp(now)
+        _require_affordable(row, request, now)
+        self._db.execute(
+            "INSERT INTO job (job_id, account, state, held_uatp, rate_card, tier, expires_ns) "
+            "VALUES (?, ?, 'held', ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                request.job_id,
+                request.account,
+                request.amount_uatp,
+                request.rate_card,
+                request.tier,
+                now.ns + int(request.ttl_s * NS_PER_S),
+            ),
+        )
+        if not self._db.changes():
+            raise InvalidField("job_id", "is in use")
+        self.accounts.write_refill(row, now, needed_uatp=request.amount_uatp)
+        self.accounts.post(
+            request.account, EntryKind.HOLD, request.amount_uatp, now, request.job_id
+        )
+        self.requests.claim(request)
+        # What is held counts as outstanding, so holding it makes no room for more refill.
+        balance_uatp = available_uatp - request.amount_uatp
+        return HoldReceipt(request.job_id, request.amount_uatp, balance_uatp)
 
     def _balance_uatp(self, account: str, now: Now) -> int:
         return self.accounts.read(account).available_uatp(now)

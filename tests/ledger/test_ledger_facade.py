@@ -324,6 +324,32 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
     await reopened.close()
 
 
+def hold_and_regret(books: Books, now: Now) -> None:
+    books.hold(request("regretted"), now)
+    raise InvalidField("job", "is refused after it was held")
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+async def test_a_refused_operation_leaves_nothing_behind(ledger: Ledger, neighbours: int):
+    """Alone in its transaction or among others, which stay."""
+    gate = Gate(ledger)
+    await gate.entered()
+    waiting = asyncio.gather(
+        ledger._ask(hold_and_regret),
+        *(ledger.hold(request(f"j{i}")) for i in range(neighbours)),
+        return_exceptions=True,
+    )
+    await asyncio.sleep(0)
+    await gate.open()
+    outcomes = await waiting
+
+    assert [InvalidField] + [HoldReceipt] * neighbours == [type(outcome) for outcome in outcomes]
+    assert 10 * neighbours == await ledger.held_total_uatp()
+    assert HoldReceipt("regretted", 10, 990 - 10 * neighbours) == await ledger.hold(
+        request("regretted")
+    )
+
+
 async def test_closing_answers_what_is_queued_and_refuses_the_rest(path: Path):
     """No waiter is left behind, and closing twice is closing."""
     ledger = await Ledger.open(path)
