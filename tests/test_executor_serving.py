@@ -256,14 +256,14 @@ async def test_a_load_is_never_older_than_an_ending(monkeypatch: pytest.MonkeyPa
     async with serving(rig) as executor:
         device = executor._device
         assert device
-        real = device._handover.post
+        real = device._handover.put
 
-        def post(**news: object) -> None:
+        def put(**news: object) -> None:
             if news.get("ended"):
                 used.append(device.loads[T].kv_tokens_used)
             real(**news)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(device._handover, "post", post)
+        monkeypatch.setattr(device._handover, "put", put)
         stream = executor.submit(spec(0, new=50))
         await entered(engine)
         executor.cancel(0)

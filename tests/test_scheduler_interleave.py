@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 from fake_engine import FakeEngine, spec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sage_fed.core import Tier
 from sage_fed.scheduler import Scheduler, TierLimits
@@ -151,6 +155,16 @@ def test_a_decode_rate_is_a_median() -> None:
     for elapsed_s in (0.01, 0.01, 5.0):
         rates.record(num_tokens=1, prefills=False, elapsed_s=elapsed_s)
     assert 0.01 == rates.decode_step_s
+
+
+@given(st.lists(st.floats(1e-9, 10.0), min_size=1, max_size=200))
+def test_figures_are_those_of_the_last_steps(times_s: list[float]) -> None:
+    """Kept up to date step by step, they are what the last 64 steps say when looked at anew."""
+    rates = StepRates()
+    for elapsed_s in times_s:
+        rates.record(num_tokens=1, prefills=False, elapsed_s=elapsed_s)
+    recent = times_s[-64:]
+    assert (statistics.median(recent), min(recent)) == (rates.decode_step_s, rates.shortest_step_s)
 
 
 def test_long_prompts_say_more_about_prefill() -> None:

@@ -101,7 +101,9 @@ class DeviceThread:
             if messages or any(load.waiting for load in self.loads.values()):
                 self._publish()
             if ended:
-                self._handover.post(ended=ended)
+                self._handover.put(ended=ended)
+            # Only now, with the step that follows ready to run.
+            self._handover.send()
             if step is not None:
                 self._launch(step)
             elif not self._flights and self._probes.has_work:
@@ -109,7 +111,11 @@ class DeviceThread:
             # While a step is on the device, the next is built and launched behind it.
             if self._flights and (step is None or self._flights.full):
                 self._land()
-            self._beat(busy=self._busy)
+            busy = self._busy
+            if self._flights or not busy:
+                # Nothing waits for this thread: the device is at work, or there is no work.
+                self._handover.send()
+            self._beat(busy=busy)
 
     @property
     def _busy(self) -> bool:
@@ -136,7 +142,7 @@ class DeviceThread:
         self._scheduler.open_tier(
             tier, message.limits, engine.eos_token_ids, pipelined=engine.pipelined
         )
-        self._handover.post(
+        self._handover.put(
             status=TierStatus(tier, TierState.READY, 1.0, engine.info),
             opened=Opened(message.limits, engine.defaults),
         )
@@ -175,8 +181,8 @@ class DeviceThread:
         self, step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool = False
     ) -> None:
         self._steps_done += 1
-        self._publish()
-        self._handover.post(
+        self._publish(step.tier)
+        self._handover.put(
             drawn=outcome.drawn,
             ended=outcome.ended,
             report=_report(step, outcome, elapsed_s, memory_short=memory_short),
@@ -209,9 +215,10 @@ class DeviceThread:
         ended = self._scheduler.broken(step, now=self._clock(), elapsed_s=elapsed_s)
         self._publish()
         message = "the engine failed; the daemon's log has the details"
-        self._handover.post(
+        self._handover.put(
             ended=ended, status=TierStatus(tier, TierState.FAILED, 0.0, info, message)
         )
+        self._handover.send()
         self._probes.close_tier(tier, "failed")
         close_engine(engine)
 
@@ -219,13 +226,14 @@ class DeviceThread:
         now = self._clock()
         for tier in self._engines:
             ended += self._scheduler.close_tier(tier, EndReason.SHUTDOWN, now)
-        self._handover.post(ended=ended)
+        self._handover.put(ended=ended)
 
     def _leave(self, reason: EndReason) -> None:
         unread = self._inbox.close()
         try:
             # Before the engines are closed, which may take long: readers are waiting.
-            self._handover.post(closed=reason)
+            self._handover.put(closed=reason)
+            self._handover.send()
         except RuntimeError:
             logger.exception("the event loop closed before the executor was stopped")
         for message in unread:
@@ -237,9 +245,10 @@ class DeviceThread:
         for engine in self._engines.values():
             close_engine(engine)
 
-    def _publish(self) -> None:
-        loads: dict[Tier, TierLoad] = {}
-        for tier in self._engines:
+    def _publish(self, *tiers: Tier) -> None:
+        """Show what these tiers are doing, or all that are served."""
+        loads = {tier: load for tier, load in self.loads.items() if tier in self._engines}
+        for tier in tiers or self._engines:
             load = self._scheduler.load(tier)
             assert load is not None
             loads[tier] = load

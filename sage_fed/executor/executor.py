@@ -178,7 +178,10 @@ class Executor:
             kv_tokens_total=opened.limits.kv_tokens,
             max_context_tokens=opened.limits.max_context_tokens,
         )
-        return replace(load, state=status.state, waiting=self._inbox.waiting(tier))
+        waiting = self._inbox.waiting(tier)
+        if (load.state, load.waiting) == (status.state, waiting):
+            return load
+        return replace(load, state=status.state, waiting=waiting)
 
     def status(self, tier: Tier) -> TierStatus:
         """Return a tier's state, load progress and model."""

@@ -3,6 +3,9 @@
 Owns the parcel that the event loop has not opened yet. However many steps pass before it
 does, there is one parcel and one wake-up under way: a stalled loop is never flooded, and
 tokens of the same sequence, news of the same tier and reports of steps merge in it.
+
+`put` and `send` are two things, because a loop that wakes up wants the interpreter's lock: the
+device's thread sends when it is about to need it no more.
 """
 
 from __future__ import annotations
@@ -51,16 +54,17 @@ class Parcel:
 
 
 class Handover:
-    """Carries parcels to `deliver` on the event loop; any thread may post."""
+    """Carries parcels to `deliver` on the event loop; any thread may use it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[Parcel], None]) -> None:
         self._loop = loop
         self._deliver = deliver
         self._lock = threading.Lock()
         self._parcel = Parcel()
+        self._filled = False
         self._under_way = False
 
-    def post(
+    def put(
         self,
         *,
         drawn: Iterable[Drawn] = (),
@@ -70,12 +74,9 @@ class Handover:
         opened: Opened | None = None,
         closed: EndReason | None = None,
     ) -> None:
-        """Put into the parcel under way; `opened` goes with the `status` of its tier.
-
-        Raises:
-            RuntimeError: the event loop is closed; there is nobody to hear.
-        """
+        """Put into the parcel that leaves next; `opened` goes with the `status` of its tier."""
         with self._lock:
+            self._filled = True
             parcel = self._parcel
             for d in drawn:
                 parcel.drawn.setdefault(d.seq_id, []).append(d)
@@ -88,7 +89,15 @@ class Handover:
                     parcel.opened[status.tier] = opened
             if closed is not None:
                 parcel.closed = closed
-            if self._under_way:
+
+    def send(self) -> None:
+        """Have the event loop open what was put, unless it is about to.
+
+        Raises:
+            RuntimeError: the event loop is closed; there is nobody to hear.
+        """
+        with self._lock:
+            if self._under_way or not self._filled:
                 return
             self._under_way = True
         self._loop.call_soon_threadsafe(self._open)
@@ -96,7 +105,7 @@ class Handover:
     def _open(self) -> None:
         with self._lock:
             parcel, self._parcel = self._parcel, Parcel()
-            self._under_way = False
+            self._under_way = self._filled = False
         self._deliver(parcel)
 
 

@@ -90,7 +90,7 @@ class Loader:
         def progress(fraction: float) -> None:
             if self._abandoned.is_set():
                 raise LoadAbandoned
-            self._handover.post(status=TierStatus(tier, TierState.LOADING, fraction))
+            self._tell(TierStatus(tier, TierState.LOADING, fraction))
 
         try:
             engine = setup.load(progress)
@@ -107,7 +107,11 @@ class Loader:
                 close_engine(engine)
 
     def _fail(self, tier: Tier, message: str) -> None:
-        self._handover.post(status=TierStatus(tier, TierState.FAILED, message=message))
+        self._tell(TierStatus(tier, TierState.FAILED, message=message))
+
+    def _tell(self, status: TierStatus) -> None:
+        self._handover.put(status=status)
+        self._handover.send()
 
 
 def close_engine(engine: Engine) -> None:
