@@ -11,6 +11,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
+import prometheus_client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -733,13 +734,23 @@ def test_a_removed_child_is_made_anew() -> None:
     assert 2 == registry.get_sample_value("g", {"tier": "tactical"})
 
 
+def test_an_observation_may_carry_an_exemplar() -> None:
+    """It is kept beside the bucket that it counts in."""
+    registry = CollectorRegistry()
+    Histogram("h", "H.", buckets=(1.0,), registry=registry).observe(0.5, {"job_id": "job-1"})
+    (family,) = registry.collect()
+    (bucket,) = (s for s in family.samples if s.labels.get("le") == "1.0")
+    assert bucket.exemplar is not None
+    assert ({"job_id": "job-1"}, 1.0) == (bucket.exemplar.labels, bucket.value)
+
+
 @given(st.floats(0, 10), st.integers(1, 50))
 def test_equal_observations_count_as_if_one_by_one(amount: float, count: int) -> None:
-    """The same buckets, and the same sum up to rounding, whatever the amount."""
+    """The same buckets as the library's own, and the same sum up to rounding."""
     together, single = CollectorRegistry(), CollectorRegistry()
     bounds = (0.5, 1.0, 5.0)
     Histogram("h", "H.", buckets=bounds, registry=together).observe_many(amount, count)
-    histogram = Histogram("h", "H.", buckets=bounds, registry=single)
+    histogram = prometheus_client.Histogram("h", "H.", buckets=bounds, registry=single)
     for _ in range(count):
         histogram.observe(amount)
 

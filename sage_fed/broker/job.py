@@ -8,11 +8,10 @@ the RPC handler. Does not know protobuf, SQL or torch.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sage_fed.broker.endings import DROPS_OUTPUT, failure_of, stop_reason_of, timing_of
@@ -219,27 +218,26 @@ class Job:
         self._submitted = True
         self._output = Output(plan.tokenizer.decoder(), self.spec.sampling.stop)
         self.stream.start(self._started(plan))
-        async with self._deadline():
+        timer = self._deadline()
+        try:
             ended = await self._deliver(source)
+        finally:
+            if timer is not None:
+                timer.cancel()
         self._device_s = ended.device_s
         if (failure := failure_of(ended, plan.route.tier)) is not None:
             self._wasted = Usage(ended.prompt_tokens, ended.cached_tokens, ended.output_tokens)
             raise failure
         return ended
 
-    @contextlib.asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    def _deadline(self) -> asyncio.TimerHandle | None:
+        """Have the job stopped at its deadline, if it has one."""
         deadline_s = self.spec.deadline_s
         if deadline_s is None:
-            yield
-            return
-        loop = asyncio.get_running_loop()
+            return None
         left_s = self._arrived_s + deadline_s - time.monotonic()
-        timer = loop.call_later(max(left_s, 0.0), self.stop, StopReason.DEADLINE)
-        try:
-            yield
-        finally:
-            timer.cancel()
+        loop = asyncio.get_running_loop()
+        return loop.call_later(max(left_s, 0.0), self.stop, StopReason.DEADLINE)
 
     async def _deliver(self, source: TokenStream) -> Ended:
         """Pass on what the client may see, until the sequence has ended."""
@@ -344,5 +342,7 @@ class Job:
 
 def _weights(plan: Plan) -> TokenWeights:
     """Return what the job's tokens count for between accounts: what they cost."""
-    rates = plan.card.rates[plan.route.tier]
-    return TokenWeights(rates[Phase.PREFILL], rates[Phase.CACHED], rates[Phase.DECODE])
+    rates = plan.card.lines[plan.route.tier]
+    return TokenWeights(
+        rates[Phase.PREFILL].uatp, rates[Phase.CACHED].uatp, rates[Phase.DECODE].uatp
+    )

@@ -234,11 +234,17 @@ class Metrics:
         if report.num_steps:
             step_seconds = series.step_seconds.labels(name, report.kind.value)
             step_seconds.observe_many(report.elapsed_s / report.num_steps, report.num_steps)
-        series.tokens.labels(name, Phase.PREFILL.value).inc(report.num_prefill_tokens)
-        series.tokens.labels(name, Phase.DECODE.value).inc(report.num_decode_tokens)
-        series.preemptions.labels(name).inc(report.num_preempted)
-        series.queried.labels(name).inc(report.num_queried_tokens)
-        series.hit.labels(name).inc(report.num_hit_tokens)
+        counts = (
+            (series.tokens.labels(name, Phase.PREFILL.value), report.num_prefill_tokens),
+            (series.tokens.labels(name, Phase.DECODE.value), report.num_decode_tokens),
+            (series.preemptions.labels(name), report.num_preempted),
+            (series.queried.labels(name), report.num_queried_tokens),
+            (series.hit.labels(name), report.num_hit_tokens),
+        )
+        for counter, count in counts:
+            # Most steps only decode: four of the five have nothing to add.
+            if count:
+                counter.inc(count)
         if report.num_steps:
             series.batch_size.labels(name).set(report.num_sequences / report.num_steps)
 
