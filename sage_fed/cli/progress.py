@@ -1,7 +1,7 @@
 """What a person sees while something takes long.
 
-Owns: the pictures of a start, bars on a terminal and lines elsewhere, in a log or beside it, which
-are what `sage_fed.daemon.serve` reports to; and the one bar of a command that ends.
+Owns: the pictures of a start, bars on a terminal and lines elsewhere, which are what
+`sage_fed.daemon.serve` reports to; and the one bar of a command that ends.
 Does not know: loading, gRPC, signals.
 Fails: never; calls may come from any thread.
 """
@@ -17,10 +17,9 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from sage_fed.cli.log_progress import ready_line
 from sage_fed.cli.tables import stderr_console
 from sage_fed.core import Tier
-
-_log = logging.getLogger(__name__)
 
 Move = Callable[[float, str], None]
 """Takes the share that is done and what is going on."""
@@ -95,32 +94,6 @@ class LineProgress:
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-class LogProgress:
-    """A log line for each quarter that a tier has loaded."""
-
-    def __init__(self) -> None:
-        self._quarters: dict[Tier, int] = {}
-
-    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
-        """Say where a new quarter begins."""
-        quarter = int(share * 4)
-        if quarter != self._quarters.get(tier):
-            self._quarters[tier] = quarter
-            _log.info("%s: %.0f%% %s", tier.value, share * 100, text)
-
-    def ready(self, listen: str, metrics: str) -> None:
-        """Say where to connect."""
-        _log.info("%s", ready_line(listen, metrics))
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def ready_line(listen: str, metrics: str) -> str:
-    """The one line that says where to connect."""
-    return f"ready on {listen}, metrics on http://{metrics}/metrics"
 
 
 StartProgress = BarProgress | LineProgress

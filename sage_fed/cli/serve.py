@@ -8,6 +8,7 @@ Fails: exit code 2 for settings that cannot work, 1 for a model or ledger that c
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,10 @@ from sage_fed.cli.render import print_json, print_table
 from sage_fed.cli.streams import leave_on_interrupt
 
 if TYPE_CHECKING:
+    import logging
+
+    from sage_fed.cli.log_progress import LogProgress
+    from sage_fed.cli.progress import BarProgress
     from sage_fed.settings import Effective, Settings
 
 Listen = Annotated[
@@ -74,22 +79,31 @@ def _run(settings: Settings) -> int:
     """The daemon's exit code, once it has left."""
     # Torch takes seconds to import: no other command, and no mistyped setting, pays for it.
     with leave_on_interrupt():
-        from sage_fed.cli.progress import BarProgress, LogProgress  # noqa: PLC0415
-        from sage_fed.cli.tables import stderr_console  # noqa: PLC0415
         from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
         from sage_fed.logs import logging_to  # noqa: PLC0415
 
-    console = stderr_console()
     pretty = settings.log_format == "pretty" or (
-        settings.log_format == "auto" and console.is_terminal
+        settings.log_format == "auto" and sys.stderr.isatty()
     )
-    progress = BarProgress(console) if pretty and console.is_terminal else LogProgress()
-    handler = progress.log_handler() if isinstance(progress, BarProgress) else None
+    progress, handler = _picture(watched=pretty and sys.stderr.isatty())
     with logging_to(settings.log_level, as_json=not pretty, handler=handler):
         try:
             return run_daemon(settings, progress)
         finally:
             progress.close()
+
+
+def _picture(*, watched: bool) -> tuple[BarProgress | LogProgress, logging.Handler | None]:
+    """What the start reports to, and the handler of log lines that belongs to it."""
+    from sage_fed.cli.log_progress import LogProgress  # noqa: PLC0415
+
+    if not watched:
+        return LogProgress(), None
+    from sage_fed.cli.progress import BarProgress  # noqa: PLC0415 - rich, a tenth of a second
+    from sage_fed.cli.tables import stderr_console  # noqa: PLC0415
+
+    bars = BarProgress(stderr_console())
+    return bars, bars.log_handler()
 
 
 def config(

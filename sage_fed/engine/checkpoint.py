@@ -16,8 +16,6 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from sage_fed.engine.stream import Piece, pieces_of, read_pieces
 from sage_fed.engine.tensor_file import Stored, TensorFile
@@ -68,6 +66,10 @@ def locate(model: str, revision: str = "") -> Path:
 
 def _snapshot(model: str, revision: str, *, local: bool) -> Path | None:
     """The hub's directory for a commit; None where it is neither cached nor to be had."""
+    # Half a second to import, for those who have their models from the hub.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
     try:
         path = snapshot_download(
             model, revision=revision, allow_patterns=_FILES, local_files_only=local
