@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ _LAST_WORDS_S = 5.0
 _FLUSH_S = 0.5
 """How long calls that are being answered may take, once every job's reader has its ending."""
 
+_TURN_S = 0.0005
+"""How long one thread's Python makes another's wait. The default of 5 ms is longer than a step of
+a small model: a busy event loop would hold up a device that has nothing to do, and the ledger
+before each of its statements."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -60,6 +66,7 @@ def serve(settings: Settings, progress: StartProgress) -> int:
         LedgerCorrupt: books that do not balance, or were lost.
         LedgerUnusable: a disk that does not take them.
     """
+    sys.setswitchinterval(_TURN_S)
     return asyncio.run(_run(settings, progress))
 
 
