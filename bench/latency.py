@@ -8,7 +8,9 @@ With many requests at once the ledger commits them in groups, so the sync is sha
 event loop's Python is what adds up.
 
 To tell the disk from the rest, a second daemon keeps its books in memory (`/dev/shm`, where a
-sync is free): "besides the durable hold" is that one's row. The same prompts run every way in
+sync is free), and each daemon's own metrics say how long its ledger took for a commit, from taking
+it to durable: "besides commits" is without the one before the first token, or
+the two before the end. The same prompts run every way in
 interleaved rounds (A B A B ...). The executor runs in this process, each daemon in its own, all
 idle while another is measured; the client of the daemons is `lean_client`, which costs nothing,
 and `--client grpc` shows what an ordinary Python client adds on the same cores.
@@ -39,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sage_fed.cli.demo_daemon import DemoDaemon
+from sage_fed.cli.scrape import fetch, total
 from sage_fed.settings import load_settings
 from sage_fed.v1 import inference_pb2 as pb
 
@@ -56,15 +59,35 @@ Way = Callable[[Sequence[str], int, int], Awaitable[Times]]
 
 @dataclass
 class Sample:
-    """Times of one way at one concurrency and length."""
+    """Times of one way at one concurrency and length; `commit_s` is of a commit, round by round."""
 
     first_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
+    commit_s: list[float] = field(default_factory=list)
 
-    def add(self, times: Times) -> None:
+    def add(self, times: Times, commit_s: float) -> None:
         """Keep a round's."""
         self.first_s += [first for first, _ in times]
         self.total_s += [total for _, total in times]
+        self.commit_s.append(commit_s)
+
+
+@dataclass
+class Commits:
+    """A daemon's commits so far, as its metrics tell them."""
+
+    url: str
+    number: float = 0.0
+    seconds: float = 0.0
+
+    def since(self) -> float:
+        """Mean seconds of a commit since the last call."""
+        page = fetch(self.url)
+        number = total(page, "sage_fed_ledger_commit_seconds_count")
+        seconds = total(page, "sage_fed_ledger_commit_seconds_sum")
+        mean_s = (seconds - self.seconds) / max(1.0, number - self.number)
+        self.number, self.seconds = number, seconds
+        return mean_s
 
 
 async def closed_loop(
@@ -131,6 +154,7 @@ async def measure(given: argparse.Namespace) -> dict[tuple[str, int, int], Sampl
     samples: dict[tuple[str, int, int], Sample] = {}
     daemons: list[DemoDaemon] = []
     clients: list[LeanClient] = []
+    commits: dict[str, Commits] = {}
     with (
         tempfile.TemporaryDirectory(prefix="sage-fed-latency-") as disk,
         tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
@@ -138,7 +162,8 @@ async def measure(given: argparse.Namespace) -> dict[tuple[str, int, int], Sampl
         try:
             for name, folder in (("daemon", disk), ("daemon, books in memory", memory)):
                 daemons.append(DemoDaemon(Path(folder), "--log-level", "warning", *RICH))
-                listen = daemons[-1].endpoint(START_S).listen
+                endpoint = daemons[-1].endpoint(START_S)
+                listen, commits[name] = endpoint.listen, Commits(endpoint.metrics_url)
                 await asyncio.to_thread(wait_ready, listen)
                 if given.client == "grpc":
                     ways[name] = through_grpc(grpc.aio.insecure_channel(listen))
@@ -151,7 +176,9 @@ async def measure(given: argparse.Namespace) -> dict[tuple[str, int, int], Sampl
                     for way, run in ways.items():
                         # Round 0 warms up: its sample is thrown away.
                         kept = samples.setdefault((way, many, length), Sample())
-                        (kept if index else Sample()).add(await run(texts, length, many))
+                        times = await run(texts, length, many)
+                        commit_s = commits[way].since() if way in commits else 0.0
+                        (kept if index else Sample()).add(times, commit_s)
         finally:
             for client in clients:
                 client.close()
@@ -177,6 +204,12 @@ def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
                 way: percentiles_ms(getattr(samples[way, many, length], name)) for way in ways
             }
             alone = by_way["executor"]
+            # Of one commit at a time only: in a crowd, one commit is many requests'.
+            commit_ms = {
+                way: round(statistics.median(samples[way, many, length].commit_s) * 1e3, 3)
+                for way in ways[1:]
+            }
+            before = {"first_s": 1, "total_s": 2}[name]
             found.append(
                 {
                     "concurrency": many,
@@ -188,6 +221,11 @@ def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
                         way: {p: round(by_way[way][p] - alone[p], 3) for p in alone}
                         for way in ways[1:]
                     },
+                    "commit_ms": commit_ms,
+                    "added_besides_commits_p50_ms": {
+                        way: round(by_way[way]["p50"] - alone["p50"] - before * commit_ms[way], 3)
+                        for way in ways[1:]
+                    },
                 }
             )
     return found
@@ -197,12 +235,14 @@ def show(found: list[dict[str, Any]]) -> None:
     """The table, p50 / p99 in ms."""
     added = list(found[0]["added_ms"])
     table = Table("at once", "tokens", "time", title="p50 / p99 in ms")
-    for heading in (*found[0]["ms"], *(f"{way} adds" for way in added)):
+    for heading in (*found[0]["ms"], *(f"{way} adds" for way in added), "besides commits, p50"):
         table.add_column(heading, justify="right")
     for row in found:
         cells = [*row["ms"].values(), *(row["added_ms"][way] for way in added)]
         shown = [f"{cell['p50']:.2f} / {cell['p99']:.2f}" for cell in cells]
-        table.add_row(str(row["concurrency"]), str(row["max_new_tokens"]), row["time"], *shown)
+        besides = " / ".join(f"{ms:.2f}" for ms in row["added_besides_commits_p50_ms"].values())
+        size = str(row["concurrency"]), str(row["max_new_tokens"])
+        table.add_row(*size, row["time"], *shown, besides)
     Console(stderr=True, width=150).print(table)
 
 
