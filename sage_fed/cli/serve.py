@@ -7,6 +7,7 @@ Fails: exit code 2 for settings that cannot work, 1 for a model or ledger that c
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,9 @@ def serve(
 
 def _run(settings: Settings) -> int:
     """The daemon's exit code, once it has left."""
+    # What is imported stays, so looking through it for garbage, again and again, finds none, and
+    # is a twentieth of the start. The daemon enables it when all is imported.
+    gc.disable()
     # Torch takes seconds to import: no other command, and no mistyped setting, pays for it.
     with leave_on_interrupt():
         from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415

@@ -197,6 +197,7 @@ async def _started(
         # Half a million objects of torch and the others live as long as we do: a collection that
         # walked them would hold every stream for a tenth of a second.
         gc.freeze()
+        gc.enable()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
         _log.info("let in: %s", doors.describe())
         _warn_of_plaintext(settings)
