@@ -12,10 +12,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import typer
-
+from sage_fed.cli import options
 from sage_fed.cli.paths import operator_token
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client, Tls, leaves_machine
@@ -80,69 +79,14 @@ HERE = Connection()
 
 def _described_by(
     *,
-    address: Annotated[
-        str,
-        typer.Option(
-            "--address",
-            metavar="ADDRESS",
-            envvar="SAGE_FED_ADDRESS",
-            help="The daemon's HOST:PORT or unix:/PATH.",
-        ),
-    ] = DEFAULT_ADDRESS,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            "--token",
-            metavar="TOKEN",
-            envvar="SAGE_FED_TOKEN",
-            help="Bearer token; others see a command line, so better a file or the environment.",
-        ),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--token-file",
-            metavar="FILE",
-            envvar="SAGE_FED_TOKEN_FILE",
-            help="File that holds the token.",
-        ),
-    ] = None,
-    tls: Annotated[
-        bool, typer.Option("--tls", help="Encrypt; trust whom this system does.")
-    ] = False,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-ca",
-            metavar="FILE",
-            envvar="SAGE_FED_TLS_CA",
-            help="Encrypt; trust who signed with these certificates (PEM).",
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-cert",
-            metavar="FILE",
-            envvar="SAGE_FED_TLS_CERT",
-            help="Certificate to show, where the daemon asks for one.",
-        ),
-    ] = None,
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-key", metavar="FILE", envvar="SAGE_FED_TLS_KEY", help="Its private key."
-        ),
-    ] = None,
-    tls_name: Annotated[
-        str | None,
-        typer.Option(
-            "--tls-name",
-            metavar="NAME",
-            envvar="SAGE_FED_TLS_NAME",
-            help="Name in the daemon's certificate, if it is not the address's.",
-        ),
-    ] = None,
+    address: options.Address = DEFAULT_ADDRESS,
+    token: options.Token = None,
+    token_file: options.TokenFile = None,
+    tls: options.Encrypted = False,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    tls_name: options.TlsName = None,
 ) -> Connection:
     """The connection of these options."""
     wanted = Tls(tls_ca, tls_cert, tls_key, tls_name)
@@ -154,15 +98,15 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options above in place of its parameter of type `Connection`."""
     own = inspect.signature(command, eval_str=True)
     place = next(name for name, p in own.parameters.items() if p.annotation is Connection)
-    options = inspect.signature(_described_by, eval_str=True).parameters
+    added = inspect.signature(_described_by, eval_str=True).parameters
     kept = [p for name, p in own.parameters.items() if name != place]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:  # noqa: ANN401 - whatever the command takes
-        described = _described_by(**{name: given.pop(name) for name in options})
+        described = _described_by(**{name: given.pop(name) for name in added})
         command(**given, **{place: described})
 
-    shown = own.replace(parameters=[*kept, *options.values()])
+    shown = own.replace(parameters=[*kept, *added.values()])
     run.__signature__ = shown  # type: ignore[attr-defined] # functions may have one
     run.__annotations__ = {name: p.annotation for name, p in shown.parameters.items()}
     return run

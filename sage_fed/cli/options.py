@@ -65,6 +65,62 @@ OperatorToken = Annotated[
         help="The operator's token; else the one in the daemon's state directory.",
     ),
 ]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        metavar="ADDRESS",
+        envvar="SAGE_FED_ADDRESS",
+        help="The daemon's HOST:PORT or unix:/PATH.",
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        metavar="TOKEN",
+        envvar="SAGE_FED_TOKEN",
+        help="Bearer token; others see a command line, so better a file or the environment.",
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file", metavar="FILE", envvar="SAGE_FED_TOKEN_FILE", help="File with the token."
+    ),
+]
+Encrypted = Annotated[bool, typer.Option("--tls", help="Encrypt; trust whom this system does.")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        envvar="SAGE_FED_TLS_CA",
+        help="Encrypt; trust who signed with these certificates (PEM).",
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        metavar="FILE",
+        envvar="SAGE_FED_TLS_CERT",
+        help="Certificate to show, where the daemon asks for one.",
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option("--tls-key", metavar="FILE", envvar="SAGE_FED_TLS_KEY", help="Its private key."),
+]
+TlsName = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-name",
+        metavar="NAME",
+        envvar="SAGE_FED_TLS_NAME",
+        help="Name in the daemon's certificate, if it is not the address's.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 TierOption = Annotated[
     TierChoice,
