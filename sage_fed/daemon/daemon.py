@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sage_fed
-from sage_fed.auth import Throttle, mint_admin_token
+from sage_fed.auth import mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
 from sage_fed.core import Phase, Tier
 from sage_fed.daemon.cards import card_in_force, site_of
-from sage_fed.daemon.doors import Doors, read_door_files
+from sage_fed.daemon.doors import Doors, read_door_files, throttle_of
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
@@ -166,7 +166,7 @@ async def _started(
             jobs=broker,
             books=ledger,
             operations=operations,
-            throttle=_throttle(settings),
+            throttle=throttle_of(settings),
             certificate=doors.certificate,
             on_denied=metrics.call_denied,
         )
@@ -199,8 +199,7 @@ async def _started(
         gc.freeze()
         gc.enable()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
-        _log.info("let in: %s", doors.describe())
-        _warn_of_plaintext(settings)
+        doors.announce()
         yield _Parts(executor, broker, operations, readiness, bound)
 
 
@@ -280,22 +279,6 @@ def _expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
         return metrics.serve(listen.host, listen.port, door)
     except OSError as error:
         raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
-
-
-def _throttle(settings: Settings) -> Throttle | None:
-    """Return what counts calls; None where nobody has a limit."""
-    own = [account.rate_limits for account in settings.accounts.values() if account.rate_limits]
-    if not any(rates.requests_per_minute for rates in (settings.rate_limits, *own)):
-        return None
-    return Throttle(lambda name: settings.account_rates(name).requests_per_minute)
-
-
-def _warn_of_plaintext(settings: Settings) -> None:
-    if settings.tls.certificate is None and not settings.listen.is_loopback:
-        _log.warning(
-            "tls.allow_plaintext: tokens and prompts on %s are readable to the network between",
-            settings.listen,
-        )
 
 
 def _terms(settings: Settings, account: str) -> AccountTerms:

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from sage_fed.auth import Authenticator, Register, Token, read_register, require_role
+from sage_fed.auth import (
+    Authenticator,
+    Register,
+    Throttle,
+    Token,
+    read_register,
+    require_role,
+)
 from sage_fed.core import Role
 from sage_fed.errors import ConfigError, Forbidden, Unauthenticated
 from sage_fed.metrics import Metrics, PageDoor
@@ -97,7 +104,7 @@ class Doors:
             return PageDoor(tls=tls)
         return PageDoor(self._admit_scrape, tls)
 
-    def describe(self) -> str:
+    def _describe(self) -> str:
         """Return in words who is let in."""
         who = [f"{self.authenticator.num_tokens} tokens"]
         if self.certificate is not None:
@@ -106,6 +113,15 @@ class Doors:
             who.append(f"this machine without a token, as {anonymous.account}")
         wire = "TLS" if self.certificate is not None else "plain text"
         return f"{', '.join(filter(None, who))}; {wire}"
+
+    def announce(self) -> None:
+        """Say who is let in, and loudly where the operator lets tokens travel in plain text."""
+        _log.info("let in: %s", self._describe())
+        if self.certificate is None and not self._settings.listen.is_loopback:
+            _log.warning(
+                "tls.allow_plaintext: tokens and prompts on %s are readable to the network between",
+                self._settings.listen,
+            )
 
     async def run(self) -> None:
         """Follow the files until cancelled."""
@@ -137,7 +153,7 @@ class Doors:
         if accounts - known:
             await self._open_accounts(accounts - known)
         self.authenticator.use(register)
-        return f"the tokens file has changed: {self.describe()}"
+        return f"the tokens file has changed: {self._describe()}"
 
     async def _reload_certificate(self) -> str:
         assert self.certificate is not None
@@ -180,6 +196,14 @@ def read_door_files(settings: Settings) -> DoorFiles:
     tokens, pems = _signature_of_tokens(settings), _signature_of_pems(settings)
     certificate = LiveCertificate(settings.tls) if settings.tls.certificate else None
     return DoorFiles(read_tokens(settings), certificate, tokens, pems)
+
+
+def throttle_of(settings: Settings) -> Throttle | None:
+    """Return what counts calls; None where nobody has a limit."""
+    own = [account.rate_limits for account in settings.accounts.values() if account.rate_limits]
+    if not any(rates.requests_per_minute for rates in (settings.rate_limits, *own)):
+        return None
+    return Throttle(lambda name: settings.account_rates(name).requests_per_minute)
 
 
 def _signature_of_tokens(settings: Settings) -> Signature:
