@@ -44,30 +44,6 @@ PROMPT: Any = typer.Argument(metavar="PROMPT", help="The question; `-` or nothin
 Address = Annotated[
     str,
     typer.Option(
-        "--address", metavar="ADDRESS", envvar="SAGE_FED_ADDRESS", help="HOST:PORT of the daemon."
-    ),
-]
-Token = Annotated[
-    str | None,
-    typer.Option(
-        "--token",
-        metavar="TOKEN",
-        envvar="SAGE_FED_TOKEN",
-        help="Bearer token of the account; better set in the environment.",
-    ),
-]
-OperatorToken = Annotated[
-    str | None,
-    typer.Option(
-        "--token",
-        metavar="TOKEN",
-        envvar="SAGE_FED_TOKEN",
-        help="The operator's token; else the one in the daemon's state directory.",
-    ),
-]
-Address = Annotated[
-    str,
-    typer.Option(
         "--address",
         metavar="ADDRESS",
         envvar="SAGE_FED_ADDRESS",
