@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from surroundings import require_tool
 
@@ -239,7 +240,7 @@ def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outc
     for kind, tokens in (("prompt", 20), ("cached", 4), ("output", 5)):
         assert tokens == value(metrics, "tokens_total", **tier, type=kind, outcome=outcome)
     assert 0.5 == value(metrics, "request_duration_seconds_sum", **tier, outcome=outcome)
-    assert 0.03 == value(metrics, "time_to_first_token_seconds_sum", **tier)
+    assert 0.03 == value(metrics, "time_to_first_token_seconds_sum", **tier, contended="false")
     assert 0.01 == value(metrics, "queue_seconds_sum", **tier)
     assert 0.02 == value(metrics, "prefill_seconds_sum", **tier)
     assert 0.4 == value(metrics, "decode_seconds_sum", **tier)
@@ -250,7 +251,8 @@ def test_a_job_without_a_token_has_no_time_to_first_token(metrics: Metrics) -> N
     """A job cancelled in the queue does not flatter the latency."""
     metrics.job_finished(TACTICAL, finished(StopReason.CANCELLED, output_tokens=0))
 
-    assert 0 == value(metrics, "time_to_first_token_seconds_count", tier="tactical")
+    alone = {"tier": "tactical", "contended": "false"}
+    assert 0 == value(metrics, "time_to_first_token_seconds_count", **alone)
     assert 1 == value(metrics, "queue_seconds_count", tier="tactical")
 
 
@@ -284,10 +286,58 @@ def test_tokens_that_come_together_share_their_gap(metrics: Metrics) -> None:
     """Four tokens in one hand-over after 80 ms are four latencies of 20 ms."""
     metrics.tokens_delivered(TACTICAL, 4, 0.08)
 
-    tier = {"tier": "tactical"}
+    tier = {"tier": "tactical", "contended": "false"}
     assert 4 == value(metrics, "inter_token_latency_seconds_count", **tier)
     assert 4 == value(metrics, "inter_token_latency_seconds_bucket", **tier, le="0.02")
     assert 0 == value(metrics, "inter_token_latency_seconds_bucket", **tier, le="0.015")
+
+
+def test_latency_is_told_apart_by_the_other_tiers_work(metrics: Metrics) -> None:
+    """What the tactical tier does while the strategic one is busy has a label of its own."""
+    alone = {"tier": "tactical", "contended": "false"}
+    busy = {"tier": "tactical", "contended": "true"}
+    with metrics.at_work(TACTICAL):
+        metrics.tokens_delivered(TACTICAL, 1, 0.01)
+        with metrics.at_work(STRATEGIC), metrics.at_work(STRATEGIC):
+            metrics.tokens_delivered(TACTICAL, 2, 0.04)
+            assert metrics.contended(TACTICAL)
+        metrics.tokens_delivered(TACTICAL, 1, 0.01)
+        assert metrics.contended(STRATEGIC)
+        assert not metrics.contended(TACTICAL)
+    metrics.job_finished(TACTICAL, finished(), contended=True)
+
+    assert 2 == value(metrics, "inter_token_latency_seconds_count", **alone)
+    assert 2 == value(metrics, "inter_token_latency_seconds_count", **busy)
+    assert 1 == value(metrics, "time_to_first_token_seconds_count", **busy)
+
+
+def test_work_ends_with_its_job_however_that_ends(metrics: Metrics) -> None:
+    """A job that fails leaves nobody contended for ever."""
+    with pytest.raises(QueueFull), metrics.at_work(STRATEGIC):
+        raise QueueFull("x")
+    assert not metrics.contended(TACTICAL)
+
+
+def test_a_bucket_names_a_job_that_fell_into_it(metrics: Metrics) -> None:
+    """The exemplar of a time is in its own bucket, and only where OpenMetrics is asked for."""
+    job = {"job_id": "job-7", "trace_id": "ab" * 16}
+    metrics.job_finished(TACTICAL, finished(), exemplar=job)
+    lines = openmetrics.generate_latest(metrics.registry).decode().splitlines()
+    (named,) = [line for line in lines if "time_to_first" in line and "job-7" in line]
+
+    assert 'le="0.04"' in named
+    assert f'# {{job_id="job-7",trace_id="{"ab" * 16}"}} 0.03 ' in named
+    assert "job-7" not in metrics.exposition().decode()
+
+
+def test_only_a_slow_gap_between_tokens_names_its_job(metrics: Metrics) -> None:
+    """Tokens are many: those that nobody would ask about are not worth a name."""
+    metrics.tokens_delivered(TACTICAL, 1, 0.19, {"job_id": "job-quick"})
+    metrics.tokens_delivered(TACTICAL, 1, 0.21, {"job_id": "job-slow"})
+    page = openmetrics.generate_latest(metrics.registry).decode()
+
+    assert "job-quick" not in page
+    assert 'job_id="job-slow"} 0.21 ' in page
 
 
 def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:

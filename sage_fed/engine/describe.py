@@ -17,17 +17,22 @@ from sage_fed.engine.load import resolve_device
 
 @dataclass(frozen=True, slots=True)
 class DeviceDescription:
-    """`name` as its maker calls it; `threads` of one forward pass on the CPU, 0 on a GPU."""
+    """`name` as its maker calls it; `threads` of one forward pass on the CPU, 0 on a GPU.
+
+    `gpu_uuid` is how the driver knows a GPU, whatever its number is here; "" for a CPU.
+    """
 
     name: str
     threads: int
+    gpu_uuid: str = ""
 
 
 def describe_device(device_name: str) -> DeviceDescription:
     """Describe the device that is served from."""
     device = resolve_device(device_name)
     if device.type == "cuda":
-        return DeviceDescription(torch.cuda.get_device_name(device), 0)
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceDescription(properties.name, 0, f"GPU-{properties.uuid}")
     cores = len(os.sched_getaffinity(0))
     return DeviceDescription(f"{_cpu_name()}, {cores} CPUs", torch.get_num_threads())
 

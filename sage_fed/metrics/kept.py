@@ -6,11 +6,14 @@ and each `labels` of the library turns every value into a string and takes a loc
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any, Self
 
 import prometheus_client
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.samples import Exemplar
 
 
 class _Kept(MetricWrapperBase):
@@ -53,8 +56,19 @@ class Histogram(_Kept, prometheus_client.Histogram):
         else:
             super().observe(amount, exemplar)
 
-    def observe_many(self, amount: float, count: int) -> None:
-        """Observe the same amount `count` times, at the price of once."""
+    def observe_many(
+        self, amount: float, count: int, exemplar: Mapping[str, str] | None = None
+    ) -> None:
+        """Observe the same amount `count` times, at the price of once.
+
+        Args:
+            amount: what was observed.
+            count: how often.
+            exemplar: labels that lead to one case of it; at most 128 characters in all.
+        """
         self._sum.inc(amount * count)
         # The last bucket's bound is infinite.
-        self._buckets[bisect_left(self._upper_bounds, amount)].inc(count)
+        bucket = self._buckets[bisect_left(self._upper_bounds, amount)]
+        bucket.inc(count)
+        if exemplar is not None:
+            bucket.set_exemplar(Exemplar(dict(exemplar), amount, time.time()))

@@ -6,7 +6,8 @@ executor and the ledger offer to observers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -32,12 +33,14 @@ from sage_fed.core import (
 from sage_fed.errors import SageFedError
 from sage_fed.metrics.doors import BROKEN, DONE, DoorSeries
 from sage_fed.metrics.live import LiveRates
+from sage_fed.metrics.power import PowerCollector, Sensor, find_sensor
 from sage_fed.metrics.scrape import ScrapeCollector, Snapshot
 from sage_fed.metrics.series import (
     ABORTED,
     ABORTS,
     AUTO,
     CODES,
+    CONTENDED,
     FAILED,
     FAULTS,
     FINISHED,
@@ -52,6 +55,9 @@ from sage_fed.metrics.series import (
 )
 from sage_fed.metrics.server import OPEN_PAGE, MetricsServer, PageDoor
 from sage_fed.steps import StepReport
+
+_SLOW_WAIT_S = 0.2
+"""Between two tokens: a reader notices, so the bucket leads to the job."""
 
 Decisions = Iterable[tuple[Tier | None, Tier | None, str]]
 
@@ -83,6 +89,8 @@ class Metrics:
         self._engines = EngineSeries(make)
         self._doors = DoorSeries(make)
         self._model_labels: dict[Tier, tuple[str, ...]] = {}
+        self._at_work = dict.fromkeys(Tier, 0)
+        self._gaps = {tier: self._jobs.inter_token.labels(tier.value, "false") for tier in Tier}
         self._live = LiveRates()
         self._scrape = ScrapeCollector(self._live)
         self.registry.register(self._scrape)
@@ -99,6 +107,21 @@ class Metrics:
         It is called in the scraping thread and returns values that nobody changes afterwards.
         """
         self._scrape.snapshot = snapshot
+
+    @contextlib.contextmanager
+    def watch_power(self, gpu_uuid: str) -> Iterator[Sensor | None]:
+        """Shows what a GPU draws, while the context lasts and if a sensor says so."""
+        sensor = find_sensor(gpu_uuid)
+        if sensor is None:
+            yield None
+            return
+        collector = PowerCollector(sensor)
+        self.registry.register(collector)
+        try:
+            yield sensor
+        finally:
+            self.registry.unregister(collector)
+            collector.close()
 
     def serve(self, host: str, port: int, door: PageDoor = OPEN_PAGE) -> MetricsServer:
         """Starts the HTTP endpoint; raises `OSError` where it cannot bind."""
@@ -154,21 +177,65 @@ class Metrics:
         if isinstance(decision, Refusal) and decision.denied_uatp:
             self._money.denied.labels(decision.reason).inc(decision.denied_uatp / UATP_PER_ATP)
 
-    def tokens_delivered(self, tier: Tier, num_tokens: int, gap_s: float) -> None:
+    @contextlib.contextmanager
+    def at_work(self, tier: Tier) -> Iterator[None]:
+        """Counts a job as work of its tier, which contends with the other tier's, while it lasts.
+
+        A token's contention is looked up when that changes, not when the token comes.
+        """
+        self._change_work(tier, 1)
+        try:
+            yield
+        finally:
+            self._change_work(tier, -1)
+
+    def _change_work(self, tier: Tier, change: int) -> None:
+        before, after = self._at_work[tier], self._at_work[tier] + change
+        self._at_work[tier] = after
+        if before and after:
+            return
+        for other in Tier:
+            if other is not tier:
+                label = CONTENDED[self.contended(other)]
+                self._gaps[other] = self._jobs.inter_token.labels(other.value, label)
+
+    def contended(self, tier: Tier) -> bool:
+        """Says whether another tier has work now."""
+        return any(jobs for other, jobs in self._at_work.items() if other is not tier)
+
+    def tokens_delivered(
+        self, tier: Tier, num_tokens: int, gap_s: float, exemplar: Mapping[str, str] | None = None
+    ) -> None:
         """Counts the wait for `num_tokens` that came `gap_s` after the ones before them."""
         if num_tokens:
-            gaps = self._jobs.inter_token.labels(tier.value)
-            gaps.observe_many(gap_s / num_tokens, num_tokens)
+            wait_s = gap_s / num_tokens
+            slow = exemplar if wait_s > _SLOW_WAIT_S else None
+            self._gaps[tier].observe_many(wait_s, num_tokens, slow)
 
-    def job_finished(self, tier: Tier, finished: Finished) -> None:
-        """Counts a job that delivered an ending, aborted ones included."""
+    def job_finished(
+        self,
+        tier: Tier,
+        finished: Finished,
+        *,
+        contended: bool = False,
+        exemplar: Mapping[str, str] | None = None,
+    ) -> None:
+        """Counts a job that delivered an ending, aborted ones included.
+
+        Args:
+            tier: where it ran.
+            finished: its ending.
+            contended: whether the other tier had work when its first token came.
+            exemplar: labels that lead from the buckets of its times to the job.
+        """
         series, name, timing = self._jobs, tier.value, finished.timing
         outcome = ABORTED if finished.stop_reason in ABORTS else FINISHED
         series.requests.labels(name, outcome, finished.stop_reason.value).inc()
-        series.duration.labels(name, outcome).observe(timing.total_s)
+        series.duration.labels(name, outcome).observe_many(timing.total_s, 1, exemplar)
         series.queue.labels(name).observe(timing.queue_s)
         if finished.usage.output_tokens:
-            series.first_token.labels(name).observe(timing.time_to_first_token_s)
+            first_token = series.first_token.labels(name, CONTENDED[contended])
+            first_token.observe_many(timing.time_to_first_token_s, 1, exemplar)
             series.prefill.labels(name).observe(timing.prefill_s)
             series.decode.labels(name).observe(timing.decode_s)
         series.prompt_tokens.labels(name).observe(finished.usage.prompt_tokens)

@@ -59,6 +59,7 @@ REFUSALS = (
     Unauthenticated,
 )
 CODES = frozenset(error.reason.lower() for error in (*REFUSALS, *FAULTS))
+CONTENDED = ("false", "true")
 TOKEN_TYPES = ("prompt", "cached", "output")
 TOKEN_OUTCOMES = (FINISHED, ABORTED, FAILED)
 MONEY_REASONS = ("below_floor", "above_max_cost", "cannot_afford")
@@ -121,15 +122,17 @@ class JobSeries:
         )
         self.first_token = make.histogram(
             "time_to_first_token_seconds",
-            "From the arrival of a request until its first token.",
+            "From the arrival of a request until its first token; contended: the other tier had "
+            "work when that came.",
             FIRST_TOKEN,
-            "tier",
+            *("tier", "contended"),
         )
         self.inter_token = make.histogram(
             "inter_token_latency_seconds",
-            "Between two tokens of one stream, as handed to the reader.",
+            "Between two tokens of one stream, as handed to the reader; contended: the other tier "
+            "had work then.",
             INTER_TOKEN,
-            "tier",
+            *("tier", "contended"),
         )
         self.queue = make.histogram(
             "queue_seconds", "From admission until the first prefill step.", DURATION, "tier"
@@ -165,8 +168,11 @@ class JobSeries:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        by_tier = (self.first_token, self.inter_token, self.queue, self.prefill, self.decode)
+        by_tier = (self.queue, self.prefill, self.decode)
         for tier in TIERS:
+            for contended in CONTENDED:
+                self.first_token.labels(tier, contended)
+                self.inter_token.labels(tier, contended)
             for metric in (*by_tier, self.prompt_tokens, self.output_tokens):
                 metric.labels(tier)
             for kind, outcome in itertools.product(TOKEN_TYPES, TOKEN_OUTCOMES):
