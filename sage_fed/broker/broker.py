@@ -23,6 +23,7 @@ from sage_fed.errors import QueueFull, RateLimited, TierUnavailable
 from sage_fed.executor import Executor
 from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
+from sage_fed.tracing import Tracing
 
 _RETRY_FULL_S = 1.0
 _RETRY_DRAINING_S = 5.0
@@ -37,6 +38,7 @@ class Broker:
         max_jobs: accepted and not ended, over all tiers and accounts.
         max_account_jobs: the same of one account; 0 is no limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
+        tracing: told of every job's ending; None traces none.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Broker:
         max_jobs: int,
         hold_ttl_s: float,
         max_account_jobs: Callable[[str], int] = lambda _: 0,
+        tracing: Tracing | None = None,
     ) -> None:
         self._tasks = tasks
         self._planner = planner
@@ -59,6 +62,7 @@ class Broker:
         self._max_jobs = max_jobs
         self._max_account_jobs = max_account_jobs
         self._hold_ttl_s = hold_ttl_s
+        self._tracing = tracing
         self._jobs: dict[str, Job] = {}
         self._account_jobs: Counter[str] = Counter()
         self._seq_ids = itertools.count(1)
@@ -99,6 +103,7 @@ class Broker:
             executor=self._executor,
             metrics=self._metrics,
             hold_ttl_s=self._hold_ttl_s,
+            tracing=self._tracing,
             on_left=lambda: self._reader_left(job_id),
         )
         self._jobs[job_id] = job

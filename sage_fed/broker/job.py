@@ -41,6 +41,7 @@ from sage_fed.pricing import charge
 from sage_fed.router import refusal_error
 from sage_fed.scheduler import Ended, SequenceSpec, TokenWeights
 from sage_fed.steps import Drawn
+from sage_fed.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Job:
         executor: Executor,
         metrics: Metrics,
         hold_ttl_s: float,
+        tracing: Tracing | None,
         on_left: Callable[[], None],
     ) -> None:
         self.job_id = job_id
@@ -73,6 +75,7 @@ class Job:
         self._executor = executor
         self._metrics = metrics
         self._hold_ttl_s = hold_ttl_s
+        self._tracing = tracing
         self._plan: Plan | None = None
         self._held_uatp = 0
         self._submitted = False
@@ -81,6 +84,11 @@ class Job:
         self._wasted: Usage | None = None
         self._device_s = 0.0
         self._last_push_s = 0.0
+        self._contended = False
+        # What a slow bucket shows: the id that the ledger, the log and the client know, too.
+        self._exemplar = {"job_id": job_id}
+        if spec.trace is not None:
+            self._exemplar["trace_id"] = spec.trace.trace_id
 
     def stop(self, reason: StopReason) -> None:
         """Ask the job to end at the next step; the first reason counts."""
@@ -196,6 +204,7 @@ class Job:
         tier = self._plan.route.tier if self._plan else self.spec.requested
         total_s = time.monotonic() - self._arrived_s
         self._metrics.job_failed(tier, error, total_s, self._wasted, self._device_s)
+        self._trace(error)
         self.stream.end(error)
 
     async def _work(self, plan: Plan) -> Ended | None:
@@ -220,7 +229,8 @@ class Job:
         self.stream.start(self._started(plan))
         timer = self._deadline()
         try:
-            ended = await self._deliver(source)
+            with self._metrics.at_work(plan.route.tier):
+                ended = await self._deliver(source)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -266,8 +276,12 @@ class Job:
 
     def _note_gap(self, num_tokens: int) -> None:
         now, before = time.monotonic(), self._last_push_s
-        if before and self._plan is not None:
-            self._metrics.tokens_delivered(self._plan.route.tier, num_tokens, now - before)
+        assert self._plan is not None
+        tier = self._plan.route.tier
+        if before:
+            self._metrics.tokens_delivered(tier, num_tokens, now - before, self._exemplar)
+        else:
+            self._contended = self._metrics.contended(tier)
         self._last_push_s = now
 
     async def _settle(self, plan: Plan, ended: Ended | None) -> None:
@@ -301,8 +315,11 @@ class Job:
             balance_uatp = settlement.balance_uatp
             self._metrics.balance_changed(self.spec.account, balance_uatp)
             self._metrics.settled(plan.route.tier, self._held_uatp, charged_uatp)
-        self._metrics.job_finished(plan.route.tier, finished)
+        self._metrics.job_finished(
+            plan.route.tier, finished, contended=self._contended, exemplar=self._exemplar
+        )
         self._log_ending(finished.stop_reason.value)
+        self._trace(finished)
         if not self._submitted:
             self.stream.start(self._started(plan))
         self.stream.end(replace(finished, balance_uatp=balance_uatp))
@@ -323,6 +340,11 @@ class Job:
         story = {"job_id": self.job_id, "error_id": error_id}
         _log.error("%s: internal error %s", self.job_id, error_id, exc_info=error, extra=story)
         return Internal(error_id)
+
+    def _trace(self, ending: Finished | SageFedError) -> None:
+        if self._tracing is not None:
+            started = self._started(self._plan) if self._plan else None
+            self._tracing.job_ended(self.spec, started, ending)
 
     async def _void(self, tier: Tier, why: str) -> int:
         release = await self._ledger.void(self.job_id, why)

@@ -5,8 +5,8 @@ Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
 Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
 or plain plurals, as in `docs/architecture.md`.
 
-`tiers`, `money`, `callers`, `jobs`, `routes`, `events` and `calibration` hold them; import them
-from here.
+`tiers`, `money`, `callers`, `jobs`, `routes`, `events`, `calibration` and `tracing` hold them;
+import them from here.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from sage_fed.core.tiers import (
     TierState,
     TierStatus,
 )
+from sage_fed.core.tracing import TraceContext, parse_traceparent
 
 __all__ = [
     "UATP_PER_ATP",
@@ -83,5 +84,7 @@ __all__ = [
     "TierState",
     "TierStatus",
     "Timing",
+    "TraceContext",
     "Usage",
+    "parse_traceparent",
 ]

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from sage_fed.core.tiers import Tier
+from sage_fed.core.tracing import TraceContext
 
 
 class Priority(enum.IntEnum):
@@ -83,6 +84,8 @@ class JobSpec:
     # How long the caller's own call waits. No part of the job's identity: a repeated request
     # has another one, and must still be recognised (`repr` feeds the payload hash).
     call_deadline_s: float | None = field(default=None, compare=False, repr=False)
+    # The caller's trace; for the same reason no part of the identity.
+    trace: TraceContext | None = field(default=None, compare=False, repr=False)
 
     @property
     def deadline_s(self) -> float | None:

@@ -14,29 +14,28 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import sage_fed
 from sage_fed.auth import mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
-from sage_fed.core import Phase, Tier
+from sage_fed.core import Tier
 from sage_fed.daemon.cards import card_in_force, site_of
 from sage_fed.daemon.doors import Doors, read_door_files, throttle_of
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
+from sage_fed.daemon.watched import build_metrics, expose, start_watching
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import ConfigError, LedgerDown, SageFedError
 from sage_fed.executor import Executor
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
-from sage_fed.metrics import Metrics, MetricsServer, PageDoor, Snapshot
-from sage_fed.pricing import RateCard
-from sage_fed.router import RoutingPolicy, possible_decisions
+from sage_fed.metrics import Metrics, Snapshot
+from sage_fed.router import RoutingPolicy
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.settings import Address, Settings, UnixSocket
 
@@ -99,7 +98,7 @@ async def _started(
     """Build every part, and take down in reverse what was built."""
     laps = Laps()
     set_cpu_threads(settings.cpu_threads)
-    metrics = _metrics(settings)
+    metrics = build_metrics(settings)
     device = await asyncio.to_thread(describe_device, settings.device)
     cards = await asyncio.to_thread(card_in_force, settings, device, metrics)
     # The device and the models' files before the books: a start that fails for want of either
@@ -112,6 +111,7 @@ async def _started(
     door_files = await asyncio.to_thread(read_door_files, settings)
     _prepare_state_dir(settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
+        tracing = start_watching(settings, device, metrics, stack)
         ledger = await _open_ledger(settings, metrics, lifecycle)
         stack.push_async_callback(ledger.close)
         doors = Doors(
@@ -154,6 +154,7 @@ async def _started(
             max_jobs=settings.limits.max_jobs,
             hold_ttl_s=settings.ledger.hold_ttl_s,
             max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
+            tracing=tracing,
         )
         calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)
         operations = Operations(
@@ -169,12 +170,14 @@ async def _started(
             throttle=throttle_of(settings),
             certificate=doors.certificate,
             on_denied=metrics.call_denied,
+            tracing=tracing,
         )
         metrics.watch(
             lambda: Snapshot({tier: executor.load(tier) for tier in Tier}, broker.running())
         )
-        exposition = _expose(metrics, settings.metrics_listen, doors.page_door())
-        stack.callback(exposition.close)
+        exposition = stack.enter_context(
+            expose(metrics, settings.metrics_listen, doors.page_door())
+        )
         metrics_address = Address(settings.metrics_listen.host, exposition.port)
         readiness.listening(bound.address, metrics_address)
         # Entered last, so that an error of the start is not wrapped into a group of errors.
@@ -190,10 +193,8 @@ async def _started(
         await executor.start()
         await bound.server.start()
         stack.push_async_callback(bound.server.stop, 0.0)
-        endpoint = settings.state_dir / ENDPOINT_FILE
-        _announce(endpoint, bound.address, metrics_address)
+        stack.enter_context(_announced(settings.state_dir, bound.address, metrics_address))
         laps.done("listen")
-        stack.callback(endpoint.unlink, missing_ok=True)
         # Half a million objects of torch and the others live as long as we do: a collection that
         # walked them would hold every stream for a tenth of a second.
         gc.freeze()
@@ -263,24 +264,6 @@ async def _open_accounts(ledger: Ledger, settings: Settings, accounts: Collectio
         raise
 
 
-def _metrics(settings: Settings) -> Metrics:
-    metrics = Metrics(
-        version=sage_fed.__version__,
-        decisions=possible_decisions(),
-        per_account_balance=settings.metrics.per_account_balance,
-    )
-    published = RateCard.load()
-    metrics.cost_ratios("configured", {phase: published.cost_ratio(phase) for phase in Phase})
-    return metrics
-
-
-def _expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
-    try:
-        return metrics.serve(listen.host, listen.port, door)
-    except OSError as error:
-        raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
-
-
 def _terms(settings: Settings, account: str) -> AccountTerms:
     budget = settings.account_budget(account)
     return AccountTerms(
@@ -298,11 +281,17 @@ def _prepare_state_dir(path: Path) -> None:
         raise ConfigError(f"state_dir: cannot create {path}: {error.strerror}") from None
 
 
-def _announce(endpoint: Path, listen: Address | UnixSocket, metrics: Address) -> None:
-    """Write where we listen; renamed into place, so that no reader sees half of it."""
+@contextlib.contextmanager
+def _announced(state_dir: Path, listen: Address | UnixSocket, metrics: Address) -> Iterator[None]:
+    """Say where we listen while we do; renamed into place, so that no reader sees half of it."""
+    endpoint = state_dir / ENDPOINT_FILE
     fresh = endpoint.with_name(f"{endpoint.name}.new")
     try:
         fresh.write_text(json.dumps({"listen": str(listen), "metrics": str(metrics)}))
         fresh.replace(endpoint)
     except OSError as error:
         raise ConfigError(f"state_dir: cannot write {endpoint}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        endpoint.unlink(missing_ok=True)

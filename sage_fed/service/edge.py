@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -24,19 +24,25 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
 from sage_fed.auth import Authenticator, Throttle, require_role
-from sage_fed.core import Caller, Role
+from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
 from sage_fed.errors import InvalidField, RateLimited, SageFedError
 from sage_fed.service.rules import OPEN, RULES
 from sage_fed.service.status import status_of
+from sage_fed.tracing import Call as TracedCall
+from sage_fed.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who calls, since when (`time.monotonic()`), and how long the call itself may last."""
+    """Who calls, since when (`time.monotonic()`), and how long the call itself may last.
+
+    `trace` is where in whose trace the call stands: its own span, or the caller's.
+    """
 
     caller: Caller
     arrived: float
     deadline_s: float | None
+    trace: TraceContext | None = None
 
 
 M = TypeVar("M", bound=Message)
@@ -56,6 +62,7 @@ class Edge:
         throttle: how often they may; None is as often as they like.
         certificates: whether every client has shown a certificate.
         on_denied: told why a call was not let in: a reason in lower case.
+        tracing: traces each call; None traces none.
     """
 
     def __init__(
@@ -65,11 +72,13 @@ class Edge:
         throttle: Throttle | None = None,
         certificates: bool = False,
         on_denied: Callable[[str], None] = lambda _: None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._throttle = throttle
         self._certificates = certificates
         self._on_denied = on_denied
+        self._tracing = tracing
 
     def check(self, path: str) -> Check:
         """Return what lets a call of this method in, by the rule that names it."""
@@ -100,18 +109,37 @@ class Edge:
         request_class = GetMessageClass(descriptor.input_type)
         check = self.check(f"/{descriptor.containing_service.full_name}/{descriptor.name}")
 
-        def enter(raw: bytes, context: Context) -> tuple[Message, Call]:
+        def enter(raw: bytes, context: Context, trace: TraceContext | None) -> tuple[Message, Call]:
             call = check(context)
             assert call is not None, "a method of ours has a caller"
+            if trace is not None:
+                call = replace(call, trace=trace)
             return parse(request_class, raw), call
 
-        handle = _streaming if descriptor.server_streaming else _unary
+        wrap = _streaming if descriptor.server_streaming else _unary
+        name = f"{descriptor.containing_service.full_name}/{descriptor.name}"
         # A single reply is written like a stream of one, which is the same on the wire: gRPC's
         # own way of sending it logs a traceback where the connection breaks meanwhile.
         return grpc.unary_stream_rpc_method_handler(
-            handle(enter, method),  # type: ignore[arg-type] # the descriptor says which
+            # The descriptor says which kind the method is.
+            self._traced(name, wrap(enter, method)),  # type: ignore[arg-type]
             response_serializer=serialize,
         )
+
+    def _traced(self, name: str, handle: Handler) -> Callable[[bytes, Context], Awaitable[None]]:
+        """Give each call the caller's trace, and with tracing on a span of its own in it."""
+        tracing = self._tracing
+
+        async def handle_untraced(raw: bytes, context: Context) -> None:
+            await handle(raw, context, _trace_of(context), None)
+
+        async def handle_traced(raw: bytes, context: Context) -> None:
+            assert tracing is not None
+            with tracing.call(name, _trace_of(context)) as traced:
+                await handle(raw, context, traced.context, traced)
+                traced.ended("OK")
+
+        return handle_untraced if tracing is None else handle_traced
 
     def _identify(self, context: Context, role: Role) -> Call:
         arrived = time.monotonic()
@@ -131,16 +159,18 @@ class Edge:
         return Call(caller, arrived, context.time_remaining())
 
 
-Enter = Callable[[bytes, Context], tuple[Message, Call]]
-Handler = Callable[[bytes, Context], Awaitable[None]]
+Enter = Callable[[bytes, Context, TraceContext | None], tuple[Message, Call]]
+Handler = Callable[[bytes, Context, TraceContext | None, TracedCall | None], Awaitable[None]]
 
 
 def _unary(enter: Enter, method: UnaryMethod) -> Handler:
-    async def handle(raw: bytes, context: Context) -> None:
+    async def handle(
+        raw: bytes, context: Context, trace: TraceContext | None, traced: TracedCall | None
+    ) -> None:
         try:
-            await context.write(await method(*enter(raw, context)))
+            await context.write(await method(*enter(raw, context, trace)))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
-            await end(context, error)
+            await end(context, error, traced)
 
     return handle
 
@@ -149,13 +179,15 @@ def _streaming(enter: Enter, method: StreamMethod) -> Handler:
     # A coroutine that writes, not a generator that gRPC drives: so a cancellation during a
     # write is raised here, and the method is closed now and not when it is garbage.
     # The first write sends the response headers; a refusal before it leaves the RPC retryable.
-    async def handle(raw: bytes, context: Context) -> None:
+    async def handle(
+        raw: bytes, context: Context, trace: TraceContext | None, traced: TracedCall | None
+    ) -> None:
         try:
-            async with contextlib.aclosing(method(*enter(raw, context))) as replies:
+            async with contextlib.aclosing(method(*enter(raw, context, trace))) as replies:
                 async for reply in replies:
                     await context.write(reply)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
-            await end(context, error)
+            await end(context, error, traced)
 
     return handle
 
@@ -169,19 +201,31 @@ def parse(request_class: type[M], raw: bytes) -> M:
         raise InvalidField("request", message) from None
 
 
-async def end(context: Context, error: BaseException) -> NoReturn:
-    """Give the RPC its status; raise only what tells gRPC that it is over."""
+async def end(context: Context, error: BaseException, traced: TracedCall | None = None) -> NoReturn:
+    """Give the RPC its status, and tell its trace; raise only what tells gRPC that it is over."""
     if isinstance(error, grpc.aio.AbortError):
         raise error  # somebody has given it one already
     # A failed write is how a broken connection shows first: the call is dead, and gRPC will
     # know of it only later. There is nobody to tell, and nothing of ours to log.
     if _client_left(context) or isinstance(error, grpc.aio.InternalError):
+        if traced is not None:
+            traced.ended("CANCELLED")
         raise asyncio.CancelledError from None
     status = rpc_status.to_status(status_of(error))
+    if traced is not None:
+        traced.ended(status.code.name)
     try:
         await context.abort(status.code, status.details, status.trailing_metadata)
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
+
+
+def _trace_of(context: Context) -> TraceContext | None:
+    """Return the caller's trace, where its headers have a well-formed one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent" and isinstance(value, str):
+            return parse_traceparent(value)
+    return None
 
 
 def _client_left(context: Context) -> bool:

@@ -118,7 +118,11 @@ class InferenceService:
         # An absent job reads as an empty one, whose missing prompt is refused by name.
         job: types_pb2.JobSpec = request.job
         return parse_job(
-            job, self._limits, account=call.caller.account, call_remaining_s=call.deadline_s
+            job,
+            self._limits,
+            account=call.caller.account,
+            call_remaining_s=call.deadline_s,
+            trace=call.trace,
         )
 
 

@@ -13,7 +13,15 @@ import math
 
 from google.protobuf.message import Message as ProtoMessage
 
-from sage_fed.core import JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
+from sage_fed.core import (
+    JobSpec,
+    Message,
+    Priority,
+    Prompt,
+    SamplingRequest,
+    Tier,
+    TraceContext,
+)
 from sage_fed.errors import InvalidField
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
@@ -42,10 +50,12 @@ def parse_job(
     *,
     account: str,
     call_remaining_s: float | None = None,
+    trace: TraceContext | None = None,
 ) -> JobSpec:
     """Return the job that the message describes, paid for by `account`.
 
     `call_remaining_s` is what is left of the gRPC call's own deadline; None is "no deadline".
+    `trace` is the caller's, if it has one.
     """
     if job.HasField("max_cost_uatp") and job.max_cost_uatp < 0:
         raise InvalidField("job.max_cost_uatp", "must not be negative")
@@ -64,6 +74,7 @@ def parse_job(
         client_request_id=_parse_request_id(job.client_request_id, limits),
         sampling=_parse_sampling(job.sampling, limits),
         call_deadline_s=_call_deadline_s(call_remaining_s, limits),
+        trace=trace,
     )
 
 

@@ -30,6 +30,7 @@ from sage_fed.service.ports import Books, Jobs, Operations
 from sage_fed.service.reflection import register_reflection
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
+from sage_fed.tracing import Tracing
 
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of one request together; ours fit into a fraction of it."""
@@ -64,6 +65,7 @@ async def build_server(
     throttle: Throttle | None = None,
     certificate: LiveCertificate | None = None,
     on_denied: Callable[[str], None] = lambda _: None,
+    tracing: Tracing | None = None,
 ) -> BoundServer:
     """Build the server and bind it; port 0 takes a free one, named in the answer.
 
@@ -78,6 +80,7 @@ async def build_server(
         throttle=throttle,
         certificates=certificate is not None and certificate.needs_clients,
         on_denied=on_denied,
+        tracing=tracing,
     )
     server.add_generic_rpc_handlers(
         (

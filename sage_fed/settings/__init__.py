@@ -21,6 +21,7 @@ from sage_fed.settings.sections import (
     RoutingSettings,
     SchedulingSettings,
     TierSettings,
+    TracingSettings,
 )
 from sage_fed.settings.sources import Effective, load_settings, profile_names
 from sage_fed.settings.table import KeyDescription, describe
@@ -51,6 +52,7 @@ __all__ = [
     "Settings",
     "TierSettings",
     "TlsSettings",
+    "TracingSettings",
     "UnixSocket",
     "atp_from_uatp",
     "describe",

@@ -90,6 +90,12 @@ def _cache_place(value: str) -> str:
     return value
 
 
+def _url(value: str) -> str:
+    if re.fullmatch(r"https?://[^\s/]+(/\S*)?", value) is None:
+        raise ValueError("expected a URL, for example http://127.0.0.1:4318/v1/traces")
+    return value
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -126,6 +132,7 @@ ModelName = Annotated[str, AfterValidator(_model)]
 Revision = Annotated[str, AfterValidator(_revision)]
 Device = Annotated[str, AfterValidator(_device)]
 CachePlace = Annotated[str, AfterValidator(_cache_place)]
+Url = Annotated[str, AfterValidator(_url)]
 AccountName = Annotated[str, AfterValidator(parse_account)]
 AccountOrNobody = Annotated[str, AfterValidator(_account_or_nobody)]
 Lowered = BeforeValidator(_lower)

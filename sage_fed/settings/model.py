@@ -36,6 +36,7 @@ from sage_fed.settings.sections import (
     RoutingSettings,
     SchedulingSettings,
     TierSettings,
+    TracingSettings,
 )
 
 AUTO_CARD = "auto"
@@ -115,6 +116,7 @@ class Settings(BaseSettings):
     )
     ledger: LedgerSettings = Field(default=LedgerSettings(), description="The books.")
     metrics: MetricsSettings = Field(default=MetricsSettings(), description="What is exported.")
+    tracing: TracingSettings = Field(default=TracingSettings(), description="OpenTelemetry.")
     drain_grace_s: Real = Field(
         default=30.0, ge=0, description="How long running streams may finish after SIGTERM."
     )

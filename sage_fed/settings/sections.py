@@ -17,6 +17,7 @@ from sage_fed.settings.fields import (
     Revision,
     Section,
     Size,
+    Url,
     Whole,
     conflict,
 )
@@ -204,6 +205,22 @@ class LedgerSettings(Section):
         ge=0,
         le=3660 * 86_400.0,
         description="How long a finished request id can be replayed.",
+    )
+
+
+class TracingSettings(Section):
+    """Where OpenTelemetry traces go; the extra `sage-fed[otel]` makes them."""
+
+    otlp_endpoint: Annotated[Url | None, EmptyIsNone] = Field(
+        default=None,
+        description="URL of an OTLP/HTTP collector, such as http://127.0.0.1:4318/v1/traces; "
+        "without one nothing is traced.",
+    )
+    sample_ratio: Real = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of requests that is traced where the caller has not decided.",
     )
 
 

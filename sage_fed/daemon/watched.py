@@ -1,0 +1,61 @@
+"""How the daemon is watched: its metrics, the page that shows them, power and traces.
+
+Owns what of these follows from the settings. Does not know what happens later: the parts say so.
+Fails with `ConfigError`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import sage_fed
+from sage_fed.core import Phase, Tier
+from sage_fed.daemon.tiers import display_name
+from sage_fed.engine import DeviceDescription
+from sage_fed.errors import ConfigError
+from sage_fed.metrics import Metrics, MetricsServer, PageDoor
+from sage_fed.pricing import RateCard
+from sage_fed.router import possible_decisions
+from sage_fed.settings import Address, Settings
+from sage_fed.tracing import Tracing, start_tracing
+
+
+def build_metrics(settings: Settings) -> Metrics:
+    """Return every series, with what is known before anything runs."""
+    metrics = Metrics(
+        version=sage_fed.__version__,
+        decisions=possible_decisions(),
+        per_account_balance=settings.metrics.per_account_balance,
+    )
+    published = RateCard.load()
+    metrics.cost_ratios("configured", {phase: published.cost_ratio(phase) for phase in Phase})
+    return metrics
+
+
+def start_watching(
+    settings: Settings, device: DeviceDescription, metrics: Metrics, stack: AsyncExitStack
+) -> Tracing | None:
+    """Show the GPU's power, and trace if an endpoint is set, until the stack unwinds.
+
+    Entered first, so that what everything else says in its last moments is still exported.
+    """
+    if device.gpu_uuid:
+        stack.enter_context(metrics.watch_power(device.gpu_uuid))
+    if settings.tracing.otlp_endpoint is None:
+        return None
+    return stack.enter_context(
+        start_tracing(
+            settings.tracing.otlp_endpoint,
+            sample_ratio=settings.tracing.sample_ratio,
+            version=sage_fed.__version__,
+            models={tier: display_name(settings.tier(tier)) for tier in Tier},
+        )
+    )
+
+
+def expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
+    """Serve the page until it is closed; `ConfigError` where the address cannot be had."""
+    try:
+        return metrics.serve(listen.host, listen.port, door)
+    except OSError as error:
+        raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
