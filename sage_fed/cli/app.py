@@ -30,6 +30,7 @@ from sage_fed.cli import (
     options,
     serve,
     tokens,
+    top,
 )
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
 from sage_fed.cli.streams import complain, give_up_output, is_output_failure
@@ -112,6 +113,7 @@ def build_app() -> typer.Typer:
         inspect.budget,
         inspect.models,
         inspect.status,
+        top.top,
         calibrate.calibrate,
         serve.config,
         version,

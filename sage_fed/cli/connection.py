@@ -36,7 +36,7 @@ class Connection:
 
     def call(self, work: Callable[[Client], T]) -> T:
         """Connect, do the work, disconnect. Ctrl-C ends the work, and with it its RPC."""
-        token = self._read_token()
+        token = self.read_token()
         if token and self.tls is None and leaves_machine(self.address):
             complain(f"warning: the token goes to {self.address} in plain text; see --tls-ca")
         with Client(self.address, token, tls=self.tls) as client:
@@ -44,7 +44,7 @@ class Connection:
 
     def as_operator(self, state_dir: Path | None) -> Connection:
         """The same with the admin token of this machine's daemon, where no token is given."""
-        token = operator_token(self._read_token(), state_dir)
+        token = operator_token(self.read_token(), state_dir)
         return replace(self, token=token, token_file=None)
 
     def arguments(self) -> list[str]:
@@ -61,7 +61,8 @@ class Connection:
         words = [word for option, value in given if value for word in (option, str(value))]
         return [*words, "--tls"] if self.tls == Tls() else words
 
-    def _read_token(self) -> str | None:
+    def read_token(self) -> str | None:
+        """The token, wherever it was given."""
         if self.token_file is None:
             return self.token
         if self.token:

@@ -2,15 +2,18 @@
 
 Owns: one HTTP GET of a metrics page, and picking samples out of its text.
 Does not know: which series exist (that is `metrics.py`), typed parsing beyond name, labels, value.
-Fails: `OSError` or `http.client.HTTPException` where the page cannot be read.
+Fails: `OSError` or `http.client.HTTPException` where the page cannot be read, `NotAdmitted` of them
+where a token would help.
 """
 
 from __future__ import annotations
 
 import http.client
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 _TIMEOUT_S = 10.0
@@ -28,16 +31,33 @@ class Sample:
     line: str
 
 
-def fetch(url: str) -> str:
-    """The text of a metrics page such as `http://127.0.0.1:9659/metrics`."""
+class NotAdmitted(http.client.HTTPException):
+    """The page is there, and not for whoever asks."""
+
+
+def fetch(url: str, token: str | None = None, tls_ca: Path | None = None) -> str:
+    """The text of a metrics page such as `http://127.0.0.1:9659/metrics`.
+
+    Over https the daemon is trusted by `tls_ca`, or without it by this system's certificates.
+    """
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=_TIMEOUT_S)
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        trust = ssl.create_default_context(cafile=tls_ca)
+        connection = http.client.HTTPSConnection(parts.netloc, timeout=_TIMEOUT_S, context=trust)
+    else:
+        connection = http.client.HTTPConnection(parts.netloc, timeout=_TIMEOUT_S)
     try:
-        connection.request("GET", parts.path or "/metrics")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        connection.request("GET", parts.path or "/metrics", headers=headers)
         response = connection.getresponse()
         body = response.read().decode()
+        if response.status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
+            raise NotAdmitted(f"{url} wants the token of a monitor or an admin")
         if response.status != http.client.OK:
-            raise http.client.HTTPException(f"{url} answered {response.status}")
+            raise http.client.HTTPException(
+                f"{url} answered {response.status} {response.reason}".rstrip()
+            )
         return body
     finally:
         connection.close()

@@ -1,0 +1,166 @@
+"""How a reading looks: a column a tier, and what concerns both below.
+
+Owns: the live picture and its plain form.
+Does not know: where a reading comes from.
+Fails: `OSError` where stdout takes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sage_fed.cli.readings import Percentiles, Reading, TierReading
+from sage_fed.cli.render import format_bytes, format_seconds, printable
+
+if TYPE_CHECKING:
+    from sage_fed.cli.top import Watch
+
+_GOOD, _BAD, _FAINT = "green", "bold red", "dim"
+_DRIFT = 0.25
+"""Of the live cost ratio from the card's: from there on it is worth a calibration."""
+
+
+def show_live(console: Console, watch: Watch, interval_s: float) -> None:
+    """Draw until interrupted; a daemon that is away is looked for at every interval."""
+    last: Reading | None = None
+    began = True
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            reading = watch.look()
+            last = reading or last
+            live.update(_scene(last, watch, console.width), refresh=True)
+            # The second look soon: an empty picture for a whole interval is no start.
+            watch.wait(min(interval_s, 0.5) if began or reading is None else interval_s)
+            began = False
+
+
+def _scene(last: Reading | None, watch: Watch, width: int) -> RenderableType:
+    if watch.away:
+        lost = Text(f"no answer from {watch.address}: {watch.away}; looking for it", style=_BAD)
+        faded = drawn(last, watch.address, width=width, style=_FAINT) if last else Text("")
+        return Group(lost, Text(""), faded)
+    if last is None:
+        return Text(f"looking at {watch.address}", style=_FAINT)
+    return drawn(last, watch.address, width=width)
+
+
+def drawn(reading: Reading, address: str, *, width: int, style: str = "") -> RenderableType:
+    """The whole reading; `style` over all of it."""
+    return Group(
+        _heading(reading, address), Text(""), _tiers(reading, style), _both(reading, width)
+    )
+
+
+def _heading(reading: Reading, address: str) -> Text:
+    ready = all(tier.state == "ready" for tier in reading.tiers)
+    heading = Text("sage-fed ", style="bold")
+    heading.append(f"{printable(reading.version)}  ", style="none")
+    heading.append("ready" if ready else "not ready", style=_GOOD if ready else _BAD)
+    if reading.device_fallback:
+        heading.append("  on a fallback device", style=_BAD)
+    if reading.up_s is not None:
+        heading.append(f"  up {format_seconds(reading.up_s)}", style="none")
+    heading.append(f"  {address}  {time.strftime('%H:%M:%S')}", style=_FAINT)
+    return heading
+
+
+Row = tuple[str, Callable[[TierReading], str]]
+
+_ROWS: tuple[Row, ...] = (
+    ("model", lambda t: t.model or "-"),
+    ("running, waiting", lambda t: f"{_count(t.running)}, {_count(t.waiting)}"),
+    ("longest wait", lambda t: _seconds(t.oldest_waiting_s)),
+    ("jobs that end", lambda t: _per_s(t.requests_per_s)),
+    ("output tokens", lambda t: _per_s(t.output_tokens_per_s)),
+    ("prompt tokens", lambda t: _per_s(t.prompt_tokens_per_s)),
+    ("first token", lambda t: _percentiles(t.first_token)),
+    ("between tokens", lambda t: _percentiles(t.between_tokens)),
+    ("  both tiers busy", lambda t: _percentiles(t.between_tokens_contended)),
+    ("device time", lambda t: _bar(t.device_share)),
+    ("memory bandwidth", lambda t: _bar(t.bandwidth_share)),
+    ("KV cache used", lambda t: _bar(t.kv_used_share)),
+    ("  kept for later", lambda t: _bar(t.kv_cached_share)),
+    ("routed here", lambda t: _bar(t.route_share)),
+    ("charged", lambda t: _per_s(t.charged_atp_per_s, "ATP")),
+    ("held", lambda t: "-" if t.held_atp is None else f"{t.held_atp:,.0f} ATP"),
+)
+
+
+def _tiers(reading: Reading, style: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), style=style)
+    table.add_column("", no_wrap=True)
+    for tier in reading.tiers:
+        heading = Text(tier.tier, style="bold")
+        heading.append(f"  {tier.state}", style=_GOOD if tier.state == "ready" else _BAD)
+        table.add_column(heading, min_width=24, overflow="fold")
+    for name, show in _ROWS:
+        table.add_row(
+            Text(name, style=_FAINT), *(Text(printable(show(tier))) for tier in reading.tiers)
+        )
+    return table
+
+
+def _both(reading: Reading, width: int) -> Text:
+    card, live = reading.cost_ratio_card, reading.cost_ratio_live
+    drift = abs(live / card - 1) if card and live else 0.0
+    endings = (f"{kind} {rate:.1f}/s" for kind, rate in reading.endings_per_s.items())
+    left, own = _bytes(reading.memory_available_bytes), _bytes(reading.daemon_bytes)
+    lines = [
+        ("endings", ", ".join(endings)),
+        ("prices", f"{reading.rate_card}{' (STALE)' * reading.rate_card_stale}"),
+        ("  strategic : tactical", f"{_ratio(card)} charged, {_ratio(live)} live"),
+        ("denied", _per_s(reading.denied_atp_per_s, "ATP")),
+        ("ledger, p99", _seconds(reading.commit_p99_s)),
+        ("memory", f"{left} left, daemon {own}"),
+    ]
+    if reading.gpu_power_watts is not None:
+        lines.append(("power", f"{reading.gpu_power_watts:.0f} W"))
+    text = Text()
+    for name, value in lines:
+        loud = drift > _DRIFT and "strategic" in name
+        text.append(f"\n{name:<24}", style=_FAINT)
+        text.append(printable(value or "-")[: max(width - 24, 20)], style=_BAD if loud else "none")
+    return text
+
+
+def _bar(share: float | None, cells: int = 10) -> str:
+    if share is None:
+        return "-"
+    full = round(min(max(share, 0.0), 1.0) * cells)
+    return f"{'█' * full}{'░' * (cells - full)} {share:.0%}"
+
+
+def _percentiles(of: Percentiles | None) -> str:
+    if of is None:
+        return "-"
+    return f"p50 {format_seconds(of.p50_s)}, p95 {format_seconds(of.p95_s)}"
+
+
+def _per_s(rate: float | None, unit: str = "") -> str:
+    if rate is None:
+        return "-"
+    digits = 1 if rate < 10 else 0
+    return f"{rate:,.{digits}f}{f' {unit}' * bool(unit)}/s"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if not seconds else format_seconds(seconds)
+
+
+def _count(number: float | None) -> str:
+    return "-" if number is None else f"{number:.0f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} : 1"
+
+
+def _bytes(number: float | None) -> str:
+    return "-" if number is None else format_bytes(int(number))
