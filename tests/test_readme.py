@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def run(line: str, daemon: DaemonProcess, **options: str) -> subprocess.Complete
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "SAGE_FED_ADDRESS": daemon.address,
         "SAGE_FED_STATE_DIR": str(daemon.state_dir),
+        "SAGE_FED_METRICS_LISTEN": urllib.parse.urlsplit(daemon.metrics_url).netloc,
     }
     return subprocess.run(
         shlex.split(line),
