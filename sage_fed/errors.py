@@ -153,10 +153,28 @@ class LedgerDown(Retryable):
     reason = "LEDGER_DOWN"
 
 
+class LedgerBlocked(LedgerDown):
+    """The ledger's disk takes nothing now, full or read-only; it goes on when it does again."""
+
+    reason = "LEDGER_BLOCKED"
+
+
 class DeviceOutOfMemory(SageFedError):
     """The device had no memory for this job; the daemon goes on."""
 
     reason = "DEVICE_OUT_OF_MEMORY"
+
+
+class NotFinite(SageFedError):
+    """The model's numbers broke down (NaN or infinite) for this job; the daemon goes on."""
+
+    reason = "NOT_FINITE"
+
+
+class DeviceLost(SageFedError):
+    """The device answers this process no more; only a new process can use it again."""
+
+    reason = "DEVICE_LOST"
 
 
 class Internal(SageFedError):

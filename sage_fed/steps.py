@@ -22,6 +22,9 @@ The host need not know it yet. It has to be known where a draw of the same chunk
 `seen`, because that is the host's to say.
 """
 
+NO_TOKEN = -1
+"""In a `Drawn`: the logits were not all finite numbers, so that nothing can be drawn from them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -74,7 +77,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The token chosen for a chunk with a `draw`; `logprob` only where it was asked for."""
+    """The token chosen for a chunk with a `draw`; `logprob` only where it was asked for.
+
+    `token_id` is `NO_TOKEN` where the model's numbers have broken down for this sequence.
+    """
 
     seq_id: int
     token_id: int
@@ -130,7 +136,8 @@ class Engine(Protocol):
 
     `launch` raises `DeviceOutOfMemory` where the step did not fit; it may then be run again,
     because all that a step leaves behind are KV entries that a repetition overwrites.
-    After any other exception, also of a flight, the engine is not used again.
+    After any other exception, also of a flight, the engine is not used again; after `DeviceLost`
+    no engine is.
     """
 
     @property

@@ -6,13 +6,16 @@ Owns the translation from the scheduler's `Ended` to the client's words. Pure.
 from __future__ import annotations
 
 from sage_fed.core import StopReason, Tier, Timing
-from sage_fed.errors import DeviceOutOfMemory, SageFedError, TierUnavailable
+from sage_fed.errors import DeviceOutOfMemory, NotFinite, SageFedError, TierUnavailable
 from sage_fed.scheduler import Ended, EndReason
 
 _NATURAL = {EndReason.EOS: StopReason.END_OF_TEXT, EndReason.LENGTH: StopReason.LENGTH}
 
 DROPS_OUTPUT = (StopReason.STOP_STRING, StopReason.CANCELLED)
 """What comes after these is not delivered: the text is complete, or nobody reads."""
+
+_RETRY_FAILED_S = 5.0
+"""A tier that failed loads its model again at once; a small one serves by then."""
 
 
 def failure_of(ended: Ended, tier: Tier) -> SageFedError | None:
@@ -22,8 +25,16 @@ def failure_of(ended: Ended, tier: Tier) -> SageFedError | None:
             return DeviceOutOfMemory(
                 "the device had no memory for this job; try a shorter prompt or max_new_tokens"
             )
+        case EndReason.NOT_FINITE:
+            return NotFinite(
+                "the model's numbers overflowed for this job and nothing was charged; the same "
+                "prompt would fail again, so shorten or reword it"
+            )
         case EndReason.FAILED:
-            return TierUnavailable(f"the {tier.value} tier failed; nothing was charged")
+            return TierUnavailable(
+                f"the {tier.value} tier failed and nothing was charged; ask again soon",
+                _RETRY_FAILED_S,
+            )
         case _:
             return None
 

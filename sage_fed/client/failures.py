@@ -101,6 +101,7 @@ _RETRYABLE: tuple[type[errors.Retryable], ...] = (
     errors.QueueFull,
     errors.TierUnavailable,
     errors.LedgerDown,
+    errors.LedgerBlocked,
     errors.DeviceBusy,
 )
 _PLAIN: tuple[type[SageFedError], ...] = (
@@ -111,6 +112,7 @@ _PLAIN: tuple[type[SageFedError], ...] = (
     errors.RequestIdConflict,
     errors.CalibrationRunning,
     errors.DeviceOutOfMemory,
+    errors.NotFinite,
 )
 
 

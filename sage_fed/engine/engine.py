@@ -17,7 +17,7 @@ from sage_fed.core import GenerationDefaults, ModelInfo
 from sage_fed.engine.forward import Forward
 from sage_fed.engine.sampling import Picked, pick
 from sage_fed.engine.staging import Landing, begin
-from sage_fed.errors import DeviceOutOfMemory
+from sage_fed.errors import DeviceLost, DeviceOutOfMemory
 from sage_fed.steps import PENDING, Chunk, Drawn, Step
 
 
@@ -80,13 +80,18 @@ class Engine:
 
         Raises:
             DeviceOutOfMemory: the step did not fit; the cache is as good as before.
+            DeviceLost: the device failed, and with it every engine of this process.
         """
         assert self._forward is not None, "a closed engine was asked to run"
         assert not self._broken, "a broken engine was asked to run"
         assert self.pipelined or not self._flights, "a flight has to land before the next"
         try:
             flight = self._launch(self._forward, step)
-        except torch.OutOfMemoryError as error:
+        except torch.AcceleratorError as error:
+            raise _lost(error) from error
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             num_chunks = len(step.chunks)
             raise DeviceOutOfMemory(
                 f"the device has no memory for a step of {step.num_tokens} tokens "
@@ -125,6 +130,8 @@ class Engine:
         assert self._flights.popleft() is flight, "flights land in the order of their launches"
         try:
             return flight.read()
+        except torch.AcceleratorError as error:
+            raise _lost(error) from error
         except BaseException:
             self._broken = True
             raise
@@ -138,6 +145,18 @@ class Engine:
         assert PENDING not in others, "only a chunk's first token can be pending"
         assert chunk.seq_id in self._pending, "no token of the sequence is pending"
         return replace(chunk, token_ids=(self._pending[chunk.seq_id], *others))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short; torch's CPU allocator says it in no class of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _lost(error: Exception) -> DeviceLost:
+    """A CUDA error that is not about memory stays with the process: every later call fails, too."""
+    return DeviceLost(f"the device failed: {str(error).splitlines()[0]}")
 
 
 class Flight:

@@ -7,6 +7,8 @@ The draw inverts the cumulative distribution at one uniform number, so it is a f
 row's logits, its settings, its seed and its index alone. Log-probabilities are of the raw
 logits, in fp32, before any of the above. Logits hold the tokenizer's own ids only, so padding
 of the vocabulary can neither be drawn nor counted.
+A row with a NaN or an infinite best has no token: `argmax` finds either, so one look at the best
+logit of each row tells, which costs one gather of as many numbers as there are rows.
 Every function works on the device and waits for nothing: settings cross to it in one copy,
 results come back in another, and `Picked.choices` reads them when they are there.
 """
@@ -24,7 +26,7 @@ import torch
 from sage_fed.core import Logprob, Sampling
 from sage_fed.engine.randomness import uniform
 from sage_fed.engine.staging import Packer, Vectors
-from sage_fed.steps import Draw
+from sage_fed.steps import NO_TOKEN, Draw
 
 Choice = tuple[int, Logprob | None]
 
@@ -36,7 +38,8 @@ class Picked:
     """Tokens that the device has chosen, perhaps only in a moment.
 
     `tokens` is int64 [rows]. `results` is all that the host wants of them, in one tensor:
-    the tokens, or float64 [rows, 2 + 2 * width] with the log-probabilities.
+    the tokens, or float64 [rows, 2 + 2 * width] with the log-probabilities. A token that means
+    nothing is `NO_TOKEN` there, and some id of the vocabulary in `tokens`.
     """
 
     tokens: torch.Tensor
@@ -53,12 +56,14 @@ class Picked:
 def pick(logits: torch.Tensor, draws: Sequence[Draw], best: torch.Tensor | None = None) -> Picked:
     """Choose a token for every row of `logits` [rows, ids], of any floating type.
 
-    `best` is their argmax, where it is known.
+    `best` is their argmax, where it is known; `NO_TOKEN` for a row that is not finite.
     """
     kept = tuple(draws)
     if all(_is_plain(draw.sampling) for draw in draws):
-        tokens = logits.argmax(-1) if best is None else best
-        return Picked(tokens, tokens, kept)
+        if best is not None:  # by a pass on the host, so no device keeps the tokens
+            return Picked(best, best, kept)
+        tokens = logits.argmax(-1)
+        return Picked(tokens, _marked(tokens, _finite(logits, tokens)), kept)
     raw = logits.float()
     packer = Packer()
     penalties = _pack_penalties(draws, logits.shape[1], packer)
@@ -69,6 +74,7 @@ def pick(logits: torch.Tensor, draws: Sequence[Draw], best: torch.Tensor | None 
     vectors = packer.move(logits.device)
     scores = _penalised(raw, [vectors[index] for index in penalties])
     tokens = scores.argmax(-1)
+    finite = _finite(scores, tokens)
     for method, at, (controls_at, largest_top_k) in methods:
         rows, columns = vectors[at], vectors[controls_at].view(torch.float64)
         controls = _Controls.of(columns, rows.shape[0], largest_top_k)
@@ -76,15 +82,25 @@ def pick(logits: torch.Tensor, draws: Sequence[Draw], best: torch.Tensor | None 
             tokens = method(scores, controls)
         else:
             tokens.index_copy_(0, rows, method(scores.index_select(0, rows), controls))
+    marked = _marked(tokens, finite)
     if all(draw.sampling.top_logprobs is None for draw in draws):
-        return Picked(tokens, tokens, kept)
-    return Picked(tokens, _with_logprobs(raw, tokens, draws), kept)
+        return Picked(tokens, marked, kept)
+    return Picked(tokens, _with_logprobs(raw, tokens, marked, draws), kept)
 
 
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Choose, and wait for it."""
     picked = pick(logits, draws)
     return picked.choices(picked.results)
+
+
+def _finite(scores: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """Whether each row's scores are numbers: a NaN anywhere is what `argmax` takes for the best."""
+    return scores.gather(-1, best[:, None]).squeeze(-1).isfinite()
+
+
+def _marked(tokens: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    return torch.where(finite, tokens, NO_TOKEN)
 
 
 def _is_plain(sampling: Sampling) -> bool:
@@ -215,14 +231,16 @@ def _pick_descending(best: torch.Tensor, ids: torch.Tensor, controls: _Controls)
     return ids.gather(-1, column).squeeze(-1)
 
 
-def _with_logprobs(raw: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def _with_logprobs(
+    raw: torch.Tensor, tokens: torch.Tensor, marked: torch.Tensor, draws: Sequence[Draw]
+) -> torch.Tensor:
     """Token, its log-probability, and ids and log-probabilities of the best, row by row."""
     width = min(max(draw.sampling.top_logprobs or 0 for draw in draws), raw.shape[1])
     logprobs = raw.log_softmax(-1)
     chosen = logprobs.gather(-1, tokens[:, None])
     top = logprobs.topk(width, dim=-1)
     # Doubles hold ids and fp32 log-probabilities exactly, so one copy carries them all.
-    return torch.cat((tokens[:, None].double(), chosen, top.indices.double(), top.values), dim=-1)
+    return torch.cat((marked[:, None].double(), chosen, top.indices.double(), top.values), dim=-1)
 
 
 def _read_logprobs(results: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:

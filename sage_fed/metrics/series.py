@@ -20,8 +20,10 @@ from sage_fed.errors import (
     HoldClosed,
     Internal,
     InvalidField,
+    LedgerBlocked,
     LedgerDown,
     NoSuchAccount,
+    NotFinite,
     NotFound,
     QueueFull,
     RequestIdConflict,
@@ -45,7 +47,7 @@ FINISHED, ABORTED, REFUSED, FAILED, REPLAYED = (
     "replayed",
 )
 ABORTS = (StopReason.ABORTED, StopReason.CANCELLED, StopReason.DEADLINE)
-FAULTS = (DeviceOutOfMemory, HoldClosed, Internal, LedgerDown)
+FAULTS = (DeviceOutOfMemory, HoldClosed, Internal, LedgerBlocked, LedgerDown, NotFinite)
 REFUSALS = (
     CannotAfford,
     DeadlineInfeasible,
@@ -211,6 +213,10 @@ class MoneySeries:
         self.group_size = make.histogram(
             "ledger_group_size", "Ledger operations made durable by one commit.", GROUP
         )
+        self.writable = make.gauge(
+            "ledger_writable", "1 where the ledger's disk takes entries; else jobs are refused."
+        )
+        self.writable.set(1)
         self.card = make.gauge("rate_card_info", "Always 1; the rate card in force.", "version")
         self.card_stale = make.gauge(
             "rate_card_stale",

@@ -94,6 +94,13 @@ class BlockPool:
             self._by_key[key] = block
             self._keys[block] = key
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Let owned blocks be found no more: what is in them cannot be trusted."""
+        for block in blocks:
+            assert block in self._owners, "only its owner withdraws a block"
+            if key := self._keys.pop(block, None):
+                del self._by_key[key]
+
     def give_back(self, blocks: Sequence[int]) -> None:
         """End one owner's claim to `blocks`; published ones are kept once nobody owns them.
 

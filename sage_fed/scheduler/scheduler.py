@@ -131,6 +131,11 @@ class Scheduler:
         self._tiers[step.tier].bear(step, elapsed_s)
         return self.close_tier(step.tier, EndReason.FAILED, now)
 
+    def unsound(self, tier: Tier) -> bool:
+        """Whether an open tier's model has given several sequences in a row no numbers."""
+        schedule = self._tiers.get(tier)
+        return schedule is not None and schedule.unsound
+
     def reserve(self, tier: Tier, num_blocks: int) -> tuple[int, ...] | None:
         """Take KV blocks of a tier for a measurement; None where so many are not available."""
         schedule = self._tiers.get(tier)

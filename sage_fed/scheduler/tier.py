@@ -30,12 +30,17 @@ from sage_fed.scheduler.preemption import make_way, weakest
 from sage_fed.scheduler.rates import StepRates
 from sage_fed.scheduler.sequence import Sequence
 from sage_fed.scheduler.words import Ended, EndReason, SequenceSpec
-from sage_fed.steps import Chunk, Drawn, Step
+from sage_fed.steps import NO_TOKEN, Chunk, Drawn, Step
 
 _RETRY_S = 1.0
 """How soon a place may be free, where nothing has been measured."""
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 30.0
+
+_SPOILED = 3
+"""Sequences in a row without a finite logit, from which on the weights are not trusted.
+
+A single prompt may overflow a 16-bit format; one that does not would get its token in between."""
 
 
 class TierSchedule:
@@ -61,6 +66,7 @@ class TierSchedule:
         self._flying: deque[Flying] = deque()
         self._num_preempted = 0
         self._out_of_memory_alone: int | None = None
+        self._spoiled_in_a_row = 0
 
     @property
     def has_work(self) -> bool:
@@ -98,6 +104,11 @@ class TierSchedule:
             return _RETRY_S
         left = min(s.spec.max_new_tokens - s.num_output for s in self._running.values())
         return min(max(left * step_s, _RETRY_MIN_S), _RETRY_MAX_S)
+
+    @property
+    def unsound(self) -> bool:
+        """Whether one sequence after the other got no numbers: then it is the model, not they."""
+        return self._spoiled_in_a_row >= _SPOILED
 
     def add(self, spec: SequenceSpec, submitted_s: float) -> None:
         """Queue a sequence.
@@ -181,9 +192,13 @@ class TierSchedule:
         )
         delivered: list[Drawn] = []
         for seq, chunk in zip(flying.members, step.chunks, strict=True):
+            token = by_id.get(chunk.seq_id)
+            if token is not None and token.token_id == NO_TOKEN:
+                self._spoil(seq, chunk)
+                continue
             seq.land(chunk, self.pool if self.limits.prefix_cache else None)
-            if seq.ending is None and chunk.draw:
-                seq.ending = self._take_token(seq, by_id[chunk.seq_id], delivered, now)
+            if seq.ending is None and token is not None:
+                seq.ending = self._take_token(seq, token, delivered, now)
             if seq.ending is None:
                 self._line.count(seq)
         return flying.outcome(delivered, self._end_landed(flying.members, now))
@@ -310,9 +325,18 @@ class TierSchedule:
             if seq.ending is not None and not seq.num_flights
         ]
 
+    def _spoil(self, seq: Sequence, chunk: Chunk) -> None:
+        """End a sequence whose numbers have broken down; nobody is to find them again."""
+        seq.land(chunk, None)
+        self.pool.withdraw(seq.blocks)
+        if seq.ending is None:  # else a step behind the one that spoiled it, or nobody's any more
+            seq.ending = EndReason.NOT_FINITE
+            self._spoiled_in_a_row += 1
+
     def _take_token(
         self, seq: Sequence, drawn: Drawn, delivered: list[Drawn], now: float
     ) -> EndReason | None:
+        self._spoiled_in_a_row = 0
         if drawn.token_id in self._eos_token_ids and not seq.spec.ignore_eos:
             return EndReason.EOS
         seq.append(drawn.token_id, now)

@@ -18,6 +18,7 @@ class EndReason(enum.Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     OUT_OF_MEMORY = "out_of_memory"
+    NOT_FINITE = "not_finite"
     FAILED = "failed"
     SHUTDOWN = "shutdown"
 

@@ -48,6 +48,7 @@ TABLE: Mapping[type[SageFedError], grpc.StatusCode] = MappingProxyType(
         errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
         errors.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
         errors.DeviceOutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        errors.NotFinite: grpc.StatusCode.DATA_LOSS,
         errors.TierUnavailable: grpc.StatusCode.UNAVAILABLE,
         errors.LedgerDown: grpc.StatusCode.UNAVAILABLE,
         errors.DeadlineInfeasible: grpc.StatusCode.DEADLINE_EXCEEDED,

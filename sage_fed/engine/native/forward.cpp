@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <map>
@@ -81,11 +82,17 @@ struct Best {
   }
 };
 
-// The highest of some logits whose first has `first` as its id.
+// The highest of some logits whose first has `first` as its id; where one of them is no number,
+// an infinite logit, which nothing beats.
 void find_best(const float* logits, int64_t count, int64_t first, Best& best) {
   __m512 highest = _mm512_set1_ps(best.logit);
-  for (int64_t i = 0; i < count; i += 16)
-    highest = _mm512_mask_max_ps(highest, first_lanes(count - i), highest, _mm512_maskz_loadu_ps(first_lanes(count - i), logits + i));
+  __mmask16 no_number = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 some = _mm512_maskz_loadu_ps(first_lanes(count - i), logits + i);
+    highest = _mm512_mask_max_ps(highest, first_lanes(count - i), highest, some);
+    no_number |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
+  }
+  if (no_number) return best.take(std::numeric_limits<float>::infinity(), first);
   const float most = _mm512_reduce_max_ps(highest);
   if (!(most >= best.logit)) return;
   for (int64_t i = 0; i < count; i += 16) {
@@ -298,7 +305,7 @@ class Session {
       Best found = w_.best[0][row];
       // Of the threads that work on this step: the others have left what an earlier one found.
       for (int t = 1; t < team.size(); ++t) found.take(w_.best[size_t(t)][row].logit, w_.best[size_t(t)][row].id);
-      step.best[row] = std::min(found.id, ids - 1);  // logits that are all NaN have no best
+      step.best[row] = std::isfinite(found.logit) ? found.id : -1;
     }
   }
 

@@ -69,7 +69,7 @@ struct Step {
   const int64_t* blocks;
   int64_t num_tokens, num_chunks;
   float* logits;  // [chunks that draw, valid_ids]
-  int64_t* best;  // [chunks that draw]: the first id of the highest logit
+  int64_t* best;  // [chunks that draw]: the first id of the highest logit; -1: no numbers
 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
