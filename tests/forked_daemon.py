@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -19,12 +19,17 @@ PRELOAD = ("__main__", "forked_daemon", "sage_fed.cli.serve", "sage_fed.daemon")
 
 
 class ForkedProcess:
-    """As much of `subprocess.Popen` as `DaemonProcess` needs."""
+    """As much of `subprocess.Popen` as `DaemonProcess` needs.
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    `prepare` is called in the process before anything starts: a test's own interference.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], log: Path, prepare: Callable[[], None] | None = None
+    ) -> None:
         self.args = arguments
         self._process: ForkServerProcess = fork_context().Process(
-            target=_main, args=(tuple(arguments), str(log)), daemon=True
+            target=_main, args=(tuple(arguments), str(log), prepare), daemon=True
         )
         self._process.start()
 
@@ -62,7 +67,7 @@ def fork_context() -> ForkServerContext:
     return context
 
 
-def _main(arguments: Sequence[str], log: str) -> None:
+def _main(arguments: Sequence[str], log: str, prepare: Callable[[], None] | None) -> None:
     """In the forked process: become `sage-fed <arguments>`."""
     for name in [name for name in os.environ if "SAGE_FED" in name]:
         del os.environ[name]
@@ -71,6 +76,8 @@ def _main(arguments: Sequence[str], log: str) -> None:
     for descriptor, stream in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(descriptor, stream)
     sys.argv = ["sage-fed", *arguments]
+    if prepare is not None:
+        prepare()
     from sage_fed.cli import main  # noqa: PLC0415 - as the console script does
 
     main()

@@ -303,8 +303,7 @@ async def busy_with_tactical(tactical: FakeEngine, late: Late) -> tuple[Executor
 async def let_load(executor: Executor, late: Late) -> None:
     """Let the load end; whatever it posts has been posted then."""
     late.go.set()
-    assert executor._loader
-    await asyncio.wrap_future(executor._loader.exited)
+    await asyncio.wrap_future(executor._loaders[0].exited)
 
 
 async def test_an_engine_that_comes_with_the_stop_is_closed() -> None:
@@ -312,8 +311,7 @@ async def test_an_engine_that_comes_with_the_stop_is_closed() -> None:
     tactical, late = gated(), Late()
     executor, stream = await busy_with_tactical(tactical, late)
     stopping = asyncio.create_task(executor.stop(0.0))
-    assert executor._loader
-    await asyncio.to_thread(executor._loader._abandoned.wait, WAIT_S)
+    await asyncio.to_thread(executor._loaders[0]._abandoned.wait, WAIT_S)
     await let_load(executor, late)
     assert tactical.gate
     tactical.gate.release(100)

@@ -41,13 +41,14 @@ class Observer:
 class Rig:
     """A started executor over two fake engines that share a clock."""
 
-    def __init__(self, *, pipelined: bool = False, **setup: int) -> None:
+    def __init__(self, *, pipelined: bool = False, reload_s: float = 3600.0, **setup: int) -> None:
         self.clock = Clock()
         self.engines = {tier: FakeEngine(clock=self.clock, pipelined=pipelined) for tier in Tier}
         self.observer = Observer()
         self.executor = Executor(
             {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
             observers=[self.observer],
+            reload_s=reload_s,
             clock=self.clock,
         )
 

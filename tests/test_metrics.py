@@ -108,14 +108,13 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def exercise(metrics: Metrics) -> None:
     """One of everything, so that every series has samples."""
     for tier in Tier:
-        metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO))
+        metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
         metrics.held(tier, 10 * ATP)
         metrics.settled(tier, 10 * ATP, 6 * ATP)
         metrics.voided(tier, ATP)
         metrics.job_finished(tier, finished())
         metrics.tokens_delivered(tier, 2, 0.02)
         metrics.replayed(tier)
-        metrics.engine_restarted(tier)
         for kind in StepKind:
             metrics.step_done(report(tier, kind, 0.01, num_prefill_tokens=3, num_decode_tokens=2))
         metrics.route_decided(tier, Route(tier, "explicit", tier), 0.0001)

@@ -67,13 +67,19 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
-    """One tier's life: state, load progress from 0 to 1, and why it FAILED."""
+    """One tier's life: state, load progress from 0 to 1, and why it FAILED.
+
+    A tier that FAILED may serve again after `retry_s` seconds; None where it never will.
+    `restarts` counts how often its model was loaded again.
+    """
 
     tier: Tier
     state: TierState
     load_progress: float = 0.0
     info: ModelInfo | None = None
     message: str = ""
+    retry_s: float | None = None
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,14 @@ def serve(settings: Settings, progress: StartProgress) -> int:
         LedgerUnusable: a disk that does not take them.
     """
     sys.setswitchinterval(_TURN_S)
-    return asyncio.run(_run(settings, progress))
+    try:
+        return asyncio.run(_run(settings, progress))
+    except BaseExceptionGroup as group:
+        # The start's last steps run inside the group of tasks, which wraps what they raise.
+        errors, others = group.split(SageFedError)
+        if errors is None or others is not None or len(errors.exceptions) != 1:
+            raise
+        raise errors.exceptions[0] from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +138,7 @@ async def _started(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
             observers=(metrics, cards, readiness),
             tactical_share=settings.scheduling.tactical_share,
+            step_timeout_s=settings.scheduling.step_timeout_s,
         )
         threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sage-fed-text"))
         planner = Planner(
@@ -187,6 +195,7 @@ async def _started(
             ("ledger upkeep", ledger.run_upkeep(broker.job_ids)),
             ("health", readiness.run(bound.health)),
             ("doors", doors.run()),
+            ("device watch", executor.watch()),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)
             stack.callback(task.cancel)
@@ -249,6 +258,7 @@ async def _open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycl
         settings.state_dir / "ledger.db",
         options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
         on_commit=metrics.ledger_committed,
+        on_disk=lambda writable: metrics.ledger_writable(writable=writable),
         on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
     )
 

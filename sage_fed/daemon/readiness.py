@@ -53,6 +53,7 @@ class Readiness:
         self._progress = progress
         self._statuses: dict[Tier, TierStatus] = {}
         self._loaded: set[Tier] = set()
+        self._in_vain: set[Tier] = set()
         self._changed = asyncio.Event()
         self._where: tuple[Address | UnixSocket, Address] | None = None
 
@@ -64,29 +65,41 @@ class Readiness:
         """Steps say nothing about readiness."""
 
     def tier_changed(self, status: TierStatus) -> None:
-        """Note a tier's state; a start that failed, or a daemon without a tier, stops."""
+        """Note a tier's state; a start that failed, or a daemon without hope of a tier, stops."""
         before = self._statuses.get(status.tier)
         self._statuses[status.tier] = status
-        turned = before is None or before.state is not status.state
-        if turned:
+        if before is None or before.state is not status.state:
             self._changed.set()
         if status.state is TierState.FAILED:
             # Told again when the executor stops: once is enough.
-            if turned:
-                self._failed(status)
-        elif status.state in (TierState.LOADING, TierState.READY):
+            if before != status:
+                self._failed(status, before)
+        elif status.state is not TierState.DRAINING and status.tier not in self._loaded:
             share = 1.0 if status.state is TierState.READY else status.load_progress
             self._progress.tier_progress(status.tier, share, self._names[status.tier])
+        if status.state is TierState.READY:
+            self._in_vain.discard(status.tier)
         if status.state is TierState.READY and status.tier not in self._loaded:
             self._loaded.add(status.tier)
             if len(self._loaded) == len(Tier) and self._where is not None:
                 self._progress.ready(*map(str, self._where))
 
-    def _failed(self, status: TierStatus) -> None:
+    def _failed(self, status: TierStatus, before: TierStatus | None) -> None:
+        """Stop where a start failed, or where this process has no tier and no hope of one.
+
+        A tier that is loaded again is waited for, alone or beside the other. With both down and
+        one that could not be loaded again, a new process is the better hope.
+        """
         if status.tier not in self._loaded:
             self._lifecycle.fail(f"the {status.tier.value} tier did not load: {status.message}")
-        elif all(known.state is TierState.FAILED for known in self._statuses.values()):
-            self._lifecycle.fail("every tier has failed")
+            return
+        if before is not None and before.state is TierState.LOADING:
+            self._in_vain.add(status.tier)
+        if all(known.state is TierState.FAILED for known in self._statuses.values()):
+            if self._in_vain:
+                self._lifecycle.fail("every tier has failed, and one could not be loaded again")
+            elif all(known.retry_s is None for known in self._statuses.values()):
+                self._lifecycle.fail(f"every tier has failed: {status.message}")
 
     async def run(self, health: Health) -> None:
         """Pass every change of state on to the health service, until cancelled."""

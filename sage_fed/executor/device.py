@@ -1,9 +1,10 @@
 """The one thread that touches the device: takes messages, runs steps, hands results over.
 
 Owns the engines and the scheduler. Knows nothing of the event loop but the hand-over.
-An engine that raises anything but DeviceOutOfMemory is broken: its tier's sequences end
-FAILED and the other tier goes on. If the thread itself fails, its last word says so and the
-event loop ends every stream.
+An engine that raises anything but DeviceOutOfMemory is broken, as is one whose model gives no
+numbers any more: its tier's sequences end FAILED, its memory is freed, and the other tier goes on
+until somebody brings a new engine. If the thread itself fails, or the device is lost for this
+process, its last word says so and the event loop ends every stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from sage_fed.core import Tier, TierLoad, TierState, TierStatus
-from sage_fed.errors import DeviceOutOfMemory, SageFedError
+from sage_fed.errors import DeviceLost, DeviceOutOfMemory, SageFedError
 from sage_fed.executor.flights import Flights
 from sage_fed.executor.handover import Handover, Opened
 from sage_fed.executor.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
@@ -153,6 +154,8 @@ class DeviceThread:
             self._flights.launch(self._engines[step.tier], step)
         except DeviceOutOfMemory:
             self._give_way(step, self._clock() - begun_s)
+        except DeviceLost:
+            raise
         except Exception:  # an engine may break in any way; only its own tier goes with it
             logger.exception("the %s tier's engine is broken", step.tier.value)
             self._break(step, self._clock() - begun_s)
@@ -165,11 +168,17 @@ class DeviceThread:
             outcome = self._scheduler.complete(step, drawn, now=self._clock(), elapsed_s=elapsed_s)
         except DeviceOutOfMemory:
             self._give_way(step, self._clock() - begun_s)
+        except DeviceLost:
+            raise
         except Exception:  # as above
             logger.exception("the %s tier's engine is broken", step.tier.value)
             self._break(step, self._clock() - begun_s)
         else:
             self._tell(step, outcome, elapsed_s)
+            if self._scheduler.unsound(step.tier):
+                logger.error("the %s tier's model gives no numbers any more", step.tier.value)
+                ended = self._scheduler.close_tier(step.tier, EndReason.FAILED, self._clock())
+                self._give_up(step.tier, ended)
 
     def _give_way(self, step: Step, elapsed_s: float) -> None:
         """End as few sequences as possible after a step that did not fit."""
@@ -199,6 +208,8 @@ class DeviceThread:
             _, elapsed_s = self._flights.land()
         except DeviceOutOfMemory as error:
             self._probes.fail(error)
+        except DeviceLost:
+            raise
         except Exception:  # as for live work
             logger.exception("the %s tier's engine is broken", step.tier.value)
             self._break(step, self._clock() - begun_s)
@@ -208,11 +219,15 @@ class DeviceThread:
 
     def _break(self, step: Step, elapsed_s: float) -> None:
         """Give up the tier whose engine raised in this step."""
-        tier = step.tier
+        self._give_up(
+            step.tier, self._scheduler.broken(step, now=self._clock(), elapsed_s=elapsed_s)
+        )
+
+    def _give_up(self, tier: Tier, ended: tuple[Ended, ...]) -> None:
+        """Say that a tier has failed, which the scheduler knows already, and free its engine."""
         engine = self._engines.pop(tier)
         self._flights.drop(tier)
         info = engine.info
-        ended = self._scheduler.broken(step, now=self._clock(), elapsed_s=elapsed_s)
         self._publish()
         message = "the engine failed; the daemon's log has the details"
         self._handover.put(

@@ -1,9 +1,9 @@
 """The event loop's side of the device: submit, cancel, load, start, stop.
 
-Owns the live streams and the tiers' states as clients see them. All methods run on the event
-loop and none of them blocks it. Fails with InvalidField, QueueFull or TierUnavailable before a
-sequence is accepted; an accepted one ends with exactly one `Ended`, also if the device's thread
-dies or does not come back.
+Owns the live streams and the recovery: a tier whose engine broke is loaded again, a device that
+hangs is told from a busy one. All methods run on the event loop and none of them blocks it.
+Fails with InvalidField, QueueFull or TierUnavailable before a sequence is accepted; an accepted
+one ends with exactly one `Ended`, also if the device's thread dies or does not come back.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from sage_fed.executor.handover import Handover, Opened, Parcel
 from sage_fed.executor.inbox import Cancel, Inbox, Stop, Submit
 from sage_fed.executor.loader import Loader, TierSetup
 from sage_fed.executor.probe import Probe
+from sage_fed.executor.recovery import FIRST_S, LOOK_S, Stall
+from sage_fed.executor.states import TierStates
 from sage_fed.executor.stream import TokenStream
 from sage_fed.scheduler import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import Step, StepReport
@@ -30,6 +32,7 @@ from sage_fed.steps import Step, StepReport
 logger = logging.getLogger(__name__)
 
 _RETRY_LOADING_S = 5.0
+_GIVEN_UP_S = 0.5
 _EXIT_S = 10.0
 """How long a stop waits for a thread to come back from the device or from a load."""
 
@@ -51,6 +54,8 @@ class Executor:
         tiers: how to load each tier and its bounds; loaded in the order of depth.
         observers: told of steps and of tiers.
         tactical_share: of device time, while both tiers have work.
+        step_timeout_s: how long the device may be busy without a sign of life; see `watch`.
+        reload_s: how soon a tier that failed is loaded again, the first time.
         clock: monotonic seconds.
     """
 
@@ -60,8 +65,11 @@ class Executor:
         *,
         observers: Sequence[ExecutorObserver] = (),
         tactical_share: float = 0.5,
+        step_timeout_s: float = 60.0,
+        reload_s: float = FIRST_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._step_timeout_s = step_timeout_s
         self._setups = dict(sorted(tiers.items(), key=lambda item: item[0].depth))
         self._observers = tuple(observers)
         self._tactical_share = tactical_share
@@ -69,33 +77,58 @@ class Executor:
         self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
         self._streams: dict[int, TokenStream] = {}
         self._probes: set[Probe] = set()
-        self._statuses = {tier: TierStatus(tier, TierState.LOADING) for tier in self._setups}
+        self._states = TierStates(
+            self._setups, reload_s=reload_s, stuck_retry_s=step_timeout_s, clock=clock
+        )
         self._opened: dict[Tier, Opened] = {}
         self._news = asyncio.Event()
-        self._draining = False
         self._device: DeviceThread | None = None
-        self._loader: Loader | None = None
+        self._handover: Handover | None = None
+        self._loaders: list[Loader] = []
 
     async def start(self) -> None:
         """Start the threads and return at once; `loaded` waits for a tier."""
         assert self._device is None, "an executor starts once"
-        handover = Handover(asyncio.get_running_loop(), self._deliver)
+        self._handover = Handover(asyncio.get_running_loop(), self._deliver)
         self._device = DeviceThread(
             inbox=self._inbox,
-            handover=handover,
+            handover=self._handover,
             scheduler=Scheduler(tactical_share=self._tactical_share),
             clock=self._clock,
         )
-        self._loader = Loader(self._setups, self._inbox, handover)
         self._device.start()
-        self._loader.start()
+        self._load(self._setups)
 
     async def loaded(self, tier: Tier) -> TierStatus:
         """Wait until a tier has left LOADING: it serves, or says why it does not."""
-        while self._statuses[tier].state is TierState.LOADING:
+        while self.status(tier).state is TierState.LOADING:
             self._news.clear()
             await self._news.wait()
-        return self._statuses[tier]
+        return self.status(tier)
+
+    async def watch(self, look_s: float = LOOK_S) -> None:
+        """Tell a device that hangs from one that works, until cancelled.
+
+        A device that was busy for `step_timeout_s` without a sign of life has failed: every
+        stream ends, and both tiers are down, because one thread serves both. Where the device
+        comes back after all, they serve again; after as long a time once more they never will.
+        """
+        stall = Stall(look_s)
+        while not self._states.over:
+            await asyncio.sleep(look_s)
+            if self._device is None:
+                continue
+            stalled_s = stall.look(self._device.heartbeat)
+            if stalled_s >= 2 * self._step_timeout_s:
+                logger.critical("the device did not come back in %.0f s", stalled_s)
+                self._give_up("the device does not answer; the daemon has to be restarted")
+            elif stalled_s >= self._step_timeout_s and not self._states.stuck:
+                logger.critical("the device has not answered for %.0f s", stalled_s)
+                self._part_from_device()
+            elif not stalled_s and self._states.stuck:
+                logger.warning("the device answers again")
+                self._states.stuck = False
+                self._tell(self._states.all())
 
     def submit(self, spec: SequenceSpec) -> TokenStream:
         """Accept a sequence; `spec.seq_id` is not in use by another live one.
@@ -106,7 +139,7 @@ class Executor:
             QueueFull: too many wait already.
         """
         assert spec.seq_id not in self._streams, "a sequence id is in use once"
-        status = self._statuses.get(spec.tier)
+        status = self._states.of(spec.tier) if spec.tier in self._states else None
         opened = self._opened.get(spec.tier)
         if status is None or status.state is not TierState.READY or opened is None:
             raise _unavailable(spec.tier, status)
@@ -141,7 +174,8 @@ class Executor:
         """
         probe = Probe(steps)
         for tier, num_blocks in probe.num_blocks.items():
-            opened, status = self._opened.get(tier), self._statuses.get(tier)
+            opened = self._opened.get(tier)
+            status = self._states.of(tier) if tier in self._states else None
             if status is None or status.state is not TierState.READY or opened is None:
                 raise _unavailable(tier, status)
             assert num_blocks <= opened.limits.num_blocks, "more blocks than the tier has"
@@ -167,7 +201,7 @@ class Executor:
 
     def load(self, tier: Tier) -> TierLoad:
         """Return what a tier is doing, as of its last step; `waiting` is as of now."""
-        status = self._statuses[tier]
+        status = self.status(tier)
         opened = self._opened.get(tier)
         if self._device is None or opened is None or status.state is TierState.FAILED:
             return TierLoad(tier, status.state, waiting_limit=self._setups[tier].max_waiting)
@@ -185,7 +219,7 @@ class Executor:
 
     def status(self, tier: Tier) -> TierStatus:
         """Return a tier's state, load progress and model."""
-        return self._statuses[tier]
+        return self._states.of(tier)
 
     def defaults(self, tier: Tier) -> GenerationDefaults | None:
         """Return the loaded checkpoint's own sampling; None until it is loaded."""
@@ -215,23 +249,28 @@ class Executor:
         shorter grace while it runs.
         """
         self._drain()
-        if self._device is None or self._loader is None:
+        if self._device is None:
             return
         await self._wait_for_streams(grace_s)
-        self._loader.abandon()
+        for loader in self._loaders:
+            loader.abandon()
         self._inbox.post(Stop())
-        for name, exited in (("device", self._device.exited), ("loader", self._loader.exited)):
-            if not await _wait_for_exit(exited):
-                logger.critical("the %s's thread did not stop in %.0f s", name, _EXIT_S)
+        exits = [("device", self._device.exited)]
+        exits += [("loader", loader.exited) for loader in self._loaders]
+        # What was given up already is not waited for once more.
+        patience_s = _GIVEN_UP_S if self._states.over else _EXIT_S
+        for name, exited in exits:
+            if not await _wait_for_exit(exited, patience_s):
+                logger.critical("the %s's thread did not stop in %.1f s", name, patience_s)
         # What a thread posts before it exits is opened before its exit is heard; what is left
         # belongs to a device that hangs.
         self._end_all(EndReason.SHUTDOWN)
 
     def _drain(self) -> None:
-        self._draining = True
+        self._states.draining = True
         for probe in self._probes:
             probe.end(TierUnavailable("the daemon is draining"))
-        self._tell([self._change(status) for status in tuple(self._statuses.values())])
+        self._tell(self._states.all())
 
     async def _wait_for_streams(self, grace_s: float) -> None:
         try:
@@ -250,12 +289,12 @@ class Executor:
             if stream := self._streams.pop(ended.seq_id, None):
                 stream.end(ended)
         self._opened |= parcel.opened
-        changed = [self._change(status) for status in parcel.statuses.values()]
+        for status in parcel.statuses.values():
+            self._change(status)
         if parcel.closed:
             self._end_all(parcel.closed)
         if parcel.closed is EndReason.FAILED:
-            changed += [self._change(_died(status)) for status in tuple(self._statuses.values())]
-        self._tell(changed)
+            self._give_up("the device's thread failed; the daemon's log has the details")
         for report in (*parcel.reports, *parcel.merged.values()):
             for observer in self._observers:
                 observer.step_done(report)
@@ -280,25 +319,54 @@ class Executor:
                 )
             )
 
-    def _change(self, status: TierStatus) -> TierStatus:
-        """Take in a tier's news: FAILED is final, and what drains does not get ready again."""
-        if self._statuses[status.tier].state is TierState.FAILED:
-            return self._statuses[status.tier]
-        if self._draining and status.state is not TierState.FAILED:
-            status = replace(status, state=TierState.DRAINING)
-        self._statuses[status.tier] = status
-        self._news.set()
-        return status
+    def _change(self, status: TierStatus) -> None:
+        """Take in a tier's news; one that served and failed is loaded again."""
+        delay_s = self._states.take(status)
+        if delay_s is not None:
+            asyncio.get_running_loop().call_later(delay_s, self._reload, status.tier)
+        self._tell([self._states.of(status.tier)])
+
+    def _reload(self, tier: Tier) -> None:
+        if not self._states.draining and not self._states.over:
+            self._change(TierStatus(tier, TierState.LOADING))
+            self._load({tier: self._setups[tier]})
+
+    def _load(self, setups: Mapping[Tier, TierSetup]) -> None:
+        assert self._handover is not None
+        self._loaders = [loader for loader in self._loaders if not loader.exited.done()]
+        loader = Loader(setups, self._inbox, self._handover)
+        self._loaders.append(loader)
+        loader.start()
+
+    def _part_from_device(self) -> None:
+        """Let nobody wait for a device that hangs; it is told to drop what it has, should it wake.
+
+        What it says of those streams later is not heard: their ids are never used again.
+        """
+        self._states.stuck = True
+        for seq_id in self._streams:
+            self._inbox.post(Cancel(seq_id))
+        for probe in self._probes:
+            probe.end(TierUnavailable("the device does not answer"))
+        self._end_all(EndReason.FAILED)
+        self._tell(self._states.all())
+
+    def _give_up(self, message: str) -> None:
+        """Fail every tier for good."""
+        self._states.end(message)
+        self._end_all(EndReason.FAILED)
+        self._tell(self._states.all())
 
     def _tell(self, changed: Iterable[TierStatus]) -> None:
+        self._news.set()
         for status in changed:
             for observer in self._observers:
                 observer.tier_changed(status)
 
 
-async def _wait_for_exit(exited: Future[None]) -> bool:
+async def _wait_for_exit(exited: Future[None], patience_s: float) -> bool:
     try:
-        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(exited)), _EXIT_S)
+        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(exited)), patience_s)
     except TimeoutError:
         return False
     return True
@@ -307,9 +375,6 @@ async def _wait_for_exit(exited: Future[None]) -> bool:
 def _unavailable(tier: Tier, status: TierStatus | None) -> TierUnavailable:
     state = status.state if status else TierState.FAILED
     retry_after_s = _RETRY_LOADING_S if state is TierState.LOADING else None
+    if status is not None and state is TierState.FAILED:
+        retry_after_s = status.retry_s
     return TierUnavailable(f"the {tier.value} tier is {state.value}", retry_after_s)
-
-
-def _died(status: TierStatus) -> TierStatus:
-    message = "the device's thread failed; the daemon's log has the details"
-    return replace(status, state=TierState.FAILED, message=message)

@@ -91,6 +91,7 @@ class Metrics:
         self._model_labels: dict[Tier, tuple[str, ...]] = {}
         self._at_work = dict.fromkeys(Tier, 0)
         self._gaps = {tier: self._jobs.inter_token.labels(tier.value, "false") for tier in Tier}
+        self._restarts = dict.fromkeys(Tier, 0)
         self._live = LiveRates()
         self._scrape = ScrapeCollector(self._live)
         self.registry.register(self._scrape)
@@ -290,6 +291,10 @@ class Metrics:
         self._money.commit_seconds.observe(latency_s)
         self._money.group_size.observe(num_operations)
 
+    def ledger_writable(self, *, writable: bool) -> None:
+        """Says whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
+        self._money.writable.set(writable)
+
     # Engines (what the executor offers to observers)
 
     def step_done(self, report: StepReport) -> None:
@@ -321,12 +326,10 @@ class Metrics:
         for state in TierState:
             self._engines.state.labels(name, state.value).set(state is status.state)
         self._engines.load_progress.labels(name).set(status.load_progress)
+        self._engines.restarts.labels(name).inc(status.restarts - self._restarts[status.tier])
+        self._restarts[status.tier] = status.restarts
         if status.info is not None and status.state is TierState.READY:
             self._show_model(status.tier, status.info)
-
-    def engine_restarted(self, tier: Tier) -> None:
-        """Counts that a tier's model is loaded again."""
-        self._engines.restarts.labels(tier.value).inc()
 
     def _show_model(self, tier: Tier, info: ModelInfo) -> None:
         series, name = self._engines, tier.value

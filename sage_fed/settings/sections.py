@@ -89,6 +89,13 @@ class SchedulingSettings(Section):
         description="Tactical tier's part of device time while both have work; more makes its "
         "answers steadier and strategic ones slower.",
     )
+    step_timeout_s: Real = Field(
+        default=60.0,
+        ge=1.0,
+        le=3600.0,
+        description="Seconds that the device may work without a sign of life; then its jobs end "
+        "with UNAVAILABLE, and after as long again the daemon exits with 1.",
+    )
 
 
 class RoutingSettings(Section):
