@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from forked_daemon import ForkedProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_DEADLINE_S = 60.0
+
+TROUBLE = re.compile(r'Traceback|"exception"|internal error')
+"""In a daemon's log: a bug of ours, whatever the client was told."""
 
 Process = subprocess.Popen[bytes] | ForkedProcess
 Launch = Callable[[Sequence[str], Path], Process]

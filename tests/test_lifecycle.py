@@ -24,7 +24,13 @@ from surroundings import MODELS
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving
 from sage_fed.core import UATP_PER_ATP, Delta, Event, Finished, Started, StopReason, Tier
-from sage_fed.errors import CannotConnect, LedgerDown, SageFedError, TierUnavailable
+from sage_fed.errors import (
+    CannotConnect,
+    LedgerBlocked,
+    LedgerDown,
+    SageFedError,
+    TierUnavailable,
+)
 from sage_fed.ledger import check
 from sage_fed.pricing import RateCard, charge
 
@@ -233,25 +239,26 @@ def test_balance_and_refill_survive_a_restart(start: Start) -> None:
     books(refilling)
 
 
-def test_a_ledger_that_cannot_write_stops_the_daemon(start: Start) -> None:
-    """Jobs end UNAVAILABLE, the exit code is 1, and what was promised before is in the books."""
+def test_a_ledger_that_cannot_write_refuses_jobs_until_it_can(start: Start) -> None:
+    """New ones are told to come back, a running one ends and is charged, and nobody restarts."""
     daemon = start(*LONG)
     with Client(daemon.address) as client:
         before = client.generate("hello", tier=Tier.TACTICAL, max_new_tokens=4)
         _, events = begin(client, tier=Tier.STRATEGIC)
         # The kernel refuses to write behind this offset from now on, as a full disk would.
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (32768, 32768))
-        with pytest.raises((LedgerDown, TierUnavailable, CannotConnect)):
+        none = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (32768, none[1]))
+        with pytest.raises(LedgerBlocked) as refused:
             client.generate("hello", tier=Tier.TACTICAL, max_new_tokens=4)
-        with pytest.raises((LedgerDown, TierUnavailable, CannotConnect)):
-            list(events)
-    assert 1 == daemon.process.wait(WAIT_S)
-    again = start(*LONG)
-    with Client(again.address) as client:
+        assert refused.value.retry_after_s
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, none)
+        *_, last = events
+        assert isinstance(last, Finished)
         budget = client.budget()
-    assert (before.finished.balance_uatp, 0) == (budget.balance_uatp, budget.held_uatp)
-    assert 0 == again.stop(WAIT_S)
-    books(again)
+    spent_uatp = before.finished.price.charged_uatp + last.price.charged_uatp
+    assert (spent_uatp, 0) == (budget.discharged_uatp, budget.held_uatp)
+    assert 0 == daemon.stop(WAIT_S)
+    books(daemon)
 
 
 def test_a_second_daemon_on_the_same_books_is_refused(start: Start, tmp_path: Path) -> None:

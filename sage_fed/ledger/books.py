@@ -174,6 +174,10 @@ class Books:
             for entry_id, time_ns, kind, *rest in rows
         ]
 
+    def prove_writable(self) -> None:
+        """Write what changes nothing; fails where the disk takes no writes."""
+        self._db.pragma("user_version", self._db.pragma("user_version"))
+
     def held_total_uatp(self) -> int:
         """What is held now, over all accounts."""
         return int(self._db.execute("SELECT coalesce(sum(held_uatp), 0) FROM account").get)

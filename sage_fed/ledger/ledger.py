@@ -4,9 +4,11 @@ Owns the bounded inbox, the futures and the ledger's life: opening, serving, clo
 Knows no SQL. All methods belong to the loop that opened it.
 An answer means that the operation is on disk. Cancelling the wait for `settle` or `void` does not
 take it back; a cancelled `hold` is voided, so that nobody's disappearance reserves ATP.
-After a failed commit or a lost file the ledger is dead: every wait ends with `LedgerDown`, whose
-cause is for the operator only, `on_death` is told once, and only a restart, which audits the
-books, brings it back.
+While its disk is full or read-only, what needs to be written is refused with `LedgerBlocked`, but
+for the ends of holds, which wait for the disk; `on_disk` is told when that begins and ends.
+After another failed commit or a lost file the ledger is dead: every wait ends with `LedgerDown`,
+whose cause is for the operator only, `on_death` is told once, and only a restart, which audits
+the books, brings it back.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from sage_fed.core import Budget
-from sage_fed.errors import InvalidField, LedgerDown, QueueFull, SageFedError
+from sage_fed.errors import InvalidField, LedgerBlocked, LedgerDown, QueueFull, SageFedError
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Clock, Now, system_clock
 from sage_fed.ledger.requests import Retention
@@ -36,7 +38,16 @@ from sage_fed.ledger.words import (
     Replay,
     Settlement,
 )
-from sage_fed.ledger.writer import Closed, Committed, Died, Opened, Operation, Report, Writer
+from sage_fed.ledger.writer import (
+    Closed,
+    Committed,
+    Died,
+    Disk,
+    Opened,
+    Operation,
+    Report,
+    Writer,
+)
 
 MAX_PAGE = 1000
 
@@ -65,10 +76,12 @@ class Ledger:
         clock: Clock,
         options: LedgerOptions,
         on_commit: Callable[[int, float], None] | None,
+        on_disk: Callable[[bool], None] | None,
         on_death: Callable[[BaseException], None] | None,
     ) -> None:
         self._options = options
         self._on_commit = on_commit
+        self._on_disk = on_disk
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._tickets = itertools.count()
@@ -93,12 +106,14 @@ class Ledger:
         clock: Clock | None = None,
         options: LedgerOptions | None = None,
         on_commit: Callable[[int, float], None] | None = None,
+        on_disk: Callable[[bool], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> Ledger:
         """Open or create the books at `path`, check their balance and void orphaned holds.
 
-        `on_commit(operations, latency_s)` is called on the loop after each group;
-        `on_death(error)` once, if the thread dies.
+        `on_commit(operations, latency_s)` is called on the loop after each group,
+        `on_disk(writable)` when the disk begins or ceases to refuse writes, `on_death(error)`
+        once, if the thread dies.
         Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
         lost) and `LedgerUnusable` (no space, no permission).
         """
@@ -107,6 +122,7 @@ class Ledger:
             clock=clock or system_clock(),
             options=options or LedgerOptions(),
             on_commit=on_commit,
+            on_disk=on_disk,
             on_death=on_death,
         )
         ledger._writer.start()
@@ -172,11 +188,14 @@ class Ledger:
         return await self._ask(
             lambda books, now: books.settle(job_id, charged_uatp, outcome, result, now),
             refusable=False,
+            owed=True,
         )
 
     async def void(self, job_id: str, reason: str) -> Release:
         """Give a hold back whole; see `Books.void`."""
-        return await self._ask(lambda books, now: books.void(job_id, reason, now), refusable=False)
+        return await self._ask(
+            lambda books, now: books.void(job_id, reason, now), refusable=False, owed=True
+        )
 
     async def expire_due(self, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Give back holds past their time to live but those of `alive` jobs; see `Books`."""
@@ -228,7 +247,10 @@ class Ledger:
         """
         while True:
             await asyncio.sleep(self._options.upkeep_s)
-            expired = await self._ask(partial(_upkeep, alive=alive()), refusable=False)
+            try:
+                expired = await self._ask(partial(_upkeep, alive=alive()), refusable=False)
+            except LedgerBlocked:
+                continue  # said already; the next round does what this one could not
             if expired:
                 log.warning("expired %d holds that nobody ended", len(expired))
 
@@ -241,10 +263,13 @@ class Ledger:
         async with asyncio.timeout(self._options.answer_timeout_s):
             await self._over.wait()
 
-    async def _ask(self, operation: Callable[[Books, Now], T], *, refusable: bool = True) -> T:
+    async def _ask(
+        self, operation: Callable[[Books, Now], T], *, refusable: bool = True, owed: bool = False
+    ) -> T:
+        """Wait for an operation; one that is `owed` waits for a disk that takes nothing now."""
         if refusable and len(self._waiting) >= self._options.inbox_limit:
             raise QueueFull("the ledger is busy; try again", retry_after_s=0.1)
-        answer = self._send(operation)
+        answer = self._send(operation, owed=owed)
         # Not `asyncio.timeout`, which costs as much as all the rest of asking.
         deadline = self._loop.call_later(self._options.answer_timeout_s, _give_up, answer)
         try:
@@ -252,20 +277,20 @@ class Ledger:
         finally:
             deadline.cancel()
 
-    def _send(self, operation: Operation) -> asyncio.Future[object]:
+    def _send(self, operation: Operation, *, owed: bool = False) -> asyncio.Future[object]:
         if self._down is not None:
             raise LedgerDown(self._down) from self._cause
         ticket = next(self._tickets)
         answer: asyncio.Future[object] = self._loop.create_future()
         self._waiting[ticket] = answer
-        self._writer.submit(ticket, operation)
+        self._writer.submit(ticket, operation, owed=owed)
         return answer
 
     def _tell(self, operation: Operation) -> None:
         """Send an operation whose answer nobody waits for; nothing once the ledger is down."""
         if self._down is None:
             # Reads the error away: a death is reported once, by `_die`.
-            self._send(operation).add_done_callback(asyncio.Future.exception)
+            self._send(operation, owed=True).add_done_callback(asyncio.Future.exception)
 
     def _deliver(self, report: Report) -> None:
         """Cross from the writer's thread to the loop: once a group, not once an operation."""
@@ -279,16 +304,27 @@ class Ledger:
             case Committed(answers, latency_s):
                 for answer in answers:
                     self._resolve(answer.ticket, answer.value, answer.error)
-                if self._on_commit is not None:
+                if answers and self._on_commit is not None:
                     self._on_commit(len(answers), latency_s)
+            case Disk(refusal):
+                self._say_of_disk(refusal)
             case Closed():
                 self._over.set()
+                self._fail_waiting(None)
             case Died(error):
                 self._die(error)
 
+    def _say_of_disk(self, refusal: SageFedError | None) -> None:
+        if refusal is None:
+            log.warning("the ledger's disk takes entries again; jobs are admitted")
+        else:
+            log.critical("%s; jobs are refused until the ledger can be written", refusal.message)
+        if self._on_disk is not None:
+            self._on_disk(refusal is None)
+
     def _resolve(self, ticket: int, value: object, error: BaseException | None) -> None:
-        waiting = self._waiting.pop(ticket)
-        if waiting.done():  # Its waiter was cancelled.
+        waiting = self._waiting.pop(ticket, None)
+        if waiting is None or waiting.done():  # Nobody's, or its waiter was cancelled.
             return
         if error is None:
             waiting.set_result(value)
@@ -307,12 +343,15 @@ class Ledger:
             log.critical("the ledger died", exc_info=error)
         self._down = "the ledger has failed; the daemon must be restarted"
         self._cause = error
-        for ticket in tuple(self._waiting):
-            down = LedgerDown(self._down)
-            down.__cause__ = error
-            self._resolve(ticket, None, down)
+        self._fail_waiting(error)
         if self._on_death is not None:
             self._on_death(error)
+
+    def _fail_waiting(self, cause: BaseException | None) -> None:
+        for ticket in tuple(self._waiting):
+            down = LedgerDown(self._down or "")
+            down.__cause__ = cause
+            self._resolve(ticket, None, down)
 
 
 def _give_up(answer: asyncio.Future[object]) -> None:

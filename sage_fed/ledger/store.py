@@ -38,6 +38,13 @@ _DISK = (
 )
 """Errors of the world; SQLite's others are bugs of ours."""
 
+_PASSING = (
+    apsw.SQLITE_IOERR_WRITE,
+    apsw.SQLITE_IOERR_SHMSIZE,
+    apsw.SQLITE_IOERR_TRUNCATE,
+)
+"""Of `IOError`, what may pass. A failed `fsync` is not among them: nobody knows what it left."""
+
 MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -194,16 +201,29 @@ def _locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def may_pass(error: apsw.Error) -> bool:
+    """Whether a disk refused a write, so that nothing was changed and it may be tried again."""
+    if isinstance(error, apsw.IOError):
+        # Set on every error; the stubs of apsw leave it out.
+        return error.extendedresult in _PASSING  # type: ignore[attr-defined]
+    return isinstance(error, apsw.FullError | apsw.ReadOnlyError)
+
+
+def unusable(path: Path, error: apsw.Error) -> LedgerUnusable:
+    """Say in words what a disk did."""
+    if isinstance(error, apsw.FullError):
+        return LedgerUnusable(f"no space left on {path.parent}")
+    return LedgerUnusable(f"the ledger {path} cannot be used: {error}")
+
+
 @contextlib.contextmanager
 def _typed_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (apsw.CorruptError, apsw.NotADBError) as error:
         raise LedgerCorrupt(f"{path} is damaged: {error}; restore it from a copy") from error
-    except apsw.FullError as error:
-        raise LedgerUnusable(f"no space left on {path.parent}") from error
-    except _DISK as error:
-        raise LedgerUnusable(f"the ledger {path} cannot be used: {error}") from error
+    except (apsw.FullError, *_DISK) as error:
+        raise unusable(path, error) from error
     except OSError as error:
         if error.errno in FULL:
             raise LedgerUnusable(f"no space left on {path.parent}") from error

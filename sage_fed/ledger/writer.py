@@ -5,13 +5,16 @@ each operation of several in a savepoint of its own, so that a refused one does 
 neighbours, and one `fsync` pays for all of them. Answers leave only after the commit.
 Knows no asyncio: what it has to say goes through `deliver`, called on this thread.
 An error that an operation raises is its answer, and nothing of the operation stays.
-An `apsw` error, a failed commit or a lost file ends the thread: the group is rolled back, or was
-written where nobody finds it, `Died` is the last thing said, and every unanswered operation has
-failed.
+A disk that takes no writes, because it is full or read-only, blocks: what can be refused is, with
+`LedgerBlocked`, what is owed (the end of a hold) is tried again until it is written, and reads go
+on. Any other `apsw` error or failed commit, and a lost file, ends the thread: the group is rolled
+back, or was written where nobody finds it, `Died` is the last thing said, and every unanswered
+operation has failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import apsw
 
-from sage_fed.errors import LedgerCorrupt
+from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger import store
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.check import balance_violations
@@ -30,6 +33,27 @@ from sage_fed.ledger.requests import Retention
 from sage_fed.ledger.words import Recovery
 
 Operation = Callable[[Books, Now], object]
+
+_AGAIN_S = 0.5
+"""How often a disk that took nothing is tried again."""
+
+_RETRY_S = 5.0
+"""When a client that was refused may ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An operation under way; `owed` has to be done, however long the disk takes nothing.
+
+    A ticket below 0 is nobody's.
+    """
+
+    ticket: int
+    operation: Operation
+    owed: bool = False
+
+
+_PROOF = Item(-1, lambda books, _: books.prove_writable(), owed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +81,13 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Disk:
+    """The disk has begun to take nothing, for this reason; None: it takes entries again."""
+
+    refusal: LedgerUnusable | None
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """Every operation was answered and the file is closed."""
 
@@ -68,7 +99,7 @@ class Died:
     error: BaseException
 
 
-Report = Opened | Committed | Closed | Died
+Report = Opened | Committed | Disk | Closed | Died
 
 
 class Writer:
@@ -88,7 +119,8 @@ class Writer:
         self._retention = retention
         self._group_limit = group_limit
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._owed: list[Item] = []
         # Daemonic: a process that ends without `close` is a crash, which the books survive.
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
@@ -96,9 +128,9 @@ class Writer:
         """Begin; the first report is `Opened` or `Died`."""
         self._thread.start()
 
-    def submit(self, ticket: int, operation: Operation) -> None:
+    def submit(self, ticket: int, operation: Operation, *, owed: bool = False) -> None:
         """Queue an operation; its `Answer` carries the ticket. The sender bounds the queue."""
-        self._inbox.put((ticket, operation))
+        self._inbox.put(Item(ticket, operation, owed))
 
     def close(self) -> None:
         """End after what is queued; the last report is `Closed` or `Died`."""
@@ -113,7 +145,7 @@ class Writer:
                 self._deliver(Opened(recovery))
                 for group in self._groups():
                     files.verify()
-                    committed = self._commit(db, books, group)
+                    committed = self._commit_or_refuse(db, books, group)
                     # An answer says that it is on disk: not in a file that nobody can find.
                     files.verify()
                     self._deliver(committed)
@@ -130,22 +162,72 @@ class Writer:
             )
         return books.void_orphans(self._clock.now())
 
-    def _groups(self) -> Iterator[list[tuple[int, Operation]]]:
-        item = self._inbox.get()
-        while item is not None:
-            group = [item]
-            while len(group) < self._group_limit and not self._inbox.empty():
-                item = self._inbox.get()
-                if item is None:
-                    break
-                group.append(item)
-            yield group
-            if item is not None:
-                item = self._inbox.get()
+    def _groups(self) -> Iterator[list[Item]]:
+        """What waits, behind what is still owed, until the inbox is closed."""
+        closed = False
+        while not closed:
+            group = list(self._owed)
+            closed = self._take(group)
+            if group:
+                yield group
 
-    def _commit(
-        self, db: apsw.Connection, books: Books, group: list[tuple[int, Operation]]
-    ) -> Committed:
+    def _take(self, group: list[Item]) -> bool:
+        """Append what waits in the inbox, at least one where nothing is owed; True at its end."""
+        timeout_s = _AGAIN_S if group else None
+        with contextlib.suppress(queue.Empty):
+            while item := self._inbox.get(timeout=timeout_s):
+                group.append(item)
+                if len(group) >= self._group_limit or self._inbox.empty():
+                    return False
+            return True
+        return False
+
+    def _commit_or_refuse(self, db: apsw.Connection, books: Books, group: list[Item]) -> Committed:
+        """Commit a group; where the disk takes nothing, as much of it as goes by itself."""
+        began_s = time.perf_counter()
+        blocked = bool(self._owed)
+        try:
+            committed = self._commit(db, books, group)
+        except apsw.Error as error:
+            if not store.may_pass(error):
+                raise
+            refusal = store.unusable(self._path, error)
+        else:
+            self._owed = []
+            if blocked:
+                self._deliver(Disk(None))
+            return committed
+        if not blocked:
+            self._deliver(Disk(refusal))
+        answers: list[Answer] = []
+        self._owed = []
+        for item in (*group, *(() if blocked else (_PROOF,))):
+            answers += self._alone(db, books, item, refusal)
+        if not self._owed:
+            # It took everything, one by one; only the whole group did not fit.
+            self._deliver(Disk(None))
+        return Committed(tuple(answers), time.perf_counter() - began_s)
+
+    def _alone(
+        self, db: apsw.Connection, books: Books, item: Item, refusal: LedgerUnusable
+    ) -> tuple[Answer, ...]:
+        """Commit one operation, refuse it, or keep it for later."""
+        try:
+            return self._commit(db, books, [item]).answers
+        except apsw.Error as error:
+            if not store.may_pass(error):
+                raise
+        if item.owed:
+            self._owed.append(item)
+            return ()
+        blocked = LedgerBlocked(
+            "the ledger's disk takes no entries, so nothing was held or charged; ask again soon",
+            _RETRY_S,
+        )
+        blocked.__cause__ = refusal
+        return (Answer(item.ticket, None, blocked),)
+
+    def _commit(self, db: apsw.Connection, books: Books, group: list[Item]) -> Committed:
         began_s = time.perf_counter()
         now = self._clock.now()
         db.execute("BEGIN")
@@ -153,10 +235,10 @@ class Writer:
             if len(group) == 1:
                 # The transaction is its savepoint: two statements less, which is what a request
                 # waits for that comes alone.
-                answers: tuple[Answer, ...] = (_answer(books, now, *group[0]),)
+                answers: tuple[Answer, ...] = (_answer(books, now, group[0]),)
                 db.execute("ROLLBACK" if answers[0].error else "COMMIT")
             else:
-                answers = tuple(_answer_among(db, books, now, *item) for item in group)
+                answers = tuple(_answer_among(db, books, now, item) for item in group)
                 db.execute("COMMIT")
         except BaseException:
             # A full disk has rolled back already.
@@ -166,22 +248,20 @@ class Writer:
         return Committed(answers, time.perf_counter() - began_s)
 
 
-def _answer_among(
-    db: apsw.Connection, books: Books, now: Now, ticket: int, operation: Operation
-) -> Answer:
+def _answer_among(db: apsw.Connection, books: Books, now: Now, item: Item) -> Answer:
     """Do one operation of several, which stay whatever becomes of it."""
     db.execute("SAVEPOINT operation")
-    answer = _answer(books, now, ticket, operation)
+    answer = _answer(books, now, item)
     if answer.error is not None:
         db.execute("ROLLBACK TO operation")
     db.execute("RELEASE operation")
     return answer
 
 
-def _answer(books: Books, now: Now, ticket: int, operation: Operation) -> Answer:
+def _answer(books: Books, now: Now, item: Item) -> Answer:
     try:
-        return Answer(ticket, operation(books, now), None)
+        return Answer(item.ticket, item.operation(books, now), None)
     except apsw.Error:
         raise
     except Exception as error:  # noqa: BLE001 - also a bug of the caller's `decide` goes to it
-        return Answer(ticket, None, error)
+        return Answer(item.ticket, None, error)

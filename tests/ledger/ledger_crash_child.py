@@ -1,7 +1,7 @@
 """A daemon's worth of holds and settlements, until somebody kills it.
 
-Prints `open <voided jobs>`, then `held <job>` and `settled <job> <uATP>` once each is
-acknowledged; a line is written whole, by one system call.
+Prints `open <voided jobs>`, then `held <job>`, `settled <job> <uATP>` and `voided <job>` once
+each is acknowledged; a line is written whole, by one system call.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ async def client(ledger: Ledger, name: str) -> None:
             continue
         if number % 5 == 4:
             await ledger.void(job_id, "refused")
+            say(f"voided {job_id}")
             continue
         charged = (await ledger.settle(job_id, number % 100, "length", b"x")).charged_uatp
         say(f"settled {job_id} {charged}")

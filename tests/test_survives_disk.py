@@ -1,0 +1,184 @@
+"""A daemon whose disk fills up or turns read-only: refusals in words, no restart, right books."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from daemon_process import TROUBLE, DaemonProcess
+from forked_daemon import ForkedProcess
+from small_disks import Disk, small_ext4, small_tmpfs
+
+from sage_fed.cli import scrape
+from sage_fed.client import Client
+from sage_fed.core import Delta, Event, Finished, StopReason, Tier
+from sage_fed.errors import LedgerBlocked, SageFedError
+from sage_fed.ledger import check
+
+WAIT_S = 60.0
+SETTINGS = (
+    *("--set", "budget.initial_atp=1000000", "--set", "budget.capacity_atp=1000000"),
+    *("--set", "budget.refill_atp_per_s=0", "--set", "limits.max_new_tokens=900"),
+)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with small_tmpfs(tmp_path / "disk", "2m") as disk:
+        yield disk
+
+
+def start(disk: Disk, log: Path, *, ready: bool = True) -> DaemonProcess:
+    """A daemon whose state is on the disk, and whose log is not."""
+    state = disk.path / "state"
+    state.mkdir(exist_ok=True)
+    (state / "daemon.log").unlink(missing_ok=True)
+    (state / "daemon.log").symlink_to(log)
+    log.touch()
+    tiers = tuple(tier.value for tier in Tier) if ready else ()
+    return DaemonProcess.start(state, *SETTINGS, wait_for=tiers, launch=ForkedProcess)
+
+
+def small(client: Client) -> Finished:
+    return client.generate("count", tier=Tier.TACTICAL, max_new_tokens=2, ignore_eos=True).finished
+
+
+def until_blocked(client: Client) -> int:
+    """Ask until the ledger takes nothing more; returns what was charged on the way."""
+    charged_uatp = 0
+    for _ in range(5000):
+        try:
+            charged_uatp += small(client).price.charged_uatp
+        except LedgerBlocked:
+            return charged_uatp
+    raise AssertionError("the disk does not fill up")
+
+
+def writable(daemon: DaemonProcess) -> float:
+    return scrape.total(scrape.fetch(daemon.metrics_url), "sage_fed_ledger_writable")
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def served(client: Client) -> bool:
+    try:
+        return small(client).stop_reason is StopReason.LENGTH
+    except LedgerBlocked:
+        return False
+
+
+def test_a_full_disk_refuses_jobs_and_passes(disk: Disk, tmp_path: Path) -> None:
+    """New jobs are told to come back, a running one is finished and charged, nobody restarts."""
+    log = tmp_path / "daemon.log"
+    daemon = start(disk, log)
+    with Client(daemon.address) as client, ThreadPoolExecutor(1) as threads:
+        spent_uatp = small(client).price.charged_uatp
+        events: Iterator[Event] = client.stream(
+            "count", tier=Tier.STRATEGIC, max_new_tokens=900, ignore_eos=True
+        )
+        next(event for event in events if isinstance(event, Delta))
+        disk.fill()
+        spent_uatp += until_blocked(client)
+        running = threads.submit(lambda: [*events][-1])
+        assert 0.0 == writable(daemon)
+        assert client.budget().held_uatp > 0
+        with pytest.raises(LedgerBlocked) as refused:
+            small(client)
+        assert refused.value.retry_after_s
+        assert "/" not in refused.value.message
+        disk.free()
+        wait_for(lambda: writable(daemon) == 1.0, "the ledger does not recover")
+        finished = running.result(WAIT_S)
+        assert isinstance(finished, Finished)
+        assert (StopReason.LENGTH, 900) == (finished.stop_reason, finished.usage.output_tokens)
+        spent_uatp += finished.price.charged_uatp
+        spent_uatp += small(client).price.charged_uatp
+        budget = client.budget()
+        assert (0, spent_uatp) == (budget.held_uatp, budget.discharged_uatp)
+    assert 0 == daemon.stop(WAIT_S)
+    report = check(disk.path / "state" / "ledger.db")
+    assert ((), 0) == (report.violations, report.open_holds)
+    assert not TROUBLE.search(log.read_text())
+
+
+def test_a_daemon_killed_on_a_full_disk_starts_when_there_is_room(
+    disk: Disk, tmp_path: Path
+) -> None:
+    """Until then it says what is missing and exits; afterwards the books are as they were."""
+    log = tmp_path / "daemon.log"
+    daemon = start(disk, log)
+    with Client(daemon.address) as client:
+        disk.fill()
+        spent_uatp = until_blocked(client)
+    daemon.kill()
+    disk.fill()
+    with pytest.raises(AssertionError, match="no space left on"):
+        start(disk, log)
+    assert not TROUBLE.search(log.read_text())
+    disk.free()
+    again = start(disk, log)
+    with Client(again.address) as client:
+        budget = client.budget()
+        assert (0, spent_uatp) == (budget.held_uatp, budget.discharged_uatp)
+        assert StopReason.LENGTH is small(client).stop_reason
+    assert 0 == again.stop(WAIT_S)
+    assert () == check(disk.path / "state" / "ledger.db").violations
+
+
+def test_a_read_only_disk_is_said_in_words(disk: Disk, tmp_path: Path) -> None:
+    """The start fails with what is the matter, and changes nothing."""
+    log = tmp_path / "daemon.log"
+    daemon = start(disk, log)
+    with Client(daemon.address) as client:
+        spent_uatp = small(client).price.charged_uatp
+    assert 0 == daemon.stop(WAIT_S)
+    disk.remount("ro")
+    process = ForkedProcess(
+        ("serve", "--profile", "demo", "--listen", "127.0.0.1:0", "--metrics-listen",
+         "127.0.0.1:0", "--state-dir", str(disk.path / "state")),
+        log,
+    )  # fmt: skip
+    assert 0 != process.wait(WAIT_S)
+    assert "Read-only file system" in log.read_text()
+    assert not TROUBLE.search(log.read_text())
+    disk.remount("rw")
+    again = start(disk, log)
+    with Client(again.address) as client:
+        assert spent_uatp == client.budget().discharged_uatp
+    assert 0 == again.stop(WAIT_S)
+
+
+def test_a_disk_that_turns_read_only_under_the_daemon(tmp_path: Path) -> None:
+    """As a file system does that found an error: jobs are refused, and the books stay whole."""
+    log, image = tmp_path / "daemon.log", tmp_path / "disk.img"
+    with small_ext4(tmp_path / "disk", image) as disk:
+        daemon = start(disk, log)
+        with Client(daemon.address) as client:
+            spent_uatp = small(client).price.charged_uatp
+            disk.remount("abort")
+            refused: SageFedError | None = None
+            while refused is None:
+                try:
+                    spent_uatp += small(client).price.charged_uatp
+                except SageFedError as error:
+                    refused = error
+            assert refused.reason in ("LEDGER_BLOCKED", "LEDGER_DOWN", "CANNOT_CONNECT")
+        code = daemon.stop(WAIT_S)
+        assert "Read-only file system" in log.read_text() or "disk I/O error" in log.read_text()
+        assert code in (0, 1)
+    with small_ext4(tmp_path / "disk", image) as disk:
+        again = start(disk, log)
+        with Client(again.address) as client:
+            budget = client.budget()
+            assert 0 == budget.held_uatp
+            assert spent_uatp == budget.discharged_uatp
+        assert 0 == again.stop(WAIT_S)
+        assert () == check(disk.path / "state" / "ledger.db").violations
