@@ -116,9 +116,12 @@ class Rig:
 
 
 async def read(stream: JobStream) -> list[Event]:
-    """Read a stream to its end, or to its error."""
-    async with asyncio.timeout(WAIT_S):
-        return [event async for event in stream]
+    """Read a stream to its end, or to its error, and leave it."""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            return [event async for event in stream]
+    finally:
+        stream.cancel()
 
 
 def finished_of(events: list[Event]) -> Finished:
@@ -553,6 +556,22 @@ async def test_a_full_queue_gives_the_hold_back(tmp_path: Path) -> None:
         endings = [finished_of(await read(stream)) for stream in streams]
         await r.settled()
         assert sum(end.price.charged_uatp for end in endings) == await r.spent_uatp()
+
+
+async def test_answers_that_nobody_reads_take_the_places_of_jobs(tmp_path: Path) -> None:
+    """Their memory is bounded with the jobs'; a place is free when its reader leaves."""
+    async with rig(tmp_path) as r:
+        streams = [await r.submit(job(new=2)) for _ in range(16)]
+        await r.settled()
+        assert 0 == r.broker.num_jobs
+        with pytest.raises(QueueFull) as full:
+            await r.submit(job(new=2))
+        assert full.value.retry_after_s
+        streams[3].cancel()
+        streams.append(await r.submit(job(new=2)))
+        finished_of(await read(streams[-1]))
+        for stream in streams:
+            stream.cancel()
 
 
 async def test_a_reader_that_sleeps_gets_one_delta_with_everything(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ class Broker:
 
     Args:
         tasks: where jobs run; ends after all of them have.
-        max_jobs: accepted and not ended, over all tiers and accounts.
-        max_account_jobs: the same of one account; 0 is no limit.
+        max_jobs: accepted and not ended, or ended and not read, over all tiers and accounts.
+        max_account_jobs: accepted and not ended, of one account; 0 is no limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
         tracing: told of every job's ending; None traces none.
     """
@@ -69,6 +69,7 @@ class Broker:
         self._empty = asyncio.Event()
         self._empty.set()
         self._reading: set[str] = set()
+        self._unread: set[str] = set()
         self._all_read = asyncio.Event()
         self._all_read.set()
         self._draining = False
@@ -89,7 +90,9 @@ class Broker:
             raise TierUnavailable(
                 "the daemon is draining and takes no more jobs", _RETRY_DRAINING_S
             )
-        if len(self._jobs) >= self._max_jobs:
+        # What a reader has not taken is kept: without a bound, readers that never do would fill
+        # the memory with answers.
+        if len(self._jobs) + len(self._unread) >= self._max_jobs:
             raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
         self._require_place(spec.account)
         job_id = f"job-{secrets.token_hex(8)}"
@@ -117,6 +120,8 @@ class Broker:
             job.stop(StopReason.CANCELLED)
             raise
         self._reading.add(job_id)
+        if job_id not in self._jobs:
+            self._unread.add(job_id)
         self._all_read.clear()
         return job.stream
 
@@ -180,6 +185,7 @@ class Broker:
 
     def _reader_left(self, job_id: str) -> None:
         self._reading.discard(job_id)
+        self._unread.discard(job_id)
         if not self._reading:
             self._all_read.set()
 
@@ -202,5 +208,7 @@ class Broker:
         self._account_jobs[account] -= 1
         if not self._account_jobs[account]:
             del self._account_jobs[account]
+        if job_id in self._reading:
+            self._unread.add(job_id)
         if not self._jobs:
             self._empty.set()

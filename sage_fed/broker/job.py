@@ -160,6 +160,13 @@ class Job:
         payload = payload_hash(spec) if spec.client_request_id else b""
         decision: Route | Refusal | None = None
         decision_s = 0.0
+        if not spec.client_request_id:  # which may have been answered before, place or no place
+            began_s = time.perf_counter()
+            refusal = self._planner.hopeless(draft, loads)
+            if refusal is not None:
+                elapsed_s = time.perf_counter() - began_s
+                self._metrics.route_decided(spec.requested, refusal, elapsed_s)
+                raise refusal_error(refusal, spec.account)
 
         def decide(budget: Budget) -> HoldRequest:
             nonlocal decision, decision_s

@@ -38,6 +38,9 @@ from sage_fed.text import Tokenizer
 
 _T = TypeVar("_T")
 
+_ENOUGH_UATP = 2**63 - 1
+"""A balance that every job can be paid from."""
+
 _INLINE_CHARS = 4096
 """Encoding this much takes well under a millisecond; more goes to a thread."""
 
@@ -157,6 +160,17 @@ class Planner:
                 deadline_s=None if deadline_at_s is None else deadline_at_s - time.monotonic(),
             )
         )
+
+    def hopeless(self, draft: Draft, loads: Mapping[Tier, TierLoad]) -> Refusal | None:
+        """Return the refusal that no balance could change; None where it depends on that.
+
+        Under overload most jobs are refused for want of a place; those need not wait for the
+        ledger, which has the admitted ones to write.
+        """
+        account = draft.spec.account
+        rich = Budget(account, _ENOUGH_UATP, 0, 0, _ENOUGH_UATP, 0, strategic_floor_uatp=0)
+        decision = self.decide(draft, rich, loads)
+        return decision if isinstance(decision, Refusal) else None
 
     def plan(self, draft: Draft, chosen: Route) -> Plan:
         """Return what runs for a route that `decide` chose."""
