@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import re
 import statistics
 import sys
 import tempfile
@@ -52,6 +53,9 @@ IDLE_SERIES = (
     "sage_fed_kv_cache_tokens",
 )
 """Gauges that are nought when nobody asks; of the KV cache the used part."""
+
+TROUBLE = re.compile(r'Traceback|"exception"|internal error')
+"""In the daemon's log: a bug of ours, whatever the client was told."""
 
 START_S = 120.0
 SETTLE_S = 15.0

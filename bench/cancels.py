@@ -1,0 +1,191 @@
+"""10,000 jobs whose clients leave at a random moment: what stays behind, and when does work stop?
+
+Clients cancel, close their connection or let a deadline pass, anywhere from before the admission
+to after the last token. Afterwards, through the daemon's own eyes: no job, no KV token, no hold is
+left, and the books balance. Of each job that was stopped, the time from the client's leaving to
+the end of its hold in the books is compared with one step of the slower tier plus 50 ms: the books
+come last, so the device stopped before.
+
+Run: python bench/cancels.py [--count 10000] [--clients 16]. Exit code 1 on anything left behind.
+Writes bench/results/cancels.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import grpc
+import report
+from rich.console import Console
+from stress import FLAGS, START_S, TROUBLE, quantiles, settle, wait_ready
+from stress_clients import Client, Tally
+
+from sage_fed.cli import scrape
+from sage_fed.cli.demo_daemon import DemoDaemon
+from sage_fed.cli.paths import ledger_file
+from sage_fed.ledger import check
+from sage_fed.ledger.store import readable
+
+ALLOWED_S = 0.05
+"""Beyond one step, from a client's leaving to the end of its job in the books."""
+
+LONGEST_S = 0.3
+"""The latest moment at which a client leaves."""
+
+KINDS = ("cancel", "cancel", "cancel", "disconnect", "deadline")
+
+
+@dataclass
+class Left:
+    """Whom the clients left, when (Unix seconds), and how their calls ended."""
+
+    at_s: dict[str, float] = field(default_factory=dict)
+    endings: Counter[str] = field(default_factory=Counter)
+
+
+async def main(count: int, num_clients: int, seed: int, output: Path | None) -> int:
+    """Run, check, report; the exit code."""
+    with tempfile.TemporaryDirectory(prefix="sage-fed-cancels-") as folder:
+        state_dir = Path(folder)
+        daemon = DemoDaemon(state_dir, *FLAGS)
+        left = Left()
+        began_s = time.monotonic()
+        try:
+            endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
+            await wait_ready(endpoint)
+            await storm(endpoint.listen, count, num_clients, seed, left)
+            elapsed_s = time.monotonic() - began_s
+            violations = await settle(endpoint, state_dir)
+            page = await asyncio.to_thread(scrape.fetch, endpoint.metrics_url)
+        finally:
+            code = await asyncio.to_thread(daemon.stop, 60.0)
+        if code != 0:
+            violations.append(f"the daemon left with {code}: {daemon.log()}")
+        books = await asyncio.to_thread(check, ledger_file(state_dir))
+        violations += books.violations
+        if books.open_holds:
+            violations.append(f"{books.open_holds} holds are open in the books")
+        stops = stop_times(ledger_file(state_dir), left)
+        if TROUBLE.search((state_dir / "daemon.log").read_text()):
+            violations.append(f"the daemon logged a traceback: {daemon.log()}")
+    step_s = longest_step_s(page)
+    late = sum(stop > step_s + ALLOWED_S for stop in stops)
+    result = {
+        "count": count,
+        "clients": num_clients,
+        "seed": seed,
+        "seconds": round(elapsed_s, 1),
+        "endings": dict(sorted(left.endings.items())),
+        "leaked": violations[:100],
+        "jobs_in_the_books": books.jobs,
+        "stop_seconds": {**quantiles(stops), "max": round(max(stops, default=0.0), 4)},
+        "longest_step_seconds_at_most": step_s,
+        "stopped_later_than_step_and_50_ms": late,
+    }
+    report.write("cancels", result, output)
+    console = Console(stderr=True)
+    for violation in violations[:20]:
+        console.print(f"VIOLATION: {violation}", markup=False)
+    console.print(
+        f"{count} clients left in {elapsed_s:.0f} s, {len(violations)} leaks; of {len(stops)} "
+        f"stopped jobs {late} took longer than a step ({step_s * 1e3:.0f} ms) and 50 ms",
+        highlight=False,
+    )
+    return 1 if violations else 0
+
+
+async def storm(address: str, count: int, num_clients: int, seed: int, left: Left) -> None:
+    """Let `count` jobs be left."""
+    numbers = iter(range(count))
+
+    async def one(index: int) -> None:
+        client = Client(address, Random(f"{seed} {index}"), Tally())
+        for _ in numbers:
+            async with asyncio.timeout(START_S):
+                await leave(client, left)
+        await client.drop()
+
+    async with asyncio.TaskGroup() as group:
+        for index in range(num_clients):
+            group.create_task(one(index))
+
+
+async def leave(client: Client, left: Left) -> None:
+    """Ask, and be gone after a while."""
+    chance = client.random
+    kind, moment_s = chance.choice(KINDS), chance.uniform(0.0, LONGEST_S) * chance.random()
+    timeout_s = moment_s + 1e-3 if kind == "deadline" else 60.0
+    call = client.stream(client.job(chance.randint(1, 400)), timeout_s)
+    reading = asyncio.create_task(follow(call))
+    await asyncio.wait({reading}, timeout=moment_s)
+    gone_s = time.time()
+    if kind == "cancel":
+        call.cancel()
+    elif kind == "disconnect":
+        await client.drop()
+    job_id, ending = await reading
+    left.endings[f"{kind}: {ending}"] += 1
+    if job_id and ending in ("CANCELLED", "DEADLINE_EXCEEDED"):
+        left.at_s[job_id] = gone_s
+
+
+async def follow(call: grpc.aio.UnaryStreamCall) -> tuple[str, str]:
+    """The job's id, "" where it never began, and how the call ended."""
+    job_id = ""
+    try:
+        async for response in call:
+            if response.WhichOneof("event") == "started":
+                job_id = response.started.job_id
+    except grpc.aio.AioRpcError as error:
+        return job_id, error.code().name
+    except asyncio.CancelledError:
+        with contextlib.suppress(asyncio.CancelledError):
+            return job_id, "CANCELLED" if call.cancelled() else "GONE"
+    return job_id, "OK"
+
+
+def stop_times(ledger: Path, left: Left) -> list[float]:
+    """Seconds from each client's leaving to the end of its job's hold, where it came after."""
+    with readable(ledger) as db:
+        ended = dict(
+            db.execute(
+                "SELECT job_id, max(time_ns) FROM entry JOIN job USING (job_id) "
+                "WHERE outcome = 'cancelled' OR state = 'voided' GROUP BY job_id"
+            )
+        )
+    stops = [ended[job_id] / 1e9 - at_s for job_id, at_s in left.at_s.items() if job_id in ended]
+    return [stop_s for stop_s in stops if stop_s > 0]
+
+
+def longest_step_s(page: str) -> float:
+    """The upper bound of the slowest step's bucket, over both tiers."""
+    counts: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for sample in scrape.samples(page):
+        if sample.name == "sage_fed_engine_step_seconds_bucket":
+            key = sample.labels["tier"], sample.labels["kind"]
+            counts.setdefault(key, []).append((float(sample.labels["le"]), sample.value))
+    longest = 0.0
+    for buckets in counts.values():
+        total = buckets[-1][1]
+        if total:
+            longest = max(longest, next(bound for bound, count in buckets if count == total))
+    return longest
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    sys.exit(asyncio.run(main(given.count, given.clients, given.seed, given.output)))

@@ -1,0 +1,145 @@
+"""1,000 times `kill -9` of the ledger's writer at a random instant: are the promises kept?
+
+One ledger goes through all lives. In each, eight clients hold, settle, void and leave holds open
+as fast as the disk allows, and say so once the ledger has acknowledged it; then the process is
+killed, after a random number of acknowledgements and a random time more. After every kill the
+books have to balance, and hold every acknowledged hold, settlement and void.
+
+Run: python bench/kills.py [--count 1000]. Exit code 1 on anything lost.
+Writes bench/results/kills.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import report
+from rich.console import Console
+from rich.progress import track
+
+import sage_fed
+from sage_fed.ledger import check
+from sage_fed.ledger.store import readable
+
+ROOT = Path(sage_fed.__file__).parents[1]
+WORKER = ROOT / "tests" / "ledger" / "ledger_crash_child.py"
+MOST_LINES = 150
+MOST_WAIT_S = 0.01
+
+
+def work(path: str, life: int, said: Connection) -> None:
+    """In a process of its own: hold and settle until it is killed, and say so into the pipe."""
+    os.dup2(said.fileno(), sys.stdout.fileno())
+    worker = runpy.run_path(str(WORKER))
+    asyncio.run(worker["main"](Path(path), str(life)))
+
+
+def live_and_be_killed(
+    path: Path, life: int, chance: random.Random, context: ForkServerContext
+) -> list[list[str]]:
+    """Let a worker work, kill it, and return what it had acknowledged, word by word."""
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(str(path), life, writer), daemon=True)
+    process.start()
+    writer.close()
+    with os.fdopen(os.dup(reader.fileno())) as lines:
+        said = [lines.readline().split() for _ in range(chance.randint(1, MOST_LINES))]
+        time.sleep(chance.uniform(0.0, MOST_WAIT_S))
+        process.kill()
+        said += [line.split() for line in lines]
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL, f"life {life} ended with {process.exitcode}"
+    reader.close()
+    return said
+
+
+def lost(path: Path, said: list[list[str]]) -> list[str]:
+    """What was acknowledged and is not in the books."""
+    wanted = {words[1]: words for words in said[1:] if words}
+    missing: list[str] = []
+    with readable(path) as db:
+        for job_id, words in wanted.items():
+            row = db.execute(
+                "SELECT state, charged_uatp FROM job WHERE job_id = ?", (job_id,)
+            ).fetchone()
+            if row is None or not kept(words, *row):
+                missing.append(f"{' '.join(words)}: {row}")
+    return missing
+
+
+def kept(words: list[str], state: str, charged_uatp: int) -> bool:
+    """Whether a job is in the books as the last of its acknowledgements says."""
+    match words:
+        case ["held", _]:
+            return True  # its end may have been written and not been acknowledged
+        case ["settled", _, price]:
+            return (state, charged_uatp) == ("settled", int(price))
+        case ["voided", _]:
+            return (state, charged_uatp) == ("voided", 0)
+    return False
+
+
+def main(count: int, seed: int, output: Path | None) -> int:
+    """Run, check, report; the exit code."""
+    chance = random.Random(seed)
+    violations: list[str] = []
+    acknowledged: Counter[str] = Counter()
+    voided = 0
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sage-fed-kills-") as folder:
+        path = Path(folder) / "ledger.db"
+        open_holds = 0
+        # A fork of a process that has imported everything begins to work at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "sage_fed.ledger"])
+        for life in track(range(count), "killing", console=Console(stderr=True)):
+            said = live_and_be_killed(path, life, chance, context)
+            if said[0] != ["open", str(open_holds)]:
+                violations.append(f"life {life} began with {said[0]}, not {open_holds} open holds")
+            acknowledged.update(words[0] for words in said if words)
+            violations += lost(path, said)
+            books = check(path)
+            violations += books.violations
+            open_holds = books.open_holds
+            voided += open_holds
+    result = {
+        "kills": count,
+        "seed": seed,
+        "seconds": round(time.monotonic() - began_s, 1),
+        "acknowledged": {word: acknowledged[word] for word in ("held", "settled", "voided")},
+        "holds_voided_after_kills": voided,
+        "jobs_in_the_books": books.jobs,
+        "entries_in_the_books": books.entries,
+        "lost_or_unbalanced": violations[:100],
+    }
+    report.write("kills", result, output)
+    console = Console(stderr=True)
+    for violation in violations[:20]:
+        console.print(f"VIOLATION: {violation}", markup=False)
+    console.print(
+        f"{count} kills, {acknowledged.total()} acknowledgements, {len(violations)} lost or wrong",
+        highlight=False,
+    )
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=6590)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    sys.exit(main(given.count, given.seed, given.output))

@@ -1,0 +1,238 @@
+"""Ten times more than the daemon can do, for a minute: what do the refused and the admitted get?
+
+First the capacity, by as many clients as the tier has places, each asking again at once; then the
+same jobs arrive at ten times that rate, whatever comes of them; then nothing, and one job after
+the other until they are as fast as before. A refusal has to come within 10 ms (99th percentile)
+and say when to come back; an admitted job is to take as long as under full load without the
+excess; and five seconds after the flood all is as it was.
+
+The load comes from a process of its own, which on few cores takes part of the machine from the
+daemon: its share is in the result.
+
+Run: python bench/overload.py [--seconds 60] [--factor 10]. Exit code 1 on a wrong answer.
+Writes bench/results/overload.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import report
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc_status import rpc_status
+from rich.console import Console
+from stress import FLAGS, START_S, quantiles, settle, wait_ready
+
+from sage_fed.cli.demo_daemon import DemoDaemon
+from sage_fed.v1 import inference_pb2 as pb
+from sage_fed.v1 import inference_pb2_grpc as rpc
+from sage_fed.v1 import types_pb2 as types
+
+PLACES, WAITING = 8, 8
+NEW_TOKENS = 200
+LIMITS = (
+    "--set", f"tactical.max_batch={PLACES}", "--set", f"tactical.max_waiting={WAITING}",
+    "--set", "limits.max_jobs=4096", "--log-level", "warning",
+)  # fmt: skip
+CHANNELS = 4
+STUCK_S = 60.0
+REFUSED_IN_S = 0.010
+RECOVERED_IN_S = 5.0
+
+
+@dataclass
+class Calls:
+    """How the calls of one phase ended, and how long they took."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    answered_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """Percentiles of everything."""
+        return {
+            "codes": dict(sorted(self.codes.items())),
+            "answered_seconds": quantiles(self.answered_s),
+            "first_token_seconds": quantiles(self.first_token_s),
+            "refused_seconds": quantiles(self.refused_s),
+        }
+
+
+class Asker:
+    """Jobs of one kind over a few connections."""
+
+    def __init__(self, address: str) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)
+        ]
+        self._stubs = [rpc.InferenceServiceStub(channel) for channel in self._channels]
+        sampling = types.SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        self._request = pb.GenerateStreamRequest(
+            job=types.JobSpec(text="count", tier=types.TIER_TACTICAL, sampling=sampling)
+        )
+        self._asked = 0
+
+    async def close(self) -> None:
+        """Hang up."""
+        for channel in self._channels:
+            await channel.close()
+
+    async def ask(self, calls: Calls) -> None:
+        """One job, from its request to its ending."""
+        self._asked += 1
+        stub = self._stubs[self._asked % CHANNELS]
+        began_s = time.perf_counter()
+        first_s = 0.0
+        try:
+            async for response in stub.GenerateStream(self._request, timeout=STUCK_S):
+                if not first_s and response.WhichOneof("event") == "delta":
+                    first_s = time.perf_counter() - began_s
+        except grpc.aio.AioRpcError as error:
+            elapsed_s = time.perf_counter() - began_s
+            code = error.code().name
+            calls.codes[code] += 1
+            calls.refused_s.append(elapsed_s)
+            if code != "RESOURCE_EXHAUSTED" or not retry_info(error):
+                calls.wrong.append(f"{code}: {error.details()}")
+        else:
+            calls.codes["OK"] += 1
+            calls.answered_s.append(time.perf_counter() - began_s)
+            calls.first_token_s.append(first_s)
+
+
+def retry_info(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a refusal says when to come back."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type] # the aio kind has the same
+    return status is not None and any(d.Is(RetryInfo.DESCRIPTOR) for d in status.details)
+
+
+async def saturate(asker: Asker, seconds: float, clients: int) -> tuple[Calls, float]:
+    """Closed loop: the endings, and jobs per second."""
+    calls = Calls()
+    until = time.monotonic() + seconds
+
+    async def one() -> None:
+        while time.monotonic() < until:
+            await asker.ask(calls)
+
+    began_s = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(one())
+    return calls, calls.codes["OK"] / (time.monotonic() - began_s)
+
+
+async def flood(asker: Asker, rate: float, seconds: float) -> Calls:
+    """Open loop: jobs arrive at a rate, whatever becomes of those before them."""
+    calls = Calls()
+    began_s = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for number in range(int(rate * seconds)):
+            late_s = began_s + number / rate - time.monotonic()
+            if late_s > 0:
+                await asyncio.sleep(late_s)
+            elif number % 16 == 0:
+                await asyncio.sleep(0)
+            group.create_task(asker.ask(calls))
+    return calls
+
+
+async def recover(asker: Asker, usual_s: float) -> float:
+    """Seconds until a job takes no more than twice what it takes an idle daemon."""
+    began_s = time.monotonic()
+    while True:
+        calls = Calls()
+        await asker.ask(calls)
+        if calls.answered_s and calls.answered_s[0] <= 2 * usual_s:
+            return time.monotonic() - began_s
+        if time.monotonic() - began_s > STUCK_S:
+            return STUCK_S
+        await asyncio.sleep(0.05)
+
+
+async def main(seconds: float, factor: float, measure_s: float, output: Path | None) -> int:
+    """Run, check, report; the exit code."""
+    with tempfile.TemporaryDirectory(prefix="sage-fed-overload-") as folder:
+        daemon = DemoDaemon(Path(folder), *FLAGS, *LIMITS)
+        try:
+            endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
+            await wait_ready(endpoint)
+            asker = Asker(endpoint.listen)
+            await saturate(asker, 1.0, PLACES)  # warm
+            alone, _ = await saturate(asker, measure_s / 2, 1)
+            usual_s = sorted(alone.answered_s)[len(alone.answered_s) // 2]
+            full, capacity = await saturate(asker, measure_s, PLACES + WAITING)
+            own, its = psutil.Process(), psutil.Process(daemon.pid)
+            before = busy_s(own), busy_s(its)
+            began_s = time.monotonic()
+            over = await flood(asker, factor * capacity, seconds)
+            flooded_s = time.monotonic() - began_s
+            cores = [(busy_s(p) - b) / flooded_s for p, b in zip((own, its), before, strict=True)]
+            recovered_s = await recover(asker, usual_s)
+            violations = [*over.wrong[:20], *await settle(endpoint, Path(folder))]
+            await asker.close()
+        finally:
+            code = await asyncio.to_thread(daemon.stop, 60.0)
+        if code != 0:
+            violations.append(f"the daemon left with {code}: {daemon.log()}")
+    refused = over.figures()["refused_seconds"].get("p99", 0.0)
+    if recovered_s > RECOVERED_IN_S:
+        violations.append(f"it took {recovered_s:.1f} s to recover")
+    result = {
+        "seconds": seconds,
+        "factor": factor,
+        "new_tokens": NEW_TOKENS,
+        "places": PLACES,
+        "waiting": WAITING,
+        "capacity_jobs_per_s": round(capacity, 2),
+        "arrived_jobs_per_s": round(sum(over.codes.values()) / flooded_s, 2),
+        "alone": alone.figures(),
+        "at_capacity": full.figures(),
+        "overloaded": over.figures(),
+        "cores_of_load_and_daemon": [round(share, 2) for share in cores],
+        "refused_within_10_ms_p99": refused <= REFUSED_IN_S,
+        "recovered_seconds": round(recovered_s, 2),
+        "violations": violations,
+    }
+    report.write("overload", result, output)
+    console = Console(stderr=True)
+    for violation in violations[:20]:
+        console.print(f"VIOLATION: {violation}", markup=False)
+    console.print(
+        f"{capacity:.1f} jobs/s; at {factor:g} times that {over.codes} , refused p99 "
+        f"{refused * 1e3:.1f} ms; p50 of the admitted {full.figures()['answered_seconds']} at "
+        f"capacity, {over.figures()['answered_seconds']} overloaded; recovered in "
+        f"{recovered_s:.1f} s",
+        highlight=False,
+        markup=False,
+    )
+    return 1 if violations else 0
+
+
+def busy_s(process: psutil.Process) -> float:
+    """CPU seconds of a process so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--factor", type=float, default=10.0)
+    parser.add_argument("--measure-seconds", type=float, default=6.0)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    sys.exit(asyncio.run(main(given.seconds, given.factor, given.measure_seconds, given.output)))
