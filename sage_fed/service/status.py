@@ -51,6 +51,7 @@ TABLE: Mapping[type[SageFedError], grpc.StatusCode] = MappingProxyType(
         errors.NotFinite: grpc.StatusCode.DATA_LOSS,
         errors.TierUnavailable: grpc.StatusCode.UNAVAILABLE,
         errors.LedgerDown: grpc.StatusCode.UNAVAILABLE,
+        errors.LedgerBlocked: grpc.StatusCode.UNAVAILABLE,
         errors.DeadlineInfeasible: grpc.StatusCode.DEADLINE_EXCEEDED,
         errors.DeviceBusy: grpc.StatusCode.UNAVAILABLE,
         errors.RequestIdConflict: grpc.StatusCode.ALREADY_EXISTS,
