@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class Call:
     deadline_s: float | None
     trace: TraceContext | None = None
 
+
+_log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -154,7 +157,11 @@ class Edge:
             if self._throttle is not None and role is Role.USER:
                 self._throttle.count(caller.account)
         except SageFedError as error:
-            self._on_denied(error.limit if isinstance(error, RateLimited) else error.reason.lower())
+            reason = error.limit if isinstance(error, RateLimited) else error.reason.lower()
+            self._on_denied(reason)
+            # Who knocks, for whoever looks for it; a flood of calls is no flood of lines otherwise.
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("not let in: %s, from %s", reason, context.peer())
             raise
         return Call(caller, arrived, context.time_remaining())
 
