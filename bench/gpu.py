@@ -14,9 +14,10 @@ Parts: environment; correctness against `transformers` in fp32 on the CPU; both 
 resident, with random weights made in the device's memory; speed of each tier alone; what the
 strategic tier costs the tactical one, and would in two threads or on two streams; every precision,
 captured and not, with the ratio of each; `transformers` beside it; loading from disk; the daemon
-as a process. All together are more than one budget where code has to be compiled: `--only` and
-`--keep` spread them over several runs into one JSON. A part that fails is recorded
-with its error and the others run; a part that has no time left says what it left out. All but
+as a process with both shapes, under mixed loads, cancelled a thousand times, calibrating itself.
+All of them share one budget, and a part that has no time left says what it left out; `--only`
+and `--keep` give single parts the whole of it, into the same JSON. A part that fails is recorded
+with its error and the others run. All but
 the daemon need torch, transformers and safetensors only, and no installed sage-fed.
 
 Run: python bench/gpu.py [--shapes real|small] [--device cuda:0|cpu] [--skip daemon ...]
@@ -48,17 +49,17 @@ if str(ROOT) not in sys.path:
 from gpu_parts import PARTS, Run  # noqa: E402 - after the path
 
 PART_SHARES = {
-    "environment": 0.05,
-    "correctness": 0.20,
-    "resident": 0.20,
-    "speed": 0.35,
-    "interference": 0.25,
-    "precisions": 0.45,
-    "peers": 0.35,
-    "load": 0.25,
-    "daemon": 0.35,
+    "environment": 0.02,
+    "correctness": 0.12,
+    "resident": 0.07,
+    "speed": 0.12,
+    "interference": 0.15,
+    "precisions": 0.15,
+    "peers": 0.10,
+    "load": 0.07,
+    "daemon": 0.20,
 }
-"""The most of the budget that a part may take; most take far less, and the last gets the rest."""
+"""How the time is shared out; what a part leaves over goes to those after it."""
 
 _GRACE_S = 20.0
 """How long past its time a part that does not look at the clock may go on."""
@@ -68,10 +69,17 @@ class PartTimeout(Exception):
     """A part did not end in its time; raised into it."""
 
 
-def guarded(name: str, part: Callable[[Run], dict[str, Any]], run: Run) -> dict[str, Any]:
-    """One part's record: `ok`, `wrong` (it ran, and something is), `skipped` or `failed`."""
+def guarded(
+    name: str, part: Callable[[Run], dict[str, Any]], run: Run, later: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One part's record: `ok`, `wrong` (it ran, and something is), `skipped` or `failed`.
+
+    What is left of the run's time is shared between it and the parts that come `later`.
+    """
     began = time.perf_counter()
-    limit_s = PART_SHARES[name] * run.budget_s
+    run.part_until = math.inf
+    weight = PART_SHARES[name]
+    limit_s = run.left() * weight / (weight + sum(PART_SHARES[one] for one in later))
     run.part_until = began + limit_s
     record: dict[str, Any]
     if run.left() <= 0:
@@ -156,6 +164,7 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     # One line on stdout, whatever libraries say there.
     with contextlib.redirect_stdout(sys.stderr):
+        order = list(PARTS)
         for name, part in PARTS.items():
             if name in skip and name in kept:
                 run.results[name] = kept[name]
@@ -163,10 +172,11 @@ def main(
                 run.results[name] = {"status": "skipped", "seconds": 0.0, "reason": "--skip"}
             else:
                 print(f"{name} ...", file=sys.stderr, flush=True)
-                run.results[name] = guarded(name, part, run)
+                later = [one for one in order[order.index(name) + 1 :] if one not in skip]
+                run.results[name] = guarded(name, part, run, later)
             output.write_text(json.dumps(plain(body_of(run, skip)), indent=1) + "\n")
         with contextlib.suppress(Exception):  # the device may be lost; the figures are not
-            run.release()
+            run.close()
         body = body_of(run, skip)
         gpu_table.show(body)
     print(json.dumps(plain(body)))

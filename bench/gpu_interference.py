@@ -30,6 +30,8 @@ from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.steps import Drawn, Flight, Step, StepKind, StepReport
 
 _WARM_UP_SHARE = 0.2
+_MIXED_PROMPT = 64
+_MAX_WAITING = 512
 _PATIENCE_S = 60.0
 """How long the last streams of a scene may take to end."""
 
@@ -104,8 +106,11 @@ class Seen:
 class Scene:
     """One executor over resident engines; `run` puts a load on it."""
 
-    def __init__(self, engines: dict[Tier, Engine], valid_ids: int, seed: int) -> None:
+    def __init__(
+        self, engines: dict[Tier, Engine], valid_ids: int, seed: int, max_batch: int
+    ) -> None:
         self._engines = engines
+        self._max_batch = max_batch
         self._valid_ids = valid_ids
         self._random = Random(seed)
         self._ids = itertools.count(1)
@@ -114,7 +119,8 @@ class Scene:
         """Serve `loads` for a while, then cancel what is left and wait for its endings."""
         seen = Seen()
         setups = {
-            tier: TierSetup(_ready(engine), 64, 256) for tier, engine in self._engines.items()
+            tier: TierSetup(_ready(engine), self._max_batch, _MAX_WAITING)
+            for tier, engine in self._engines.items()
         }
         executor = Executor(setups, observers=(seen,))
         await executor.start()
@@ -169,11 +175,21 @@ class Scene:
                 raise RuntimeError(f"a {load.tier.value} sequence ended {got.reason.value}")
 
 
+def mixed(streams: int, plan: Plan) -> tuple[Load, ...]:
+    """`streams` short requests at once, half of them to each tier; of one the tactical has it."""
+    deep = streams // 2
+    loads = (
+        Load(Tier.TACTICAL, streams - deep, _MIXED_PROMPT, plan.new_tokens),
+        Load(Tier.STRATEGIC, deep, _MIXED_PROMPT, plan.new_tokens),
+    )
+    return tuple(load for load in loads if load.streams)
+
+
 def interference(
     engines: dict[Tier, Engine], plan: Plan, valid_ids: int, left: Callable[[], float]
 ) -> dict[str, Any]:
-    """All scenes of all rounds, then the tactical tier alone at the daemon's concurrencies."""
-    tactical = Load(Tier.TACTICAL, plan.tactical_streams, 64, plan.new_tokens)
+    """All scenes of all rounds, then the loads that the daemon will be put under."""
+    tactical = Load(Tier.TACTICAL, plan.tactical_streams, _MIXED_PROMPT, plan.new_tokens)
     strategic = Load(Tier.STRATEGIC, plan.strategic_streams, plan.strategic_prompt, plan.new_tokens)
     scenes = {
         "tactical_alone": (tactical,),
@@ -182,8 +198,8 @@ def interference(
     }
     samples: dict[str, list[Seen]] = {name: [] for name in scenes}
     resident: dict[Tier, Any] = {tier: Resident(engine) for tier, engine in engines.items()}
-    scene = Scene(resident, valid_ids, seed=7)
-    apart = _apart(engines, valid_ids)
+    scene = Scene(resident, valid_ids, seed=7, max_batch=max(plan.batches))
+    apart = _apart(engines, valid_ids, max(plan.batches))
     samples |= {name: [] for name in apart}
     for number in range(plan.rounds):
         if number and left() < (3 + len(apart)) * plan.scene_s:
@@ -194,12 +210,14 @@ def interference(
             seen = asyncio.run(_run_apart(pair, (tactical, strategic), plan.scene_s))
             samples[name].append(seen)
     by_streams = {}
-    for streams in plan.daemon_concurrency:
-        if left() < plan.daemon_s:
+    for streams in plan.mixed_streams:
+        if left() < plan.mixed_alone_s:
             break
-        load = Load(Tier.TACTICAL, streams, 64, plan.new_tokens)
-        seen = asyncio.run(scene.run((load,), plan.daemon_s))
-        by_streams[str(streams)] = seen.tokens[Tier.TACTICAL] / (seen.until_s - seen.from_s)
+        seen = asyncio.run(scene.run(mixed(streams, plan), plan.mixed_alone_s))
+        by_streams[str(streams)] = {
+            tier.value: tokens / (seen.until_s - seen.from_s)
+            for tier, tokens in seen.tokens.items()
+        }
     found = {name: summary(parts) for name, parts in samples.items()}
     return {
         "rounds": len(samples["together"]),
@@ -213,7 +231,7 @@ def interference(
         **found,
         "cost": cost(found, "together"),
         "cost_without_interleaving": {name: cost(found, name) for name in apart},
-        "tactical_alone_tokens_per_s_by_streams": by_streams,
+        "mixed_tokens_per_s_by_streams": by_streams,
     }  # fmt: skip
 
 
@@ -242,7 +260,7 @@ def summary(parts: Sequence[Seen]) -> dict[str, Any]:
     return tiers
 
 
-def _apart(engines: dict[Tier, Engine], valid_ids: int) -> dict[str, list[Scene]]:
+def _apart(engines: dict[Tier, Engine], valid_ids: int, max_batch: int) -> dict[str, list[Scene]]:
     """Both tiers without their scheduler: two threads, and two streams where there are any."""
     found = {"two_threads": dict.fromkeys(engines)}
     if all(engine.info.device != "cpu" for engine in engines.values()):
@@ -251,7 +269,7 @@ def _apart(engines: dict[Tier, Engine], valid_ids: int) -> dict[str, list[Scene]
         }
     return {
         name: [
-            Scene({tier: Resident(engines[tier], stream)}, valid_ids, seed=7 + tier.depth)  # type: ignore[dict-item] # stands in for one
+            Scene({tier: Resident(engines[tier], stream)}, valid_ids, 7 + tier.depth, max_batch)  # type: ignore[dict-item] # stands in for one
             for tier, stream in streams.items()
         ]
         for name, streams in found.items()

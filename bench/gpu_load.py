@@ -1,6 +1,6 @@
 """From safetensors on local disk to a model that serves: seconds, beside the disk's own.
 
-Owns: a checkpoint of the strategic shape, a process for each start. The first finds no compiled
+Owns: a process for each start. The first finds no compiled
 code, the second finds that of the first. Both find the checkpoint in the page cache or not, as
 `dropped` says; `disk_bytes_per_s` is a plain read of the file before them.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_daemon import Skipped, _write_weights
+from gpu_checkpoints import Written
 from gpu_shapes import Plan
 
 _START = """
@@ -38,44 +37,45 @@ print(json.dumps({"import_s": imported - began, "ready_s": ready - began,
 """
 
 
-def load(plan: Plan, device: str, kernels: str, left: Callable[[], float]) -> dict[str, Any]:
-    """Write the checkpoint, then start twice.
-
-    Raises:
-        Skipped: there is no room for it.
-    """
-    shape = plan.strategic
-    with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as name:
-        folder = Path(name)
-        if (free := shutil.disk_usage(folder).free) < shape.weight_bytes * 11 // 10 + 2**28:
-            raise Skipped(f"{free} bytes are free on disk")
-        began = time.perf_counter()
-        nbytes = _write_weights(shape, folder / "model", device, seed=1)
-        written_s = time.perf_counter() - began
-        if device != "cpu":
-            torch.cuda.empty_cache()
-        file = folder / "model" / "model.safetensors"
-        dropped = _drop(file)
-        rate = _read_rate(file)
-        starts: dict[str, Any] = {}
+def load(
+    plan: Plan, device: str, kernels: str, checkpoint: Written, left: Callable[[], float]
+) -> dict[str, Any]:
+    """Start twice from the strategic shape's checkpoint."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+    file = checkpoint.weights
+    _drop(file)
+    rate = _read_rate(file)
+    starts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as cache:
         for number in ("first", "second"):
             if left() <= 0:
                 break
             dropped = _drop(file)
-            starts[number] = _start(folder, plan, device, kernels, left()) | {"dropped": dropped}
+            start = _start(
+                checkpoint.path, Path(cache), plan, device=device, kernels=kernels, left_s=left()
+            )
+            starts[number] = start | {"dropped": dropped}
     for start in starts.values():
         rest_s = start["load_s"] - start["capture_s"]
-        start["share_of_disk"] = nbytes / rest_s / rate
-    return {"checkpoint_bytes": nbytes, "written_s": written_s, "disk_bytes_per_s": rate, **starts}
+        start["share_of_disk"] = checkpoint.nbytes / rest_s / rate
+    return {
+        "checkpoint_bytes": checkpoint.nbytes,
+        "written_s": checkpoint.seconds,
+        "disk_bytes_per_s": rate,
+        **starts,
+    }
 
 
-def _start(folder: Path, plan: Plan, device: str, kernels: str, left_s: float) -> dict[str, Any]:
+def _start(
+    model: Path, cache: Path, plan: Plan, *, device: str, kernels: str, left_s: float
+) -> dict[str, Any]:
     shape = plan.strategic
     kernels = "torch" if device == "cpu" else kernels
     values = (shape.kv_cache_bytes, device, kernels, shape.max_context, shape.valid_ids, 16)
     said = subprocess.run(
-        [sys.executable, "-c", _START, str(folder / "model"), *map(str, values)],
-        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache"),
+        [sys.executable, "-c", _START, str(model), *map(str, values)],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache),
              "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=left_s + 60.0, check=False,
     )  # fmt: skip

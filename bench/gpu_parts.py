@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from gpu_checkpoints import Checkpoints
     from gpu_shapes import Filling, Plan
 
     from sage_fed.core import Tier
@@ -38,6 +39,7 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     pair: dict[Tier, Engine] = field(default_factory=dict)
     fillings: dict[Tier, Filling] = field(default_factory=dict)
+    _checkpoints: Checkpoints | None = None
 
     @property
     def plan(self) -> Plan:
@@ -77,10 +79,25 @@ class Run:
                 )
         return self.pair
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where parts that load from disk find their models."""
+        from gpu_checkpoints import Checkpoints  # noqa: PLC0415
+
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints()
+        return self._checkpoints
+
     def release(self) -> None:
         """Free the pair's memory."""
         while self.pair:
             self.pair.popitem()[1].close()
+
+    def close(self) -> None:
+        """Leave nothing behind, on the device or on disk."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+        self.release()
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -158,7 +175,8 @@ def load(run: Run) -> dict[str, Any]:
     import gpu_load  # noqa: PLC0415
 
     run.release()
-    return gpu_load.load(run.plan, str(run.device), run.kernels, run.left)
+    checkpoint = run.checkpoints.of(run.plan.strategic, run.device)
+    return gpu_load.load(run.plan, str(run.device), run.kernels, checkpoint, run.left)
 
 
 def interference(run: Run) -> dict[str, Any]:
@@ -176,8 +194,10 @@ def daemon(run: Run) -> dict[str, Any]:
 
     run.release()
     before = run.results.get("interference", {}).get("result", {})
-    alone = before.get("tactical_alone_tokens_per_s_by_streams", {})
-    return gpu_daemon.daemon(run.plan, str(run.device), alone, run.left)
+    alone = before.get("mixed_tokens_per_s_by_streams", {})
+    return gpu_daemon.daemon(
+        run.plan, run.device, run.kernels, run.checkpoints, alone=alone, left=run.left
+    )
 
 
 PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {

@@ -91,12 +91,12 @@ class Shape:
 class Plan:
     """Every size of a run. Times in seconds; `streams` are closed loops of requests.
 
-    `references` are the models of `gpu_correctness`.
+    `references` are the models of `gpu_correctness`. `calibration_s` is what a quick calibration
+    takes with all that goes before it.
     """
 
     tactical: Shape
     strategic: Shape
-    daemon_strategic: Shape
     precision: str
     references: tuple[str, ...]
     batches: tuple[int, ...]
@@ -113,9 +113,12 @@ class Plan:
     strategic_prompt: int
     scene_s: float
     rounds: int
-    daemon_concurrency: tuple[int, ...]
+    mixed_streams: tuple[int, ...]
+    mixed_alone_s: float
     daemon_s: float
     daemon_needs_s: float
+    cancels: int
+    calibration_s: float
     precisions: tuple[str, ...]
     precision_batches: tuple[int, ...]
     peers: tuple[str, ...]
@@ -125,7 +128,6 @@ class Plan:
 
 _QWEN_IDS = 151665
 QWEN_05B = Shape("qwen2.5-0.5b", 896, 24, 14, 2, 4864, 151936, _QWEN_IDS, True, 2 * GIB, 8192)
-QWEN_15B = Shape("qwen2.5-1.5b", 1536, 28, 12, 2, 8960, 151936, _QWEN_IDS, True, 2 * GIB, 8192)
 QWEN_7B = Shape("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152064, _QWEN_IDS, False, 8 * GIB, 8192)
 SMALL_TACTICAL = Shape("small-tactical", 64, 2, 4, 2, 128, 640, 600, True, MIB, 512)
 SMALL_STRATEGIC = Shape("small-strategic", 128, 4, 4, 2, 384, 640, 600, False, 4 * MIB, 512)
@@ -134,7 +136,6 @@ PLANS: dict[str, Plan] = {
     "real": Plan(
         tactical=QWEN_05B,
         strategic=QWEN_7B,
-        daemon_strategic=QWEN_15B,
         precision="bf16",
         references=(
             "qwen2-tied",
@@ -160,9 +161,12 @@ PLANS: dict[str, Plan] = {
         strategic_prompt=512,
         scene_s=6.0,
         rounds=2,
-        daemon_concurrency=(1, 16, 64),
-        daemon_s=6.0,
-        daemon_needs_s=90.0,
+        mixed_streams=(1, 16, 64, 256),
+        mixed_alone_s=5.0,
+        daemon_s=15.0,
+        daemon_needs_s=60.0,
+        cancels=1000,
+        calibration_s=25.0,
         # The most wanted first: what time is not left for is listed as cut.
         precisions=("bf16", "int4", "int8", "fp8"),
         precision_batches=(1, 8, 32, 128),
@@ -173,7 +177,6 @@ PLANS: dict[str, Plan] = {
     "small": Plan(
         tactical=SMALL_TACTICAL,
         strategic=SMALL_STRATEGIC,
-        daemon_strategic=SMALL_STRATEGIC,
         precision="bf16",
         # The engine's own tests have all of them on the CPU.
         references=("qwen2-tied", "qwen3", "demo-tactical"),
@@ -191,9 +194,12 @@ PLANS: dict[str, Plan] = {
         strategic_prompt=48,
         scene_s=0.4,
         rounds=1,
-        daemon_concurrency=(1, 2),
+        mixed_streams=(1, 4),
+        mixed_alone_s=0.3,
         daemon_s=0.5,
         daemon_needs_s=10.0,
+        cancels=20,
+        calibration_s=5.0,
         precisions=("bf16", "int4"),
         precision_batches=(1, 2),
         peers=("eager",),

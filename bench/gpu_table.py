@@ -162,12 +162,19 @@ def _load(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _daemon(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "ready", f"{result['ready_s']:.1f} s"
-    for name in ("tactical_only", "both"):
-        for streams, row in result[name].items():
-            rates = ", ".join(
-                f"{tier} {row[tier]['tokens_per_s']:.0f} tok/s"
-                for tier in ("tactical", "strategic")
-                if tier in row
-            )
-            share = row.get("share_of_executor_alone")
-            yield f"{name}, {streams} streams", rates + (f" ({share:.0%})" if share else "")
+    for streams, row in result["mixed"].items():
+        rates = ", ".join(
+            f"{tier} {row[tier]['tokens_per_s']:.0f} tok/s"
+            for tier in ("tactical", "strategic")
+            if tier in row
+        )
+        share = row["share_of_executor_alone"].get("all")
+        yield f"mixed, {streams} streams", rates + (f" ({share:.0%})" if share else "")
+    cancels, left_over = result["cancels"], result["left_over"]
+    verdict = f"WRONG: {', '.join(left_over)}" if left_over else "nothing left over"
+    yield f"{cancels['cancels']} cancels", verdict
+    if found := result.get("calibration"):
+        ratio = f"{found['cost_ratio']:.2f} +-{found['cost_ratio_spread']:.1%}"
+        yield "calibration", f"{ratio} in {found['took_s']:.0f} s"
+    for what in result["cut"]:
+        yield "cut", what

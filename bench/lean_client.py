@@ -29,6 +29,7 @@ _DELTA = 0x12
 """First byte of a GenerateStreamResponse whose event is a delta (field 2, a message)."""
 
 _TIMEOUT_S = 300.0
+_FOREVER_S = float("inf")
 
 
 @dataclass
@@ -64,9 +65,14 @@ class LeanClient:
         self._process.start()
         theirs.close()
 
-    def run(self, method: str, requests: Sequence[bytes], at_once: int) -> Run:
-        """Make the calls, each when one before it has ended; wait for all of them."""
-        self._pipe.send((method, list(requests), at_once))
+    def run(
+        self, method: str, requests: Sequence[bytes], at_once: int, seconds: float = _FOREVER_S
+    ) -> Run:
+        """Make the calls, each when one before it has ended; wait for all of them.
+
+        After `seconds` no more of them are begun.
+        """
+        self._pipe.send((method, list(requests), at_once, seconds))
         answer: Any = self._pipe.recv()
         if isinstance(answer, str):
             raise RuntimeError(answer)  # noqa: TRY004 - what the process said
@@ -81,12 +87,12 @@ class LeanClient:
 
 def _serve(address: str, pipe: Connection) -> None:
     while (order := pipe.recv()) is not None:
-        method, requests, at_once = order
+        method, requests, at_once, seconds = order
         try:
             # One connection a run: between runs nobody would answer its pings.
             connection = _Http2(address)
             begun = time.process_time()
-            replies = connection.calls(method, requests, at_once)
+            replies = connection.calls(method, requests, at_once, seconds)
             connection.close()
         except (OSError, RuntimeError) as error:
             pipe.send(f"the lean client failed: {error}")
@@ -128,8 +134,11 @@ class _Http2:
                     news.discard(bool(flags & _ACK))
         self._socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
 
-    def calls(self, method: str, requests: Sequence[bytes], at_once: int) -> list[Reply]:
+    def calls(
+        self, method: str, requests: Sequence[bytes], at_once: int, seconds: float
+    ) -> list[Reply]:
         head = self._head(method)
+        until = time.perf_counter() + seconds
         waiting, live, done = deque(requests), dict[int, Reply](), list[Reply]()
         parts: dict[int, bytearray] = {}
 
@@ -160,7 +169,7 @@ class _Http2:
                     reply = live.pop(stream)
                     reply.end = now
                     done.append(reply)
-                    if waiting:
+                    if waiting and now < until:
                         out.append(begin())
             if out:
                 self._socket.sendall(b"".join(out))

@@ -136,3 +136,28 @@ def test_a_part_that_hangs_is_stopped(gpu: ModuleType, monkeypatch: pytest.Monke
     record = gpu.guarded("environment", hanging, gpu.Run("small", "cpu", 1.0, None))
     assert "failed" == record["status"]
     assert record["error"].startswith("PartTimeout")
+
+
+@pytest.mark.timeout(300)
+def test_the_small_form_puts_the_daemon_under_load(tmp_path: Path) -> None:
+    """Both shapes are served and driven through gRPC, cancels leave nothing, a card is measured."""
+    output = tmp_path / "gpu.json"
+    run = subprocess.run(
+        [
+            sys.executable, str(BENCH / "gpu.py"), "--shapes", "small", "--device", "cpu",
+            "--only", "interference", "daemon", "--output", str(output),
+        ],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert 0 == run.returncode, run.stderr
+    result = json.loads(output.read_text())["parts"]["daemon"]["result"]
+    assert ([], []) == (result["cut"], result["left_over"])
+    assert ["1", "4"] == list(result["mixed"])
+    mixed = result["mixed"]["4"]
+    assert {"tactical", "strategic", "all"} == mixed["share_of_executor_alone"].keys()
+    for tier in ("tactical", "strategic"):
+        seen = mixed[tier]["by_the_daemons_metrics"]
+        assert all(seen[name]["p50"] > 0 for name in ("first_token_s", "inter_token_s"))
+    assert 20 == result["cancels"]["cancels"]
+    assert result["calibration"]["card"].startswith("# ")
+    assert "20 cancels" in run.stderr
