@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -28,7 +30,12 @@ from sage_fed.core import (
     Phase,
     Tier,
 )
-from sage_fed.errors import CalibrationRunning, DeviceOutOfMemory, TierUnavailable
+from sage_fed.errors import (
+    CalibrationRunning,
+    ConfigError,
+    DeviceOutOfMemory,
+    TierUnavailable,
+)
 from sage_fed.pricing import Basis, RateCard
 from sage_fed.scheduler import TierLimits
 from sage_fed.steps import Step
@@ -351,6 +358,50 @@ async def test_a_cancelled_calibration_leaves_nothing(tmp_path: Path) -> None:
         assert (await run(one)).version
         assert [0, 0] == used(executor)
     assert 3 == files(tmp_path)
+
+
+async def test_who_leaves_while_the_card_is_written_leaves_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes cannot be stopped; what it wrote is gone all the same."""
+    rig = Rig(max_batch=2, prefill_chunk_tokens=32)
+    one, adopted = calibrator(rig, tmp_path)
+    writing, left = threading.Event(), threading.Event()
+
+    def slowly(
+        card: RateCard, directory: Path, extras: Callable[[RateCard], dict[str, str]]
+    ) -> tuple[RateCard, Path]:
+        writing.set()
+        assert left.wait(WAIT_S)
+        return save_card(card, directory, extras)
+
+    monkeypatch.setattr("sage_fed.calibrate.calibrator.save_card", slowly)
+    async with serving(rig):
+        task = asyncio.create_task(run(one, adopt=True))
+        assert await asyncio.to_thread(writing.wait, WAIT_S)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        left.set()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait_for(asyncio.gather(*others), WAIT_S)
+    await asyncio.sleep(0)  # for what is called when they are done
+    assert [] == adopted
+    assert 0 == files(tmp_path)
+
+
+async def test_a_directory_that_cannot_be_written_is_refused_before_it_measures(
+    tmp_path: Path,
+) -> None:
+    """Nobody waits for minutes to hear it."""
+    rig = Rig(max_batch=2, prefill_chunk_tokens=32)
+    (tmp_path / "file").touch()
+    one, _ = calibrator(rig, tmp_path / "file")
+    async with serving(rig):
+        with pytest.raises(ConfigError, match="cards_dir: cannot write into"):
+            await run(one)
+    assert not any(engine.steps for engine in rig.engines.values())
 
 
 async def test_jobs_are_served_while_it_runs(tmp_path: Path) -> None:

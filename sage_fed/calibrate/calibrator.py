@@ -22,7 +22,7 @@ from sage_fed.calibrate.measure import FULL, QUICK, Measurement, Pace
 from sage_fed.calibrate.plot import plot_of
 from sage_fed.calibrate.report import report_of
 from sage_fed.calibrate.samples import median_error, spread_of
-from sage_fed.calibrate.store import save_card, stem_of
+from sage_fed.calibrate.store import delete_card, prepare_directory, save_card, stem_of
 from sage_fed.core import (
     CalibrationEvent,
     CalibrationProgress,
@@ -70,6 +70,8 @@ class Calibrator:
         self._running = True
         try:
             models = self._models()
+            # Now, and not when minutes of measuring would be lost.
+            await asyncio.to_thread(prepare_directory, self._site.cards_dir)
             limits = {tier: self._executor.limits(tier) for tier in Tier}
             measurement = Measurement(
                 self._executor,
@@ -81,8 +83,13 @@ class Calibrator:
             yield CalibrationProgress("writing", 0.99, "", measurement.elapsed_s)
             conditions = await asyncio.to_thread(read_conditions, cuda_index=self._site.cuda_index)
             card = _card(self._site, models, measurement, conditions)
-            result = await asyncio.to_thread(self._save, card, measurement)
-            named = await asyncio.to_thread(RateCard.load, Path(result.path))
+            saving = asyncio.create_task(asyncio.to_thread(self._save, card, measurement))
+            try:
+                result, named = await asyncio.shield(saving)
+            except asyncio.CancelledError:
+                # A thread cannot be stopped: what it writes is deleted when it has.
+                saving.add_done_callback(_discard)
+                raise
             if adopt:
                 self._adopt(named)
         finally:
@@ -100,8 +107,8 @@ class Calibrator:
             models[tier] = status.info
         return models
 
-    def _save(self, card: RateCard, measurement: Measurement) -> CalibrationResult:
-        """Write the card and its report; blocks."""
+    def _save(self, card: RateCard, measurement: Measurement) -> tuple[CalibrationResult, RateCard]:
+        """Write the card and its report; the card is handed back as it was read. Blocks."""
         left_out = measurement.left_out
 
         def extras(named: RateCard) -> dict[str, str]:
@@ -111,7 +118,7 @@ class Calibrator:
         named, path = save_card(card, self._site.cards_dir, extras)
         assert named.measured is not None
         written = extras(named)
-        return CalibrationResult(
+        result = CalibrationResult(
             version=named.version,
             path=str(path.absolute()),
             card=path.read_text(encoding="utf-8"),
@@ -123,6 +130,13 @@ class Calibrator:
             adopted=False,
             points=named.measured.points,
         )
+        return result, RateCard.load(path)
+
+
+def _discard(saving: asyncio.Task[tuple[CalibrationResult, RateCard]]) -> None:
+    """Delete what was written for somebody who left meanwhile."""
+    if not saving.cancelled() and saving.exception() is None:
+        delete_card(Path(saving.result()[0].path))
 
 
 def _card(

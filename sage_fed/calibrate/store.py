@@ -18,6 +18,8 @@ from sage_fed.errors import ConfigError
 from sage_fed.pricing import RateCard, available_cards, card_text
 
 _LONGEST_STEM = 48
+_FRESH = ".card-"
+_BESIDE = (".md", ".svg")
 
 
 def stem_of(device: str, precisions: str, day: str) -> str:
@@ -27,15 +29,31 @@ def stem_of(device: str, precisions: str, day: str) -> str:
     return f"{name or 'device'}{tail}"
 
 
+def prepare_directory(directory: Path) -> None:
+    """Create the directory and see that it can be written; `ConfigError` where it cannot."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=_FRESH):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cards_dir: cannot write into {directory}: {error.strerror}") from error
+
+
+def delete_card(path: Path) -> None:
+    """Delete a card and what stands beside it."""
+    for suffix in (path.suffix, *_BESIDE):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
 def save_card(
     card: RateCard, directory: Path, extras: Callable[[RateCard], dict[str, str]]
 ) -> tuple[RateCard, Path]:
     """Write the card under its version, or that with the first free number behind it.
 
-    `extras` gives the texts of files beside it, by suffix. Returns the card as it was named.
+    `extras` gives the texts of files beside it, by suffix (of `_BESIDE`). Returns the card as it
+    was named. The directory is there (`prepare_directory`).
     """
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         taken = set(available_cards(directory))
         numbered = (f"{card.version}-{number}" for number in itertools.count(2))
         for version in itertools.chain([card.version], numbered):
@@ -45,6 +63,7 @@ def save_card(
             path = directory / f"{version}.toml"
             if _create(path, card_text(named)):
                 for suffix, text in extras(named).items():
+                    assert suffix in _BESIDE
                     path.with_suffix(suffix).write_text(text, encoding="utf-8")
                 return named, path
     except OSError as error:
@@ -55,7 +74,7 @@ def save_card(
 def _create(path: Path, text: str) -> bool:
     """Create the file with its whole text; False where it exists."""
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".card-"
+        "w", encoding="utf-8", dir=path.parent, prefix=_FRESH
     ) as fresh:
         fresh.write(text)
         fresh.flush()

@@ -15,12 +15,10 @@ to it with a scale per token.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every reader of torch knows
 
-from sage_fed.engine import quantise
 from sage_fed.engine.linear import Linear
 from sage_fed.engine.quantise import GROUP
-from sage_fed.engine.quantised import Fp8Linear
+from sage_fed.engine.quantised import Fp8Linear, WidenedLinear
 
 _INNER_TILES = (8, 4, 2)
 """How many tiles of 16 inputs one thread of the int4 kernel takes; more is faster."""
@@ -62,40 +60,6 @@ def high_first(packed: torch.Tensor) -> torch.Tensor:
 def scale_grid(scales: torch.Tensor) -> torch.Tensor:
     """[groups, out, 2] bf16 of scales [out, groups]: w = (q - 8) * scale + zero, and no zeros."""
     return torch.stack((scales.t(), torch.zeros_like(scales.t())), dim=-1).contiguous()
-
-
-class WidenedLinear:
-    """`values` [out, in] of a narrow type, `scales` fp32 [out]; the product is scaled."""
-
-    def __init__(
-        self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        self._values = values
-        self._scales = scales
-        self._bias = bias
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the weights."""
-        bias = 0 if self._bias is None else self._bias.nbytes
-        return self._values.nbytes + self._scales.nbytes + bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, in_features]."""
-        # Narrow numbers are exact in bf16; their scales would not be.
-        wide = F.linear(x, self._values.to(x.dtype)).float() * self._scales
-        if self._bias is not None:
-            wide = wide + self._bias
-        return wide.to(x.dtype)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
-
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the weights, dequantised."""
-        wide = quantise.dequantise_int8(self._values[indices], self._scales[indices])
-        return wide.to(torch.bfloat16)
 
 
 class RowwiseFp8Linear:

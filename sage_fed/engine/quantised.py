@@ -15,16 +15,27 @@ from sage_fed.engine import quantise
 from sage_fed.engine.quantise import GROUP
 
 
-class Int8Linear:
-    """`values` int8 [out, in], `scales` fp32 [out], bias in the compute type or None."""
+class WidenedLinear:
+    """Int8 or float8 `values` [out, in], widened for a product; `scales` fp32 [out].
+
+    The bias is in the compute type, or None. `block` rows are widened at a time, or all of them:
+    where a compiler makes one kernel of it, none is ever stored wide.
+    """
 
     def __init__(
-        self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, block: int
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        block: int | None = None,
     ) -> None:
         self._values = values
         self._scales = scales
         self._bias = bias
-        self._blocks = [slice(i, i + block) for i in range(0, values.shape[0], block)]
+        rows = values.shape[0]
+        size = block or rows
+        self._blocks = [slice(i, i + size) for i in range(0, rows, size)]
 
     @property
     def nbytes(self) -> int:
@@ -35,6 +46,7 @@ class Int8Linear:
         """Apply to [tokens, in_features]."""
         # Some rows at a time: widened weights stay in the cache, and are never all there.
         # (ATen's _weight_int8pack_mm is no faster for one token, and reads beyond odd shapes.)
+        # Narrow numbers are exact in bf16; their scales would not be, so they come after.
         parts = [F.linear(x, self._values[block].to(x.dtype)) for block in self._blocks]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return _scaled(y, self._scales, self._bias)

@@ -14,7 +14,7 @@ from sage_fed.engine import cuda_formats, quantise
 from sage_fed.engine.linear import Linear, LinearBuilder
 from sage_fed.engine.memory import allocate
 from sage_fed.engine.quantise import GROUP, num_groups
-from sage_fed.engine.quantised import AtenInt4Linear, Fp8Linear, Int4Linear, Int8Linear
+from sage_fed.engine.quantised import AtenInt4Linear, Fp8Linear, Int4Linear, WidenedLinear
 
 _PANELS = 16 * 64
 """ATen packs int4 in panels of 64 outputs, so some panels at a time can be packed in place."""
@@ -102,7 +102,7 @@ class _QuantisedBuilder:
         if values.is_cuda and (fast := self._for_cuda(values, scales, bias)) is not None:
             return fast
         if self._kind == "int8":
-            return Int8Linear(values, scales, bias, block=block)
+            return WidenedLinear(values, scales, bias, block=block)
         if self._kind == "fp8":
             return Fp8Linear(values, scales, bias)
         suits = values.shape[0] % 16 == 0 and self._in_features % GROUP == 0

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sage_fed.engine import quantise
 from sage_fed.engine.cuda_formats import (
     RowwiseFp8Linear,
-    WidenedLinear,
     high_first,
     scale_grid,
 )
 from sage_fed.engine.graphs import compiled_by_rows
+from sage_fed.engine.quantised import WidenedLinear
 
 
 def weights(out: int, inputs: int) -> torch.Tensor:
