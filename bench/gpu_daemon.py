@@ -87,12 +87,12 @@ def _flags(
         "budget.initial_atp": 900000000,
         "budget.capacity_atp": 1000000000,
         "limits.max_jobs": _MAX_STREAMS,
+        "kernels": kernels,
     }
     for tier, shape in shapes.items():
         values |= {
             f"{tier.value}.model": paths[tier],
             f"{tier.value}.precision": plan.precision,
-            f"{tier.value}.kernels": kernels,
             f"{tier.value}.kv_cache_bytes": shape.kv_cache_bytes,
             f"{tier.value}.max_context_tokens": shape.max_context,
             f"{tier.value}.max_batch": max(plan.batches),

@@ -153,6 +153,8 @@ def test_claims_fail_on_figures_that_contradict_them() -> None:
         ((1.0, 10.0), (0.4, 5.0), 0.01, "yes", "rises from bf16 to int4"),
         ((1.0, 10.0), (0.4, 4.1), 0.01, "no", "within"),
         ((1.0, 10.0), (0.4, 5.0), 0.40, UNCERTAIN, "spread"),
+        # As far apart as no noise of that size takes two equal ratios.
+        ((1.0, 12.0), (0.4, 1.2), 0.40, "yes", "falls from bf16 to int4"),
     ],
 )
 def test_the_open_question_is_answered_from_the_figures(
@@ -207,9 +209,19 @@ def test_the_report_says_what_its_ratio_belongs_to() -> None:
 
 def test_a_busy_machine_proves_nothing() -> None:
     """A spread of half the time leaves the claims about times without a verdict."""
-    found = findings(pair(Method.REFERENCE, "fp16", 2.0, 13.2, 0.5))
+    found = findings(pair(Method.REFERENCE, "fp16", 1.0, 13.2, 0.5))
     verdicts = [c.verdict for c in conclusions(found, analyse(found))]
     assert [UNCERTAIN, UNCERTAIN] == verdicts[:2]
+
+
+def test_a_difference_beyond_all_noise_is_one_on_a_busy_machine_too() -> None:
+    """What repeats leave uncertain is weighed against what is claimed, case by case."""
+    found = findings(
+        pair(Method.REFERENCE, "fp16", 1.0, 4.0, 0.3), pair(Method.ENGINE, "bf16", 1.0, 13.0, 0.3)
+    )
+    first, _, same, *_ = conclusions(found, analyse(found))
+    assert (PARTLY, FAILS) == (first.verdict, same.verdict)
+    assert "below 1 in 1 of 2 cases, too noisy to say in 1" in first.because
 
 
 def test_another_pair_is_not_held_against_the_notes_ratio() -> None:

@@ -38,6 +38,12 @@ class Slowdown:
         """Measured slowdown over parameter ratio: 1 is "twice the size, twice the time"."""
         return self.slowdown / self.parameter_ratio
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Where the repeats say that the slowdown is; both ends its value after a single one."""
+        factor = 1 + (self.spread or 0.0)
+        return self.slowdown / factor, self.slowdown * factor
+
 
 @dataclass(frozen=True, slots=True)
 class Roofline:

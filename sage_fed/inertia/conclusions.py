@@ -27,7 +27,10 @@ _PAIR_LIKE = 0.25
 """How far a pair's parameter ratio may be from the note's (nominal 14, counted 15.4)."""
 _SMALLEST_CHANGE = 0.05
 _NOISY = 0.25
-"""A spread beyond this is a machine that was busy with something else: no verdict rests on it."""
+"""A spread beyond this is a machine that was busy with something else: it proves no sameness.
+
+A difference that is greater than all that the repeats leave uncertain is one all the same.
+"""
 
 HOLDS, FAILS, PARTLY, UNTESTED = "holds", "does not hold", "holds in part", "not tested"
 UNCERTAIN = "too noisy to say"
@@ -67,13 +70,16 @@ def precision_answer(analysis: Analysis) -> Conclusion:
     spread = _spread(rows)
     if spread is None:
         return Conclusion(question, PROVISIONAL, listed)
-    if spread > _NOISY:
-        return Conclusion(question, UNCERTAIN, f"{listed}, with a spread of up to {spread:.0%}")
     noise = max(_SMALLEST_CHANGE, spread)
-    if change <= noise:
-        return Conclusion(
-            question, "no", f"{listed}: {change:.0%} apart, within the {noise:.0%} of uncertainty"
-        )
+    if not _apart(rows):
+        if spread > _NOISY:
+            return Conclusion(question, UNCERTAIN, f"{listed}, with a spread of up to {spread:.0%}")
+        if change <= noise:
+            why = f"{listed}: {change:.0%} apart, within the {noise:.0%} of uncertainty"
+            return Conclusion(question, "no", why)
+    elif change <= _SMALLEST_CHANGE:
+        why = f"{listed}: {change:.0%} apart, which is next to nothing"
+        return Conclusion(question, "no", why)
     first, last = rows[0], rows[-1]
     falls = last.slowdown < first.slowdown
     why = f"{listed}: it {'falls' if falls else 'rises'} from {first.precision} to {last.precision}"
@@ -87,12 +93,24 @@ def _less_than_linear(rows: Sequence[Slowdown]) -> Conclusion:
     claim = "the larger model is slower by less than its parameter ratio"
     if not rows:
         return Conclusion(claim, UNTESTED, "no pair was measured")
-    below = [row for row in rows if row.efficiency * (1 + (row.spread or 0.0)) < 1]
+    below = [row for row in rows if row.bounds[1] < row.parameter_ratio]
+    unsure = [row for row in rows if row not in below and (row.spread or 0.0) > _NOISY]
     low, high = min(r.efficiency for r in rows), max(r.efficiency for r in rows)
-    because = f"efficiency {low:.0%} to {high:.0%} (the note: 47 % on its GPU, 60 % on its CPU)"
-    verdict = HOLDS if len(below) == len(rows) else PARTLY if below else FAILS
-    verdict = _unless_unsure(verdict, _spread(rows))
-    return Conclusion(claim, verdict, f"{because}, below 1 in {len(below)} of {len(rows)} cases")
+    because = (
+        f"efficiency {low:.0%} to {high:.0%} (the note: 47 % on its GPU, 60 % on its CPU), "
+        f"below 1 in {len(below)} of {len(rows)} cases"
+    )
+    if unsure:
+        because += f", {UNCERTAIN} in {len(unsure)}"
+    if _spread(rows) is None:
+        verdict = PROVISIONAL
+    elif len(below) == len(rows):
+        verdict = HOLDS
+    elif below:
+        verdict = PARTLY
+    else:
+        verdict = UNCERTAIN if unsure else FAILS
+    return Conclusion(claim, verdict, because)
 
 
 def _published_ratio(findings: Findings, singles: Sequence[Slowdown]) -> Conclusion:
@@ -123,8 +141,11 @@ def _property_of_the_pair(rows: Sequence[Slowdown]) -> Conclusion:
     low = min(rows, key=lambda row: row.slowdown)
     high = max(rows, key=lambda row: row.slowdown)
     spread = _spread((low, high))
-    same = high.slowdown / low.slowdown - 1 <= max(_SAME, spread or 0.0)
+    change = high.slowdown / low.slowdown - 1
     because = f"from {_told(low)} to {_told(high)} on one device"
+    if spread is not None and change > _SAME and _apart(rows):
+        return Conclusion(claim, FAILS, because)
+    same = change <= max(_SAME, spread or 0.0)
     return Conclusion(claim, _unless_unsure(HOLDS if same else FAILS, spread), because)
 
 
@@ -168,6 +189,11 @@ def _spread(rows: Sequence[Slowdown]) -> float | None:
     """The largest one; None where one is unknown."""
     known = [row.spread for row in rows if row.spread is not None]
     return max(known) if len(known) == len(rows) else None
+
+
+def _apart(rows: Sequence[Slowdown]) -> bool:
+    """Whether two of them differ by more than all that the repeats leave uncertain."""
+    return max(row.bounds[0] for row in rows) > min(row.bounds[1] for row in rows)
 
 
 def _unless_unsure(verdict: str, spread: float | None) -> str:
