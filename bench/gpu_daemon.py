@@ -123,7 +123,7 @@ def _drive(
     valid_ids = min(plan.tactical.valid_ids, plan.strategic.valid_ids)
     clients = Clients(endpoint.listen, valid_ids)
     try:
-        for streams in plan.daemon_concurrency:
+        for streams in plan.mixed_streams:
             if left() < 2 * plan.daemon_s:
                 found["cut"].append(f"{streams} streams")
                 continue
@@ -139,7 +139,7 @@ def _drive(
             }
     finally:
         clients.close()
-    loads = mixed(min(64, max(plan.daemon_concurrency)), plan)
+    loads = mixed(min(64, max(plan.mixed_streams)), plan)
     cancels = cancel_storm(endpoint.listen, loads, valid_ids, plan.cancels)
     found["cancels"] = asyncio.run(cancels)
     found["left_over"] = asyncio.run(settle(endpoint, state))

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 
 from sage_fed.calibrate.plan import Point, interleaved, points_of, reference_of
 from sage_fed.calibrate.samples import Samples
@@ -149,17 +149,22 @@ class Measurement:
         self._changed[point] = None
 
     async def _pair(self) -> None:
-        """Time both references, in turns first, and note the ratio of this round."""
-        tiers = list(Tier) if len(self.ratios) % 2 else list(reversed(Tier))
+        """Time both references, the tactical one on both sides, and note this round's ratio.
+
+        What drifts while a round lasts (clocks, neighbours on the memory bus) drifts by as much
+        before the strategic steps as behind them, and leaves their ratio alone.
+        """
         steps: list[Step] = []
-        slices: dict[Tier, slice] = {}
-        for tier in tiers:
-            warm, repeats = self._repeats(self._references[tier])
+        spans: dict[Tier, list[slice]] = {tier: [] for tier in Tier}
+        for tier in (Tier.TACTICAL, Tier.STRATEGIC, Tier.TACTICAL):
+            warm, repeats = self._paired(tier)
             begin = len(steps) + warm
             steps += [self._steps[self._references[tier]]] * (warm + repeats)
-            slices[tier] = slice(begin, len(steps))
+            spans[tier].append(slice(begin, len(steps)))
         times = await self._probe(steps)
-        figures = {tier: median(times[part]) for tier, part in slices.items()}
+        figures = {
+            tier: mean(median(times[part]) for part in parts) for tier, parts in spans.items()
+        }
         for tier, figure in figures.items():
             self._samples[self._references[tier]].alone_s.append(figure)
             self._changed[self._references[tier]] = None
@@ -202,6 +207,17 @@ class Measurement:
         repeats = min(max(wanted, 1), self._pace.max_repeats) | 1
         return (0, 1) if step_s > _LONG_STEP_S else (_WARM_STEPS, repeats)
 
+    def _paired(self, tier: Tier) -> tuple[int, int]:
+        """Likewise for one side of a pair: as long in the tactical tier as in the strategic."""
+        reference = self._references[tier]
+        warm, repeats = self._repeats(reference)
+        if tier is Tier.TACTICAL:
+            other = self._references[Tier.STRATEGIC]
+            side_s = sum(self._repeats(other)) * self._pilot_s[other] / 2
+            wanted = math.ceil(side_s / self._pilot_s[reference])
+            repeats = max(repeats, min(wanted, self._pace.max_repeats) | 1)
+        return warm, repeats
+
     def _turns(self, point: Point) -> int:
         turn_s = self._pilot_s[point] + self._pilot_s[self._other(point)]
         return min(max(math.ceil(self._pace.sample_s / turn_s), 1), self._pace.max_repeats) | 1
@@ -217,7 +233,8 @@ class Measurement:
     @property
     def _pair_cost_s(self) -> float:
         return sum(
-            sum(self._repeats(point)) * self._pilot_s[point] for point in self._references.values()
+            sides * sum(self._paired(tier)) * self._pilot_s[self._references[tier]]
+            for tier, sides in ((Tier.TACTICAL, 2), (Tier.STRATEGIC, 1))
         )
 
     def _has_time_for(self, point: Point) -> bool:
