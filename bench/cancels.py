@@ -25,8 +25,9 @@ from random import Random
 
 import grpc
 import report
+from idle import settle
 from rich.console import Console
-from stress import FLAGS, START_S, TROUBLE, quantiles, settle, wait_ready
+from stress import FLAGS, START_S, TROUBLE, quantiles, wait_ready
 from stress_clients import Client, Tally
 
 from sage_fed.cli import scrape

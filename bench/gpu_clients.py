@@ -12,12 +12,13 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from random import Random
 from typing import Any
 
 import grpc
 from gpu_interference import Load
-from lean_client import LeanClient, Reply
+from lean_client import LeanClient, Reply, Run
 
 from sage_fed.cli import scrape
 from sage_fed.core import Tier
@@ -32,7 +33,7 @@ HISTOGRAMS = {
 }
 _METHOD = "/sage_fed.v1.InferenceService/GenerateStream"
 _WARM_UP_SHARE = 0.2
-_MOST_REQUESTS = 20_000
+_MOST_REQUESTS = 5000
 _CALL_S = 120.0
 
 
@@ -50,9 +51,10 @@ class Clients:
 
     def run(self, loads: Sequence[Load], seconds: float) -> dict[str, Any]:
         """Keep every load's streams busy for a while; tokens/s by tier, warm-up left out."""
+        requests = [list(itertools.islice(self._requests(load), _MOST_REQUESTS)) for load in loads]
         begun = time.perf_counter()
         with ThreadPoolExecutor(len(loads)) as threads:
-            runs = list(threads.map(lambda load: self._one(load, seconds), loads))
+            runs = list(threads.map(partial(self._one, seconds), loads, requests))
         window = begun + _WARM_UP_SHARE * seconds, begun + seconds
         length_s = window[1] - window[0]
         rows = {
@@ -64,12 +66,13 @@ class Clients:
             for load, run in zip(loads, runs, strict=True)
         }
         for load, run in zip(loads, runs, strict=True):
+            if len(run.replies) == _MOST_REQUESTS:
+                raise RuntimeError(f"the {load.tier.value} load ran out of requests")
             if any(tokens_of(reply) != load.new_tokens for reply in run.replies):
                 raise RuntimeError(f"a {load.tier.value} request ended before its last token")
         return rows
 
-    def _one(self, load: Load, seconds: float) -> Any:  # noqa: ANN401 - lean_client's Run
-        requests = list(itertools.islice(self._requests(load), _MOST_REQUESTS))
+    def _one(self, seconds: float, load: Load, requests: list[bytes]) -> Run:
         return self._lean[load.tier].run(_METHOD, requests, load.streams, seconds)
 
     def _requests(self, load: Load) -> Iterator[bytes]:

@@ -30,8 +30,9 @@ import psutil
 import report
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status import rpc_status
+from idle import settle
 from rich.console import Console
-from stress import FLAGS, START_S, quantiles, settle, wait_ready
+from stress import FLAGS, START_S, quantiles, wait_ready
 
 from sage_fed.cli.demo_daemon import DemoDaemon
 from sage_fed.v1 import inference_pb2 as pb

@@ -28,8 +28,9 @@ from typing import Any
 
 import psutil
 import report
+from idle import settle
 from rich.console import Console
-from stress import FLAGS, START_S, TROUBLE, quantiles, settle, wait_ready
+from stress import FLAGS, START_S, TROUBLE, quantiles, wait_ready
 from stress_clients import Client, Tally
 
 from sage_fed.cli.demo_daemon import DemoDaemon

@@ -158,6 +158,7 @@ def test_the_small_form_puts_the_daemon_under_load(tmp_path: Path) -> None:
     for tier in ("tactical", "strategic"):
         seen = mixed[tier]["by_the_daemons_metrics"]
         assert all(seen[name]["p50"] > 0 for name in ("first_token_s", "inter_token_s"))
+        assert mixed[tier]["tokens_per_s"] > 0
     assert 20 == result["cancels"]["cancels"]
     assert result["calibration"]["card"].startswith("# ")
     assert "20 cancels" in run.stderr
