@@ -27,6 +27,7 @@ from typing import Any
 
 import report
 import torch
+import uvloop
 from direct import METHOD, RICH, START_S, Alone, check, job, prompts, thread_cpu_s, wait_ready
 from lean_client import LeanClient, Run
 from rich.console import Console
@@ -147,7 +148,7 @@ if __name__ == "__main__":
         }
         for key, value in (own | {"cpu_threads": 0}).items():
             flags += ["--set", f"{key}={value}"]
-    rows = asyncio.run(measure(given, flags))
+    rows = uvloop.run(measure(given, flags))
     show(rows)
     name = given.model.name if given.model else "bundled"
     report.write(f"daemon_overhead_{name}", {"rounds": given.rounds, "rows": rows}, given.output)

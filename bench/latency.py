@@ -35,6 +35,7 @@ from typing import Any
 import grpc
 import report
 import torch
+import uvloop
 from direct import METHOD, RICH, START_S, Alone, job, prompts, wait_ready
 from lean_client import LeanClient
 from rich.console import Console
@@ -255,7 +256,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     given.shorter = 4 if given.quick else 1
     given.rounds = 1 if given.quick else given.rounds
-    result = rows(asyncio.run(measure(given)))
+    result = rows(uvloop.run(measure(given)))
     show(result)
     body = {"rounds": given.rounds, "client": given.client, "rows": result}
     report.write("latency", body, given.output)

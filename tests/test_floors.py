@@ -51,6 +51,7 @@ OWNERS: dict[str, set[str]] = {
     "prometheus_client": {"metrics"},
     "pynvml": {"metrics"},
     "opentelemetry": {"tracing"},
+    "uvloop": {"daemon"},
     "grpc": {"service", "client", "v1"},
     "google": {"service", "client", "v1"},
     "typer": {"cli"},

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
+
 from sage_fed.auth import mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
@@ -67,7 +69,8 @@ def serve(settings: Settings, progress: StartProgress) -> int:
     """
     sys.setswitchinterval(_TURN_S)
     try:
-        return asyncio.run(_run(settings, progress))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_run(settings, progress))
     except BaseExceptionGroup as group:
         # The start's last steps run inside the group of tasks, which wraps what they raise.
         errors, others = group.split(SageFedError)
@@ -204,13 +207,20 @@ async def _started(
         stack.push_async_callback(bound.server.stop, 0.0)
         stack.enter_context(_announced(settings.state_dir, bound.address, metrics_address))
         laps.done("listen")
-        # Half a million objects of torch and the others live as long as we do: a collection that
-        # walked them would hold every stream for a tenth of a second.
-        gc.freeze()
-        gc.enable()
+        _keep_what_is_here()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
         doors.announce()
         yield _Parts(executor, broker, operations, readiness, bound)
+
+
+def _keep_what_is_here() -> None:
+    """Look for garbage from now on, but not among what the start has made.
+
+    Half a million objects of torch and the others live as long as we do: a collection that
+    walked them would hold every stream for a tenth of a second.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> None:

@@ -78,6 +78,8 @@ class Tokenizer:
         """Whether every conversation has the same ids here and there."""
         mine, its = self._source, other._source
         alike = (mine.template, mine.named) == (its.template, its.named)
+        # Before a vocabulary is written out twice, which takes a large one a tenth of a second.
+        alike = alike and self.num_valid_ids == other.num_valid_ids
         return alike and mine.backend.to_str() == its.backend.to_str()
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
