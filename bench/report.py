@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "grpcio", "apsw", "transformers", "prometheus-client")
+_PACKAGES = ("torch", "grpcio", "uvloop", "apsw", "transformers", "prometheus-client")
 
 
 def cpu_model() -> str:
