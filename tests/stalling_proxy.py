@@ -68,7 +68,8 @@ class StallingProxy:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         self._writers |= {writer, up_writer}
-        with contextlib.suppress(OSError):
+        # Cancelled at the end, where asyncio would log it as a callback's failure.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.gather(self._pass_on(reader, up_writer), self._pass_on(up_reader, writer))
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

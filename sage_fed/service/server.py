@@ -109,6 +109,9 @@ def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000) // 3),
+        # Also of the pings that measure a connection: with one of those under way no other is
+        # sent, and gRPC would give it a minute.
+        ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_S * 1000) // 3),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_PING_INTERVAL_S * 1000)),
         ("grpc.http2.max_ping_strikes", 2),
