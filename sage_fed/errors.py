@@ -193,6 +193,12 @@ class ConfigError(SageFedError):
     reason = "CONFIG"
 
 
+class Occupied(ConfigError):
+    """What a setting names is another process's: a port, a ledger. That may pass."""
+
+    reason = "OCCUPIED"
+
+
 class ModelLoadError(SageFedError):
     """A checkpoint that cannot be served; the text names what and why."""
 

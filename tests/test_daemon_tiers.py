@@ -12,7 +12,7 @@ import pytest
 import sage_fed
 from sage_fed.core import Tier
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
-from sage_fed.errors import ModelLoadError
+from sage_fed.errors import ConfigError
 from sage_fed.settings import Settings, load_settings
 
 
@@ -28,7 +28,7 @@ async def test_a_mistyped_relative_directory_is_not_taken_for_a_hub_id(
 ) -> None:
     """The error names the tier and the whole path, at once and without asking the hub."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelLoadError) as raised:
+    with pytest.raises(ConfigError) as raised:
         await load_tokenizers(settings(tmp_path, strategic__model="./owner/model"))
     assert f"strategic.model: there is no directory {tmp_path}/owner/model" == str(raised.value)
 

@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "ledger": 1,
     "metrics": 1,
     "tracing": 1,
+    "systemd": 1,
     "executor": 2,
     "broker": 2,
     "calibrate": 2,

@@ -262,9 +262,9 @@ def test_a_ledger_that_cannot_write_refuses_jobs_until_it_can(start: Start) -> N
 
 
 def test_a_second_daemon_on_the_same_books_is_refused(start: Start, tmp_path: Path) -> None:
-    """Exit code 2 and a sentence; the first one serves on and keeps its endpoint file."""
+    """Exit code 1 and a sentence; the first one serves on and keeps its endpoint file."""
     daemon = start()
-    said = refused(tmp_path, state_dir=daemon.state_dir, code=2)
+    said = refused(tmp_path, state_dir=daemon.state_dir, code=1)
     assert "open in another process" in said
     assert (daemon.state_dir / "endpoint.json").exists()
     with Client(daemon.address) as client:
@@ -274,11 +274,11 @@ def test_a_second_daemon_on_the_same_books_is_refused(start: Start, tmp_path: Pa
 
 @pytest.mark.parametrize("key", ["listen", "metrics_listen"])
 def test_a_port_that_is_taken_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    """Exit code 2, naming the setting and the address."""
+    """Naming the setting and the address; with exit code 1, because it may pass."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         flag = f"--{key.replace('_', '-')}"
-        said = refused(tmp_path, flag, address, code=2)
+        said = refused(tmp_path, flag, address, code=1)
     assert f"{key}: cannot bind {address}" in said
 
 
@@ -294,8 +294,8 @@ def test_a_port_that_is_taken_is_refused_by_name(tmp_path: Path, key: str) -> No
     ],
 )
 def test_a_setting_that_cannot_work_is_named(tmp_path: Path, assignment: str, named: str) -> None:
-    """Exit code 2 and one line with the key."""
-    said = refused(tmp_path, "--set", assignment, code=2)
+    """Exit code 78, which nobody need try again, and one line with the key."""
+    said = refused(tmp_path, "--set", assignment, code=78)
     assert named in said
 
 
@@ -306,15 +306,15 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path) -> None:
         [*command, "--set", "tactical.max_batch=0"],
         capture_output=True, text=True, timeout=WAIT_S, check=False,
     )  # fmt: skip
-    assert 2 == ended.returncode
+    assert 78 == ended.returncode
     assert "" == ended.stdout
     (line,) = ended.stderr.splitlines()
     assert "tactical.max_batch" in line
 
 
 def test_a_model_directory_that_is_missing_fails_the_start(tmp_path: Path) -> None:
-    """Exit code 1, naming the directory."""
-    said = refused(tmp_path, "--set", f"tactical.model={tmp_path}/nothing-here", code=1)
+    """Exit code 78, naming the directory."""
+    said = refused(tmp_path, "--set", f"tactical.model={tmp_path}/nothing-here", code=78)
     assert "nothing-here" in said
 
 

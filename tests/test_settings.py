@@ -123,7 +123,7 @@ def test_the_profile_follows_the_same_order(
     assert f"profile {expected}" == effective.origins["tactical.model"]
 
 
-@pytest.mark.parametrize("name", ["demo", "qwen2.5"])
+@pytest.mark.parametrize("name", ["demo", "jetson-thor", "qwen2.5"])
 def test_each_packaged_profile_loads(name: str) -> None:
     """A profile alone is a complete set of settings, and is among those that are offered."""
     settings = load_settings({"profile": name}, {}, None).settings
@@ -165,6 +165,13 @@ def test_the_state_directory_is_where_the_system_puts_state(
     effective = load(environ=environ)
     assert Path(expected) == effective.settings.state_dir
     assert origin == effective.origins["state_dir"]
+
+
+def test_credentials_that_cannot_be_looked_at_are_an_error() -> None:
+    """Without its tokens the daemon would be open to more callers than it should."""
+    environ = {"HOME": "/home/x", "CREDENTIALS_DIRECTORY": f"/{'x' * 300}"}
+    with pytest.raises(ConfigError, match=r"auth\.tokens_file .environment CREDENTIALS_DIRECTORY."):
+        load(environ=environ)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from sage_fed.cli import (
     inspect,
     options,
     serve,
+    service,
     tokens,
     top,
 )
@@ -116,6 +117,8 @@ def build_app() -> typer.Typer:
         top.top,
         calibrate.calibrate,
         serve.config,
+        service.install_service,
+        service.uninstall_service,
         version,
     )
     for command in commands:

@@ -12,7 +12,7 @@ import enum
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import typer
 
@@ -29,6 +29,7 @@ from sage_fed.errors import (
     InvalidField,
     LedgerDown,
     NoSuchAccount,
+    Occupied,
     QueueFull,
     RateLimited,
     RequestIdConflict,
@@ -47,6 +48,8 @@ class ExitCode(enum.IntEnum):
     USAGE = 2
     REFUSED = 3
     UNAVAILABLE = 4
+    CONFIG = 78
+    """EX_CONFIG of sysexits.h, from `serve`: a service manager need not try again."""
     INTERRUPTED = 130
     PIPE_CLOSED = 141
 
@@ -59,7 +62,7 @@ class ConnectionBroke(CannotConnect):
 
 
 EXIT_CODES_HELP = (
-    "Exit codes: 0 ok, 1 error, 2 usage or configuration, 3 refused by the budget, "
+    "Exit codes: 0 ok, 1 error, 2 usage or configuration (78 from serve), 3 refused by the budget, "
     "4 unavailable or cannot connect, 130 interrupted, 141 nobody reads the output."
 )
 
@@ -87,6 +90,7 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
     (DeviceBusy, ExitCode.UNAVAILABLE, ""),
     (CalibrationRunning, ExitCode.ERROR, ""),
     (InvalidField, ExitCode.USAGE, ""),
+    (Occupied, ExitCode.ERROR, ""),
     (ConfigError, ExitCode.USAGE, "see `sage-fed config`"),
     (
         DeadlineInfeasible,
@@ -124,6 +128,12 @@ _NAMESAKES = frozenset(
 def exit_code(error: SageFedError) -> ExitCode:
     """The code a command ends with after this error."""
     return _row(error)[0]
+
+
+def daemon_exit_code(error: SageFedError) -> ExitCode:
+    """The same for a daemon, whose manager starts it again unless it is told that this is vain."""
+    vain = isinstance(error, ConfigError) and not isinstance(error, Occupied)
+    return ExitCode.CONFIG if vain else exit_code(error)
 
 
 def explain(error: SageFedError) -> str:
@@ -173,7 +183,9 @@ def error_object(error: SageFedError) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def reported(*, as_json: bool = False) -> Iterator[None]:
+def reported(
+    *, as_json: bool = False, codes: Callable[[SageFedError], ExitCode] = exit_code
+) -> Iterator[None]:
     """Turn the world's errors into one line on stderr and an exit code, never a traceback.
 
     With `as_json` stdout gets an object too, so that a program never parses a sentence.
@@ -184,7 +196,7 @@ def reported(*, as_json: bool = False) -> Iterator[None]:
         if as_json:
             typer.echo(json.dumps(error_object(error)))
         complain(explain(error))
-        raise typer.Exit(exit_code(error)) from None
+        raise typer.Exit(codes(error)) from None
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             typer.echo("\ninterrupted", err=True)

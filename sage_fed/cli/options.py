@@ -125,7 +125,11 @@ MaxNewTokens = Annotated[
 # No `envvar` below: `load_settings` reads the environment itself and remembers the origin.
 Profile = Annotated[
     str | None,
-    typer.Option("--profile", metavar="NAME", help="Packaged settings: qwen2.5 (default) or demo."),
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="Packaged settings: qwen2.5 (default), jetson-thor or demo.",
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")

@@ -2,23 +2,29 @@
 
 Owns: flags to settings, the start's progress on the terminal.
 Does not know: what a daemon is made of (`sage_fed.daemon`); torch is imported only when it starts.
-Fails: exit code 2 for settings that cannot work, 1 for a model or ledger that cannot be used.
+Fails: exit code 78 for settings that cannot work, 1 for a model or ledger that cannot be used;
+a service manager is told why in either case.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.exits import reported
+from sage_fed.cli.exits import daemon_exit_code, explain, reported
 from sage_fed.cli.render import print_json, print_table
 from sage_fed.cli.streams import leave_on_interrupt
+from sage_fed.errors import SageFedError
+from sage_fed.systemd import ServiceManager
 
 if TYPE_CHECKING:
     import logging
@@ -70,13 +76,16 @@ def serve(
         log_level=log_level,
         log_format=log_format,
     )
-    with reported():
+    # The stacks of all threads in the journal when the watchdog aborts us: what hung, and where.
+    faulthandler.enable(file=2)
+    manager = ServiceManager.of(os.environ)
+    with reported(codes=daemon_exit_code), _failure_told(manager):
         settings = effective(flags, config_file).settings
-        code = _run(settings)
+        code = _run(settings, manager)
     raise typer.Exit(code)
 
 
-def _run(settings: Settings) -> int:
+def _run(settings: Settings, manager: ServiceManager) -> int:
     """The daemon's exit code, once it has left."""
     # What is imported stays, so looking through it for garbage, again and again, finds none, and
     # is a twentieth of the start. The daemon enables it when all is imported.
@@ -92,7 +101,7 @@ def _run(settings: Settings) -> int:
     progress, handler = _picture(watched=pretty and sys.stderr.isatty())
     with logging_to(settings.log_level, as_json=not pretty, handler=handler):
         try:
-            return run_daemon(settings, progress)
+            return run_daemon(settings, progress, manager)
         finally:
             progress.close()
 
@@ -108,6 +117,16 @@ def _picture(*, watched: bool) -> tuple[BarProgress | LogProgress, logging.Handl
 
     bars = BarProgress(stderr_console())
     return bars, bars.log_handler()
+
+
+@contextlib.contextmanager
+def _failure_told(manager: ServiceManager) -> Iterator[None]:
+    """Leave the reason of a failed start where `systemctl status` shows it."""
+    try:
+        yield
+    except SageFedError as error:
+        manager.status(explain(error))
+        raise
 
 
 def config(

@@ -31,6 +31,7 @@ from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
+from sage_fed.daemon.watchdog import keep_watch
 from sage_fed.daemon.watched import build_metrics, expose, start_watching
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import ConfigError, LedgerDown, SageFedError
@@ -40,12 +41,16 @@ from sage_fed.metrics import Metrics, Snapshot
 from sage_fed.router import RoutingPolicy
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.settings import Address, Settings, UnixSocket
+from sage_fed.systemd import ServiceManager
 
 ENDPOINT_FILE = "endpoint.json"
 """In the state directory: where this daemon listens; there while it serves."""
 
 _LAST_WORDS_S = 5.0
 """How long aborted jobs may take to settle, and replies to reach their clients."""
+
+_CLEAR_UP_S = 45.0
+"""How long a stop may take after the grace, at the very most: last words, threads, the ledger."""
 
 _FLUSH_S = 0.5
 """How long calls that are being answered may take, once every job's reader has its ending."""
@@ -58,8 +63,10 @@ before each of its statements."""
 _log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, progress: StartProgress) -> int:
+def serve(settings: Settings, progress: StartProgress, manager: ServiceManager) -> int:
     """Run a daemon until it is told to stop; return the process's exit code.
+
+    `manager` is told how the start, the service and the stop go.
 
     Raises:
         ConfigError: a setting that cannot work.
@@ -70,7 +77,7 @@ def serve(settings: Settings, progress: StartProgress) -> int:
     sys.setswitchinterval(_TURN_S)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(settings, progress))
+            return runner.run(_run(settings, progress, manager))
     except BaseExceptionGroup as group:
         # The start's last steps run inside the group of tasks, which wraps what they raise.
         errors, others = group.split(SageFedError)
@@ -88,22 +95,25 @@ class _Parts:
     operations: Operations
     readiness: Readiness
     bound: BoundServer
+    manager: ServiceManager
 
 
-async def _run(settings: Settings, progress: StartProgress) -> int:
+async def _run(settings: Settings, progress: StartProgress, manager: ServiceManager) -> int:
     lifecycle = Lifecycle()
     lifecycle.install_signals()
-    async with _started(settings, lifecycle, progress) as parts:
+    async with _started(settings, lifecycle, progress, manager) as parts:
         await lifecycle.wait_stopping()
         await _stop(settings, lifecycle, parts)
     lifecycle.ignore_signals()
+    # What is read last is what `systemctl status` goes on to show.
+    manager.status(lifecycle.failure or "stopped")
     _log.info("stopped")
     return lifecycle.exit_code
 
 
 @contextlib.asynccontextmanager
 async def _started(
-    settings: Settings, lifecycle: Lifecycle, progress: StartProgress
+    settings: Settings, lifecycle: Lifecycle, progress: StartProgress, manager: ServiceManager
 ) -> AsyncIterator[_Parts]:
     """Build every part, and take down in reverse what was built."""
     laps = Laps()
@@ -136,7 +146,7 @@ async def _started(
             ledger, settings, {*settings.accounts, *doors.authenticator.accounts()}
         )
         laps.done("ledger")
-        readiness = Readiness(settings, lifecycle, progress)
+        readiness = Readiness(settings, lifecycle, progress, manager)
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
             observers=(metrics, cards, readiness),
@@ -199,6 +209,7 @@ async def _started(
             ("health", readiness.run(bound.health)),
             ("doors", doors.run()),
             ("device watch", executor.watch()),
+            ("service watch", keep_watch(executor, manager, settings.step_limit_s)),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)
             stack.callback(task.cancel)
@@ -207,10 +218,11 @@ async def _started(
         stack.push_async_callback(bound.server.stop, 0.0)
         stack.enter_context(_announced(settings.state_dir, bound.address, metrics_address))
         laps.done("listen")
+        readiness.answering()
         _keep_what_is_here()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
         doors.announce()
-        yield _Parts(executor, broker, operations, readiness, bound)
+        yield _Parts(executor, broker, operations, readiness, bound, manager)
 
 
 def _keep_what_is_here() -> None:
@@ -242,9 +254,11 @@ async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> N
 async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None:
     """Stop admission, let jobs end within the grace, end what is left, then the parts."""
     parts.operations.note_draining()
+    grace_s = settings.drain_grace_s if lifecycle.grace_s is None else lifecycle.grace_s
+    parts.manager.stopping(grace_s + _CLEAR_UP_S)
     await parts.readiness.drain(parts.bound.health)
     parts.broker.close()
-    grace_s = settings.drain_grace_s if lifecycle.grace_s is None else lifecycle.grace_s
+    parts.manager.status(f"draining: {parts.broker.num_jobs} jobs run")
     empty = asyncio.ensure_future(parts.broker.wait_empty())
     hurried = asyncio.ensure_future(lifecycle.wait_hurried())
     await asyncio.wait({empty, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)

@@ -19,6 +19,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.exit_code = 0
         self.grace_s: float | None = None
+        self.failure = ""
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
 
@@ -47,6 +48,7 @@ class Lifecycle:
     def fail(self, why: str) -> None:
         """Ask for a stop because a part of the daemon is gone; the exit code says so."""
         _log.critical("stopping: %s", why)
+        self.failure = self.failure or why
         self.exit_code = 1
         self._stopping.set()
         self._hurried.set()

@@ -2,6 +2,8 @@
 
 Owns the last known state of each tier. Hears of changes from the executor, on the event loop,
 and tells the health service from a task of its own, because that one has to be awaited.
+The service manager hears that the daemon is ready when the health service says so under the name
+of the whole: when the tactical tier serves.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 from sage_fed.core import Tier, TierState, TierStatus
@@ -17,6 +20,10 @@ from sage_fed.daemon.tiers import display_name
 from sage_fed.service.health import Health
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
+from sage_fed.systemd import ServiceManager
+
+_LOAD_PATIENCE_S = 300.0
+"""Between two signs of progress of a load; a whole one was seen to take 272 s."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,19 +54,33 @@ class Laps:
 class Readiness:
     """Satisfies `sage_fed.executor.ExecutorObserver`."""
 
-    def __init__(self, settings: Settings, lifecycle: Lifecycle, progress: StartProgress) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        progress: StartProgress,
+        manager: ServiceManager,
+    ) -> None:
         self._names = {tier: display_name(settings.tier(tier)) for tier in Tier}
         self._lifecycle = lifecycle
         self._progress = progress
+        self._manager = manager
+        self._announced = False
         self._statuses: dict[Tier, TierStatus] = {}
         self._loaded: set[Tier] = set()
         self._in_vain: set[Tier] = set()
         self._changed = asyncio.Event()
         self._where: tuple[Address | UnixSocket, Address] | None = None
+        self._answering = False
 
     def listening(self, listen: Address | UnixSocket, metrics: Address) -> None:
         """Note the bound addresses, for the line that says that all is ready."""
         self._where = listen, metrics
+
+    def answering(self) -> None:
+        """Note that calls are answered from now on."""
+        self._answering = True
+        self._changed.set()
 
     def step_done(self, report: StepReport) -> None:
         """Steps say nothing about readiness."""
@@ -77,6 +98,9 @@ class Readiness:
         elif status.state is not TierState.DRAINING and status.tier not in self._loaded:
             share = 1.0 if status.state is TierState.READY else status.load_progress
             self._progress.tier_progress(status.tier, share, self._names[status.tier])
+            if not self._announced:
+                self._manager.extend(_LOAD_PATIENCE_S)
+        self._manager.status(status_line(self._statuses.values()))
         if status.state is TierState.READY:
             self._in_vain.discard(status.tier)
         if status.state is TierState.READY and status.tier not in self._loaded:
@@ -107,6 +131,12 @@ class Readiness:
             await self._changed.wait()
             self._changed.clear()
             await health.update(self._states())
+            tactical = self._statuses.get(Tier.TACTICAL)
+            serves = tactical is not None and tactical.state is TierState.READY
+            if self._answering and serves and not self._announced:
+                # After health has said it: who waits for one of the two finds the other true.
+                self._announced = True
+                self._manager.ready()
 
     async def drain(self, health: Health) -> None:
         """Tell load balancers to send nothing more."""
@@ -114,3 +144,20 @@ class Readiness:
 
     def _states(self) -> dict[Tier, TierState]:
         return {tier: status.state for tier, status in self._statuses.items()}
+
+
+def status_line(statuses: Iterable[TierStatus]) -> str:
+    """The tiers in one line for people: `tactical serves; strategic: 41 % of the weights`."""
+    return "; ".join(map(_words, sorted(statuses, key=lambda status: status.tier.depth)))
+
+
+def _words(status: TierStatus) -> str:
+    tier = status.tier.value
+    if status.state is TierState.READY:
+        return f"{tier} serves"
+    if status.state is TierState.LOADING:
+        # Rounded down: 100 % is what serves.
+        return f"{tier}: {int(status.load_progress * 100)} % of the weights"
+    if status.state is TierState.DRAINING:
+        return f"{tier} drains"
+    return f"{tier} failed: {status.message}"

@@ -1,6 +1,7 @@
 """From settings to what the executor loads and the planner encodes with.
 
-Owns the translation of one tier's settings into engine options. Fails with `ModelLoadError`.
+Owns the translation of one tier's settings into engine options. Fails with `ModelLoadError`, and
+with `ConfigError` for a directory that is not there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from sage_fed.core import Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.errors import ModelLoadError
+from sage_fed.errors import ConfigError
 from sage_fed.executor import TierSetup
 from sage_fed.settings import Settings, TierSettings, resolve_model
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
@@ -21,6 +22,7 @@ async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
     """Load each tier's tokenizer, in a thread; equal ones are one object, so they work once.
 
     Raises:
+        ConfigError: a directory that is not there.
         ModelLoadError: a checkpoint without a usable tokenizer.
     """
     return await asyncio.to_thread(_load_tokenizers, settings)
@@ -85,11 +87,11 @@ def _source(settings: Settings, tier: Tier) -> str | Path:
     """Return where a tier's files are: an absolute directory that is there, or a hub id.
 
     Raises:
-        ModelLoadError: there is no such directory; the hub is not asked for a mistyped path.
+        ConfigError: there is no such directory; the hub is not asked for a mistyped path.
     """
     source = resolve_model(settings.tier(tier).model)
     if isinstance(source, Path):
         source = source.absolute()
         if not source.is_dir():
-            raise ModelLoadError(f"{tier.value}.model: there is no directory {source}")
+            raise ConfigError(f"{tier.value}.model: there is no directory {source}")
     return source

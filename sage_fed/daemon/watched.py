@@ -1,7 +1,7 @@
 """How the daemon is watched: its metrics, the page that shows them, power and traces.
 
 Owns what of these follows from the settings. Does not know what happens later: the parts say so.
-Fails with `ConfigError`.
+Fails with `Occupied`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sage_fed
 from sage_fed.core import Phase, Tier
 from sage_fed.daemon.tiers import display_name
 from sage_fed.engine import DeviceDescription
-from sage_fed.errors import ConfigError
+from sage_fed.errors import Occupied
 from sage_fed.metrics import Metrics, MetricsServer, PageDoor
 from sage_fed.pricing import RateCard
 from sage_fed.router import possible_decisions
@@ -54,8 +54,8 @@ def start_watching(
 
 
 def expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
-    """Serve the page until it is closed; `ConfigError` where the address cannot be had."""
+    """Serve the page until it is closed; `Occupied` where the address cannot be had."""
     try:
         return metrics.serve(listen.host, listen.port, door)
     except OSError as error:
-        raise ConfigError(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
+        raise Occupied(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None

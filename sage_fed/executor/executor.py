@@ -20,7 +20,7 @@ from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierSta
 from sage_fed.errors import DeviceBusy, TierUnavailable
 from sage_fed.executor.device import DeviceThread, Heartbeat
 from sage_fed.executor.handover import Handover, Opened, Parcel
-from sage_fed.executor.inbox import Cancel, Inbox, Stop, Submit
+from sage_fed.executor.inbox import Cancel, Inbox, Ping, Stop, Submit
 from sage_fed.executor.loader import Loader, TierSetup
 from sage_fed.executor.probe import Probe
 from sage_fed.executor.recovery import FIRST_S, LOOK_S, Stall
@@ -240,6 +240,10 @@ class Executor:
     def heartbeat(self) -> Heartbeat | None:
         """The device thread's last sign of life; None before `start`."""
         return self._device.heartbeat if self._device else None
+
+    def ping(self) -> None:
+        """Have the device's thread turn its loop, which moves `heartbeat`, also when idle."""
+        self._inbox.post(Ping())
 
     async def stop(self, grace_s: float) -> None:
         """Admit no more, let live sequences end within the grace, end the rest with SHUTDOWN.

@@ -47,7 +47,12 @@ class Stop:
     """End everything and leave."""
 
 
-Message = Submit | Cancel | OpenTier | Probe | Stop
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Turn the loop once: whoever does so beats, also with nothing to do."""
+
+
+Message = Submit | Cancel | OpenTier | Probe | Ping | Stop
 
 
 class Inbox:
@@ -76,11 +81,14 @@ class Inbox:
             self._messages.append(message)
             self._changed.notify()
 
-    def post(self, message: Cancel | OpenTier | Probe | Stop) -> bool:
+    def post(self, message: Cancel | OpenTier | Probe | Ping | Stop) -> bool:
         """Say something else; False where nobody will hear it any more."""
         with self._changed:
             if self._closed:
                 return False
+            if isinstance(message, Ping) and message in self._messages:
+                # A thread that hangs is asked again and again: one question is enough.
+                return True
             self._messages.append(message)
             self._changed.notify()
             return True

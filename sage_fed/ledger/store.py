@@ -21,7 +21,7 @@ from pathlib import Path
 
 import apsw
 
-from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable
+from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable, Occupied
 from sage_fed.ledger import schema
 from sage_fed.ledger.files import OpenFiles
 
@@ -191,7 +191,7 @@ def _locked(path: Path) -> Iterator[int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
+            raise Occupied(
                 f"the ledger {path} is open in another process; stop that daemon, or give this "
                 "one its own state directory"
             ) from error

@@ -1,7 +1,7 @@
 """The gRPC server: our four services, health and reflection, behind one bound port.
 
 Owns the transport's limits. The server is bound but not started when it is handed back.
-Fails with `ConfigError` where the address cannot be bound.
+Fails with `Occupied` where the address cannot be bound.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2  # noqa: F401 - its schema has to be known to reflection
 
 from sage_fed.auth import Authenticator, Throttle
-from sage_fed.errors import ConfigError
+from sage_fed.errors import ConfigError, Occupied
 from sage_fed.service import catalogue, health
 from sage_fed.service.admin import AdminService
 from sage_fed.service.budget import BudgetService
@@ -72,7 +72,7 @@ async def build_server(
     Without a certificate, and on a Unix socket, it speaks plain text.
 
     Raises:
-        ConfigError: the address is taken, not this machine's, or not allowed.
+        Occupied: the address is taken, not this machine's, or not allowed.
     """
     server = grpc.aio.server(options=server_options(limits))
     edge = Edge(
@@ -127,7 +127,7 @@ def _bind(server: grpc.aio.Server, listen: Address, certificate: LiveCertificate
     except RuntimeError:
         port = 0
     if port == 0:
-        raise ConfigError(
+        raise Occupied(
             f"listen: cannot bind {listen}; another daemon may have it, "
             "or it is not an address of this machine"
         )
@@ -156,7 +156,8 @@ def _require_unused(listen: UnixSocket) -> None:
     """Refuse to take a socket from a daemon that serves it; gRPC would replace it silently.
 
     Raises:
-        ConfigError: somebody listens there, or it is another kind of file.
+        Occupied: somebody listens there.
+        ConfigError: it is another kind of file.
     """
     try:
         mode = Path(listen.path).stat().st_mode
@@ -168,4 +169,4 @@ def _require_unused(listen: UnixSocket) -> None:
         probe.setblocking(False)
         # EAGAIN is a listener with a full queue.
         if probe.connect_ex(listen.path) in (0, errno.EAGAIN):
-            raise ConfigError(f"listen: cannot bind {listen}; another daemon has it")
+            raise Occupied(f"listen: cannot bind {listen}; another daemon has it")

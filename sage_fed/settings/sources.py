@@ -208,7 +208,15 @@ def _credentials_layer(environ: Mapping[str, str]) -> _Layer:
     values: Values = {}
     if directory := environ.get(CREDENTIALS):
         for name, key in _CREDENTIALS.items():
-            if (path := Path(directory) / name).is_file():
+            path = Path(directory) / name
+            try:
+                given = path.is_file()
+            except OSError as error:
+                # Without its tokens the daemon would be open to more callers than it should.
+                raise config_error(
+                    f"{key} (environment {CREDENTIALS}): {path}: {error.strerror}"
+                ) from None
+            if given:
                 _put(values, key.split("."), path)
     return _layer(values, f"environment {CREDENTIALS}")
 

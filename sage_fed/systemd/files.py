@@ -1,0 +1,80 @@
+"""A plan against a machine's files: what would change, and changing it.
+
+Owns reading and writing below one root: `/`, or the directory of an image that is being built.
+A file is written beside its place and renamed, so systemd never reads half of one.
+Fails with `OSError`, which names the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sage_fed.systemd.plan import Action, Installation
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What happens to one file; `path` is the machine's, whatever the root."""
+
+    action: Action
+    path: Path
+    content: str = ""
+
+
+def to_install(plan: Installation, root: Path) -> tuple[Change, ...]:
+    """Compare a plan with what is there; drop-ins of an earlier choice are removed."""
+    changes = [
+        Change(file.action(_read(_under(root, file.path))), file.path, file.content)
+        for file in plan.files
+    ]
+    planned = {file.path for file in plan.files}
+    changes += _removals((path for path in plan.owned if path not in planned), root)
+    return tuple(changes)
+
+
+def to_uninstall(plan: Installation, root: Path) -> tuple[Change, ...]:
+    """What of the plan's own files is there."""
+    return tuple(_removals(plan.owned, root))
+
+
+def carry_out(changes: Iterable[Change], root: Path) -> None:
+    """Make the changes.
+
+    Raises:
+        OSError: a file that cannot be written or removed.
+    """
+    for change in changes:
+        place = _under(root, change.path)
+        if change.action in (Action.CREATE, Action.UPDATE):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fresh = place.with_name(f".{place.name}.new")
+            fresh.write_text(change.content, encoding="utf-8")
+            # Whoever's umask: the service's user has to read it, and there are no secrets in it.
+            fresh.chmod(0o644)
+            fresh.replace(place)
+        elif change.action is Action.REMOVE:
+            place.unlink(missing_ok=True)
+            _remove_empty(place.parent)
+
+
+def _removals(paths: Iterable[Path], root: Path) -> list[Change]:
+    return [Change(Action.REMOVE, path) for path in paths if _under(root, path).is_file()]
+
+
+def _remove_empty(directory: Path) -> None:
+    """Take away a drop-in directory that holds nothing more; the operator's own stay."""
+    if directory.name.endswith(".d") and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _under(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
