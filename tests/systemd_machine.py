@@ -85,6 +85,7 @@ class Machine:
 
     def __init__(self, work: Path) -> None:
         self._log = work / "machine.log"
+        self._clients: list[subprocess.Popen[str]] = []
         site = self._site(work)
         root = work / "machine"
         root.mkdir()
@@ -118,7 +119,7 @@ class Machine:
 
     def client(self, script: str) -> subprocess.Popen[str]:
         """Start a Python script of the tests' own environment on the machine's network."""
-        return subprocess.Popen(
+        client = subprocess.Popen(
             ["nsenter", f"--net=/proc/{self._pid}/ns/net", sys.executable, "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,6 +127,14 @@ class Machine:
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
+        self._clients.append(client)
+        return client
+
+    def end_clients(self) -> None:
+        """End those that a failed test has left."""
+        while self._clients:
+            with self._clients.pop() as client:
+                client.kill()
 
     def write(self, path: str, text: str) -> None:
         """Write a file inside, with its directories."""

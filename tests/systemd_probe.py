@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sage_fed.settings import load_settings
 
+PRIVATE = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")
 SECRETS = ("/etc/shadow", "/etc/credstore", "/root", "/var/lib/private/sage-fed")
 
 
@@ -66,6 +67,7 @@ def origins() -> list[str]:
     return [key for key, origin in found.items() if "CREDENTIALS" in origin]
 
 
+mounts = Path("/proc/self/mountinfo").read_text().splitlines()
 places = directories()
 open_ = sorted(str(path) for path in places if writable(path))
 print(
@@ -73,12 +75,13 @@ print(
         {
             "probe": 1,
             "writable": open_,
-            "shared": [p for p in ("/tmp", "/var/tmp", "/dev/shm") if list(Path(p).iterdir())],
+            "shared": [p for p in PRIVATE if list(Path(p).iterdir())],
             "root": os.geteuid() == 0,
             "groups": groups(),
             "gpu": gpu(),
             "secrets": [path for path in SECRETS if readable(path)],
             "origins": origins(),
+            "mounts": [line.split()[4:6] for line in mounts if " rw," in line],
         }
     ),
     flush=True,

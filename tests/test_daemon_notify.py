@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,34 +17,45 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from surroundings import MODELS
 
 WAIT_S = 60.0
+_BYE = "BYE"
 
 
 class Manager:
     """The manager's end of NOTIFY_SOCKET: what was said, in order."""
 
     def __init__(self, path: Path) -> None:
+        self._path = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.settimeout(WAIT_S)
+        self._socket.bind(self._path)
+        self._news = threading.Condition()
         self.said: list[str] = []
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
 
     def wait(self, wanted: str) -> None:
         """Wait until it is said."""
-        while wanted not in self.said:
-            self.said.append(self._socket.recv(4096).decode())
+        with self._news:
+            assert self._news.wait_for(lambda: wanted in self.said, WAIT_S), self.said
 
     def rest(self) -> list[str]:
         """All that was said, now that nobody is left to say more."""
-        self._socket.setblocking(False)
-        try:
-            while True:
-                self.said.append(self._socket.recv(4096).decode())
-        except BlockingIOError:
-            return self.said
+        self.close()
+        return [message for message in self.said if message != _BYE]
 
     def close(self) -> None:
         """Stop listening."""
+        if self._thread.is_alive():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+                last.sendto(_BYE.encode(), self._path)
+            self._thread.join()
         self._socket.close()
+
+    def _listen(self) -> None:
+        while _BYE not in self.said:
+            message = self._socket.recv(4096).decode()
+            with self._news:
+                self.said.append(message)
+                self._news.notify_all()
 
 
 @pytest.fixture

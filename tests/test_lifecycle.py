@@ -320,7 +320,7 @@ def test_a_model_directory_that_is_missing_fails_the_start(tmp_path: Path) -> No
 
 def test_a_start_without_its_models_leaves_nothing_behind(tmp_path: Path) -> None:
     """No ledger and no grant, which another profile on that state directory would inherit."""
-    refused(tmp_path, "--set", f"tactical.model={tmp_path}/nothing-here", code=1)
+    refused(tmp_path, "--set", f"tactical.model={tmp_path}/nothing-here", code=78)
     assert [] == [path.name for path in tmp_path.rglob("ledger.db*")]
     assert [] == [path.name for path in tmp_path.rglob("admin.token")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_without_a_manager_nothing_is_said(environ: dict[str, str]) -> None:
     manager.ready()
     manager.stopping(1.0)
     assert manager.watchdog_s is None
+
+
+def test_a_busy_manager_gets_every_word_but_the_watchdogs(listener: Listener) -> None:
+    """Its queue is short: READY waits for room in it, and a lost feeding is followed by others."""
+    manager = ServiceManager.of(listener.environ)
+    for _ in range(1000):
+        manager.alive()
+    ready = threading.Thread(target=manager.ready)
+    ready.start()
+    while (heard := listener.heard()) == "WATCHDOG=1":
+        pass
+    ready.join()
+    assert "READY=1" == heard
+    assert listener.silent()
 
 
 def test_a_manager_that_is_gone_is_no_failure(

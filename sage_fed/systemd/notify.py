@@ -16,6 +16,10 @@ from typing import Self
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE_S = 1.0
+"""The manager's queue holds a few messages, and a READY that is lost is a failed start: we wait
+while it is busy with something else, which takes it milliseconds."""
+
 _MAX_STATUS_CHARS = 400
 """systemctl shows one line; a longer text is cut."""
 
@@ -64,19 +68,24 @@ class ServiceManager:
         self._send(f"EXTEND_TIMEOUT_USEC={round(patience_s * 1e6)}")
 
     def alive(self) -> None:
-        """Feed the watchdog."""
-        self._send("WATCHDOG=1")
+        """Feed the watchdog; one that does not get through is followed by the next."""
+        self._send("WATCHDOG=1", patience_s=0.0)
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, *, patience_s: float = _PATIENCE_S) -> None:
         if not self._address:
             return
-        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         try:
-            with socket.socket(socket.AF_UNIX, kind) as sender:
-                sender.sendto(message.encode(), self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+                sender.settimeout(patience_s)
+                # Connected: only then is it told when the manager has room again.
+                sender.connect(self._address)
+                sender.send(message.encode())
+        except BlockingIOError:
+            # The watchdog's next one comes soon.
+            return
         except OSError as error:
             if not self._deaf:
-                _log.warning("the service manager does not listen: %s", error.strerror)
+                _log.warning("the service manager does not listen: %s", error.strerror or error)
             self._deaf = True
 
 
