@@ -209,7 +209,7 @@ async def _started(
             ("health", readiness.run(bound.health)),
             ("doors", doors.run()),
             ("device watch", executor.watch()),
-            ("service watch", keep_watch(executor, manager, settings.step_limit_s)),
+            ("service watch", keep_watch(executor, manager, settings.scheduling.step_timeout_s)),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)
             stack.callback(task.cancel)

@@ -40,12 +40,12 @@ class Pulse:
     """Judges one heartbeat after the other; between two of them the thread is pinged.
 
     A thread gets on if it has turned its loop since it was last asked to, whether it had work or
-    not, and if, while it has work, it ends a step now and then. Either may take `step_limit_s`:
+    not, and if, while it has work, it ends a step now and then. Either may take `step_timeout_s`:
     a step may be a long one, and nothing is heard of it before it ends.
     """
 
-    def __init__(self, step_limit_s: float) -> None:
-        self._step_limit_s = step_limit_s
+    def __init__(self, step_timeout_s: float) -> None:
+        self._step_timeout_s = step_timeout_s
         self._asked_s: float | None = None
         self._worked_s = 0.0
         self._steps_done = -1
@@ -56,17 +56,17 @@ class Pulse:
             self._asked_s = now_s
         if not beat.busy or beat.steps_done != self._steps_done:
             self._worked_s, self._steps_done = now_s, beat.steps_done
-        return now_s - min(self._asked_s, self._worked_s) <= self._step_limit_s
+        return now_s - min(self._asked_s, self._worked_s) <= self._step_timeout_s
 
 
 async def keep_watch(
     executor: Watched,
     manager: ServiceManager,
-    step_limit_s: float,
+    step_timeout_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Feed the manager's watchdog for as long as the device's thread gets on."""
-    pulse = Pulse(step_limit_s)
+    pulse = Pulse(step_timeout_s)
     interval_s = manager.watchdog_s / _ROUNDS if manager.watchdog_s else _UNWATCHED_S
     hangs = False
     while True:
@@ -80,9 +80,10 @@ async def keep_watch(
                     manager.status("the device gets on again")
             elif not hung:
                 _log.critical(
-                    "the device's thread has made no progress for %.0f s (step_limit_s)",
-                    step_limit_s,
+                    "the device's thread has made no progress for %.0f s "
+                    "(scheduling.step_timeout_s)",
+                    step_timeout_s,
                 )
-                manager.status(f"the device hangs: no progress for {step_limit_s:.0f} s")
+                manager.status(f"the device hangs: no progress for {step_timeout_s:.0f} s")
             executor.ping()
         await asyncio.sleep(interval_s)

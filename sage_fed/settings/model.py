@@ -120,12 +120,6 @@ class Settings(BaseSettings):
     drain_grace_s: Real = Field(
         default=30.0, ge=0, description="How long running streams may finish after SIGTERM."
     )
-    step_limit_s: Real = Field(
-        default=120.0,
-        gt=0,
-        description="Longest that one step may keep the device; after that it counts as hung, and "
-        "systemd's watchdog, where there is one, restarts the daemon.",
-    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lowered] = Field(
         default="info", description="Least severe level that is logged."
     )

@@ -94,7 +94,8 @@ class SchedulingSettings(Section):
         ge=1.0,
         le=3600.0,
         description="Seconds that the device may work without a sign of life; then its jobs end "
-        "with UNAVAILABLE, and after as long again the daemon exits with 1.",
+        "with UNAVAILABLE, systemd's watchdog is no longer fed, and after as long again the daemon "
+        "exits with 1.",
     )
 
 
