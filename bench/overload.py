@@ -40,7 +40,7 @@ from sage_fed.v1 import inference_pb2_grpc as rpc
 from sage_fed.v1 import types_pb2 as types
 
 PLACES, WAITING = 8, 8
-NEW_TOKENS = 200
+NEW_TOKENS = 480
 LIMITS = (
     "--set", f"tactical.max_batch={PLACES}", "--set", f"tactical.max_waiting={WAITING}",
     "--set", "limits.max_jobs=4096", "--log-level", "warning",
