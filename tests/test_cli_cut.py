@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from typer.testing import CliRunner
 
-from sage_fed.cli import ask, chat
+from sage_fed.cli import ask
 from sage_fed.cli.app import build_app
+from sage_fed.cli.connection import Connection
 from sage_fed.cli.exits import ConnectionBroke, ExitCode, exit_code, explain
 from sage_fed.core import (
     Delta,
@@ -48,7 +49,7 @@ class CutShort:
 
 
 def connected_to(client: object) -> Callable[..., object]:
-    return lambda _address, _token, work: work(client)
+    return lambda _connection, work: work(client)
 
 
 @pytest.mark.parametrize("reason", StopReason)
@@ -57,7 +58,7 @@ def test_a_cut_answer_is_no_success(
     monkeypatch: pytest.MonkeyPatch, reason: StopReason, *, as_json: bool
 ) -> None:
     """Aborted, cancelled, out of time: exit code 1 and one line; other ends are silent."""
-    monkeypatch.setattr(ask, "call", connected_to(CutShort(reason)))
+    monkeypatch.setattr(Connection, "call", connected_to(CutShort(reason)))
     result = CliRunner().invoke(build_app(), ["ask", "x", *(["--json"] * as_json)])
     cut = CUTS.get(reason)
     expected = (1, f"the answer was cut: {cut}\n") if cut else (0, "")
@@ -68,7 +69,7 @@ def test_a_cut_answer_is_no_success(
 
 def test_a_cut_turn_ends_a_piped_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     """A script's conversation does not go on from half an answer."""
-    monkeypatch.setattr(chat, "call", connected_to(CutShort(StopReason.ABORTED)))
+    monkeypatch.setattr(Connection, "call", connected_to(CutShort(StopReason.ABORTED)))
     result = CliRunner().invoke(build_app(), ["chat"], input="one\ntwo\n")
     assert (1, "The ans\n") == (result.exit_code, result.stdout)
     assert result.stderr.startswith("the answer was cut: ")

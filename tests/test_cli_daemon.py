@@ -15,6 +15,7 @@ from daemon_process import DaemonProcess
 from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
+from sage_fed.cli.exits import ExitCode
 from sage_fed.core import Tier
 
 QUESTION = "What is 2 plus 3?"
@@ -283,7 +284,7 @@ def test_a_drained_daemon_leaves_with_0(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    """`serve` with a wrong directory: exit code 1 and no traceback."""
+    """`serve` with a wrong directory: a setting that cannot work (78), and no traceback."""
     done = subprocess.run(
         [sys.executable, "-m", "sage_fed.cli", "serve", "--profile", "demo",
          "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
@@ -291,7 +292,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
          "--set", f"strategic.model={tmp_path}/no-such-model"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert 1 == done.returncode
+    assert ExitCode.CONFIG == done.returncode
     assert "no-such-model" in done.stderr
     assert "Traceback" not in done.stderr
 
