@@ -80,6 +80,7 @@ def test_the_refill_does_not_follow_the_wall_clock(tmp_path: Path) -> None:
             balances.append(balance)
             longest = (time.monotonic() - began_s) * RATE * UATP_PER_ATP
             assert 1000 * UATP_PER_ATP <= balance <= 1000 * UATP_PER_ATP + longest
+            # Real time is what is tested: a sleep never returns early, so this much has to come.
             time.sleep(0.2)
             later = client.budget().balance_uatp + spent_uatp
             passed = (time.monotonic() - before_s) * RATE * UATP_PER_ATP
