@@ -20,6 +20,7 @@ from certificates import authority, first_of, issue, shown_at
 from daemon_process import DaemonProcess, serve_arguments
 from forked_daemon import ForkedProcess
 from typer.testing import CliRunner
+from waiting import WAIT_S, until
 
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client
@@ -34,9 +35,6 @@ from sage_fed.errors import (
     SageFedError,
     Unauthenticated,
 )
-
-WAIT_S = 60.0
-"""A deadline that only a hung daemon meets."""
 
 Start = Callable[..., DaemonProcess]
 
@@ -67,14 +65,6 @@ def sage_fed(*arguments: object) -> dict[str, object]:
     return said
 
 
-def eventually(true: Callable[[], bool]) -> None:
-    """Ask until it says yes; across processes there is nothing else to wait on."""
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def metric(daemon: DaemonProcess, line: str) -> bool:
     """Whether the page has the line."""
     with urllib.request.urlopen(daemon.metrics_url, timeout=WAIT_S) as reply:
@@ -98,14 +88,14 @@ def test_a_token_works_and_is_revoked_without_a_restart(start: Start) -> None:
     state = ("--state-dir", daemon.state_dir)
     made = sage_fed("token", "create", "--account", "arm", "--name", "left arm", *state)
     token = str(made["token"])
-    eventually(lambda: not refused(daemon.address, token))
+    until(lambda: not refused(daemon.address, token))
     with Client(daemon.address, token) as arm:
         assert "arm" == arm.budget().account
         arm.generate("What is 2 plus 3?", tier=Tier.TACTICAL, max_new_tokens=2)
         with pytest.raises(Forbidden):
             arm.load()
     sage_fed("token", "revoke", "left arm", *state)
-    eventually(lambda: refused(daemon.address, token))
+    until(lambda: refused(daemon.address, token))
     assert metric(daemon, 'sage_fed_reloads_total{file="tokens",outcome="done"} 2.0')
     with Client(daemon.address, daemon.admin_token) as admin:
         admin.load()
@@ -120,11 +110,11 @@ def test_a_tokens_file_that_is_broken_changes_nothing(start: Start, tmp_path: Pa
     daemon = start("--set", f"auth.tokens_file={tokens}", "--set", "auth.anonymous_account=")
     whole = tokens.read_text()
     tokens.write_text(whole + "[[token]]\naccount = 'nobody'\n")
-    eventually(lambda: metric(daemon, 'sage_fed_reloads_total{file="tokens",outcome="failed"} 1.0'))
+    until(lambda: metric(daemon, 'sage_fed_reloads_total{file="tokens",outcome="failed"} 1.0'))
     assert not refused(daemon.address, str(made["token"]))
     assert "token 2: sha256 must be 64 hexadecimal digits" in daemon.log.read_text()
     tokens.write_text("")
-    eventually(lambda: refused(daemon.address, str(made["token"])))
+    until(lambda: refused(daemon.address, str(made["token"])))
 
 
 def test_a_unix_socket_serves_whom_the_file_system_lets_in(start: Start, tmp_path: Path) -> None:
@@ -240,10 +230,10 @@ def test_a_certificate_is_renewed_while_the_daemon_runs(start: Start, tmp_path: 
     issue(tmp_path / "tls", ca, "127.0.0.1", common_name="renewed")
     renewed = first_of(files.certificate)
     for shown in (address, page.removeprefix("https://").removesuffix("/metrics")):
-        eventually(lambda shown=shown: renewed == shown_at(shown))
+        until(lambda shown=shown: renewed == shown_at(shown))
     files.certificate.write_text("no certificate")
     failed = 'sage_fed_reloads_total{file="certificate",outcome="failed"}'
-    eventually(lambda: f"{failed} 0.0" not in scrape(watcher["token"])[1])
+    until(lambda: f"{failed} 0.0" not in scrape(watcher["token"])[1])
     assert renewed == shown_at(address)
     assert "arm" == sage_fed("budget", *reach)["account"]
     assert "what was in force stays: tls.certificate" in daemon.log.read_text()
@@ -272,10 +262,10 @@ def test_a_client_certificate_opens_a_real_daemon(start: Start, tmp_path: Path) 
 
     assert "UNAUTHENTICATED" == account(), "a loopback address lets in nobody for nothing here"
     sage_fed("token", "create", "--account", "arm", "--certificate", "arm.fleet", *state)
-    eventually(lambda: account() == "arm")
+    until(lambda: account() == "arm")
     assert {"held_uatp", "jobs", "tiers"} == sage_fed("admin", "load", *reach, *state).keys()
     sage_fed("token", "revoke", "arm.fleet", *state)
-    eventually(lambda: account() == "UNAUTHENTICATED")
+    until(lambda: account() == "UNAUTHENTICATED")
 
 
 LIMITS = """
@@ -319,7 +309,7 @@ def test_an_account_is_limited_beside_its_budget(start: Start, tmp_path: Path) -
         for stream in streams:
             stream.close()
         with Client(daemon.address, daemon.admin_token) as admin:
-            eventually(lambda: not admin.load().jobs)
+            until(lambda: not admin.load().jobs)
         other.generate("count", tier=Tier.TACTICAL, max_new_tokens=2)
     with Client(daemon.address, str(loud["token"])) as robot:
         before = robot.budget()
@@ -385,7 +375,7 @@ def test_nothing_that_a_caller_says_gets_into_the_log(start: Start, tmp_path: Pa
     with tokens.open("a") as file:
         file.write('[[token]]\n"\\u001b[2J\\nkey" = "Bearer ' + str(made["token"]) + '"\n')
     failed = 'sage_fed_reloads_total{file="tokens",outcome="failed"} 1.0'
-    eventually(lambda: metric(daemon, failed))
+    until(lambda: metric(daemon, failed))
     entries = sage_fed("ledger", "--address", daemon.address, "--limit", "50")["entries"]
     assert 0 == daemon.stop(WAIT_S)
     lines = daemon.log.read_text().split("\n")

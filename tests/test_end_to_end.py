@@ -6,10 +6,9 @@ import hashlib
 import itertools
 import random
 import threading
-import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess, fork_context
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import WAIT_S, until
 
 from sage_fed.client import Answer, Client
 from sage_fed.client.replies import event_of
@@ -40,9 +40,6 @@ from sage_fed.errors import CannotAfford, DeadlineInfeasible, SageFedError
 from sage_fed.ledger import check
 from sage_fed.ledger.words import EntryKind
 from sage_fed.v1 import inference_pb2
-
-WAIT_S = 60.0
-"""A deadline that only a hung daemon meets."""
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 PREFILL = {T: 50_000, S: 329_500}
@@ -99,14 +96,6 @@ class Served:
         }
 
 
-def eventually(true: Callable[[], bool]) -> None:
-    """Ask the daemon until it says yes; across processes there is nothing else to wait on."""
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One daemon for this file, with a budget that does not refill."""
@@ -135,7 +124,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(daemon)
     try:
         yield served
-        eventually(served.no_jobs)
+        until(served.no_jobs)
         served.admin.close()
         assert 0 == daemon.stop(WAIT_S)
     finally:
@@ -155,7 +144,7 @@ def client(served: Served, account: tuple[str, str]) -> Iterator[Client]:
     """A client that pays from an account of its own; it leaves nothing held behind."""
     with Client(served.daemon.address, account[1]) as client:
         yield client
-        eventually(lambda: not client.budget().held_uatp)
+        until(lambda: not client.budget().held_uatp)
         budget = client.budget()
     assert 0 <= budget.balance_uatp
     came_in_uatp = _came_in_uatp(served, account[1])
@@ -266,7 +255,7 @@ def test_a_cancelled_stream_pays_for_what_it_got(
     (running,) = served.admin.load().jobs
     assert (started.job_id, started.held_uatp) == (running.job_id, running.held_uatp)
     events.close()  # type: ignore[attr-defined] # it is a generator: leaving it cancels
-    eventually(served.no_jobs)
+    until(served.no_jobs)
     (settled,) = [line for line in client.entries() if line.kind is EntryKind.SETTLE]
     tokens, rest = divmod(settled.amount_uatp - started.prompt_tokens * PREFILL[tier], DECODE[tier])
     assert 0 == rest
@@ -303,7 +292,7 @@ def test_a_client_that_is_killed_frees_its_job(
     assert streaming.wait(WAIT_S)
     process.kill()
     process.join(WAIT_S)
-    eventually(served.no_jobs)
+    until(served.no_jobs)
     assert 0 < client.budget().discharged_uatp < 10 * PREFILL[S] + LONG_TOKENS * DECODE[S]
 
 
@@ -316,7 +305,7 @@ def test_a_closed_channel_frees_its_job(
     leaving.close()
     with pytest.raises((SageFedError, ValueError)):
         list(events)
-    eventually(served.no_jobs)
+    until(served.no_jobs)
     assert 0 < client.budget().discharged_uatp < LONG_TOKENS * DECODE[S]
 
 
@@ -414,7 +403,7 @@ def test_an_operator_aborts_a_job(served: Served, client: Client) -> None:
     ids = sum(len(delta.token_ids) for delta in (first, *rest) if isinstance(delta, Delta))
     assert ids == finished.usage.output_tokens < LONG_TOKENS
     assert by_hand(S, finished) == finished.price.charged_uatp
-    eventually(served.no_jobs)
+    until(served.no_jobs)
     assert not served.admin.abort(started.job_id)
 
 
@@ -505,7 +494,7 @@ def test_a_slow_reader_gets_merged_deltas_and_the_same_text(
             metadata=(("authorization", f"Bearer {account[1]}"),),
         )
         first = next(replies)
-        eventually(served.no_jobs)
+        until(served.no_jobs)
         spent_uatp = client.budget().discharged_uatp
         slow = gather(event_of(reply) for reply in itertools.chain([first], replies))
     assert fast[1:3] == slow[1:3]
@@ -564,7 +553,7 @@ def _terms(budget: Budget) -> tuple[int, int, int]:
 
 def test_metrics_say_what_the_answers_and_the_books_say(served: Served, client: Client) -> None:
     """Tokens and requests by outcome, aborted ones included; charged ATP equal the ledger's."""
-    eventually(served.no_jobs)
+    until(served.no_jobs)
     before = served.metrics()
     answers = [
         client.generate("one", tier=T, max_new_tokens=5, ignore_eos=True),
@@ -578,7 +567,7 @@ def test_metrics_say_what_the_answers_and_the_books_say(served: Served, client: 
     served.admin.abort(started.job_id)
     aborted = list(events)[-1]
     assert isinstance(aborted, Finished)
-    eventually(served.no_jobs)
+    until(served.no_jobs)
     after = served.metrics()
     grown = Counter({key: after[key] - before.get(key, 0.0) for key in after})
 

@@ -7,8 +7,7 @@ what was not delivered whole, no KV block is taken, and both tiers serve.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from daemon_process import DaemonProcess
 from faulty_engines import Orders
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import WAIT_S, until
 
 from sage_fed.cli import scrape
 from sage_fed.client import Client
@@ -25,8 +25,6 @@ from sage_fed.errors import DeviceOutOfMemory, NotFinite, SageFedError, TierUnav
 from sage_fed.ledger import check
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
-WAIT_S = 60.0
-"""A deadline that only a hung daemon meets."""
 
 NOTICED_S = 2.0
 """How soon health has to say it."""
@@ -153,14 +151,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     for tier in Tier:
         orders.take_back(tier)
     daemon.stop()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that only asking tells."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("tier", Tier)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from daemon_process import TROUBLE, DaemonProcess
 from forked_daemon import ForkedProcess
 from stalling_proxy import StallingProxy
+from waiting import WAIT_S, until
 
 from sage_fed.client import Client
 from sage_fed.core import StopReason, Tier
@@ -24,7 +24,6 @@ from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
 from sage_fed.v1 import types_pb2 as types
 
-WAIT_S = 60.0
 SETTINGS = (
     *("--set", "budget.initial_atp=100000000", "--set", "budget.capacity_atp=100000000"),
     *("--set", "budget.refill_atp_per_s=0", "--set", "limits.max_new_tokens=900"),
@@ -71,13 +70,6 @@ class Stream:
     def close(self) -> None:
         """Break the connection off."""
         self._channel.close()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def nobody_runs(daemon: DaemonProcess) -> bool:
