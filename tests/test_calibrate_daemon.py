@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
-from test_end_to_end import eventually
+from waiting import until
 
 from sage_fed.client import Client
 from sage_fed.core import (
@@ -167,8 +167,8 @@ def test_a_calibration_that_is_left_leaves_nothing(daemon: DaemonProcess, operat
         again.close()
         return True
 
-    eventually(gone)
-    eventually(lambda: idle(operator))
+    until(gone)
+    until(lambda: idle(operator))
     assert before == sorted(cards.iterdir())
 
 
