@@ -19,10 +19,11 @@ from sage_fed.broker.job import Job
 from sage_fed.broker.mailbox import JobStream
 from sage_fed.broker.plan import Planner
 from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier
-from sage_fed.errors import QueueFull, RateLimited, TierUnavailable
+from sage_fed.errors import QueueFull, RateLimited, SageFedError, TierUnavailable
 from sage_fed.executor import Executor
 from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
+from sage_fed.router import refusal_error
 from sage_fed.tracing import Tracing
 
 _RETRY_FULL_S = 1.0
@@ -86,15 +87,12 @@ class Broker:
         Raises:
             SageFedError: the job is refused; nothing is held.
         """
-        if self._draining:
-            raise TierUnavailable(
-                "the daemon is draining and takes no more jobs", _RETRY_DRAINING_S
-            )
-        # What a reader has not taken is kept: without a bound, readers that never do would fill
-        # the memory with answers.
-        if len(self._jobs) + len(self._unread) >= self._max_jobs:
-            raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
         self._require_place(spec.account)
+        try:
+            self._require_taker(spec)
+        except SageFedError as refusal:
+            self._count_refusal(spec, refusal, time.monotonic() - arrived)
+            raise
         job_id = f"job-{secrets.token_hex(8)}"
         job = Job(
             job_id=job_id,
@@ -188,6 +186,33 @@ class Broker:
         self._unread.discard(job_id)
         if not self._reading:
             self._all_read.set()
+
+    def _require_taker(self, spec: JobSpec) -> None:
+        """Refuse a job that nobody here takes now, before it costs anything.
+
+        Under overload that is most of them: no task, no tokens, no price, no look at the books.
+        """
+        if self._draining:
+            raise TierUnavailable(
+                "the daemon is draining and takes no more jobs", _RETRY_DRAINING_S
+            )
+        # What a reader has not taken is kept: without a bound, readers that never do would fill
+        # the memory with answers.
+        if len(self._jobs) + len(self._unread) >= self._max_jobs:
+            raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
+        if spec.client_request_id:  # which may have been answered before, place or no place
+            return
+        began_s = time.perf_counter()
+        refusal = self._planner.refuse_unread(spec)
+        if refusal is not None:
+            elapsed_s = time.perf_counter() - began_s
+            self._metrics.route_decided(spec.requested, refusal, elapsed_s)
+            raise refusal_error(refusal, spec.account)
+
+    def _count_refusal(self, spec: JobSpec, refusal: SageFedError, elapsed_s: float) -> None:
+        self._metrics.job_failed(spec.requested, refusal, elapsed_s)
+        if self._tracing is not None:
+            self._tracing.job_ended(spec, None, refusal)
 
     def _require_place(self, account: str) -> None:
         """Refuse a job of an account that runs all that it may; nothing is held for it."""

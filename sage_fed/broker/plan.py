@@ -33,7 +33,7 @@ from sage_fed.core import (
 from sage_fed.executor import Executor
 from sage_fed.pricing import RateCard
 from sage_fed.pricing import quote as price
-from sage_fed.router import RouteRequest, RoutingPolicy, estimate_s, route
+from sage_fed.router import RouteRequest, RoutingPolicy, estimate_s, refuse_unread, route
 from sage_fed.text import Tokenizer
 
 _T = TypeVar("_T")
@@ -125,6 +125,10 @@ class Planner:
     def use(self, card: RateCard) -> None:
         """Price with this card from the next draft on."""
         self.card = card
+
+    def refuse_unread(self, spec: JobSpec) -> Refusal | None:
+        """Return the refusal of a job that no tier takes now; None where one may."""
+        return refuse_unread(spec, self.loads(), self._policy)
 
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode and price a job on every tier."""

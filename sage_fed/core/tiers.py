@@ -87,7 +87,8 @@ class TierLoad:
     """What a tier is doing now, as the executor last said; rates None until measured.
 
     Of `kv_tokens_total`, running sequences own `kv_tokens_used`; `kv_tokens_cached` are kept for
-    the prefix cache until somebody needs the room.
+    the prefix cache until somebody needs the room. `retry_after_s` is when a place to wait may be
+    free, where there is none.
     """
 
     tier: Tier
@@ -102,6 +103,7 @@ class TierLoad:
     decode_step_s: float | None = None
     prefill_tokens_per_s: float | None = None
     kv_tokens_cached: int = 0
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

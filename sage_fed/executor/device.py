@@ -267,8 +267,7 @@ class DeviceThread:
             load = self._scheduler.load(tier)
             assert load is not None
             loads[tier] = load
-            retry_after_s = self._scheduler.retry_after_s(tier)
-            self._inbox.note_waiting(tier, load.waiting, retry_after_s)
+            self._inbox.note_waiting(tier, load.waiting, load.retry_after_s)
         self.loads = loads
 
     def _beat(self, *, busy: bool) -> None:

@@ -6,7 +6,7 @@ prices come as offers, rates and queues as loads. Never raises; `refusal_error` 
 exception for callers that want one.
 """
 
-from sage_fed.router.decision import possible_decisions, route
+from sage_fed.router.decision import possible_decisions, refuse_unread, route
 from sage_fed.router.obstacles import estimate_s
 from sage_fed.router.refusals import refusal_error
 from sage_fed.router.words import Reason, RouteRequest, RoutingPolicy
@@ -18,5 +18,6 @@ __all__ = [
     "estimate_s",
     "possible_decisions",
     "refusal_error",
+    "refuse_unread",
     "route",
 ]

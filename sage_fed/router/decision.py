@@ -7,12 +7,12 @@ downgrade happens only if the client allowed it, and the route says so. Cannot f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from sage_fed.core import Refusal, Route, Tier
-from sage_fed.router.obstacles import Blocked, obstacle
-from sage_fed.router.words import Obstacle, Reason, RouteRequest
+from sage_fed.core import JobSpec, Refusal, Route, Tier, TierLoad
+from sage_fed.router.obstacles import Blocked, obstacle, shut
+from sage_fed.router.words import Obstacle, Reason, RouteRequest, RoutingPolicy
 
 _REFUSALS = (
     Reason.PROMPT_TOO_LONG,
@@ -47,6 +47,28 @@ def route(request: RouteRequest) -> Route | Refusal:
         requested,
         downgraded=requested is not None,
     )
+
+
+def refuse_unread(
+    job: JobSpec, loads: Mapping[Tier, TierLoad], policy: RoutingPolicy
+) -> Refusal | None:
+    """The refusal of a job that no tier takes now, whatever its size and price; None: one may.
+
+    It costs next to nothing: under overload most jobs are refused, and reading their prompts
+    would take the time of those that are not.
+    """
+    tactical, strategic = (shut(tier, loads.get(tier), policy) for tier in Tier)
+    if job.requested is Tier.TACTICAL:
+        return tactical and tactical[1]
+    if strategic is None:
+        return None
+    if tactical is not None:
+        both = job.requested is None or job.allow_downgrade
+        return _plainer(tactical, strategic) if both else strategic[1]
+    if job.requested is None or job.allow_downgrade:
+        return None
+    message = f"{strategic[1].message}; with allow_downgrade the tactical tier may serve it"
+    return replace(strategic[1], message=message)
 
 
 def possible_decisions() -> Iterator[tuple[Tier | None, Tier | None, Reason]]:

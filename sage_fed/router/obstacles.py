@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sage_fed.core import Refusal, Tier, TierLoad, TierState
 from sage_fed.router import refusals
-from sage_fed.router.words import Obstacle, RouteRequest
+from sage_fed.router.words import Obstacle, RouteRequest, RoutingPolicy
 
 Blocked = tuple[Obstacle, Refusal]
 
@@ -29,21 +29,28 @@ def obstacle(request: RouteRequest, tier: Tier) -> Blocked | None:
     return _obstacle_of_state(request, tier) or _obstacle_of_money(request, tier)
 
 
-def _obstacle_of_state(request: RouteRequest, tier: Tier) -> Blocked | None:
-    load, offer, policy = request.loads.get(tier), request.offers.get(tier), request.policy
+def shut(tier: Tier, load: TierLoad | None, policy: RoutingPolicy) -> Blocked | None:
+    """What keeps `tier` from taking any job at all now; None: it may take one."""
     if load is None:
         return Obstacle.UNAVAILABLE, refusals.unavailable(tier, "not served here", policy)
-    context = load.max_context_tokens  # 0 until the model is loaded
-    if offer and 0 < context < offer.prompt_tokens + max(offer.max_new_tokens, 1):
-        return Obstacle.CONTEXT, refusals.too_long(offer, context)
     if load.state is TierState.LOADING:
         return Obstacle.LOADING, refusals.loading(tier, policy)
     if load.state is not TierState.READY:
         return Obstacle.UNAVAILABLE, refusals.unavailable(tier, load.state.value, policy)
-    if offer is None:
-        return Obstacle.UNAVAILABLE, refusals.unavailable(tier, "not served here", policy)
     if load.waiting >= load.waiting_limit:
-        return Obstacle.QUEUE, refusals.queue_full(tier, load.waiting, policy)
+        return Obstacle.QUEUE, refusals.queue_full(load, policy)
+    return None
+
+
+def _obstacle_of_state(request: RouteRequest, tier: Tier) -> Blocked | None:
+    load, offer, policy = request.loads.get(tier), request.offers.get(tier), request.policy
+    context = load.max_context_tokens if load else 0  # 0 until the model is loaded
+    if offer and 0 < context < offer.prompt_tokens + max(offer.max_new_tokens, 1):
+        return Obstacle.CONTEXT, refusals.too_long(offer, context)
+    if (blocked := shut(tier, load, policy)) is not None:
+        return blocked
+    if load is None or offer is None:
+        return Obstacle.UNAVAILABLE, refusals.unavailable(tier, "not served here", policy)
     # Not measured yet is no reason to refuse; a deadline that has passed is.
     needed_s = estimate_s(load, offer.prompt_tokens, offer.max_new_tokens) or 0.0
     deadline_s = request.deadline_s

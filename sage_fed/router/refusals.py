@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from sage_fed.core import UATP_PER_ATP, Budget, Offer, Refusal, Tier
+from sage_fed.core import UATP_PER_ATP, Budget, Offer, Refusal, Tier, TierLoad
 from sage_fed.errors import (
     CannotAfford,
     DeadlineInfeasible,
@@ -78,12 +78,12 @@ def unavailable(tier: Tier, state: str, policy: RoutingPolicy) -> Refusal:
     )
 
 
-def queue_full(tier: Tier, waiting: int, policy: RoutingPolicy) -> Refusal:
+def queue_full(load: TierLoad, policy: RoutingPolicy) -> Refusal:
     """The tier's queue has no place."""
     return Refusal(
         Reason.QUEUE_FULL,
-        QueueFull.of_tier(tier.value, waiting).message,
-        policy.queue_retry_s,
+        QueueFull.of_tier(load.tier.value, load.waiting).message,
+        load.retry_after_s or policy.queue_retry_s,
     )
 
 

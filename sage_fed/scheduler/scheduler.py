@@ -166,12 +166,8 @@ class Scheduler:
             queued_prompt_tokens=schedule.queued_prompt_tokens,
             decode_step_s=schedule.rates.decode_step_s,
             prefill_tokens_per_s=schedule.rates.prefill_tokens_per_s,
+            retry_after_s=schedule.retry_after_s,
         )
-
-    def retry_after_s(self, tier: Tier) -> float | None:
-        """Return when an open tier may have a waiting place again."""
-        schedule = self._tiers.get(tier)
-        return schedule.retry_after_s if schedule else None
 
     def _tactical_near(self, now: float) -> bool:
         seen_s = self._tactical_seen_s
