@@ -36,6 +36,7 @@ from sage_fed.errors import (
     DeviceOutOfMemory,
     HoldClosed,
     Internal,
+    InvalidField,
     LedgerDown,
     QueueFull,
     RequestIdConflict,
@@ -556,6 +557,36 @@ async def test_a_full_queue_gives_the_hold_back(tmp_path: Path) -> None:
         endings = [finished_of(await read(stream)) for stream in streams]
         await r.settled()
         assert sum(end.price.charged_uatp for end in endings) == await r.spent_uatp()
+
+
+async def test_a_job_that_nobody_takes_is_refused_unread(tmp_path: Path) -> None:
+    """A prompt that would cost work costs none; it is counted, and an answered id is answered."""
+    async with rig(tmp_path, max_waiting=1) as r:
+        answered = replace(job(new=2), client_request_id="before")
+        finished_of(await r.run(answered))
+        engine = r.gate()
+        streams = [await r.submit(job(new=2))]
+        await entered(engine)
+        streams.append(await r.submit(job(new=2)))
+        malformed = replace(job(), prompt=Prompt(token_ids=(10**9,)))
+        with pytest.raises(QueueFull) as full:
+            await r.submit(malformed)
+        assert full.value.retry_after_s
+        with pytest.raises(QueueFull):
+            await r.submit(replace(job(new=2), client_request_id="new"))
+        assert finished_of(await r.run(answered))
+        assert 2.0 == r.counted(
+            "requests_total", tier="tactical", outcome="refused", code="queue_full"
+        )
+        assert 2.0 == r.counted(
+            "route_decisions_total", requested="tactical", chosen="none", reason="queue_full"
+        )
+        assert engine.gate is not None
+        engine.gate.release(100)
+        for stream in streams:
+            finished_of(await read(stream))
+        with pytest.raises(InvalidField):
+            await r.submit(malformed)
 
 
 async def test_answers_that_nobody_reads_take_the_places_of_jobs(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from sage_fed.router import (
     estimate_s,
     possible_decisions,
     refusal_error,
+    refuse_unread,
     route,
 )
 
@@ -370,6 +371,44 @@ def test_every_request_gets_one_of_the_possible_decisions(request: RouteRequest)
     assert key in set(possible_decisions())
     if isinstance(decision, Refusal):
         assert refusal_error(decision, "alice").message
+
+
+@given(ANY)
+def test_what_is_refused_unread_would_have_been_refused(request: RouteRequest) -> None:
+    """A full house is seen before the prompt; whatever its size and price, nothing would serve."""
+    refusal = refuse_unread(request.job, request.loads, request.policy)
+
+    if refusal is not None:
+        assert isinstance(route(request), Refusal)
+        assert refusal.retry_after_s is not None
+        key = (request.job.requested, None, Reason(refusal.reason))
+        assert key in set(possible_decisions())
+
+
+@given(hopeful_requests(), st.sampled_from(Tier))
+def test_a_tier_that_takes_nothing_is_seen_without_the_prompt(
+    request: RouteRequest, tier: Tier
+) -> None:
+    """Who insists on it is refused unread, for the reason that the whole rules give."""
+    job = replace(request.job, requested=tier, allow_downgrade=False)
+    decision = route(replace(request, job=job))
+    shut = {Reason.QUEUE_FULL, Reason.TIER_LOADING, Reason.TIER_UNAVAILABLE}
+
+    if isinstance(decision, Refusal) and Reason(decision.reason) in shut:
+        refusal = refuse_unread(job, request.loads, request.policy)
+        assert refusal is not None
+        assert decision.reason == refusal.reason
+
+
+def test_a_full_tier_says_when_it_expects_a_place() -> None:
+    """Its own estimate where it has one, and a way out where the other tier may have room."""
+    full = load(STRATEGIC, waiting=8, retry_after_s=7.5)
+    job = JobSpec("alice", Prompt(), requested=STRATEGIC)
+    refusal = refuse_unread(job, {TACTICAL: load(TACTICAL), STRATEGIC: full}, RoutingPolicy())
+
+    assert refusal is not None
+    assert (Reason.QUEUE_FULL, 7.5) == (refusal.reason, refusal.retry_after_s)
+    assert "with allow_downgrade the tactical tier may serve it" in refusal.message
 
 
 @given(ANY)
