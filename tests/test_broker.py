@@ -44,7 +44,7 @@ from sage_fed.errors import (
 )
 from sage_fed.executor import Executor
 from sage_fed.executor.loader import TierSetup
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, LedgerOptions, check
+from sage_fed.ledger import AccountTerms, EntryKind, HoldRequest, Ledger, LedgerOptions, check
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import RateCard, charge
 from sage_fed.router import RoutingPolicy
@@ -587,6 +587,28 @@ async def test_a_job_that_nobody_takes_is_refused_unread(tmp_path: Path) -> None
             finished_of(await read(stream))
         with pytest.raises(InvalidField):
             await r.submit(malformed)
+
+
+async def test_the_last_place_is_held_for_once(tmp_path: Path) -> None:
+    """It is the first comer's while the books write its hold; nobody holds for nothing."""
+    async with rig(tmp_path, max_waiting=2) as r:
+        engine = r.gate()
+        streams = [await r.submit(job(new=2))]
+        await entered(engine)
+        streams.append(await r.submit(job(new=2)))
+        asked = await asyncio.gather(
+            *(r.submit(job(new=2)) for _ in range(5)), return_exceptions=True
+        )
+        streams += [answer for answer in asked if isinstance(answer, JobStream)]
+        refusals = [answer for answer in asked if isinstance(answer, QueueFull)]
+        assert (3, 4) == (len(streams), len(refusals))
+        assert engine.gate is not None
+        engine.gate.release(100)
+        for stream in streams:
+            finished_of(await read(stream))
+        await r.settled()
+        held = [entry for entry in await r.ledger.entries("local") if entry.kind is EntryKind.HOLD]
+        assert len(streams) == len(held)
 
 
 async def test_answers_that_nobody_reads_take_the_places_of_jobs(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Broker:
         self._tracing = tracing
         self._jobs: dict[str, Job] = {}
         self._account_jobs: Counter[str] = Counter()
+        self._coming: Counter[Tier] = Counter()
         self._seq_ids = itertools.count(1)
         self._empty = asyncio.Event()
         self._empty.set()
@@ -112,11 +113,16 @@ class Broker:
         self._empty.clear()
         task = self._tasks.create_task(job.run(), name=job_id)
         task.add_done_callback(lambda _: self._forget(job_id))
+        if spec.requested is not None:
+            self._coming[spec.requested] += 1
         try:
             await job.stream.admitted()
         except asyncio.CancelledError:
             job.stop(StopReason.CANCELLED)
             raise
+        finally:
+            if spec.requested is not None:
+                self._coming[spec.requested] -= 1
         self._reading.add(job_id)
         if job_id not in self._jobs:
             self._unread.add(job_id)
@@ -203,7 +209,7 @@ class Broker:
         if spec.client_request_id:  # which may have been answered before, place or no place
             return
         began_s = time.perf_counter()
-        refusal = self._planner.refuse_unread(spec)
+        refusal = self._planner.refuse_unread(spec, self._coming)
         if refusal is not None:
             elapsed_s = time.perf_counter() - began_s
             self._metrics.route_decided(spec.requested, refusal, elapsed_s)

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor as ThreadPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from sage_fed.core import (
@@ -126,9 +126,19 @@ class Planner:
         """Price with this card from the next draft on."""
         self.card = card
 
-    def refuse_unread(self, spec: JobSpec) -> Refusal | None:
-        """Return the refusal of a job that no tier takes now; None where one may."""
-        return refuse_unread(spec, self.loads(), self._policy)
+    def refuse_unread(self, spec: JobSpec, coming: Mapping[Tier, int]) -> Refusal | None:
+        """Return the refusal of a job that no tier takes now; None where one may.
+
+        `coming` are jobs that were taken on and are not in their tier's queue yet: its last places
+        are theirs. Without them one more would be held for, refused by the queue and given back.
+        """
+        loads = self.loads()
+        for tier, count in coming.items():
+            load = loads[tier]
+            free = 0 if load.waiting else max(load.running_limit - load.running, 0)
+            if count > free:
+                loads[tier] = replace(load, waiting=load.waiting + count - free)
+        return refuse_unread(spec, loads, self._policy)
 
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode and price a job on every tier."""

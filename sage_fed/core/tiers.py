@@ -88,7 +88,7 @@ class TierLoad:
 
     Of `kv_tokens_total`, running sequences own `kv_tokens_used`; `kv_tokens_cached` are kept for
     the prefix cache until somebody needs the room. `retry_after_s` is when a place to wait may be
-    free, where there is none.
+    free, where there is none. Up to `running_limit` run at once, memory permitting.
     """
 
     tier: Tier
@@ -104,6 +104,7 @@ class TierLoad:
     prefill_tokens_per_s: float | None = None
     kv_tokens_cached: int = 0
     retry_after_s: float | None = None
+    running_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

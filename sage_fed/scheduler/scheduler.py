@@ -167,6 +167,7 @@ class Scheduler:
             decode_step_s=schedule.rates.decode_step_s,
             prefill_tokens_per_s=schedule.rates.prefill_tokens_per_s,
             retry_after_s=schedule.retry_after_s,
+            running_limit=schedule.limits.max_batch,
         )
 
     def _tactical_near(self, now: float) -> bool:
