@@ -5,6 +5,12 @@ cache that is copying them (`cat FILE >/dev/null`, one core); from the disk it i
 is served in other numbers is quantised and packed on the way, which can hide behind the reading
 as long as it is faster. A start from kept weights (`weights_cache`) has fewer bytes to read.
 
+Memory has its price, too: a page that the machine has never had, or that a virtual machine has
+given back to its host, takes many times as long to be found as one that was just freed. So each
+process loads twice: `load_s` includes the finding, `again_s` has the memory of the first load,
+which is what the engine's own work takes. And each start waits until the memory of the one before
+it is nobody's: without that, whoever comes second looks fast.
+
 Each start is a process of its own; starts and `cat` take turns (A B A B ...), so that a machine
 that speeds up or slows down meets all of them. "cold" drops the files from the page cache first
 (posix_fadvise, no root needed). Memory is the kernel's own high-water mark over the final size.
@@ -38,6 +44,8 @@ PRECISIONS = ("bf16", "int8", "int4")
 KEPT = ("int8", "int4")
 TOKENIZER = Path(__file__).parents[1] / "sage_fed" / "models" / "demo-tactical"
 MIB, GB = 2**20, 10**9
+REST_S = 4.0
+"""Between starts: a Linux guest gives free memory back to its host after two seconds."""
 
 CHILD = """
 import json, sys, time
@@ -55,10 +63,17 @@ with open("/proc/self/clear_refs", "w") as file:
 loading = time.perf_counter()
 engine = load_engine(options, lambda _: None)
 loaded = time.perf_counter()
+rss, peak = kib("VmRSS"), kib("VmHWM")
+info = engine.info
+engine.close()
+del engine
+reloading = time.perf_counter()
+again = load_engine(options, lambda _: None)
+reloaded = time.perf_counter()
 print(json.dumps({
-    "import_s": imported - began, "load_s": loaded - loading, "kernels": engine.info.kernels,
-    "weight_bytes": engine.info.weight_bytes, "rss_bytes": 1024 * kib("VmRSS"),
-    "peak_above_final_bytes": 1024 * (kib("VmHWM") - kib("VmRSS")),
+    "import_s": imported - began, "load_s": loaded - loading, "again_s": reloaded - reloading,
+    "kernels": info.kernels, "weight_bytes": info.weight_bytes, "rss_bytes": 1024 * rss,
+    "peak_above_final_bytes": 1024 * (peak - rss),
 }))
 """
 
@@ -130,6 +145,7 @@ def measure(checkpoint: Path, scratch: Path, repeats: int, *, cold: bool) -> dic
         for name, precision, kept in cases:
             if cold:
                 forget(sources[name])
+            time.sleep(REST_S)
             runs[name].append(start(checkpoint, precision, kept))
         if not cold and number == 0:
             # The first round has warmed the page cache.
@@ -152,14 +168,21 @@ def summary(name: str, runs: list[dict[str, Any]], read_bytes: int) -> dict[str,
     """Medians and spread of one way to start."""
     seconds = [run["load_s"] for run in runs]
     median = statistics.median(seconds)
+    again = statistics.median(run["again_s"] for run in runs)
     return {
         "case": name,
         "kernels": runs[0]["kernels"],
         "load_s": median,
         "load_s_min_max": [min(seconds), max(seconds)],
+        "again_s": again,
+        "again_s_min_max": [
+            min(run["again_s"] for run in runs),
+            max(run["again_s"] for run in runs),
+        ],
         "import_s": statistics.median(run["import_s"] for run in runs),
         "read_bytes": read_bytes,
         "read_gb_per_s": read_bytes / median / GB,
+        "again_gb_per_s": read_bytes / again / GB,
         "weight_bytes": runs[0]["weight_bytes"],
         "rss_bytes": max(run["rss_bytes"] for run in runs),
         "peak_above_final_bytes": max(run["peak_above_final_bytes"] for run in runs),
@@ -176,6 +199,7 @@ def table(result: dict[str, Any]) -> Table:
         "start",
         "kernels",
         "load s",
+        "again s",
         "reads GB",
         "GB/s",
         "weights MiB",
@@ -184,8 +208,10 @@ def table(result: dict[str, Any]) -> Table:
     drawn = Table(*columns, title=title)
     for row in result["starts"]:
         drawn.add_row(
-            row["case"], row["kernels"], f"{row['load_s']:.2f}", f"{row['read_bytes'] / GB:.2f}",
-            f"{row['read_gb_per_s']:.2f}", f"{row['weight_bytes'] / MIB:.0f}",
+            row["case"], row["kernels"], f"{row['load_s']:.2f}",
+            f"{row['again_s']:.2f}", f"{row['read_bytes'] / GB:.2f}",
+            f"{row['read_gb_per_s']:.2f}, {row['again_gb_per_s']:.2f}",
+            f"{row['weight_bytes'] / MIB:.0f}",
             f"{row['peak_above_final_bytes'] / MIB:.1f}",
         )  # fmt: skip
     return drawn

@@ -7,9 +7,11 @@ page cache and put into its place. Each round starts a real daemon with fresh bo
 
 Parts: `imports` is until the daemon's first line in its log, `device` opens the device and
 measures its bandwidth, `tokenizers`, `ledger` and `listen` are what they say, `weights` is from
-then on until the tier serves. Runs of several `--against` trees are interleaved (A B A B ...).
+then on until the tier serves. Runs of several `--against` trees are interleaved (A B A B ...),
+and each waits until the memory of the one before it is nobody's: memory that was just freed is
+found in a fraction of the time that other memory takes, and whoever came second would look fast.
 
-Run: python bench/start.py [--rounds 7] [--tactical DIR] [--precision bf16]. Ten seconds a round.
+Run: python bench/start.py [--rounds 7] [--tactical DIR] [--precision bf16]. Twenty seconds a round.
 Writes bench/results/start.json.
 """
 
@@ -34,10 +36,13 @@ PARTS = ("imports", "device", "tokenizers", "ledger", "listen", "tactical", "str
 _LAP = re.compile(r"start: (\w+) took ([0-9.]+) s")
 _TIER = re.compile(r"(tactical|strategic): 100% ")
 DEADLINE_S = 300.0
+REST_S = 4.0
+"""Between starts: a Linux guest gives free memory back to its host after two seconds."""
 
 
 def start(tree: Path, flags: list[str]) -> dict[str, float]:
     """Start a daemon and stop it; seconds by part, `ready` and `cpu_ready` over all of it."""
+    time.sleep(REST_S)
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SAGE_FED_")}
     with tempfile.TemporaryDirectory(prefix="sage-fed-start-") as folder:
         begun = time.perf_counter()
