@@ -129,7 +129,7 @@ def _step(
         chunks.append(Chunk(i, start, tokens, blocks[i], Draw(Sampling(), place)))
     forward = engine._forward  # noqa: SLF001 - clients get tokens, never bare logits
     assert forward is not None
-    forwarded = forward.run(chunks)
+    forwarded = forward.begin(chunks).advance(None)
     assert forwarded.logits is not None
     rows = forwarded.logits.float().clone()
     at = {index: row for row, index in enumerate(forwarded.drawing)}

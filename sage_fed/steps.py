@@ -124,11 +124,21 @@ class Flight(Protocol):
     """A launched step; one engine's flights land in the order of their launches, each once."""
 
     @property
+    def paused(self) -> bool:
+        """Whether there is more of the step to do, which nobody does until it is resumed."""
+
+    def resume(self, pause_after_s: float | None) -> None:
+        """Go on with a paused step as `Engine.launch` began it, and fail as that does."""
+
+    @property
     def device_s(self) -> float | None:
         """Seconds that the device took, once landed; None where it has no clock of its own."""
 
     def land(self) -> tuple[Drawn, ...]:
-        """Wait for the device; one `Drawn` a chunk with a `draw`, in the chunks' order."""
+        """Wait for the device; one `Drawn` a chunk with a `draw`, in the chunks' order.
+
+        Not of a paused step.
+        """
 
 
 class Engine(Protocol):
@@ -143,6 +153,10 @@ class Engine(Protocol):
     @property
     def pipelined(self) -> bool:
         """Whether `launch` returns while the device still works, so that waiting can wait."""
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts of about the same length a step can be divided; 1: not at all."""
 
     @property
     def info(self) -> ModelInfo:
@@ -164,8 +178,12 @@ class Engine(Protocol):
     def defaults(self) -> GenerationDefaults:
         """The checkpoint's own sampling."""
 
-    def launch(self, step: Step) -> Flight:
-        """Queue one forward pass behind those in flight; where not pipelined, run it."""
+    def launch(self, step: Step, pause_after_s: float | None = None) -> Flight:
+        """Queue one forward pass behind those in flight; where not pipelined, run it.
+
+        With `pause_after_s` run as many of its parts as that time is enough for, and one at
+        least; then the flight may be paused. Until it has landed this engine launches no other.
+        """
 
     def run(self, step: Step) -> tuple[Drawn, ...]:
         """Launch and land."""

@@ -63,6 +63,16 @@ class FakeFlight:
     step: Step
     drawn: tuple[Drawn, ...] | None = None
     device_s: float | None = None
+    parts_left: int = 0
+
+    @property
+    def paused(self) -> bool:
+        """Whether some of the step is left to do."""
+        return self.parts_left > 0
+
+    def resume(self, pause_after_s: float | None) -> None:
+        """Do more of it."""
+        self.engine.resume(self, pause_after_s)
 
     def land(self) -> tuple[Drawn, ...]:
         """Finish it."""
@@ -73,7 +83,8 @@ class FakeFlight:
 class FakeEngine:
     """`fail(step)` may raise; `gate`, where there is one, lets one step pass a permit.
 
-    Pipelined, a step is only noted when it is launched, and done when it lands.
+    Pipelined, a step is only noted when it is launched, and done when it lands. With `num_parts`
+    its time passes in so many equal pieces, and its arithmetic is done with the last.
     """
 
     num_blocks: int = 64
@@ -87,6 +98,7 @@ class FakeEngine:
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     steps: list[Step] = field(default_factory=list)
     pipelined: bool = False
+    num_parts: int = 1
     flights: list[FakeFlight] = field(default_factory=list)
     closed: bool = False
     info: ModelInfo = field(default_factory=info)
@@ -96,14 +108,32 @@ class FakeEngine:
         self.cache: dict[int, int] = {}
         self.newest: dict[int, int] = {}
 
-    def launch(self, step: Step) -> FakeFlight:
-        """Run the step, or leave it to its landing."""
+    def launch(self, step: Step, pause_after_s: float | None = None) -> FakeFlight:
+        """Run the step or a part of it, or leave it to its landing."""
         assert self.pipelined or not self.flights, "a flight has to land before the next"
-        flight = FakeFlight(self, step)
-        if not self.pipelined:
-            flight.drawn = self.answer(step)
+        flight = FakeFlight(self, step, parts_left=0 if self.pipelined else self.num_parts)
         self.flights.append(flight)
+        if not self.pipelined:
+            self.resume(flight, pause_after_s)
         return flight
+
+    def resume(self, flight: FakeFlight, pause_after_s: float | None) -> None:
+        """Go on with a step, by as many parts as there is time for."""
+        assert flight.parts_left, "only a paused step is resumed"
+        step = flight.step
+        part_s = (self.step_s + self.token_s * step.num_tokens) / self.num_parts
+        parts = flight.parts_left
+        if pause_after_s is not None:
+            parts = min(parts, max(int(pause_after_s / part_s + 1e-9), 1))
+        if parts < flight.parts_left:
+            self.clock.now += parts * part_s
+        else:
+            try:
+                flight.drawn = self.answer(step, parts / self.num_parts)
+            except BaseException:
+                self.flights.remove(flight)
+                raise
+        flight.parts_left -= parts
 
     def run(self, step: Step) -> tuple[Drawn, ...]:
         """Launch and land."""
@@ -114,13 +144,13 @@ class FakeEngine:
         assert self.flights.pop(0) is flight, "flights land in the order of their launches"
         return self.answer(flight.step) if flight.drawn is None else flight.drawn
 
-    def answer(self, step: Step) -> tuple[Drawn, ...]:
-        """Write the KV, read it back, draw."""
+    def answer(self, step: Step, share: float = 1.0) -> tuple[Drawn, ...]:
+        """Write the KV, read it back, draw; the last `share` of the step's time passes."""
         self.entered.release()
         if self.gate is not None:
             assert self.gate.acquire(timeout=WAIT_S), "the test forgot to open the gate"
         self.steps.append(step)
-        self.clock.now += self.step_s + self.token_s * step.num_tokens
+        self.clock.now += share * (self.step_s + self.token_s * step.num_tokens)
         if self.fail is not None:
             before, self.newest = self.newest, {}  # what it was to draw, it does not
             self.fail(step)

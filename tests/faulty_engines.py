@@ -27,7 +27,7 @@ from forked_daemon import ForkedProcess
 from sage_fed.core import Tier
 from sage_fed.daemon import tiers
 from sage_fed.engine import Engine, EngineOptions
-from sage_fed.engine.forward import Forward, Forwarded
+from sage_fed.engine.forward import Forward, Pass, Queued
 from sage_fed.steps import Chunk
 
 PACE_S = 0.002
@@ -66,7 +66,12 @@ class FaultyForward:
         self._order = order
         self._lasting = ("", 0)
 
-    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
+    @property
+    def num_parts(self) -> int:
+        """As of the pass that it stands before."""
+        return self._forward.num_parts
+
+    def begin(self, chunks: Sequence[Chunk]) -> Pass:
         """Obey, or compute."""
         time.sleep(PACE_S)
         match self._next():
@@ -75,16 +80,17 @@ class FaultyForward:
             case "memory":
                 raise torch.OutOfMemoryError("injected: no memory")
             case "nan":
-                forwarded = self._forward.run(chunks)
+                forwarded = self._forward.begin(chunks).advance(None)
+                assert forwarded is not None
                 if forwarded.logits is not None:
                     forwarded = replace(forwarded, best=None)
                     assert forwarded.logits is not None
                     forwarded.logits[:, 0] = float("nan")
-                return forwarded
+                return Queued(forwarded)
             case "hang":
                 while self._order.exists():
                     time.sleep(0.005)
-        return self._forward.run(chunks)
+        return self._forward.begin(chunks)
 
     def _next(self) -> str:
         order, left = self._lasting

@@ -210,9 +210,9 @@ class Spoiled(FakeEngine):
 
     spoiled: range = range(0)
 
-    def answer(self, step: Step) -> tuple[Drawn, ...]:
+    def answer(self, step: Step, share: float = 1.0) -> tuple[Drawn, ...]:
         """Draw, and then lose it."""
-        drawn = super().answer(step)
+        drawn = super().answer(step, share)
         return tuple(Drawn(d.seq_id, NO_TOKEN) if d.seq_id in self.spoiled else d for d in drawn)
 
 

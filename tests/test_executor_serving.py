@@ -41,9 +41,19 @@ class Observer:
 class Rig:
     """A started executor over two fake engines that share a clock."""
 
-    def __init__(self, *, pipelined: bool = False, reload_s: float = 3600.0, **setup: int) -> None:
+    def __init__(
+        self,
+        *,
+        pipelined: bool = False,
+        num_parts: int = 1,
+        reload_s: float = 3600.0,
+        **setup: int,
+    ) -> None:
         self.clock = Clock()
-        self.engines = {tier: FakeEngine(clock=self.clock, pipelined=pipelined) for tier in Tier}
+        self.engines = {
+            tier: FakeEngine(clock=self.clock, pipelined=pipelined, num_parts=num_parts)
+            for tier in Tier
+        }
         self.observer = Observer()
         self.executor = Executor(
             {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
@@ -88,10 +98,10 @@ async def entered(engine: FakeEngine) -> None:
     assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
 
 
-@pytest.mark.parametrize("pipelined", [False, True])
-async def test_every_stream_is_what_it_would_be_alone(*, pipelined: bool) -> None:
+@pytest.mark.parametrize(("pipelined", "num_parts"), [(False, 1), (True, 1), (False, 5)])
+async def test_every_stream_is_what_it_would_be_alone(*, pipelined: bool, num_parts: int) -> None:
     """Many sequences on both tiers, joining and leaving at random, do not touch each other."""
-    rig = Rig(pipelined=pipelined, max_batch=8, max_waiting=200)
+    rig = Rig(pipelined=pipelined, num_parts=num_parts, max_batch=8, max_waiting=200)
     chance = random.Random(2)
     asked = [
         spec(i, chance.choice([T, S]), prompt=chance.randint(1, 60), new=chance.randint(1, 30))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sage_fed.core import Tier
 from sage_fed.scheduler import Scheduler, TierLimits
+from sage_fed.scheduler.interleave import Interleave, shared_chunk_tokens
 from sage_fed.scheduler.rates import StepRates
 from sage_fed.steps import Step
 
@@ -63,7 +64,7 @@ def test_device_time_is_shared_as_configured(share: float) -> None:
 
 
 def test_the_ratio_of_steps_follows_the_measured_times() -> None:
-    """A strategic step of 6.7 tactical ones is followed by seven; if it gets cheap, by two."""
+    """A strategic step of 6.7 tactical ones is followed by seven, one of 1.5 by three in two."""
     device = Device()
     device.add(T)
     device.add(S)
@@ -71,7 +72,7 @@ def test_the_ratio_of_steps_follows_the_measured_times() -> None:
     assert "StttttttS" in _order(device, 40)
     device.base_s[S] = 0.014
     device.times(20)
-    assert "SttSttS" in _order(device, 20)
+    assert "SttStSttS" in _order(device, 20)
 
 
 def test_tactical_work_goes_first() -> None:
@@ -90,6 +91,42 @@ def test_an_idle_tier_has_no_claim_on_the_past() -> None:
     device.times(500)
     device.add(S)
     assert "SS" not in _order(device, 60)
+
+
+def test_a_part_is_what_a_tactical_step_pays_for() -> None:
+    """At a half share it is as long as one, at three quarters a third of one."""
+    rates = StepRates()
+    assert Interleave(0.5).part_s(rates) > 0.0
+    rates.record(num_tokens=1, prefills=False, elapsed_s=0.012)
+    assert pytest.approx(0.012) == Interleave(0.5).part_s(rates)
+    assert pytest.approx(0.004) == Interleave(0.75).part_s(rates)
+
+
+def test_only_a_strategic_step_pauses_and_only_for_a_tactical_tier() -> None:
+    """What cannot be divided, or has nobody to make way for, runs as a whole."""
+    for num_parts, pauses in ((1, False), (28, True)):
+        scheduler = Scheduler()
+        scheduler.open_tier(S, LIMITS, frozenset(), num_parts=num_parts)
+        scheduler.add(spec(0, S), 0.0)
+        step = scheduler.next_step(0.0)
+        assert step is not None
+        assert scheduler.pause_after_s(step) is None
+        scheduler.open_tier(T, LIMITS, frozenset(), num_parts=num_parts)
+        assert pauses == (scheduler.pause_after_s(step) is not None)
+        scheduler.add(spec(1, T), 0.0)
+        quick = scheduler.next_step(0.0)
+        assert quick is not None
+        assert (T, None) == (quick.tier, scheduler.pause_after_s(quick))
+
+
+def test_a_chunk_of_a_step_in_parts_is_as_long_as_its_parts_allow() -> None:
+    """One part of it costs a tactical step; whole, it would cost four."""
+    tactical, strategic = StepRates(), StepRates()
+    tactical.record(num_tokens=1, prefills=False, elapsed_s=0.010)
+    strategic.record(num_tokens=100, prefills=True, elapsed_s=0.100)
+    strategic.record(num_tokens=1, prefills=False, elapsed_s=0.001)
+    assert pytest.approx(40, abs=1) == shared_chunk_tokens(tactical, strategic, 1)
+    assert pytest.approx(240, abs=1) == shared_chunk_tokens(tactical, strategic, 24)
 
 
 def test_a_strategic_prefill_is_cut_while_tactical_works() -> None:

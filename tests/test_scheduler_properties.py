@@ -30,6 +30,7 @@ class Traffic(RuleBasedStateMachine):
 
     limits = LIMITS
     depth = 1
+    num_parts = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +40,19 @@ class Traffic(RuleBasedStateMachine):
             tier: FakeEngine(num_blocks=LIMITS.num_blocks, pipelined=pipelined) for tier in Tier
         }
         for tier in Tier:
-            self.scheduler.open_tier(tier, self.limits, frozenset({EOS}), pipelined=pipelined)
+            self.scheduler.open_tier(
+                tier,
+                self.limits,
+                frozenset({EOS}),
+                pipelined=pipelined,
+                num_parts=self.num_parts,
+            )
         self.specs: dict[int, SequenceSpec] = {}
         self.outputs: dict[int, list[int]] = {}
         self.ended: dict[int, Ended] = {}
         self.flying: deque[Step] = deque()
+        self.paused: Step | None = None
+        self.part_s = 0.0
         self.now = 0.0
         self.busy_s = 0.0
         self.closed: set[Tier] = set()
@@ -106,7 +115,7 @@ class Traffic(RuleBasedStateMachine):
         except InvalidField:
             assert prompt + new > 96
         except QueueFull:
-            assert load.waiting == LIMITS.max_waiting
+            assert load.waiting >= LIMITS.max_waiting, "the interrupted wait beside them"
         else:
             assert prompt + new <= 96
             assert load.waiting < LIMITS.max_waiting
@@ -127,8 +136,31 @@ class Traffic(RuleBasedStateMachine):
         step = self.scheduler.next_step(self.now)
         if not self.flying:
             assert (step is None) == (len(self.ended) == len(self.specs))
-        if step is not None:
+        if step is not None and step is self.paused:
             self.flying.append(step)
+            self.paused = None
+        elif step is not None:
+            assert self.paused is None or step.tier is Tier.TACTICAL
+            self.flying.append(step)
+
+    @precondition(lambda self: self.flying and self.num_parts > 1)
+    @rule(elapsed_s=st.floats(0.0, 1.0))
+    def pause(self, elapsed_s: float) -> None:
+        """A strategic step lets the other tier in."""
+        if self.scheduler.pause_after_s(self.flying[0]) is None:
+            return
+        self.paused = self.flying.popleft()
+        self.now += elapsed_s
+        self.busy_s += elapsed_s
+        self.part_s += elapsed_s
+        self.scheduler.paused(self.paused, self.part_s)
+
+    def whole_s(self, step: Step, elapsed_s: float) -> float:
+        """What a step that ends now has taken with its last part."""
+        if step.tier is Tier.TACTICAL:
+            return elapsed_s
+        part_s, self.part_s = self.part_s, 0.0
+        return part_s + elapsed_s
 
     @precondition(lambda self: self.flying)
     @rule(elapsed_s=st.floats(0.0, 1.0), fits=st.integers(0, 4))
@@ -139,6 +171,7 @@ class Traffic(RuleBasedStateMachine):
         self.busy_s += elapsed_s
         engine = self.engines[step.tier]
         drawn = engine.answer(step)
+        elapsed_s = self.whole_s(step, elapsed_s)
         if fits:
             outcome = self.scheduler.complete(step, drawn, now=self.now, elapsed_s=elapsed_s)
         else:
@@ -161,11 +194,12 @@ class Traffic(RuleBasedStateMachine):
         step = self.flying.popleft()
         self.now += elapsed_s
         self.busy_s += elapsed_s
+        elapsed_s = self.whole_s(step, elapsed_s)
         self.end(*self.scheduler.broken(step, now=self.now, elapsed_s=elapsed_s))
         self.closed.add(step.tier)
         self.flying = deque(other for other in self.flying if other.tier is not step.tier)
 
-    @precondition(lambda self: not self.flying and len(self.ended) > 12)
+    @precondition(lambda self: not self.flying and not self.paused and len(self.ended) > 12)
     @rule()
     def break_strategic(self) -> None:
         """An engine breaks: its sequences end, the other tier's do not notice."""
@@ -233,6 +267,18 @@ class PipelinedTraffic(Traffic):
     depth = 2
 
 
+class PausingTraffic(Traffic):
+    """The same where strategic steps pause between layers, and tactical ones run meanwhile."""
+
+    num_parts = 4
+
+
+class CrowdedPausingTraffic(CrowdedTraffic):
+    """The same, and jobs are interrupted easily."""
+
+    num_parts = 4
+
+
 class CrowdedPipelinedTraffic(CrowdedTraffic):
     """Everything at once."""
 
@@ -245,6 +291,12 @@ TestCrowdedTraffic = CrowdedTraffic.TestCase
 TestCrowdedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPipelinedTraffic = PipelinedTraffic.TestCase
 TestPipelinedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPausingTraffic = PausingTraffic.TestCase
+TestPausingTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCrowdedPausingTraffic = CrowdedPausingTraffic.TestCase
+TestCrowdedPausingTraffic.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
 TestCrowdedPipelinedTraffic = CrowdedPipelinedTraffic.TestCase
 TestCrowdedPipelinedTraffic.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None

@@ -7,6 +7,9 @@ Knows nothing of sequences, sampling or files.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+
 import torch
 
 from sage_fed.engine.architecture import ModelSpec
@@ -39,8 +42,19 @@ class Decoder:
         self._shape = LayerShape.of(spec)
         self._query_width = spec.num_heads * spec.head_dim
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model; at least one."""
+        return len(self._weights.layers)
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run every layer, extending the cache; returns hidden states [tokens, hidden_size]."""
+        # Only the last is kept: those before it are memory that the next layers need.
+        (hidden,) = deque(self.layers(batch), maxlen=1)
+        return hidden
+
+    def layers(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """Run one layer after the other; yields the hidden states after each."""
         body, shape = self._body, self._shape
         if batch.stale is not None:
             self._cache.clear(batch.stale)
@@ -51,7 +65,7 @@ class Decoder:
             self._cache.store(index, batch.slots, qkv[:, self._query_width :])
             heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
             x = body.finish(layer, x, self._attend(index, heads, batch.groups), shape)
-        return x
+            yield x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, valid ids] of hidden states [rows, hidden_size], in the model's type."""

@@ -8,13 +8,14 @@ A step fails with `DeviceOutOfMemory` where the device had no room, and may then
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from sage_fed.core import GenerationDefaults, ModelInfo
-from sage_fed.engine.forward import Forward
+from sage_fed.engine.forward import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
 from sage_fed.engine.staging import Landing, begin
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory
@@ -64,6 +65,11 @@ class Engine:
         """Whether `launch` returns while the device still works."""
         return self._newest is not None
 
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts a step can be divided; see `sage_fed.steps.Engine`."""
+        return self._forward.num_parts if self._forward and not self.pipelined else 1
+
     def run(self, step: Step) -> tuple[Drawn, ...]:
         """Run one forward pass; one `Drawn` a chunk with a `draw`, in the chunks' order.
 
@@ -75,8 +81,10 @@ class Engine:
         return self.launch(step).land()
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Flight:
+    def launch(self, step: Step, pause_after_s: float | None = None) -> Flight:
         """Queue one forward pass, the choice of its tokens and their way to the host.
+
+        Where it can be divided, it may be paused after that time; see `sage_fed.steps.Engine`.
 
         Raises:
             DeviceOutOfMemory: the step did not fit; the cache is as good as before.
@@ -85,20 +93,37 @@ class Engine:
         assert self._forward is not None, "a closed engine was asked to run"
         assert not self._broken, "a broken engine was asked to run"
         assert self.pipelined or not self._flights, "a flight has to land before the next"
-        try:
-            flight = self._launch(self._forward, step)
-        except torch.AcceleratorError as error:
-            raise _lost(error) from error
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            num_chunks = len(step.chunks)
-            raise DeviceOutOfMemory(
-                f"the device has no memory for a step of {step.num_tokens} tokens "
-                f"in {num_chunks} sequences"
-            ) from error
+        if self.num_parts == 1:
+            pause_after_s = None
+        with _told_as_ours(step):
+            begun = begin(self._device)
+            under_way = self._forward.begin([self._resolved(chunk) for chunk in step.chunks])
+            flight = Flight(self, step, under_way, begun)
+            self._advance(flight, pause_after_s)
         self._flights.append(flight)
         return flight
+
+    @torch.inference_mode()
+    def resume(self, flight: Flight, pause_after_s: float | None) -> None:
+        """Go on with a paused flight; fails as `launch` does, and then it is not in flight."""
+        assert self._forward is not None, "a closed engine was asked to run"
+        self._flights.remove(flight)
+        with _told_as_ours(flight.step):
+            self._advance(flight, pause_after_s)
+        self._flights.append(flight)
+
+    def landed(self, flight: Flight) -> tuple[Drawn, ...]:
+        """What a flight drew; waits for the device, and an exception leaves the engine broken."""
+        assert self._flights, "a flight lands once, and before its engine is closed"
+        assert not flight.paused, "a paused flight has to be resumed"
+        assert self._flights.popleft() is flight, "flights land in the order of their launches"
+        try:
+            return flight.read()
+        except torch.AcceleratorError as error:
+            raise _lost(error) from error
+        except BaseException:
+            self._broken = True
+            raise
 
     def close(self) -> None:
         """Free the device's memory; the engine cannot be used afterwards."""
@@ -108,33 +133,20 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _launch(self, forward: Forward, step: Step) -> Flight:
-        begun = begin(self._device)
-        forwarded = forward.run([self._resolved(chunk) for chunk in step.chunks])
+    def _advance(self, flight: Flight, pause_after_s: float | None) -> None:
+        forwarded = flight.advance(pause_after_s)
+        if forwarded is None:
+            return
         picked = None
         if forwarded.logits is not None:
             picked = pick(forwarded.logits, forwarded.draws, forwarded.best)
-        seq_ids = [step.chunks[index].seq_id for index in forwarded.drawing]
-        landing = Landing(picked.results if picked else None, begun, self._device)
-        flight = Flight(self._landed, seq_ids, forwarded.drawing, picked, landing)
+        flight.arrive(forwarded, picked, self._device)
         if self._newest is None:
             self._pending = {drawn.seq_id: drawn.token_id for drawn in flight.read()}
         else:
             if picked is not None:
-                self._newest[: len(seq_ids)].copy_(picked.tokens)
-            self._pending = {seq_id: -1 - row for row, seq_id in enumerate(seq_ids)}
-        return flight
-
-    def _landed(self, flight: Flight) -> tuple[Drawn, ...]:
-        assert self._flights, "a flight lands once, and before its engine is closed"
-        assert self._flights.popleft() is flight, "flights land in the order of their launches"
-        try:
-            return flight.read()
-        except torch.AcceleratorError as error:
-            raise _lost(error) from error
-        except BaseException:
-            self._broken = True
-            raise
+                self._newest[: len(flight.seq_ids)].copy_(picked.tokens)
+            self._pending = {seq_id: -1 - row for row, seq_id in enumerate(flight.seq_ids)}
 
     def _resolved(self, chunk: Chunk) -> Chunk:
         """The chunk with what `PENDING` stands for, on the host or on the device."""
@@ -145,6 +157,22 @@ class Engine:
         assert PENDING not in others, "only a chunk's first token can be pending"
         assert chunk.seq_id in self._pending, "no token of the sequence is pending"
         return replace(chunk, token_ids=(self._pending[chunk.seq_id], *others))
+
+
+@contextmanager
+def _told_as_ours(step: Step) -> Iterator[None]:
+    """Tell torch's errors apart: no memory for this step, or no device any more."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise _lost(error) from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise DeviceOutOfMemory(
+            f"the device has no memory for a step of {step.num_tokens} tokens "
+            f"in {len(step.chunks)} sequences"
+        ) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -162,39 +190,63 @@ def _lost(error: Exception) -> DeviceLost:
 class Flight:
     """A step on the device; see `sage_fed.steps.Flight`.
 
-    Constructed behind the step's work; `drawing` are the indices of `seq_ids` in the step.
+    Its engine advances the pass `under_way`, which began at `begun` on the device's clock.
     """
 
     def __init__(
-        self,
-        landed: Callable[[Flight], tuple[Drawn, ...]],
-        seq_ids: Sequence[int],
-        drawing: Sequence[int],
-        picked: Picked | None,
-        landing: Landing,
+        self, engine: Engine, step: Step, under_way: Pass, begun: torch.cuda.Event | None
     ) -> None:
-        self._landed = landed
-        self._seq_ids = seq_ids
-        self._drawing = drawing
-        self._picked = picked
-        self._landing = landing
+        self.step = step
+        self.seq_ids: tuple[int, ...] = ()
+        """Of the chunks that draw, in the order of the logits' rows."""
+        self._engine = engine
+        self._under_way: Pass | None = under_way
+        self._begun = begun
+        self._drawing: tuple[int, ...] = ()
+        self._picked: Picked | None = None
+        self._landing: Landing | None = None
         self._drawn: tuple[Drawn, ...] | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether some of the pass is left to do."""
+        return self._under_way is not None
 
     @property
     def device_s(self) -> float | None:
         """Seconds that the device took for the step and what the host queued of it meanwhile."""
-        return self._landing.device_s
+        return self._landing.device_s if self._landing else None
+
+    def resume(self, pause_after_s: float | None) -> None:
+        """Go on; see `sage_fed.steps.Flight`."""
+        self._engine.resume(self, pause_after_s)
 
     def land(self) -> tuple[Drawn, ...]:
         """Wait for the device; an exception leaves the engine broken."""
-        return self._landed(self)
+        return self._engine.landed(self)
+
+    def advance(self, pause_after_s: float | None) -> Forwarded | None:
+        """Go on with the pass; None where it paused."""
+        assert self._under_way is not None, "only a paused step can be resumed"
+        forwarded = self._under_way.advance(pause_after_s)
+        if forwarded is not None:
+            self._under_way = None
+        return forwarded
+
+    def arrive(self, forwarded: Forwarded, picked: Picked | None, device: torch.device) -> None:
+        """Send what was picked on its way; behind the step's work."""
+        self._drawing = forwarded.drawing
+        self.seq_ids = tuple(self.step.chunks[index].seq_id for index in forwarded.drawing)
+        self._picked = picked
+        self._landing = Landing(picked.results if picked else None, self._begun, device)
 
     def read(self) -> tuple[Drawn, ...]:
         """What was drawn, in the order of the step's chunks; waits for it the first time."""
         if self._drawn is None:
+            assert self._landing is not None
             results = self._landing.wait()
             choices = self._picked.choices(results) if self._picked and results is not None else []
-            rows = sorted(zip(self._drawing, self._seq_ids, choices, strict=True))
+            rows = sorted(zip(self._drawing, self.seq_ids, choices, strict=True))
             self._drawn = tuple(
                 Drawn(seq_id, token_id, logprob) for _, seq_id, (token_id, logprob) in rows
             )

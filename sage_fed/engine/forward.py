@@ -6,13 +6,14 @@ Knows nothing of sampling, sequences or time. Fails with torch's own out-of-memo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from sage_fed.engine.batch import BatchBuilder
+from sage_fed.engine.batch import Batch, BatchBuilder
 from sage_fed.engine.decoder import Decoder
 from sage_fed.steps import Chunk, Draw
 
@@ -32,11 +33,40 @@ class Forwarded:
     best: torch.Tensor | None = None
 
 
+class Pass(Protocol):
+    """A pass under way."""
+
+    def advance(self, pause_after_s: float | None) -> Forwarded | None:
+        """Go on to the end; or pause between two layers, and None.
+
+        With `pause_after_s` it goes on by as many layers as that time is enough for, and by one.
+        """
+
+
 class Forward(Protocol):
     """One model's forward pass and its KV cache, on one device."""
 
-    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
-        """Queue or do the pass, extending the cache; results may still be on their way."""
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts a pass can be divided; 1 where it never pauses."""
+
+    def begin(self, chunks: Sequence[Chunk]) -> Pass:
+        """Lay out a pass that extends the cache; one that was not finished is forgotten.
+
+        Where it never pauses, `advance` queues or does it; results may still be on their way.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A pass that is on the device as a whole."""
+
+    forwarded: Forwarded
+
+    def advance(self, pause_after_s: float | None) -> Forwarded:
+        """Return what it leaves; there is nothing to pause between."""
+        del pause_after_s
+        return self.forwarded
 
 
 class TorchForward:
@@ -53,15 +83,48 @@ class TorchForward:
         self._decoder = decoder
         self._newest = newest
 
-    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
-        """Run; see `Forward`."""
+    @property
+    def num_parts(self) -> int:
+        """The layers; 1 where a launch only queues, so that the host's clock says nothing."""
+        return self._decoder.num_layers if self._newest is None else 1
+
+    def begin(self, chunks: Sequence[Chunk]) -> Pass:
+        """Begin; see `Forward`."""
         batch = self._batches.build(chunks)
         if batch.pending:
             assert self._newest is not None
             batch = replace(batch, token_ids=resolved(batch.token_ids, self._newest))
-        hidden = self._decoder.forward(batch)
+        return TorchPass(self._decoder, batch)
+
+
+class TorchPass:
+    """A pass that goes on layer by layer."""
+
+    def __init__(self, decoder: Decoder, batch: Batch) -> None:
+        self._decoder = decoder
+        self._batch = batch
+        self._layers = decoder.layers(batch)
+        self._hidden: torch.Tensor | None = None
+
+    def advance(self, pause_after_s: float | None) -> Forwarded | None:
+        """Go on; see `Pass`."""
+        begun_s = layer_begun_s = time.monotonic()
+        for hidden in self._layers:
+            self._hidden = hidden
+            if pause_after_s is None:
+                continue
+            now = time.monotonic()
+            # The next layer is taken to be as long as this one.
+            if now + (now - layer_begun_s) - begun_s > pause_after_s:
+                return None
+            layer_begun_s = now
+        return self._forwarded()
+
+    def _forwarded(self) -> Forwarded:
+        batch, hidden = self._batch, self._hidden
         if not batch.draws:
             return Forwarded(None, (), ())
+        assert hidden is not None
         if batch.rows is not None:
             hidden = hidden.index_select(0, batch.rows)
         return Forwarded(self._decoder.logits(hidden), batch.draws, batch.drawing)

@@ -15,7 +15,7 @@ from sage_fed.engine.attention import Heads
 from sage_fed.engine.batch import BatchBuilder
 from sage_fed.engine.buckets import Bucket, Buckets
 from sage_fed.engine.decoder import Decoder
-from sage_fed.engine.forward import Forwarded, TorchForward, resolved
+from sage_fed.engine.forward import Forwarded, Pass, Queued, TorchForward, resolved
 from sage_fed.engine.graphs import GraphCapture, Work
 from sage_fed.engine.staging import Packer
 from sage_fed.engine.static_batch import StaticBatch
@@ -75,11 +75,19 @@ class GraphForward:
             progress((number + 1) / len(order))
         self._buckets = buckets
 
-    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
-        """Run; see `Forward`."""
+    @property
+    def num_parts(self) -> int:
+        """1: a graph is replayed as a whole."""
+        return 1
+
+    def begin(self, chunks: Sequence[Chunk]) -> Pass:
+        """Begin, and where there is a graph queue it; see `Forward`."""
         bucket = self._buckets.fit(chunks) if self._buckets else None
         if bucket is None:
-            return self._plain.run(chunks)
+            return self._plain.begin(chunks)
+        return Queued(self._replay(bucket, chunks))
+
+    def _replay(self, bucket: Bucket, chunks: Sequence[Chunk]) -> Forwarded:
         for chunk in chunks:
             self._batches.check(chunk)
         static, replay = self._graphs[bucket]

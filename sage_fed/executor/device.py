@@ -88,6 +88,8 @@ class DeviceThread:
                 ended += self._handle(message)
             if any(isinstance(message, Stop) for message in messages):
                 # Only now: an engine that came with the same messages has to be closed too.
+                if paused := self._flights.paused:
+                    self._fly(paused, None)
                 while self._flights:
                     self._land()
                 self._end_all(ended)
@@ -106,7 +108,7 @@ class DeviceThread:
             # Only now, with the step that follows ready to run.
             self._handover.send()
             if step is not None:
-                self._launch(step)
+                self._fly(step, self._scheduler.pause_after_s(step))
             elif not self._flights and self._probes.has_work:
                 self._run_probe()
             # While a step is on the device, the next is built and launched behind it.
@@ -141,17 +143,28 @@ class DeviceThread:
         tier, engine = message.tier, message.engine
         self._engines[tier] = engine
         self._scheduler.open_tier(
-            tier, message.limits, engine.eos_token_ids, pipelined=engine.pipelined
+            tier,
+            message.limits,
+            engine.eos_token_ids,
+            pipelined=engine.pipelined,
+            num_parts=engine.num_parts,
         )
         self._handover.put(
             status=TierStatus(tier, TierState.READY, 1.0, engine.info),
             opened=Opened(message.limits, engine.defaults),
         )
 
-    def _launch(self, step: Step) -> None:
-        begun_s = self._clock()
+    def _fly(self, step: Step, pause_after_s: float | None) -> None:
+        """Launch a step, or resume it; the time that it pauses is the other tier's."""
+        resumed = step is self._flights.paused
+        begun_s = self._clock() - (self._flights.paused_s if resumed else 0.0)
         try:
-            self._flights.launch(self._engines[step.tier], step)
+            if resumed:
+                self._flights.resume(pause_after_s)
+            else:
+                self._flights.launch(self._engines[step.tier], step, pause_after_s)
+            if step is self._flights.paused:
+                self._scheduler.paused(step, self._flights.paused_s)
         except DeviceOutOfMemory:
             self._give_way(step, self._clock() - begun_s)
         except DeviceLost:

@@ -32,6 +32,9 @@ class Scheduler:
         self._tiers: dict[Tier, TierSchedule] = {}
         self._interleave = Interleave(tactical_share)
         self._tactical_seen_s: float | None = None
+        self._paused: Step | None = None
+        self._noted_s = 0.0
+        """Of the paused step's time, what the interleaving has been told."""
 
     def open_tier(
         self,
@@ -40,14 +43,22 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         *,
         pipelined: bool = False,
+        num_parts: int = 1,
     ) -> None:
-        """Begin to admit sequences of a tier; `pipelined` allows two of its steps in flight."""
+        """Begin to admit sequences of a tier.
+
+        `pipelined` allows two of its steps in flight; with `num_parts` above 1 a step may pause.
+        """
         assert tier not in self._tiers
-        self._tiers[tier] = TierSchedule(tier, limits, eos_token_ids, pipelined=pipelined)
+        self._tiers[tier] = TierSchedule(
+            tier, limits, eos_token_ids, pipelined=pipelined, num_parts=num_parts
+        )
 
     def close_tier(self, tier: Tier, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End all of a tier's sequences and admit no more; a closed tier is no error."""
         schedule = self._tiers.pop(tier, None)
+        if self._paused and self._paused.tier is tier:
+            self._paused = None
         return schedule.end_all(reason, now) if schedule else ()
 
     @property
@@ -84,10 +95,11 @@ class Scheduler:
     def next_step(self, now: float) -> Step | None:
         """Return what to run next, or None where there is nothing to do.
 
-        Also None where a step in flight has to land before the next can be built. With tactical
-        work waiting, what follows a strategic step is a tactical one, launched at once. A tier's
-        step follows its own in flight only where its engine is pipelined, and a strategic one
-        only where no tactical request is to be expected: it would wait for both.
+        That may be the paused step, to be resumed. Also None where a step in flight has to land
+        before the next can be built. With tactical work waiting, what follows a strategic step,
+        or a part of one, is a tactical step, launched at once. A tier's step follows its own in
+        flight only where its engine is pipelined, and a strategic one only where no tactical
+        request is to be expected: it would wait for both.
         """
         tactical = self._tiers.get(Tier.TACTICAL)
         strategic = self._tiers.get(Tier.STRATEGIC)
@@ -95,32 +107,51 @@ class Scheduler:
         if tactical_works:
             self._tactical_seen_s = now
         strategic_works = strategic is not None and strategic.has_work
-        if tactical_works and strategic is not None and strategic.in_flight:
+        if tactical_works and strategic is not None and strategic.in_flight and not self._paused:
             tier: Tier | None = Tier.TACTICAL
         else:
             tier = self._interleave.pick(tactical=tactical_works, strategic=strategic_works)
         if tier is None:
             return None
+        if self._paused and tier is self._paused.tier:
+            return self._paused
         schedule = self._tiers[tier]
         limit = schedule.limits.prefill_chunk_tokens
         if tier is Tier.STRATEGIC and tactical is not None and self._tactical_near(now):
             if schedule.in_flight:
                 return None
-            limit = min(limit, shared_chunk_tokens(tactical.rates, schedule.rates))
+            shared = shared_chunk_tokens(tactical.rates, schedule.rates, schedule.num_parts)
+            limit = min(limit, shared)
         return schedule.build(limit, now)
+
+    def pause_after_s(self, step: Step) -> float | None:
+        """How much of a step to run before the other tier is asked; None: all of it.
+
+        Only a strategic step pauses, and also where no tactical work is there yet: a request that
+        comes in the middle of it would wait for the rest.
+        """
+        tactical = self._tiers.get(Tier.TACTICAL)
+        if step.tier is Tier.TACTICAL or tactical is None or self._tiers[step.tier].num_parts == 1:
+            return None
+        return self._interleave.part_s(tactical.rates)
+
+    def paused(self, step: Step, elapsed_s: float) -> None:
+        """Take note that a step has paused, which has taken `elapsed_s` of the device so far."""
+        self._note(step, elapsed_s)
+        self._paused, self._noted_s = step, elapsed_s
 
     def complete(
         self, step: Step, drawn: Iterable[Drawn], *, now: float, elapsed_s: float
     ) -> Outcome:
         """Take in what a step computed; `elapsed_s` is the device's time for it."""
         outcome = self._tiers[step.tier].complete(step, drawn, now=now, elapsed_s=elapsed_s)
-        self._note(step.tier, elapsed_s)
+        self._note(step, elapsed_s)
         return outcome
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
         """End as few sequences as possible after a step that did not fit the device."""
         outcome = self._tiers[step.tier].out_of_memory(step, now=now, elapsed_s=elapsed_s)
-        self._note(step.tier, elapsed_s)
+        self._note(step, elapsed_s)
         return outcome
 
     def broken(self, step: Step, *, now: float, elapsed_s: float) -> tuple[Ended, ...]:
@@ -174,6 +205,10 @@ class Scheduler:
         seen_s = self._tactical_seen_s
         return seen_s is not None and now - seen_s < _TACTICAL_NEAR_S
 
-    def _note(self, tier: Tier, elapsed_s: float) -> None:
-        contended = any(s.has_work for t, s in self._tiers.items() if t is not tier)
-        self._interleave.note(tier, elapsed_s, contended=contended)
+    def _note(self, step: Step, elapsed_s: float) -> None:
+        """Tell the interleaving of what a step has taken since it was told last."""
+        if step is self._paused:
+            elapsed_s -= self._noted_s
+            self._paused = None
+        contended = any(s.has_work for t, s in self._tiers.items() if t is not step.tier)
+        self._interleave.note(step.tier, elapsed_s, contended=contended)

@@ -53,8 +53,11 @@ class TierSchedule:
         eos_token_ids: frozenset[int],
         *,
         pipelined: bool = False,
+        num_parts: int = 1,
     ) -> None:
+        assert num_parts == 1 or not pipelined, "a step in parts has the device to itself"
         self.tier = tier
+        self.num_parts = num_parts
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
         self.rates = StepRates()

@@ -161,10 +161,13 @@ def test_running_out_of_memory_fails_the_step_only(
     def exhausted(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def no_memory(*_: object) -> bool:
+        raise MemoryError("no memory for a step's activations")
+
     engine, prompt = engine_of("llama"), prompt_of(20)
     with monkeypatch.context() as patched:
         patched.setattr(Decoder, "logits", exhausted)
-        patched.setattr(Library, "session_run", lambda *_: False)
+        patched.setattr(Library, "session_run", no_memory)
         with pytest.raises(DeviceOutOfMemory, match="20 tokens"):
             generate(engine, prompt, 5)
     assert checkpoint("llama").greedy(prompt, 5) == generate(engine, prompt, 5)

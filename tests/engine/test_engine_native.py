@@ -111,7 +111,7 @@ def engine(source: Checkpoint, **changes: object) -> Engine:
 def logits_of(loaded: Engine, chunks: list[Chunk]) -> torch.Tensor:
     """Logits of the last row of every chunk, from a pass of its own."""
     with torch.inference_mode():
-        found = loaded._forward.run(chunks).logits
+        found = loaded._forward.begin(chunks).advance(None).logits
     assert found is not None
     return found.float().clone()
 
@@ -144,7 +144,7 @@ def test_company_and_pieces_change_little_in_bf16(
     alone = logits_of(loaded, [Chunk(0, 0, prompt, table, DRAW)])[0]
     strangers = [Chunk(i, 0, prompt_of(5 + i), (20 + i,), None) for i in range(5)]
     logits_of(loaded, [*strangers, Chunk(0, 0, prompt, table, DRAW)])
-    loaded._forward.run([Chunk(0, 0, prompt[:33], table, None)])
+    loaded._forward.begin([Chunk(0, 0, prompt[:33], table, None)]).advance(None)
     company = [Chunk(i, 5 + i, (9 + i,), (20 + i,), DRAW) for i in range(5)]
     together = logits_of(loaded, [*company, Chunk(0, 33, prompt[33:69], table, None)])
     assert together.shape[0] == 5
@@ -228,7 +228,7 @@ def test_attention_over_blocks_of_keys_is_exact(
     newest = [Chunk(i, len(p) - 1, p[-1:], tables[i], DRAW) for i, p in enumerate(prompts)]
     for chunks in (whole, newest, rest, newest[:2]):
         if chunks is rest:
-            loaded._forward.run(pieces)
+            loaded._forward.begin(pieces).advance(None)
         for found, wanted in zip(logits_of(loaded, chunks), expected, strict=False):
             assert (found - wanted).norm() < bound * wanted.norm()
 
@@ -239,7 +239,7 @@ def test_the_best_token_is_that_of_the_logits(library: Library, checkpoint: Chec
     loaded = engine(checkpoint("llama"))
     chunks = [Chunk(i, 0, prompt_of(3 + i), (i,), DRAW) for i in range(7)]
     with torch.inference_mode():
-        forwarded = loaded._forward.run(chunks)
+        forwarded = loaded._forward.begin(chunks).advance(None)
         assert forwarded.logits is not None
         assert torch.equal(forwarded.logits.argmax(-1), forwarded.best)
 

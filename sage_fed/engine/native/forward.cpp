@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -132,15 +133,31 @@ class Session {
       weight_nbytes_ += nbytes(l.qkv) + nbytes(l.out) + nbytes(l.gate_up) + nbytes(l.down);
   }
 
-  void run(const Step& step) {
+  // Lays out a step, which is copied; what it points to has to stay until `advance` says true. A
+  // step that was not finished is forgotten.
+  void begin(const Step& step) {
+    step_ = step;
+    next_layer_ = 0;
     lay_out(step);
+  }
+
+  // Goes on with the step: to its end and true, or, where `pause_after_s` >= 0, no further than to
+  // the layer by which that time will have passed, at least by one, and false.
+  bool advance(double pause_after_s) {
     const double bytes_us = double(weight_nbytes_) / kCachedBytesPerUs;
-    const double work_us = double(step.num_tokens) * double(weight_nbytes_) / kWorkBytesPerUs;
-    pool_.run([&](Team& team, int thread) { work(step, team, thread); },
+    const double work_us = double(step_.num_tokens) * double(weight_nbytes_) / kWorkBytesPerUs;
+    pauses_ = pause_after_s >= 0.0;
+    paused_ = false;
+    begun_ = layer_begun_ = Clock::now();
+    pause_after_ = std::chrono::duration<double>(pause_after_s);
+    pool_.run([&](Team& team, int thread) { work(step_, team, thread); },
               std::max(bytes_us, work_us) < double(model_.alone_us));
+    return !paused_;
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   int64_t query_width() const { return int64_t(model_.num_heads) * model_.head_dim; }
 
   void carve(Carver& carver, int64_t rows, int64_t drawn) {
@@ -309,12 +326,30 @@ class Session {
     }
   }
 
+  // Whether to leave the rest of the step, from `next` on, for another call; the same on every
+  // thread. Between layers all there is of a step is the residual stream and the cache.
+  bool pauses_before(int32_t next, Team& team, int thread) {
+    if (!pauses_) return false;
+    if (thread == 0) {
+      // The next layer is taken to be as long as this one.
+      const Clock::time_point now = Clock::now();
+      paused_ = now + (now - layer_begun_) - begun_ > pause_after_;
+      layer_begun_ = now;
+      if (paused_) next_layer_ = next;
+    }
+    team.barrier();
+    return paused_;
+  }
+
   void work(const Step& step, Team& team, int thread) {
     const int64_t rows = step.num_tokens, drawn = int64_t(w_.drawn_rows.size());
-    team.share(rows, [&](int64_t row) { embed(step, row); });
-    team.barrier();
-    float* x = w_.x;
-    for (int32_t i = 0; i < model_.num_layers; ++i) {
+    const int32_t first = next_layer_;  // thread 0 writes it again only behind a barrier
+    if (first == 0) {
+      team.share(rows, [&](int64_t row) { embed(step, row); });
+      team.barrier();
+    }
+    float* x = first == model_.num_layers && drawn < rows ? w_.drawn_x : w_.x;
+    for (int32_t i = first; i < model_.num_layers; ++i) {
       const Layer& layer = model_.layers[i];
       const Activations normed = prepared(team, thread, x, rows, layer.qkv.kind, layer.input_norm);
       product(team, thread, layer.qkv, normed, rows,
@@ -325,6 +360,7 @@ class Session {
       if (!some) {
         attention(step, layer, team, thread, w_.tasks, rows, alone_);
         rest(layer, team, thread, x, rows);
+        if (pauses_before(i + 1, team, thread)) return;
         continue;
       }
       if (drawn == 0) return;
@@ -334,6 +370,7 @@ class Session {
           std::memcpy(x + row * x_stride(), w_.x + w_.drawn_rows[size_t(row)] * x_stride(), size_t(x_stride()) * 4);
       attention(step, layer, team, thread, w_.last_tasks, drawn, false);
       rest(layer, team, thread, x, drawn);
+      if (pauses_before(i + 1, team, thread)) return;
     }
     if (drawn > 0) head(step, team, thread, x, drawn);
   }
@@ -346,6 +383,11 @@ class Session {
   std::vector<int64_t> first_row_;
   int64_t weight_nbytes_ = 0;
   bool alone_ = true;  // every chunk is one token: each task stores its own key and value
+  Step step_{};
+  int32_t next_layer_ = 0;  // of `step_`; the number of layers: the head is left
+  bool pauses_ = false, paused_ = false;
+  Clock::time_point begun_, layer_begun_;
+  std::chrono::duration<double> pause_after_{};
 };
 
 // Two engines in a process take turns on the cores, so they share their threads.
@@ -479,14 +521,16 @@ void* sf_session_new(const Model* model, void* pool) {
 
 void sf_session_free(void* session) { delete static_cast<Session*>(session); }
 
-// 0, or 1 where there is no memory for the step.
-int32_t sf_session_run(void* session, const Step* step) {
+// Begins a step, or goes on with the last where `step` is null; see `Session`.
+// 0: done. 1: there is no memory for the step. 2: paused.
+int32_t sf_session_run(void* session, const Step* step, double pause_after_s) {
+  Session& running = *static_cast<Session*>(session);
   try {
-    static_cast<Session*>(session)->run(*step);
+    if (step != nullptr) running.begin(*step);
   } catch (const std::bad_alloc&) {
     return 1;
   }
-  return 0;
+  return running.advance(pause_after_s) ? 0 : 2;
 }
 
 }  // extern "C"

@@ -17,7 +17,7 @@ import torch
 
 from sage_fed.engine.architecture import ModelSpec
 from sage_fed.engine.embedding import TableEmbedding
-from sage_fed.engine.forward import Forwarded
+from sage_fed.engine.forward import Forwarded, Pass
 from sage_fed.engine.kv_cache import KVCache
 from sage_fed.engine.native.library import (
     SOURCE_TYPES,
@@ -54,6 +54,7 @@ class NativeForward:
     ) -> None:
         self._library = library
         self._cache = cache
+        self._num_layers = spec.num_layers
         self._num_ids = weights.embedding.num_ids
         self._num_valid_ids = num_valid_ids
         self._max_context_tokens = rotary.shape[0]
@@ -63,8 +64,13 @@ class NativeForward:
         self._session = library.session_new(description.model)
         self._close = weakref.finalize(self, library.session_free, self._session)
 
-    def run(self, chunks: Sequence[Chunk]) -> Forwarded:
-        """Do the pass; the logits are good until the next one."""
+    @property
+    def num_parts(self) -> int:
+        """The layers."""
+        return self._num_layers
+
+    def begin(self, chunks: Sequence[Chunk]) -> Pass:
+        """Begin; see `Forward`. The logits are good until the next pass."""
         token_ids, blocks, described = array("q"), array("q"), array("q")
         drawing: list[int] = []
         for index, chunk in enumerate(chunks):
@@ -84,30 +90,49 @@ class NativeForward:
                 drawing.append(index)
         logits = self._logits_of(len(drawing))
         best = torch.empty(len(drawing), dtype=torch.int64)
-        done = self._library.session_run(
-            self._session,
-            StepStruct(
-                token_ids=token_ids.buffer_info()[0],
-                chunks=described.buffer_info()[0],
-                blocks=blocks.buffer_info()[0],
-                num_tokens=len(token_ids),
-                num_chunks=len(chunks),
-                logits=logits.data_ptr(),
-                best=best.data_ptr(),
-            ),
+        step = StepStruct(
+            token_ids=token_ids.buffer_info()[0],
+            chunks=described.buffer_info()[0],
+            blocks=blocks.buffer_info()[0],
+            num_tokens=len(token_ids),
+            num_chunks=len(chunks),
+            logits=logits.data_ptr(),
+            best=best.data_ptr(),
         )
-        if not done:
-            raise torch.OutOfMemoryError(f"no memory for a step of {len(token_ids)} tokens")
-        if not drawing:
-            return Forwarded(None, (), ())
         draws_of = tuple(draw for chunk in chunks if (draw := chunk.draw) is not None)
-        return Forwarded(logits, draws_of, tuple(drawing), best)
+        leaves = Forwarded(logits if drawing else None, draws_of, tuple(drawing), best)
+        kept = (token_ids, described, blocks, best)
+        return _NativePass(self._library, self._session, step, leaves, kept)
 
     def _logits_of(self, rows: int) -> torch.Tensor:
         """A buffer that is kept: fresh pages every step would cost as much as sampling does."""
         if self._logits.shape[0] < rows:
             self._logits = torch.empty(rows, self._num_valid_ids)
         return self._logits[:rows]
+
+
+class _NativePass:
+    """A step that a session goes on with; `kept` is what `step` points to."""
+
+    def __init__(
+        self,
+        library: Library,
+        session: int,
+        step: StepStruct,
+        leaves: Forwarded,
+        kept: tuple[object, ...],
+    ) -> None:
+        self._library = library
+        self._session = session
+        self._step: StepStruct | None = step
+        self._leaves = leaves
+        self._kept = kept
+
+    def advance(self, pause_after_s: float | None) -> Forwarded | None:
+        """Go on; see `Pass`."""
+        done = self._library.session_run(self._session, self._step, pause_after_s)
+        self._step = None
+        return self._leaves if done else None
 
 
 class _Description:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from sage_fed.engine.native.build import Unavailable, build_library
@@ -100,6 +100,9 @@ class StepStruct(ctypes.Structure):
     )
 
 
+_DONE, _NO_MEMORY = 0, 1
+_NEVER_S = -1.0
+
 _STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct)
 
 
@@ -130,7 +133,7 @@ class Library:
             ("sf_linear_apply", c_int32, [c_void_p, linear, c_void_p, c_int64, c_void_p]),
             ("sf_session_new", c_void_p, [POINTER(ModelStruct), c_void_p]),
             ("sf_session_free", None, [c_void_p]),
-            ("sf_session_run", c_int32, [c_void_p, POINTER(StepStruct)]),
+            ("sf_session_run", c_int32, [c_void_p, POINTER(StepStruct), c_double]),
         ):
             function = getattr(dll, name)
             function.restype = result
@@ -199,9 +202,21 @@ class Library:
         """Free a session's own memory."""
         self._dll.sf_session_free(session)
 
-    def session_run(self, session: int, step: StepStruct) -> bool:
-        """Run a step; False where there was no memory for it."""
-        return not self._dll.sf_session_run(session, byref(step))
+    def session_run(
+        self, session: int, step: StepStruct | None, pause_after_s: float | None
+    ) -> bool:
+        """Begin a step, or go on with the last one; False where it paused between layers.
+
+        What `step` points to has to stay until this returns True.
+
+        Raises:
+            MemoryError: there is none for the step, which is as if it had not begun.
+        """
+        pause_s = _NEVER_S if pause_after_s is None else pause_after_s
+        said = self._dll.sf_session_run(session, None if step is None else byref(step), pause_s)
+        if said == _NO_MEMORY:
+            raise MemoryError("no memory for a step's activations")
+        return bool(said == _DONE)
 
 
 def load_library(num_threads: int) -> Library | Unavailable:
