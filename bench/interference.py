@@ -1,9 +1,9 @@
 """What a saturated strategic tier costs the tactical one, and what the sharing costs it in turn.
 
-What has to happen: a strategic step holds the device for as long as it takes to read its weights,
-and a piece of a prompt for longer. A tactical token that comes meanwhile waits that long, however
-clever the scheduler; what it can do is keep the pieces short and never let two strategic steps
-follow each other. The baseline is what one gets without it: two threads, each driving one engine
+What has to happen: at an even share of the device's time a tactical token takes twice as long as
+alone. A strategic step holds the device for as long as it takes to read its weights, and a piece
+of a prompt for longer; where it can pause between layers, a token that comes meanwhile waits for
+a part of that, about as long as a tactical step, and else for all of it. The baseline is what one gets without it: two threads, each driving one engine
 as fast as it can, sharing the device as the operating system likes.
 
 Scenes, interleaved A B C D A B C D: the tactical tier alone, the strategic tier alone, both in one
