@@ -3,18 +3,20 @@
 What has to happen: at an even share of the device's time a tactical token takes twice as long as
 alone. A strategic step holds the device for as long as it takes to read its weights, and a piece
 of a prompt for longer; where it can pause between layers, a token that comes meanwhile waits for
-a part of that, about as long as a tactical step, and else for all of it. The baseline is what one gets without it: two threads, each driving one engine
-as fast as it can, sharing the device as the operating system likes.
+a part of that, about as long as a tactical step, and else for all of it. The baseline is what one
+gets without it: two threads, each driving one engine as fast as it can, sharing the device as the
+operating system likes.
 
-Scenes, interleaved A B C D A B C D: the tactical tier alone, the strategic tier alone, both in one
-executor, both in two executors that know nothing of each other. The strategic tier is saturated
+Scenes, interleaved A B C D E A B C D E: the tactical tier alone, the strategic tier alone, the
+same beside a tactical tier that is loaded and has nothing to do (what pausing for nobody costs),
+both in one executor, both in two that know nothing of each other. The strategic tier is saturated
 by 16 streams of 512-token prompts, each followed by the next at once; no prompt repeats. Figures
 are medians over the rounds with the smallest and the largest beside them. Strategic throughput
 counts every token that was fed to the model, prompts too, by the executor's own reports.
 
 Run: python bench/interference.py --tactical DIR --strategic DIR [--precision bf16]
      [--rounds 3] [--seconds 40] [--tactical-share 0.5] [--threads 0] [--quick]
-Four scenes a round, so rounds x seconds x 4 plus the loading. Without models: the bundled pair.
+Five scenes a round, so rounds x seconds x 5 plus the loading. Without models: the bundled pair.
 Writes bench/results/interference.json.
 """
 
@@ -65,11 +67,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Loads on one executor, or `apart` on one for each tier."""
+    """Loads on one executor, or `apart` on one for each tier; `idle` tiers have none."""
 
     name: str
     loads: tuple[Load, ...]
     apart: bool = False
+    idle: tuple[Tier, ...] = ()
 
 
 class Borrowed:
@@ -141,7 +144,7 @@ class Stage:
         """Serve a scene's loads for a while, then stop."""
         seen = Seen()
         tiers = [load.tier for load in scene.loads]
-        groups = [[tier] for tier in tiers] if scene.apart else [tiers]
+        groups = [[tier] for tier in tiers] if scene.apart else [[*tiers, *scene.idle]]
         async with AsyncExitStack() as stack:
             executors: dict[Tier, Executor] = {}
             for group in groups:
@@ -207,6 +210,10 @@ def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) 
 def compare(found: dict[str, Any]) -> dict[str, float | None]:
     """How many times as long the tactical tier waits, and how much of the strategic is left."""
     rows: dict[str, float | None] = {}
+    for figure in ("fed_tokens_per_s", "output_tokens_per_s"):
+        rows[f"strategic_{figure}_beside_idle_kept"] = _ratio(
+            found["strategic_beside_idle"][S.value], found["strategic_alone"][S.value], figure
+        )
     for name in ("together", "apart"):
         for figure in (
             "inter_token_p50_ms", "inter_token_p99_ms", "first_token_p50_ms", "first_token_p99_ms",
@@ -326,6 +333,7 @@ def main() -> None:
     scenes = (
         Scene("tactical_alone", (tactical,)),
         Scene("strategic_alone", (strategic,)),
+        Scene("strategic_beside_idle", (strategic,), idle=(T,)),
         Scene("together", (tactical, strategic)),
         Scene("apart", (tactical, strategic), apart=True),
     )
