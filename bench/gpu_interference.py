@@ -46,12 +46,12 @@ class Resident:
         self._engine = engine
         self._stream = stream
 
-    def launch(self, step: Step) -> Flight:
+    def launch(self, step: Step, pause_after_s: float | None = None) -> Flight:
         """Launch, on the stream where there is one."""
         if self._stream is None:
-            return self._engine.launch(step)
+            return self._engine.launch(step, pause_after_s)
         with torch.cuda.stream(self._stream):
-            return self._engine.launch(step)
+            return self._engine.launch(step, pause_after_s)
 
     def run(self, step: Step) -> tuple[Drawn, ...]:
         """Launch and land."""

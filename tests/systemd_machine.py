@@ -47,10 +47,10 @@ class Finder(importlib.machinery.PathFinder):
         def exec_module(module):
             execute(module)
             launch = module.Flights.launch
-            def wedged_launch(self, engine, step):
+            def wedged_launch(self, engine, step, pause_after_s=None):
                 if pathlib.Path("/run/hang").exists():
                     threading.Event().wait()
-                return launch(self, engine, step)
+                return launch(self, engine, step, pause_after_s)
             module.Flights.launch = wedged_launch
         spec.loader.exec_module = exec_module
         return spec
