@@ -113,8 +113,10 @@ def test_a_tokens_file_that_is_broken_changes_nothing(start: Start, tmp_path: Pa
     until(lambda: metric(daemon, 'sage_fed_reloads_total{file="tokens",outcome="failed"} 1.0'))
     assert not refused(daemon.address, str(made["token"]))
     assert "token 2: sha256 must be 64 hexadecimal digits" in daemon.log.read_text()
+    assert metric(daemon, 'sage_fed_last_reload_successful{file="tokens"} 0.0')
     tokens.write_text("")
     until(lambda: refused(daemon.address, str(made["token"])))
+    until(lambda: metric(daemon, 'sage_fed_last_reload_successful{file="tokens"} 1.0'))
 
 
 def test_a_unix_socket_serves_whom_the_file_system_lets_in(start: Start, tmp_path: Path) -> None:

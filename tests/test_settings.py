@@ -20,7 +20,6 @@ from sage_fed.ledger.words import MAX_TEXT
 from sage_fed.settings import (
     Address,
     Effective,
-    RateSettings,
     UnixSocket,
     atp_from_uatp,
     describe,
@@ -409,6 +408,26 @@ def test_beyond_loopback_with_a_tokens_file_is_fine(tmp_path: Path) -> None:
     assert load(by_certificate).settings.tls.client_ca == Path("/ca")
 
 
+def test_a_tokens_file_in_the_state_directory_counts(tmp_path: Path) -> None:
+    """Where there is one and no other is named, it says who may call; the origin says so."""
+    open_doors = {
+        "listen": "[::]:6590", "metrics_listen": "[::]:9659", "tls.allow_plaintext": True,
+        "state_dir": str(tmp_path),
+    }  # fmt: skip
+    tokens = tmp_path / "tokens.toml"
+    assert f"`sage-fed token create` writes {tokens}" in refusal(open_doors)
+    tokens.touch()
+    effective = load(open_doors)
+    assert (tokens, "found in state_dir") == (
+        effective.settings.auth.tokens_file, effective.origins["auth.tokens_file"],
+    )  # fmt: skip
+    assert tokens == load({**open_doors, "auth.tokens_file": ""}).settings.auth.tokens_file
+    named = load({**open_doors, "auth.tokens_file": "/own.toml"})
+    assert (Path("/own.toml"), "flag") == (
+        named.settings.auth.tokens_file, named.origins["auth.tokens_file"],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("written", ["$CREDENTIALS_DIRECTORY", "${CREDENTIALS_DIRECTORY}"])
 def test_secrets_may_be_where_systemd_puts_them(written: str) -> None:
     """A leading $CREDENTIALS_DIRECTORY of tokens and TLS files is that of the service."""
@@ -449,13 +468,20 @@ def test_credentials_of_the_units_names_need_no_setting(tmp_path: Path) -> None:
 
 
 def test_rate_limits_are_the_accounts_own_or_the_common_ones() -> None:
-    """Both keys of an account's own table replace the common table."""
-    settings = load(
-        {"rate_limits.concurrent_jobs": 4, "accounts.robot.rate_limits.requests_per_minute": 9}
-    ).settings
-    assert [RateSettings(concurrent_jobs=4), RateSettings(requests_per_minute=9)] == [
-        settings.account_rates(name) for name in ("guest", "robot")
+    """Key by key: one that an account does not set is the common one; 0 is no limit."""
+    flags = {
+        "rate_limits.requests_per_minute": 60,
+        "rate_limits.concurrent_jobs": 4,
+        "accounts.robot.rate_limits.requests_per_minute": 9,
+        "accounts.free.rate_limits.concurrent_jobs": 0,
+        "accounts.named.role": "user",
+    }
+    settings = load(flags).settings
+    assert [(60, 4), (9, 4), (60, 0), (60, 4)] == [
+        (rates.requests_per_minute, rates.concurrent_jobs)
+        for rates in map(settings.account_rates, ("guest", "robot", "free", "named"))
     ]
+    assert "-1" in refusal({"accounts.robot.rate_limits.concurrent_jobs": -1})
 
 
 def test_accounts_have_budgets_of_their_own_or_the_common_one(toml: Path) -> None:

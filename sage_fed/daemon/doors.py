@@ -200,8 +200,8 @@ def read_door_files(settings: Settings) -> DoorFiles:
 
 def throttle_of(settings: Settings) -> Throttle | None:
     """Return what counts calls; None where nobody has a limit."""
-    own = [account.rate_limits for account in settings.accounts.values() if account.rate_limits]
-    if not any(rates.requests_per_minute for rates in (settings.rate_limits, *own)):
+    named = [settings.account_rates(name) for name in settings.accounts]
+    if not any(rates.requests_per_minute for rates in (settings.rate_limits, *named)):
         return None
     return Throttle(lambda name: settings.account_rates(name).requests_per_minute)
 

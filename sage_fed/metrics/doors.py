@@ -21,6 +21,11 @@ class DoorSeries:
             "Times that a changed file was read again; after a failed one the old one holds.",
             *("file", "outcome"),
         )
+        self.reload_good = make.gauge(
+            "last_reload_successful",
+            "Whether what the file holds is what is in force: 0 after a reload that failed.",
+            "file",
+        )
         self.certificate_expiry = make.gauge(
             "tls_certificate_expiry_timestamp_seconds",
             "When the certificate in use expires, in seconds since 1970; 0 without one.",
@@ -28,5 +33,6 @@ class DoorSeries:
         for reason in DENIALS:
             self.denied.labels(reason)
         for file in WATCHED:
+            self.reload_good.labels(file).set(1)
             for outcome in (DONE, BROKEN):
                 self.reloads.labels(file, outcome)

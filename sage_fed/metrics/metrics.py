@@ -159,8 +159,9 @@ class Metrics:
         self._doors.denied.labels(reason).inc()
 
     def reloaded(self, file: str, *, failed: bool = False) -> None:
-        """Counts that a changed file ("tokens" or "certificate") was read again."""
+        """Tells that a changed file ("tokens" or "certificate") was read again, and how it went."""
         self._doors.reloads.labels(file, BROKEN if failed else DONE).inc()
+        self._doors.reload_good.labels(file).set(not failed)
 
     def certificate_expires(self, at_s: float) -> None:
         """Shows until when the certificate in use is good, in seconds since 1970."""

@@ -20,15 +20,27 @@ from sage_fed.settings.fields import (
 )
 from sage_fed.settings.sections import BudgetSettings
 
+_Calls = Annotated[Whole, Field(ge=0, le=10_000_000)]
+_Jobs = Annotated[Whole, Field(ge=0, le=1_000_000)]
+
 
 class RateSettings(Section):
     """How often one account may call, beside what it may spend; 0 is no limit."""
 
-    requests_per_minute: Whole = Field(
-        default=0, ge=0, le=10_000_000, description="Calls in any 60 s, refused ones too."
+    requests_per_minute: _Calls = Field(
+        default=0, description="Calls in any 60 s, refused ones too."
     )
-    concurrent_jobs: Whole = Field(
-        default=0, ge=0, le=1_000_000, description="Jobs accepted and not ended."
+    concurrent_jobs: _Jobs = Field(default=0, description="Jobs accepted and not ended.")
+
+
+class OwnRateSettings(Section):
+    """The same of a named account; a key that is absent is the common one."""
+
+    requests_per_minute: Annotated[_Calls | None, EmptyIsNone] = Field(
+        default=None, description="Its own; else that of [rate_limits]."
+    )
+    concurrent_jobs: Annotated[_Jobs | None, EmptyIsNone] = Field(
+        default=None, description="Its own; else that of [rate_limits]."
     )
 
 
@@ -42,8 +54,8 @@ class AccountSettings(Section):
     budget: BudgetSettings | None = Field(
         default=None, description="Its own budget, all four keys; without it, [budget] holds."
     )
-    rate_limits: RateSettings | None = Field(
-        default=None, description="Its own limits; without them, [rate_limits] hold."
+    rate_limits: OwnRateSettings = Field(
+        default=OwnRateSettings(), description="Its own limits; for the others [rate_limits]."
     )
 
 

@@ -42,6 +42,9 @@ from sage_fed.settings.sections import (
 AUTO_CARD = "auto"
 """The value of `rate_card` that chooses by what is loaded."""
 
+TOKENS_FILE = "tokens.toml"
+"""Its name in the state directory, where no setting names another."""
+
 
 class Settings(BaseSettings):
     """Everything that an operator can set. Build it with `load_settings`, never by hand."""
@@ -155,15 +158,15 @@ class Settings(BaseSettings):
         return named.budget if named is not None and named.budget is not None else self.budget
 
     def account_rates(self, account: str) -> RateSettings:
-        """How often `account` may call: its own limits, or the common ones."""
+        """How often `account` may call: its own limits, and the common ones where it has none."""
         named = self.accounts.get(account)
-        own = named.rate_limits if named is not None else None
-        return own if own is not None else self.rate_limits
+        own = named.rate_limits.model_dump(exclude_none=True) if named is not None else {}
+        return self.rate_limits.model_copy(update=own)
 
     @property
     def tokens_file(self) -> Path:
         """Where the tokens are, set or not."""
-        return self.auth.tokens_file or self.state_dir / "tokens.toml"
+        return self.auth.tokens_file or self.state_dir / TOKENS_FILE
 
     @model_validator(mode="after")
     def _guarded(self) -> Self:
@@ -171,8 +174,9 @@ class Settings(BaseSettings):
             if self.auth.tokens_file is None and self.tls.client_ca is None:
                 raise conflict(
                     f"listening on {self.listen}, beyond this machine, needs to know who may call: "
-                    "set auth.tokens_file (`sage-fed token create` writes it) or tls.client_ca, or "
-                    "listen on a loopback address or a Unix socket",
+                    f"make a token (`sage-fed token create` writes {self.tokens_file}), set "
+                    "auth.tokens_file or tls.client_ca, or listen on a loopback address or a Unix "
+                    "socket",
                     "listen",
                     "auth.tokens_file",
                 )
@@ -181,7 +185,9 @@ class Settings(BaseSettings):
             if self.auth.tokens_file is None:
                 raise conflict(
                     f"metrics on {self.metrics_listen}, beyond this machine, need a token to scrape"
-                    " them: set auth.tokens_file, or metrics.public where anyone may read them",
+                    f" them: make one (`sage-fed token create --role monitor` writes "
+                    f"{self.tokens_file}), set auth.tokens_file, or metrics.public where anyone "
+                    "may read them",
                     "metrics_listen",
                     "auth.tokens_file",
                 )

@@ -7,6 +7,7 @@ Fails with `ConfigError` for everything: a missing file, bad TOML, unknown keys 
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from sage_fed.settings.model import Settings
+from sage_fed.settings.model import TOKENS_FILE, Settings
 from sage_fed.settings.problems import (
     config_error,
     did_you_mean,
@@ -64,8 +65,8 @@ Values = dict[str, Any]
 class Effective:
     """Settings that hold, with the origin of each dotted key.
 
-    An origin reads `flag`, `environment SAGE_FED_DEVICE`, `file config.toml`, `profile demo`
-    or `default`.
+    An origin reads `flag`, `environment SAGE_FED_DEVICE`, `file config.toml`, `profile demo`,
+    `found in state_dir` or `default`.
     """
 
     settings: Settings
@@ -113,6 +114,7 @@ def load_settings(
     for layer in (base, *manager, _profile_layer(profile, origin), *given):
         _merge(merged, origins, layer)
     _expand_credentials(merged, origins, environ)
+    _find_tokens(merged, origins)
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
@@ -145,6 +147,19 @@ def _expand_credentials(
                     "it for a unit with LoadCredential=, elsewhere give the whole path"
                 )
             table[name] = f"{environ[CREDENTIALS]}/{path.removeprefix(written)}"
+
+
+def _find_tokens(merged: Values, origins: dict[str, str]) -> None:
+    """Name the tokens file of the state directory where it is there and no other is named."""
+    auth, state_dir = merged.get("auth", {}), merged.get("state_dir")
+    if not isinstance(auth, dict) or auth.get("tokens_file") not in (None, ""):
+        return
+    if isinstance(state_dir, (str, Path)) and state_dir:
+        path = Path(os.path.expanduser(state_dir)) / TOKENS_FILE  # noqa: PTH111 - it never raises
+        # A directory that nobody may look into is the daemon's or the command's to complain of.
+        if os.path.isfile(path):  # noqa: PTH113 - the same
+            _put(merged, ("auth", "tokens_file"), path)
+            origins["auth.tokens_file"] = "found in state_dir"
 
 
 def _flag_layer(flags: Mapping[str, Any]) -> _Layer:
