@@ -12,8 +12,10 @@ takes the times of the refusals. So some of the calls come from another process 
 else, one after the other at a steady pace, before the others for the processor: a client on
 another machine, as far as one machine can have it. Its refusals are the ones that are judged.
 
-Run: python bench/overload.py [--seconds 60] [--factor 10]. Exit code 1 on a wrong answer.
-Writes bench/results/overload.json.
+Run: python bench/overload.py [--seconds 60] [--factor 10]
+     [--model DIR --precision int8 --tokens 32].
+Exit code 1 on a wrong answer. Without a checkpoint: the bundled pair, whose daemon streams tokens
+faster than any real model's has to. Writes bench/results/overload.json or overload_<model>.json.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from sage_fed.v1 import types_pb2 as types
 
 PLACES, WAITING = 8, 8
 NEW_TOKENS = 480
+"""Of the bundled pair: then ten times the capacity is a rate that one generator can send."""
 LIMITS = (
     "--set", f"tactical.max_batch={PLACES}", "--set", f"tactical.max_waiting={WAITING}",
     "--set", "limits.max_jobs=4096", "--log-level", "warning",
@@ -82,13 +85,13 @@ class Calls:
 class Asker:
     """Jobs of one kind over a few connections."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, new_tokens: int) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         self._channels = [
             grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)
         ]
         self._stubs = [rpc.InferenceServiceStub(channel) for channel in self._channels]
-        sampling = types.SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        sampling = types.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         self._request = pb.GenerateStreamRequest(
             job=types.JobSpec(text="count", tier=types.TIER_TACTICAL, sampling=sampling)
         )
@@ -122,7 +125,7 @@ class Asker:
             calls.first_token_s.append(first_s)
 
 
-def ask_aside(address: str, seconds: float) -> tuple[list[float], list[str]]:
+def ask_aside(address: str, seconds: float, new_tokens: int) -> tuple[list[float], list[str]]:
     """In a process of its own: seconds that each refusal took, and what was wrong.
 
     One that is admitted is left at its first event: it would hold up the others.
@@ -131,7 +134,7 @@ def ask_aside(address: str, seconds: float) -> tuple[list[float], list[str]]:
         os.nice(ASIDE_NICE)
     refused_s: list[float] = []
     wrong: list[str] = []
-    sampling = types.SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    sampling = types.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     job = types.JobSpec(text="count", tier=types.TIER_TACTICAL, sampling=sampling)
     with grpc.insecure_channel(address) as channel:
         stub = rpc.InferenceServiceStub(channel)
@@ -203,14 +206,41 @@ async def recover(asker: Asker, usual_s: float) -> float:
         await asyncio.sleep(0.05)
 
 
-async def main(seconds: float, factor: float, measure_s: float, output: Path | None) -> int:
+@dataclass(frozen=True)
+class Jobs:
+    """What is asked for, of which tactical model; None is the bundled one."""
+
+    new_tokens: int
+    model: Path | None
+    precision: str
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of the daemon."""
+        if self.model is None:
+            return ()
+        chosen = {"tactical.model": self.model, "tactical.precision": self.precision}
+        return tuple(
+            word for name, value in chosen.items() for word in ("--set", f"{name}={value}")
+        )
+
+    @property
+    def name(self) -> str:
+        """For people; no path."""
+        return f"{self.model.name} {self.precision}" if self.model else "bundled"
+
+
+async def main(
+    seconds: float, factor: float, measure_s: float, jobs: Jobs, output: Path | None
+) -> int:
     """Run, check, report; the exit code."""
+    new_tokens = jobs.new_tokens
     with tempfile.TemporaryDirectory(prefix="sage-fed-overload-") as folder:
-        daemon = DemoDaemon(Path(folder), *FLAGS, *LIMITS)
+        daemon = DemoDaemon(Path(folder), *FLAGS, *LIMITS, *jobs.settings)
         try:
             endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
             await wait_ready(endpoint)
-            asker = Asker(endpoint.listen)
+            asker = Asker(endpoint.listen, new_tokens)
             await saturate(asker, 1.0, PLACES)  # warm
             alone, _ = await saturate(asker, measure_s / 2, 1)
             usual_s = sorted(alone.answered_s)[len(alone.answered_s) // 2]
@@ -221,7 +251,7 @@ async def main(seconds: float, factor: float, measure_s: float, output: Path | N
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 aside = asyncio.get_running_loop().run_in_executor(
-                    pool, ask_aside, endpoint.listen, seconds
+                    pool, ask_aside, endpoint.listen, seconds, new_tokens
                 )
                 over = await flood(asker, factor * capacity - ASIDE_PER_S, seconds)
                 aside_s, aside_wrong = await aside
@@ -244,7 +274,8 @@ async def main(seconds: float, factor: float, measure_s: float, output: Path | N
     result = {
         "seconds": seconds,
         "factor": factor,
-        "new_tokens": NEW_TOKENS,
+        "model": jobs.name,
+        "new_tokens": new_tokens,
         "places": PLACES,
         "waiting": WAITING,
         "capacity_jobs_per_s": round(capacity, 2),
@@ -263,7 +294,8 @@ async def main(seconds: float, factor: float, measure_s: float, output: Path | N
         "recovered_seconds": round(recovered_s, 2),
         "violations": violations,
     }
-    report.write("overload", result, output)
+    name = f"overload_{jobs.model.name}" if jobs.model else "overload"
+    report.write(name, result, output)
     console = Console(stderr=True)
     for violation in violations[:20]:
         console.print(f"VIOLATION: {violation}", markup=False)
@@ -289,6 +321,11 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--factor", type=float, default=10.0)
     parser.add_argument("--measure-seconds", type=float, default=6.0)
+    parser.add_argument("--model", type=Path, help="a checkpoint; else the bundled tactical one")
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of a job")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    sys.exit(asyncio.run(main(given.seconds, given.factor, given.measure_seconds, given.output)))
+    jobs = Jobs(given.tokens, given.model and given.model.absolute(), given.precision)
+    run = main(given.seconds, given.factor, given.measure_seconds, jobs, given.output)
+    sys.exit(asyncio.run(run))

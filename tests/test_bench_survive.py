@@ -56,7 +56,9 @@ def test_no_kill_of_the_writer_loses_what_it_acknowledged(script: Script, tmp_pa
 def test_an_overloaded_daemon_refuses_in_words_and_recovers(script: Script, tmp_path: Path) -> None:
     """Ten times its capacity for some seconds: every refusal says when to come back."""
     output = tmp_path / "overload.json"
-    assert 0 == asyncio.run(script("overload").main(4.0, 10.0, 2.0, output))
+    overload = script("overload")
+    jobs = overload.Jobs(overload.NEW_TOKENS, None, "fp32")
+    assert 0 == asyncio.run(overload.main(4.0, 10.0, 2.0, jobs, output))
     seen = result(output)["overloaded"]["codes"]
     assert {"OK", "RESOURCE_EXHAUSTED"} == seen.keys()
     assert seen["RESOURCE_EXHAUSTED"] > seen["OK"]

@@ -118,14 +118,17 @@ def books(daemon: DaemonProcess) -> None:
     assert 0 == report.open_holds
 
 
-def test_sigterm_lets_running_streams_finish_and_takes_no_new_ones(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_running_streams_finish_and_takes_no_new_ones(
+    start: Start, number: signal.Signals
+) -> None:
     """From the signal on health is NOT_SERVING, the running stream ends as if nothing was."""
     daemon = start(*LONG)
     with Client(daemon.address) as client, grpc.insecure_channel(daemon.address) as channel:
         watch = Watch(channel, "")
         watch.wait(serving=True)
         _, events = begin(client, tier=Tier.TACTICAL)
-        daemon.process.send_signal(signal.SIGTERM)
+        daemon.process.send_signal(number)
         watch.wait(serving=False)
         watch.close()
         with pytest.raises(TierUnavailable) as refusal:

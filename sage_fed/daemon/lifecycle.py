@@ -1,7 +1,8 @@
 """When the daemon stops, and how urgently.
 
-Owns the signals and the one decision they lead to. The first SIGTERM or SIGINT asks for a
-drain, a second one for a stop at once; a failed part asks for a stop with an exit code of 1.
+Owns the signals and the one decision they lead to. The first SIGTERM, SIGINT or SIGHUP (a
+terminal that is gone) asks for a drain, a second one for a stop at once; a failed part asks for a
+stop with an exit code of 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import signal
 
 _log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Lifecycle:
@@ -24,9 +27,9 @@ class Lifecycle:
         self._hurried = asyncio.Event()
 
     def install_signals(self) -> None:
-        """Listen to SIGTERM and SIGINT on the running loop."""
+        """Listen to the signals that end a daemon on the running loop."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
 
     def ignore_signals(self) -> None:
@@ -35,7 +38,7 @@ class Lifecycle:
         The interpreter takes a moment to leave; a closed loop would restore the deadly default.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
 

@@ -123,14 +123,20 @@ def _pack_penalties(draws: Sequence[Draw], num_ids: int, packer: Packer) -> tupl
 
 
 def _penalised(logits: torch.Tensor, packed: Vectors) -> torch.Tensor:
-    """Scale the logits of seen tokens away from choice, as CTRL (arXiv 1909.05858) does."""
+    """Scale the logits of seen tokens away from choice, as CTRL (arXiv 1909.05858) does.
+
+    A penalty that is next to nothing scales beyond fp32; that ends at its bounds, because what is
+    not finite is the model's fault, never a setting's.
+    """
     if not packed:
         return logits
     rows, ids, penalties = packed
     factor = penalties.view(torch.float64).float()
     seen_logits = logits[rows, ids]
     worse = torch.where(seen_logits > 0, seen_logits / factor, seen_logits * factor)
-    return logits.index_put((rows, ids), worse)
+    bound = torch.finfo(worse.dtype).max
+    bounded = torch.where(seen_logits.isfinite(), worse.clamp(-bound, bound), worse)
+    return logits.index_put((rows, ids), bounded)
 
 
 @dataclass(frozen=True, slots=True)

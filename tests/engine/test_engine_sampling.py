@@ -24,7 +24,7 @@ from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.randomness import uniform
 from sage_fed.engine.sampling import choose
-from sage_fed.steps import Draw
+from sage_fed.steps import NO_TOKEN, Draw
 
 Checkpoints = Callable[[str], Checkpoint]
 Engines = Callable[[str], Engine]
@@ -164,6 +164,17 @@ def test_greedy_obeys_the_repetition_penalty() -> None:
     sampling = Sampling(repetition_penalty=1.3)
     draws = [Draw(sampling, 0, (0,)), Draw(sampling, 0, (2, 99)), Draw(sampling, 0, (0,))]
     assert [1, 0, 1] == [token for token, _ in choose(logits, draws)]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_beyond_fp32_is_no_fault_of_the_model(penalty: float, temperature: float) -> None:
+    """Its row has a token; only a row whose own logits are not finite has none."""
+    logits = torch.tensor([[4.0, 3.5, -1.0], [4.0, -3.5, torch.inf], [torch.nan, 1.0, 2.0]])
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty, seed=3)
+    found = [token for token, _ in choose(logits, [Draw(sampling, 0, (0, 1, 2))] * 3)]
+    assert found[0] in {0, 1, 2}
+    assert [NO_TOKEN, NO_TOKEN] == found[1:]
 
 
 def test_the_same_seed_gives_the_same_tokens_in_any_company(engine_of: Engines) -> None:
