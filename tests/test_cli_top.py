@@ -222,7 +222,7 @@ def test_it_looks_where_a_token_and_a_certificate_are_asked_for(tmp_path: Path) 
 
     door = PageDoor(admit, lambda: context)
     with Metrics(version="1.2.3").serve("127.0.0.1", 0, door) as server:
-        url = f"https://127.0.0.1:{server.port}"
+        url = f"https://127.0.0.1:{server.port}/metrics"
         arguments = ("--once", "--interval", "0.2", "--metrics", url, "--tls-ca", str(ca))
         let_in = run_top("http://unused", *arguments, "--token-file", str(bearer))
         refused = run_top("http://unused", *arguments)

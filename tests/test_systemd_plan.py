@@ -79,6 +79,14 @@ def test_a_further_instance_is_a_template_with_its_own_everything() -> None:
         "/etc/sage-fed@second/config.toml",
     } == {str(file.path) for file in plan.files}
     assert Path("/var/cache/sage-fed") in plan.left
+    (configuration,) = (file.content for file in plan.files if file.operators)
+    assert "systemctl edit sage-fed@second" in configuration
+    for line in (
+        "#   scheduling.step_timeout_s = 30 (30-machine.conf)",
+        "#   listen = 127.0.0.1:6591 (40-instance.conf)",
+        "#   metrics_listen = 127.0.0.1:9660 (40-instance.conf)",
+    ):
+        assert line in configuration.splitlines()
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "Second", "-x", "x" * 33, "a@b"])

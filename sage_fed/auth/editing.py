@@ -100,9 +100,13 @@ def remove(path: Path, accounts: Mapping[str, AccountSettings], wanted: str) -> 
             if wanted in (entry.id, entry.name)
         ]
         if not found:
-            raise ConfigError(f"{path} has nobody of the id or name {wanted}; see `token list`")
+            raise ConfigError(
+                f"{path} has nobody of the id or name {wanted}; see `sage-fed token list`"
+            )
         if len(found) > 1:
-            raise ConfigError(f"{wanted} is several in {path}; give one's id, see `token list`")
+            raise ConfigError(
+                f"{wanted} is several in {path}; give one's id, see `sage-fed token list`"
+            )
         kind, number, entry = found[0]
         del document[kind][number]
         if not document[kind]:

@@ -83,7 +83,8 @@ def read_register(
     except OSError as error:
         if optional and isinstance(error, FileNotFoundError):
             return Register()
-        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+        advice = "; `sage-fed token create` writes it" * isinstance(error, FileNotFoundError)
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}{advice}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {error}") from None
     if mode & stat.S_IWOTH:

@@ -20,6 +20,7 @@ from sage_fed.cli import options
 from sage_fed.cli.exits import EXIT_CODES_HELP, reported
 from sage_fed.cli.render import print_json, print_table
 from sage_fed.cli.serve import effective
+from sage_fed.cli.streams import complain
 from sage_fed.core import Role
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def create(
         who = f"{entry.title} is {entry.role} of account {entry.account}"
         until = f" until {entry.expires}" if entry.expires else ""
         typer.echo(f"{who}{until}, in {path}", err=True)
+        if token is None and settings.tls.client_ca is None:
+            complain("warning: it matches nobody until tls.client_ca is set: no client shows one")
         if token is not None:
             typer.echo("keep the token now, it is not shown again:", err=True)
             typer.echo(token)

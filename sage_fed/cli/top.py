@@ -31,7 +31,7 @@ MetricsAddress = Annotated[
         "--metrics",
         metavar="ADDRESS",
         envvar="SAGE_FED_METRICS_LISTEN",
-        help="HOST:PORT of the daemon's metrics, or their URL with https.",
+        help="HOST:PORT of the daemon's metrics, or their URL.",
     ),
 ]
 Interval = Annotated[
@@ -107,7 +107,8 @@ class Watch:
         before, self._last = self._last, None
         try:
             scheme = "" if "://" in self.address else "http://"
-            text = self._read(f"{scheme}{self.address}/metrics")
+            place = self.address.rstrip("/").removesuffix("/metrics")
+            text = self._read(f"{scheme}{place}/metrics")
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.away, self.admitted = _why(error), not isinstance(error, NotAdmitted)
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ BACKOFF_SINCE = 254
 """The first systemd that knows RestartSteps."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_ENVIRONMENT = re.compile(r"^Environment=SAGE_FED_(?P<key>\w+)=(?P<value>.*)$", re.MULTILINE)
 _HIDDEN = ("/root", "/home", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - what systemd hides
 
 
@@ -108,7 +109,11 @@ def installation(
     files = [PlannedFile(unit_file, (UNITS / "sage-fed.service").read_text(encoding="utf-8"))]
     files += [PlannedFile(own / name, text) for name, text in drop_ins.items() if text]
     files.append(
-        PlannedFile(configuration, _configuration(profile or _profile(machine)), operators=True)
+        PlannedFile(
+            configuration,
+            _configuration(profile or _profile(machine), unit, drop_ins),
+            operators=True,
+        )
     )
     # The template belongs to all instances: the last one to go leaves it, and it does no harm.
     owned = [own / name for name in drop_ins] + ([] if instance else [unit_file])
@@ -144,9 +149,25 @@ def _profile(machine: Machine) -> str:
     return {Machine.CPU: "demo", Machine.CUDA: "qwen2.5", Machine.JETSON: "jetson-thor"}[machine]
 
 
-def _configuration(profile: str) -> str:
+def _overruled(unit: str, drop_ins: Mapping[str, str]) -> str:
+    """The lines that say which settings the unit has already: its environment wins over a file."""
+    lines = [
+        f"#   {match['key'].lower().replace('__', '.')} = {match['value']} ({name})\n"
+        for name, text in drop_ins.items()
+        for match in _ENVIRONMENT.finditer(text)
+    ]
+    if not lines:
+        return ""
+    return (
+        f"# The unit sets these, and wins over this file; `systemctl edit {unit}` changes them\n"
+        "# (Environment=SAGE_FED_...):\n" + "".join(lines)
+    )
+
+
+def _configuration(profile: str, unit: str, drop_ins: Mapping[str, str]) -> str:
     return (
         "# sage-fed's settings on this machine; yours: no installation overwrites it.\n"
-        "# `sage-fed config --config FILE` prints all of them with their meaning and origin.\n"
+        "# `sage-fed config --config FILE` prints all of them, and where each value comes from.\n"
+        f"{_overruled(unit, drop_ins)}"
         f'profile = "{profile}"\n'
     )
