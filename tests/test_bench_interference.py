@@ -27,7 +27,7 @@ def test_every_scene_is_measured_and_compared(tmp_path: Path) -> None:
     both = {"tactical", "strategic"}
     assert {
         "tactical_alone": {"tactical"}, "strategic_alone": {"strategic"},
-        "together": both, "apart": both,
+        "strategic_beside_idle": {"strategic"}, "together": both, "apart": both,
     } == tiers  # fmt: skip
     for scene in result["scenes"].values():
         for figures in scene.values():
@@ -36,5 +36,5 @@ def test_every_scene_is_measured_and_compared(tmp_path: Path) -> None:
     # What a busy machine did not deliver in two seconds is None, but it is there.
     assert {
         "tactical_inter_token_p99_together_times", "tactical_first_token_p99_apart_times",
-        "strategic_fed_tokens_per_s_together_kept",
+        "strategic_fed_tokens_per_s_together_kept", "strategic_fed_tokens_per_s_beside_idle_kept",
     } <= result["compared"].keys()  # fmt: skip
