@@ -11,14 +11,14 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from daemon_process import TROUBLE, DaemonProcess
+from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
+from sound_daemon import sound_daemon
 from stalling_proxy import StallingProxy
 from waiting import WAIT_S, until
 
 from sage_fed.client import Client
 from sage_fed.core import StopReason, Tier
-from sage_fed.ledger import check
 from sage_fed.service import server
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
@@ -41,12 +41,8 @@ ALONE = (
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
-    daemon = DaemonProcess.start(tmp_path / "state", *SETTINGS, launch=ForkedProcess)
-    yield daemon
-    assert 0 == daemon.stop(WAIT_S)
-    report = check(tmp_path / "state" / "ledger.db")
-    assert ((), 0) == (report.violations, report.open_holds)
-    assert not TROUBLE.search(daemon.log.read_text())
+    with sound_daemon(tmp_path / "state", *SETTINGS) as daemon:
+        yield daemon
 
 
 class Stream:

@@ -11,15 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from daemon_process import TROUBLE, DaemonProcess
-from forked_daemon import ForkedProcess
-from waiting import WAIT_S
+from daemon_process import DaemonProcess
+from sound_daemon import sound_daemon
 
 from sage_fed.cli import scrape
 from sage_fed.client import Client
 from sage_fed.core import StopReason, Tier
 from sage_fed.errors import QueueFull, RateLimited, Retryable
-from sage_fed.ledger import check
 
 SETTINGS = (
     *("--set", "budget.initial_atp=100000000", "--set", "budget.capacity_atp=100000000"),
@@ -34,12 +32,8 @@ NUM_TOKENS = 48
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
-    daemon = DaemonProcess.start(tmp_path / "state", *SETTINGS, launch=ForkedProcess)
-    yield daemon
-    assert 0 == daemon.stop(WAIT_S)
-    report = check(tmp_path / "state" / "ledger.db")
-    assert ((), 0) == (report.violations, report.open_holds)
-    assert not TROUBLE.search(daemon.log.read_text())
+    with sound_daemon(tmp_path / "state", *SETTINGS) as daemon:
+        yield daemon
 
 
 class Flood:

@@ -32,7 +32,7 @@ _FIRST_PART_S = 0.020
 """A part of a strategic step until a tactical step has been measured."""
 
 _SHORTEST_PART_S = 0.002
-"""A pause costs the host a tenth of a millisecond; parts are to be long against that."""
+"""A pause costs the host a turn of its loop; parts are to be long against that."""
 
 _FIRST_CHUNK_TOKENS = 64
 """Chunk length until prefill has been measured."""
