@@ -1,8 +1,8 @@
 """The command line: `sage-fed`.
 
 Owns: the entry point. `app` lists the commands, one module each: `serve`, `service`, `ask`,
-`chat`, `inspect`, `admin`, `demo`, `dev`; `options`, `render`, `streams` and `exits` are what they
-share.
+`chat`, `account`, `ledger`, `status`, `admin`, `demo`, `dev`; `options`, `render`, `streams` and
+`exits` are what they share.
 Does not know: any command; importing this package imports nothing else.
 Fails: with the exit codes of `exits.py`.
 """

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from sage_fed import __version__
 from sage_fed.cli import (
+    account,
     admin,
     ask,
     bench,
@@ -26,10 +27,11 @@ from sage_fed.cli import (
     chat,
     demo,
     dev,
-    inspect,
+    ledger,
     options,
     serve,
     service,
+    status,
     tokens,
     top,
 )
@@ -110,10 +112,10 @@ def build_app() -> typer.Typer:
         demo.demo,
         ask.ask,
         chat.chat,
-        inspect.quote,
-        inspect.budget,
-        inspect.models,
-        inspect.status,
+        account.quote,
+        account.budget,
+        status.models,
+        status.status,
         top.top,
         calibrate.calibrate,
         serve.config,
@@ -123,7 +125,7 @@ def build_app() -> typer.Typer:
     )
     for command in commands:
         app.command(epilog=EXIT_CODES_HELP)(command)
-    app.add_typer(inspect.ledger_app())
+    app.add_typer(ledger.ledger_app())
     app.add_typer(admin.admin_app())
     app.add_typer(tokens.token_app())
     app.add_typer(bench.bench_app())

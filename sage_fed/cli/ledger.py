@@ -1,0 +1,107 @@
+"""`sage-fed ledger`: the account's entries, and the audit of the books.
+
+Owns: their table, and the audit's words.
+Does not know: the wire; the books' file except through the ledger's own audit.
+Fails: exit codes of `exits.py`; `ledger check` with 1 where the books do not balance.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated
+
+import typer
+
+from sage_fed.cli import options
+from sage_fed.cli.connection import HERE, Connection, connected
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
+from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.render import atp_number, print_json, print_table
+from sage_fed.cli.serve import effective
+from sage_fed.ledger import check
+
+_BOOKS = {"charged": "available", "discharged": "spent"}
+"""What a person reads for a book of the ledger."""
+
+
+def ledger_app() -> typer.Typer:
+    """`ledger` lists, `ledger check` audits."""
+    app = typer.Typer(
+        name="ledger",
+        help="List the account's entries, or audit the books.",
+        epilog=EXIT_CODES_HELP,
+    )
+    app.callback(invoke_without_command=True)(list_entries)
+    app.command("check", epilog=EXIT_CODES_HELP)(check_books)
+    return app
+
+
+@connected
+def list_entries(
+    *,
+    context: typer.Context,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="So many of the newest.")
+    ] = 50,
+    as_json: options.AsJson = False,
+    daemon: Connection = HERE,
+) -> None:
+    """List the account's entries, newest first; `ledger check` audits the books."""
+    if context.invoked_subcommand is not None:
+        return
+    with reported(as_json=as_json):
+        entries = daemon.call(lambda client: client.entries(limit=limit))
+        if as_json:
+            print_json({"entries": entries})
+            return
+        if not entries:
+            typer.echo("no entries yet")
+            return
+        print_table(
+            ("entry", "time", "kind", "ATP", "moved to", "job"),
+            [
+                (
+                    str(entry.entry_id),
+                    _local_time(entry.time_ns),
+                    entry.kind.value,
+                    atp_number(entry.amount_uatp),
+                    _BOOKS.get(entry.credit, entry.credit),
+                    entry.job_id or "-",
+                )
+                for entry in entries
+            ],
+            right=("entry", "ATP"),
+        )
+
+
+def check_books(
+    *,
+    state_dir: options.StateDir = None,
+    profile: options.Profile = None,
+    config_file: options.ConfigFile = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Audit the books of this machine.
+
+    Everything is computed anew from the entries; the daemon may be running.
+    """
+    with reported(as_json=as_json):
+        flags = {"state_dir": state_dir, "profile": profile}
+        report = check(ledger_file(effective(flags, config_file).settings.state_dir))
+        if as_json:
+            print_json(report)
+        else:
+            typer.echo(
+                f"{report.accounts} accounts, {report.jobs} jobs, {report.open_holds} open holds, "
+                f"{report.entries} entries"
+            )
+            for violation in report.violations:
+                typer.echo(f"violation: {violation}")
+            typer.echo("the books do not balance" if report.violations else "the books balance")
+        if report.violations:
+            raise typer.Exit(ExitCode.ERROR)
+
+
+def _local_time(time_ns: int) -> str:
+    moment = dt.datetime.fromtimestamp(time_ns / 1e9, dt.UTC).astimezone()
+    return moment.strftime("%m-%d %H:%M:%S")
