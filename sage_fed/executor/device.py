@@ -130,7 +130,8 @@ class DeviceThread:
                 self._scheduler.add(message.spec, message.submitted_s)
             except SageFedError:
                 # The tier failed while the sequence was under way.
-                return (_never_started(message, self._clock()),)
+                seq_id, submitted_s = message.spec.seq_id, message.submitted_s
+                return (Ended(seq_id, EndReason.FAILED, submitted_s, ended_s=self._clock()),)
         elif isinstance(message, Cancel):
             return self._scheduler.cancel(message.seq_id, self._clock())
         elif isinstance(message, OpenTier):
@@ -306,20 +307,4 @@ def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: boo
         num_queried_tokens=outcome.num_queried_tokens,
         num_hit_tokens=outcome.num_hit_tokens,
         num_preempted=outcome.num_preempted,
-    )
-
-
-def _never_started(message: Submit, now: float) -> Ended:
-    return Ended(
-        seq_id=message.spec.seq_id,
-        reason=EndReason.FAILED,
-        submitted_s=message.submitted_s,
-        started_s=None,
-        first_token_s=None,
-        last_token_s=None,
-        ended_s=now,
-        prompt_tokens=0,
-        cached_tokens=0,
-        output_tokens=0,
-        device_s=0.0,
     )

@@ -19,19 +19,19 @@ from typing import Protocol
 from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
 from sage_fed.errors import DeviceBusy, TierUnavailable
 from sage_fed.executor.device import DeviceThread, Heartbeat
-from sage_fed.executor.handover import Handover, Opened, Parcel
+from sage_fed.executor.handover import Handover, Parcel
 from sage_fed.executor.inbox import Cancel, Inbox, Ping, Stop, Submit
+from sage_fed.executor.live import LiveStreams
 from sage_fed.executor.loader import Loader, TierSetup
 from sage_fed.executor.probe import Probe
 from sage_fed.executor.recovery import FIRST_S, LOOK_S, Stall
 from sage_fed.executor.states import TierStates
 from sage_fed.executor.stream import TokenStream
-from sage_fed.scheduler import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
+from sage_fed.scheduler import EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import Step, StepReport
 
 logger = logging.getLogger(__name__)
 
-_RETRY_LOADING_S = 5.0
 _GIVEN_UP_S = 0.5
 _EXIT_S = 10.0
 """How long a stop waits for a thread to come back from the device or from a load."""
@@ -75,12 +75,11 @@ class Executor:
         self._tactical_share = tactical_share
         self._clock = clock
         self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
-        self._streams: dict[int, TokenStream] = {}
+        self._streams = LiveStreams(clock)
         self._probes: set[Probe] = set()
         self._states = TierStates(
             self._setups, reload_s=reload_s, stuck_retry_s=step_timeout_s, clock=clock
         )
-        self._opened: dict[Tier, Opened] = {}
         self._news = asyncio.Event()
         self._device: DeviceThread | None = None
         self._handover: Handover | None = None
@@ -138,21 +137,15 @@ class Executor:
             InvalidField: the sequence can never fit.
             QueueFull: too many wait already.
         """
-        assert spec.seq_id not in self._streams, "a sequence id is in use once"
-        status = self._states.of(spec.tier) if spec.tier in self._states else None
-        opened = self._opened.get(spec.tier)
-        if status is None or status.state is not TierState.READY or opened is None:
-            raise _unavailable(spec.tier, status)
-        opened.limits.check(spec)
+        assert self._streams.find(spec.seq_id) is None, "a sequence id is in use once"
+        self._states.serving(spec.tier).limits.check(spec)
         submitted_s = self._clock()
         self._inbox.submit(Submit(spec, submitted_s))
-        stream = TokenStream(spec, submitted_s)
-        self._streams[spec.seq_id] = stream
-        return stream
+        return self._streams.open(spec, submitted_s)
 
     def cancel(self, seq_id: int) -> bool:
         """End a sequence at the next step boundary; False where it has ended already."""
-        stream = self._streams.get(seq_id)
+        stream = self._streams.find(seq_id)
         if stream is None:
             return False
         if not stream.cancel_asked:
@@ -174,13 +167,10 @@ class Executor:
         """
         probe = Probe(steps)
         for tier, num_blocks in probe.num_blocks.items():
-            opened = self._opened.get(tier)
-            status = self._states.of(tier) if tier in self._states else None
-            if status is None or status.state is not TierState.READY or opened is None:
-                raise _unavailable(tier, status)
-            assert num_blocks <= opened.limits.num_blocks, "more blocks than the tier has"
+            limits = self._states.serving(tier).limits
+            assert num_blocks <= limits.num_blocks, "more blocks than the tier has"
         if not self._inbox.post(probe):
-            raise _unavailable(steps[0].tier, None)
+            raise TierUnavailable("the device's thread has ended")
         self._probes.add(probe)
         try:
             async with asyncio.timeout(timeout_s):
@@ -193,16 +183,14 @@ class Executor:
 
     async def abort_all(self) -> None:
         """Cancel every live sequence and wait until all have ended."""
-        streams = list(self._streams.values())
-        for stream in streams:
+        for stream in self._streams:
             self.cancel(stream.spec.seq_id)
-        for stream in streams:
-            await stream.wait_ended()
+        await self._streams.wait_ended()
 
     def load(self, tier: Tier) -> TierLoad:
         """Return what a tier is doing, as of its last step; `waiting` is as of now."""
         status = self.status(tier)
-        opened = self._opened.get(tier)
+        opened = self._states.opened.get(tier)
         if self._device is None or opened is None or status.state is TierState.FAILED:
             return TierLoad(tier, status.state, waiting_limit=self._setups[tier].max_waiting)
         load = self._device.loads.get(tier) or TierLoad(
@@ -223,12 +211,12 @@ class Executor:
 
     def defaults(self, tier: Tier) -> GenerationDefaults | None:
         """Return the loaded checkpoint's own sampling; None until it is loaded."""
-        opened = self._opened.get(tier)
+        opened = self._states.opened.get(tier)
         return opened.defaults if opened else None
 
     def limits(self, tier: Tier) -> TierLimits | None:
         """Return a loaded tier's bounds; None until it is loaded."""
-        opened = self._opened.get(tier)
+        opened = self._states.opened.get(tier)
         return opened.limits if opened else None
 
     @property
@@ -268,7 +256,7 @@ class Executor:
                 logger.critical("the %s's thread did not stop in %.1f s", name, patience_s)
         # What a thread posts before it exits is opened before its exit is heard; what is left
         # belongs to a device that hangs.
-        self._end_all(EndReason.SHUTDOWN)
+        self._streams.end_all(EndReason.SHUTDOWN)
 
     def _drain(self) -> None:
         self._states.draining = True
@@ -279,49 +267,23 @@ class Executor:
     async def _wait_for_streams(self, grace_s: float) -> None:
         try:
             async with asyncio.timeout(grace_s):
-                for stream in tuple(self._streams.values()):
-                    await stream.wait_ended()
+                await self._streams.wait_ended()
         except TimeoutError:
             logger.warning("%d sequences outlived the grace", len(self._streams))
 
     def _deliver(self, parcel: Parcel) -> None:
         """Open a parcel: streams first, observers last, so that none of them costs a token."""
-        for seq_id, drawn in parcel.drawn.items():
-            if stream := self._streams.get(seq_id):
-                stream.push(drawn)
-        for ended in parcel.ended:
-            if stream := self._streams.pop(ended.seq_id, None):
-                stream.end(ended)
-        self._opened |= parcel.opened
+        self._streams.take(parcel.drawn, parcel.ended)
+        self._states.opened |= parcel.opened
         for status in parcel.statuses.values():
             self._change(status)
         if parcel.closed:
-            self._end_all(parcel.closed)
+            self._streams.end_all(parcel.closed)
         if parcel.closed is EndReason.FAILED:
             self._give_up("the device's thread failed; the daemon's log has the details")
         for report in (*parcel.reports, *parcel.merged.values()):
             for observer in self._observers:
                 observer.step_done(report)
-
-    def _end_all(self, reason: EndReason) -> None:
-        """End the streams that the device's thread did not end itself."""
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.end(
-                Ended(
-                    seq_id=stream.spec.seq_id,
-                    reason=reason,
-                    submitted_s=stream.submitted_s,
-                    started_s=None,
-                    first_token_s=None,
-                    last_token_s=None,
-                    ended_s=self._clock(),
-                    prompt_tokens=0,
-                    cached_tokens=0,
-                    output_tokens=stream.num_tokens,
-                    device_s=0.0,
-                )
-            )
 
     def _change(self, status: TierStatus) -> None:
         """Take in a tier's news; one that served and failed is loaded again."""
@@ -348,17 +310,17 @@ class Executor:
         What it says of those streams later is not heard: their ids are never used again.
         """
         self._states.stuck = True
-        for seq_id in self._streams:
-            self._inbox.post(Cancel(seq_id))
+        for stream in self._streams:
+            self._inbox.post(Cancel(stream.spec.seq_id))
         for probe in self._probes:
             probe.end(TierUnavailable("the device does not answer"))
-        self._end_all(EndReason.FAILED)
+        self._streams.end_all(EndReason.FAILED)
         self._tell(self._states.all())
 
     def _give_up(self, message: str) -> None:
         """Fail every tier for good."""
         self._states.end(message)
-        self._end_all(EndReason.FAILED)
+        self._streams.end_all(EndReason.FAILED)
         self._tell(self._states.all())
 
     def _tell(self, changed: Iterable[TierStatus]) -> None:
@@ -374,11 +336,3 @@ async def _wait_for_exit(exited: Future[None], patience_s: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _unavailable(tier: Tier, status: TierStatus | None) -> TierUnavailable:
-    state = status.state if status else TierState.FAILED
-    retry_after_s = _RETRY_LOADING_S if state is TierState.LOADING else None
-    if status is not None and state is TierState.FAILED:
-        retry_after_s = status.retry_s
-    return TierUnavailable(f"the {tier.value} tier is {state.value}", retry_after_s)

@@ -1,7 +1,8 @@
 """What state each tier is in, as clients see it, and when one that failed is loaded again.
 
-Owns the tiers' states, as the threads say them, and what lies over them: a drain, a device that
-does not answer, the end. Event loop only; starts nothing itself. Cannot fail.
+Owns the tiers' states and bounds, as the threads say them, and what lies over them: a drain, a
+device that does not answer, the end. Event loop only; starts nothing itself. Fails with
+TierUnavailable where it is asked for a tier that does not serve.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.errors import TierUnavailable
+from sage_fed.executor.handover import Opened
 from sage_fed.executor.recovery import BackOff
 
 logger = logging.getLogger(__name__)
+
+_RETRY_LOADING_S = 5.0
 
 
 class TierStates:
@@ -36,15 +41,13 @@ class TierStates:
     ) -> None:
         self._statuses = {tier: TierStatus(tier, TierState.LOADING) for tier in tiers}
         self._backoffs = {tier: BackOff(reload_s) for tier in self._statuses}
-        self._served: set[Tier] = set()
         self._stuck_retry_s = stuck_retry_s
         self._clock = clock
+        self.opened: dict[Tier, Opened] = {}
+        """What is known of each tier that has served."""
         self.draining = False
         self.stuck = False
         self.over = False
-
-    def __contains__(self, tier: Tier) -> bool:
-        return tier in self._statuses
 
     def of(self, tier: Tier) -> TierStatus:
         """Return a tier's state, load progress and model."""
@@ -62,6 +65,20 @@ class TierStates:
         """Return every tier's."""
         return tuple(self.of(tier) for tier in self._statuses)
 
+    def serving(self, tier: Tier) -> Opened:
+        """Return what is known of a tier that serves now.
+
+        Raises:
+            TierUnavailable: it is loading, failed, unknown or draining.
+        """
+        status = self.of(tier) if tier in self._statuses else TierStatus(tier, TierState.FAILED)
+        if status.state is TierState.READY and tier in self.opened:
+            return self.opened[tier]
+        loading = status.state is TierState.LOADING
+        failed = status.state is TierState.FAILED
+        retry_s = _RETRY_LOADING_S if loading else status.retry_s if failed else None
+        raise TierUnavailable(f"the {tier.value} tier is {status.state.value}", retry_s)
+
     def take(self, status: TierStatus) -> float | None:
         """Take in a tier's news; returns after how many seconds it is to be loaded again.
 
@@ -71,7 +88,6 @@ class TierStates:
             return None
         tier, known, delay_s = status.tier, self._statuses[status.tier], None
         if status.state is TierState.READY:
-            self._served.add(tier)
             self._backoffs[tier].ready(self._clock())
         restarts, retry_s = known.restarts, None
         match status.state:
@@ -81,7 +97,7 @@ class TierStates:
             case TierState.LOADING:
                 # Kept until it serves: that is how a return is known from a first start.
                 retry_s = known.retry_s
-            case TierState.FAILED if tier in self._served and not self.draining:
+            case TierState.FAILED if tier in self.opened and not self.draining:
                 delay_s = retry_s = self._backoffs[tier].failed(self._clock())
                 logger.warning("the %s tier is loaded again in %.0f s", tier.value, delay_s)
         self._statuses[tier] = replace(status, retry_s=retry_s, restarts=restarts)

@@ -70,11 +70,11 @@ class Ended:
     seq_id: int
     reason: EndReason
     submitted_s: float
-    started_s: float | None
-    first_token_s: float | None
-    last_token_s: float | None
     ended_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    device_s: float
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    device_s: float = 0.0
