@@ -11,13 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvloop
 
@@ -25,26 +23,24 @@ from sage_fed.auth import mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
 from sage_fed.core import Tier
+from sage_fed.daemon.books import open_accounts, open_ledger
 from sage_fed.daemon.cards import card_in_force, site_of
 from sage_fed.daemon.doors import Doors, read_door_files, throttle_of
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
+from sage_fed.daemon.state_directory import announced, prepare
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.daemon.watchdog import keep_watch
 from sage_fed.daemon.watched import build_metrics, expose, start_watching
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
-from sage_fed.errors import ConfigError, LedgerDown, SageFedError
+from sage_fed.errors import LedgerDown, SageFedError
 from sage_fed.executor import Executor
-from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
-from sage_fed.metrics import Metrics, Snapshot
+from sage_fed.metrics import Snapshot
 from sage_fed.router import RoutingPolicy
 from sage_fed.service.server import BoundServer, build_server
-from sage_fed.settings import Address, Settings, UnixSocket
+from sage_fed.settings import Address, Settings
 from sage_fed.systemd import ServiceManager
-
-ENDPOINT_FILE = "endpoint.json"
-"""In the state directory: where this daemon listens; there while it serves."""
 
 _LAST_WORDS_S = 5.0
 """How long aborted jobs may take to settle, and replies to reach their clients."""
@@ -129,22 +125,20 @@ async def _started(
     tokenizers = await load_tokenizers(settings)
     laps.done("tokenizers")
     door_files = await asyncio.to_thread(read_door_files, settings)
-    _prepare_state_dir(settings.state_dir)
+    prepare(settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         tracing = start_watching(settings, device, metrics, stack)
-        ledger = await _open_ledger(settings, metrics, lifecycle)
+        ledger = await open_ledger(settings, metrics, lifecycle)
         stack.push_async_callback(ledger.close)
         doors = Doors(
             settings,
             door_files,
             # After the ledger, whose lock says that no other daemon has this directory.
             admin=mint_admin_token(settings.state_dir, settings.auth.anonymous_account),
-            open_accounts=lambda accounts: _open_accounts(ledger, settings, accounts),
+            open_accounts=lambda accounts: open_accounts(ledger, settings, accounts),
             metrics=metrics,
         )
-        await _open_accounts(
-            ledger, settings, {*settings.accounts, *doors.authenticator.accounts()}
-        )
+        await open_accounts(ledger, settings, {*settings.accounts, *doors.authenticator.accounts()})
         laps.done("ledger")
         readiness = Readiness(settings, lifecycle, progress, manager)
         executor = Executor(
@@ -216,7 +210,7 @@ async def _started(
         await executor.start()
         await bound.server.start()
         stack.push_async_callback(bound.server.stop, 0.0)
-        stack.enter_context(_announced(settings.state_dir, bound.address, metrics_address))
+        stack.enter_context(announced(settings.state_dir, bound.address, metrics_address))
         laps.done("listen")
         readiness.answering()
         _keep_what_is_here()
@@ -275,57 +269,3 @@ async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None
         async with asyncio.timeout(_LAST_WORDS_S):
             await parts.broker.wait_read()
     await parts.bound.server.stop(_FLUSH_S)
-
-
-async def _open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> Ledger:
-    return await Ledger.open(
-        settings.state_dir / "ledger.db",
-        options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
-        on_commit=metrics.ledger_committed,
-        on_disk=lambda writable: metrics.ledger_writable(writable=writable),
-        on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
-    )
-
-
-async def _open_accounts(ledger: Ledger, settings: Settings, accounts: Collection[str]) -> None:
-    try:
-        for account in sorted(accounts):
-            await ledger.ensure_account(account, _terms(settings, account))
-    except LedgerDown as down:
-        # A client is only told that it is down; who starts the daemon has to know why.
-        if isinstance(down.__cause__, SageFedError):
-            raise down.__cause__ from None
-        raise
-
-
-def _terms(settings: Settings, account: str) -> AccountTerms:
-    budget = settings.account_budget(account)
-    return AccountTerms(
-        capacity_uatp=budget.capacity_uatp,
-        refill_uatp_per_s=budget.refill_uatp_per_s,
-        strategic_floor_uatp=budget.strategic_floor_uatp,
-        initial_uatp=budget.initial_uatp,
-    )
-
-
-def _prepare_state_dir(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"state_dir: cannot create {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _announced(state_dir: Path, listen: Address | UnixSocket, metrics: Address) -> Iterator[None]:
-    """Say where we listen while we do; renamed into place, so that no reader sees half of it."""
-    endpoint = state_dir / ENDPOINT_FILE
-    fresh = endpoint.with_name(f"{endpoint.name}.new")
-    try:
-        fresh.write_text(json.dumps({"listen": str(listen), "metrics": str(metrics)}))
-        fresh.replace(endpoint)
-    except OSError as error:
-        raise ConfigError(f"state_dir: cannot write {endpoint}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        endpoint.unlink(missing_ok=True)

@@ -1,0 +1,48 @@
+"""The ledger as the settings want it: where it lies, how long it keeps, who has an account.
+
+Owns what of the books follows from the settings. Knows nothing of what is booked. Fails with
+`LedgerCorrupt` or `LedgerUnusable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sage_fed.daemon.lifecycle import Lifecycle
+from sage_fed.errors import LedgerDown, SageFedError
+from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
+from sage_fed.metrics import Metrics
+from sage_fed.settings import Settings
+
+
+async def open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> Ledger:
+    """Open the books in the state directory; should they fail later, the daemon stops."""
+    return await Ledger.open(
+        settings.state_dir / "ledger.db",
+        options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
+        on_commit=metrics.ledger_committed,
+        on_disk=lambda writable: metrics.ledger_writable(writable=writable),
+        on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
+    )
+
+
+async def open_accounts(ledger: Ledger, settings: Settings, accounts: Collection[str]) -> None:
+    """See that these accounts exist, on the terms that the settings give them now."""
+    try:
+        for account in sorted(accounts):
+            await ledger.ensure_account(account, _terms(settings, account))
+    except LedgerDown as down:
+        # A client is only told that it is down; who starts the daemon has to know why.
+        if isinstance(down.__cause__, SageFedError):
+            raise down.__cause__ from None
+        raise
+
+
+def _terms(settings: Settings, account: str) -> AccountTerms:
+    budget = settings.account_budget(account)
+    return AccountTerms(
+        capacity_uatp=budget.capacity_uatp,
+        refill_uatp_per_s=budget.refill_uatp_per_s,
+        strategic_floor_uatp=budget.strategic_floor_uatp,
+        initial_uatp=budget.initial_uatp,
+    )
