@@ -37,7 +37,7 @@ class Bench:
     @property
     def running(self) -> set[int]:
         """Ids of the sequences that run."""
-        return set(self.schedule._running)
+        return set(self.schedule._running.by_id)
 
     def add(self, *asked: SequenceSpec) -> None:
         """Queue sequences."""
@@ -57,7 +57,7 @@ class Bench:
         return step
 
     def _interruptions(self) -> dict[int, int]:
-        running = self.schedule._running
+        running = self.schedule._running.by_id
         return {seq_id: seq.preemptions for seq_id, seq in running.items()}
 
     def land(self, step: Step, *, fits: bool = True) -> Outcome:

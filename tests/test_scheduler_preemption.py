@@ -166,7 +166,7 @@ def test_the_last_of_its_chances_has_its_worst_case() -> None:
     bench.add(*(spec(i, prompt=16, new=112) for i in range(5)))
     while bench.scheduler.has_work:
         bench.step()
-        for seq in bench.schedule._running.values():
+        for seq in bench.schedule._running.by_id.values():
             if seq.preemptions:
                 assert 128 // BLOCK_SIZE == len(seq.blocks)
     assert max(bench.starts.count(i) for i in range(5)) == 2

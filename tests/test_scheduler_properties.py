@@ -211,16 +211,16 @@ class Traffic(RuleBasedStateMachine):
         """Every block is free, kept, or owned by as many live sequences as the pool says."""
         for schedule in self.scheduler._tiers.values():
             pool = schedule.pool
-            owned = Counter(b for seq in schedule._running.values() for b in seq.blocks)
+            owned = Counter(b for seq in schedule._running.by_id.values() for b in seq.blocks)
             assert owned == Counter(pool._owners)
             assert sorted([*owned, *pool._free, *pool._kept]) == list(range(LIMITS.num_blocks))
             assert pool._by_key == {key: block for block, key in pool._keys.items()}
             assert not pool._keys.keys() & set(pool._free)
             interrupted = [seq for seq in schedule._line if seq.num_output or seq.preemptions]
             assert len(schedule._line) <= LIMITS.max_waiting + len(interrupted)
-            assert len(schedule._running) <= LIMITS.max_batch
+            assert len(schedule._running.by_id) <= LIMITS.max_batch
             assert all(0 < s.preemptions <= self.limits.max_preemptions for s in interrupted)
-            live = (*schedule._line, *schedule._running.values())
+            live = (*schedule._line, *schedule._running.by_id.values())
             assert sum(seq.prefill_left for seq in live) == schedule.queued_prompt_tokens
             accounts = Counter(seq.spec.account for seq in live)
             known = schedule._line._accounts

@@ -1,18 +1,12 @@
-"""One tier's sequences: waiting in line, running in a ragged batch, ending once.
+"""One tier's steps: built from its running sequences, taken in when they land, each ending once.
 
-Owns the tier's running set and KV blocks. Knows nothing of the other tier, of threads or of a
+Owns the tier's steps in flight and KV blocks. Knows nothing of the other tier, of threads or of a
 clock: `now` is given. World's errors are raised by `add` only (`InvalidField`, `QueueFull`); a
-wrong call anywhere else is our bug and asserts.
-
-Who starts next is `line`'s decision, who is interrupted `preemption`'s. An interrupted sequence
-loses its blocks, waits with its rank, and later feeds its prompt and output again (what the prefix
-cache still has of them is not even computed); its next token is drawn with the same seed and
-index, so its reader notices a pause and nothing else.
+wrong call anywhere else is our bug and asserts. Who waits is `line`'s affair, who runs `running`'s.
 
 Where the engine is pipelined, a second step may be built while the first is on the device: a
 sequence whose newest token is still being drawn is fed `PENDING`. One that turns out to have ended
-wastes that row, and ends, giving its blocks back, when the step has landed. Nobody is interrupted
-while a step is in flight.
+wastes that row, and ends, giving its blocks back, when the step has landed.
 """
 
 from __future__ import annotations
@@ -26,8 +20,8 @@ from sage_fed.scheduler.blocks import BlockPool
 from sage_fed.scheduler.flying import Flying, Outcome
 from sage_fed.scheduler.limits import TierLimits
 from sage_fed.scheduler.line import Line
-from sage_fed.scheduler.preemption import make_way, weakest
 from sage_fed.scheduler.rates import StepRates
+from sage_fed.scheduler.running import Running
 from sage_fed.scheduler.sequence import Sequence
 from sage_fed.scheduler.words import Ended, EndReason, SequenceSpec
 from sage_fed.steps import NO_TOKEN, Chunk, Drawn, Step
@@ -63,11 +57,10 @@ class TierSchedule:
         self.rates = StepRates()
         self._eos_token_ids = eos_token_ids
         self._line = Line(ageing_s=limits.ageing_s, overdue_s=limits.overdue_s)
-        self._running: dict[int, Sequence] = {}
+        self._running = Running(self._line, self.pool, limits)
         self._added = 0
         self._pipelined = pipelined
         self._flying: deque[Flying] = deque()
-        self._num_preempted = 0
         self._out_of_memory_alone: int | None = None
         self._spoiled_in_a_row = 0
 
@@ -77,7 +70,7 @@ class TierSchedule:
 
         The first in line always fits an empty tier.
         """
-        return bool(self._running or self._line)
+        return bool(self._running.by_id or self._line)
 
     @property
     def in_flight(self) -> bool:
@@ -87,7 +80,7 @@ class TierSchedule:
     @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
-        return len(self._running)
+        return len(self._running.by_id)
 
     @property
     def num_waiting(self) -> int:
@@ -97,15 +90,18 @@ class TierSchedule:
     @property
     def queued_prompt_tokens(self) -> int:
         """Tokens that the model has yet to be fed before the sequences that want them decode."""
-        return self._line.prefill_left + sum(seq.prefill_left for seq in self._running.values())
+        return self._line.prefill_left + sum(
+            seq.prefill_left for seq in self._running.by_id.values()
+        )
 
     @property
     def retry_after_s(self) -> float:
         """When a waiting place may be free: at the worst case of the nearest ending."""
         step_s = self.rates.decode_step_s
-        if step_s is None or not self._running:
+        running = self._running.by_id.values()
+        if step_s is None or not running:
             return _RETRY_S
-        left = min(s.spec.max_new_tokens - s.num_output for s in self._running.values())
+        left = min(seq.spec.max_new_tokens - seq.num_output for seq in running)
         return min(max(left * step_s, _RETRY_MIN_S), _RETRY_MAX_S)
 
     @property
@@ -129,7 +125,7 @@ class TierSchedule:
 
     def find(self, seq_id: int) -> Sequence | None:
         """Return the sequence, waiting or running, if it has not ended."""
-        return self._running.get(seq_id) or self._line.find(seq_id)
+        return self._running.by_id.get(seq_id) or self._line.find(seq_id)
 
     def cancel(self, seq_id: int, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End a sequence: now, or with the step that it is in; an unknown id is no error."""
@@ -145,7 +141,7 @@ class TierSchedule:
     def end_all(self, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End every sequence at once, a step in flight or not; the engine is not used again."""
         self._flying.clear()
-        everyone = (*self._running.values(), *self._line)
+        everyone = (*self._running.by_id.values(), *self._line)
         return tuple(self._end(seq, reason, now) for seq in everyone)
 
     def build(self, prefill_limit: int, now: float) -> Step | None:
@@ -156,23 +152,27 @@ class TierSchedule:
         None where what is in flight has to land first.
         """
         assert self.has_work
-        if not self._may_build() or not self._make_room(now):
+        if not self._may_build():
             return None
-        flying = Flying(Step(self.tier, ()), (), num_preempted=self._num_preempted)
-        self._num_preempted = 0
+        num_preempted = self._running.make_room(now, in_flight=bool(self._flying))
+        if num_preempted is None:
+            return None
+        flying = Flying(Step(self.tier, ()), (), num_preempted=num_preempted)
         chunks: list[Chunk] = []
         members: list[Sequence] = []
         left = max(1, min(prefill_limit, self.limits.prefill_chunk_tokens))
-        for seq in self._running.values():
+        for seq in self._running.by_id.values():
             if not seq.done and (seq.decodes or left):
                 left -= self._feed(seq, left, chunks, flying)
                 members.append(seq)
-        while left and (started := self._start_head(now, flying)):
+        while left and (started := self._running.start_head(now)):
+            if self.limits.prefix_cache and started.spec.prefix_cache:
+                flying.num_queried += len(started.token_ids)
+                flying.num_hit += started.num_stored
             left -= self._feed(started, left, chunks, flying)
             members.append(started)
         if not chunks:
             assert self._flying, "with nothing in flight, somebody can be fed"
-            self._num_preempted = flying.num_preempted
             return None
         flying.step, flying.members = Step(self.tier, tuple(chunks)), tuple(members)
         self._flying.append(flying)
@@ -238,18 +238,7 @@ class TierSchedule:
         if not self._pipelined or len(self._flying) > 1 or self._flying[0].void:
             return False
         # Left out of this step, such a sequence would get every other token only.
-        return not any(seq.needs_landing for seq in self._running.values())
-
-    def _make_room(self, now: float) -> bool:
-        """Interrupt whoever has to be; False where a step in flight has to land before that."""
-        if self.limits.kv_overcommit > 1.0 and not self._grow(now):
-            return False
-        victims = self._in_the_way(now)
-        if victims and self._flying:
-            return False
-        for seq in victims:
-            self._preempt(seq, now)
-        return True
+        return not any(seq.needs_landing for seq in self._running.by_id.values())
 
     def _feed(self, seq: Sequence, left: int, chunks: list[Chunk], flying: Flying) -> int:
         """Append a sequence's next chunk; returns how many prompt tokens that takes."""
@@ -260,53 +249,6 @@ class TierSchedule:
         num_prefill = len(chunk.token_ids) if prefills else 0
         flying.num_prefill += num_prefill
         return num_prefill
-
-    def _grow(self, now: float) -> bool:
-        """Give each running sequence the block of its next token, where it has none.
-
-        False where somebody has to be interrupted for that, which waits for the step in flight.
-        """
-        for seq in tuple(self._running.values()):
-            while seq.spec.seq_id in self._running and seq.blocks_missing > 0:
-                if self.pool.num_available:
-                    seq.blocks += self.pool.take(1)
-                elif self._flying:
-                    return False
-                else:
-                    self._preempt(weakest(self._running.values(), self._line, self.limits), now)
-        return True
-
-    def _in_the_way(self, now: float) -> list[Sequence]:
-        """Return who has to give way to the head of the line, if it does not fit."""
-        head = self._line.head(now)
-        if head is None:
-            return []
-        running = self._running.values()
-        line, pool, limits = self._line, self.pool, self.limits
-        return make_way(head, running, line=line, pool=pool, limits=limits, now=now)
-
-    def _preempt(self, seq: Sequence, now: float) -> None:
-        del self._running[seq.spec.seq_id]
-        self.pool.give_back(seq.interrupt())
-        self._line.put_back(seq, now)
-        self._num_preempted += 1
-
-    def _start_head(self, now: float, flying: Flying) -> Sequence | None:
-        """Start the first in line, if there is a place and there are blocks for it."""
-        if len(self._running) >= self.limits.max_batch or not (seq := self._line.head(now)):
-            return None
-        shared = seq.find(self.pool) if self.limits.prefix_cache else ()
-        num_own = self.limits.blocks_to_start(seq) - len(shared)
-        if not self.pool.fits(num_own, shared):
-            return None
-        self._line.start(seq, now)
-        self.pool.share(shared)
-        seq.begin(shared, self.pool.take(num_own), now)
-        self._running[seq.spec.seq_id] = seq
-        if self.limits.prefix_cache and seq.spec.prefix_cache:
-            flying.num_queried += len(seq.token_ids)
-            flying.num_hit += seq.num_stored
-        return seq
 
     def _land(self, step: Step, elapsed_s: float) -> Flying:
         """Take a step, which is the oldest or was never launched, out of the air."""
@@ -347,7 +289,6 @@ class TierSchedule:
         return EndReason.LENGTH if seq.num_output == seq.spec.max_new_tokens else None
 
     def _end(self, seq: Sequence, reason: EndReason, now: float) -> Ended:
-        if self._running.pop(seq.spec.seq_id, None):
-            self.pool.give_back(seq.blocks)
+        self._running.leave(seq)
         self._line.end(seq)
         return seq.ended(reason, now)

@@ -1,0 +1,92 @@
+"""The running sequences of one tier and the blocks they run in: who joins, gives way, leaves.
+
+Owns the running set. Knows no steps beyond whether one is in flight: nobody is interrupted while
+the device may still write to their blocks.
+
+Who starts next is `line`'s decision, who is interrupted `preemption`'s. An interrupted sequence
+loses its blocks, waits with its rank, and later feeds its prompt and output again (what the prefix
+cache still has of them is not even computed); its next token is drawn with the same seed and
+index, so its reader notices a pause and nothing else.
+"""
+
+from __future__ import annotations
+
+from sage_fed.scheduler.blocks import BlockPool
+from sage_fed.scheduler.limits import TierLimits
+from sage_fed.scheduler.line import Line
+from sage_fed.scheduler.preemption import make_way, weakest
+from sage_fed.scheduler.sequence import Sequence
+
+
+class Running:
+    """Sequences by id, in the order in which they started; they come from `line`."""
+
+    def __init__(self, line: Line, pool: BlockPool, limits: TierLimits) -> None:
+        self.by_id: dict[int, Sequence] = {}
+        self._line = line
+        self._pool = pool
+        self._limits = limits
+
+    def make_room(self, now: float, *, in_flight: bool) -> int | None:
+        """Interrupt whoever has to be, and return how many.
+
+        None, and nobody is interrupted, where a step in flight has to land before that.
+        """
+        num_interrupted = self._grow(now, in_flight) if self._limits.kv_overcommit > 1.0 else 0
+        head = self._line.head(now)
+        if num_interrupted is None or head is None:
+            return num_interrupted
+        victims = make_way(
+            head,
+            self.by_id.values(),
+            line=self._line,
+            pool=self._pool,
+            limits=self._limits,
+            now=now,
+        )
+        if victims and in_flight:
+            return None
+        for seq in victims:
+            self._interrupt(seq, now)
+        return num_interrupted + len(victims)
+
+    def start_head(self, now: float) -> Sequence | None:
+        """Start the first in line, if there is a place and there are blocks for it."""
+        if len(self.by_id) >= self._limits.max_batch or not (seq := self._line.head(now)):
+            return None
+        shared = seq.find(self._pool) if self._limits.prefix_cache else ()
+        num_own = self._limits.blocks_to_start(seq) - len(shared)
+        if not self._pool.fits(num_own, shared):
+            return None
+        self._line.start(seq, now)
+        self._pool.share(shared)
+        seq.begin(shared, self._pool.take(num_own), now)
+        self.by_id[seq.spec.seq_id] = seq
+        return seq
+
+    def leave(self, seq: Sequence) -> None:
+        """Free the blocks of a sequence that ends; one that only waited has none."""
+        if self.by_id.pop(seq.spec.seq_id, None):
+            self._pool.give_back(seq.blocks)
+
+    def _grow(self, now: float, in_flight: bool) -> int | None:
+        """Give each sequence the block of its next token, where it has none.
+
+        Returns how many were interrupted for that; None where it waits for the step in flight.
+        """
+        num_interrupted = 0
+        for seq in tuple(self.by_id.values()):
+            while seq.spec.seq_id in self.by_id and seq.blocks_missing > 0:
+                if self._pool.num_available:
+                    seq.blocks += self._pool.take(1)
+                elif in_flight:
+                    return None
+                else:
+                    self._interrupt(weakest(self.by_id.values(), self._line, self._limits), now)
+                    num_interrupted += 1
+        return num_interrupted
+
+    def _interrupt(self, seq: Sequence, now: float) -> None:
+        del self.by_id[seq.spec.seq_id]
+        self._pool.give_back(seq.interrupt())
+        self._line.put_back(seq, now)
