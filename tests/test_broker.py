@@ -157,7 +157,7 @@ async def rig(
 
     executor = Executor(
         {tier: TierSetup(loader(tier), max_waiting=max_waiting) for tier in Tier},
-        observers=[metrics],
+        observers=[metrics.engines],
     )
     tokenizer = Tokenizer.load(MODELS / "demo-tactical")
     with ThreadPoolExecutor(1) as threads:

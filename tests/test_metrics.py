@@ -108,21 +108,23 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def exercise(metrics: Metrics) -> None:
     """One of everything, so that every series has samples."""
     for tier in Tier:
-        metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
-        metrics.held(tier, 10 * ATP)
-        metrics.settled(tier, 10 * ATP, 6 * ATP)
-        metrics.voided(tier, ATP)
-        metrics.job_finished(tier, finished())
-        metrics.tokens_delivered(tier, 2, 0.02)
-        metrics.replayed(tier)
+        metrics.engines.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
+        metrics.money.held(tier, 10 * ATP)
+        metrics.money.settled(tier, 10 * ATP, 6 * ATP)
+        metrics.money.voided(tier, ATP)
+        metrics.jobs.finished(tier, finished())
+        metrics.jobs.tokens_delivered(tier, 2, 0.02)
+        metrics.jobs.replayed(tier)
         for kind in StepKind:
-            metrics.step_done(report(tier, kind, 0.01, num_prefill_tokens=3, num_decode_tokens=2))
-        metrics.route_decided(tier, Route(tier, "explicit", tier), 0.0001)
-    metrics.job_failed(None, InvalidField("job", "bad"), 0.001)
-    metrics.balance_changed("alice", 5 * ATP)
-    metrics.ledger_committed(3, 0.002)
-    metrics.rate_card("card-1")
-    metrics.device_fallback(fallen_back=False)
+            metrics.engines.step_done(
+                report(tier, kind, 0.01, num_prefill_tokens=3, num_decode_tokens=2)
+            )
+        metrics.jobs.route_decided(tier, Route(tier, "explicit", tier), 0.0001)
+    metrics.jobs.failed(None, InvalidField("job", "bad"), 0.001)
+    metrics.money.balance_changed("alice", 5 * ATP)
+    metrics.money.ledger_committed(3, 0.002)
+    metrics.money.rate_card("card-1")
+    metrics.engines.device_fallback(fallen_back=False)
     card = RateCard.load()
     metrics.cost_ratios("card", {phase: card.cost_ratio(phase) for phase in Phase})
 
@@ -186,12 +188,12 @@ def labels_of(metrics: Metrics) -> set[tuple[str, frozenset[tuple[str, str]]]]:
 def test_labels_are_bounded(metrics: Metrics) -> None:
     """An error that the table does not know becomes "other"; accounts never become labels."""
     exercise(metrics)
-    metrics.job_failed(None, CallFailed("strange", status="X"), 0.1)
+    metrics.jobs.failed(None, CallFailed("strange", status="X"), 0.1)
 
     class Novel(SageFedError):
         reason = "MADE_UP_0815"
 
-    metrics.job_failed(TACTICAL, Novel("x"), 0.1)
+    metrics.jobs.failed(TACTICAL, Novel("x"), 0.1)
     text = metrics.exposition().decode()
 
     assert 1 == value(metrics, "requests_total", tier="none", outcome="refused", code="other")
@@ -202,7 +204,7 @@ def test_labels_are_bounded(metrics: Metrics) -> None:
 def test_balances_are_exported_only_on_request() -> None:
     """Account names are in the metrics where the operator wants them."""
     metrics = Metrics(per_account_balance=True)
-    metrics.balance_changed("alice", 5 * ATP // 2)
+    metrics.money.balance_changed("alice", 5 * ATP // 2)
 
     assert 2.5 == value(metrics, "atp_balance", account="alice")
 
@@ -210,7 +212,7 @@ def test_balances_are_exported_only_on_request() -> None:
 def test_two_daemons_in_one_process_do_not_clash() -> None:
     """Each has its own registry and counts for itself; the global registry stays empty of ours."""
     one, other = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
-    one.held(TACTICAL, ATP)
+    one.money.held(TACTICAL, ATP)
 
     assert 1.0 == value(one, "atp_reserved_total", tier="tactical")
     assert 0.0 == value(other, "atp_reserved_total", tier="tactical")
@@ -232,7 +234,7 @@ def test_two_daemons_in_one_process_do_not_clash() -> None:
 )
 def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outcome: str) -> None:
     """Aborted work is in every figure, under its own outcome."""
-    metrics.job_finished(STRATEGIC, finished(reason))
+    metrics.jobs.finished(STRATEGIC, finished(reason))
     tier = {"tier": "strategic"}
 
     assert 1 == value(metrics, "requests_total", **tier, outcome=outcome, code=reason.value)
@@ -248,7 +250,7 @@ def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outc
 
 def test_a_job_without_a_token_has_no_time_to_first_token(metrics: Metrics) -> None:
     """A job cancelled in the queue does not flatter the latency."""
-    metrics.job_finished(TACTICAL, finished(StopReason.CANCELLED, output_tokens=0))
+    metrics.jobs.finished(TACTICAL, finished(StopReason.CANCELLED, output_tokens=0))
 
     alone = {"tier": "tactical", "contended": "false"}
     assert 0 == value(metrics, "time_to_first_token_seconds_count", **alone)
@@ -272,7 +274,7 @@ def test_refusals_and_failures_are_told_apart(
     labels: tuple[str, str, str],
 ) -> None:
     """Our fault, or work that was done for nobody, is a failure; the rest are refusals."""
-    metrics.job_failed(tier, error, 0.25, usage)
+    metrics.jobs.failed(tier, error, 0.25, usage)
     name, outcome, code = labels
 
     assert 1 == value(metrics, "requests_total", tier=name, outcome=outcome, code=code)
@@ -283,7 +285,7 @@ def test_refusals_and_failures_are_told_apart(
 
 def test_tokens_that_come_together_share_their_gap(metrics: Metrics) -> None:
     """Four tokens in one hand-over after 80 ms are four latencies of 20 ms."""
-    metrics.tokens_delivered(TACTICAL, 4, 0.08)
+    metrics.jobs.tokens_delivered(TACTICAL, 4, 0.08)
 
     tier = {"tier": "tactical", "contended": "false"}
     assert 4 == value(metrics, "inter_token_latency_seconds_count", **tier)
@@ -295,15 +297,15 @@ def test_latency_is_told_apart_by_the_other_tiers_work(metrics: Metrics) -> None
     """What the tactical tier does while the strategic one is busy has a label of its own."""
     alone = {"tier": "tactical", "contended": "false"}
     busy = {"tier": "tactical", "contended": "true"}
-    with metrics.at_work(TACTICAL):
-        metrics.tokens_delivered(TACTICAL, 1, 0.01)
-        with metrics.at_work(STRATEGIC), metrics.at_work(STRATEGIC):
-            metrics.tokens_delivered(TACTICAL, 2, 0.04)
-            assert metrics.contended(TACTICAL)
-        metrics.tokens_delivered(TACTICAL, 1, 0.01)
-        assert metrics.contended(STRATEGIC)
-        assert not metrics.contended(TACTICAL)
-    metrics.job_finished(TACTICAL, finished(), contended=True)
+    with metrics.jobs.at_work(TACTICAL):
+        metrics.jobs.tokens_delivered(TACTICAL, 1, 0.01)
+        with metrics.jobs.at_work(STRATEGIC), metrics.jobs.at_work(STRATEGIC):
+            metrics.jobs.tokens_delivered(TACTICAL, 2, 0.04)
+            assert metrics.jobs.contended(TACTICAL)
+        metrics.jobs.tokens_delivered(TACTICAL, 1, 0.01)
+        assert metrics.jobs.contended(STRATEGIC)
+        assert not metrics.jobs.contended(TACTICAL)
+    metrics.jobs.finished(TACTICAL, finished(), contended=True)
 
     assert 2 == value(metrics, "inter_token_latency_seconds_count", **alone)
     assert 2 == value(metrics, "inter_token_latency_seconds_count", **busy)
@@ -312,15 +314,15 @@ def test_latency_is_told_apart_by_the_other_tiers_work(metrics: Metrics) -> None
 
 def test_work_ends_with_its_job_however_that_ends(metrics: Metrics) -> None:
     """A job that fails leaves nobody contended for ever."""
-    with pytest.raises(QueueFull), metrics.at_work(STRATEGIC):
+    with pytest.raises(QueueFull), metrics.jobs.at_work(STRATEGIC):
         raise QueueFull("x")
-    assert not metrics.contended(TACTICAL)
+    assert not metrics.jobs.contended(TACTICAL)
 
 
 def test_a_bucket_names_a_job_that_fell_into_it(metrics: Metrics) -> None:
     """The exemplar of a time is in its own bucket, and only where OpenMetrics is asked for."""
     job = {"job_id": "job-7", "trace_id": "ab" * 16}
-    metrics.job_finished(TACTICAL, finished(), exemplar=job)
+    metrics.jobs.finished(TACTICAL, finished(), exemplar=job)
     lines = openmetrics.generate_latest(metrics.registry).decode().splitlines()
     (named,) = [line for line in lines if "time_to_first" in line and "job-7" in line]
 
@@ -331,8 +333,8 @@ def test_a_bucket_names_a_job_that_fell_into_it(metrics: Metrics) -> None:
 
 def test_only_a_slow_gap_between_tokens_names_its_job(metrics: Metrics) -> None:
     """Tokens are many: those that nobody would ask about are not worth a name."""
-    metrics.tokens_delivered(TACTICAL, 1, 0.19, {"job_id": "job-quick"})
-    metrics.tokens_delivered(TACTICAL, 1, 0.21, {"job_id": "job-slow"})
+    metrics.jobs.tokens_delivered(TACTICAL, 1, 0.19, {"job_id": "job-quick"})
+    metrics.jobs.tokens_delivered(TACTICAL, 1, 0.21, {"job_id": "job-slow"})
     page = openmetrics.generate_latest(metrics.registry).decode()
 
     assert "job-quick" not in page
@@ -341,10 +343,10 @@ def test_only_a_slow_gap_between_tokens_names_its_job(metrics: Metrics) -> None:
 
 def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:
     """Reserved equals charged plus refunded once every hold has ended; in ATP."""
-    metrics.held(TACTICAL, 10 * ATP)
-    metrics.held(TACTICAL, 4 * ATP)
-    metrics.settled(TACTICAL, 10 * ATP, 5 * ATP // 2)
-    metrics.voided(TACTICAL, 4 * ATP)
+    metrics.money.held(TACTICAL, 10 * ATP)
+    metrics.money.held(TACTICAL, 4 * ATP)
+    metrics.money.settled(TACTICAL, 10 * ATP, 5 * ATP // 2)
+    metrics.money.voided(TACTICAL, 4 * ATP)
 
     tier = {"tier": "tactical"}
     assert 14.0 == value(metrics, "atp_reserved_total", **tier)
@@ -354,8 +356,8 @@ def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:
 
 def test_decisions_are_counted_with_what_they_denied(metrics: Metrics) -> None:
     """Requested, chosen and reason are labels; a refusal for money adds its worst case."""
-    metrics.route_decided(None, Route(TACTICAL, "auto_simple", None), 0.0002)
-    metrics.route_decided(
+    metrics.jobs.route_decided(None, Route(TACTICAL, "auto_simple", None), 0.0002)
+    metrics.jobs.route_decided(
         STRATEGIC, Refusal("cannot_afford", "poor", denied_uatp=670 * ATP), 0.0002
     )
 
@@ -369,7 +371,7 @@ def test_decisions_are_counted_with_what_they_denied(metrics: Metrics) -> None:
 
 def test_ledger_groups_are_measured(metrics: Metrics) -> None:
     """The time to durability and the size of each group commit."""
-    metrics.ledger_committed(16, 0.004)
+    metrics.money.ledger_committed(16, 0.004)
 
     assert 0.004 == value(metrics, "ledger_commit_seconds_sum")
     assert 16 == value(metrics, "ledger_group_size_sum")
@@ -381,7 +383,7 @@ def test_ledger_groups_are_measured(metrics: Metrics) -> None:
 def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
     """Exactly one state of a tier is 1, and it follows the tier."""
     for state in (TierState.LOADING, TierState.READY):
-        metrics.tier_changed(TierStatus(TACTICAL, state, 0.5))
+        metrics.engines.tier_changed(TierStatus(TACTICAL, state, 0.5))
         assert {state.value: 1.0} == {
             other.value: 1.0
             for other in TierState
@@ -392,12 +394,12 @@ def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
 
 def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
     """A reloaded model replaces the old description instead of joining it."""
-    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
-    metrics.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
+    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.engines.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
     changed = ModelInfo(
         "new", "", "LlamaForCausalLM", 10, "fp16", "torch", "cpu", 2000, 1900, 600, 8, 3.5
     )
-    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
+    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
 
     described = {
         (sample.labels["tier"], sample.labels["name"])
@@ -413,7 +415,7 @@ def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
 
 def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
     """A report of four steps is four observations, and its batch size their mean."""
-    metrics.step_done(
+    metrics.engines.step_done(
         report(TACTICAL, StepKind.DECODE, 0.04, num_steps=4, num_decode_tokens=8, num_sequences=8)
     )
     tier = {"tier": "tactical"}
@@ -427,7 +429,7 @@ def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
 def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:
     """How many were looked up, and how many of them were there."""
     for hit in (0, 32):
-        metrics.step_done(
+        metrics.engines.step_done(
             report(TACTICAL, StepKind.PREFILL, 0.1, num_queried_tokens=40, num_hit_tokens=hit)
         )
 
@@ -438,7 +440,7 @@ def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:
 
 def test_interruptions_are_counted(metrics: Metrics) -> None:
     """A step may have cost several jobs their place."""
-    metrics.step_done(report(STRATEGIC, StepKind.MIXED, 0.1, num_preempted=2))
+    metrics.engines.step_done(report(STRATEGIC, StepKind.MIXED, 0.1, num_preempted=2))
 
     assert 2 == value(metrics, "preemptions_total", tier="strategic")
     assert 0 == value(metrics, "preemptions_total", tier="tactical")
@@ -447,7 +449,7 @@ def test_interruptions_are_counted(metrics: Metrics) -> None:
 def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
     """Out of memory is a counter of its own."""
     short = StepReport(STRATEGIC, StepKind.PREFILL, 1, 0, 0, 1, 0.1, out_of_memory=True)
-    metrics.step_done(short)
+    metrics.engines.step_done(short)
 
     assert 1 == value(metrics, "oom_total", tier="strategic")
 
@@ -455,15 +457,15 @@ def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
 def test_the_live_cost_ratio_needs_traffic_on_both_tiers(metrics: Metrics) -> None:
     """Device time per token, strategic over tactical; absent until both had enough tokens."""
     live = {"source": "live", "phase": "decode"}
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.128, num_decode_tokens=128))
+    metrics.engines.step_done(report(TACTICAL, StepKind.DECODE, 0.128, num_decode_tokens=128))
     assert value(metrics, "cost_ratio", **live) is None
     assert 0 == value(metrics, "cost_ratio_tokens", phase="decode")
 
-    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.756, num_decode_tokens=63))
+    metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 0.756, num_decode_tokens=63))
     assert value(metrics, "cost_ratio", **live) is None
     assert 63 == value(metrics, "cost_ratio_tokens", phase="decode")
 
-    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
+    metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
     assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
 
     assert value(metrics, "cost_ratio", source="live", phase="prefill") is None
@@ -476,7 +478,7 @@ def test_mixed_steps_are_split_by_what_their_tokens_cost(metrics: Metrics) -> No
             kind = StepKind.MIXED if prefill else StepKind.DECODE
             seconds = prefill * prefill_s + decode * decode_s
             counts = {"num_prefill_tokens": prefill, "num_decode_tokens": decode}
-            metrics.step_done(report(tier, kind, seconds, **counts))
+            metrics.engines.step_done(report(tier, kind, seconds, **counts))
 
     assert pytest.approx(6.0) == value(metrics, "cost_ratio", source="live", phase="decode")
     assert pytest.approx(3.0) == value(metrics, "cost_ratio", source="live", phase="prefill")
@@ -508,10 +510,10 @@ def test_the_phases_times_add_up_to_the_devices(steps: list[tuple[int, int, floa
 
 def test_the_live_cost_ratio_follows_the_load(metrics: Metrics) -> None:
     """Old steps fade: after a thousand new ones the old speed has no weight."""
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.064, num_decode_tokens=64))
-    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 1.0, num_decode_tokens=1))
+    metrics.engines.step_done(report(TACTICAL, StepKind.DECODE, 0.064, num_decode_tokens=64))
+    metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 1.0, num_decode_tokens=1))
     for _ in range(2000):
-        metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.005, num_decode_tokens=1))
+        metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 0.005, num_decode_tokens=1))
 
     ratio = value(metrics, "cost_ratio", source="live", phase="decode")
     assert pytest.approx(5.0, rel=1e-3) == ratio
@@ -528,15 +530,17 @@ def test_the_cards_cost_ratios_are_shown_by_source(metrics: Metrics) -> None:
 
 def test_decode_bandwidth_counts_weights_and_kv_cache(metrics: Metrics) -> None:
     """1000 bytes of weights read 100 times a second are 100 kB/s, and each context token 8 more."""
-    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
     assert 0.0 == value(metrics, "decode_bytes_per_second", tier="tactical")
 
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
+    metrics.engines.step_done(
+        report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8)
+    )
     assert pytest.approx(100_000.0) == value(metrics, "decode_bytes_per_second", tier="tactical")
 
     # 2000 bytes of weights in the first report, 1000 and 8 x 500 of KV in the second.
     context = {"num_decode_tokens": 1, "num_context_tokens": 500}
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.05, **context))
+    metrics.engines.step_done(report(TACTICAL, StepKind.DECODE, 0.05, **context))
     expected = (2000 + 1000 + 8 * 500) / 0.07
     assert pytest.approx(expected) == value(metrics, "decode_bytes_per_second", tier="tactical")
 
@@ -546,8 +550,10 @@ def test_decode_bandwidth_counts_weights_and_kv_cache(metrics: Metrics) -> None:
 
 def test_decode_bandwidth_is_shown_as_a_share_of_the_measured_one(metrics: Metrics) -> None:
     """100 kB/s of a device that reads 400 kB/s are a quarter; unmeasured, there is no share."""
-    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
-    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
+    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.engines.step_done(
+        report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8)
+    )
     assert "decode_bandwidth_ratio" not in metrics.exposition().decode()
 
     metrics.memory_bandwidth(400e3)
@@ -611,7 +617,7 @@ def test_available_memory_is_the_kernels_figure(tmp_path: Path) -> None:
 
 def test_the_endpoint_serves_until_it_is_closed(metrics: Metrics) -> None:
     """A scrape over HTTP gives the registry's exposition; after close nobody listens."""
-    metrics.held(TACTICAL, ATP)
+    metrics.money.held(TACTICAL, ATP)
     with metrics.serve("127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as response:

@@ -212,11 +212,11 @@ class Broker:
         refusal = self._planner.refuse_unread(spec, self._coming)
         if refusal is not None:
             elapsed_s = time.perf_counter() - began_s
-            self._metrics.route_decided(spec.requested, refusal, elapsed_s)
+            self._metrics.jobs.route_decided(spec.requested, refusal, elapsed_s)
             raise refusal_error(refusal, spec.account)
 
     def _count_refusal(self, spec: JobSpec, refusal: SageFedError, elapsed_s: float) -> None:
-        self._metrics.job_failed(spec.requested, refusal, elapsed_s)
+        self._metrics.jobs.failed(spec.requested, refusal, elapsed_s)
         if self._tracing is not None:
             self._tracing.job_ended(spec, None, refusal)
 
@@ -225,7 +225,7 @@ class Broker:
         allowed = self._max_account_jobs(account)
         if not allowed or self._account_jobs[account] < allowed:
             return
-        self._metrics.call_denied("concurrent_jobs")
+        self._metrics.doors.call_denied("concurrent_jobs")
         raise RateLimited(
             f"account {account} may run {allowed} jobs at once",
             account=account,

@@ -17,7 +17,7 @@ from sage_fed.broker.output import Output
 from sage_fed.broker.plan import Plan
 from sage_fed.core import Delta, JobSpec, Phase, Started, StopReason, Tier
 from sage_fed.executor import Executor, TokenStream
-from sage_fed.metrics import Metrics
+from sage_fed.metrics import JobMetrics
 from sage_fed.scheduler import Ended, SequenceSpec, TokenWeights
 from sage_fed.steps import Drawn
 
@@ -33,7 +33,7 @@ class Delivery:
         *,
         arrived_s: float,
         executor: Executor,
-        metrics: Metrics,
+        metrics: JobMetrics,
         exemplar: Mapping[str, str],
     ) -> None:
         self.stop_reason: StopReason | None = None

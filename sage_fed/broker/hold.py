@@ -13,7 +13,7 @@ from sage_fed.broker.plan import Draft, Planner
 from sage_fed.broker.results import payload_hash
 from sage_fed.core import Budget, Refusal, Route, StopReason, Tier
 from sage_fed.ledger import HoldRequest, Ledger, Replay
-from sage_fed.metrics import Metrics
+from sage_fed.metrics import Metrics, MoneyMetrics
 from sage_fed.router import refusal_error
 
 
@@ -26,7 +26,7 @@ class Hold:
     route: Route
     uatp: int
     ledger: Ledger
-    metrics: Metrics
+    metrics: MoneyMetrics
 
     async def settle(self, charged_uatp: int, reason: StopReason, result: bytes | None) -> int:
         """Charge what was done and release the rest; return the balance.
@@ -71,7 +71,7 @@ async def take_hold(
         began_s = time.perf_counter()
         refusal = planner.hopeless(draft, loads)
         if refusal is not None:
-            metrics.route_decided(spec.requested, refusal, time.perf_counter() - began_s)
+            metrics.jobs.route_decided(spec.requested, refusal, time.perf_counter() - began_s)
             raise refusal_error(refusal, spec.account)
 
     def decide(budget: Budget) -> HoldRequest:
@@ -97,9 +97,9 @@ async def take_hold(
         held = await ledger.decide_hold(spec.account, spec.client_request_id, payload, decide)
     finally:
         if decision is not None:
-            metrics.route_decided(spec.requested, decision, decision_s)
+            metrics.jobs.route_decided(spec.requested, decision, decision_s)
     if isinstance(held, Replay):
         return held
     assert isinstance(decision, Route), "what is held was decided"
-    metrics.held(decision.tier, held.held_uatp)
-    return Hold(job_id, spec.account, decision, held.held_uatp, ledger, metrics)
+    metrics.money.held(decision.tier, held.held_uatp)
+    return Hold(job_id, spec.account, decision, held.held_uatp, ledger, metrics.money)

@@ -74,7 +74,7 @@ class Job:
             self.stream,
             arrived_s=arrived_s,
             executor=executor,
-            metrics=metrics,
+            metrics=metrics.jobs,
             exemplar=self._exemplar,
         )
 
@@ -143,14 +143,14 @@ class Job:
         self.stream.start(result.started)
         if result.output.token_ids or result.output.text:
             self.stream.push(result.output)
-        self._metrics.replayed(result.started.route.tier)
+        self._metrics.jobs.replayed(result.started.route.tier)
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 
     def _fail(self, error: SageFedError) -> None:
         self._log_ending(error.reason.lower())
         tier = self._started.route.tier if self._started else self.spec.requested
         total_s = time.monotonic() - self._arrived_s
-        self._metrics.job_failed(tier, error, total_s, self._wasted, self._device_s)
+        self._metrics.jobs.failed(tier, error, total_s, self._wasted, self._device_s)
         self._trace(error)
         self.stream.end(error)
 
@@ -191,7 +191,7 @@ class Job:
             # Until the books say otherwise: without a settlement it was done for nobody.
             self._wasted = usage
             balance_uatp = await hold.settle(charged_uatp, finished.stop_reason, stored)
-        self._metrics.job_finished(
+        self._metrics.jobs.finished(
             plan.route.tier,
             finished,
             contended=self._delivery.contended,

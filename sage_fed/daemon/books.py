@@ -20,8 +20,8 @@ async def open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle
     return await Ledger.open(
         settings.state_dir / "ledger.db",
         options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
-        on_commit=metrics.ledger_committed,
-        on_disk=lambda writable: metrics.ledger_writable(writable=writable),
+        on_commit=metrics.money.ledger_committed,
+        on_disk=lambda writable: metrics.money.ledger_writable(writable=writable),
         on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
     )
 

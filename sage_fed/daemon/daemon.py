@@ -136,14 +136,14 @@ async def _started(
             # After the ledger, whose lock says that no other daemon has this directory.
             admin=mint_admin_token(settings.state_dir, settings.auth.anonymous_account),
             open_accounts=lambda accounts: open_accounts(ledger, settings, accounts),
-            metrics=metrics,
+            metrics=metrics.doors,
         )
         await open_accounts(ledger, settings, {*settings.accounts, *doors.authenticator.accounts()})
         laps.done("ledger")
         readiness = Readiness(settings, lifecycle, progress, manager)
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
-            observers=(metrics, cards, readiness),
+            observers=(metrics.engines, cards, readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
         )
@@ -184,7 +184,7 @@ async def _started(
             operations=operations,
             throttle=throttle_of(settings),
             certificate=doors.certificate,
-            on_denied=metrics.call_denied,
+            on_denied=metrics.doors.call_denied,
             tracing=tracing,
         )
         metrics.watch(

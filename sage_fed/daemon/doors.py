@@ -25,7 +25,7 @@ from sage_fed.auth import (
 )
 from sage_fed.core import Role
 from sage_fed.errors import ConfigError, Forbidden, Unauthenticated
-from sage_fed.metrics import Metrics, PageDoor
+from sage_fed.metrics import DoorMetrics, PageDoor
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Settings
 
@@ -84,7 +84,7 @@ class Doors:
         *,
         admin: Token,
         open_accounts: OpenAccounts,
-        metrics: Metrics,
+        metrics: DoorMetrics,
     ) -> None:
         self.authenticator = Authenticator.from_settings(settings, admin, files.register)
         self.certificate = files.certificate

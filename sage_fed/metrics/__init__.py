@@ -1,14 +1,26 @@
 """Everything that Prometheus sees, and the only place that knows Prometheus.
 
 Owns names, labels, buckets and help texts (`series`), what is computed when it is scraped
-(`scrape`), and the methods by which the rest of the daemon says what happened (`metrics`).
+(`scrape`), and the methods by which the rest of the daemon says what happened (`jobs`, `money`,
+`engines`, `doors`), all in one registry (`metrics`).
 Label values are bounded and never hold prompts, tokens or paths; account names appear only
 where the operator asks for them.
 Recording cannot fail; a server that cannot bind raises `OSError`.
 """
 
+from sage_fed.metrics.doors import DoorMetrics
+from sage_fed.metrics.jobs import JobMetrics
 from sage_fed.metrics.metrics import Metrics
+from sage_fed.metrics.money import MoneyMetrics
 from sage_fed.metrics.scrape import Snapshot
 from sage_fed.metrics.server import MetricsServer, PageDoor
 
-__all__ = ["Metrics", "MetricsServer", "PageDoor", "Snapshot"]
+__all__ = [
+    "DoorMetrics",
+    "JobMetrics",
+    "Metrics",
+    "MetricsServer",
+    "MoneyMetrics",
+    "PageDoor",
+    "Snapshot",
+]

@@ -1,4 +1,7 @@
-"""Names, labels and help texts of the series of who was let in, and with which certificate."""
+"""Who was not let in, and which tokens and certificate hold: the series and how they change.
+
+Called on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,23 @@ class DoorSeries:
             self.reload_good.labels(file).set(1)
             for outcome in (DONE, BROKEN):
                 self.reloads.labels(file, outcome)
+
+
+class DoorMetrics:
+    """Counts refused calls and reloads."""
+
+    def __init__(self, make: Factory) -> None:
+        self._series = DoorSeries(make)
+
+    def call_denied(self, reason: str) -> None:
+        """Counts a call that was not let in."""
+        self._series.denied.labels(reason).inc()
+
+    def reloaded(self, file: str, *, failed: bool = False) -> None:
+        """Tells that a changed file ("tokens" or "certificate") was read again, and how it went."""
+        self._series.reloads.labels(file, BROKEN if failed else DONE).inc()
+        self._series.reload_good.labels(file).set(not failed)
+
+    def certificate_expires(self, at_s: float) -> None:
+        """Shows until when the certificate in use is good, in seconds since 1970."""
+        self._series.certificate_expiry.set(at_s)

@@ -1,7 +1,7 @@
 """Names, labels, buckets and help texts of every series that is counted as things happen.
 
 What is known in advance starts at zero: a rate over an absent series would be absent, too.
-Knows no events: `metrics` turns those into increments.
+Knows no events: the recorders beside it turn those into increments.
 """
 
 from __future__ import annotations

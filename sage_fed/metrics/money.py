@@ -1,0 +1,55 @@
+"""What was held, charged, given back and denied, how fast the books are, and which card prices.
+
+Called on the event loop, and by the ledger's observers. Account names appear only where the
+operator wants them in metrics.
+"""
+
+from __future__ import annotations
+
+from sage_fed.core import UATP_PER_ATP, Tier
+from sage_fed.metrics.series import Factory, MoneySeries
+
+
+class MoneyMetrics:
+    """Counts ATP; with `per_account_balance`, shows each account's balance under its name."""
+
+    def __init__(self, make: Factory, *, per_account_balance: bool) -> None:
+        self._series = MoneySeries(make)
+        self._per_account_balance = per_account_balance
+
+    def denied(self, reason: str, denied_uatp: int) -> None:
+        """Counts what a job would have cost that was refused for money."""
+        self._series.denied.labels(reason).inc(denied_uatp / UATP_PER_ATP)
+
+    def held(self, tier: Tier, held_uatp: int) -> None:
+        """Counts a hold."""
+        self._series.reserved.labels(tier.value).inc(held_uatp / UATP_PER_ATP)
+
+    def settled(self, tier: Tier, held_uatp: int, charged_uatp: int) -> None:
+        """Counts a hold that ended with a price."""
+        self._series.charged.labels(tier.value).inc(charged_uatp / UATP_PER_ATP)
+        self._series.refunded.labels(tier.value).inc((held_uatp - charged_uatp) / UATP_PER_ATP)
+
+    def voided(self, tier: Tier, released_uatp: int) -> None:
+        """Counts a hold that was given back whole."""
+        self._series.refunded.labels(tier.value).inc(released_uatp / UATP_PER_ATP)
+
+    def balance_changed(self, account: str, balance_uatp: int) -> None:
+        """Shows an account's balance, where the operator wants account names in metrics."""
+        if self._per_account_balance:
+            self._series.balance.labels(account).set(balance_uatp / UATP_PER_ATP)
+
+    def ledger_committed(self, num_operations: int, latency_s: float) -> None:
+        """Counts one durable group of the ledger; what `Ledger.open(on_commit=)` calls."""
+        self._series.commit_seconds.observe(latency_s)
+        self._series.group_size.observe(num_operations)
+
+    def ledger_writable(self, *, writable: bool) -> None:
+        """Says whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
+        self._series.writable.set(writable)
+
+    def rate_card(self, version: str, *, stale: bool = False) -> None:
+        """Says which card is in force, and whether it was measured on something else."""
+        self._series.card.clear()
+        self._series.card.labels(version).set(1)
+        self._series.card_stale.set(stale)
