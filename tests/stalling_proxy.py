@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Self
 
 CHUNK = 16 * 1024
@@ -29,12 +28,7 @@ class StallingProxy:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(20)
         self._loop.close()

@@ -8,7 +8,6 @@ nobody answers, `CallFailed` for a status that is none of ours.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import grpc
@@ -66,12 +65,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
