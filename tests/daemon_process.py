@@ -27,15 +27,15 @@ Launch = Callable[[Sequence[str], Path], Process]
 """From the command line behind `sage-fed` and the log file to the running process."""
 
 
-def launch(arguments: Sequence[str], log: Path) -> Process:
-    """Start a fresh interpreter, as a shell or systemd does."""
+def launch(arguments: Sequence[str], log: Path, **more: str) -> Process:
+    """Start a fresh interpreter, as a shell or systemd does; `more` goes into its environment."""
     environ = {key: value for key, value in os.environ.items() if "SAGE_FED" not in key}
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "sage_fed.cli", *arguments],
             stdout=output,
             stderr=output,
-            env=environ,
+            env=environ | more,
         )
 
 

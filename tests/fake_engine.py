@@ -6,11 +6,13 @@ a wrong block, a skipped position or a block owned twice gives other tokens than
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sage_fed.core import GenerationDefaults, ModelInfo, Tier
+from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.scheduler import SequenceSpec
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Drawn, Step
 
@@ -108,6 +110,15 @@ class FakeEngine:
         self.cache: dict[int, int] = {}
         self.newest: dict[int, int] = {}
 
+    def shut(self) -> None:
+        """Let no step pass from now on but those that `let_pass` allows."""
+        self.gate = threading.Semaphore(0)
+
+    def let_pass(self, num_steps: int = 1) -> None:
+        """Let so many steps pass the gate."""
+        assert self.gate is not None, "this engine has no gate"
+        self.gate.release(num_steps)
+
     def launch(self, step: Step, pause_after_s: float | None = None) -> FakeFlight:
         """Run the step or a part of it, or leave it to its landing."""
         assert self.pipelined or not self.flights, "a flight has to land before the next"
@@ -197,3 +208,19 @@ def spec(
     tokens = tuple((i * 5 if i < system else seq_id * 13 + i * 5) % VOCAB for i in range(prompt))
     values: dict[str, object] = {"ignore_eos": True, **fields}
     return SequenceSpec(seq_id, tier, tokens, new, **values)  # type: ignore[arg-type]
+
+
+async def entered(engine: FakeEngine) -> None:
+    """Wait until the engine is inside a step that nobody has waited for."""
+    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
+
+
+def out_of_memory_once() -> Callable[[Step], None]:
+    """A `fail` by which one step does not fit, and all after it do."""
+    left = [DeviceOutOfMemory("no room for this job")]
+
+    def fail(_step: Step) -> None:
+        if left:
+            raise left.pop()
+
+    return fail

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 import apsw
 import pytest
-from fake_engine import WAIT_S, FakeEngine
+from fake_engine import WAIT_S, FakeEngine, entered
 from surroundings import MODELS
 
 from sage_fed.broker import Broker, Encoder, JobStream, Planner
@@ -79,8 +78,8 @@ class Rig:
         self.engines: dict[Tier, FakeEngine] = {}
 
     def gate(self, tier: Tier = Tier.TACTICAL) -> FakeEngine:
-        """Let the tier's steps pass one permit at a time."""
-        self.engines[tier].gate = threading.Semaphore(0)
+        """Shut the gate of the tier's engine."""
+        self.engines[tier].shut()
         return self.engines[tier]
 
     async def submit(self, spec: JobSpec) -> JobStream:
@@ -129,11 +128,6 @@ def finished_of(events: list[Event]) -> Finished:
     """The last event, which is the ending."""
     assert isinstance(events[-1], Finished)
     return events[-1]
-
-
-async def entered(engine: FakeEngine) -> None:
-    """Wait until the engine is inside a step."""
-    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
 
 
 @contextlib.asynccontextmanager
@@ -189,7 +183,7 @@ async def rig(
             finally:
                 for engine in engines.values():
                     if engine.gate is not None:
-                        engine.gate.release(1_000_000)
+                        engine.let_pass(1_000_000)
                 await executor.stop(0.0)
     await ledger.close()
 
@@ -234,8 +228,7 @@ async def test_a_sequence_carries_its_account_and_prices(tmp_path: Path) -> None
         (live,) = r.executor._streams
         assert "local" == live.spec.account
         assert TokenWeights(329_500, 32_950, 6_590_000) == live.spec.weights
-        assert engine.gate is not None
-        engine.gate.release(100)
+        engine.let_pass(100)
         await read(stream)
 
 
@@ -319,11 +312,10 @@ async def test_a_bug_of_ours_in_mid_job_leaves_nothing_running(
         with monkeypatch.context() as patch:
             patch.setattr(Output, "push", bug)
             stream = await r.submit(job(new=400))
-            assert engine.gate is not None
-            engine.gate.release()
+            engine.let_pass()
             with pytest.raises(Internal) as error:
                 await read(stream)
-        engine.gate.release(3)  # far less than 400: it was cancelled
+        engine.let_pass(3)  # far less than 400: it was cancelled
         await r.settled()
         assert 0 == await r.spent_uatp()
     assert error.value.error_id in caplog.text
@@ -356,8 +348,7 @@ async def test_books_that_die_end_the_job_without_a_price(tmp_path: Path) -> Non
 
         with pytest.raises(LedgerDown):
             await r.ledger._ask(disk)
-        assert engine.gate is not None
-        engine.gate.release(10)
+        engine.let_pass(10)
         with pytest.raises(LedgerDown):
             await read(stream)
         assert 1 == len(r.deaths)
@@ -376,8 +367,7 @@ async def test_a_hold_that_expired_under_a_job_is_not_charged(tmp_path: Path) ->
         engine = r.gate()
         stream = await r.submit(job(new=2))
         assert 1 == len(await r.ledger.expire_due())
-        assert engine.gate is not None
-        engine.gate.release(10)
+        engine.let_pass(10)
         with pytest.raises(HoldClosed):
             await read(stream)
         await r.settled()
@@ -392,8 +382,7 @@ async def test_upkeep_leaves_the_hold_of_a_job_that_runs(tmp_path: Path) -> None
         await r.ledger.hold(HoldRequest("leaked", "local", 7, CARD.version, "tactical", ttl_s=1e-6))
         assert 1 == r.broker.num_jobs
         assert ("leaked",) == await r.ledger.expire_due(r.broker.job_ids())
-        assert engine.gate is not None
-        engine.gate.release(10)
+        engine.let_pass(10)
         finished = finished_of(await read(stream))
         assert 2 == finished.usage.output_tokens
         await r.settled()
@@ -410,8 +399,7 @@ async def test_a_job_that_waits_is_aborted_for_nothing(tmp_path: Path) -> None:
         waiting = await r.submit(job(new=2))
         (_, second) = sorted(r.broker.running(), key=lambda running: -running.age_s)
         assert r.broker.abort(second.job_id)
-        assert engine.gate is not None
-        engine.gate.release(10)
+        engine.let_pass(10)
         finished = finished_of(await read(waiting))
         assert StopReason.ABORTED is finished.stop_reason
         assert (Usage(0, 0, 0), 0) == (finished.usage, finished.price.charged_uatp)
@@ -424,9 +412,8 @@ async def test_a_cancelled_job_is_charged_for_what_it_delivered(tmp_path: Path) 
     """Tokens that come after the cancellation are neither delivered nor charged."""
     async with rig(tmp_path) as r:
         engine = r.gate()
-        assert engine.gate is not None
         stream = await r.submit(job(new=400, client_request_id="one"))
-        engine.gate.release(2)
+        engine.let_pass(2)
         seen = 0
         async for event in stream:
             if isinstance(event, Delta):
@@ -435,7 +422,7 @@ async def test_a_cancelled_job_is_charged_for_what_it_delivered(tmp_path: Path) 
                 break
         stream.cancel()
         stream.cancel()
-        engine.gate.release(5)
+        engine.let_pass(5)
         await r.settled()
         price = charge(CARD, Tier.TACTICAL, Usage(5, 0, 2))
         assert price == await r.spent_uatp()
@@ -469,10 +456,9 @@ async def test_nothing_comes_after_a_stop_string_whatever_else_was_asked(tmp_pat
     async with rig(tmp_path) as r:
         whole, _ = _output(await r.run(job(new=8)))
         engine = r.gate()
-        assert engine.gate is not None
         stop = whole[4:6]
         stream = await r.submit(job(new=8, sampling={"stop": (stop,)}))
-        engine.gate.release(7)
+        engine.let_pass(7)
         # The loop stands still until the last step has begun: seven tokens are under way.
         while len(engine.steps) < 8 + 7 or not engine.entered.acquire(timeout=WAIT_S):
             time.sleep(0.001)  # noqa: ASYNC251
@@ -480,7 +466,7 @@ async def test_nothing_comes_after_a_stop_string_whatever_else_was_asked(tmp_pat
         assert r.broker.abort(running.job_id)
         events = aiter(stream)
         seen = [await anext(events), await anext(events)]
-        engine.gate.release()
+        engine.let_pass()
         seen += [event async for event in events]
         assert whole[: whole.index(stop)] == _output(seen)[0]
         assert StopReason.STOP_STRING is finished_of(seen).stop_reason
@@ -510,8 +496,7 @@ async def test_a_job_torn_off_with_its_task_is_given_back(tmp_path: Path) -> Non
         task.cancel()
         with pytest.raises(TierUnavailable):
             await read(stream)
-        assert engine.gate is not None
-        engine.gate.release(3)
+        engine.let_pass(3)
         await r.settled()
         assert 0 == await r.spent_uatp()
 
@@ -523,8 +508,7 @@ async def test_a_request_id_runs_once_at_a_time(tmp_path: Path) -> None:
         first = await r.submit(job(client_request_id="one"))
         with pytest.raises(RequestIdConflict):
             await r.submit(job(client_request_id="one"))
-        assert engine.gate is not None
-        engine.gate.release(10)
+        engine.let_pass(10)
         events = await read(first)
         replayed = await r.run(job(client_request_id="one"))
         assert isinstance(replayed[0], Started)
@@ -552,8 +536,7 @@ async def test_a_full_queue_gives_the_hold_back(tmp_path: Path) -> None:
         refusals = [answer for answer in asked if isinstance(answer, BaseException)]
         streams += [answer for answer in asked if isinstance(answer, JobStream)]
         assert [QueueFull] * 4 == [type(refusal) for refusal in refusals]
-        assert engine.gate is not None
-        engine.gate.release(100)
+        engine.let_pass(100)
         endings = [finished_of(await read(stream)) for stream in streams]
         await r.settled()
         assert sum(end.price.charged_uatp for end in endings) == await r.spent_uatp()
@@ -581,8 +564,7 @@ async def test_a_job_that_nobody_takes_is_refused_unread(tmp_path: Path) -> None
         assert 2.0 == r.counted(
             "route_decisions_total", requested="tactical", chosen="none", reason="queue_full"
         )
-        assert engine.gate is not None
-        engine.gate.release(100)
+        engine.let_pass(100)
         for stream in streams:
             finished_of(await read(stream))
         with pytest.raises(InvalidField):
@@ -602,8 +584,7 @@ async def test_the_last_place_is_held_for_once(tmp_path: Path) -> None:
         streams += [answer for answer in asked if isinstance(answer, JobStream)]
         refusals = [answer for answer in asked if isinstance(answer, QueueFull)]
         assert (3, 4) == (len(streams), len(refusals))
-        assert engine.gate is not None
-        engine.gate.release(100)
+        engine.let_pass(100)
         for stream in streams:
             finished_of(await read(stream))
         await r.settled()
@@ -658,8 +639,7 @@ async def test_a_closed_broker_refuses_and_lets_jobs_end(tmp_path: Path) -> None
         with pytest.raises(TierUnavailable) as refusal:
             await r.submit(job())
         assert refusal.value.retry_after_s is not None
-        assert engine.gate is not None
-        engine.gate.release(10)
+        engine.let_pass(10)
         assert StopReason.LENGTH is finished_of(await read(stream)).stop_reason
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from fake_engine import WAIT_S, spec
+from executor_rig import Rig, read, serving
+from fake_engine import WAIT_S, entered, spec
 from hypothesis import given
 from hypothesis import strategies as st
 from test_executor_probe import prepare, used
-from test_executor_serving import Rig, entered, read, serving
 
 from sage_fed.calibrate import Calibrator, Pace, Site
 from sage_fed.calibrate.derive import prices, warning_of
@@ -353,8 +353,7 @@ async def test_a_cancelled_calibration_leaves_nothing(tmp_path: Path) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        assert engine.gate is not None
-        engine.gate.release(10_000)
+        engine.let_pass(10_000)
         assert (await run(one)).version
         assert [0, 0] == used(executor)
     assert 3 == files(tmp_path)
@@ -413,8 +412,7 @@ async def test_jobs_are_served_while_it_runs(tmp_path: Path) -> None:
         task = asyncio.create_task(run(one))
         await entered(engine)
         streams = [executor.submit(spec(number, (T, S)[number % 2])) for number in range(4)]
-        assert engine.gate is not None
-        engine.gate.release(10_000)
+        engine.let_pass(10_000)
         for stream in streams:
             tokens, ended = await read(stream)
             assert 4 == len(tokens) == ended.output_tokens
@@ -459,8 +457,7 @@ async def test_a_stop_ends_a_calibration_with_an_error(tmp_path: Path) -> None:
         stop = asyncio.create_task(executor.stop(0.0))
         with pytest.raises(TierUnavailable):
             await task
-        assert engine.gate is not None
-        engine.gate.release(10_000)
+        engine.let_pass(10_000)
         await stop
     assert 0 == files(tmp_path)
 

@@ -254,14 +254,19 @@ def test_chat_remembers(shell: Shell) -> None:
     assert first == after_reset < second
 
 
-def test_an_interrupted_question_is_cancelled(shell: Shell) -> None:
-    """Ctrl-C: exit code 130, and the daemon goes on without the job."""
-    process = subprocess.Popen(
+def ask_for_much(shell: Shell) -> subprocess.Popen[bytes]:
+    """`ask` in a process of its own, for an answer that takes a while."""
+    return subprocess.Popen(
         [sys.executable, "-m", "sage_fed.cli", "ask", QUESTION, "--tier", "strategic",
          "--ignore-eos", "--max-new-tokens", "512", "--temperature", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, **shell.environ},
     )  # fmt: skip
+
+
+def test_an_interrupted_question_is_cancelled(shell: Shell) -> None:
+    """Ctrl-C: exit code 130, and the daemon goes on without the job."""
+    process = ask_for_much(shell)
     assert process.stdout is not None
     # The first character is the event: the job is running then.
     first = process.stdout.read(1)
@@ -299,12 +304,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_a_reader_that_has_enough_of_an_answer(shell: Shell) -> None:
     """`ask | head -c 1`: a quiet end with 141, and the job is cancelled, not made for nobody."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sage_fed.cli", "ask", QUESTION, "--tier", "strategic",
-         "--ignore-eos", "--max-new-tokens", "512", "--temperature", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, **shell.environ},
-    )  # fmt: skip
+    process = ask_for_much(shell)
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.read(1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from executor_rig import read
 from surroundings import MODELS
 
 from sage_fed.core import Sampling, Tier, TierState, TierStatus
@@ -67,13 +68,6 @@ def traffic(chance: random.Random, count: int) -> list[SequenceSpec]:
         )
         for seq_id in range(count)
     ]
-
-
-async def read(stream: TokenStream) -> tuple[list[int], Ended]:
-    tokens: list[int] = []
-    while isinstance(news := await stream.next(), Tokens):
-        tokens += [d.token_id for d in news.drawn]
-    return tokens, news
 
 
 async def leave(executor: Executor, stream: TokenStream) -> tuple[list[int], Ended]:

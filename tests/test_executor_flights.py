@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_engine import FakeEngine, FakeFlight, reference, spec
-from test_executor_serving import Rig, read, serving
+from executor_rig import Rig, read, serving
+from fake_engine import FakeEngine, FakeFlight, out_of_memory_once, reference, spec
 
 from sage_fed.core import Tier, TierState
-from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.executor import Tokens
 from sage_fed.executor.flights import Flights
 from sage_fed.scheduler import EndReason
@@ -59,14 +58,7 @@ async def test_a_flight_that_fails_takes_only_its_own_tier_with_it(broken: Tier)
 async def test_a_flight_that_runs_out_of_memory_is_flown_again() -> None:
     """Memory may be short when a step lands, too: the sequence tries again."""
     rig = Rig(pipelined=True)
-    left = [1]
-
-    def fail(_step: Step) -> None:
-        if left:
-            left.pop()
-            raise DeviceOutOfMemory("no room for this job")
-
-    rig.engines[T].fail = fail
+    rig.engines[T].fail = out_of_memory_once()
     async with serving(rig) as executor:
         tokens, ended = await read(executor.submit(spec(0)))
     assert (reference(spec(0)), EndReason.LENGTH) == (tokens, ended.reason)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from fake_engine import WAIT_S, Clock, FakeEngine, reference, spec
+from fake_engine import WAIT_S, Clock, FakeEngine, entered, reference, spec
 
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.errors import ModelLoadError, QueueFull, TierUnavailable
@@ -187,14 +187,13 @@ async def test_a_stop_ends_every_stream_once() -> None:
     engine = gated()
     executor = await started(engine, FakeEngine())
     streams = [executor.submit(spec(i, new=100)) for i in range(30)]
-    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
+    await entered(engine)
     streams += [executor.submit(spec(i, new=100)) for i in range(30, 40)]
     stopping = asyncio.create_task(executor.stop(0.0))
     await asyncio.sleep(0)
     with pytest.raises(TierUnavailable):
         executor.submit(spec(99))
-    assert engine.gate
-    engine.gate.release(10_000)
+    engine.let_pass(10_000)
     await stopping
     assert [EndReason.SHUTDOWN] * 40 == [await reason_of(stream) for stream in streams]
     assert 0 == executor.num_live
@@ -211,8 +210,7 @@ async def test_a_stop_lets_streams_end_within_the_grace() -> None:
     await asyncio.sleep(0)
     assert TierState.DRAINING is executor.status(T).state
     assert TierState.DRAINING is executor.load(T).state
-    assert engine.gate
-    engine.gate.release(1000)
+    engine.let_pass(1000)
     await stopping
     assert reference(spec(0, new=20)) == await tokens_of(stream)
     assert EndReason.LENGTH is await reason_of(stream)
@@ -238,11 +236,10 @@ async def test_a_device_that_hangs_does_not_hang_the_stop(
     engine = gated()
     executor = await started(engine, FakeEngine())
     stream = executor.submit(spec(0))
-    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
+    await entered(engine)
     await executor.stop(0.0)
     assert EndReason.SHUTDOWN is await reason_of(stream)
-    assert engine.gate
-    engine.gate.release(1000)
+    engine.let_pass(1000)
     assert executor._device
     await asyncio.wrap_future(executor._device.exited)
     assert [] == await tokens_of(stream)
@@ -254,15 +251,14 @@ async def test_a_thread_that_dies_says_so() -> None:
     executor = await started(engine, FakeEngine())
     streams = [executor.submit(spec(i, new=50)) for i in range(20)]
     streams.append(executor.submit(spec(20, S)))
-    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
+    await entered(engine)
     assert executor._device
 
     def bug(_now: float) -> None:
         raise KeyError("a bug")
 
     executor._device._scheduler.next_step = bug  # type: ignore[method-assign,assignment]
-    assert engine.gate
-    engine.gate.release(1000)
+    engine.let_pass(1000)
     assert {EndReason.FAILED} == {await reason_of(stream) for stream in streams}
     delivered = [len(await tokens_of(stream)) for stream in streams]
     assert delivered == [stream.ended.output_tokens for stream in streams if stream.ended]
@@ -296,7 +292,7 @@ async def busy_with_tactical(tactical: FakeEngine, late: Late) -> tuple[Executor
     await executor.start()
     await executor.loaded(T)
     stream = executor.submit(spec(0))
-    assert await asyncio.to_thread(tactical.entered.acquire, timeout=WAIT_S)
+    await entered(tactical)
     return executor, stream
 
 
@@ -313,8 +309,7 @@ async def test_an_engine_that_comes_with_the_stop_is_closed() -> None:
     stopping = asyncio.create_task(executor.stop(0.0))
     await asyncio.to_thread(executor._loaders[0]._abandoned.wait, WAIT_S)
     await let_load(executor, late)
-    assert tactical.gate
-    tactical.gate.release(100)
+    tactical.let_pass(100)
     await stopping
     assert EndReason.SHUTDOWN is await reason_of(stream)
     assert late.engine.closed
@@ -331,11 +326,10 @@ async def test_an_engine_that_comes_to_a_dead_thread_is_closed(unread: bool) -> 
     late.reports = [0.7]
     tactical.fail = dies
     executor, stream = await busy_with_tactical(tactical, late)
-    assert tactical.gate
     assert executor._device
     if unread:
         await let_load(executor, late)
-    tactical.gate.release(100)
+    tactical.let_pass(100)
     await asyncio.wrap_future(executor._device.exited)
     if not unread:
         await let_load(executor, late)

@@ -6,11 +6,10 @@ import asyncio
 import itertools
 
 import pytest
-from fake_engine import reference, spec
-from test_executor_serving import Rig, read, serving
+from executor_rig import Rig, read, serving
+from fake_engine import out_of_memory_once, reference, spec
 
 from sage_fed.core import Tier, TierState
-from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.executor import Executor, Tokens
 from sage_fed.scheduler import Ended, EndReason
 from sage_fed.steps import Step
@@ -84,14 +83,7 @@ async def test_a_resumed_step_that_fails_takes_only_its_own_tier_with_it() -> No
 async def test_a_resumed_step_that_runs_out_of_memory_is_run_again() -> None:
     """As one that never paused."""
     rig = rig_with_slow_strategic()
-    left = [1]
-
-    def fail(_step: Step) -> None:
-        if left:
-            left.pop()
-            raise DeviceOutOfMemory("no room for this job")
-
-    rig.engines[S].fail = fail
+    rig.engines[S].fail = out_of_memory_once()
     async with serving(rig) as executor:
         _, (deep, ended) = await both(executor)
         assert rig.clock.now - 100.0 == pytest.approx(

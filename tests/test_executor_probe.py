@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
-from fake_engine import WAIT_S, FakeEngine, spec
-from test_executor_serving import Rig, entered, read, serving
+from executor_rig import Rig, read, serving
+from fake_engine import WAIT_S, FakeEngine, entered, spec
 
 from sage_fed.core import Sampling, Tier, TierState
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory, TierUnavailable
@@ -62,14 +61,13 @@ async def test_live_work_goes_first_and_the_probe_starts_again() -> None:
     prepare(rig)
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        assert engine.gate is not None
         probe = asyncio.create_task(executor.probe([decode(T)] * 3, WAIT_S))
         await entered(engine)
-        engine.gate.release()
+        engine.let_pass()
         await entered(engine)
         # Longer than what the pool would hold beside the probe's blocks.
         stream = executor.submit(spec(0, prompt=400, new=12))
-        engine.gate.release(100)
+        engine.let_pass(100)
         tokens, _ = await read(stream)
         assert 12 == len(tokens)
         assert 3 == len(await probe)
@@ -86,13 +84,12 @@ async def test_a_cancelled_probe_leaves_no_block_behind() -> None:
     prepare(rig)
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        assert engine.gate is not None
         probe = asyncio.create_task(executor.probe([decode(T), decode(S)] * 50, WAIT_S))
         await entered(engine)
         probe.cancel()
         with pytest.raises(asyncio.CancelledError):
             await probe
-        engine.gate.release(100)
+        engine.let_pass(100)
         assert await all_free(executor)
     assert len(engine.steps) < 50
 
@@ -103,12 +100,11 @@ async def test_a_probe_that_finds_no_idle_moment_says_so() -> None:
     prepare(rig)
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        assert engine.gate is not None
         stream = executor.submit(spec(0))
         await entered(engine)
         with pytest.raises(DeviceBusy):
             await executor.probe([decode(T)], 0.01)
-        engine.gate.release(100)
+        engine.let_pass(100)
         assert 4 == (await read(stream))[1].output_tokens
         assert await all_free(executor)
 
@@ -160,8 +156,7 @@ async def test_a_stop_ends_probes_with_an_error() -> None:
         stop = asyncio.create_task(executor.stop(0.0))
         with pytest.raises(TierUnavailable):
             await probe
-        assert isinstance(engine.gate, threading.Semaphore)
-        engine.gate.release(100)
+        engine.let_pass(100)
         await stop
         with pytest.raises(TierUnavailable):
             await executor.probe([decode(T)], WAIT_S)

@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from executor_rig import read
 from fake_engine import WAIT_S, FakeEngine, reference, spec
 
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.errors import DeviceLost, ModelLoadError, TierUnavailable
-from sage_fed.executor import Executor, Heartbeat, TierSetup, Tokens, TokenStream
+from sage_fed.executor import Executor, Heartbeat, TierSetup
 from sage_fed.executor.recovery import MOST_S, SOUND_S, BackOff, Stall
-from sage_fed.scheduler import Ended, EndReason
+from sage_fed.scheduler import EndReason
 from sage_fed.steps import NO_TOKEN, Drawn, Step, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
@@ -79,13 +80,6 @@ async def serving(
         watch.cancel()
         await executor.stop(0.0)
     assert 0 == executor.num_live
-
-
-async def read(stream: TokenStream) -> tuple[list[int], Ended]:
-    tokens: list[int] = []
-    while isinstance(news := await stream.next(), Tokens):
-        tokens += [d.token_id for d in news.drawn]
-    return tokens, news
 
 
 def breaks(_step: Step) -> None:
@@ -152,7 +146,6 @@ async def test_a_stop_ends_the_recovery() -> None:
 async def test_a_device_that_hangs_is_told_and_comes_back() -> None:
     """Nobody waits for it: streams of both tiers end, new ones are refused, until it answers."""
     engine = FakeEngine(gate=threading.Semaphore(0))
-    assert engine.gate
     async with serving(iter([engine]), FakeEngine(), step_timeout_s=1.0) as (executor, watcher):
         streams = [executor.submit(spec(i, new=50)) for i in range(3)]
         streams.append(executor.submit(spec(3, S, new=50)))
@@ -163,7 +156,7 @@ async def test_a_device_that_hangs_is_told_and_comes_back() -> None:
             with pytest.raises(TierUnavailable) as refused:
                 executor.submit(spec(9, tier))
             assert refused.value.retry_after_s
-        engine.gate.release(10_000)
+        engine.let_pass(10_000)
         await watcher.wait(T, TierState.READY, times=2)
         for tier in Tier:
             tokens, _ = await read(executor.submit(spec(10, tier)))
@@ -178,12 +171,11 @@ async def test_a_device_that_hangs_is_told_and_comes_back() -> None:
 async def test_a_device_that_stays_away_is_given_up() -> None:
     """After as long again both tiers are down for good: only a new process can help."""
     engine = FakeEngine(gate=threading.Semaphore(0))
-    assert engine.gate
     async with serving(iter([engine]), FakeEngine(), step_timeout_s=0.1) as (executor, watcher):
         stream = executor.submit(spec(1, new=50))
         assert EndReason.FAILED is (await read(stream))[1].reason
         final = await watcher.wait(S, TierState.FAILED, times=2)
-        engine.gate.release(10_000)
+        engine.let_pass(10_000)
         assert final.retry_s is None
         assert {TierState.FAILED} == {executor.status(tier).state for tier in Tier}
         with pytest.raises(TierUnavailable):

@@ -5,97 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 
 import pytest
-from fake_engine import WAIT_S, Clock, FakeEngine, reference, spec
+from executor_rig import Rig, read, serving
+from fake_engine import WAIT_S, entered, reference, spec
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import Tier, TierState
 from sage_fed.errors import DeviceOutOfMemory, InvalidField, QueueFull, TierUnavailable
-from sage_fed.executor import Executor, Tokens, TokenStream
+from sage_fed.executor import Tokens
 from sage_fed.executor.handover import Parcel
-from sage_fed.executor.loader import TierSetup
 from sage_fed.scheduler import Ended, EndReason
 from sage_fed.steps import Step, StepKind, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
-
-
-class Observer:
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.reports: list[StepReport] = []
-        self.statuses: list[TierStatus] = []
-
-    def step_done(self, report: StepReport) -> None:
-        """Keep it."""
-        self.reports.append(report)
-
-    def tier_changed(self, status: TierStatus) -> None:
-        """Keep it."""
-        self.statuses.append(status)
-
-
-class Rig:
-    """A started executor over two fake engines that share a clock."""
-
-    def __init__(
-        self,
-        *,
-        pipelined: bool = False,
-        num_parts: int = 1,
-        reload_s: float = 3600.0,
-        **setup: int,
-    ) -> None:
-        self.clock = Clock()
-        self.engines = {
-            tier: FakeEngine(clock=self.clock, pipelined=pipelined, num_parts=num_parts)
-            for tier in Tier
-        }
-        self.observer = Observer()
-        self.executor = Executor(
-            {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
-            observers=[self.observer],
-            reload_s=reload_s,
-            clock=self.clock,
-        )
-
-    def _loader(self, tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
-        return lambda _progress: self.engines[tier]
-
-    def gate(self, tier: Tier) -> FakeEngine:
-        """Let the tier's steps pass one permit at a time."""
-        self.engines[tier].gate = threading.Semaphore(0)
-        return self.engines[tier]
-
-
-@asynccontextmanager
-async def serving(rig: Rig) -> AsyncIterator[Executor]:
-    await rig.executor.start()
-    for tier in Tier:
-        assert TierState.READY is (await rig.executor.loaded(tier)).state
-    try:
-        async with asyncio.timeout(WAIT_S):
-            yield rig.executor
-    finally:
-        for engine in rig.engines.values():
-            if engine.gate:
-                engine.gate.release(10_000)
-        await rig.executor.stop(0.0)
-    assert 0 == rig.executor.num_live
-
-
-async def read(stream: TokenStream) -> tuple[list[int], Ended]:
-    tokens: list[int] = []
-    while isinstance(news := await stream.next(), Tokens):
-        tokens += [d.token_id for d in news.drawn]
-    return tokens, news
-
-
-async def entered(engine: FakeEngine) -> None:
-    assert await asyncio.to_thread(engine.entered.acquire, timeout=WAIT_S)
 
 
 @pytest.mark.parametrize(("pipelined", "num_parts"), [(False, 1), (True, 1), (False, 5)])
@@ -159,8 +81,7 @@ async def test_a_reader_may_give_up_a_wait_without_losing_a_token() -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert engine.gate
-        engine.gate.release(100)
+        engine.let_pass(100)
         tokens, _ = await read(stream)
     assert reference(spec(0)) == tokens
 
@@ -224,16 +145,15 @@ async def test_a_stalled_loop_is_woken_once() -> None:
     async with serving(rig) as executor:
         stream = executor.submit(spec(0, new=20))
         loop.call_soon_threadsafe = counting  # type: ignore[method-assign,assignment]
-        assert engine.gate
         assert engine.entered.acquire(timeout=WAIT_S)
         for _ in range(10):
-            engine.gate.release()
+            engine.let_pass()
             # Blocks the event loop on purpose: the tenth acquire says ten steps were handed over.
             assert engine.entered.acquire(timeout=WAIT_S)
         assert 1 == wakes
         first = await stream.next()
         loop.call_soon_threadsafe = real  # type: ignore[method-assign]
-        engine.gate.release(100)
+        engine.let_pass(100)
         await stream.wait_ended()
     assert isinstance(first, Tokens)
     assert 10 == len(first.drawn)
@@ -249,8 +169,7 @@ async def test_a_cancel_frees_the_blocks_at_the_step_boundary() -> None:
         await entered(engine)
         assert executor.cancel(0)
         assert executor.cancel(0)
-        assert engine.gate
-        engine.gate.release(100)
+        engine.let_pass(100)
         tokens, ended = await read(stream)
         load = executor.load(T)
         assert not executor.cancel(0)
@@ -278,8 +197,7 @@ async def test_a_load_is_never_older_than_an_ending(monkeypatch: pytest.MonkeyPa
         stream = executor.submit(spec(0, new=50))
         await entered(engine)
         executor.cancel(0)
-        assert engine.gate
-        engine.gate.release(100)
+        engine.let_pass(100)
         await stream.wait_ended()
     assert [0] == used
 
@@ -291,8 +209,7 @@ async def test_abort_all_ends_everything() -> None:
     async with serving(rig) as executor:
         streams = [executor.submit(spec(i, S, new=50)) for i in range(5)]
         await entered(engine)
-        assert engine.gate
-        engine.gate.release(1000)
+        engine.let_pass(1000)
         await executor.abort_all()
         assert [EndReason.CANCELLED] * 5 == [s.ended.reason for s in streams if s.ended]
         tokens, _ = await read(executor.submit(spec(9, T)))
@@ -312,8 +229,7 @@ async def test_a_broken_engine_takes_only_its_own_tier() -> None:
         strategic = executor.submit(spec(0, S, new=10))
         await entered(engine)
         doomed = [executor.submit(spec(i, T)) for i in (1, 2)]
-        assert engine.gate
-        engine.gate.release(100)
+        engine.let_pass(100)
         endings = [(await read(stream))[1] for stream in doomed]
         tokens, ended = await read(strategic)
         assert [EndReason.FAILED] * 2 == [failed.reason for failed in endings]
@@ -354,8 +270,7 @@ async def test_a_step_too_big_for_memory_costs_one_sequence() -> None:
         small = executor.submit(spec(0, new=12))
         await entered(engine)
         big = executor.submit(spec(1, prompt=40))
-        assert engine.gate
-        engine.gate.release(1000)
+        engine.let_pass(1000)
         _, ended = await read(big)
         tokens, _ = await read(small)
     assert (EndReason.OUT_OF_MEMORY, 0) == (ended.reason, ended.output_tokens)
@@ -376,8 +291,7 @@ async def test_waiting_is_bounded() -> None:
             executor.submit(spec(4))
         assert full.value.retry_after_s
         executor.submit(spec(5, S))
-        assert engine.gate
-        engine.gate.release(1000)
+        engine.let_pass(1000)
         for stream in streams:
             await stream.wait_ended()
         await read(executor.submit(spec(6)))
@@ -405,8 +319,7 @@ async def test_tactical_keeps_stepping_while_strategic_prefills() -> None:
         executor.submit(spec(0, T, new=200))
         await entered(gate)
         strategic = executor.submit(spec(1, S, prompt=480, new=2))
-        assert gate.gate
-        gate.gate.release(1000)
+        gate.let_pass(1000)
         _, ended = await read(strategic)
         executor.cancel(0)
     text = "".join("t" if tier is T else "S" for tier in log)

@@ -84,9 +84,8 @@ async def test_nobody_at_the_address_is_said_so(tmp_path: Path) -> None:
         await in_thread(ask)
 
 
-async def test_a_server_of_something_else_is_a_failed_call() -> None:
-    """A status without our details keeps its name."""
-    server = grpc.aio.server()
+async def failure_at(server: grpc.aio.Server) -> CallFailed:
+    """How a call of ours fails at a server that is not ours."""
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
 
@@ -99,7 +98,12 @@ async def test_a_server_of_something_else_is_a_failed_call() -> None:
             await in_thread(ask)
     finally:
         await server.stop(None)
-    assert "UNIMPLEMENTED" == raised.value.status
+    return raised.value
+
+
+async def test_a_server_of_something_else_is_a_failed_call() -> None:
+    """A status without our details keeps its name."""
+    assert "UNIMPLEMENTED" == (await failure_at(grpc.aio.server())).status
 
 
 async def test_leaving_a_stream_early_cancels_its_job(tmp_path: Path) -> None:
@@ -216,16 +220,5 @@ async def test_details_that_cannot_be_read_leave_the_status(details: bytes) -> N
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("sage_fed.v1.ModelService", methods),)
     )
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-
-    def ask() -> None:
-        with Client(f"127.0.0.1:{port}") as client:
-            client.status()
-
-    try:
-        with pytest.raises(CallFailed) as raised:
-            await in_thread(ask)
-    finally:
-        await server.stop(None)
-    assert ("INVALID_ARGUMENT", "bad") == (raised.value.status, raised.value.message)
+    failure = await failure_at(server)
+    assert ("INVALID_ARGUMENT", "bad") == (failure.status, failure.message)

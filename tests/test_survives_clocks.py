@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-from daemon_process import DaemonProcess, Process
+from daemon_process import DaemonProcess, Launch, launch
 from surroundings import require_tool
 
 from sage_fed.client import Client
@@ -25,28 +24,18 @@ SETTINGS = (
 WAIT_S = 60.0
 
 
-def under_false_time(moment: Path) -> Callable[[Sequence[str], Path], Process]:
+def under_false_time(moment: Path) -> Launch:
     """Start a daemon that takes the wall clock's offset from a file, whenever it looks."""
     library = require_library("libfaketime.so.1")
 
-    def launch(arguments: Sequence[str], log: Path) -> Process:
-        environ = {key: value for key, value in os.environ.items() if "SAGE_FED" not in key}
-        environ |= {
-            "LD_PRELOAD": str(library),
-            "FAKETIME_TIMESTAMP_FILE": str(moment),
-            "FAKETIME_NO_CACHE": "1",
-            # An administrator or NTP moves the wall clock; nobody moves the others.
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", "sage_fed.cli", *arguments],
-                stdout=output,
-                stderr=output,
-                env=environ,
-            )
-
-    return launch
+    return partial(
+        launch,
+        LD_PRELOAD=str(library),
+        FAKETIME_TIMESTAMP_FILE=str(moment),
+        FAKETIME_NO_CACHE="1",
+        # An administrator or NTP moves the wall clock; nobody moves the others.
+        FAKETIME_DONT_FAKE_MONOTONIC="1",
+    )
 
 
 def require_library(name: str) -> Path:

@@ -1,0 +1,89 @@
+"""An executor over two fake engines, and a stream read to its end: what its tests share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fake_engine import WAIT_S, Clock, FakeEngine
+
+from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.executor import Executor, Tokens, TokenStream
+from sage_fed.executor.loader import TierSetup
+from sage_fed.scheduler import Ended
+from sage_fed.steps import StepReport
+
+
+class Observer:
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.statuses: list[TierStatus] = []
+
+    def step_done(self, report: StepReport) -> None:
+        """Keep it."""
+        self.reports.append(report)
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Keep it."""
+        self.statuses.append(status)
+
+
+class Rig:
+    """A started executor over two fake engines that share a clock."""
+
+    def __init__(
+        self,
+        *,
+        pipelined: bool = False,
+        num_parts: int = 1,
+        reload_s: float = 3600.0,
+        **setup: int,
+    ) -> None:
+        self.clock = Clock()
+        self.engines = {
+            tier: FakeEngine(clock=self.clock, pipelined=pipelined, num_parts=num_parts)
+            for tier in Tier
+        }
+        self.observer = Observer()
+        self.executor = Executor(
+            {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
+            observers=[self.observer],
+            reload_s=reload_s,
+            clock=self.clock,
+        )
+
+    def _loader(self, tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
+        return lambda _progress: self.engines[tier]
+
+    def gate(self, tier: Tier) -> FakeEngine:
+        """Shut the gate of the tier's engine."""
+        self.engines[tier].shut()
+        return self.engines[tier]
+
+
+@asynccontextmanager
+async def serving(rig: Rig) -> AsyncIterator[Executor]:
+    """Serve both tiers until the block is left; then nothing is left running."""
+    await rig.executor.start()
+    for tier in Tier:
+        assert TierState.READY is (await rig.executor.loaded(tier)).state
+    try:
+        async with asyncio.timeout(WAIT_S):
+            yield rig.executor
+    finally:
+        for engine in rig.engines.values():
+            if engine.gate is not None:
+                engine.let_pass(10_000)
+        await rig.executor.stop(0.0)
+    assert 0 == rig.executor.num_live
+
+
+async def read(stream: TokenStream) -> tuple[list[int], Ended]:
+    """A stream's tokens and its ending."""
+    tokens: list[int] = []
+    while isinstance(news := await stream.next(), Tokens):
+        tokens += [d.token_id for d in news.drawn]
+    return tokens, news
