@@ -7,6 +7,8 @@ they name the field and say what to do next, and never carry internals, prompts 
 
 from __future__ import annotations
 
+import enum
+
 
 class SageFedError(Exception):
     """Root of the tree. `reason` is a stable UPPER_SNAKE code for programs."""
@@ -82,7 +84,8 @@ class QueueFull(Retryable):
     @classmethod
     def of_tier(cls, tier: str, waiting: int, retry_after_s: float | None = None) -> QueueFull:
         """Say it of a tier, in the same words wherever it is noticed."""
-        message = f"{waiting:,} jobs wait for the {tier} tier, which is its limit; ask again soon"
+        wait = "1 job waits" if waiting == 1 else f"{waiting:,} jobs wait"
+        message = f"{wait} for the {tier} tier, which is its limit; ask again soon"
         return cls(message, retry_after_s)
 
 
@@ -223,14 +226,41 @@ class CannotWrite(SageFedError):
     reason = "CANNOT_WRITE"
 
 
+class NoConnection(enum.Enum):
+    """Why there is no connection, as far as the client's end of it can tell."""
+
+    NOBODY = "nobody"
+    """Nobody listens there."""
+    HUNG_UP = "hung_up"
+    """Closed before a word was said; who has TLS does so to plain text."""
+    PLAIN_TEXT = "plain_text"
+    """TLS was spoken to who has none."""
+    UNTRUSTED = "untrusted"
+    """Its certificate is not signed by whom this client trusts, or no longer good."""
+    OTHER_NAME = "other_name"
+    """Its certificate is another name's."""
+    CERTIFICATE_WANTED = "certificate_wanted"
+    """It hung up on a TLS client that showed no certificate."""
+    CERTIFICATE_REFUSED = "certificate_refused"
+    """It hung up on a TLS client that showed one."""
+    UNKNOWN = "unknown"
+
+
 class CannotConnect(SageFedError):
-    """Client side: nobody answers at the address, or the connection broke."""
+    """Client side: nobody answers at the address, or the connection broke; `cause` is why."""
 
     reason = "CANNOT_CONNECT"
 
-    def __init__(self, address: str, message: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        message: str | None = None,
+        *,
+        cause: NoConnection = NoConnection.UNKNOWN,
+    ) -> None:
         super().__init__(message or f"cannot connect to {address}")
         self.address = address
+        self.cause = cause
 
 
 class CallFailed(SageFedError):

@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from logging.handlers import QueueHandler, QueueListener
+from typing import TextIO
 
 # The formatter of JSON lines with the longest upkeep; logging's own module has none.
 from pythonjsonlogger.json import JsonFormatter
@@ -145,7 +146,7 @@ def logging_to(
     """Log from `level` on while the block runs, to stderr or to the given handler."""
     if handler is None or as_json:
         handler = logging.StreamHandler(sys.stderr)
-        journal = reads_journal(os.environ, sys.stderr.fileno())
+        journal = reads_journal(os.environ, _descriptor(sys.stderr))
         handler.setFormatter(_Json(journal=journal) if as_json else logging.Formatter(_PLAIN))
     records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_PENDING)
     sender, writer = _Sender(records), _Writer(records, handler)
@@ -165,6 +166,14 @@ def logging_to(
         ending = threading.Thread(target=writer.stop, daemon=True)
         ending.start()
         ending.join(_FLUSH_S)
+
+
+def _descriptor(stream: TextIO) -> int:
+    """The stream's own; -1 for one in memory, which no journal reads."""
+    try:
+        return stream.fileno()
+    except OSError:
+        return -1
 
 
 def reads_journal(environ: Mapping[str, str], descriptor: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from sage_fed.core import (
     Tier,
 )
 from sage_fed.errors import CalibrationRunning, Forbidden, InvalidField, NotFound
-from sage_fed.pricing import DEFAULT_CARD, RateCard
+from sage_fed.pricing import DEFAULT_CARD, RateCard, card_text
 
 
 @pytest.fixture(scope="module")
@@ -172,20 +173,44 @@ def test_a_calibration_that_is_left_leaves_nothing(daemon: DaemonProcess, operat
     assert before == sorted(cards.iterdir())
 
 
+def as_if(card: RateCard, spread: float) -> RateCard:
+    """The card with this spread throughout, whatever else the machine did when it was measured."""
+    assert card.measured is not None
+    return replace(
+        card,
+        lines={
+            tier: {phase: replace(rate, spread=spread) for phase, rate in rates.items()}
+            for tier, rates in card.lines.items()
+        },
+        measured=replace(card.measured, spread=spread),
+    )
+
+
 def test_auto_finds_the_card_at_the_next_start(
     daemon: DaemonProcess, result: CalibrationResult, tmp_path: Path
 ) -> None:
-    """The same pair on the same machine: the card fits; other threads: it does not, loudly."""
-    cards = ("--set", f"cards_dir={daemon.state_dir / 'cards'}", "--set", "rate_card=auto")
-    for more, fit, version in (
-        ((), CardFit.MEASURED, result.version),
-        (("--set", "cpu_threads=2"), CardFit.STALE, DEFAULT_CARD),
+    """The same pair on the same machine fits; other threads or other work meanwhile do not."""
+    card = RateCard.load(result.version, daemon.state_dir / "cards")
+    for name, spread, more, version, words in (
+        ("quiet", 0.01, (), card.version, ""),
+        ("threads", 0.01, ("--set", "cpu_threads=2"), DEFAULT_CARD, "IS STALE"),
+        ("loud", 1.1, (), DEFAULT_CARD, "IS PASSED OVER"),
     ):
-        again = DaemonProcess.start(tmp_path / fit.value, *cards, *more, launch=ForkedProcess)
+        cards = tmp_path / f"{name}-cards"
+        cards.mkdir()
+        (cards / f"{card.version}.toml").write_text(card_text(as_if(card, spread)))
+        again = DaemonProcess.start(
+            tmp_path / name,
+            *("--set", f"cards_dir={cards}", "--set", "rate_card=auto", *more),
+            launch=ForkedProcess,
+        )
         try:
             with Client(again.address) as client:
                 now = client.status()
         finally:
             assert 0 == again.stop()
+        fit = CardFit.STALE if words else CardFit.MEASURED
         assert (version, fit) == (now.rate_card, now.rate_card_fit)
-        assert ("IS STALE" in again.log.read_text()) is (fit is CardFit.STALE)
+        log = again.log.read_text()
+        assert ("IS STALE" in log) is bool(words)
+        assert words in log

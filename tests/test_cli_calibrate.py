@@ -90,6 +90,22 @@ async def test_noise_is_shown_with_the_prices_that_it_concerns(
     assert "not a quiet machine (x)" == body["warning"]
 
 
+@pytest.mark.parametrize("adopted", [True, False])
+async def test_a_measurement_under_load_is_said_to_be_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adopted: bool
+) -> None:
+    """It says that `auto` will not take the card, and what to do, adopted or not."""
+    loud = replace(MEASURED, cost_ratio_spread=1.2, adopted=adopted)
+    monkeypatch.setattr(service_harness, "RESULT", loud)
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        shown = await in_thread(lambda: run("calibrate"))
+        told = await in_thread(lambda: run("calibrate", "--json"))
+    assert "rate_card = auto does not take it: a spread above 50% " in shown.stdout
+    assert "measure again when it idles" in shown.stdout
+    assert not json.loads(told.stdout)["sound"]
+
+
 async def test_a_program_gets_one_object(tmp_path: Path) -> None:
     """Figures and prices, and nothing beside it; the long texts are in the files."""
     async with serving(tmp_path) as harness:

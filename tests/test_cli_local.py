@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +45,13 @@ async def write_books(state_dir: Path) -> Path:
     return path
 
 
-def test_version() -> None:
-    """`version` prints the package's version."""
-    assert (0, f"sage-fed {__version__}\n") == ((result := run("version")).exit_code, result.output)
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version(argument: str) -> None:
+    """The package's version, with Python's and torch's as installed: what a report needs."""
+    result = run(argument)
+    python, torch = platform.python_version(), importlib.metadata.version("torch")
+    expected = f"sage-fed {__version__} (Python {python}, torch {torch})\n"
+    assert (0, expected, "") == (result.exit_code, result.stdout, result.stderr)
 
 
 def test_help_tells_the_exit_codes() -> None:
@@ -82,12 +88,50 @@ def test_config_prints_where_values_come_from(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {
         "listen": ("127.0.0.1:7777", "flag"),
-        "limits.max_jobs": ("9", "flag"),
+        "limits.max_jobs": (9, "flag"),
         "log_level": ("error", "environment SAGE_FED_LOG_LEVEL"),
-        "drain_grace_s": ("7.0", f"file {file}"),
+        "drain_grace_s": (7.0, f"file {file}"),
         "device": ("cpu", "profile demo"),
-        "ledger.hold_ttl_s": ("7200.0", "default"),
+        "ledger.hold_ttl_s": (7200.0, "default"),
     } == picked
+
+
+def test_config_has_the_types_of_json(tmp_path: Path) -> None:
+    """Numbers, booleans, null and tables are themselves; sizes are bytes, amounts ATP."""
+    file = tmp_path / "sage-fed.toml"
+    file.write_text(
+        '[accounts.arm]\nrole = "user"\n[budget]\ncapacity_atp = 6.59\ninitial_atp = 2\n'
+        "refill_atp_per_s = 0.000001\nstrategic_floor_atp = 0\n"
+    )
+    more = ("--set", "tactical.kv_cache_bytes=64MiB", "--state-dir", str(tmp_path))
+    settings = json.loads(
+        run("config", "--profile", "demo", "--config", str(file), "--json", *more).stdout
+    )
+    picked = {
+        key: settings[key]["value"]
+        for key in (
+            "tactical.kv_cache_bytes", "tactical.prefix_cache", "tls.certificate", "state_dir",
+            "cpu_threads", "budget.capacity_atp", "budget.initial_atp", "budget.refill_atp_per_s",
+            "accounts.arm.role", "routing.complexity_threshold",
+        )
+    }  # fmt: skip
+    assert {
+        "tactical.kv_cache_bytes": 64 * 2**20,
+        "tactical.prefix_cache": True,
+        "tls.certificate": None,
+        "state_dir": str(tmp_path),
+        "cpu_threads": picked["cpu_threads"],
+        "budget.capacity_atp": 6.59,
+        "budget.initial_atp": 2,
+        "budget.refill_atp_per_s": 1e-06,
+        "accounts.arm.role": "user",
+        "routing.complexity_threshold": picked["routing.complexity_threshold"],
+    } == picked
+    assert (int, float) == (
+        type(picked["cpu_threads"]), type(picked["routing.complexity_threshold"]),
+    )  # fmt: skip
+    without = json.loads(run("config", "--profile", "demo", "--json").stdout)
+    assert {} == without["accounts"]["value"]
 
 
 def test_config_as_a_table(tmp_path: Path) -> None:
@@ -106,6 +150,40 @@ def test_a_wrong_setting_is_one_line_that_names_it(command: str) -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environ"),
+    [
+        (("--log-format", "json"), {}),
+        ((), {"SAGE_FED_LOG_FORMAT": "json"}),
+        ((), {}),
+        (("--set", "log_format=json"), {}),
+    ],
+)
+def test_a_failed_start_is_an_object_among_json_lines(
+    arguments: tuple[str, ...], environ: dict[str, str]
+) -> None:
+    """Who parses the log parses its last line, too; off a terminal the log is JSON unasked."""
+    result = CliRunner(env=environ).invoke(
+        build_app(),
+        ["serve", "--profile", "demo", "--set", "tactical.max_bach=3", "--set", "lissen=x",
+         *arguments],
+    )  # fmt: skip
+    assert 78 == result.exit_code
+    (line,) = result.stderr.splitlines()
+    said = json.loads(line)
+    assert ("ERROR", "sage_fed") == (said["level"], said["logger"])
+    assert "tactical.max_bach" in said["message"]
+    assert "lissen" in said["message"]
+    assert "\\n" not in said["message"]
+
+
+def test_a_failed_start_is_a_sentence_for_people() -> None:
+    """Pretty lines end with a plain one."""
+    result = run("serve", "--profile", "demo", "--log-format", "pretty", "--set", "lissen=x")
+    assert 78 == result.exit_code
+    assert result.stderr.startswith("error: lissen (flag): unknown key")
+
+
 def test_serve_without_auth_stays_on_this_machine() -> None:
     """A listener beyond loopback without tokens is refused before anything is loaded."""
     result = run("serve", "--profile", "demo", "--listen", "0.0.0.0:6590")
@@ -122,6 +200,8 @@ async def test_the_audit_of_sound_books(tmp_path: Path) -> None:
         result.exit_code, report["accounts"], report["jobs"], report["open_holds"],
         report["violations"],
     )  # fmt: skip
+    said = run("ledger", "check", "--state-dir", str(tmp_path)).stdout
+    assert said.startswith("1 account, 2 jobs, 0 open holds, ")
 
 
 async def test_the_audit_finds_a_changed_balance(tmp_path: Path) -> None:

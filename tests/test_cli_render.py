@@ -19,6 +19,7 @@ from sage_fed.cli.demo_report import Outcome, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
 from sage_fed.cli.render import (
     atp_number,
+    counted,
     format_atp,
     format_bytes,
     format_rate,
@@ -164,6 +165,19 @@ def test_advice_is_given_once_and_in_options() -> None:
     )
     assert expected == explain(error)
     assert explain(QueueFull.of_tier("tactical", 9, 1.0)).endswith("; retry after 1.0 s")
+
+
+def test_a_sentence_that_says_where_to_look_is_left_alone() -> None:
+    """The class's own advice would be a second one."""
+    error = ConfigError("nobody of that name; see `sage-fed token list`")
+    assert "error: nobody of that name; see `sage-fed token list`" == explain(error)
+
+
+def test_one_is_not_several() -> None:
+    """A count takes the form of the word that its number needs."""
+    assert ["1 job", "0 jobs", "1,024 jobs"] == [counted(n, "job") for n in (1, 0, 1024)]
+    assert ["1 entry", "2 entries"] == [counted(n, "entry", "entries") for n in (1, 2)]
+    assert QueueFull.of_tier("tactical", 1).message.startswith("1 job waits for")
 
 
 def test_an_error_for_a_program_has_its_fields() -> None:

@@ -11,10 +11,18 @@ from pathlib import Path
 import pytest
 from test_pricing_cards import CARD, INFO, MEASURED
 
-from sage_fed.core import CardFit, ModelInfo, Tier, TierState, TierStatus
+from sage_fed.core import CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
 from sage_fed.daemon.cards import CardInForce
 from sage_fed.metrics import Metrics
-from sage_fed.pricing import DEFAULT_CARD, Fingerprint, RateCard, card_text, own_cards
+from sage_fed.pricing import (
+    DEFAULT_CARD,
+    MAX_SPREAD,
+    Basis,
+    Fingerprint,
+    RateCard,
+    card_text,
+    own_cards,
+)
 
 SHIPPED = RateCard.load()
 
@@ -144,6 +152,61 @@ def test_auto_takes_the_newest_that_fits() -> None:
     desk.load()
     assert ("c", CardFit.MEASURED, 0.0) == (desk.cards.card.version, desk.cards.fit, desk.stale)
     assert (["c"], {"c"}) == (desk.used, desk.shown)
+
+
+def under_load(version: str, day: int) -> RateCard:
+    """A card that fits, of a machine that did something else meanwhile."""
+    card = measured(version, day)
+    prefill = replace(
+        card.lines[Tier.TACTICAL][Phase.PREFILL], basis=Basis.MEASURED, spread=MAX_SPREAD + 0.6
+    )
+    tactical = {**card.lines[Tier.TACTICAL], Phase.PREFILL: prefill}
+    return replace(card, lines={**card.lines, Tier.TACTICAL: tactical})
+
+
+def test_auto_passes_over_what_was_measured_under_load(caplog: pytest.LogCaptureFixture) -> None:
+    """An older sound card prices instead; the log names the newer one and the price."""
+    desk = Desk("auto", SHIPPED, measured("sound", 1), under_load("loud", 2))
+    desk.load()
+    assert ("sound", CardFit.MEASURED) == (desk.cards.card.version, desk.cards.fit)
+    (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+    assert "loud IS PASSED OVER" in warning.getMessage()
+    assert "tactical prefill ±110%" in warning.getMessage()
+
+
+def test_auto_with_nothing_but_noise_prices_by_the_shipped_card(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Stale, loudly, and the note says why the own one is not in force."""
+    desk = Desk("auto", SHIPPED, under_load("loud", 2))
+    desk.load()
+    assert (DEFAULT_CARD, CardFit.STALE, 1.0) == (
+        desk.cards.card.version,
+        desk.cards.fit,
+        desk.stale,
+    )
+    assert "own card loud fits, and was measured under load" in desk.cards.status.note
+    assert any("IS STALE" in record.getMessage() for record in caplog.records)
+
+
+def test_an_operator_may_choose_it_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """By name or at run time: it is in force, and not without a word."""
+    for setting, card in (("loud", under_load("loud", 2)), ("auto", SHIPPED)):
+        caplog.clear()
+        desk = Desk(setting, card)
+        desk.load()
+        if setting == "auto":
+            desk.cards.adopt(under_load("loud", 2))
+        assert ("loud", CardFit.MEASURED) == (desk.cards.card.version, desk.cards.fit)
+        assert any("loud WAS MEASURED UNDER LOAD" in r.getMessage() for r in caplog.records)
+
+
+def test_an_older_cards_ratio_is_looked_at_too() -> None:
+    """It has no spread for each price; the shipped card, which was declared, has no doubts."""
+    card = measured("old")
+    assert card.measured is not None
+    loud = replace(card, measured=replace(card.measured, spread=1.4))
+    assert ("", "", "the ratio ±140%") == (SHIPPED.doubts(), card.doubts(), loud.doubts())
 
 
 def test_auto_without_a_fitting_card_falls_back_loudly(caplog: pytest.LogCaptureFixture) -> None:

@@ -219,6 +219,8 @@ def test_a_certificate_is_renewed_while_the_daemon_runs(start: Start, tmp_path: 
         except urllib.error.HTTPError as error:
             return error.code, ""
 
+    ready = f"metrics on {daemon.metrics_url.replace('http:', 'https:')}"
+    until(lambda: ready in daemon.log.read_text())
     assert [401, 401, 403] == [scrape(t)[0] for t in (None, "guessed", made["token"])]
     status, text = scrape(watcher["token"])
     assert 200 == status

@@ -32,7 +32,7 @@ from sage_fed.settings import (
     uatp_from_atp,
 )
 from sage_fed.settings.problems import validation_problems
-from sage_fed.settings.table import leaves
+from sage_fed.settings.table import leaves, plain_leaves
 
 DEMO = {"profile": "demo"}
 
@@ -570,6 +570,7 @@ def test_a_secret_is_masked_where_it_is_printed() -> None:
     house = House(door=Door(code=SecretStr("hunter2"), spare=SecretStr("hunter3")))
     rows = dict(leaves(house))
     assert {"door.code": "**********", "door.spare": "**********", "door.hinges": "2"} == rows
+    assert {**rows, "door.hinges": 2} == dict(plain_leaves(house))
 
 
 def test_a_secret_is_not_repeated_in_an_error() -> None:

@@ -172,6 +172,84 @@ def test_a_package_that_a_service_cannot_reach_is_refused(tmp_path: Path) -> Non
         assert Path(path) == unreachable([Path("/usr/bin/env"), Path(path)])
 
 
+def test_a_dry_run_shows_what_a_service_could_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files and a warning that names --program; the installation itself is refused with it."""
+    python = tmp_path / "closed" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/usr/bin/env")
+    (python.parent / "sage-fed").touch()
+    python.parent.parent.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(python))
+    root = tmp_path / "image"
+    arguments = ("install-service", "--root", str(root), "--machine", "cpu")
+    shown = CliRunner().invoke(build_app(), [*arguments, "--dry-run"])
+    assert 0 == shown.exit_code, shown.output
+    assert f"warning: a service cannot reach {tmp_path}" in shown.stderr
+    assert "--program" in shown.stderr
+    assert f'ExecStart="{python.parent}/sage-fed" serve' in shown.stdout
+    told = json.loads(CliRunner().invoke(build_app(), [*arguments, "--dry-run", "--json"]).stdout)
+    assert "--program" in told["warnings"][0]
+    code, said = run(*arguments)
+    assert (1, True) == (code, "--program" in said), said
+    assert not root.exists()
+
+
+def test_nothing_is_started_in_an_image(tmp_path: Path) -> None:
+    """--now with --root is refused before anything is written, with what to do instead."""
+    code, said = install(tmp_path, "--machine", "cpu", "--now")
+    assert (2, True) == (code, "systemctl --root" in said), said
+    assert set() == files_under(tmp_path)
+
+
+def ports(root: Path, name: str) -> list[str]:
+    """What a further instance listens on."""
+    drop_in = root / f"etc/systemd/system/sage-fed@{name}.service.d/40-instance.conf"
+    lines = drop_in.read_text().splitlines()
+    return [line.rpartition(":")[2] for line in lines if line.startswith("Environment=")]
+
+
+def test_every_further_instance_has_ports_of_its_own(tmp_path: Path) -> None:
+    """They are kept when it is installed again, and given anew when it is gone."""
+    for name in ("second", "third", "fourth", "second"):
+        code, said = install(tmp_path, "--machine", "cpu", "--instance", name)
+        assert 0 == code, said
+    found = {name: ports(tmp_path, name) for name in ("second", "third", "fourth")}
+    assert {
+        "second": ["6591", "9660"], "third": ["6592", "9661"], "fourth": ["6593", "9662"],
+    } == found  # fmt: skip
+    assert 0 == run("uninstall-service", "--root", str(tmp_path), "--instance", "third")[0]
+    assert 0 == install(tmp_path, "--machine", "cpu", "--instance", "fifth")[0]
+    assert ["6592", "9661"] == ports(tmp_path, "fifth")
+
+
+def test_the_last_further_instance_takes_the_template_along(tmp_path: Path) -> None:
+    """While another needs it, it stays; the first instance has a unit of its own."""
+    for more in ((), ("--instance", "a"), ("--instance", "b")):
+        assert 0 == install(tmp_path, "--machine", "cpu", *more)[0]
+    template = tmp_path / "etc/systemd/system/sage-fed@.service"
+    for name, left in (("a", True), ("b", False)):
+        code, said = run("uninstall-service", "--root", str(tmp_path), "--instance", name)
+        assert 0 == code, said
+        assert left is template.exists()
+    assert (tmp_path / "etc/systemd/system/sage-fed.service").exists()
+
+
+def test_a_configuration_that_is_kept_is_told_what_overrules_it(tmp_path: Path) -> None:
+    """It may be older than the lines that a new one has; the output says them then."""
+    code, first = install(tmp_path, "--machine", "cpu", "--instance", "second")
+    assert (0, False) == (code, "wins over it" in first), first
+    (tmp_path / "etc/sage-fed@second/config.toml").write_text('profile = "demo"\n')
+    code, said = install(tmp_path, "--machine", "cpu", "--instance", "second")
+    assert 0 == code, said
+    assert "/etc/sage-fed@second/config.toml is kept" in said
+    assert "  device = cpu (30-machine.conf)" in said.splitlines()
+    assert "  listen = 127.0.0.1:6591 (40-instance.conf)" in said.splitlines()
+    code, said = install(tmp_path, "--machine", "cpu", "--instance", "second", "--json")
+    assert "listen = 127.0.0.1:6591 (40-instance.conf)" in json.loads(said)["overruled"]
+
+
 def test_a_profile_or_machine_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     """With exit code 2, the choice, and nothing written."""
     code, said = install(tmp_path, "--machine", "cpu", "--profile", "dmeo")

@@ -14,7 +14,14 @@ import typer
 from sage_fed.cli import options
 from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
-from sage_fed.cli.render import atp_number, format_atp, format_seconds, print_json, print_table
+from sage_fed.cli.render import (
+    atp_number,
+    counted,
+    format_atp,
+    format_seconds,
+    print_json,
+    print_table,
+)
 from sage_fed.cli.status import headline, print_tier_loads
 
 
@@ -110,7 +117,7 @@ def drain(
         if as_json:
             print_json({"jobs_running": running})
         else:
-            typer.echo(f"draining, {running} jobs still run")
+            typer.echo(f"draining, {counted(running, 'job')} still run{'s' * (running == 1)}")
 
 
 @connected

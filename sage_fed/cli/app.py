@@ -9,10 +9,12 @@ Fails: with the exit codes of `exits.py`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -88,8 +90,27 @@ def _tell_usage(error: typer.TyperException, *, as_json: bool) -> None:
 
 
 def version() -> None:
-    """Print the version."""
-    typer.echo(f"sage-fed {__version__}")
+    """Print the versions: ours, Python's and torch's."""
+    # What the package is installed with; importing torch to ask it takes seconds.
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = "not installed"
+    typer.echo(f"sage-fed {__version__} (Python {platform.python_version()}, torch {torch})")
+
+
+def root(
+    context: typer.Context,
+    *,
+    versions: Annotated[
+        bool, typer.Option("--version", help="Print the versions, and do nothing.")
+    ] = False,
+) -> None:
+    """The options that stand before a command."""
+    if versions:
+        version()
+        raise typer.Exit
+    options.help_if_bare(context)
 
 
 def build_app() -> typer.Typer:
@@ -100,7 +121,7 @@ def build_app() -> typer.Typer:
         help="Two language models on one device, one budget.",
         epilog=EXIT_CODES_HELP,
         invoke_without_command=True,
-        callback=options.help_if_bare,
+        callback=root,
         add_completion=False,
         # Plain text: boxes cost half of 80 columns, and yellow is unreadable on white.
         rich_markup_mode=None,

@@ -29,6 +29,7 @@ from sage_fed.core import (
     Tier,
 )
 from sage_fed.errors import ConfigError
+from sage_fed.pricing import MAX_SPREAD
 
 
 @connected
@@ -77,6 +78,7 @@ def calibrate(
                 "prices_atp": _prices(result),
                 "price_spreads": _spreads(result),
                 "warning": _warning(result),
+                "sound": _sound(result),
             }
             print_json({**shown, **card, "copies": copies})
         else:
@@ -121,6 +123,12 @@ def _spreads(result: CalibrationResult) -> dict[str, dict[str, float | None]]:
     }
 
 
+def _sound(result: CalibrationResult) -> bool:
+    """Whether `rate_card = "auto"` would take the card."""
+    spreads = [spread for prices in _spreads(result).values() for spread in prices.values()]
+    return all((spread or 0.0) <= MAX_SPREAD for spread in (*spreads, result.cost_ratio_spread))
+
+
 def _warning(result: CalibrationResult) -> str:
     """What the card says of its own measurement."""
     return str(tomllib.loads(result.card).get("measured", {}).get("warning", ""))
@@ -157,11 +165,16 @@ def _print_result(result: CalibrationResult, copies: list[str], command: str) ->
     typer.echo()
     ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
     warning = _warning(result)
-    in_force = (
-        "now, until the daemon restarts; rate_card = auto keeps it"
-        if result.adopted
-        else f"no; `{command}`, or rate_card = auto at a restart"
-    )
+    in_force = "now, until the daemon restarts" if result.adopted else f"no; `{command}`"
+    if not _sound(result):
+        in_force += (
+            f"; rate_card = auto does not take it: a spread above {MAX_SPREAD:.0%} is of the "
+            "machine's other work; measure again when it idles"
+        )
+    elif result.adopted:
+        in_force += "; rate_card = auto keeps it"
+    else:
+        in_force += ", or rate_card = auto at a restart"
     print_fields(
         (
             ("strategic : tactical", ratio),

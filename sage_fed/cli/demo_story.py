@@ -25,7 +25,7 @@ from sage_fed.cli.demo_report import Outcome
 from sage_fed.cli.exits import explain
 from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.progress import StartProgress, start_progress
-from sage_fed.cli.render import printable
+from sage_fed.cli.render import counted, printable
 from sage_fed.cli.scrape import fetch
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving
@@ -145,7 +145,12 @@ def _show_metrics(endpoint: Endpoint, console: Console) -> list[str]:
 def _audit(state_dir: Path, console: Console) -> list[str]:
     """What the ledger's own audit says of the stopped daemon's books."""
     report = check(ledger_file(state_dir))
-    _line(console, f"{report.jobs} jobs, {report.entries} entries, {report.open_holds} open holds")
+    found = (
+        counted(report.jobs, "job"),
+        counted(report.entries, "entry", "entries"),
+        counted(report.open_holds, "open hold"),
+    )
+    _line(console, ", ".join(found))
     violations = list(report.violations)
     if report.open_holds:
         violations.append(f"{report.open_holds} holds are open")

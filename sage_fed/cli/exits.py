@@ -12,7 +12,8 @@ import enum
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import typer
 
@@ -28,6 +29,7 @@ from sage_fed.errors import (
     Forbidden,
     InvalidField,
     LedgerDown,
+    NoConnection,
     NoSuchAccount,
     Occupied,
     QueueFull,
@@ -104,6 +106,20 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
     (DeviceOutOfMemory, ExitCode.ERROR, "ask for fewer tokens, or try again"),
 )
 
+_ENCRYPT = "encrypt: --tls-ca FILE of who signed its certificate, or --tls if this system trusts it"
+
+# What to do about each cause, where that is not to start a daemon.
+_CONNECT: Mapping[NoConnection, str] = MappingProxyType(
+    {
+        NoConnection.HUNG_UP: _ENCRYPT,
+        NoConnection.PLAIN_TEXT: "leave out --tls and the --tls-... options and their variables",
+        NoConnection.UNTRUSTED: "give --tls-ca FILE of who signed it; it may also have expired",
+        NoConnection.OTHER_NAME: "use the address that it names, or give the name with --tls-name",
+        NoConnection.CERTIFICATE_WANTED: "show one with --tls-cert and --tls-key",
+        NoConnection.CERTIFICATE_REFUSED: "it has to be signed by one of the daemon's client_ca",
+    }
+)
+
 _REFUSALS = (CannotAfford, QueueFull, RateLimited, TierUnavailable, DeadlineInfeasible, Forbidden)
 
 # The option by which a person gave a field; where it is not simply its name.
@@ -146,7 +162,7 @@ def explain(error: SageFedError) -> str:
     told = re.search(r"\bwait [\d.]+ s\b", message)
     if isinstance(error, Retryable) and error.retry_after_s is not None and not told:
         parts.append(f"retry after {max(error.retry_after_s, 0.1):.1f} s")
-    return "; ".join(filter(None, (*parts, _row(error)[1])))
+    return "; ".join(filter(None, (*parts, _advice(error))))
 
 
 def as_options(sentence: str) -> str:
@@ -160,6 +176,15 @@ def _row(error: SageFedError) -> tuple[ExitCode, str]:
     """The error's exit code and what to do next."""
     rows = ((code, hint) for kind, code, hint in _TABLE if isinstance(error, kind))
     return next(rows, (ExitCode.ERROR, ""))
+
+
+def _advice(error: SageFedError) -> str:
+    """What to do next; "" where the error's own words say it."""
+    if isinstance(error, CannotConnect) and error.cause in _CONNECT:
+        return _CONNECT[error.cause]
+    if "see `" in error.message:
+        return ""
+    return _row(error)[1]
 
 
 def _option(field: str) -> str:
@@ -179,23 +204,29 @@ def error_object(error: SageFedError) -> dict[str, object]:
         body["field"] = error.field
     if isinstance(error, CannotAfford):
         body["detail"] = error.detail
+    if isinstance(error, CannotConnect):
+        body["cause"] = error.cause.value
     return {"error": body}
 
 
 @contextlib.contextmanager
 def reported(
-    *, as_json: bool = False, codes: Callable[[SageFedError], ExitCode] = exit_code
+    *,
+    as_json: bool = False,
+    codes: Callable[[SageFedError], ExitCode] = exit_code,
+    tell: Callable[[str], None] = complain,
 ) -> Iterator[None]:
     """Turn the world's errors into one line on stderr and an exit code, never a traceback.
 
     With `as_json` stdout gets an object too, so that a program never parses a sentence.
+    `tell` is who writes the line.
     """
     try:
         yield
     except SageFedError as error:
         if as_json:
             typer.echo(json.dumps(error_object(error)))
-        complain(explain(error))
+        tell(explain(error))
         raise typer.Exit(codes(error)) from None
     except KeyboardInterrupt:
         if sys.stderr.isatty():

@@ -16,7 +16,7 @@ from sage_fed.cli import options
 from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.paths import ledger_file
-from sage_fed.cli.render import atp_number, print_json, print_table
+from sage_fed.cli.render import atp_number, counted, print_json, print_table
 from sage_fed.cli.serve import effective
 from sage_fed.ledger import check
 
@@ -92,8 +92,9 @@ def check_books(
             print_json(report)
         else:
             typer.echo(
-                f"{report.accounts} accounts, {report.jobs} jobs, {report.open_holds} open holds, "
-                f"{report.entries} entries"
+                f"{counted(report.accounts, 'account')}, {counted(report.jobs, 'job')}, "
+                f"{counted(report.open_holds, 'open hold')}, "
+                f"{counted(report.entries, 'entry', 'entries')}"
             )
             for violation in report.violations:
                 typer.echo(f"violation: {violation}")

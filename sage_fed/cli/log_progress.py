@@ -27,14 +27,14 @@ class LogProgress:
             self._quarters[tier] = quarter
             _log.info("%s: %.0f%% %s", tier.value, share * 100, text)
 
-    def ready(self, listen: str, metrics: str) -> None:
+    def ready(self, listen: str, metrics_url: str) -> None:
         """Say where to connect."""
-        _log.info("%s", ready_line(listen, metrics))
+        _log.info("%s", ready_line(listen, metrics_url))
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def ready_line(listen: str, metrics: str) -> str:
+def ready_line(listen: str, metrics_url: str) -> str:
     """The one line that says where to connect."""
-    return f"ready on {listen}, metrics on http://{metrics}/metrics"
+    return f"ready on {listen}, metrics on {metrics_url}"

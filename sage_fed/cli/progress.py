@@ -60,10 +60,10 @@ class BarProgress:
             self._tasks[tier] = self._bars.add_task(text, total=1.0, tier=tier.value)
         self._bars.update(self._tasks[tier], completed=share, description=text)
 
-    def ready(self, listen: str, metrics: str) -> None:
+    def ready(self, listen: str, metrics_url: str) -> None:
         """Take the bars away and say where to connect."""
         self.close()
-        self._console.print(ready_line(listen, metrics), highlight=False)
+        self._console.print(ready_line(listen, metrics_url), highlight=False)
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -85,9 +85,9 @@ class LineProgress:
         self._quarters[tier] = quarter
         self._print(f"{tier.value}: {share:.0%} {text}")
 
-    def ready(self, listen: str, metrics: str) -> None:
+    def ready(self, listen: str, metrics_url: str) -> None:
         """Say where to connect."""
-        self._print(ready_line(listen, metrics))
+        self._print(ready_line(listen, metrics_url))
 
     def close(self) -> None:
         """Nothing is open."""

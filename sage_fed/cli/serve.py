@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -22,13 +23,11 @@ import typer
 from sage_fed.cli import options
 from sage_fed.cli.exits import daemon_exit_code, explain, reported
 from sage_fed.cli.render import print_json, print_table
-from sage_fed.cli.streams import leave_on_interrupt
+from sage_fed.cli.streams import complain, leave_on_interrupt
 from sage_fed.errors import SageFedError
 from sage_fed.systemd import ServiceManager
 
 if TYPE_CHECKING:
-    import logging
-
     from sage_fed.cli.log_progress import LogProgress
     from sage_fed.cli.progress import BarProgress
     from sage_fed.settings import Effective, Settings
@@ -79,8 +78,14 @@ def serve(
     # The stacks of all threads in the journal when the watchdog aborts us: what hung, and where.
     faulthandler.enable(file=2)
     manager = ServiceManager.of(os.environ)
-    with reported(codes=daemon_exit_code), _failure_told(manager):
+    # Until the settings are read: they may be what is wrong.
+    form = str(flags.get("log_format") or os.environ.get("SAGE_FED_LOG_FORMAT") or "auto")
+    with (
+        reported(codes=daemon_exit_code, tell=lambda line: _tell(line, form)),
+        _failure_told(manager),
+    ):
         settings = effective(flags, config_file).settings
+        form = settings.log_format
         code = _run(settings, manager)
     raise typer.Exit(code)
 
@@ -95,15 +100,31 @@ def _run(settings: Settings, manager: ServiceManager) -> int:
         from sage_fed.daemon import serve as run_daemon  # noqa: PLC0415
         from sage_fed.logs import logging_to  # noqa: PLC0415
 
-    pretty = settings.log_format == "pretty" or (
-        settings.log_format == "auto" and sys.stderr.isatty()
-    )
+    pretty = _for_people(settings.log_format)
     progress, handler = _picture(watched=pretty and sys.stderr.isatty())
     with logging_to(settings.log_level, as_json=not pretty, handler=handler):
         try:
             return run_daemon(settings, progress, manager)
         finally:
             progress.close()
+
+
+def _for_people(log_format: str) -> bool:
+    """Whether lines are for eyes; what is no format at all is taken for `auto`."""
+    form = log_format.lower()
+    return form == "pretty" or (form != "json" and sys.stderr.isatty())
+
+
+def _tell(line: str, log_format: str) -> None:
+    """Say why it ends in the form of the log: who parses that parses its last line, too."""
+    if _for_people(log_format):
+        complain(line)
+        return
+    from sage_fed.logs import logging_to  # noqa: PLC0415 - where no daemon was imported
+
+    head, *more = (part.strip() for part in line.splitlines())
+    with logging_to("error", as_json=True):
+        logging.getLogger("sage_fed").error("%s", f"{head} {'; '.join(more)}".strip())
 
 
 def _picture(*, watched: bool) -> tuple[BarProgress | LogProgress, logging.Handler | None]:
@@ -157,11 +178,11 @@ def config(
         log_format=log_format,
     )
     with reported(as_json=as_json):
-        rows = effective(flags, config_file).rows()
+        found = effective(flags, config_file)
         if as_json:
-            print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+            print_json(found.objects())
         else:
-            print_table(("setting", "value", "from"), rows)
+            print_table(("setting", "value", "from"), found.rows())
 
 
 def effective(flags: dict[str, Any], config_file: Path | None) -> Effective:

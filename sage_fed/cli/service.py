@@ -1,14 +1,13 @@
 """`sage-fed install-service` and `uninstall-service`: run by systemd from now on, or no more.
 
-Owns: what is asked of the operator and shown to them, and the calls of systemctl.
-Does not know: what the files say (`sage_fed.systemd`).
+Owns: what is asked of the operator, and the calls of systemctl.
+Does not know: what the files say (`sage_fed.systemd`), how it is shown (`service_view`).
 Fails: exit code 1 with the file or the command that failed, before the next one is touched.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import reported
-from sage_fed.cli.render import print_json, print_table
+from sage_fed.cli.service_view import Command, Outcome, show
 from sage_fed.errors import SageFedError
 from sage_fed.systemd import (
     Action,
@@ -29,6 +28,7 @@ from sage_fed.systemd import (
     Machine,
     carry_out,
     installation,
+    place_for,
     to_install,
     to_uninstall,
     unreachable,
@@ -38,8 +38,6 @@ _SYSTEMCTL_TIMEOUT_S = 3600.0
 """A start is over when the tactical tier serves; the service manager knows when to give up."""
 
 _VERSION_TIMEOUT_S = 10.0
-
-Command = tuple[str, ...]
 
 MachineOption = Annotated[
     Machine,
@@ -59,7 +57,9 @@ Profile = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the files, and write none.")]
-Now = Annotated[bool, typer.Option("--now", help="Enable and start it, too.")]
+Now = Annotated[
+    bool, typer.Option("--now", help="Enable and start it, too; not in an image (--root).")
+]
 Root = Annotated[
     Path,
     typer.Option("--root", metavar="DIR", help="Write below DIR, an image; nothing is started."),
@@ -74,11 +74,6 @@ class ServiceUnchanged(SageFedError):
     """An installation that could not be made; what was done before it stays."""
 
     reason = "SERVICE_UNCHANGED"
-
-
-class _Verb(enum.Enum):
-    INSTALL = "install"
-    UNINSTALL = "uninstall"
 
 
 def install_service(
@@ -100,10 +95,27 @@ def install_service(
     with reported(as_json=as_json), _files_named():
         _check_profile(profile)
         live = root == Path("/")
+        if now and not live:
+            raise typer.BadParameter(
+                f"nothing runs in an image; have it started at boot with `systemctl --root {root} "
+                "enable UNIT`",
+                param_hint="--now",
+            )
         version = _systemd_version()
         if live and not version and not dry_run:
             raise ServiceUnchanged("there is no systemctl here; --root DIR prepares an image")
-        plan = _plan(machine, instance, profile, program or _this_program(), version if live else 0)
+        found = program or _this_program()
+        doubt = "" if program else _doubt(found)
+        if doubt and not dry_run:
+            raise ServiceUnchanged(doubt)
+        plan = _plan(
+            machine,
+            instance,
+            profile,
+            found,
+            systemd_version=version if live else 0,
+            place=place_for(instance, root) if instance else 1,
+        )
         changes = to_install(plan, root)
         stale = live and any(c.action not in (Action.UNCHANGED, Action.KEEP) for c in changes)
         commands: list[Command] = [("systemctl", "daemon-reload")] if stale else []
@@ -113,7 +125,7 @@ def install_service(
             commands.append(("systemctl", "restart" if stale else "start", plan.unit))
         if not dry_run:
             _do(changes, root, commands)
-    _show(_Verb.INSTALL, plan, changes, commands, dry_run=dry_run, as_json=as_json)
+    show(Outcome(plan, changes, commands, dry_run, doubt), as_json=as_json)
     if not as_json and not now and not dry_run:
         typer.echo(
             f"start it:    systemctl enable --now {plan.unit}\n"
@@ -131,7 +143,7 @@ def uninstall_service(
 ) -> None:
     """Stop the service and remove its unit; the books and the configuration stay."""
     with reported(as_json=as_json), _files_named():
-        plan = _plan(Machine.CPU, instance, "", Path("/"), 0)
+        plan = _plan(Machine.CPU, instance, "", Path("/"))
         changes = to_uninstall(plan, root)
         before: list[Command] = [("systemctl", "disable", "--now", plan.unit)]
         after: list[Command] = [("systemctl", "daemon-reload")]
@@ -141,7 +153,7 @@ def uninstall_service(
             # Stopped first: what runs is drained by the unit that it was started with.
             _do((), root, before)
             _do(changes, root, after)
-    _show(_Verb.UNINSTALL, plan, changes, before + after, dry_run=dry_run, as_json=as_json)
+    show(Outcome(plan, changes, before + after, dry_run, left=plan.left), as_json=as_json)
     if not as_json:
         typer.echo(f"left as they are: {', '.join(map(str, plan.left))}")
 
@@ -156,7 +168,13 @@ def _check_profile(name: str) -> None:
 
 
 def _plan(
-    machine: Machine, instance: str, profile: str, program: Path, version: int
+    machine: Machine,
+    instance: str,
+    profile: str,
+    program: Path,
+    *,
+    systemd_version: int = 0,
+    place: int = 1,
 ) -> Installation:
     try:
         return installation(
@@ -164,24 +182,31 @@ def _plan(
             instance=instance,
             profile=profile,
             program=program,
-            systemd_version=version,
+            systemd_version=systemd_version,
+            place=place,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--instance") from None
 
 
 def _this_program() -> Path:
-    """The `sage-fed` beside the interpreter that runs us, if a service can reach both."""
-    program = Path(sys.executable).parent / "sage-fed"
+    """The `sage-fed` beside the interpreter that runs us."""
+    return (Path(sys.executable).parent / "sage-fed").absolute()
+
+
+def _doubt(program: Path) -> str:
+    """Why a service could not run it with our interpreter, and what to do; "" where it could."""
     if not program.is_file():
-        raise ServiceUnchanged(f"there is no {program}; say with --program which one to run")
-    real = (Path(sys.executable).absolute(), Path(sys.executable).resolve(), program.absolute())
-    if (hidden := unreachable(real)) is not None:
-        raise ServiceUnchanged(
-            f"a service cannot reach {hidden}: it sees no home and no /tmp, and it has a user of "
-            "its own; install sage-fed into /opt/sage-fed (deploy/install.sh does)"
-        )
-    return program.absolute()
+        return f"there is no {program}; say with --program which one to run"
+    python = Path(sys.executable)
+    hidden = unreachable((python.absolute(), python.resolve(), program))
+    if hidden is None:
+        return ""
+    return (
+        f"a service cannot reach {hidden}: it sees no home and no /tmp, and it has a user of its "
+        "own; install sage-fed into /opt/sage-fed (deploy/install.sh does), or say with --program "
+        "which one to run"
+    )
 
 
 def _systemd_version() -> int:
@@ -220,38 +245,3 @@ def _do(changes: Sequence[Change], root: Path, commands: Sequence[Command]) -> N
         if done.returncode:
             said = " ".join((done.stderr or done.stdout).split())
             raise ServiceUnchanged(f"{' '.join(command)}: {said}")
-
-
-def _show(
-    verb: _Verb,
-    plan: Installation,
-    changes: Sequence[Change],
-    commands: Sequence[Command],
-    *,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    if as_json:
-        print_json(
-            {
-                "unit": plan.unit,
-                "dry_run": dry_run,
-                "files": [
-                    {"action": c.action.value, "path": str(c.path), "content": c.content}
-                    for c in changes
-                ],
-                "commands": [" ".join(command) for command in commands],
-                "left": [str(path) for path in plan.left] if verb is _Verb.UNINSTALL else [],
-            }
-        )
-        return
-    rows = [(change.action.value, str(change.path)) for change in changes]
-    rows += [("run", " ".join(command)) for command in commands]
-    if not rows:
-        typer.echo(f"{plan.unit} is not installed; nothing to do")
-        return
-    print_table(("would" if dry_run else "done", ""), rows)
-    if dry_run:
-        for change in changes:
-            if change.content:
-                typer.echo(f"\n--- {change.path}\n{change.content.rstrip()}")

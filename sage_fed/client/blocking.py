@@ -59,6 +59,7 @@ class Client:
     ) -> None:
         self._address = address
         self._metadata = metadata_of(token)
+        self._tls = tls
         self._timeout_s = timeout_s
         self._channel = open_channel(address, tls)
 
@@ -85,7 +86,7 @@ class Client:
             for reply in call:
                 yield ask.read(reply)
         except grpc.RpcError as error:
-            raise error_of(error, self._address) from None
+            raise error_of(error, self._address, self._tls) from None
         finally:
             call.cancel()  # type: ignore[no-untyped-call] # the stubs forgot its types
 
@@ -180,5 +181,5 @@ class Client:
         try:
             reply = call(ask.request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_of(error, self._address) from None
+            raise error_of(error, self._address, self._tls) from None
         return ask.read(reply)

@@ -22,6 +22,8 @@ from google.rpc.error_details_pb2 import (  # type: ignore[import-untyped] # no 
 from grpc_status import rpc_status
 
 from sage_fed import errors
+from sage_fed.client.channel import Tls
+from sage_fed.client.connecting import no_connection
 from sage_fed.errors import SageFedError
 
 
@@ -36,8 +38,8 @@ class _Details:
     retry_after_s: float | None = None
 
 
-def error_of(error: grpc.RpcError, address: str) -> SageFedError:
-    """Return the error that the daemon meant; `address` is where it was asked."""
+def error_of(error: grpc.RpcError, address: str, tls: Tls | None = None) -> SageFedError:
+    """Return the error that the daemon meant; `address` is where, and `tls` how it was asked."""
     # Every RpcError that a channel raises is also its Call; grpc's own types do not say so.
     call = cast("grpc.Call", error)
     code = call.code()
@@ -45,7 +47,7 @@ def error_of(error: grpc.RpcError, address: str) -> SageFedError:
     details = _details(call)
     if not details.reason:
         if code is grpc.StatusCode.UNAVAILABLE:
-            return errors.CannotConnect(address)
+            return no_connection(message, address, tls)
         return errors.CallFailed(message or code.name.lower(), status=code.name)
     return _known(message, details) or errors.CallFailed(message, status=code.name)
 

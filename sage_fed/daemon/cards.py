@@ -1,9 +1,9 @@
 """Which rate card is in force, and whether its prices belong to what is loaded.
 
 Owns the choice: the setting names a card, or asks for the newest of the operator's own that was
-measured on exactly this device, engine and pair. Hears from the executor what is loaded, and
-judges when both tiers are. A card that was measured on something else is a loud warning, never
-an error: its prices are still prices. Event loop only.
+measured on exactly this device, engine and pair, and not under load. Hears from the executor what
+is loaded, and judges when both tiers are. A card that was measured on something else is a loud
+warning, never an error: its prices are still prices. Event loop only.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class CardInForce:
         self._fingerprint = fingerprint
         self._metrics = metrics
         self._models: dict[Tier, ModelInfo] = {}
+        self._passed_over = ""
         self._show()
 
     @property
@@ -80,7 +81,7 @@ class CardInForce:
             self._put(self._chosen())
 
     def _chosen(self) -> RateCard:
-        """The newest own card that fits, where one is to be found; else what is in force."""
+        """The newest own card that fits and is sound, where there is one; else what is in force."""
         if not self._auto:
             return self.card
         loaded = self._fingerprint(self._models)
@@ -91,7 +92,20 @@ class CardInForce:
             and card.fingerprint is not None
             and not card.fingerprint.differences(loaded)
         ]
-        return max(fitting, key=_age, default=self.card)
+        self._passed_over = ""
+        for card in sorted(fitting, key=_age, reverse=True):
+            doubts = card.doubts()
+            if not doubts:
+                return card
+            _log.warning(
+                "RATE CARD %s IS PASSED OVER: it fits, and was measured under load (%s)",
+                card.version,
+                doubts,
+            )
+            self._passed_over = self._passed_over or (
+                f"own card {card.version} fits, and was measured under load ({doubts})"
+            )
+        return self.card
 
     def _put(self, card: RateCard) -> None:
         changed = card is not self.card
@@ -101,6 +115,10 @@ class CardInForce:
             if self.fit is CardFit.STALE:
                 _log.warning(
                     "RATE CARD %s IS STALE: %s", card.version, self.note.replace("\n", "; ")
+                )
+            elif doubts := card.doubts():
+                _log.warning(
+                    "RATE CARD %s WAS MEASURED UNDER LOAD (%s): %s", card.version, doubts, self.note
                 )
             elif card.measured is not None and card.measured.warning:
                 _log.warning("rate card %s: %s", card.version, self.note)
@@ -114,8 +132,8 @@ class CardInForce:
         advice = "measure with `sage-fed calibrate`"
         if card.fingerprint is None:
             if self._auto:
-                note = f"no own card was measured on what is loaded; {advice}"
-                return CardFit.STALE, note
+                why = self._passed_over or "no own card was measured on what is loaded"
+                return CardFit.STALE, f"{why}; {advice}"
             return CardFit.DECLARED, f"not measured here; {advice}"
         differences = card.fingerprint.differences(self._fingerprint(self._models))
         if differences:

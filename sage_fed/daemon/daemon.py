@@ -32,7 +32,7 @@ from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
 from sage_fed.daemon.state_directory import announced, prepare
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.daemon.watchdog import keep_watch
-from sage_fed.daemon.watched import build_metrics, expose, start_watching
+from sage_fed.daemon.watched import build_metrics, expose, page_url, start_watching
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import LedgerDown, SageFedError
 from sage_fed.executor import Executor
@@ -190,11 +190,10 @@ async def _started(
         metrics.watch(
             lambda: Snapshot({tier: executor.load(tier) for tier in Tier}, broker.running())
         )
-        exposition = stack.enter_context(
-            expose(metrics, settings.metrics_listen, doors.page_door())
-        )
+        page_door = doors.page_door()
+        exposition = stack.enter_context(expose(metrics, settings.metrics_listen, page_door))
         metrics_address = Address(settings.metrics_listen.host, exposition.port)
-        readiness.listening(bound.address, metrics_address)
+        readiness.listening(bound.address, page_url(metrics_address, page_door))
         # Entered last, so that an error of the start is not wrapped into a group of errors.
         await stack.enter_async_context(tasks)
         stack.push_async_callback(executor.stop, 0.0)

@@ -106,7 +106,8 @@ class Doors:
 
     def _describe(self) -> str:
         """Return in words who is let in."""
-        who = [f"{self.authenticator.num_tokens} tokens"]
+        tokens = self.authenticator.num_tokens
+        who = [f"{tokens} token{'s' * (tokens != 1)}"]
         if self.certificate is not None:
             who.append("clients with a certificate" * self.certificate.needs_clients)
         if (anonymous := self.authenticator.anonymous) is not None:

@@ -34,8 +34,8 @@ class StartProgress(Protocol):
     def tier_progress(self, tier: Tier, share: float, text: str) -> None:
         """A tier has loaded this share (0 to 1)."""
 
-    def ready(self, listen: str, metrics: str) -> None:
-        """Every tier serves; the two are what it has bound."""
+    def ready(self, listen: str, metrics_url: str) -> None:
+        """Every tier serves: calls at the address that is bound, metrics at their URL."""
 
 
 class Laps:
@@ -70,12 +70,12 @@ class Readiness:
         self._loaded: set[Tier] = set()
         self._in_vain: set[Tier] = set()
         self._changed = asyncio.Event()
-        self._where: tuple[Address | UnixSocket, Address] | None = None
+        self._where: tuple[str, str] | None = None
         self._answering = False
 
-    def listening(self, listen: Address | UnixSocket, metrics: Address) -> None:
-        """Note the bound addresses, for the line that says that all is ready."""
-        self._where = listen, metrics
+    def listening(self, listen: Address | UnixSocket, metrics_url: str) -> None:
+        """Note what is bound, for the line that says that all is ready."""
+        self._where = str(listen), metrics_url
 
     def answering(self) -> None:
         """Note that calls are answered from now on."""
@@ -106,7 +106,7 @@ class Readiness:
         if status.state is TierState.READY and status.tier not in self._loaded:
             self._loaded.add(status.tier)
             if len(self._loaded) == len(Tier) and self._where is not None:
-                self._progress.ready(*map(str, self._where))
+                self._progress.ready(*self._where)
 
     def _failed(self, status: TierStatus, before: TierStatus | None) -> None:
         """Stop where a start failed, or where this process has no tier and no hope of one.

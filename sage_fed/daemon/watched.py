@@ -59,3 +59,8 @@ def expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
         return metrics.serve(listen.host, listen.port, door)
     except OSError as error:
         raise Occupied(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
+
+
+def page_url(bound: Address, door: PageDoor) -> str:
+    """Where a person or a scraper finds the page."""
+    return f"{'http' if door.tls is None else 'https'}://{bound}/metrics"

@@ -8,6 +8,7 @@ Knows neither accounts nor routes.
 from sage_fed.pricing.card import (
     BUNDLED_CARDS,
     DEFAULT_CARD,
+    MAX_SPREAD,
     Basis,
     Rate,
     RateCard,
@@ -23,6 +24,7 @@ from sage_fed.pricing.writing import card_text
 __all__ = [
     "BUNDLED_CARDS",
     "DEFAULT_CARD",
+    "MAX_SPREAD",
     "Basis",
     "Fingerprint",
     "Measured",

@@ -29,6 +29,12 @@ _MAX_CARD_BYTES = 2**20
 """Many times any card; what is larger is another file."""
 
 
+MAX_SPREAD = 0.5
+"""A relative spread above which a price is no figure: the quartiles of its rounds lie more than a
+factor of three apart (from half to one and a half of the median), so the machine's other work was
+timed, not the engine's."""
+
+
 class Basis(enum.Enum):
     """Whether a price was measured on the card's device or set by its author."""
 
@@ -83,6 +89,23 @@ class RateCard:
             tier: {phase: rate.uatp for phase, rate in rates.items()}
             for tier, rates in self.lines.items()
         }
+
+    def doubts(self) -> str:
+        """Return which measured prices are no figures (`MAX_SPREAD`), in words; "" for none."""
+        spreads = [
+            (f"{tier.value} {phase.value}", rate.spread)
+            for tier, rates in self.lines.items()
+            for phase, rate in rates.items()
+            # A drafted token's price is the decoded one's.
+            if rate.basis is Basis.MEASURED and phase is not Phase.DRAFT
+        ]
+        if self.measured is not None:
+            spreads.append(("the ratio", self.measured.spread))
+        return ", ".join(
+            f"{name} ±{spread:.0%}"
+            for name, spread in spreads
+            if spread is not None and spread > MAX_SPREAD
+        )
 
     def cost_ratio(self, phase: Phase = Phase.DECODE) -> float:
         """Strategic over tactical price of a token of this phase."""

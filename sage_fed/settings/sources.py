@@ -27,7 +27,7 @@ from sage_fed.settings.problems import (
     unknown_key,
     validation_problems,
 )
-from sage_fed.settings.table import leaves
+from sage_fed.settings.table import leaves, plain_leaves
 
 DEFAULT_PROFILE = "qwen2.5"
 ENV_PREFIX = "SAGE_FED_"
@@ -75,6 +75,13 @@ class Effective:
     def rows(self) -> tuple[tuple[str, str, str], ...]:
         """(key, value, origin) of every key, secrets masked; what `sage-fed config` prints."""
         return tuple((key, value, self.origins[key]) for key, value in leaves(self.settings))
+
+    def objects(self) -> dict[str, dict[str, object]]:
+        """The same for a program: by key, the value as JSON has it and its origin."""
+        return {
+            key: {"value": value, "origin": self.origins[key]}
+            for key, value in plain_leaves(self.settings)
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Settings as rows: what `sage-fed config` prints and what the documentation lists.
 
-Owns the printed form of a value. A `SecretStr` is masked here, so no caller can forget to.
+Owns the printed form of a value, and its form in JSON. A `SecretStr` is masked here, so no caller
+can forget to.
 """
 
 from __future__ import annotations
@@ -30,20 +31,44 @@ class KeyDescription:
     description: str
 
 
-def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+def leaves(model: BaseModel) -> Iterator[tuple[str, str]]:
     """Dotted key and printed value of every leaf of `model`, in the order of declaration."""
-    for name in type(model).model_fields:
-        yield from _leaves(f"{prefix}{name}", getattr(model, name))
+    return ((key, printed(key, value)) for key, value in _leaves(model, ""))
 
 
-def _leaves(key: str, value: object) -> Iterator[tuple[str, str]]:
+def plain_leaves(model: BaseModel) -> Iterator[tuple[str, object]]:
+    """The same with values as JSON has them: sizes in bytes and amounts in ATP are numbers."""
+    return ((key, _plain(value)) for key, value in _leaves(model, ""))
+
+
+def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
     if isinstance(value, BaseModel):
-        yield from leaves(value, f"{key}.")
-    elif isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from _leaves(f"{key}.{name}", item)
+        below = {name: getattr(value, name) for name in type(value).model_fields}
+    elif isinstance(value, dict):
+        below = value
     else:
-        yield key, printed(key, value)
+        below = {}
+    for name, item in below.items():
+        yield from _leaves(item, f"{key}.{name}" if key else name)
+    if not below:
+        yield key, value
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, SecretStr):
+        return MASK
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Decimal):
+        # Exact: an amount has 15 digits at most.
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
 
 
 def printed(key: str, value: object) -> str:

@@ -6,7 +6,7 @@ shows to whoever installs by hand.
 Knows no other part: neither the daemon nor its settings.
 """
 
-from sage_fed.systemd.files import Change, carry_out, to_install, to_uninstall
+from sage_fed.systemd.files import Change, carry_out, place_for, to_install, to_uninstall
 from sage_fed.systemd.notify import ServiceManager
 from sage_fed.systemd.plan import (
     Action,
@@ -26,6 +26,7 @@ __all__ = [
     "ServiceManager",
     "carry_out",
     "installation",
+    "place_for",
     "to_install",
     "to_uninstall",
     "unreachable",

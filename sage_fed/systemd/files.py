@@ -7,11 +7,12 @@ Fails with `OSError`, which names the file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sage_fed.systemd.plan import Action, Installation
+from sage_fed.systemd.plan import PORTS_FILE, Action, Installation, drop_ins_of, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,33 @@ def to_install(plan: Installation, root: Path) -> tuple[Change, ...]:
 
 
 def to_uninstall(plan: Installation, root: Path) -> tuple[Change, ...]:
-    """What of the plan's own files is there."""
-    return tuple(_removals(plan.owned, root))
+    """What of the plan's own files is there, and the template where no other instance needs it."""
+    own = _removals(plan.owned, root)
+    if plan.template is not None and not _others(plan.unit, root):
+        own += _removals((plan.template,), root)
+    return tuple(own)
+
+
+def place_for(instance: str, root: Path) -> int:
+    """The place of a further instance: the one that it has, else the first that no other has."""
+    unit = f"sage-fed@{instance}"
+    own = _place(_under(root, drop_ins_of(unit) / PORTS_FILE))
+    if own is not None:
+        return own
+    taken = {_place(path) for path in _others(unit, root)}
+    return next(place for place in itertools.count(1) if place not in taken)
+
+
+def _others(unit: str, root: Path) -> list[Path]:
+    """The files with the ports of the other further instances."""
+    pattern = str((drop_ins_of("sage-fed@*") / PORTS_FILE).relative_to("/"))
+    own = _under(root, drop_ins_of(unit))
+    return [path for path in root.glob(pattern) if path.parent != own]
+
+
+def _place(path: Path) -> int | None:
+    text = _read(path)
+    return None if text is None else place_of(text)
 
 
 def carry_out(changes: Iterable[Change], root: Path) -> None:

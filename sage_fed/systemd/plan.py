@@ -19,6 +19,17 @@ UNITS = Path(__file__).parent / "units"
 BACKOFF_SINCE = 254
 """The first systemd that knows RestartSteps."""
 
+SYSTEM = Path("/etc/systemd/system")
+"""Where an operator's units are."""
+
+PORTS_FILE = "40-instance.conf"
+"""The drop-in of a further instance that has its ports."""
+
+_HOST, _PORT, _METRICS_PORT = "127.0.0.1", 6590, 9659
+"""Where the first instance listens; the further ones count on from there."""
+
+_MAX_PLACES = 1000
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _ENVIRONMENT = re.compile(r"^Environment=SAGE_FED_(?P<key>\w+)=(?P<value>.*)$", re.MULTILINE)
 _HIDDEN = ("/root", "/home", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - what systemd hides
@@ -71,6 +82,10 @@ class Installation:
     """What an uninstallation removes: our files, whatever the machine was."""
     left: tuple[Path, ...]
     """What it leaves: the operator's configuration, the books, the cache."""
+    overruled: tuple[str, ...]
+    """The settings that the unit's environment decides, whatever the configuration says."""
+    template: Path | None
+    """The unit of all further instances, which goes with the last of them."""
 
 
 def installation(
@@ -80,6 +95,7 @@ def installation(
     profile: str = "",
     program: Path = Path("/opt/sage-fed/bin/sage-fed"),
     systemd_version: int = 0,
+    place: int = 1,
 ) -> Installation:
     """Plan an instance; the empty one is the machine's first.
 
@@ -89,6 +105,7 @@ def installation(
         profile: of the settings in the first configuration; empty chooses by the machine.
         program: the absolute path of the command that the service runs.
         systemd_version: 0 where unknown; older ones are spared what they do not know.
+        place: of a further instance among them, from 1; its ports are so far from the first's.
 
     Raises:
         ValueError: a name that cannot be an instance's.
@@ -96,29 +113,46 @@ def installation(
     if instance and not _NAME.fullmatch(instance):
         raise ValueError("expected 1 to 32 lower-case letters, digits, - or _")
     unit = f"sage-fed@{instance}" if instance else "sage-fed"
-    system = Path("/etc/systemd/system")
-    unit_file = system / ("sage-fed@.service" if instance else "sage-fed.service")
-    own = system / f"{unit}.service.d"
+    unit_file = SYSTEM / ("sage-fed@.service" if instance else "sage-fed.service")
+    own = drop_ins_of(unit)
     drop_ins = {
         "10-location.conf": _location(program),
         "20-backoff.conf": _packaged("backoff") if systemd_version >= BACKOFF_SINCE else "",
         "30-machine.conf": _packaged(machine.value),
-        "40-instance.conf": _packaged("instance") if instance else "",
+        PORTS_FILE: _instance(place) if instance else "",
     }
     configuration = Path("/etc") / unit / "config.toml"
     files = [PlannedFile(unit_file, (UNITS / "sage-fed.service").read_text(encoding="utf-8"))]
     files += [PlannedFile(own / name, text) for name, text in drop_ins.items() if text]
+    overruled = _overruled(drop_ins)
     files.append(
         PlannedFile(
             configuration,
-            _configuration(profile or _profile(machine), unit, drop_ins),
+            _configuration(profile or _profile(machine), unit, overruled),
             operators=True,
         )
     )
-    # The template belongs to all instances: the last one to go leaves it, and it does no harm.
     owned = [own / name for name in drop_ins] + ([] if instance else [unit_file])
-    left = (configuration, Path("/var/lib") / unit, Path("/var/cache/sage-fed"))
-    return Installation(unit, tuple(files), tuple(owned), left)
+    return Installation(
+        unit,
+        tuple(files),
+        owned=tuple(owned),
+        left=(configuration, Path("/var/lib") / unit, Path("/var/cache/sage-fed")),
+        overruled=overruled,
+        template=unit_file if instance else None,
+    )
+
+
+def drop_ins_of(unit: str) -> Path:
+    """The directory of a unit's drop-ins; `*` for a name stands for every further instance."""
+    return SYSTEM / f"{unit}.service.d"
+
+
+def place_of(ports_file: str) -> int | None:
+    """The place of the instance that has this `PORTS_FILE`; None where it is not ours to read."""
+    found = re.search(rf"^Environment=SAGE_FED_LISTEN={_HOST}:(\d+)$", ports_file, re.MULTILINE)
+    place = int(found[1]) - _PORT if found else 0
+    return place if 1 <= place < _MAX_PLACES else None
 
 
 def unreachable(paths: Sequence[Path]) -> Path | None:
@@ -149,25 +183,31 @@ def _profile(machine: Machine) -> str:
     return {Machine.CPU: "demo", Machine.CUDA: "qwen2.5", Machine.JETSON: "jetson-thor"}[machine]
 
 
-def _overruled(unit: str, drop_ins: Mapping[str, str]) -> str:
-    """The lines that say which settings the unit has already: its environment wins over a file."""
-    lines = [
-        f"#   {match['key'].lower().replace('__', '.')} = {match['value']} ({name})\n"
+def _instance(place: int) -> str:
+    """The packaged drop-in, which is the first further instance's, with this one's ports."""
+    text = _packaged("instance")
+    for port in (_PORT, _METRICS_PORT):
+        text = text.replace(f"{_HOST}:{port + 1}", f"{_HOST}:{port + place}")
+    return text
+
+
+def _overruled(drop_ins: Mapping[str, str]) -> tuple[str, ...]:
+    """Which settings the unit has already: its environment wins over a file."""
+    return tuple(
+        f"{match['key'].lower().replace('__', '.')} = {match['value']} ({name})"
         for name, text in drop_ins.items()
         for match in _ENVIRONMENT.finditer(text)
-    ]
-    if not lines:
-        return ""
-    return (
-        f"# The unit sets these, and wins over this file; `systemctl edit {unit}` changes them\n"
-        "# (Environment=SAGE_FED_...):\n" + "".join(lines)
     )
 
 
-def _configuration(profile: str, unit: str, drop_ins: Mapping[str, str]) -> str:
+def _configuration(profile: str, unit: str, overruled: Sequence[str]) -> str:
+    decided = (
+        f"# The unit sets these, and wins over this file; `systemctl edit {unit}` changes them\n"
+        "# (Environment=SAGE_FED_...):\n"
+    ) + "".join(f"#   {line}\n" for line in overruled)
     return (
         "# sage-fed's settings on this machine; yours: no installation overwrites it.\n"
         "# `sage-fed config --config FILE` prints all of them, and where each value comes from.\n"
-        f"{_overruled(unit, drop_ins)}"
+        f"{decided if overruled else ''}"
         f'profile = "{profile}"\n'
     )
