@@ -347,7 +347,7 @@ async def test_books_that_die_end_the_job_without_a_price(tmp_path: Path) -> Non
             raise apsw.IOError
 
         with pytest.raises(LedgerDown):
-            await r.ledger._ask(disk)
+            await r.ledger._inbox.ask(disk)
         engine.let_pass(10)
         with pytest.raises(LedgerDown):
             await read(stream)

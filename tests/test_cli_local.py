@@ -224,6 +224,56 @@ def test_the_audit_needs_books(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("serve", "--profile", "demo"), 78),
+        (("config",), 2),
+        (("demo",), 2),
+        (("ledger", "check"), 2),
+        (("ledger", "backup", "x.db"), 2),
+        (("token", "list"), 2),
+        (("admin", "load"), 2),
+    ],
+)
+def test_an_empty_state_dir_is_a_mistake(command: tuple[str, ...], code: int) -> None:
+    """An unset variable of a script: nobody's books are begun in the current directory."""
+    result = run(*command, "--state-dir", "")
+    assert code == result.exit_code
+    assert "state_dir" in result.stderr.replace("--state-dir", "state_dir")
+    assert 1 == len(result.stderr.splitlines())
+
+
+@pytest.mark.parametrize("command", [("serve", "--profile", "demo"), ("token", "list")])
+def test_a_state_dir_below_a_file_is_named(command: tuple[str, ...]) -> None:
+    """Not the first file that would have been in it."""
+    result = run(*command, "--state-dir", "/dev/null/x")
+    assert "state_dir (flag): expected a directory" in result.stderr
+    assert "tokens_file" not in result.stderr
+
+
+async def test_a_backup_is_taken_and_told(tmp_path: Path) -> None:
+    """One line with what is in it, for a program the same; the copy is audited like the books."""
+    await write_books(tmp_path)
+    copy = tmp_path / "backups" / "ledger.db"
+    copy.parent.mkdir()
+    first = run("ledger", "backup", str(copy), "--state-dir", str(tmp_path))
+    told = f"{copy}: 1 accounts, 2 jobs, 0 open holds, 6 entries; the books balance\n"
+    assert (0, told) == (first.exit_code, first.stdout)
+    assert 0 == run("ledger", "check", "--state-dir", str(copy.parent)).exit_code
+
+    again = run("ledger", "backup", str(copy), "--state-dir", str(tmp_path))
+    assert (1, "") == (again.exit_code, again.stdout)
+    assert "is there already" in again.stderr
+
+    other = tmp_path / "backups" / "other.db"
+    as_json = run("ledger", "backup", str(other), "--state-dir", str(tmp_path), "--json")
+    answer = json.loads(as_json.stdout)
+    assert (str(other), 6, []) == (
+        answer["copy"], answer["report"]["entries"], answer["report"]["violations"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "command",
     [
         ("ask", "x"), ("quote", "x"), ("budget",), ("ledger",), ("models",), ("status",), ("chat",),
@@ -429,6 +479,7 @@ COMMANDS = (
                            "status", "calibrate", "config", "admin", "version", "install-service",
                            "uninstall-service")),
     ("ledger", "check"),
+    ("ledger", "backup"),
     *(("admin", name) for name in ("load", "abort", "drain", "set-budget", "adopt-card")),
 )  # fmt: skip
 

@@ -416,6 +416,15 @@ def test_books_that_are_lost_fail_the_start(
     assert words in refused(tmp_path, state_dir=daemon.state_dir, code=1)
 
 
+def test_a_log_that_is_lost_after_a_kill_fails_the_start(start: Start, tmp_path: Path) -> None:
+    """The books of a young daemon are nothing but the log: without it they would begin anew."""
+    daemon = start(wait_for=())
+    daemon.kill()
+    (daemon.state_dir / "ledger.db-wal").unlink()
+    said = refused(tmp_path, state_dir=daemon.state_dir, code=1)
+    assert "ends at entry 0, but entry 1 had been acknowledged: its log ledger.db-wal" in said
+
+
 def test_books_that_are_lost_under_a_daemon_stop_it(start: Start) -> None:
     """Jobs end UNAVAILABLE, the exit code is 1, and the log says which file, in one line."""
     daemon = start(*LONG)

@@ -84,6 +84,35 @@ def test_an_empty_table_takes_nothing_away(toml: Path) -> None:
     assert load().rows() == load(config=toml).rows()
 
 
+@pytest.mark.parametrize(
+    ("flags", "environ", "origin"),
+    [
+        ({"state_dir": ""}, {}, "flag"),
+        ({}, {"SAGE_FED_STATE_DIR": ""}, "environment SAGE_FED_STATE_DIR"),
+    ],
+)
+def test_an_empty_state_dir_is_not_the_current_one(
+    flags: Mapping[str, Any], environ: Mapping[str, str], origin: str
+) -> None:
+    """A variable that nobody has set must not choose where the books are."""
+    assert f"state_dir ({origin}): expected a path, not ''" in refusal(flags, environ)
+
+
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_a_file_is_no_state_dir(tmp_path: Path, below: str) -> None:
+    """It is named as such, not as the tokens or the books that would be below it."""
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / below if below else tmp_path / "file"
+    said = refusal({"state_dir": str(place)})
+    assert f"state_dir (flag): expected a directory, there or yet to be made; {place} is" in said
+
+
+@pytest.mark.parametrize("below", ["", "new", "new/one"])
+def test_a_state_dir_need_not_be_there(tmp_path: Path, below: str) -> None:
+    """The daemon makes it."""
+    assert tmp_path / below == load({"state_dir": str(tmp_path / below)}).settings.state_dir
+
+
 def test_a_flag_that_was_not_given_changes_nothing() -> None:
     """None is how the command line says "not given"."""
     assert "default" == load({"listen": None}).origins["listen"]

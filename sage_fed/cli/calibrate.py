@@ -134,11 +134,11 @@ def _warning(result: CalibrationResult) -> str:
     return str(tomllib.loads(result.card).get("measured", {}).get("warning", ""))
 
 
-def _adopt_command(version: str, state_dir: Path | None, daemon: Connection) -> str:
+def _adopt_command(version: str, state_dir: str | None, daemon: Connection) -> str:
     """The command that puts the card in force, at the daemon that this one was given."""
     words = ["sage-fed", "admin", "adopt-card", version]
     if state_dir is not None:
-        words += ["--state-dir", str(state_dir)]
+        words += ["--state-dir", state_dir]
     return shlex.join([*words, *daemon.arguments()])
 
 

@@ -42,7 +42,7 @@ class Connection:
         with Client(self.address, token, tls=self.tls) as client:
             return work(client)
 
-    def as_operator(self, state_dir: Path | None) -> Connection:
+    def as_operator(self, state_dir: str | None) -> Connection:
         """The same with the admin token of this machine's daemon, where no token is given."""
         token = operator_token(self.read_token(), state_dir)
         return replace(self, token=token, token_file=None)

@@ -20,7 +20,7 @@ from sage_fed.cli.streams import exit_on_signals
 def demo(
     *,
     state_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--state-dir",
             metavar="DIR",
@@ -33,6 +33,8 @@ def demo(
     Starts a daemon with the bundled pair of models, asks it a dozen questions, shows what each
     cost and the metrics, stops it and audits its books.
     """
+    if state_dir == "":
+        raise typer.BadParameter("expected a directory", param_hint="--state-dir")
     # Drawing takes a tenth of a second to import, which no other command should pay.
     from sage_fed.cli.demo_story import run  # noqa: PLC0415
     from sage_fed.cli.tables import stdout_console  # noqa: PLC0415
@@ -42,7 +44,7 @@ def demo(
         exit_on_signals(),
         tempfile.TemporaryDirectory(prefix="sage-fed-demo-") as temporary,
     ):
-        folder = state_dir or Path(temporary)
+        folder = Path(state_dir or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         failures = run(folder, stdout_console())
         if failures:

@@ -1,13 +1,14 @@
-"""`sage-fed ledger`: the account's entries, and the audit of the books.
+"""`sage-fed ledger`: the account's entries, the audit of the books, and their copy.
 
-Owns: their table, and the audit's words.
-Does not know: the wire; the books' file except through the ledger's own audit.
+Owns: the tables of these commands.
+Does not know: the wire; the books' file except through the ledger's own audit and backup.
 Fails: exit codes of `exits.py`; `ledger check` with 1 where the books do not balance.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,21 +19,22 @@ from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.render import atp_number, counted, print_json, print_table
 from sage_fed.cli.serve import effective
-from sage_fed.ledger import check
+from sage_fed.ledger import CheckReport, backup, check
 
 _BOOKS = {"charged": "available", "discharged": "spent"}
 """What a person reads for a book of the ledger."""
 
 
 def ledger_app() -> typer.Typer:
-    """`ledger` lists, `ledger check` audits."""
+    """`ledger` lists, `ledger check` audits, `ledger backup` copies."""
     app = typer.Typer(
         name="ledger",
-        help="List the account's entries, or audit the books.",
+        help="List the account's entries; audit the books, or copy them.",
         epilog=EXIT_CODES_HELP,
     )
     app.callback(invoke_without_command=True)(list_entries)
     app.command("check", epilog=EXIT_CODES_HELP)(check_books)
+    app.command("backup", epilog=EXIT_CODES_HELP)(back_up_books)
     return app
 
 
@@ -91,16 +93,41 @@ def check_books(
         if as_json:
             print_json(report)
         else:
-            typer.echo(
-                f"{counted(report.accounts, 'account')}, {counted(report.jobs, 'job')}, "
-                f"{counted(report.open_holds, 'open hold')}, "
-                f"{counted(report.entries, 'entry', 'entries')}"
-            )
+            typer.echo(_counts(report))
             for violation in report.violations:
                 typer.echo(f"violation: {violation}")
             typer.echo("the books do not balance" if report.violations else "the books balance")
         if report.violations:
             raise typer.Exit(ExitCode.ERROR)
+
+
+def back_up_books(
+    copy: Annotated[Path, typer.Argument(metavar="FILE", help="The copy, which is not there yet.")],
+    *,
+    state_dir: options.StateDir = None,
+    profile: options.Profile = None,
+    config_file: options.ConfigFile = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Copy the books of this machine into one file.
+
+    All that was acknowledged until now, audited; the daemon may be running.
+    """
+    with reported(as_json=as_json):
+        flags = {"state_dir": state_dir, "profile": profile}
+        report = backup(ledger_file(effective(flags, config_file).settings.state_dir), copy)
+        if as_json:
+            print_json({"copy": str(copy), "report": report})
+        else:
+            typer.echo(f"{copy}: {_counts(report)}; the books balance")
+
+
+def _counts(report: CheckReport) -> str:
+    return (
+        f"{counted(report.accounts, 'account')}, {counted(report.jobs, 'job')}, "
+        f"{counted(report.open_holds, 'open hold')}, "
+        f"{counted(report.entries, 'entry', 'entries')}"
+    )
 
 
 def _local_time(time_ns: int) -> str:

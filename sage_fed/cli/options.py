@@ -134,8 +134,9 @@ Profile = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.")
 ]
+# A text, which the settings read: as a path, an empty one would be the current directory.
 StateDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--state-dir", metavar="DIR", help="Where the daemon keeps its books."),
 ]
 Assignments = Annotated[

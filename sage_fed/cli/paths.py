@@ -17,7 +17,7 @@ def ledger_file(state_dir: Path) -> Path:
     return state_dir / "ledger.db"
 
 
-def operator_token(token: str | None, state_dir: Path | None) -> str:
+def operator_token(token: str | None, state_dir: str | None) -> str:
     """The given token, or the one of this machine's daemon."""
     if token:
         return token

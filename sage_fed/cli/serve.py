@@ -193,7 +193,7 @@ def effective(flags: dict[str, Any], config_file: Path | None) -> Effective:
     return load_settings(flags, os.environ, config_file)
 
 
-def _flags(assignments: list[str] | None, **named: str | Path | None) -> dict[str, Any]:
+def _flags(assignments: list[str] | None, **named: str | None) -> dict[str, Any]:
     """Flags by settings key; a flag of its own wins over `--set`."""
     return {
         **options.assigned(assignments),

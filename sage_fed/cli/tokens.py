@@ -196,7 +196,7 @@ def list_tokens(
         )
 
 
-def _settings(config_file: Path | None, state_dir: Path | None) -> Settings:
+def _settings(config_file: Path | None, state_dir: str | None) -> Settings:
     return effective({"state_dir": state_dir}, config_file).settings
 
 

@@ -1,12 +1,15 @@
 """The crash-safe ATP ledger: double entry in SQLite, one writer thread, group commit.
 
-`ledger.py` is the facade for the event loop, `writer.py` its thread, `books.py` the bookkeeping
-with `accounts.py`, `requests.py` and `refill.py`, `schema.py`, `store.py` and `files.py` the file,
-`check.py` the audit, `clock.py` and `words.py` what they all speak of.
+`ledger.py` is the facade for the event loop over its `inbox.py`, `writer.py` the thread,
+`books.py` the bookkeeping with `accounts.py`, `requests.py` and `refill.py`, `schema.py`,
+`store.py`, `files.py` and `lock.py` the file, `check.py` the audit, `backup.py` the copy,
+`clock.py` and `words.py` what they all speak of.
 """
 
+from sage_fed.ledger.backup import backup
 from sage_fed.ledger.check import CheckReport, check
-from sage_fed.ledger.ledger import Ledger, LedgerOptions
+from sage_fed.ledger.inbox import LedgerOptions
+from sage_fed.ledger.ledger import Ledger
 from sage_fed.ledger.requests import Retention
 from sage_fed.ledger.words import (
     AccountTerms,
@@ -36,5 +39,6 @@ __all__ = [
     "Replay",
     "Retention",
     "Settlement",
+    "backup",
     "check",
 ]

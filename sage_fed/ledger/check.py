@@ -23,6 +23,10 @@ KINDS = ", ".join(f"'{kind.value} {debit} {credit}'" for kind, (debit, credit) i
 
 BALANCES = (
     (
+        "entries: there are {0}, but the last id is {1}: some were removed",
+        "SELECT count(*), max(entry_id) FROM entry HAVING count(*) <> max(entry_id)",
+    ),
+    (
         "account {0}: {1} is {2} uATP, its entries say {3}",
         f"""
         WITH said AS (
@@ -57,10 +61,6 @@ HISTORY = (
         WHERE amount_uatp <= 0 OR kind || ' ' || debit || ' ' || credit NOT IN ({KINDS})
           OR (job_id IS NULL) <> (kind IN ('grant', 'refill', 'revoke'))
         """,  # noqa: S608 - a constant
-    ),
-    (
-        "entries: there are {0}, but the last id is {1}: some were removed",
-        "SELECT count(*), max(entry_id) FROM entry HAVING count(*) <> max(entry_id)",
     ),
     (
         "account {0}: {1} fell to {2} uATP at entry {3}",
@@ -149,13 +149,20 @@ def check(path: Path) -> CheckReport:
 
     Raises `ConfigError` where there is none and `LedgerCorrupt` where SQLite cannot read it.
     """
+    acknowledged = store.acknowledged(path)
     with store.readable(path) as db:
+        missing = store.missing_entries(path, db, acknowledged)
         return CheckReport(
             accounts=int(db.execute("SELECT count(*) FROM account").get),
             jobs=int(db.execute("SELECT count(*) FROM job").get),
             open_holds=int(db.execute("SELECT count(*) FROM job WHERE state = 'held'").get),
             entries=int(db.execute("SELECT count(*) FROM entry").get),
-            violations=(*_file_violations(db), *_schema_violations(db), *audit(db)),
+            violations=(
+                *_file_violations(db),
+                *_schema_violations(db),
+                *audit(db),
+                *([missing] if missing else []),
+            ),
         )
 
 
@@ -165,7 +172,7 @@ def audit(db: apsw.Connection) -> tuple[str, ...]:
 
 
 def balance_violations(db: apsw.Connection) -> tuple[str, ...]:
-    """Where kept balances differ from the entries or from the open jobs."""
+    """Where entries are missing, or balances differ from them or from the open jobs."""
     return _violations(db, BALANCES)
 
 

@@ -1,11 +1,11 @@
 """The ledger's file: who may open it, and how.
 
-Owns the lock, the connection, its pragmas and the words for what a disk does. Knows no
-bookkeeping.
-One process writes: it holds an advisory lock on `<path>.lock` as long as it lives; a second
-one gets `ConfigError`. Readers need no lock, they see the last commit.
-The lock file also remembers that there was a ledger: one that is lost is never begun anew, with
-every account's first grant, unless somebody asks for it by removing the lock file too.
+Owns the connection, its pragmas and the words for what a disk does. Knows no bookkeeping.
+One process writes, the holder of the lock. Readers need no lock, they see the last commit.
+The lock remembers that there was a ledger and where it ended. One that is lost is never begun
+anew, with every account's first grant; one that ends earlier, because its log or a part of it is
+gone or a file is an older copy, is not gone on with: unless somebody asks for it by removing the
+lock. An opening that is refused takes nothing out of the files.
 Fails with `ConfigError` where there is no ledger to open, `LedgerCorrupt` where it is damaged or
 lost, and `LedgerUnusable` where the disk or its permissions are in the way.
 """
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
 
-from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable, Occupied
-from sage_fed.ledger import schema
+from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable
+from sage_fed.ledger import lock, schema
 from sage_fed.ledger.files import OpenFiles
 
 BUSY_MS = 5000
@@ -45,19 +45,34 @@ _PASSING = (
 )
 """Of `IOError`, what may pass. A failed `fsync` is not among them: nobody knows what it left."""
 
-MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBook:
+    """The ledger, open for its writer."""
+
+    db: apsw.Connection
+    _files: OpenFiles
+    _lock: lock.Lock
+
+    def verify(self) -> None:
+        """Make sure that what is written goes where people find it; around each commit."""
+        self._files.verify()
+
+    def acknowledge(self) -> None:
+        """Remember, behind a commit, how far the books have got."""
+        self._lock.acknowledge(last_entry_id(self.db))
+
+
 @contextlib.contextmanager
-def writable(path: Path) -> Iterator[tuple[apsw.Connection, OpenFiles]]:
+def writable(path: Path) -> Iterator[OpenBook]:
     """Open the ledger for its one writer, made or migrated where needed; closed at the end.
 
-    The files are to be verified around each commit. Where the block fails they are left as they
-    are: what SQLite would tidy up may not be ours any more.
+    Where the block fails the files are left as they are: what SQLite would tidy up may not be
+    ours any more.
     """
-    with _typed_errors(path), _locked(path) as lock:
+    with _typed_errors(path), lock.held(path) as held:
         if path.exists():
             _require_book(path)
         else:
@@ -70,17 +85,54 @@ def writable(path: Path) -> Iterator[tuple[apsw.Connection, OpenFiles]]:
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
             _configure(db)
-            if schema.require_known(db) == 0:
-                raise _lost(path, "is empty or damaged")
-            schema.migrate(db)
-            _mark(lock)
-            wal, shm = Path(db.filename_wal), Path(f"{db.filename}-shm")
-            files = OpenFiles(Path(db.filename), wal, shm, _lock_path(path))
-            try:
-                yield db, files
-            except BaseException:
-                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                raise
+            version = schema.require_known(db)
+            with _untidied(db):
+                if version == 0:
+                    raise _lost(path, "is empty or damaged")
+                if missing := missing_entries(path, db, held.acknowledged()):
+                    raise LedgerCorrupt(missing)
+                schema.migrate(db)
+                held.begin(last_entry_id(db))
+                wal, shm = Path(db.filename_wal), Path(f"{db.filename}-shm")
+                files = OpenFiles(Path(db.filename), wal, shm, lock.lock_path(path))
+                yield OpenBook(db, files, held)
+
+
+@contextlib.contextmanager
+def _untidied(db: apsw.Connection) -> Iterator[None]:
+    """Where the block fails, leave the log where it is: it may be all that is left of something."""
+    try:
+        yield
+    except BaseException:
+        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        raise
+
+
+def acknowledged(path: Path) -> int | None:
+    """The last entry that a writer acknowledged, where there has been one.
+
+    To be read before the snapshot that is to have it: beside a running daemon both go on.
+    """
+    with _typed_errors(path):
+        return lock.acknowledged(path)
+
+
+def last_entry_id(db: apsw.Connection) -> int:
+    """Where the books end; ids are counted from 1 and never reused."""
+    return int(db.execute("SELECT coalesce(max(entry_id), 0) FROM entry").get)
+
+
+def missing_entries(path: Path, db: apsw.Connection, acknowledged: int | None) -> str:
+    """What to tell and to do where the books end before what was acknowledged; else nothing."""
+    last = last_entry_id(db)
+    if last >= (acknowledged or 0):
+        return ""
+    return (
+        f"the ledger {path} ends at entry {last}, but entry {acknowledged} had been acknowledged: "
+        f"its log {path.name}-wal was removed, cut or replaced, or {path.name} is an older copy. "
+        "Put the files back as they were, or restore a backup. Only to go on without what is "
+        f"missing, remove {lock.lock_path(path)}, which remembers it"
+    )
 
 
 @contextlib.contextmanager
@@ -112,8 +164,8 @@ def _require_book(path: Path) -> None:
 
 def _require_no_book(path: Path) -> None:
     """Refuse to begin where a book has been: its mark, its log or a link to it is still there."""
-    lock = _lock_path(path)
-    marked = lock.exists() and lock.stat().st_size > 0
+    lock_file = lock.lock_path(path)
+    marked = lock_file.exists() and lock_file.stat().st_size > 0
     if marked or path.is_symlink() or path.with_name(path.name + "-wal").exists():
         raise _lost(path, "is gone, but there was one")
 
@@ -142,63 +194,18 @@ def _make(path: Path) -> None:
         os.close(folder)
 
 
-def _mark(lock: int) -> None:
-    """Remember in the lock file that there is a ledger."""
-    if os.fstat(lock).st_size == 0:
-        os.write(lock, MARK)
-        os.fsync(lock)
-
-
 def _connect_readonly(path: Path) -> apsw.Connection:
     uri = path.absolute().as_uri()
     flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
     if not path.with_name(path.name + "-wal").exists():
         # Closed cleanly: everything is in the one file. Without this SQLite would make its
         # side files, which fails in a directory that the reader may not write.
-        if _writer_alive(path):
+        if lock.writer_alive(path):
             raise ConfigError(f"{path} is just being opened or closed; try again")
         return apsw.Connection(f"{uri}?immutable=1", flags=flags)
     db = apsw.Connection(f"{uri}?mode=ro", flags=flags)
     db.set_busy_timeout(BUSY_MS)
     return db
-
-
-def _writer_alive(path: Path) -> bool:
-    try:
-        descriptor = os.open(_lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(path.name + ".lock")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise ConfigError(f"the ledger's lock beside {path}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Occupied(
-                f"the ledger {path} is open in another process; stop that daemon, or give this "
-                "one its own state directory"
-            ) from error
-        yield descriptor
-    finally:
-        # The file stays: removing it would let two processes lock two different files.
-        os.close(descriptor)
 
 
 def may_pass(error: apsw.Error) -> bool:

@@ -138,16 +138,17 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            with store.writable(self._path) as (db, files):
-                books = Books(db, self._retention)
-                with db:
-                    recovery = self._recover(db, books)
+            with store.writable(self._path) as book:
+                books = Books(book.db, self._retention)
+                with book.db:
+                    recovery = self._recover(book.db, books)
                 self._deliver(Opened(recovery))
                 for group in self._groups():
-                    files.verify()
-                    committed = self._commit_or_refuse(db, books, group)
+                    book.verify()
+                    committed = self._commit_or_refuse(book.db, books, group)
                     # An answer says that it is on disk: not in a file that nobody can find.
-                    files.verify()
+                    book.verify()
+                    book.acknowledge()
                     self._deliver(committed)
         except BaseException as error:  # noqa: BLE001 - the thread's last line of defence
             self._deliver(Died(error))

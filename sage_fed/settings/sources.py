@@ -8,6 +8,7 @@ Fails with `ConfigError` for everything: a missing file, bad TOML, unknown keys 
 from __future__ import annotations
 
 import os
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def load_settings(
     for layer in (base, *manager, _profile_layer(profile, origin), *given):
         _merge(merged, origins, layer)
     _expand_credentials(merged, origins, environ)
-    _find_tokens(merged, origins)
+    _look_into_state_dir(merged, origins)
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
@@ -156,17 +157,31 @@ def _expand_credentials(
             table[name] = f"{environ[CREDENTIALS]}/{path.removeprefix(written)}"
 
 
-def _find_tokens(merged: Values, origins: dict[str, str]) -> None:
-    """Name the tokens file of the state directory where it is there and no other is named."""
-    auth, state_dir = merged.get("auth", {}), merged.get("state_dir")
+def _look_into_state_dir(merged: Values, origins: dict[str, str]) -> None:
+    """Refuse a file in its place; name its tokens file, where no other is named."""
+    state_dir = merged.get("state_dir")
+    if not isinstance(state_dir, (str, Path)) or not state_dir:
+        return
+    directory = os.path.expanduser(state_dir)  # noqa: PTH111 - it never raises
+    try:
+        usable = stat.S_ISDIR(os.stat(directory).st_mode)  # noqa: PTH116 - no Path of a bad text
+    except NotADirectoryError:
+        usable = False
+    except (OSError, ValueError):
+        # One that nobody may look into is the daemon's or the command's to complain of.
+        usable = True
+    if not usable:
+        # Else whichever file is looked for first would be blamed.
+        raise config_error(
+            f"state_dir ({origin_of('state_dir', origins)}): expected a directory, there or yet "
+            f"to be made; {directory} is, or is below, a file"
+        )
+    auth, path = merged.get("auth", {}), Path(directory) / TOKENS_FILE
     if not isinstance(auth, dict) or auth.get("tokens_file") not in (None, ""):
         return
-    if isinstance(state_dir, (str, Path)) and state_dir:
-        path = Path(os.path.expanduser(state_dir)) / TOKENS_FILE  # noqa: PTH111 - it never raises
-        # A directory that nobody may look into is the daemon's or the command's to complain of.
-        if os.path.isfile(path):  # noqa: PTH113 - the same
-            _put(merged, ("auth", "tokens_file"), path)
-            origins["auth.tokens_file"] = "found in state_dir"
+    if os.path.isfile(path):  # noqa: PTH113 - it never raises
+        _put(merged, ("auth", "tokens_file"), path)
+        origins["auth.tokens_file"] = "found in state_dir"
 
 
 def _flag_layer(flags: Mapping[str, Any]) -> _Layer:

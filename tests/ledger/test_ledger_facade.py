@@ -61,7 +61,7 @@ class Gate:
         self._open = threading.Event()
         self._entered = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._pass = ledger._send(self._wait)
+        self._pass = ledger._inbox.send(self._wait)
 
     def _wait(self, _books: Books, _now: Now) -> None:
         self._loop.call_soon_threadsafe(self._entered.set)
@@ -156,7 +156,7 @@ async def test_a_refused_operation_leaves_nothing_half_done(ledger: Ledger, path
         raise InvalidField("test", "refused at the end")
 
     with pytest.raises(InvalidField):
-        await ledger._ask(half)
+        await ledger._inbox.ask(half)
 
     assert 0 == await ledger.held_total_uatp()
     assert (0, ()) == (check(path).jobs, check(path).violations)
@@ -268,11 +268,11 @@ async def test_a_writer_that_does_not_answer_is_down_and_the_late_hold_voided(pa
     await ledger.ensure_account("ann", TERMS)
     gate = Gate(ledger)
     await gate.entered()
-    patient, ledger._options = ledger._options, LedgerOptions(answer_timeout_s=0.0)
+    patient, ledger._inbox._options = ledger._inbox._options, LedgerOptions(answer_timeout_s=0.0)
 
     with pytest.raises(LedgerDown, match="does not answer"):
         await ledger.hold(request("late"))
-    ledger._options = patient
+    ledger._inbox._options = patient
     await gate.open()
 
     assert 0 == await ledger.held_total_uatp()
@@ -303,7 +303,7 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
     await gate.entered()
     waiting = asyncio.gather(
         ledger.hold(request("before")),
-        ledger._ask(fault),
+        ledger._inbox.ask(fault),
         ledger.hold(request("after")),
         return_exceptions=True,
     )
@@ -335,7 +335,7 @@ async def test_a_refused_operation_leaves_nothing_behind(ledger: Ledger, neighbo
     gate = Gate(ledger)
     await gate.entered()
     waiting = asyncio.gather(
-        ledger._ask(hold_and_regret),
+        ledger._inbox.ask(hold_and_regret),
         *(ledger.hold(request(f"j{i}")) for i in range(neighbours)),
         return_exceptions=True,
     )

@@ -242,7 +242,7 @@ async def test_a_full_disk_is_said_in_words(
         books._db.execute("CREATE TABLE more (x)")
 
     with pytest.raises(LedgerBlocked, match="takes no entries"):
-        await running._ask(fill)
+        await running._inbox.ask(fill)
 
     assert [] == deaths
     assert any(f"no space left on {path.parent}" in line for line in caplog.messages)

@@ -1,0 +1,133 @@
+"""The file beside the ledger: who may write, and how far its writers have got.
+
+Owns `<path>.lock`: the advisory lock that one process holds as long as it lives, and the two
+lines in it, which say that there is a ledger and which entry of it was the last acknowledged one.
+Knows no SQL.
+The number is written behind the commit and without a sync of its own. The death of a process
+takes nothing of it along, a power failure perhaps its last seconds, and it is never ahead of what
+is on disk: books that end before it have lost something, whoever took it.
+Fails with `Occupied` where another process writes, `ConfigError` where no lock can be made and
+`LedgerCorrupt` where the lines are not ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sage_fed.errors import ConfigError, LedgerCorrupt, Occupied
+
+MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
+
+_LAST = re.compile(re.escape(MARK) + rb"last acknowledged entry: (\d{20})\n")
+
+_TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def lock_path(path: Path) -> Path:
+    """The lock of the ledger at `path`."""
+    return path.with_name(path.name + ".lock")
+
+
+class Lock:
+    """The lock, held."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._last_entry_id = self.acknowledged() or 0
+
+    def acknowledged(self) -> int | None:
+        """The last acknowledged entry; None where there has been no ledger yet."""
+        # A size first: what is no file may have an endless content.
+        if os.fstat(self._descriptor).st_size == 0:
+            return None
+        return _parse(os.pread(self._descriptor, 4096, 0), self._path)
+
+    def begin(self, last_entry_id: int) -> None:
+        """Remember, durably, that there is a ledger and where it ends."""
+        if self.acknowledged() != last_entry_id:
+            os.pwrite(self._descriptor, _text(last_entry_id), 0)
+            os.fsync(self._descriptor)
+        self._last_entry_id = last_entry_id
+
+    def acknowledge(self, last_entry_id: int) -> None:
+        """Remember a later end. A disk that takes nothing now leaves an earlier one, also true."""
+        if last_entry_id <= self._last_entry_id:
+            return
+        try:
+            os.pwrite(self._descriptor, _text(last_entry_id), 0)
+        except OSError as error:
+            if error.errno not in _TAKES_NOTHING:
+                raise
+        else:
+            self._last_entry_id = last_entry_id
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[Lock]:
+    """Keep every other writer of the ledger at `path` out."""
+    try:
+        descriptor = os.open(lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigError(f"the ledger's lock beside {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Occupied(
+                f"the ledger {path} is open in another process; stop that daemon, or give this "
+                "one its own state directory"
+            ) from error
+        yield Lock(descriptor, lock_path(path))
+    finally:
+        # The file stays: removing it would let two processes lock two different files.
+        os.close(descriptor)
+
+
+def writer_alive(path: Path) -> bool:
+    """Whether a process holds the lock now."""
+    try:
+        descriptor = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def acknowledged(path: Path) -> int | None:
+    """What `Lock.acknowledged` says, without the lock and beside its holder."""
+    lock = lock_path(path)
+    try:
+        while (text := lock.read_bytes()) != lock.read_bytes():
+            pass  # the holder wrote between the two, so half of it may be old
+    except FileNotFoundError:
+        return None
+    return _parse(text, lock) if text else None
+
+
+def _text(last_entry_id: int) -> bytes:
+    """Always as long, and within one sector: an overwriting is whole or did not happen."""
+    return MARK + b"last acknowledged entry: %020d\n" % last_entry_id
+
+
+def _parse(text: bytes, lock: Path) -> int:
+    if text == MARK:
+        return 0  # of a program that did not count yet
+    match = _LAST.fullmatch(text)
+    if match is None:
+        raise LedgerCorrupt(
+            f"{lock} is damaged, which remembers how far the ledger had got; put it back, or "
+            "remove it where `sage-fed ledger check` says that the books are as they should be"
+        )
+    return int(match[1])
