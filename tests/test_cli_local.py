@@ -257,7 +257,7 @@ async def test_a_backup_is_taken_and_told(tmp_path: Path) -> None:
     copy = tmp_path / "backups" / "ledger.db"
     copy.parent.mkdir()
     first = run("ledger", "backup", str(copy), "--state-dir", str(tmp_path))
-    told = f"{copy}: 1 accounts, 2 jobs, 0 open holds, 6 entries; the books balance\n"
+    told = f"{copy}: 1 account, 2 jobs, 0 open holds, 6 entries; the books balance\n"
     assert (0, told) == (first.exit_code, first.stdout)
     assert 0 == run("ledger", "check", "--state-dir", str(copy.parent)).exit_code
 
