@@ -213,16 +213,15 @@ class Jobs:
     new_tokens: int
     model: Path | None
     precision: str
+    chosen: tuple[str, ...] = ()
+    """Further settings of the daemon, `NAME=VALUE`."""
 
     @property
     def settings(self) -> tuple[str, ...]:
         """Of the daemon."""
-        if self.model is None:
-            return ()
-        chosen = {"tactical.model": self.model, "tactical.precision": self.precision}
-        return tuple(
-            word for name, value in chosen.items() for word in ("--set", f"{name}={value}")
-        )
+        model = (f"tactical.model={self.model}", f"tactical.precision={self.precision}")
+        settings = (*(model if self.model else ()), *self.chosen)
+        return tuple(word for setting in settings for word in ("--set", setting))
 
     @property
     def name(self) -> str:
@@ -275,6 +274,7 @@ async def main(
         "seconds": seconds,
         "factor": factor,
         "model": jobs.name,
+        "settings": list(jobs.chosen),
         "new_tokens": new_tokens,
         "places": PLACES,
         "waiting": WAITING,
@@ -324,8 +324,10 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, help="a checkpoint; else the bundled tactical one")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of a job")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="chosen")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    jobs = Jobs(given.tokens, given.model and given.model.absolute(), given.precision)
+    model = given.model and given.model.absolute()
+    jobs = Jobs(given.tokens, model, given.precision, tuple(given.chosen))
     run = main(given.seconds, given.factor, given.measure_seconds, jobs, given.output)
     sys.exit(asyncio.run(run))

@@ -17,6 +17,7 @@ from typing import TypeVar
 import grpc
 
 from sage_fed.auth import Authenticator, Register, Throttle, Token
+from sage_fed.broker.mailbox import merge
 from sage_fed.core import (
     CalibrationEvent,
     CalibrationProgress,
@@ -138,6 +139,13 @@ class ScriptedStream:
     def cancel(self) -> None:
         """Nobody reads any more."""
         self.cancelled.set()
+
+    async def answer(self) -> tuple[Started, Delta, Finished]:
+        """All events together."""
+        started, *deltas, finished = [event async for event in self]
+        assert isinstance(started, Started)
+        assert isinstance(finished, Finished)
+        return started, merge([d for d in deltas if isinstance(d, Delta)]), finished
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         for event in self._events:

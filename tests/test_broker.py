@@ -550,13 +550,16 @@ async def test_a_job_that_nobody_takes_is_refused_unread(tmp_path: Path) -> None
         engine = r.gate()
         streams = [await r.submit(job(new=2))]
         await entered(engine)
-        streams.append(await r.submit(job(new=2)))
+        running = replace(job(new=2), client_request_id="running")
+        streams.append(await r.submit(running))
         malformed = replace(job(), prompt=Prompt(token_ids=(10**9,)))
         with pytest.raises(QueueFull) as full:
             await r.submit(malformed)
         assert full.value.retry_after_s
         with pytest.raises(QueueFull):
-            await r.submit(replace(job(new=2), client_request_id="new"))
+            await r.submit(replace(malformed, client_request_id="new"))
+        with pytest.raises(RequestIdConflict):
+            await r.submit(running)
         assert finished_of(await r.run(answered))
         assert 2.0 == r.counted(
             "requests_total", tier="tactical", outcome="refused", code="queue_full"

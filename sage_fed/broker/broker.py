@@ -17,7 +17,9 @@ from dataclasses import replace
 
 from sage_fed.broker.job import Job
 from sage_fed.broker.mailbox import JobStream
+from sage_fed.broker.pace import Pace
 from sage_fed.broker.plan import Planner
+from sage_fed.broker.results import payload_hash
 from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier
 from sage_fed.errors import QueueFull, RateLimited, SageFedError, TierUnavailable
 from sage_fed.executor import Executor
@@ -39,6 +41,7 @@ class Broker:
         max_jobs: accepted and not ended, or ended and not read, over all tiers and accounts.
         max_account_jobs: accepted and not ended, of one account; 0 is no limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
+        max_messages_per_s: that all streams may write together; 0 is no limit.
         tracing: told of every job's ending; None traces none.
     """
 
@@ -53,6 +56,7 @@ class Broker:
         max_jobs: int,
         hold_ttl_s: float,
         max_account_jobs: Callable[[str], int] = lambda _: 0,
+        max_messages_per_s: float = 0.0,
         tracing: Tracing | None = None,
     ) -> None:
         self._tasks = tasks
@@ -64,6 +68,7 @@ class Broker:
         self._max_account_jobs = max_account_jobs
         self._hold_ttl_s = hold_ttl_s
         self._tracing = tracing
+        self._pace = Pace(max_messages_per_s)
         self._jobs: dict[str, Job] = {}
         self._account_jobs: Counter[str] = Counter()
         self._coming: Counter[Tier] = Counter()
@@ -88,9 +93,15 @@ class Broker:
         Raises:
             SageFedError: the job is refused; nothing is held.
         """
-        self._require_place(spec.account)
         try:
-            self._require_taker(spec)
+            answered = await self._answered_before(spec)
+            # Nothing is awaited from here until the job has its place: it cannot be another's.
+            self._require_place(spec.account)
+            self._require_room()
+            if not answered:
+                self._require_taker(spec)
+        except RateLimited:  # counted as a call that its account may not make, not as a job
+            raise
         except SageFedError as refusal:
             self._count_refusal(spec, refusal, time.monotonic() - arrived)
             raise
@@ -107,6 +118,7 @@ class Broker:
             hold_ttl_s=self._hold_ttl_s,
             tracing=self._tracing,
             on_left=lambda: self._reader_left(job_id),
+            pace=self._pace,
         )
         self._jobs[job_id] = job
         self._account_jobs[spec.account] += 1
@@ -193,11 +205,21 @@ class Broker:
         if not self._reading:
             self._all_read.set()
 
-    def _require_taker(self, spec: JobSpec) -> None:
-        """Refuse a job that nobody here takes now, before it costs anything.
+    async def _answered_before(self, spec: JobSpec) -> bool:
+        """Whether the books know the job's request id; asked only where no tier takes the job.
 
-        Under overload that is most of them: no task, no tokens, no price, no look at the books.
+        Raises:
+            RequestIdConflict: they do, but its answer is not to be had.
         """
+        if not spec.client_request_id or self._planner.refuse_unread(spec, self._coming) is None:
+            return False
+        earlier = await self._ledger.lookup_request(
+            spec.account, spec.client_request_id, payload_hash(spec)
+        )
+        return earlier is not None
+
+    def _require_room(self) -> None:
+        """Refuse every job while the daemon drains or has as many as it may."""
         if self._draining:
             raise TierUnavailable(
                 "the daemon is draining and takes no more jobs", _RETRY_DRAINING_S
@@ -206,8 +228,12 @@ class Broker:
         # the memory with answers.
         if len(self._jobs) + len(self._unread) >= self._max_jobs:
             raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
-        if spec.client_request_id:  # which may have been answered before, place or no place
-            return
+
+    def _require_taker(self, spec: JobSpec) -> None:
+        """Refuse a job that no tier takes now, before it costs anything.
+
+        Under overload that is most of them: no task, no tokens, no price, no hold.
+        """
         began_s = time.perf_counter()
         refusal = self._planner.refuse_unread(spec, self._coming)
         if refusal is not None:

@@ -19,6 +19,7 @@ from sage_fed.broker.delivery import Delivery
 from sage_fed.broker.endings import failure_of, stop_reason_of, timing_of
 from sage_fed.broker.hold import Hold, take_hold
 from sage_fed.broker.mailbox import JobStream
+from sage_fed.broker.pace import Pace
 from sage_fed.broker.plan import Plan, Planner
 from sage_fed.broker.results import Result
 from sage_fed.core import Finished, JobSpec, Price, RunningJob, Started, StopReason, Usage
@@ -50,10 +51,11 @@ class Job:
         hold_ttl_s: float,
         tracing: Tracing | None,
         on_left: Callable[[], None],
+        pace: Pace,
     ) -> None:
         self.job_id = job_id
         self.spec = spec
-        self.stream = JobStream(on_cancel=self._reader_left)
+        self.stream = JobStream(on_cancel=self._reader_left, pace=pace)
         self._on_left = on_left
         self._arrived_s = arrived_s
         self._planner = planner

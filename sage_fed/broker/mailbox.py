@@ -1,30 +1,38 @@
 """What one job hands to its reader: Started, merged Deltas, and exactly one ending.
 
 Owns the hand-over between a job's task (writer) and an RPC handler (reader), both on the
-event loop. A reader that falls behind finds its deltas merged, so memory is bounded by
-the job's own max_new_tokens and the job is never stalled by its reader.
+event loop. A reader that falls behind, or that has had its share of the messages, finds its
+deltas merged, so memory is bounded by the job's own max_new_tokens and the job is never stalled
+by its reader.
 Knows nothing of gRPC, tokens or money.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
+from sage_fed.broker.pace import Pace
 from sage_fed.core import Delta, Event, Finished, Logprob, Started
 from sage_fed.errors import SageFedError
 
+SHORTEST_REST_S = 0.001
+"""An event loop's timers are no finer."""
+
 
 class JobStream:
-    """One job's events, read once.
+    """One job's events, read once: one by one as an iterator, or together by `answer`.
 
     Iterating yields `Started`, any number of `Delta`, then `Finished`; or raises the
     `SageFedError` that ended the job. Whoever has a stream leaves it with `cancel`, read to its
     end or not; that may be at any time, also twice.
     """
 
-    def __init__(self, on_cancel: Callable[[], None]) -> None:
+    def __init__(self, on_cancel: Callable[[], None], pace: Pace) -> None:
         self._on_cancel = on_cancel
+        self._pace = pace
+        self._resting = False
         self._waiter: asyncio.Future[None] | None = None
         self._started: Started | None = None
         self._deltas: list[Delta] = []
@@ -32,6 +40,7 @@ class JobStream:
 
     def cancel(self) -> None:
         """Say that nobody reads any more; where the job still runs, it stops and settles."""
+        self._pace.leave(self)
         self._on_cancel()
 
     @property
@@ -51,7 +60,8 @@ class JobStream:
         assert self._started is not None
         assert self._ending is None
         self._deltas.append(delta)
-        self._wake()
+        if not self._resting:
+            self._wake()
 
     def end(self, ending: Finished | SageFedError) -> None:
         """Write the one ending."""
@@ -70,13 +80,33 @@ class JobStream:
         if self._started is None and isinstance(self._ending, SageFedError):
             raise self._ending
 
+    async def answer(self) -> tuple[Started, Delta, Finished]:
+        """Wait for the whole answer, for a reader who has no use for its parts.
+
+        Raises:
+            SageFedError: what ended the job instead.
+        """
+        await self.admitted()
+        self._resting = True
+        while self._ending is None:
+            await self._wait()
+        if isinstance(self._ending, SageFedError):
+            raise self._ending
+        assert self._started is not None
+        return self._started, merge(self._deltas), self._ending
+
     async def __aiter__(self) -> AsyncIterator[Event]:
         await self.admitted()
         assert self._started is not None
+        self._pace.join(self)
         yield self._started
+        next_s = 0.0
         while True:
+            if self._ending is None and self._deltas:
+                await self._rest(next_s - time.monotonic())
             if self._deltas:
                 deltas, self._deltas = self._deltas, []
+                next_s = time.monotonic() + self._pace.interval_s
                 yield merge(deltas)
             elif isinstance(self._ending, SageFedError):
                 raise self._ending
@@ -85,6 +115,18 @@ class JobStream:
                 return
             else:
                 await self._wait()
+
+    async def _rest(self, rest_s: float) -> None:
+        """Let deltas gather for a while; the job's ending is not kept waiting."""
+        if rest_s < SHORTEST_REST_S:
+            return
+        timer = asyncio.get_running_loop().call_later(rest_s, self._wake)
+        self._resting = True
+        try:
+            await self._wait()
+        finally:
+            self._resting = False
+            timer.cancel()
 
     async def _wait(self) -> None:
         # No deadline here: the job's task always writes an ending, and the handler that
@@ -103,6 +145,8 @@ def merge(deltas: list[Delta]) -> Delta:
     """Return one delta that says what the given ones say, in order."""
     if len(deltas) == 1:
         return deltas[0]
+    if not deltas:
+        return Delta(text="", token_ids=(), logprobs=(), output_tokens=0)
     token_ids: list[int] = []
     logprobs: list[Logprob] = []
     for delta in deltas:

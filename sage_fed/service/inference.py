@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
 
-from sage_fed.core import Delta, Event, Finished, JobSpec, Started
+from sage_fed.core import Event, Finished, JobSpec
 from sage_fed.errors import InvalidField
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
@@ -42,25 +42,18 @@ class InferenceService:
     ) -> inference_pb2.GenerateResponse:
         """Run a job and return its whole answer."""
         spec = self._spec(request, call)
-        reply = inference_pb2.GenerateResponse()
-        text: list[str] = []
         stream = await self._submit(request, spec, call)
         try:
-            async for event in stream:
-                match event:
-                    case Started():
-                        reply.started.CopyFrom(replies.started_of(event))
-                    case Delta():
-                        text.append(event.text)
-                        reply.token_ids.extend(event.token_ids)
-                        reply.logprobs.extend(replies.logprobs_of(event.logprobs))
-                    case Finished():
-                        reply.finished.CopyFrom(replies.finished_of(event))
+            started, output, finished = await stream.answer()
         finally:
             stream.cancel()
-        assert reply.HasField("finished"), "the job's stream ended without an ending"
-        reply.text = "".join(text)
-        return reply
+        return inference_pb2.GenerateResponse(
+            started=replies.started_of(started),
+            text=output.text,
+            token_ids=output.token_ids,
+            logprobs=replies.logprobs_of(output.logprobs),
+            finished=replies.finished_of(finished),
+        )
 
     async def generate_stream(
         self, request: inference_pb2.GenerateStreamRequest, call: Call

@@ -13,12 +13,15 @@ from sage_fed.core import (
     CalibrationEvent,
     CardStatus,
     DaemonStatus,
+    Delta,
     Event,
+    Finished,
     JobSpec,
     ModelStatus,
     Prompt,
     Quote,
     RunningJob,
+    Started,
     Tier,
 )
 from sage_fed.ledger.words import BudgetChange, Entry
@@ -29,6 +32,9 @@ class EventStream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Event]:
         """Read the events, once; a slow reader finds its deltas merged."""
+
+    async def answer(self) -> tuple[Started, Delta, Finished]:
+        """Wait for all of them, the deltas as one; instead of iterating."""
 
     def cancel(self) -> None:
         """Say that nobody reads any more. Never blocks; after the ending it does nothing."""
