@@ -110,7 +110,7 @@ MODELS = (
     ),
 )  # fmt: skip
 STATUS = DaemonStatus(
-    "0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS, CardFit.STALE, "threads is 2 now"
+    "0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS, "no GPU", CardFit.STALE, "threads is 2"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import shutil
@@ -10,13 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
 import grpc
 import pytest
-from daemon_process import DaemonProcess, serve_arguments
+from daemon_process import DaemonProcess, launch, serve_arguments
 from forked_daemon import ForkedProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from surroundings import MODELS
@@ -355,6 +357,23 @@ def test_cuda_that_is_not_there_fails_the_start(tmp_path: Path) -> None:
     """It is never a quiet run on the CPU, nor on another device."""
     said = refused(tmp_path, "--device", "cuda:63", code=1)
     assert "cuda:63 was asked for" in said
+
+
+def test_auto_without_a_gpu_serves_from_the_cpu_and_says_so(tmp_path: Path) -> None:
+    """In the log, in `status` and in the metric that an alert reads; never quietly."""
+    without_gpus = functools.partial(launch, CUDA_VISIBLE_DEVICES="")
+    daemon = DaemonProcess.start(tmp_path / "state", "--device", "auto", launch=without_gpus)
+    try:
+        with Client(daemon.address) as client:
+            status = client.status()
+        assert "cpu" == status.device
+        assert "sees no CUDA device" in status.device_fallback
+        page = urllib.request.urlopen(daemon.metrics_url, timeout=WAIT_S).read().decode()
+        assert "sage_fed_device_fallback 1.0" in page
+        assert 0 == daemon.stop(WAIT_S)
+        assert "serving from the CPU" in daemon.log.read_text()
+    finally:
+        daemon.kill()
 
 
 def test_books_that_do_not_balance_fail_the_start(start: Start, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_table_is_not_set_by_one_variable() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"device": "gpu"}, "device (flag): expected cpu or cuda:N, for example cuda:0, not 'gpu'"),
+        ({"device": "gpu"}, "device (flag): expected cpu, auto or cuda:N, for example cuda:0, not"),
         ({"listen": "::1:6590"}, "listen (flag): expected HOST:PORT, for example"),
         ({"tactical.kv_cache_bytes": "1XB"}, "tactical.kv_cache_bytes (flag): expected a size"),
         ({"tactical.max_context_tokens": 0}, "should be greater than 0, not 0"),

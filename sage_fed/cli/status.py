@@ -76,7 +76,10 @@ def status(
             (
                 ("version", now.version),
                 ("up for", format_seconds(now.uptime_s)),
-                ("device", now.device),
+                (
+                    "device",
+                    now.device + f" (fallback: {now.device_fallback})" * bool(now.device_fallback),
+                ),
                 ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
                 ("  its prices", card_fit(now)),
                 ("admission", "draining" if now.draining else "open"),

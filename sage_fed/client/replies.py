@@ -249,6 +249,7 @@ def status_of(reply: model_pb2.GetStatusResponse) -> core.DaemonStatus:
         tiers=tuple(tier_load_of(status) for status in reply.tiers),
         rate_card_fit=fit_of(reply.rate_card_fit),
         rate_card_note=reply.rate_card_note,
+        device_fallback=reply.device_fallback,
     )
 
 

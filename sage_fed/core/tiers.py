@@ -165,7 +165,10 @@ class CardStatus:
 
 @dataclass(frozen=True, slots=True)
 class DaemonStatus:
-    """The daemon at a glance; `cost_ratio` is strategic over tactical decode price."""
+    """The daemon at a glance; `cost_ratio` is strategic over tactical decode price.
+
+    `device_fallback` says why it is not the device that was wanted; "" where it is.
+    """
 
     version: str
     uptime_s: float
@@ -174,5 +177,6 @@ class DaemonStatus:
     rate_card: str
     cost_ratio: float
     tiers: tuple[TierLoad, ...]
+    device_fallback: str = ""
     rate_card_fit: CardFit = CardFit.UNKNOWN
     rate_card_note: str = ""

@@ -25,6 +25,7 @@ from sage_fed.calibrate import Calibrator
 from sage_fed.core import Tier
 from sage_fed.daemon.books import open_accounts, open_ledger
 from sage_fed.daemon.cards import card_in_force, site_of
+from sage_fed.daemon.device import on_device_at_hand
 from sage_fed.daemon.doors import Doors, read_door_files, throttle_of
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
@@ -115,6 +116,7 @@ async def _started(
     laps = Laps()
     set_cpu_threads(settings.cpu_threads)
     metrics = build_metrics(settings)
+    settings, fallback = await asyncio.to_thread(on_device_at_hand, settings, metrics.engines)
     device = await asyncio.to_thread(describe_device, settings.device)
     cards = await asyncio.to_thread(card_in_force, settings, device, metrics)
     # The device and the models' files before the books: a start that fails for want of either
@@ -174,7 +176,13 @@ async def _started(
         )
         calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)
         operations = Operations(
-            settings, executor, broker, cards, calibrator, drain=lifecycle.drain
+            settings,
+            executor,
+            broker,
+            cards,
+            calibrator,
+            device_fallback=fallback,
+            drain=lifecycle.drain,
         )
         bound = await build_server(
             settings.listen,

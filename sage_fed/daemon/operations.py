@@ -25,7 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 class Operations:
-    """Satisfies `sage_fed.service.ports.Operations`; `drain` asks the daemon to stop."""
+    """Satisfies `sage_fed.service.ports.Operations`.
+
+    `drain` asks the daemon to stop; `device_fallback` is why the device is not the one wanted.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class Operations:
         cards: CardInForce,
         calibrator: Calibrator,
         *,
+        device_fallback: str,
         drain: Callable[[float | None], None],
     ) -> None:
         self._settings = settings
@@ -42,6 +46,7 @@ class Operations:
         self._broker = broker
         self._cards = cards
         self._calibrator = calibrator
+        self._device_fallback = device_fallback
         self._drain = drain
         self._draining = False
         self._started_s = time.monotonic()
@@ -57,6 +62,7 @@ class Operations:
             uptime_s=time.monotonic() - self._started_s,
             draining=self._draining,
             device=self._settings.device,
+            device_fallback=self._device_fallback,
             rate_card=self._cards.card.version,
             cost_ratio=self._cards.card.cost_ratio(),
             tiers=tuple(self._executor.load(tier) for tier in Tier),

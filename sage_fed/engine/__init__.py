@@ -8,6 +8,7 @@ from sage_fed.engine.architecture import ModelSpec, read_spec
 from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.describe import DeviceDescription, describe_device
+from sage_fed.engine.devices import device_at_hand
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.footprint import begin_host_peak, host_peak_bytes, memory_used_bytes
 from sage_fed.engine.load import EngineOptions, load_engine
@@ -35,6 +36,7 @@ __all__ = [
     "begin_host_peak",
     "check_destination",
     "describe_device",
+    "device_at_hand",
     "free_bytes",
     "host_peak_bytes",
     "load_engine",

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from sage_fed.engine.load import resolve_device
+from sage_fed.engine.devices import resolve_device
 from sage_fed.engine.memory import allocate
 from sage_fed.engine.native import Library, load_library
 from sage_fed.errors import ModelLoadError

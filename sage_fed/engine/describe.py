@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sage_fed.engine.load import resolve_device
+from sage_fed.engine.devices import resolve_device
 
 
 @dataclass(frozen=True, slots=True)

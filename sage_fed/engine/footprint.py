@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sage_fed.engine.load import resolve_device
+from sage_fed.engine.devices import resolve_device
 
 _PEAK_RESET = "5"  # proc(5), clear_refs: the peak resident size becomes the present one
 

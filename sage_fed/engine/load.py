@@ -18,6 +18,7 @@ from sage_fed.core import ModelInfo
 from sage_fed.engine.architecture import ModelSpec, read_spec
 from sage_fed.engine.assemble import capture_for, prepare
 from sage_fed.engine.checkpoint import locate
+from sage_fed.engine.devices import resolve_device
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.filling import load_weights, weights_cache
 from sage_fed.engine.formats import Formats, choose_formats
@@ -153,29 +154,6 @@ def load_engine(
     )
     progress(1.0)
     return engine
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that was asked for, or an error: never another one."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelLoadError(f"device {name!r} is not a device; use cpu or cuda:N") from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ModelLoadError(f"device {name!r} is not supported; use cpu or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index or 0
-    if index >= count:
-        build = (
-            "built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
-        )
-        raise ModelLoadError(
-            f"device {name} was asked for, but torch ({build}) sees {count} CUDA devices; "
-            "ask for cpu if that is what you want"
-        )
-    return torch.device("cuda", index)
 
 
 def _display_name(model: str) -> str:

@@ -9,6 +9,7 @@ Recording cannot fail; a server that cannot bind raises `OSError`.
 """
 
 from sage_fed.metrics.doors import DoorMetrics
+from sage_fed.metrics.engines import EngineMetrics
 from sage_fed.metrics.jobs import JobMetrics
 from sage_fed.metrics.metrics import Metrics
 from sage_fed.metrics.money import MoneyMetrics
@@ -17,6 +18,7 @@ from sage_fed.metrics.server import MetricsServer, PageDoor
 
 __all__ = [
     "DoorMetrics",
+    "EngineMetrics",
     "JobMetrics",
     "Metrics",
     "MetricsServer",

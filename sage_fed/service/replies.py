@@ -226,6 +226,7 @@ def status_of(status: core.DaemonStatus) -> model_pb2.GetStatusResponse:
         tiers=[load_of(load) for load in status.tiers],
         rate_card_fit=fit_of(status.rate_card_fit),
         rate_card_note=status.rate_card_note,
+        device_fallback=status.device_fallback,
     )
 
 

@@ -69,8 +69,8 @@ def _revision(value: str) -> str:
 
 
 def _device(value: str) -> str:
-    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", value) is None:
-        raise ValueError("expected cpu or cuda:N, for example cuda:0")
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value) is None:
+        raise ValueError("expected cpu, auto or cuda:N, for example cuda:0")
     return "cuda:0" if value == "cuda" else value
 
 

@@ -71,7 +71,8 @@ class Settings(BaseSettings):
         "~/.local/state/sage-fed."
     )
     device: Device = Field(
-        default="cuda:0", description="cuda:N or cpu; a CUDA device that is absent fails the start."
+        default="cuda:0",
+        description="cuda:N, which has to be there, cpu, or auto: cuda:0 or, loudly, the CPU.",
     )
     cpu_threads: Whole = Field(
         default=0, ge=0, le=1024, description="Threads of one forward pass on CPU; 0 is torch's."
