@@ -1,8 +1,9 @@
 """The Python client: a running daemon as typed calls.
 
 `Client` takes and gives core's frozen values and raises the error tree, as if the daemon were
-a library; a gRPC error never comes out. `requests` and `replies` translate, `asks` lists the
-calls, `failures` rebuilds errors. Nothing is checked here: the daemon judges every request.
+a library; a gRPC error never comes out. `requests`, `replies` and `reports` translate, `asks`
+lists the calls, `failures` rebuilds errors. Nothing is checked here: the daemon
+judges every request.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message as ProtoMessage
 
 from sage_fed import core
-from sage_fed.client import replies
+from sage_fed.client import replies, reports
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
 from sage_fed.client.requests import chat_of, filled, tier_of
 from sage_fed.ledger.words import BudgetChange
@@ -89,7 +89,7 @@ def models() -> Ask[tuple[core.ModelStatus, ...]]:
     request = model_pb2.ListModelsRequest()
 
     def read(reply: model_pb2.ListModelsResponse) -> tuple[core.ModelStatus, ...]:
-        return tuple(replies.model_of(model) for model in reply.models)
+        return tuple(reports.model_of(model) for model in reply.models)
 
     return Ask(f"{_MODEL}ListModels", request, model_pb2.ListModelsResponse, read)
 
@@ -97,7 +97,7 @@ def models() -> Ask[tuple[core.ModelStatus, ...]]:
 def status() -> Ask[core.DaemonStatus]:
     """Read the daemon at a glance."""
     request = model_pb2.GetStatusRequest()
-    return Ask(f"{_MODEL}GetStatus", request, model_pb2.GetStatusResponse, replies.status_of)
+    return Ask(f"{_MODEL}GetStatus", request, model_pb2.GetStatusResponse, reports.status_of)
 
 
 def abort(job_id: str) -> Ask[bool]:
@@ -140,18 +140,18 @@ def set_budget(account: str, change: BudgetChange) -> Ask[core.Budget]:
 def load() -> Ask[LoadReport]:
     """Read what runs and waits now."""
     request = admin_pb2.GetLoadRequest()
-    return Ask(f"{_ADMIN}GetLoad", request, admin_pb2.GetLoadResponse, replies.load_of)
+    return Ask(f"{_ADMIN}GetLoad", request, admin_pb2.GetLoadResponse, reports.load_of)
 
 
 def calibrate(*, quick: bool, adopt: bool) -> Ask[core.CalibrationEvent]:
     """Measure the engines; one reply an event."""
     request = admin_pb2.CalibrateRequest(quick=quick, adopt=adopt)
     reply = admin_pb2.CalibrateResponse
-    return Ask(f"{_ADMIN}Calibrate", request, reply, replies.calibration_of, timed=False)
+    return Ask(f"{_ADMIN}Calibrate", request, reply, reports.calibration_of, timed=False)
 
 
 def adopt_card(version: str) -> Ask[core.CardStatus]:
     """Put a card in force."""
     request = filled(admin_pb2.AdoptRateCardRequest(), version=version)
     reply = admin_pb2.AdoptRateCardResponse
-    return Ask(f"{_ADMIN}AdoptRateCard", request, reply, replies.card_status_of)
+    return Ask(f"{_ADMIN}AdoptRateCard", request, reply, reports.card_status_of)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from sage_fed.errors import InvalidField, NoSuchAccount
 from sage_fed.ledger.words import BudgetChange
-from sage_fed.service import replies
+from sage_fed.service import replies, reports
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Books, Jobs, Operations
 from sage_fed.service.requests import require_between
@@ -119,8 +119,8 @@ class AdminService:
     ) -> admin_pb2.GetLoadResponse:
         """Return what runs and waits now, of every account."""
         return admin_pb2.GetLoadResponse(
-            tiers=[replies.load_of(load) for load in self._operations.status().tiers],
-            jobs=[replies.running_job_of(job) for job in self._jobs.running()],
+            tiers=[reports.load_of(load) for load in self._operations.status().tiers],
+            jobs=[reports.running_job_of(job) for job in self._jobs.running()],
             held_uatp=await self._books.held_total_uatp(),
         )
 
@@ -133,7 +133,7 @@ class AdminService:
         events = self._operations.calibrate(quick=request.quick, adopt=request.adopt)
         async with contextlib.aclosing(events):
             async for event in events:
-                yield replies.calibration_of(event)
+                yield reports.calibration_of(event)
 
     async def adopt_rate_card(
         self,
@@ -143,4 +143,4 @@ class AdminService:
         """Put a card in force for jobs from now on."""
         if not 1 <= len(request.version) <= MAX_VERSION_CHARS:
             raise InvalidField("version", f"must have 1 to {MAX_VERSION_CHARS} characters")
-        return replies.card_status_of(await self._operations.adopt_card(request.version))
+        return reports.card_status_of(await self._operations.adopt_card(request.version))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sage_fed.errors import InvalidField, NotFound
-from sage_fed.service import replies
+from sage_fed.service import reports
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Operations
 from sage_fed.service.requests import parse_tier
@@ -36,7 +36,7 @@ class ModelService:
         call: Call,  # noqa: ARG002 - every method has it
     ) -> model_pb2.ListModelsResponse:
         """Return both tiers' models, whatever their state."""
-        models = [replies.model_of(model) for model in self._operations.models()]
+        models = [reports.model_of(model) for model in self._operations.models()]
         return model_pb2.ListModelsResponse(models=models)
 
     async def get_model(
@@ -50,7 +50,7 @@ class ModelService:
             raise InvalidField("tier", "must be TIER_TACTICAL or TIER_STRATEGIC")
         for model in self._operations.models():
             if model.tier is tier:
-                return model_pb2.GetModelResponse(model=replies.model_of(model))
+                return model_pb2.GetModelResponse(model=reports.model_of(model))
         raise NotFound(f"this daemon has no {tier.value} tier")
 
     async def get_status(
@@ -59,4 +59,4 @@ class ModelService:
         call: Call,  # noqa: ARG002 - every method has it
     ) -> model_pb2.GetStatusResponse:
         """Return the daemon at a glance."""
-        return replies.status_of(self._operations.status())
+        return reports.status_of(self._operations.status())

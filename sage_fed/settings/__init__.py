@@ -1,7 +1,8 @@
 """The settings of one daemon: what can be set, and where each value came from.
 
 Floor 0. `sections`, `doors` and `model` say which keys exist, `fields` how one value is read,
-`sources` layers flags, environment, file and profile, `problems` words a mistake, `table` prints,
+`sources` lays flags over environment, file and profile (with `layers` and `credentials`),
+`problems` words a mistake, `table` prints,
 `values` and `addresses` hold the small parsers that others use too.
 Pydantic stops here: the rest of the house reads frozen values.
 Fails with `ConfigError`, whose text names every offending key, its origin and what is allowed.

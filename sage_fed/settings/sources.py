@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
+from sage_fed.settings.credentials import credentials_layer, expand_credentials
+from sage_fed.settings.layers import Layer, Values, has, layer_of, merge, put
 from sage_fed.settings.model import TOKENS_FILE, Settings
 from sage_fed.settings.problems import (
     config_error,
@@ -46,20 +48,7 @@ NOT_SETTINGS = frozenset(
 )
 """Variables that are not keys: where the file is, and what a client uses."""
 
-CREDENTIALS = "CREDENTIALS_DIRECTORY"
-"""Where systemd puts the files of LoadCredential; the paths below may start with it."""
-
-_CREDENTIALS = {
-    "tokens.toml": "auth.tokens_file",
-    "tls.crt": "tls.certificate",
-    "tls.key": "tls.key",
-    "client-ca.crt": "tls.client_ca",
-}
-"""Names of the credentials that the unit asks for, and the keys that take their paths."""
-
 _PROFILES = Path(__file__).parent.parent / "profiles"
-
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +74,6 @@ class Effective:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Nested values of one source and the origin of each dotted leaf."""
-
-    values: Values
-    origins: Mapping[str, str]
-
-
 def load_settings(
     flags: Mapping[str, Any], environ: Mapping[str, str], config: Path | None
 ) -> Effective:
@@ -115,13 +96,13 @@ def load_settings(
     for layer in given:
         if "profile" in layer.values:
             profile, origin = layer.values["profile"], layer.origins.get("profile", "")
-    base = _Layer({"profile": DEFAULT_PROFILE}, {"profile": "default"})
+    base = Layer({"profile": DEFAULT_PROFILE}, {"profile": "default"})
     merged: Values = {}
     origins: dict[str, str] = {}
-    manager = (_state_dir_layer(environ), _credentials_layer(environ))
+    manager = (_state_dir_layer(environ), credentials_layer(environ))
     for layer in (base, *manager, _profile_layer(profile, origin), *given):
-        _merge(merged, origins, layer)
-    _expand_credentials(merged, origins, environ)
+        merge(merged, origins, layer)
+    expand_credentials(merged, origins, environ)
     _look_into_state_dir(merged, origins)
     try:
         settings = Settings.model_validate(merged)
@@ -134,27 +115,6 @@ def load_settings(
 def profile_names() -> tuple[str, ...]:
     """The packaged profiles."""
     return tuple(sorted(path.stem for path in _PROFILES.glob("*.toml")))
-
-
-def _expand_credentials(
-    merged: Values, origins: Mapping[str, str], environ: Mapping[str, str]
-) -> None:
-    """Replace a leading `$CREDENTIALS_DIRECTORY` in the paths of secrets; nowhere else."""
-    for key in _CREDENTIALS.values():
-        section, name = key.split(".")
-        table: Any = merged.get(section)
-        path = table.get(name) if isinstance(table, dict) else None
-        if not isinstance(path, str):
-            continue
-        for written in (f"${CREDENTIALS}/", f"${{{CREDENTIALS}}}/"):
-            if not path.startswith(written):
-                continue
-            if not environ.get(CREDENTIALS):
-                raise config_error(
-                    f"{key} ({origin_of(key, origins)}): ${CREDENTIALS} is not set; systemd sets "
-                    "it for a unit with LoadCredential=, elsewhere give the whole path"
-                )
-            table[name] = f"{environ[CREDENTIALS]}/{path.removeprefix(written)}"
 
 
 def _look_into_state_dir(merged: Values, origins: dict[str, str]) -> None:
@@ -180,20 +140,20 @@ def _look_into_state_dir(merged: Values, origins: dict[str, str]) -> None:
     if not isinstance(auth, dict) or auth.get("tokens_file") not in (None, ""):
         return
     if os.path.isfile(path):  # noqa: PTH113 - it never raises
-        _put(merged, ("auth", "tokens_file"), path)
+        put(merged, ("auth", "tokens_file"), path)
         origins["auth.tokens_file"] = "found in state_dir"
 
 
-def _flag_layer(flags: Mapping[str, Any]) -> _Layer:
+def _flag_layer(flags: Mapping[str, Any]) -> Layer:
     values: Values = {}
     for key, value in flags.items():
         if value is None:
             continue
-        _put(values, key.split("."), value)
-    return _layer(values, "flag")
+        put(values, key.split("."), value)
+    return layer_of(values, "flag")
 
 
-def _environment_layer(environ: Mapping[str, str]) -> _Layer:
+def _environment_layer(environ: Mapping[str, str]) -> Layer:
     names = {
         name.lower(): name
         for name in environ
@@ -206,29 +166,29 @@ def _environment_layer(environ: Mapping[str, str]) -> _Layer:
     problems: list[str] = []
     for lower, name in sorted(names.items()):
         path = lower.removeprefix(ENV_PREFIX.lower()).split("__")
-        if not _has(values, path):
+        if not has(values, path):
             # Pydantic's source skips what it does not know, so a typo would have no effect.
             problems.append(f"{'.'.join(path)} (environment {name}): {unknown_key(Settings, path)}")
         origins[".".join(path)] = f"environment {name}"
     if problems:
         raise config_error(*problems)
-    return _Layer(values, origins)
+    return Layer(values, origins)
 
 
-def _file_layer(path: Path) -> _Layer:
-    return _layer(_read_toml(path, f"configuration file {path}"), f"file {path}")
+def _file_layer(path: Path) -> Layer:
+    return layer_of(_read_toml(path, f"configuration file {path}"), f"file {path}")
 
 
-def _profile_layer(name: object, origin: str) -> _Layer:
+def _profile_layer(name: object, origin: str) -> Layer:
     known = profile_names()
     if name not in known:
         raise config_error(
             f"profile ({origin}): no profile {name!r}; {did_you_mean(str(name), known)}"
         )
-    return _layer(_read_toml(_PROFILES / f"{name}.toml", f"profile {name}"), f"profile {name}")
+    return layer_of(_read_toml(_PROFILES / f"{name}.toml", f"profile {name}"), f"profile {name}")
 
 
-def _state_dir_layer(environ: Mapping[str, str]) -> _Layer:
+def _state_dir_layer(environ: Mapping[str, str]) -> Layer:
     if systemd := environ.get("STATE_DIRECTORY"):
         # systemd lists several directories with colons; the unit's first one is ours.
         path, origin = Path(systemd.split(":")[0]), "environment STATE_DIRECTORY"
@@ -237,25 +197,7 @@ def _state_dir_layer(environ: Mapping[str, str]) -> _Layer:
     else:
         home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
         path, origin = home / ".local" / "state" / "sage-fed", "default"
-    return _Layer({"state_dir": path}, {"state_dir": origin})
-
-
-def _credentials_layer(environ: Mapping[str, str]) -> _Layer:
-    """The secrets that systemd hands to this unit alone, those of them that it was given."""
-    values: Values = {}
-    if directory := environ.get(CREDENTIALS):
-        for name, key in _CREDENTIALS.items():
-            path = Path(directory) / name
-            try:
-                given = path.is_file()
-            except OSError as error:
-                # Without its tokens the daemon would be open to more callers than it should.
-                raise config_error(
-                    f"{key} (environment {CREDENTIALS}): {path}: {error.strerror}"
-                ) from None
-            if given:
-                _put(values, key.split("."), path)
-    return _layer(values, f"environment {CREDENTIALS}")
+    return Layer({"state_dir": path}, {"state_dir": origin})
 
 
 def _read_toml(path: Path, what: str) -> Values:
@@ -268,52 +210,3 @@ def _read_toml(path: Path, what: str) -> Values:
         raise config_error(f"{what}: cannot be read: {reason}; expected a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise config_error(f"{what}: not valid TOML: {error}") from None
-
-
-def _layer(values: Values, origin: str) -> _Layer:
-    return _Layer(values, {".".join(path): origin for path, _ in _walk(values)})
-
-
-def _walk(values: Values, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _walk(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def _has(values: object, path: list[str]) -> bool:
-    for part in path:
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def _merge(merged: Values, origins: dict[str, str], layer: _Layer) -> None:
-    for tier in ("tactical", "strategic"):
-        old, new = (values.get(tier) for values in (merged, layer.values))
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            continue
-        if "model" in new and new["model"] != old.get("model"):
-            # A revision belongs to its model: another model starts without the old one's.
-            old.pop("revision", None)
-            origins.pop(f"{tier}.revision", None)
-    for path, value in _walk(layer.values):
-        if _put(merged, path, value):
-            key = ".".join(path)
-            origins[key] = origin_of(key, layer.origins)
-
-
-def _put(values: Values, path: Sequence[str], value: object) -> bool:
-    """Set one leaf; False where an empty table meets a table, which changes nothing."""
-    *sections, name = path
-    section = values
-    for part in sections:
-        if not isinstance(section.get(part), dict):
-            section[part] = {}
-        section = section[part]
-    if value == {} and isinstance(section.get(name), dict):
-        return False
-    section[name] = value
-    return True
