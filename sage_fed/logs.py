@@ -25,6 +25,7 @@ from typing import TextIO
 # The formatter of JSON lines with the longest upkeep; logging's own module has none.
 from pythonjsonlogger.json import JsonFormatter
 
+from sage_fed.core import counted
 from sage_fed.errors import SageFedError
 
 MAX_PENDING = 10_000
@@ -104,7 +105,7 @@ class _Sender(QueueHandler):
             self._num_lost += 1
 
     def _notice(self) -> logging.LogRecord:
-        text = f"{self._num_lost} log lines are lost: they were read too slowly"
+        text = f"the log was read too slowly: {counted(self._num_lost, 'line')} lost"
         return logging.LogRecord(_OWN, logging.WARNING, "", 0, text, None, None)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sage_fed.core import counted
 from sage_fed.errors import RateLimited
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Throttle:
             return
         wait_s = self._limiter.get_window_stats(item, account).reset_time - time.time()
         raise RateLimited(
-            f"account {account} may make {item.amount} calls a minute",
+            f"account {account} may make {counted(item.amount, 'call')} a minute",
             account=account,
             limit="requests_per_minute",
             allowed=item.amount,

@@ -20,7 +20,7 @@ from sage_fed.broker.mailbox import JobStream
 from sage_fed.broker.pace import Pace
 from sage_fed.broker.plan import Planner
 from sage_fed.broker.results import payload_hash
-from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier
+from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier, counted
 from sage_fed.errors import QueueFull, RateLimited, SageFedError, TierUnavailable
 from sage_fed.executor import Executor
 from sage_fed.ledger import Ledger
@@ -227,7 +227,8 @@ class Broker:
         # What a reader has not taken is kept: without a bound, readers that never do would fill
         # the memory with answers.
         if len(self._jobs) + len(self._unread) >= self._max_jobs:
-            raise QueueFull(f"{self._max_jobs} jobs are under way", _RETRY_FULL_S)
+            under_way = counted(self._max_jobs, "job")
+            raise QueueFull(f"{under_way} under way, and no more at once", _RETRY_FULL_S)
 
     def _require_taker(self, spec: JobSpec) -> None:
         """Refuse a job that no tier takes now, before it costs anything.
@@ -253,7 +254,7 @@ class Broker:
             return
         self._metrics.doors.call_denied("concurrent_jobs")
         raise RateLimited(
-            f"account {account} may run {allowed} jobs at once",
+            f"account {account} may run {counted(allowed, 'job')} at once",
             account=account,
             limit="concurrent_jobs",
             allowed=allowed,

@@ -16,13 +16,13 @@ from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.render import (
     atp_number,
-    counted,
     format_atp,
     format_seconds,
     print_json,
     print_table,
 )
 from sage_fed.cli.status import headline, print_tier_loads
+from sage_fed.core import counted
 
 
 def admin_app() -> typer.Typer:

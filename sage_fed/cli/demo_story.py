@@ -25,11 +25,11 @@ from sage_fed.cli.demo_report import Outcome
 from sage_fed.cli.exits import explain
 from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.progress import StartProgress, start_progress
-from sage_fed.cli.render import counted, printable
+from sage_fed.cli.render import printable
 from sage_fed.cli.scrape import fetch
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving
-from sage_fed.core import Tier, TierState
+from sage_fed.core import Tier, TierState, counted
 from sage_fed.errors import CannotAfford, SageFedError
 from sage_fed.ledger import check
 

@@ -17,8 +17,9 @@ from sage_fed.cli import options
 from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.paths import ledger_file
-from sage_fed.cli.render import atp_number, counted, print_json, print_table
+from sage_fed.cli.render import atp_number, print_json, print_table
 from sage_fed.cli.serve import effective
+from sage_fed.core import counted
 from sage_fed.ledger import CheckReport, backup, check
 
 _BOOKS = {"charged": "available", "discharged": "spent"}

@@ -78,11 +78,6 @@ def format_rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.0f}" if tokens > 0 and seconds > 0 else ""
 
 
-def counted(number: int, one: str, several: str = "") -> str:
-    """`1 job`, `1,024 jobs`; `several` where it is not `one` with an s."""
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
-
-
 def join_parts(parts: Iterable[str], width: int) -> list[str]:
     """The parts with dots between them, on lines of at most `width` that break only there."""
     lines: list[str] = []

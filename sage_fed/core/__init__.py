@@ -5,7 +5,8 @@ Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
 Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
 or plain plurals, as in `docs/architecture.md`.
 
-`tiers`, `money`, `callers`, `jobs`, `routes`, `events`, `calibration` and `tracing` hold them;
+`tiers`, `money`, `callers`, `jobs`, `routes`, `events`, `calibration`, `plurals` and `tracing`
+hold them;
 import them from here.
 """
 
@@ -29,6 +30,7 @@ from sage_fed.core.jobs import (
     SamplingRequest,
 )
 from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Phase, Price
+from sage_fed.core.plurals import counted
 from sage_fed.core.routes import Quote, Refusal, Route, RouteQuote
 from sage_fed.core.tiers import (
     CardFit,
@@ -86,5 +88,6 @@ __all__ = [
     "Timing",
     "TraceContext",
     "Usage",
+    "counted",
     "parse_traceparent",
 ]

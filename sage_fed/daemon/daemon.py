@@ -22,7 +22,7 @@ import uvloop
 from sage_fed.auth import mint_admin_token
 from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
-from sage_fed.core import Tier
+from sage_fed.core import Tier, counted
 from sage_fed.daemon.books import open_accounts, open_ledger
 from sage_fed.daemon.cards import card_in_force, site_of
 from sage_fed.daemon.device import on_device_at_hand
@@ -260,13 +260,13 @@ async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None
     parts.manager.stopping(grace_s + _CLEAR_UP_S)
     await parts.readiness.drain(parts.bound.health)
     parts.broker.close()
-    parts.manager.status(f"draining: {parts.broker.num_jobs} jobs run")
+    parts.manager.status(f"draining: {counted(parts.broker.num_jobs, 'job')} left")
     empty = asyncio.ensure_future(parts.broker.wait_empty())
     hurried = asyncio.ensure_future(lifecycle.wait_hurried())
     await asyncio.wait({empty, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
     hurried.cancel()
     if not empty.done():
-        _log.warning("ending %d jobs that have not ended themselves", parts.broker.num_jobs)
+        _log.warning("ending %s that did not end in time", counted(parts.broker.num_jobs, "job"))
         parts.broker.abort_all()
         await asyncio.wait({empty}, timeout=_LAST_WORDS_S)
     empty.cancel()
