@@ -96,7 +96,9 @@ QUOTE = Quote(
     balance_uatp=100_000_000,
 )
 LOADS = (
-    TierLoad(Tier.TACTICAL, TierState.READY, 1, 2, 64, 16, 1024, 512, 40, 0.002, 5000.0),
+    TierLoad(
+        Tier.TACTICAL, TierState.READY, 1, 2, 64, 16, 1024, 512, 40, 0.002, 5000.0, 8, 1.5, 32
+    ),
     TierLoad(Tier.STRATEGIC, TierState.LOADING),
 )
 MODELS = (

@@ -19,7 +19,6 @@ from sage_fed.cli.demo_report import Outcome, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
 from sage_fed.cli.render import (
     atp_number,
-    counted,
     format_atp,
     format_bytes,
     format_rate,
@@ -30,7 +29,7 @@ from sage_fed.cli.render import (
     to_plain,
 )
 from sage_fed.cli.streams import between_words
-from sage_fed.core import (
+from sage_fed.core import counted, (
     Delta,
     Finished,
     Price,

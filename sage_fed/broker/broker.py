@@ -41,7 +41,7 @@ class Broker:
         max_jobs: accepted and not ended, or ended and not read, over all tiers and accounts.
         max_account_jobs: accepted and not ended, of one account; 0 is no limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
-        max_messages_per_s: that all streams may write together; 0 is no limit.
+        max_stream_messages_per_s: that all streams may write together; 0 is no limit.
         tracing: told of every job's ending; None traces none.
     """
 
@@ -56,7 +56,7 @@ class Broker:
         max_jobs: int,
         hold_ttl_s: float,
         max_account_jobs: Callable[[str], int] = lambda _: 0,
-        max_messages_per_s: float = 0.0,
+        max_stream_messages_per_s: float = 0.0,
         tracing: Tracing | None = None,
     ) -> None:
         self._tasks = tasks
@@ -68,7 +68,7 @@ class Broker:
         self._max_account_jobs = max_account_jobs
         self._hold_ttl_s = hold_ttl_s
         self._tracing = tracing
-        self._pace = Pace(max_messages_per_s)
+        self._pace = Pace(max_stream_messages_per_s)
         self._jobs: dict[str, Job] = {}
         self._account_jobs: Counter[str] = Counter()
         self._coming: Counter[Tier] = Counter()

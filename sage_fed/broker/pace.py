@@ -13,19 +13,19 @@ class Pace:
     """The messages a second that all streams share, evenly.
 
     Args:
-        max_messages_per_s: of all streams together; 0 is no limit.
+        max_stream_messages_per_s: of all streams together; 0 is no limit.
     """
 
-    def __init__(self, max_messages_per_s: float) -> None:
-        self._max_messages_per_s = max_messages_per_s
+    def __init__(self, max_stream_messages_per_s: float) -> None:
+        self._max_stream_messages_per_s = max_stream_messages_per_s
         self._streams: set[object] = set()
 
     @property
     def interval_s(self) -> float:
         """What lies at least between two messages of one stream, now."""
-        if not self._max_messages_per_s:
+        if not self._max_stream_messages_per_s:
             return 0.0
-        return len(self._streams) / self._max_messages_per_s
+        return len(self._streams) / self._max_stream_messages_per_s
 
     def join(self, stream: object) -> None:
         """Count a stream that begins to write."""

@@ -97,7 +97,7 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
             (
                 tier.tier.value,
                 tier.state.value,
-                str(tier.running),
+                f"{tier.running}/{tier.running_limit}",
                 f"{tier.waiting}/{tier.waiting_limit}",
                 f"{tier.kv_tokens_used:,}/{tier.kv_tokens_total:,}",
                 f"{tier.kv_tokens_cached:,}",

@@ -50,6 +50,8 @@ def tier_load_of(status: model_pb2.TierStatus) -> core.TierLoad:
         running=status.requests_running,
         waiting=status.requests_waiting,
         waiting_limit=status.requests_waiting_limit,
+        running_limit=status.requests_running_limit,
+        retry_after_s=status.retry_after_s if status.HasField("retry_after_s") else None,
         kv_tokens_used=status.kv_tokens_used,
         kv_tokens_total=status.kv_tokens_total,
         kv_tokens_cached=status.kv_tokens_cached,

@@ -53,6 +53,8 @@ def load_of(load: core.TierLoad) -> model_pb2.TierStatus:
         kv_tokens_cached=load.kv_tokens_cached,
         max_context_tokens=load.max_context_tokens,
         queued_prompt_tokens=load.queued_prompt_tokens,
+        requests_running_limit=load.running_limit,
+        retry_after_s=load.retry_after_s,
         decode_step_s=load.decode_step_s,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
     )

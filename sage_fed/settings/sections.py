@@ -143,7 +143,7 @@ class LimitSettings(Section):
     max_jobs: Whole = Field(
         default=512, gt=0, description="Jobs accepted and not ended, over all tiers and accounts."
     )
-    max_messages_per_s: Real = Field(
+    max_stream_messages_per_s: Real = Field(
         default=2000.0,
         ge=0,
         description="Stream messages a second, of all streams together: beyond it tokens share "

@@ -114,7 +114,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., rate_card_fit: _Optional[_Union[RateCardFit, str]] = ..., rate_card_note: _Optional[str] = ..., device_fallback: _Optional[str] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached")
+    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached", "requests_running_limit", "retry_after_s")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,8 @@ class TierStatus(_message.Message):
     QUEUED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     requests_running: int
@@ -139,4 +141,6 @@ class TierStatus(_message.Message):
     queued_prompt_tokens: int
     max_context_tokens: int
     kv_tokens_cached: int
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kv_tokens_cached: _Optional[int] = ...) -> None: ...
+    requests_running_limit: int
+    retry_after_s: float
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kv_tokens_cached: _Optional[int] = ..., requests_running_limit: _Optional[int] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
