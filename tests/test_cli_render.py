@@ -29,7 +29,7 @@ from sage_fed.cli.render import (
     to_plain,
 )
 from sage_fed.cli.streams import between_words
-from sage_fed.core import counted, (
+from sage_fed.core import (
     Delta,
     Finished,
     Price,
@@ -40,6 +40,7 @@ from sage_fed.core import counted, (
     Tier,
     Timing,
     Usage,
+    counted,
 )
 from sage_fed.errors import (
     CannotAfford,
