@@ -28,8 +28,14 @@ from sage_fed.core import Tier
 if TYPE_CHECKING:
     from sage_fed.cli.demo_daemon import Endpoint
 
-_NEEDED = ("grpc", "grpc_health", "grpc_status", "google.protobuf", "apsw", "pydantic_settings",
-           "prometheus_client", "typer", "tokenizers")  # fmt: skip
+NEEDED = (
+    "apsw", "google.protobuf", "google.rpc", "grpc", "grpc_health", "grpc_reflection",
+    "grpc_status", "huggingface_hub", "jinja2", "limits", "prometheus_client", "pydantic",
+    "pydantic_settings", "pynvml", "pythonjsonlogger", "rich", "safetensors", "tokenizers",
+    "tomlkit", "torch", "transformers", "typer", "uvloop",
+)  # fmt: skip
+"""What the daemon depends on, as it is imported."""
+
 _START_S = 180.0
 _STOP_S = 60.0
 _CALIBRATION_S = 45.0
@@ -50,7 +56,7 @@ def daemon(
     Raises:
         Skipped: something that a daemon needs is not here.
     """
-    if missing := [name for name in _NEEDED if not _is_there(name)]:
+    if missing := [name for name in NEEDED if not _is_there(name)]:
         raise Skipped(f"not installed: {', '.join(missing)}")
     if left() < plan.daemon_needs_s:
         raise Skipped(f"{left():.0f} s are left, and it needs {plan.daemon_needs_s:.0f}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -162,3 +167,17 @@ def test_the_small_form_puts_the_daemon_under_load(tmp_path: Path) -> None:
     assert 20 == result["cancels"]["cancels"]
     assert result["calibration"]["card"].startswith("# ")
     assert "20 cancels" in run.stderr
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_daemons_part_asks_for_everything_that_the_daemon_depends_on() -> None:
+    """Else it would start where something is missing, and spend the machine's time on an error."""
+    project = tomllib.loads((BENCH.parent / "pyproject.toml").read_text())["project"]
+    needed = set(importlib.import_module("gpu_daemon").NEEDED)
+    of_module = importlib.metadata.packages_distributions()
+    brought = {
+        canonicalize_name(name) for module in needed for name in of_module[module.split(".")[0]]
+    }
+    wanted = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    assert wanted <= brought
+    assert all(importlib.util.find_spec(module) for module in needed)
