@@ -112,7 +112,10 @@ MODELS = (
     ),
 )  # fmt: skip
 STATUS = DaemonStatus(
-    "0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS, "no GPU", CardFit.STALE, "threads is 2"
+    *("0.1.0", 12.5, False, "cpu", "default-1", 6.59, LOADS),
+    device_fallback="no GPU",
+    rate_card_fit=CardFit.STALE,
+    rate_card_note="threads is 2 now",
 )
 
 
