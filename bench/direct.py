@@ -54,7 +54,10 @@ class Alone:
             self.engine = setup.load(progress)
             return self.engine
 
-        self.executor = Executor({Tier.TACTICAL: replace(setup, load=load)})
+        self.executor = Executor(
+            {Tier.TACTICAL: replace(setup, load=load)},
+            max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
+        )
 
     async def start(self) -> None:
         """Load, or fail."""

@@ -148,6 +148,7 @@ async def _started(
             observers=(metrics.engines, cards, readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
+            max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
         )
         threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sage-fed-text"))
         planner = Planner(

@@ -19,7 +19,7 @@ from typing import Protocol
 from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
 from sage_fed.errors import DeviceBusy, TierUnavailable
 from sage_fed.executor.device import DeviceThread, Heartbeat
-from sage_fed.executor.handover import Handover, Parcel
+from sage_fed.executor.handover import Handover, Parcel, rest_s
 from sage_fed.executor.inbox import Cancel, Inbox, Ping, Stop, Submit
 from sage_fed.executor.live import LiveStreams
 from sage_fed.executor.loader import Loader, TierSetup
@@ -56,6 +56,8 @@ class Executor:
         tactical_share: of device time, while both tiers have work.
         step_timeout_s: how long the device may be busy without a sign of life; see `watch`.
         reload_s: how soon a tier that failed is loaded again, the first time.
+        max_stream_messages_per_s: that the readers of all streams will send together; 0 is no
+            limit. Tokens are handed over no more often than that.
         clock: monotonic seconds.
     """
 
@@ -67,12 +69,14 @@ class Executor:
         tactical_share: float = 0.5,
         step_timeout_s: float = 60.0,
         reload_s: float = FIRST_S,
+        max_stream_messages_per_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._step_timeout_s = step_timeout_s
         self._setups = dict(sorted(tiers.items(), key=lambda item: item[0].depth))
         self._observers = tuple(observers)
         self._tactical_share = tactical_share
+        self._max_stream_messages_per_s = max_stream_messages_per_s
         self._clock = clock
         self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
         self._streams = LiveStreams(clock)
@@ -88,7 +92,11 @@ class Executor:
     async def start(self) -> None:
         """Start the threads and return at once; `loaded` waits for a tier."""
         assert self._device is None, "an executor starts once"
-        self._handover = Handover(asyncio.get_running_loop(), self._deliver)
+        self._handover = Handover(
+            asyncio.get_running_loop(),
+            self._deliver,
+            lambda: rest_s(len(self._streams), self._max_stream_messages_per_s),
+        )
         self._device = DeviceThread(
             inbox=self._inbox,
             handover=self._handover,

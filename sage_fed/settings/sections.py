@@ -147,7 +147,7 @@ class LimitSettings(Section):
         default=2000.0,
         ge=0,
         description="Stream messages a second, of all streams together: beyond it tokens share "
-        "one. 0 is no limit.",
+        "one, and are handed to streams no more often. 0 is no limit.",
     )
 
     @model_validator(mode="after")
