@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint format proto lock clean
+.PHONY: help setup demo test test-slow explore lint format proto lock clean
 
 help:
-	@echo "make demo    from nothing to streamed answers of both tiers, with prices and metrics"
-	@echo "make test    the whole test suite, from nothing"
-	@echo "make lint    ruff, mypy --strict, buf"
-	@echo "make proto   regenerate sage_fed/v1 from proto/"
-	@echo "make lock    resolve constraints.txt anew"
+	@echo "make demo       from nothing to streamed answers of both tiers, with prices and metrics"
+	@echo "make test       the test suite, from nothing"
+	@echo "make test-slow  the tests that take long and rarely break"
+	@echo "make explore    property tests on new random examples, for as long as that takes"
+	@echo "make lint       ruff, mypy --strict, buf"
+	@echo "make proto      regenerate sage_fed/v1 from proto/"
+	@echo "make lock       resolve constraints.txt anew"
 
 # Bytecode is made once, here: a service's user may not write it, and without it each start would
 # compile torch anew, which takes seconds.
@@ -32,7 +34,15 @@ demo: setup
 	$(BIN)/sage-fed demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# Never part of CI: it fails by chance, which is its purpose. A failure prints the example; keep
+# it as an @example of its property, fix the fault, and CI tries it for ever.
+explore: setup
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile explore --timeout 0 -n auto $(EXPLORE)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ def test_config_is_plain_qwen2(tier: str) -> None:
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 def test_any_text_round_trips_in_normal_form_c(text: str) -> None:
     """Every byte has a token, so nothing is lost but the normal form, which Qwen2 sets too."""
     tokenizer = _load("tactical").tokenizer
@@ -115,7 +115,6 @@ def test_any_text_round_trips_in_normal_form_c(text: str) -> None:
 
 
 @given(word=st.text(CAPITALS_AND_DIGITS, min_size=1, max_size=20), around=st.sampled_from("{} ,x"))
-@settings(max_examples=100, deadline=None)
 def test_capitals_and_digits_are_single_tokens(word: str, around: str) -> None:
     """Operands look the same to the model wherever they stand."""
     tokens = _load("tactical").tokenizer.tokenize(f"{around}{word}{around}")

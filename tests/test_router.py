@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sage_fed.core import Budget, JobSpec, Offer, Prompt, Refusal, Route, Tier, TierLoad, TierState
@@ -291,6 +291,24 @@ def test_the_estimate_adds_queue_prompt_and_tokens() -> None:
     assert estimate_s(replace(busy, prefill_tokens_per_s=0.0), 500, 100) is None
 
 
+@pytest.mark.parametrize(
+    "rates", [{"prefill_tokens_per_s": 5e-324}, {"decode_step_s": 1e308, "queued_prompt_tokens": 0}]
+)
+def test_an_estimate_is_finite(rates: dict[str, Any]) -> None:
+    """JSON has no infinity, and a protobuf duration neither: the longest is thirty years."""
+    assert 1e9 == estimate_s(load(STRATEGIC, **rates), 500, 100)
+
+
+# What a search found once; each is tried every time.
+NO_PREFILL = Case(TACTICAL, tactical={"prefill_tokens_per_s": 5e-324}, deadline_s=1.0)
+NO_STEP = Case(
+    TACTICAL,
+    tactical={"prefill_tokens_per_s": 10.0, "decode_step_s": 5e-324},
+    deadline_s=-1.0,
+)
+ENDLESS_STEP = Case(TACTICAL, tactical={"decode_step_s": 1e308}, deadline_s=1.0)
+
+
 # What holds for all inputs
 
 AMOUNTS = st.integers(0, 2000 * ATP)
@@ -361,6 +379,9 @@ def hopeful_requests(draw: st.DrawFn) -> RouteRequest:
 ANY = requests() | hopeful_requests()
 
 
+@example(NO_PREFILL.request())
+@example(NO_STEP.request())
+@example(ENDLESS_STEP.request())
 @given(ANY)
 def test_every_request_gets_one_of_the_possible_decisions(request: RouteRequest) -> None:
     """The function is total, and its label combinations are bounded."""

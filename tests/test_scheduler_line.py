@@ -107,7 +107,7 @@ ASKED = st.tuples(
     preempt_after_s=st.sampled_from([1.0, 1e9]),
     overcommit=st.sampled_from([1.0, 3.0]),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=3 * settings.default.max_examples // 2)
 def test_nobody_waits_for_ever(
     others: list[tuple[int, Priority, int, int]],
     before: int,
@@ -168,7 +168,6 @@ def test_nobody_waits_for_ever(
         max_size=20,
     )
 )
-@settings(deadline=None)
 def test_within_an_account_late_jobs_do_not_pass(
     jobs: list[tuple[Priority, float, int]],
 ) -> None:
@@ -190,7 +189,7 @@ def test_within_an_account_late_jobs_do_not_pass(
     weights=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     max_batch=st.integers(1, 4),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_accounts_that_always_ask_are_served_the_same(
     sizes: tuple[tuple[int, int], ...], weights: tuple[int, int], max_batch: int
 ) -> None:

@@ -189,7 +189,7 @@ def test_the_last_of_its_chances_has_its_worst_case() -> None:
     max_preemptions=st.integers(0, 3),
     prefix_cache=st.booleans(),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=3 * settings.default.max_examples // 2)
 def test_an_interruption_is_only_a_pause(
     jobs: list[tuple[str, Priority, int, int, int, int]],
     overcommit: float,

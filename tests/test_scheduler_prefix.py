@@ -7,7 +7,7 @@ import itertools
 import hypothesis.strategies as st
 import pytest
 from fake_engine import FakeEngine, spec
-from hypothesis import given, settings
+from hypothesis import given
 from scheduler_bench import Bench, T
 
 from sage_fed.core import Sampling
@@ -184,7 +184,6 @@ def test_a_pool_counts_owners() -> None:
     num_blocks=st.integers(6, 20),
     chunk=st.integers(1, 80),
 )
-@settings(deadline=None)
 def test_a_hit_is_the_longest_stored_beginning(
     prompts: list[tuple[int, ...]], num_blocks: int, chunk: int
 ) -> None:

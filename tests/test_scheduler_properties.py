@@ -285,29 +285,26 @@ class CrowdedPipelinedTraffic(CrowdedTraffic):
     depth = 2
 
 
+TRAFFIC = settings(max_examples=3 * settings.default.max_examples // 5, stateful_step_count=40)
+
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTraffic.settings = TRAFFIC
 TestCrowdedTraffic = CrowdedTraffic.TestCase
-TestCrowdedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCrowdedTraffic.settings = TRAFFIC
 TestPipelinedTraffic = PipelinedTraffic.TestCase
-TestPipelinedTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPipelinedTraffic.settings = TRAFFIC
 TestPausingTraffic = PausingTraffic.TestCase
-TestPausingTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPausingTraffic.settings = TRAFFIC
 TestCrowdedPausingTraffic = CrowdedPausingTraffic.TestCase
-TestCrowdedPausingTraffic.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+TestCrowdedPausingTraffic.settings = TRAFFIC
 TestCrowdedPipelinedTraffic = CrowdedPipelinedTraffic.TestCase
-TestCrowdedPipelinedTraffic.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+TestCrowdedPipelinedTraffic.settings = TRAFFIC
 
 
 @given(
     prompts=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     chunk=st.integers(1, 64),
 )
-@settings(deadline=None)
 def test_chunks_of_a_prompt_are_consecutive_and_complete(prompts: list[int], chunk: int) -> None:
     """Each prompt is fed once, in order, within the step's budget, and only its end draws."""
     limits = TierLimits(64, 128, max_batch=8, prefill_chunk_tokens=chunk)
@@ -335,7 +332,6 @@ def test_chunks_of_a_prompt_are_consecutive_and_complete(prompts: list[int], chu
     strategic_s=st.floats(0.0, 100.0),
     share=st.floats(0.05, 0.95),
 )
-@settings(deadline=None)
 def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: float) -> None:
     """With endless work on both, tactical waits for one step at most and strategic for 64."""
     scheduler = Scheduler(tactical_share=share)

@@ -126,7 +126,7 @@ def test_answers_follow_from_the_prompt(family: str, grade: int) -> None:
 
 
 @given(seed=st.integers(), index=st.integers(0), split=st.sampled_from(SPLITS))
-@settings(max_examples=50)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_the_stream_is_a_pure_function(seed: int, index: int, split: str) -> None:
     """The same seed, index and split give the same task, whatever was drawn in between."""
     first = task_at(seed, index, split)  # type: ignore[arg-type] # drawn from SPLITS

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
@@ -127,7 +127,6 @@ def test_a_conversation_is_encoded_as_transformers_does(template: str) -> None:
         max_size=8,
     )
 )
-@settings(deadline=None)
 def test_a_message_cannot_write_control_tokens(parts: list[str]) -> None:
     """Whatever a message spells, the control tokens are the template's and the text is kept."""
     content = "".join(parts)
@@ -307,7 +306,6 @@ def test_the_bundled_tokenizer_keeps_control_tokens_out_of_messages() -> None:
 
 
 @given(st.text(), st.integers(1, 5))
-@settings(deadline=None)
 def test_byte_level_pieces_join_to_the_whole(text: str, size: int) -> None:
     """Streaming any Unicode text, in any grouping, gives exactly the text."""
     ids = CHAT.encode_text(text)
@@ -316,14 +314,12 @@ def test_byte_level_pieces_join_to_the_whole(text: str, size: int) -> None:
 
 
 @given(st.lists(st.integers(0, CHAT.num_valid_ids + 3)))
-@settings(deadline=None)
 def test_any_byte_level_ids_stream_as_they_decode(ids: list[int]) -> None:
     """Also ids that are no valid UTF-8, special or unknown stream to what the whole decodes to."""
     assert CHAT.decode(ids) == "".join(stream(CHAT.decoder(), ids))
 
 
 @given(st.text(st.sampled_from("helo wrd,.é€😀\n"), max_size=30), st.integers(1, 5))
-@settings(deadline=None)
 def test_sentence_piece_pieces_join_to_the_whole(text: str, size: int) -> None:
     """Spaces and byte tokens of a SentencePiece vocabulary survive streaming."""
     ids = SENTENCE_PIECE.encode_text(text)

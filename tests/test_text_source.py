@@ -78,7 +78,7 @@ turns = st.lists(
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(conversation=turns)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples // 5)
 def test_a_template_renders_as_in_transformers(
     name: str, conversation: list[tuple[str, str]]
 ) -> None:

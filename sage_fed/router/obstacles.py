@@ -5,15 +5,19 @@ Owns the feasibility checks and the time estimate. Cannot fail.
 
 from __future__ import annotations
 
-from sage_fed.core import Refusal, Tier, TierLoad, TierState
+from sage_fed.core import Offer, Refusal, Tier, TierLoad, TierState
 from sage_fed.router import refusals
 from sage_fed.router.words import Obstacle, RouteRequest, RoutingPolicy
 
 Blocked = tuple[Obstacle, Refusal]
 
+_LONGEST_S = 1e9
+"""Thirty years: every longer estimate says the same, and a refusal, JSON and a protobuf duration
+can say this one. A rate next to zero would make it infinite."""
+
 
 def estimate_s(load: TierLoad, prompt_tokens: int, max_new_tokens: int) -> float | None:
-    """Seconds for a job's worst case: the queued prompts, its own prompt, every token.
+    """Seconds for a job's worst case: the queued prompts, its own prompt, every token; finite.
 
     None until the tier has been measured by traffic. The time that running jobs still keep
     their places is not foreseeable and left out, so this errs towards admitting.
@@ -21,7 +25,7 @@ def estimate_s(load: TierLoad, prompt_tokens: int, max_new_tokens: int) -> float
     start_s = _prefill_s(load, prompt_tokens)
     if start_s is None or load.decode_step_s is None:
         return None
-    return start_s + max_new_tokens * load.decode_step_s
+    return min(start_s + max_new_tokens * load.decode_step_s, _LONGEST_S)
 
 
 def obstacle(request: RouteRequest, tier: Tier) -> Blocked | None:
@@ -55,7 +59,7 @@ def _obstacle_of_state(request: RouteRequest, tier: Tier) -> Blocked | None:
     needed_s = estimate_s(load, offer.prompt_tokens, offer.max_new_tokens) or 0.0
     deadline_s = request.deadline_s
     if deadline_s is not None and (deadline_s <= 0 or needed_s > deadline_s):
-        fitting = _fitting_tokens(load, offer.prompt_tokens, deadline_s)
+        fitting = _fitting_tokens(load, offer, deadline_s)
         return Obstacle.DEADLINE, refusals.too_slow(offer, needed_s, deadline_s, fitting)
     return None
 
@@ -78,9 +82,10 @@ def _prefill_s(load: TierLoad, prompt_tokens: int) -> float | None:
     return (load.queued_prompt_tokens + prompt_tokens) / load.prefill_tokens_per_s
 
 
-def _fitting_tokens(load: TierLoad, prompt_tokens: int, deadline_s: float) -> int:
-    """How many new tokens would meet the deadline; 0 where none do."""
-    start_s = _prefill_s(load, prompt_tokens)
-    if start_s is None or not load.decode_step_s:
+def _fitting_tokens(load: TierLoad, offer: Offer, deadline_s: float) -> int:
+    """How many of the job's new tokens would meet the deadline; 0 where none do."""
+    start_s = _prefill_s(load, offer.prompt_tokens)
+    if start_s is None or not load.decode_step_s or start_s >= deadline_s:
         return 0
-    return max(0, int((deadline_s - start_s) / load.decode_step_s))
+    # Bounded before it is rounded: over a step time next to zero the quotient is infinite.
+    return int(min((deadline_s - start_s) / load.decode_step_s, offer.max_new_tokens))

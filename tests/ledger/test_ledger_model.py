@@ -319,8 +319,5 @@ class LedgerHistory(RuleBasedStateMachine):
 
 TestLedgerHistory = LedgerHistory.TestCase
 TestLedgerHistory.settings = settings(
-    max_examples=100,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
+    stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
 )
