@@ -74,6 +74,43 @@ async def test_generate_gathers_the_stream(tmp_path: Path) -> None:
         assert expected == await in_thread(ask)
 
 
+async def test_a_misspelled_keyword_costs_nothing(tmp_path: Path) -> None:
+    """`max_tokens` is an error where it is written; it was ignored, and 64 tokens charged."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> None:
+            with Client(harness.address) as client:
+                for call in (client.stream, client.generate, client.quote):
+                    with pytest.raises(TypeError, match="did you mean 'max_new_tokens'"):
+                        call("hello", max_tokens=3)  # type: ignore[call-arg] # on purpose
+                    with pytest.raises(InvalidField, match="auto, tactical, strategic"):
+                        call("hello", tier="tacticla")  # type: ignore[arg-type] # on purpose
+                with pytest.raises(InvalidField, match="auto, tactical, strategic"):
+                    client.count_tokens("hello", "tacticla")  # type: ignore[arg-type]
+                with pytest.raises(TypeError, match="a prompt is"):
+                    client.count_tokens([{"role": "user", "content": "hi"}])  # type: ignore[list-item]
+
+        await in_thread(ask)
+        assert ([], []) == (harness.jobs.specs, harness.jobs.counted)
+
+
+async def test_a_tier_may_be_named_by_a_word(tmp_path: Path) -> None:
+    """Every call that takes a tier takes its name."""
+    async with serving(tmp_path) as harness:
+
+        def ask() -> None:
+            with Client(harness.address) as client:
+                list(client.stream("hello", tier="tactical"))
+                client.generate("hello", tier="strategic", priority="high")
+                client.quote("hello", tier="auto")
+                client.count_tokens("hello", "strategic")
+
+        await in_thread(ask)
+        requested = [spec.requested for spec in harness.jobs.specs]
+        assert [Tier.TACTICAL, Tier.STRATEGIC, None] == requested
+        assert [Tier.STRATEGIC] == [tier for _, tier in harness.jobs.counted]
+
+
 async def test_the_job_is_what_the_client_asked_for(tmp_path: Path) -> None:
     """Every field of a request reaches the broker, and the account is the caller's."""
     asked = SamplingRequest(

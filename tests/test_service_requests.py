@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sage_fed
 from sage_fed.client.requests import job_of
 from sage_fed.core import JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
 from sage_fed.errors import InvalidField
@@ -343,3 +349,115 @@ def test_what_the_wire_cannot_carry_is_an_invalid_field(make: Callable[[], objec
     """The client raises our error, not one of protobuf's."""
     with pytest.raises(InvalidField):
         make()
+
+
+@pytest.mark.parametrize(
+    ("unknown", "advice"),
+    [
+        ("max_tokens", "max_new_tokens"),
+        ("max_completion_tokens", "max_new_tokens"),
+        ("request_id", "client_request_id"),
+        ("deadline", "deadline_s"),
+        ("stop_sequences", "tier, allow_downgrade, max_cost_uatp"),
+    ],
+)
+def test_an_unknown_keyword_is_an_error_of_the_caller(unknown: str, advice: str) -> None:
+    """It names the keyword and the closest one that exists, or else them all."""
+    with pytest.raises(TypeError, match=f"'{unknown}'.*{advice}"):
+        job_of("hi", **{unknown: 3})
+
+
+def test_keywords_beside_a_whole_job_are_an_error_of_the_caller() -> None:
+    """Which of the two counts could only be guessed."""
+    spec = JobSpec(account="", prompt=Prompt(messages=(Message("user", "hi"),)))
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        job_of(spec, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 3, b"hi", [{"role": "user", "content": "hi"}], ["hi"], Message("user", "hi")]
+)
+def test_what_is_no_prompt_is_an_error_of_the_caller(prompt: object) -> None:
+    """It says what a prompt is."""
+    with pytest.raises(TypeError, match="JobSpec, a Prompt, a sequence of Message or a str"):
+        job_of(prompt)  # type: ignore[arg-type] # on purpose
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"tier": "tactical"}, {"tier": Tier.TACTICAL}),
+        ({"tier": "strategic"}, {"tier": Tier.STRATEGIC}),
+        ({"tier": "auto"}, {}),
+        ({"tier": None}, {}),
+        ({"priority": "high"}, {"priority": Priority.HIGH}),
+        ({"priority": "low"}, {"priority": Priority.LOW}),
+        ({"priority": 3}, {"priority": Priority.HIGH}),
+        ({"stop": "\n\n"}, {"stop": ["\n\n"]}),
+        ({"stop": None}, {}),
+    ],
+)
+def test_a_word_stands_for_its_value(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    """Names of tiers and priorities are taken as the enums are, and one stop string is one."""
+    assert job_of("hi", **meant) == job_of("hi", **given)
+
+
+def test_words_in_a_whole_job_stand_for_their_values() -> None:
+    """A JobSpec's fields are read as the keywords are."""
+    prompt = Prompt(messages=(Message("user", "hi"),))
+    spec = JobSpec("", prompt, requested="tactical", priority="high")  # type: ignore[arg-type]
+    assert job_of("hi", tier=Tier.TACTICAL, priority=Priority.HIGH) == job_of(spec)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            {"tier": "tacticla"},
+            "job.tier: must be one of auto, tactical, strategic, not 'tacticla'",
+        ),
+        ({"tier": 1}, "job.tier: must be one of auto, tactical, strategic, not 1"),
+        ({"tier": ["tactical"]}, "job.tier"),
+        ({"priority": "urgent"}, "job.priority: must be one of low, normal, high, not 'urgent'"),
+        ({"priority": 9}, "job.priority: must be one of low, normal, high, not 9"),
+        ({"max_new_tokens": "3"}, "job.sampling.max_new_tokens: must be a whole number"),
+        ({"max_new_tokens": 3.5}, "job.sampling.max_new_tokens: must be a whole number"),
+        ({"allow_downgrade": "no"}, "job.allow_downgrade"),
+        ({"stop": 3}, "job.sampling.stop"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(given: dict[str, Any], complaint: str) -> None:
+    """The client says which field, and what it takes."""
+    with pytest.raises(InvalidField, match=complaint):
+        job_of("hi", **given)
+
+
+def test_a_users_type_checker_knows_the_keywords(tmp_path: Path) -> None:
+    """The package is typed: `mypy --strict` passes what exists and finds what does not."""
+    script = tmp_path / "robot.py"
+    script.write_text(
+        "from sage_fed.client import Answer, Client\n"
+        "def ask(client: Client) -> Answer:\n"
+        "    client.quote('hi', tier='strategic', priority='high', stop='.')\n"
+        "    client.count_tokens('hi', 'tactical')\n"
+        "    client.generate('hi', max_tokens=3)\n"
+        "    client.stream('hi', tier='tacticla')\n"
+        "    return client.generate('hi', max_new_tokens=3, seed=None)\n"
+    )
+    checked = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--config-file", ""),
+            *("--follow-imports", "silent", str(script)),
+        ],
+        # An editable installation is found by an import hook, which a type checker does not run.
+        env=os.environ | {"MYPYPATH": str(Path(sage_fed.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    found = re.findall(r"robot.py:(\d+): error: (.*)", checked.stdout)
+    assert [("5", "max_tokens"), ("6", "tacticla")] == [
+        (line, word) for line, text in found for word in ("max_tokens", "tacticla") if word in text
+    ], checked.stdout
+    assert 2 == len(found), checked.stdout

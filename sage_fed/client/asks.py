@@ -11,7 +11,7 @@ from google.protobuf.message import Message as ProtoMessage
 from sage_fed import core
 from sage_fed.client import replies, reports
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
-from sage_fed.client.requests import chat_of, filled, tier_of
+from sage_fed.client.requests import TierName, chat_of, filled, prompt_of, tier_of
 from sage_fed.ledger.words import BudgetChange
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
 
@@ -57,13 +57,15 @@ def quote(job: types_pb2.JobSpec) -> Ask[core.Quote]:
     return Ask(f"{_INFERENCE}Quote", request, inference_pb2.QuoteResponse, replies.quote_of)
 
 
-def count_tokens(prompt: str | Sequence[core.Message], tier: core.Tier) -> Ask[TokenCount]:
+def count_tokens(
+    prompt: str | Sequence[core.Message], tier: core.Tier | TierName
+) -> Ask[TokenCount]:
     """Count a prompt's tokens."""
-    request = inference_pb2.CountTokensRequest(tier=tier_of(tier))
+    request = inference_pb2.CountTokensRequest(tier=tier_of(tier, "tier"))
     if isinstance(prompt, str):
         filled(request, text=prompt)
     else:
-        request.chat.CopyFrom(chat_of(prompt, "chat"))
+        request.chat.CopyFrom(chat_of(prompt_of(prompt).messages, "chat"))
     reply = inference_pb2.CountTokensResponse
     return Ask(f"{_INFERENCE}CountTokens", request, reply, replies.count_of)
 

@@ -23,7 +23,7 @@ from sage_fed.client.channel import (
     serialize,
 )
 from sage_fed.client.failures import error_of
-from sage_fed.client.requests import JobFields, PromptLike, job_of
+from sage_fed.client.requests import JobFields, PromptLike, TierName, job_of
 from sage_fed.core import (
     Budget,
     CalibrationEvent,
@@ -99,7 +99,7 @@ class Client:
         return self._ask(asks.quote(job_of(prompt, **fields)))
 
     def count_tokens(
-        self, prompt: str | Sequence[Message], tier: Tier = Tier.TACTICAL
+        self, prompt: str | Sequence[Message], tier: Tier | TierName = Tier.TACTICAL
     ) -> TokenCount:
         """Return the prompt's tokens as the tier's model would see them."""
         return self._ask(asks.count_tokens(prompt, tier))

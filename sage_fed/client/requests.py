@@ -2,14 +2,16 @@
 
 Owns the shorthand (`generate("...", tier=..., max_new_tokens=...)`) for a JobSpec.
 Checks nothing that travels: the daemon is the judge. What protobuf cannot carry is refused here,
-as `InvalidField` with the daemon's name of the field.
+as `InvalidField` with the daemon's name of the field; a keyword that does not exist is a
+`TypeError`, before anything is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import TypedDict, TypeVar, Unpack
+from typing import Literal, TypedDict, TypeVar, Unpack
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
@@ -19,7 +21,13 @@ from sage_fed.errors import InvalidField
 from sage_fed.v1 import types_pb2
 
 M = TypeVar("M", bound=ProtoMessage)
+T = TypeVar("T")
 
+TierName = Literal["auto", "tactical", "strategic"]
+PriorityName = Literal["low", "normal", "high"]
+
+_TIERS = {"auto": None} | {tier.value: tier for tier in Tier}
+_PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 _BOUNDS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
@@ -34,11 +42,11 @@ PromptLike = JobSpec | Prompt | Sequence[Message] | str
 class JobFields(TypedDict, total=False):
     """Fields of a job beside its prompt, as keyword arguments; see `core.JobSpec`."""
 
-    tier: Tier | None
+    tier: Tier | TierName | None
     allow_downgrade: bool
     max_cost_uatp: int | None
     complexity: float | None
-    priority: Priority
+    priority: Priority | PriorityName
     client_request_id: str
     temperature: float | None
     top_p: float | None
@@ -47,21 +55,24 @@ class JobFields(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | None
     max_new_tokens: int | None
-    stop: Sequence[str]
+    stop: Sequence[str] | str | None
     ignore_eos: bool
     top_logprobs: int | None
     deadline_s: float | None
 
 
 def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
-    """Return the message for a job; keyword arguments go with a prompt, not with a JobSpec."""
+    """Return the message for a job; keyword arguments go with a prompt, not with a JobSpec.
+
+    Raises:
+        TypeError: a keyword that no job has, keywords beside a JobSpec, or what is no prompt.
+        InvalidField: a value that protobuf cannot carry, or a word that names nothing.
+    """
+    _require_known(given)
     if isinstance(prompt, JobSpec):
-        assert not given, "a JobSpec already says everything"
+        if given:
+            raise TypeError(f"a JobSpec already says everything; put {', '.join(given)} into it")
         return _message(prompt)
-    if isinstance(prompt, str):
-        prompt = (Message("user", prompt),)
-    if not isinstance(prompt, Prompt):
-        prompt = Prompt(messages=tuple(prompt))
     sampling = SamplingRequest(
         temperature=given.get("temperature"),
         top_p=given.get("top_p"),
@@ -70,28 +81,45 @@ def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
         repetition_penalty=given.get("repetition_penalty"),
         seed=given.get("seed"),
         max_new_tokens=given.get("max_new_tokens"),
-        stop=tuple(given.get("stop", ())),
+        stop=_stop_strings(given.get("stop")),
         ignore_eos=given.get("ignore_eos", False),
         top_logprobs=given.get("top_logprobs"),
         deadline_s=given.get("deadline_s"),
     )
     spec = JobSpec(
         account="",
-        prompt=prompt,
-        requested=given.get("tier"),
+        prompt=prompt_of(prompt),
+        requested=_tier(given.get("tier"), "job.tier"),
         allow_downgrade=given.get("allow_downgrade", False),
         max_cost_uatp=given.get("max_cost_uatp"),
         complexity=given.get("complexity"),
-        priority=given.get("priority", Priority.NORMAL),
+        priority=_priority(given.get("priority", Priority.NORMAL)),
         client_request_id=given.get("client_request_id", ""),
         sampling=sampling,
     )
     return _message(spec)
 
 
-def tier_of(tier: Tier | None) -> str:
-    """Return the name of the enum's value."""
-    return "TIER_AUTO" if tier is None else f"TIER_{tier.name}"
+def prompt_of(prompt: object) -> Prompt:
+    """Return what a `PromptLike` other than a whole job says.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return Prompt(messages=(Message("user", prompt),))
+    turns = tuple(prompt) if isinstance(prompt, Sequence) else (None,)
+    if not all(isinstance(turn, Message) for turn in turns):
+        raise TypeError("a prompt is a JobSpec, a Prompt, a sequence of Message or a str")
+    return Prompt(messages=turns)
+
+
+def tier_of(tier: Tier | str | None, field: str) -> str:
+    """Return the name of the enum's value; `field` is the tier's name in the request."""
+    known = _tier(tier, field)
+    return "TIER_AUTO" if known is None else f"TIER_{known.name}"
 
 
 def chat_of(messages: Sequence[Message], path: str) -> types_pb2.ChatMessages:
@@ -132,18 +160,58 @@ def _complaint(message: ProtoMessage, name: str, error: Exception) -> str:
     return f"must be a whole number from {bounds[0]} to {bounds[1]}"
 
 
+def _require_known(given: Iterable[str]) -> None:
+    """Raise the error of Python's own calls for a keyword that `JobFields` does not have."""
+    names = JobFields.__annotations__
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            advice = f"did you mean '{close[0]}'?" if close else f"a job has {', '.join(names)}"
+            raise TypeError(f"got an unexpected keyword argument '{name}'; {advice}")
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    """Return the strings; a lone one is not taken apart into its letters."""
+    if isinstance(stop, str):
+        return (stop,)
+    if stop is None:
+        return ()
+    if not isinstance(stop, Sequence):
+        raise InvalidField("job.sampling.stop", "must be a sequence of strings")
+    return tuple(stop)
+
+
+def _tier(tier: Tier | str | None, field: str) -> Tier | None:
+    if tier is None or isinstance(tier, Tier):
+        return tier
+    return _meaning(_TIERS, tier, field)
+
+
+def _priority(priority: Priority | str | int) -> Priority:
+    if priority in tuple(Priority):
+        return Priority(priority)
+    return _meaning(_PRIORITIES, priority, "job.priority")
+
+
+def _meaning(words: Mapping[str, T], word: object, field: str) -> T:
+    if not isinstance(word, str) or word not in words:
+        raise InvalidField(field, f"must be one of {', '.join(words)}, not {word!r}")
+    return words[word]
+
+
 def _message(spec: JobSpec) -> types_pb2.JobSpec:
     """The account is not sent: the daemon knows it from the token."""
     # The two have the same field names.
     sampling = {field.name: getattr(spec.sampling, field.name) for field in fields(SamplingRequest)}
+    sampling["stop"] = _stop_strings(spec.sampling.stop)
     job = filled(
         types_pb2.JobSpec(),
         "job",
-        tier=tier_of(spec.requested),
+        tier=tier_of(spec.requested, "job.tier"),
         allow_downgrade=spec.allow_downgrade,
         max_cost_uatp=spec.max_cost_uatp,
         complexity=spec.complexity,
-        priority=f"PRIORITY_{spec.priority.name}",
+        priority=f"PRIORITY_{_priority(spec.priority).name}",
         client_request_id=spec.client_request_id,
         sampling=filled(types_pb2.SamplingParams(), "job.sampling", **sampling),
     )
