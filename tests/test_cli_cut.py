@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -38,12 +39,13 @@ CUTS = {
 class CutShort:
     """A client whose every answer stops for the given reason."""
 
-    def __init__(self, reason: StopReason) -> None:
+    def __init__(self, reason: StopReason, *, replayed: bool = False) -> None:
         self.reason = reason
+        self.started = replace(STARTED, replayed=replayed)
 
     def stream(self, _spec: JobSpec) -> Iterator[Event]:
         """One piece of text, then the end."""
-        yield STARTED
+        yield self.started
         yield Delta("The ans", (1, 2), (), 2)
         yield Finished(self.reason, Usage(3, 0, 2), Timing(0, 0, 0, 0, 0), Price(5, 9, "c"), 100)
 
@@ -65,6 +67,19 @@ def test_a_cut_answer_is_no_success(
     assert expected == (result.exit_code, result.stderr)
     text = json.loads(result.stdout)["text"] if as_json else result.stdout.rstrip("\n")
     assert "The ans" == text
+
+
+def test_a_replay_says_that_the_answer_was_cut_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask once more changes nothing, so it says what does."""
+    monkeypatch.setattr(
+        Connection, "call", connected_to(CutShort(StopReason.DEADLINE, replayed=True))
+    )
+    result = CliRunner().invoke(build_app(), ["ask", "x", "--request-id", "one"])
+    assert 1 == result.exit_code
+    assert (
+        "the answer was cut: the deadline passed, when this request id was first asked; "
+        "choose another --request-id to have it whole\n" == result.stderr
+    )
 
 
 def test_a_cut_turn_ends_a_piped_chat(monkeypatch: pytest.MonkeyPatch) -> None:

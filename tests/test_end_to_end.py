@@ -8,7 +8,7 @@ import random
 import threading
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +17,10 @@ import pytest
 from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess, fork_context
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 from waiting import WAIT_S, until
 
+from sage_fed.cli.app import build_app
 from sage_fed.client import Answer, Client
 from sage_fed.client.replies import event_of
 from sage_fed.client.requests import job_of
@@ -168,12 +170,17 @@ def by_hand(tier: Tier, finished: Finished) -> int:
 
 def begin(client: Client, **fields: object) -> tuple[Started, Delta, Iterator[Event]]:
     """Start a long job and return once its first tokens are here."""
-    fields = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True, **fields}
-    events = client.stream("count", **fields)  # type: ignore[arg-type]
+    events = begin_again(client, **fields)
     started, delta = next(events), next(events)
     assert isinstance(started, Started)
     assert isinstance(delta, Delta)
     return started, delta, events
+
+
+def begin_again(client: Client, **fields: object) -> Iterator[Event]:
+    """The same job as `begin` starts."""
+    fields = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True, **fields}
+    return client.stream("count", **fields)  # type: ignore[arg-type]
 
 
 def gather(events: Iterator[Event]) -> tuple[Started, str, tuple[int, ...], Finished, int]:
@@ -321,7 +328,8 @@ def test_a_deadline_gives_what_was_made_until_then(tmp_path: Path) -> None:
     try:
         with Client(daemon.address) as client:
             ask = {"tier": S, "max_new_tokens": LONG_TOKENS, "ignore_eos": True}
-            _, _, ids, finished, _ = gather(client.stream("count", deadline_s=0.7, **ask))
+            late = {"deadline_s": 0.7, "client_request_id": "late", "seed": 1, **ask}
+            _, _, ids, finished, _ = gather(client.stream("count", **late))
             assert StopReason.DEADLINE is finished.stop_reason
             assert len(ids) == finished.usage.output_tokens < LONG_TOKENS
             assert by_hand(S, finished) == finished.price.charged_uatp
@@ -336,6 +344,10 @@ def test_a_deadline_gives_what_was_made_until_then(tmp_path: Path) -> None:
             quote = client.quote("count", deadline_s=0.02, **ask)
             assert isinstance(quote.decision, Refusal)
             assert "deadline_infeasible" == quote.decision.reason
+            # Who asks again for the one that was late is told so, however fast the tier is now.
+            again = client.generate("count", **late)
+            assert (True, ids) == (again.started.replayed, again.token_ids)
+            assert StopReason.DEADLINE is again.finished.stop_reason
             assert before == client.entries()
         assert 0 == daemon.stop(WAIT_S)
     finally:
@@ -405,6 +417,57 @@ def test_an_operator_aborts_a_job(served: Served, client: Client) -> None:
     assert by_hand(S, finished) == finished.price.charged_uatp
     until(served.no_jobs)
     assert not served.admin.abort(started.job_id)
+
+
+def _abort(served: Served, started: Started, events: Iterator[Event]) -> None:
+    assert served.admin.abort(started.job_id)
+    list(events)
+
+
+def _break(_served: Served, _started: Started, events: Iterator[Event]) -> None:
+    events.close()  # type: ignore[attr-defined] # it is a generator: leaving it resets the stream
+
+
+@pytest.mark.parametrize(
+    ("cut", "reason", "said"),
+    [
+        (_break, StopReason.CANCELLED, "the job was cancelled"),
+        (_abort, StopReason.ABORTED, "aborted by an operator or by the daemon's stop"),
+    ],
+)
+def test_a_cut_answer_is_never_replayed_as_a_whole_one(
+    served: Served,
+    client: Client,
+    account: tuple[str, str],
+    cut: Callable[[Served, Started, Iterator[Event]], None],
+    reason: StopReason,
+    said: str,
+) -> None:
+    """Whoever asks again by the request id sees why it ended, and a shell sees a failure."""
+    ask = {"tier": S, "client_request_id": "cut", "seed": 1}
+    started, _, events = begin(client, **ask)
+    cut(served, started, events)
+    until(served.no_jobs)
+    again, _, ids, finished, _ = gather(begin_again(client, **ask))
+    assert (True, reason) == (again.replayed, finished.stop_reason)
+    assert 0 < len(ids) == finished.usage.output_tokens < LONG_TOKENS
+    whole = client.generate("count", max_new_tokens=LONG_TOKENS, ignore_eos=True, **ask)
+    assert (True, reason, ids) == (
+        whole.started.replayed, whole.finished.stop_reason, whole.token_ids
+    )  # fmt: skip
+    result = CliRunner(
+        env={"SAGE_FED_ADDRESS": served.daemon.address, "SAGE_FED_TOKEN": account[1]}
+    ).invoke(
+        build_app(),
+        [
+            *("ask", "count", "--tier", "strategic", "--max-new-tokens", str(LONG_TOKENS)),
+            *("--ignore-eos", "--seed", "1", "--request-id", "cut"),
+        ],
+    )
+    assert 1 == result.exit_code
+    assert f"the answer was cut: {said}" in result.stderr
+    assert "when this request id was first asked; choose another --request-id" in result.stderr
+    assert finished.price.charged_uatp == client.budget().discharged_uatp
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(client: Client) -> None:

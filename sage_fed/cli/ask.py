@@ -108,7 +108,13 @@ def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
 def complain_if_cut(answer: Answer) -> bool:
     """Say on stderr that the answer is not whole, where it is not; whether it was said."""
     if answer.cut:
-        complain(f"the answer was cut: {answer.cut}")
+        again = ""
+        if answer.started is not None and answer.started.replayed:
+            again = (
+                ", when this request id was first asked; "
+                "choose another --request-id to have it whole"
+            )
+        complain(f"the answer was cut: {answer.cut}{again}")
     return bool(answer.cut)
 
 
