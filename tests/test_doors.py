@@ -25,7 +25,7 @@ from waiting import WAIT_S, until
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client
 from sage_fed.client.channel import open_channel
-from sage_fed.core import Tier
+from sage_fed.core import UATP_PER_ATP, Tier
 from sage_fed.errors import (
     CannotAfford,
     Forbidden,
@@ -101,6 +101,33 @@ def test_a_token_works_and_is_revoked_without_a_restart(start: Start) -> None:
         admin.load()
     assert 0 == daemon.stop(WAIT_S)
     assert token not in daemon.log.read_text()
+
+
+def test_the_operators_last_word_on_a_budget_holds(start: Start) -> None:
+    """Set before the token is made or after, and over restarts, until the settings change."""
+    first = ("--set", "budget.capacity_atp=2000", "--set", "budget.initial_atp=100")
+
+    def terms(daemon: DaemonProcess, token: object) -> tuple[int, int, int]:
+        until(lambda: not refused(daemon.address, str(token)))
+        with Client(daemon.address, str(token)) as client:
+            budget = client.budget()
+        return budget.capacity_uatp, budget.refill_uatp_per_s, budget.balance_uatp
+
+    daemon = start(*first)
+    state = ("--state-dir", daemon.state_dir)
+    with Client(daemon.address, daemon.admin_token) as admin:
+        admin.set_budget("before", balance_uatp=7, capacity_uatp=9)
+        before = sage_fed("token", "create", "--account", "before", *state)["token"]
+        after = sage_fed("token", "create", "--account", "after", *state)["token"]
+        assert (9, 0, 7) == terms(daemon, before)
+        assert 2000 * UATP_PER_ATP == terms(daemon, after)[0]
+        admin.set_budget("after", capacity_uatp=9, refill_uatp_per_s=0, balance_uatp=7)
+    assert 0 == daemon.stop(WAIT_S)
+    daemon = start(*first)
+    assert (9, 0, 7) == terms(daemon, before) == terms(daemon, after)
+    assert 0 == daemon.stop(WAIT_S)
+    daemon = start("--set", "budget.capacity_atp=3000", "--set", "budget.initial_atp=100")
+    assert (3000 * UATP_PER_ATP, 0, 7) == terms(daemon, before) == terms(daemon, after)
 
 
 def test_a_tokens_file_that_is_broken_changes_nothing(start: Start, tmp_path: Path) -> None:

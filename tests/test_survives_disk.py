@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import apsw
 import pytest
 from daemon_process import TROUBLE, DaemonProcess
 from forked_daemon import ForkedProcess
 from small_disks import Disk, small_ext4, small_tmpfs
 from waiting import WAIT_S, until
 
+from sage_fed.auth import digest_of, new_token
 from sage_fed.cli import scrape
 from sage_fed.client import Client
 from sage_fed.core import Delta, Event, Finished, StopReason, Tier
-from sage_fed.errors import LedgerBlocked, SageFedError
+from sage_fed.errors import LedgerBlocked, SageFedError, Unauthenticated
 from sage_fed.ledger import check
 
 SETTINGS = (
@@ -67,6 +70,14 @@ def served(client: Client) -> bool:
         return False
 
 
+def let_in(client: Client) -> bool:
+    try:
+        client.status()
+    except Unauthenticated:
+        return False
+    return True
+
+
 def test_a_full_disk_refuses_jobs_and_passes(disk: Disk, tmp_path: Path) -> None:
     """New jobs are told to come back, a running one is finished and charged, nobody restarts."""
     log = tmp_path / "daemon.log"
@@ -99,6 +110,41 @@ def test_a_full_disk_refuses_jobs_and_passes(disk: Disk, tmp_path: Path) -> None
     report = check(disk.path / "state" / "ledger.db")
     assert ((), 0) == (report.violations, report.open_holds)
     assert not TROUBLE.search(log.read_text())
+
+
+def test_another_program_that_locks_the_ledger_passes(disk: Disk, tmp_path: Path) -> None:
+    """Jobs are told to come back, a running one is charged, a token made meanwhile works later."""
+    log, path = tmp_path / "daemon.log", disk.path / "state" / "ledger.db"
+    daemon = start(disk, log)
+    with Client(daemon.address) as client, ThreadPoolExecutor(1) as threads:
+        events: Iterator[Event] = client.stream(
+            "count", tier=Tier.STRATEGIC, max_new_tokens=200, ignore_eos=True
+        )
+        next(event for event in events if isinstance(event, Delta))
+        with contextlib.closing(apsw.Connection(str(path))) as other:
+            other.execute("BEGIN IMMEDIATE")
+            running = threads.submit(lambda: [*events][-1])
+            with pytest.raises(LedgerBlocked):
+                small(client)
+            token = new_token()
+            tokens = disk.path / "state" / "tokens.toml"
+            tokens.write_text(f'[[token]]\nsha256 = "{digest_of(token).hex()}"\naccount = "ann"\n')
+            with pytest.raises(LedgerBlocked):
+                small(client)
+            assert 0.0 == writable(daemon)
+            other.execute("ROLLBACK")
+        finished = running.result(WAIT_S)
+        assert isinstance(finished, Finished)
+        assert 200 == finished.usage.output_tokens
+        until(lambda: served(client), "the ledger does not recover")
+    with Client(daemon.address, token) as ann:
+        until(lambda: let_in(ann), "the token never worked")
+        small(ann)
+    assert 0 == daemon.stop(WAIT_S)
+    assert "another program has locked the ledger" in log.read_text()
+    assert not TROUBLE.search(log.read_text())
+    report = check(path)
+    assert ((), 0) == (report.violations, report.open_holds)
 
 
 def test_a_daemon_killed_on_a_full_disk_starts_when_there_is_room(

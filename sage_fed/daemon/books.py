@@ -6,24 +6,37 @@ Owns what of the books follows from the settings. Knows nothing of what is booke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 
+from sage_fed.core import counted
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.errors import LedgerDown, SageFedError
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics
-from sage_fed.settings import Settings
+from sage_fed.settings import Settings, atp_from_uatp
+
+_log = logging.getLogger(__name__)
 
 
 async def open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> Ledger:
     """Open the books in the state directory; should they fail later, the daemon stops."""
-    return await Ledger.open(
+    ledger = await Ledger.open(
         settings.state_dir / "ledger.db",
         options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
+        terms=lambda account: _terms(settings, account),
         on_commit=metrics.money.ledger_committed,
         on_disk=lambda writable: metrics.money.ledger_writable(writable=writable),
         on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
     )
+    recovery = ledger.recovery
+    if recovery.voided_jobs:
+        _log.warning(
+            "the daemon before this one did not end %s: %s ATP were given back, nothing charged",
+            counted(recovery.voided_jobs, "job"),
+            f"{atp_from_uatp(recovery.voided_uatp):f}",
+        )
+    return ledger
 
 
 async def open_accounts(ledger: Ledger, settings: Settings, accounts: Collection[str]) -> None:

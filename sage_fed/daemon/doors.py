@@ -24,7 +24,7 @@ from sage_fed.auth import (
     require_role,
 )
 from sage_fed.core import Role
-from sage_fed.errors import ConfigError, Forbidden, Unauthenticated
+from sage_fed.errors import ConfigError, Forbidden, LedgerDown, Unauthenticated
 from sage_fed.metrics import DoorMetrics, PageDoor
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Settings
@@ -64,6 +64,10 @@ class Followed:
             return False
         self._taken = self._last
         return True
+
+    def forget(self) -> None:
+        """Notice the last change once more: it could not be taken over now, and may be later."""
+        self._taken = ()
 
 
 class Doors:
@@ -133,7 +137,13 @@ class Doors:
     async def refresh(self) -> None:
         """Take over what has changed since the last time."""
         if await self._tokens.changed():
-            await self._reload("tokens", self._reload_tokens)
+            try:
+                await self._reload("tokens", self._reload_tokens)
+            except LedgerDown as down:
+                # New accounts need a budget before they are let in. The ledger says in the log
+                # what is the matter with it, and stops the daemon where that does not pass.
+                self._tokens.forget()
+                _log.debug("the tokens file waits for the ledger: %s", down.message)
         if await self._pems.changed():
             await self._reload("certificate", self._reload_certificate)
 

@@ -6,6 +6,7 @@ inside the caller's transaction. Fails with `NoSuchAccount` and `InvalidField`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -148,6 +149,13 @@ class Accounts:
             return
         self._write(row, accrual, now)
 
+    def begin_epoch(self, now: Now) -> None:
+        """Begin to count here and now for every account that was last counted on another boot."""
+        self._db.execute(
+            "UPDATE account SET refill_epoch = ?, refill_ns = ? WHERE refill_epoch <> ?",
+            (now.epoch, now.ns, now.epoch),
+        )
+
     def keep_marks(self, now: Now, *, age_ns: int = MARK_AGE_NS) -> None:
         """Write the refill of every account whose mark is at least `age_ns` old."""
         rows = self._db.execute(
@@ -159,9 +167,10 @@ class Accounts:
                 self._write(row, accrual, now)
 
     def ensure(self, account: str, terms: AccountTerms, now: Now) -> Budget:
-        """Create the account, or apply what the settings changed since they were last applied.
+        """Create the account, or apply what the settings have changed.
 
-        A term that an operator has set stays until the settings themselves change it.
+        The last word on a term holds: the operator's, until the settings say something else of
+        it than they did when they were last applied or the operator spoke.
         """
         require_text("account", account)
         for name in AccountTerms.__slots__:
@@ -177,20 +186,22 @@ class Accounts:
                 (account,),
             ).fetchone()
             assert before is not None, "the row was just read"
+            # None: an operator made it, before this program kept what the settings said then.
             changed = [
-                new if new != old else None for new, old in zip(declared, before, strict=True)
+                new if old is not None and new != old else None
+                for new, old in zip(declared, before, strict=True)
             ]
             self._change(row, BudgetChange(None, *changed), now)
-        self._db.execute(
-            "UPDATE account SET declared_capacity_uatp = ?, declared_refill_uatp_per_s = ?, "
-            "declared_floor_uatp = ? WHERE account = ?",
-            (*declared, account),
-        )
+        self._declare(account, declared)
         return self.budget(account, now)
 
-    def set_budget(self, account: str, change: BudgetChange, now: Now) -> Budget:
+    def set_budget(
+        self, account: str, change: BudgetChange, now: Now, terms: AccountTerms | None = None
+    ) -> Budget:
         """Create the account or change it; what a new one is not told is 0.
 
+        `terms` are what the settings say of the account now: over what it sets here the operator
+        has had the last word, see `ensure`.
         Raises `InvalidField` on amounts out of range.
         """
         require_text("account", account)
@@ -203,7 +214,24 @@ class Accounts:
             self._create(account, change, now)
         else:
             self._change(row, change, now)
+        if terms is not None:
+            # A new account is the operator's in every term, an old one's only in those named.
+            named = [
+                getattr(terms, name) if row is None or getattr(change, name) is not None else None
+                for name in ("capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
+            ]
+            self._declare(account, named)
         return self.budget(account, now)
+
+    def _declare(self, account: str, terms: Sequence[int | None]) -> None:
+        """Remember what the settings say of capacity, refill and floor; None: as it was."""
+        self._db.execute(
+            "UPDATE account SET "
+            "declared_capacity_uatp = coalesce(?, declared_capacity_uatp), "
+            "declared_refill_uatp_per_s = coalesce(?, declared_refill_uatp_per_s), "
+            "declared_floor_uatp = coalesce(?, declared_floor_uatp) WHERE account = ?",
+            (*terms, account),
+        )
 
     def _create(self, account: str, terms: BudgetChange, now: Now) -> None:
         self._db.execute(

@@ -150,6 +150,11 @@ class Books:
             self._give_back(job, JobState.EXPIRED, EntryKind.EXPIRE, "expired", now)
         return tuple(job.job_id for job in due)
 
+    def recover(self, now: Now) -> Recovery:
+        """Go on with books that another process has left, perhaps on another boot or machine."""
+        self.accounts.begin_epoch(now)
+        return self.void_orphans(now)
+
     def void_orphans(self, now: Now) -> Recovery:
         """Void every open hold: at boot nobody can be running their jobs."""
         orphans = self._open()

@@ -38,11 +38,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LedgerOptions:
-    """Limits. `inbox_limit` bounds what may be refused; the ends of open holds always fit."""
+    """Limits. `inbox_limit` bounds what may be refused; the ends of open holds always fit.
+
+    `busy_s` is how long another program that has the file locked is waited for.
+    """
 
     retention: Retention = field(default_factory=Retention)
     group_limit: int = 256
     inbox_limit: int = 1024
+    busy_s: float = 2.0
     answer_timeout_s: float = 30.0
     upkeep_s: float = 30.0
 
@@ -80,6 +84,7 @@ class Inbox:
             clock=clock,
             retention=options.retention,
             group_limit=options.group_limit,
+            busy_s=options.busy_s,
             deliver=self._deliver,
         )
 
@@ -165,7 +170,7 @@ class Inbox:
 
     def _say_of_disk(self, refusal: SageFedError | None) -> None:
         if refusal is None:
-            log.warning("the ledger's disk takes entries again; jobs are admitted")
+            log.warning("the ledger takes entries again; jobs are admitted")
         else:
             log.critical("%s; jobs are refused until the ledger can be written", refusal.message)
         if self._listeners.on_disk is not None:

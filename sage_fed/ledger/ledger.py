@@ -4,8 +4,9 @@ Owns what each operation is to a waiter: what may be refused, what is owed, what
 Knows no SQL and no futures (`inbox.py`). All methods belong to the loop that opened it.
 An answer means that the operation is on disk. Cancelling the wait for `settle` or `void` does not
 take it back; a cancelled `hold` is voided, so that nobody's disappearance reserves ATP.
-While its disk is full or read-only, what needs to be written is refused with `LedgerBlocked`, but
-for the ends of holds, which wait for the disk; `on_disk` is told when that begins and ends.
+While its disk is full or read-only, or another program has it locked, what needs to be written is
+refused with `LedgerBlocked`, but for the ends of holds, which wait; `on_disk` is told when that
+begins and ends.
 After another failed commit or a lost file the ledger is dead: every wait ends with `LedgerDown`,
 `on_death` is told once, and only a restart, which audits the books, brings it back.
 """
@@ -43,9 +44,12 @@ log = logging.getLogger(__name__)
 class Ledger:
     """An open ledger; made by `Ledger.open`, ended by `close`."""
 
-    def __init__(self, inbox: Inbox, upkeep_s: float) -> None:
+    def __init__(
+        self, inbox: Inbox, upkeep_s: float, terms: Callable[[str], AccountTerms] | None
+    ) -> None:
         self._inbox = inbox
         self._upkeep_s = upkeep_s
+        self._terms = terms
 
     @classmethod
     async def open(
@@ -54,14 +58,16 @@ class Ledger:
         *,
         clock: Clock | None = None,
         options: LedgerOptions | None = None,
+        terms: Callable[[str], AccountTerms] | None = None,
         on_commit: Callable[[int, float], None] | None = None,
         on_disk: Callable[[bool], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> Ledger:
         """Open or create the books at `path`, check their balance and void orphaned holds.
 
+        `terms` says what the settings give an account; `set_budget` remembers it.
         `on_commit(operations, latency_s)` is called on the loop after each group,
-        `on_disk(writable)` when the disk begins or ceases to refuse writes, `on_death(error)`
+        `on_disk(writable)` when writes begin or cease to be refused, `on_death(error)`
         once, if the thread dies.
         Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
         lost) and `LedgerUnusable` (no space, no permission).
@@ -74,7 +80,7 @@ class Ledger:
             listeners=Listeners(on_commit, on_disk, on_death),
         )
         await inbox.open()
-        return cls(inbox, options.upkeep_s)
+        return cls(inbox, options.upkeep_s, terms)
 
     @property
     def recovery(self) -> Recovery:
@@ -172,8 +178,9 @@ class Ledger:
 
     async def set_budget(self, account: str, change: BudgetChange) -> Budget:
         """Create an account or change it, by an operator; see `Accounts.set_budget`."""
+        terms = self._terms(account) if self._terms is not None else None
         return await self._inbox.ask(
-            lambda books, now: books.accounts.set_budget(account, change, now)
+            lambda books, now: books.accounts.set_budget(account, change, now, terms)
         )
 
     async def entries(

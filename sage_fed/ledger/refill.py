@@ -41,10 +41,11 @@ def accrue(mark: Mark, now: Now, *, rate_uatp_per_s: int, room_uatp: int) -> Acc
     """Count the refill since `mark`, at most `room_uatp` (below 0 counts as 0).
 
     Within an epoch the mark never goes back, so a clock that does cannot pay twice.
-    In a new epoch only the time since its start counts: the downtime is not known.
+    Of another epoch nothing counts: no clock tells how long ago its mark was, and another
+    machine's uptime says nothing about it.
     """
     same_epoch = mark.epoch == now.epoch
-    elapsed_ns = max(0, now.ns - mark.ns) if same_epoch else max(0, now.ns)
+    elapsed_ns = max(0, now.ns - mark.ns) if same_epoch else 0
     next_ns = max(mark.ns, now.ns) if same_epoch else now.ns
     amount, remainder = divmod(rate_uatp_per_s * elapsed_ns + mark.remainder, NS_PER_S)
     room = max(0, room_uatp)

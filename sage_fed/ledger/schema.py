@@ -8,6 +8,9 @@ Fails with `ConfigError` on a file that is not a ledger or is newer than this pr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import apsw
 
 from sage_fed.errors import ConfigError
@@ -129,10 +132,27 @@ def require_known(db: apsw.Connection) -> int:
     return version
 
 
+@contextlib.contextmanager
+def writing(db: apsw.Connection) -> Iterator[None]:
+    """One transaction, which waits for another program's at its begin.
+
+    Once it has read it could not: SQLite refuses a reader that begins to write beside another
+    writer at once. And apsw's own `with db` would hold the interpreter's lock while it waits.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
 def migrate(db: apsw.Connection) -> None:
     """Bring the file to the current version, in one transaction a version."""
     for version in range(require_known(db), len(MIGRATIONS)):
-        with db:
+        with writing(db):
             db.execute(MIGRATIONS[version])
             db.pragma("application_id", APPLICATION_ID)
             db.pragma("user_version", version + 1)

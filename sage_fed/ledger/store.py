@@ -26,7 +26,7 @@ from sage_fed.ledger import lock, schema
 from sage_fed.ledger.files import OpenFiles
 
 BUSY_MS = 5000
-
+"""How long an opening or a reader waits for another program that has the ledger locked."""
 
 _DISK = (
     apsw.BusyError,
@@ -34,6 +34,7 @@ _DISK = (
     apsw.IOError,
     apsw.LockedError,
     apsw.PermissionsError,
+    apsw.ProtocolError,
     apsw.ReadOnlyError,
 )
 """Errors of the world; SQLite's others are bugs of ours."""
@@ -209,17 +210,24 @@ def _connect_readonly(path: Path) -> apsw.Connection:
 
 
 def may_pass(error: apsw.Error) -> bool:
-    """Whether a disk refused a write, so that nothing was changed and it may be tried again."""
+    """Whether a write was refused, so that nothing was changed and it may be tried again.
+
+    By a disk, or by another program that has the ledger locked.
+    """
     if isinstance(error, apsw.IOError):
         # Set on every error; the stubs of apsw leave it out.
         return error.extendedresult in _PASSING  # type: ignore[attr-defined]
-    return isinstance(error, apsw.FullError | apsw.ReadOnlyError)
+    return isinstance(
+        error, apsw.BusyError | apsw.FullError | apsw.ProtocolError | apsw.ReadOnlyError
+    )
 
 
 def unusable(path: Path, error: apsw.Error) -> LedgerUnusable:
     """Say in words what a disk did."""
     if isinstance(error, apsw.FullError):
         return LedgerUnusable(f"no space left on {path.parent}")
+    if isinstance(error, apsw.BusyError | apsw.ProtocolError):
+        return LedgerUnusable(f"another program has locked the ledger {path}")
     return LedgerUnusable(f"the ledger {path} cannot be used: {error}")
 
 

@@ -5,11 +5,12 @@ each operation of several in a savepoint of its own, so that a refused one does 
 neighbours, and one `fsync` pays for all of them. Answers leave only after the commit.
 Knows no asyncio: what it has to say goes through `deliver`, called on this thread.
 An error that an operation raises is its answer, and nothing of the operation stays.
-A disk that takes no writes, because it is full or read-only, blocks: what can be refused is, with
-`LedgerBlocked`, what is owed (the end of a hold) is tried again until it is written, and reads go
-on. Any other `apsw` error or failed commit, and a lost file, ends the thread: the group is rolled
-back, or was written where nobody finds it, `Died` is the last thing said, and every unanswered
-operation has failed.
+A disk that takes no writes, because it is full or read-only, blocks, and so does another program
+that has the file locked for longer than `busy_s`: what can be refused is, with `LedgerBlocked`,
+what is owed (the end of a hold) is tried again until it is written, and reads go on. Any other
+`apsw` error or failed commit, and a lost file, ends the thread: the group is rolled back, or was
+written where nobody finds it, `Died` is the last thing said, and every unanswered operation has
+failed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import apsw
 
 from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
-from sage_fed.ledger import store
+from sage_fed.ledger import schema, store
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.check import balance_violations
 from sage_fed.ledger.clock import Clock, Now
@@ -35,7 +36,7 @@ from sage_fed.ledger.words import Recovery
 Operation = Callable[[Books, Now], object]
 
 _AGAIN_S = 0.5
-"""How often a disk that took nothing is tried again."""
+"""How often a ledger that took nothing is tried again."""
 
 _RETRY_S = 5.0
 """When a client that was refused may ask again."""
@@ -112,12 +113,14 @@ class Writer:
         clock: Clock,
         retention: Retention,
         group_limit: int,
+        busy_s: float,
         deliver: Callable[[Report], None],
     ) -> None:
         self._path = path
         self._clock = clock
         self._retention = retention
         self._group_limit = group_limit
+        self._busy_ms = round(busy_s * 1000)
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._owed: list[Item] = []
@@ -140,9 +143,10 @@ class Writer:
         try:
             with store.writable(self._path) as book:
                 books = Books(book.db, self._retention)
-                with book.db:
+                with schema.writing(book.db):
                     recovery = self._recover(book.db, books)
                 self._deliver(Opened(recovery))
+                book.db.set_busy_timeout(self._busy_ms)
                 for group in self._groups():
                     book.verify()
                     committed = self._commit_or_refuse(book.db, books, group)
@@ -161,7 +165,7 @@ class Writer:
             raise LedgerCorrupt(
                 f"the books of {self._path} do not balance: {'; '.join(violations)}"
             )
-        return books.void_orphans(self._clock.now())
+        return books.recover(self._clock.now())
 
     def _groups(self) -> Iterator[list[Item]]:
         """What waits, behind what is still owed, until the inbox is closed."""
@@ -184,9 +188,11 @@ class Writer:
         return False
 
     def _commit_or_refuse(self, db: apsw.Connection, books: Books, group: list[Item]) -> Committed:
-        """Commit a group; where the disk takes nothing, as much of it as goes by itself."""
+        """Commit a group; where the ledger takes nothing, as much of it as goes by itself."""
         began_s = time.perf_counter()
         blocked = bool(self._owed)
+        # Another program was waited for once; meanwhile reads must not wait as long again.
+        db.set_busy_timeout(0 if blocked else self._busy_ms)
         try:
             committed = self._commit(db, books, group)
         except apsw.Error as error:
@@ -202,6 +208,7 @@ class Writer:
             self._deliver(Disk(refusal))
         answers: list[Answer] = []
         self._owed = []
+        db.set_busy_timeout(0)
         for item in (*group, *(() if blocked else (_PROOF,))):
             answers += self._alone(db, books, item, refusal)
         if not self._owed:
@@ -214,7 +221,7 @@ class Writer:
     ) -> tuple[Answer, ...]:
         """Commit one operation, refuse it, or keep it for later."""
         try:
-            return self._commit(db, books, [item]).answers
+            return self._commit(db, books, [item], begin="BEGIN DEFERRED").answers
         except apsw.Error as error:
             if not store.may_pass(error):
                 raise
@@ -222,16 +229,23 @@ class Writer:
             self._owed.append(item)
             return ()
         blocked = LedgerBlocked(
-            "the ledger's disk takes no entries, so nothing was held or charged; ask again soon",
+            "the ledger takes no entries now, so nothing was held or charged; ask again soon",
             _RETRY_S,
         )
         blocked.__cause__ = refusal
         return (Answer(item.ticket, None, blocked),)
 
-    def _commit(self, db: apsw.Connection, books: Books, group: list[Item]) -> Committed:
+    def _commit(
+        self,
+        db: apsw.Connection,
+        books: Books,
+        group: list[Item],
+        begin: str = "BEGIN IMMEDIATE",
+    ) -> Committed:
+        """Commit a group or nothing of it; begun `DEFERRED`, one that only reads needs no lock."""
         began_s = time.perf_counter()
+        db.execute(begin)
         now = self._clock.now()
-        db.execute("BEGIN")
         try:
             if len(group) == 1:
                 # The transaction is its savepoint: two statements less, which is what a request

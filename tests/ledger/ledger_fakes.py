@@ -100,10 +100,12 @@ class Desk:
         with self.db:
             return self.books.expire_due(self.clock.now(), alive)
 
-    def set_budget(self, change: BudgetChange, account: str = "ann") -> Budget:
-        """Change an account, as an operator would."""
+    def set_budget(
+        self, change: BudgetChange, account: str = "ann", terms: AccountTerms | None = None
+    ) -> Budget:
+        """Change an account, as an operator would while the settings say `terms` of it."""
         with self.db:
-            return self.books.accounts.set_budget(account, change, self.clock.now())
+            return self.books.accounts.set_budget(account, change, self.clock.now(), terms)
 
     def budget(self, account: str = "ann") -> Budget:
         """The account now."""

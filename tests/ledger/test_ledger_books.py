@@ -379,6 +379,38 @@ def test_a_restart_grants_nothing_and_keeps_the_operators_terms(desk: Desk):
     assert (60, 999, 11) == _terms(capacity_changed)
 
 
+def test_an_operators_budget_stays_when_the_account_gets_a_token(desk: Desk):
+    """The settings spoke before, and have not said anything else since; no grant either."""
+    terms = AccountTerms(1000, 7, 10, 100)
+    desk.set_budget(BudgetChange(balance_uatp=5, capacity_uatp=50), terms=terms)
+
+    for _ in ("the token", "a restart"):
+        assert (5, 50, 0) == _terms(desk.account(balance=100, capacity=1000, refill=7, floor=10))
+    assert 0 == desk.budget().refill_uatp_per_s
+    # Now they do.
+    assert (5, 900, 0) == _terms(desk.account(balance=100, capacity=900, refill=7, floor=10))
+
+
+def test_settings_that_changed_before_the_operator_spoke_change_nothing_after(desk: Desk):
+    """An account whose token was revoked misses a change of the settings; the operator did not."""
+    desk.account(balance=100, capacity=1000, floor=10)
+    changed = AccountTerms(2000, 3, 20)
+    desk.set_budget(BudgetChange(capacity_uatp=5000), terms=changed)
+
+    budget = desk.account(balance=100, capacity=2000, refill=3, floor=20)
+
+    assert (100, 5000, 20) == _terms(budget)
+    assert 3 == budget.refill_uatp_per_s
+
+
+def test_an_account_of_an_older_program_keeps_what_its_operator_set(desk: Desk):
+    """What the settings said then was not kept, so they are taken to say the same."""
+    desk.set_budget(BudgetChange(balance_uatp=5, capacity_uatp=50))
+
+    assert (5, 50, 0) == _terms(desk.account(balance=100, capacity=1000, floor=10))
+    assert (5, 50, 11) == _terms(desk.account(balance=100, capacity=1000, floor=11))
+
+
 def test_settings_are_checked_before_an_account_is_made(desk: Desk):
     """A negative term names its field."""
     with pytest.raises(InvalidField, match="refill_uatp_per_s"):

@@ -132,18 +132,35 @@ def test_a_boot_clock_that_goes_back_does_not_pay_twice(desk: Desk):
     assert 100 == desk.balance()
 
 
-def test_after_a_reboot_only_the_new_uptime_counts(desk: Desk):
-    """The downtime is not known, so it is not paid; what was written stays."""
+def test_after_a_reboot_counting_begins_where_the_books_are_opened(desk: Desk):
+    """How long the machine was off is not known, so it is not paid; what was written stays."""
     desk.account(balance=0, refill=10)
     desk.clock.advance(10)
     desk.books.accounts.keep_marks(desk.clock.now(), age_ns=0)
     desk.clock.wall_ns += 86400 * NS_PER_S
     desk.clock.reboot(uptime_s=3)
+    desk.books.recover(desk.clock.now())
 
-    assert 130 == desk.balance()
+    assert 100 == desk.balance()
+    desk.clock.advance(2)
+    assert 120 == desk.balance()
     desk.hold("j1", 1)
     desk.clock.advance(1)
-    assert 139 == desk.balance()
+    assert 129 == desk.balance()
+
+
+def test_another_machines_uptime_mints_nothing(desk: Desk):
+    """However often the books are moved between machines that have been up for days."""
+    desk.account(balance=10, capacity=10**9, refill=10)
+    for _ in range(10):
+        desk.clock.reboot(uptime_s=500)
+        assert 10 == desk.balance()
+        desk.books.recover(desk.clock.now())
+        desk.hold(f"j{desk.clock.boots}", 10)
+        desk.void(f"j{desk.clock.boots}")
+
+    assert 10 == desk.balance()
+    assert [] == [entry for entry in desk.entries() if entry[0] == "refill"]
 
 
 def test_a_restart_within_a_boot_loses_no_time(desk: Desk):

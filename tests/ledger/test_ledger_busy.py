@@ -1,0 +1,172 @@
+"""Another program has the ledger locked: waited for, then refused, never the end of the writer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import apsw
+import pytest
+
+from sage_fed.errors import LedgerBlocked, LedgerUnusable
+from sage_fed.ledger import (
+    AccountTerms,
+    HoldReceipt,
+    HoldRequest,
+    Ledger,
+    LedgerOptions,
+    check,
+    store,
+)
+
+WAIT_S = 20.0
+
+
+class Heard:
+    """What the ledger said."""
+
+    def __init__(self) -> None:
+        self.writable: list[bool] = []
+        self.deaths: list[BaseException] = []
+        self.changed = asyncio.Event()
+
+    def disk(self, writable: bool) -> None:
+        """Keep it."""
+        self.writable.append(writable)
+        self.changed.set()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+async def heard() -> Heard:
+    return Heard()
+
+
+def request(name: str) -> HoldRequest:
+    return HoldRequest(name, "ann", 100, "card", "tactical", ttl_s=600.0)
+
+
+async def opened(path: Path, heard: Heard, busy_s: float) -> Ledger:
+    ledger = await Ledger.open(
+        path,
+        options=LedgerOptions(busy_s=busy_s),
+        on_disk=heard.disk,
+        on_death=heard.deaths.append,
+    )
+    await ledger.ensure_account("ann", AccountTerms(10_000, 0, initial_uatp=10_000))
+    return ledger
+
+
+@pytest.fixture
+async def patient(path: Path, heard: Heard) -> AsyncIterator[Ledger]:
+    """A ledger that waits for others longer than a test may take."""
+    ledger = await opened(path, heard, busy_s=WAIT_S)
+    yield ledger
+    await ledger.close()
+
+
+@pytest.fixture
+async def hasty(path: Path, heard: Heard) -> AsyncIterator[Ledger]:
+    """A ledger that waits for nobody."""
+    ledger = await opened(path, heard, busy_s=0.0)
+    yield ledger
+    await ledger.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[apsw.Connection]:
+    """What a shell of SQLite does to the file between BEGIN IMMEDIATE and its end."""
+    with contextlib.closing(apsw.Connection(str(path))) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield db
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+async def test_a_moments_lock_is_waited_for(patient: Ledger, path: Path, heard: Heard) -> None:
+    """One operation alone and many together; also where the other program has written."""
+    for number in (1, 50):
+        with locked(path) as other:
+            names = [f"{number}-{i}" for i in range(number)]
+            holds = [asyncio.create_task(patient.hold(request(name))) for name in names]
+            # The writer stands at the lock, or will find it: either way nothing was refused.
+            done, _ = await asyncio.wait(holds, timeout=0.2)
+            assert set() == done
+            other.execute("UPDATE job SET outcome = outcome")
+            other.execute("COMMIT")
+            async with asyncio.timeout(WAIT_S):
+                assert all(isinstance(r, HoldReceipt) for r in await asyncio.gather(*holds))
+    assert ([], []) == (heard.writable, heard.deaths)
+
+
+async def test_a_lock_that_stays_refuses_what_can_be_refused(
+    hasty: Ledger, path: Path, heard: Heard
+) -> None:
+    """Reading goes on, the end of a hold waits for the lock, and nobody restarts anything."""
+    await hasty.hold(request("before"))
+    with locked(path):
+        refused = await asyncio.gather(
+            *(hasty.hold(request(f"refused-{i}")) for i in range(20)), return_exceptions=True
+        )
+        settling = asyncio.create_task(hasty.settle("before", 60, "length"))
+        await asyncio.sleep(0)
+        assert 100 == (await hasty.budget("ann")).held_uatp
+        assert not settling.done()
+    async with asyncio.timeout(WAIT_S):
+        settlement = await settling
+        while heard.writable[-1:] != [True]:
+            heard.changed.clear()
+            await heard.changed.wait()
+
+    assert {LedgerBlocked} == {type(outcome) for outcome in refused}
+    assert all(o.retry_after_s and "/" not in o.message for o in refused)  # type: ignore[union-attr]
+    assert (60, False) == (settlement.charged_uatp, settlement.repeated)
+    assert isinstance(await hasty.hold(request("after")), HoldReceipt)
+    assert ([False, True], []) == (heard.writable, heard.deaths)
+    assert () == check(path).violations
+
+
+async def test_the_log_says_who_is_in_the_way(
+    hasty: Ledger, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator looks for a full disk otherwise."""
+    with locked(path), pytest.raises(LedgerBlocked):
+        await hasty.hold(request("refused"))
+
+    assert "another program has locked the ledger" in caplog.text
+
+
+async def test_an_opening_waits_for_a_lock(path: Path, heard: Heard) -> None:
+    """The holds that a crash left have to be voided, which is written."""
+    crashed = await opened(path, heard, busy_s=0.0)
+    await crashed.hold(request("orphan"))
+    crashed._inbox._writer.close()
+    await crashed._inbox._over.wait()
+    with locked(path) as other:
+        opening = asyncio.create_task(Ledger.open(path))
+        done, _ = await asyncio.wait([opening], timeout=0.2)
+        assert set() == done
+        other.execute("ROLLBACK")
+        async with asyncio.timeout(WAIT_S):
+            ledger = await opening
+    assert 1 == ledger.recovery.voided_jobs
+    await ledger.close()
+
+
+async def test_an_opening_under_a_lock_that_stays_fails_in_words(
+    path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is nobody's setting that is wrong: a service manager tries again."""
+    crashed = await opened(path, heard, busy_s=0.0)
+    await crashed.hold(request("orphan"))
+    crashed._inbox._writer.close()
+    await crashed._inbox._over.wait()
+    monkeypatch.setattr(store, "BUSY_MS", 0)
+    with locked(path), pytest.raises(LedgerUnusable, match="another program has locked"):
+        await Ledger.open(path)
