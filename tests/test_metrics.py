@@ -72,8 +72,8 @@ oldest_running_age_seconds oldest_waiting_age_seconds batch_size atp_held atp_ba
 atp_charged_total atp_refunded_total atp_denied_total cost_ratio decode_bytes_per_second
 kv_cache_tokens model_memory_bytes memory_available_bytes model_load_seconds tier_state
 device_fallback oom_total engine_restarts_total build_info model_info
-atp_reserved_total ledger_commit_seconds ledger_group_size ledger_holds_open rate_card_info
-rate_card_stale device_seconds_total
+atp_reserved_total ledger_commit_seconds ledger_group_size ledger_read_seconds ledger_holds_open
+rate_card_info rate_card_stale device_seconds_total
 """
 
 
@@ -123,6 +123,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.jobs.failed(None, InvalidField("job", "bad"), 0.001)
     metrics.money.balance_changed("alice", 5 * ATP)
     metrics.money.ledger_committed(3, 0.002)
+    metrics.money.ledger_read(0.001)
     metrics.money.rate_card("card-1")
     metrics.engines.device_fallback(fallen_back=False)
     card = RateCard.load()
@@ -375,6 +376,14 @@ def test_ledger_groups_are_measured(metrics: Metrics) -> None:
 
     assert 0.004 == value(metrics, "ledger_commit_seconds_sum")
     assert 16 == value(metrics, "ledger_group_size_sum")
+
+
+def test_reads_of_the_books_are_timed(metrics: Metrics) -> None:
+    """Apart from the groups: they do not wait for the writer."""
+    metrics.money.ledger_read(0.003)
+
+    assert 0.003 == value(metrics, "ledger_read_seconds_sum")
+    assert 0 == value(metrics, "ledger_commit_seconds_count")
 
 
 # Engines

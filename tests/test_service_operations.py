@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,13 @@ from sage_fed.errors import (
     InvalidField,
     NoSuchAccount,
     NotFound,
+    QueueFull,
     SageFedError,
     TierUnavailable,
 )
-from sage_fed.ledger import EntryKind, HoldRequest
-from sage_fed.service.budget import page_token, read_page_token
+from sage_fed.ledger import AccountTerms, BudgetChange, EntryKind, HoldRequest
+from sage_fed.ledger.words import MAX_TEXT
+from sage_fed.service.budget import MAX_PAGE_SIZE, page_token, read_page_token
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 
 ADMIN = "admin-token"
@@ -81,6 +84,59 @@ async def test_the_budget_names_the_rate_card_in_force(tmp_path: Path) -> None:
         call = harness.channel.unary_unary("/sage_fed.v1.BudgetService/GetBudget")
         reply = budget_pb2.GetBudgetResponse.FromString(await call(b""))
     assert "default-1" == reply.rate_card
+
+
+async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Path) -> None:
+    """As many reads wait as one account may have; the rest ask again later, and others are served.
+
+    Meanwhile jobs are held and settled: the flood is in nobody's way.
+    """
+    async with serving(tmp_path) as harness:
+        await harness.ledger.ensure_account("robot", AccountTerms(1000, initial_uatp=1000))
+        let_go = threading.Event()
+        reading = asyncio.create_task(
+            harness.ledger.page("local", None, 1, lambda _: let_go.wait(WAIT_S))
+        )
+        await asyncio.sleep(0)
+        call = harness.channel.unary_unary("/sage_fed.v1.BudgetService/ListEntries")
+        request = budget_pb2.ListEntriesRequest(page_size=1000).SerializeToString()
+        flood = [asyncio.ensure_future(call(request)) for _ in range(900)]
+        refused: list[AioRpcError] = []
+        for ended in asyncio.as_completed(flood, timeout=WAIT_S):
+            with pytest.raises(AioRpcError) as refusal:
+                await ended
+            refused.append(refusal.value)
+            if len(refused) == 900 - 16:
+                break
+        await hold(harness, 0)
+        assert 7 == (await harness.ledger.settle("job-0", 7, "length")).charged_uatp
+        others = asyncio.create_task(harness.ledger.budget("robot"))
+        await asyncio.sleep(0)
+        let_go.set()
+        assert 1000 == (await others).balance_uatp
+        answers = await asyncio.gather(*flood, return_exceptions=True)
+        await reading
+
+    assert 16 == sum(isinstance(answer, bytes) for answer in answers)
+    for refusal_error in refused:
+        error = error_of(refusal_error, harness.address)
+        assert isinstance(error, QueueFull)
+        assert 1.0 == error.retry_after_s
+
+
+async def test_the_largest_page_fits_a_default_client(tmp_path: Path) -> None:
+    """A thousand entries with the longest names that the books take, in four bytes a character."""
+    longest = "\N{PILE OF POO}" * MAX_TEXT
+    async with serving(tmp_path) as harness:
+        await harness.ledger.set_budget("local", BudgetChange(balance_uatp=2**53))
+        for number in range(MAX_PAGE_SIZE):
+            name = f"{longest[:-4]}{number:04}"
+            await harness.ledger.hold(HoldRequest(name, "local", 2**42, longest, "tactical"))
+        call = harness.channel.unary_unary("/sage_fed.v1.BudgetService/ListEntries")
+        page = await call(budget_pb2.ListEntriesRequest(page_size=1000).SerializeToString())
+
+    assert MAX_PAGE_SIZE == len(budget_pb2.ListEntriesResponse.FromString(page).entries)
+    assert 1000 * 2 * 4 * (MAX_TEXT - 4) < len(page) < 4 * 2**20
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 7, 8, 1000])

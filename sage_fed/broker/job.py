@@ -141,7 +141,7 @@ class Job:
     async def _replay(self, earlier: Replay) -> None:
         """Answer with what an earlier request of the same id got; nothing is charged."""
         result = Result.from_bytes(earlier.result)
-        budget = await self._ledger.budget(self.spec.account)
+        budget = await self._ledger.budget(self.spec.account, refusable=False)
         self.stream.start(result.started)
         if result.output.token_ids or result.output.text:
             self.stream.push(result.output)

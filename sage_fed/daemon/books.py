@@ -23,9 +23,13 @@ async def open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle
     """Open the books in the state directory; should they fail later, the daemon stops."""
     ledger = await Ledger.open(
         settings.state_dir / "ledger.db",
-        options=LedgerOptions(retention=Retention(keep_s=settings.ledger.result_retention_s)),
+        options=LedgerOptions(
+            retention=Retention(keep_s=settings.ledger.result_retention_s),
+            account_reads=settings.ledger.account_reads,
+        ),
         terms=lambda account: _terms(settings, account),
         on_commit=metrics.money.ledger_committed,
+        on_read=metrics.money.ledger_read,
         on_disk=lambda writable: metrics.money.ledger_writable(writable=writable),
         on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
     )

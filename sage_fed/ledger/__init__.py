@@ -1,6 +1,7 @@
 """The crash-safe ATP ledger: double entry in SQLite, one writer thread, group commit.
 
-`ledger.py` is the facade for the event loop over its `inbox.py`, `writer.py` the thread,
+`ledger.py` is the facade for the event loop over its `inbox.py`, `writer.py` the thread that
+writes, `reader.py` the one that reads for clients,
 `books.py` the bookkeeping with `accounts.py`, `requests.py` and `refill.py`, `schema.py`,
 `store.py`, `files.py` and `lock.py` the file, `check.py` the audit, `backup.py` the copy,
 `clock.py` and `words.py` what they all speak of.

@@ -40,12 +40,14 @@ log = logging.getLogger(__name__)
 class LedgerOptions:
     """Limits. `inbox_limit` bounds what may be refused; the ends of open holds always fit.
 
-    `busy_s` is how long another program that has the file locked is waited for.
+    `account_reads` is how many reads an account may have waiting, `busy_s` how long another program
+    that has the file locked is waited for.
     """
 
     retention: Retention = field(default_factory=Retention)
     group_limit: int = 256
     inbox_limit: int = 1024
+    account_reads: int = 16
     busy_s: float = 2.0
     answer_timeout_s: float = 30.0
     upkeep_s: float = 30.0
@@ -56,10 +58,12 @@ class Listeners:
     """Who is told, on the loop.
 
     `on_commit(operations, latency_s)` after each group, `on_disk(writable)` when the disk begins
-    or ceases to refuse writes, `on_death(error)` once, if the thread dies.
+    or ceases to refuse writes, `on_death(error)` once, if the thread dies, `on_read(latency_s)`
+    after each read.
     """
 
     on_commit: Callable[[int, float], None] | None = None
+    on_read: Callable[[float], None] | None = None
     on_disk: Callable[[bool], None] | None = None
     on_death: Callable[[BaseException], None] | None = None
 

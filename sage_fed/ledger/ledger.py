@@ -4,6 +4,8 @@ Owns what each operation is to a waiter: what may be refused, what is owed, what
 Knows no SQL and no futures (`inbox.py`). All methods belong to the loop that opened it.
 An answer means that the operation is on disk. Cancelling the wait for `settle` or `void` does not
 take it back; a cancelled `hold` is voided, so that nobody's disappearance reserves ATP.
+What only reads is done beside the writer (`reader.py`), in turn with the other accounts' reads,
+and sees everything that was answered before it was asked.
 While its disk is full or read-only, or another program has it locked, what needs to be written is
 refused with `LedgerBlocked`, but for the ends of holds, which wait; `on_disk` is told when that
 begins and ends.
@@ -14,16 +16,19 @@ After another failed commit or a lost file the ledger is dead: every wait ends w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from sage_fed.core import Budget
 from sage_fed.errors import InvalidField, LedgerBlocked, LedgerDown
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Clock, Now, system_clock
 from sage_fed.ledger.inbox import Inbox, LedgerOptions, Listeners
+from sage_fed.ledger.reader import Reader, Unreadable
 from sage_fed.ledger.words import (
     AccountTerms,
     BudgetChange,
@@ -36,7 +41,12 @@ from sage_fed.ledger.words import (
     Settlement,
 )
 
+T = TypeVar("T")
+
 MAX_PAGE = 1000
+
+_OPERATORS = ""
+"""Whose turn it is for what no account asks; no account has an empty name."""
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +55,14 @@ class Ledger:
     """An open ledger; made by `Ledger.open`, ended by `close`."""
 
     def __init__(
-        self, inbox: Inbox, upkeep_s: float, terms: Callable[[str], AccountTerms] | None
+        self,
+        inbox: Inbox,
+        reader: Reader,
+        upkeep_s: float,
+        terms: Callable[[str], AccountTerms] | None,
     ) -> None:
         self._inbox = inbox
+        self._reader = reader
         self._upkeep_s = upkeep_s
         self._terms = terms
 
@@ -62,25 +77,30 @@ class Ledger:
         on_commit: Callable[[int, float], None] | None = None,
         on_disk: Callable[[bool], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
+        on_read: Callable[[float], None] | None = None,
     ) -> Ledger:
         """Open or create the books at `path`, check their balance and void orphaned holds.
 
         `terms` says what the settings give an account; `set_budget` remembers it.
         `on_commit(operations, latency_s)` is called on the loop after each group,
         `on_disk(writable)` when writes begin or cease to be refused, `on_death(error)`
-        once, if the thread dies.
+        once, if the thread dies, `on_read(latency_s)` after each read.
         Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
         lost) and `LedgerUnusable` (no space, no permission).
         """
-        options = options or LedgerOptions()
-        inbox = Inbox(
-            path,
-            clock=clock or system_clock(),
-            options=options,
-            listeners=Listeners(on_commit, on_disk, on_death),
-        )
+        options, clock = options or LedgerOptions(), clock or system_clock()
+        listeners = Listeners(on_commit, on_read, on_disk, on_death)
+        inbox = Inbox(path, clock=clock, options=options, listeners=listeners)
         await inbox.open()
-        return cls(inbox, options.upkeep_s, terms)
+        reader = Reader(
+            path,
+            clock=clock,
+            account_reads=options.account_reads,
+            answer_timeout_s=options.answer_timeout_s,
+            on_read=on_read,
+        )
+        reader.open()
+        return cls(inbox, reader, options.upkeep_s, terms)
 
     @property
     def recovery(self) -> Recovery:
@@ -160,17 +180,20 @@ class Ledger:
         self, account: str, client_request_id: str, payload_hash: bytes
     ) -> Replay | None:
         """The kept result of the same request; see `Requests.find`. `hold` looks again."""
-        return await self._inbox.ask(
-            lambda books, _: books.requests.find(account, client_request_id, payload_hash)
+        return await self._read(
+            account,
+            lambda books, _: books.requests.find(account, client_request_id, payload_hash),
         )
 
     async def prune(self) -> int:
         """Forget request ids past their retention; returns how many."""
         return await self._inbox.ask(lambda books, now: books.requests.prune(now), refusable=False)
 
-    async def budget(self, account: str) -> Budget:
-        """The account's books now, refill included; `NoSuchAccount`."""
-        return await self._inbox.ask(lambda books, now: books.accounts.budget(account, now))
+    async def budget(self, account: str, *, refusable: bool = True) -> Budget:
+        """The account's books now, refill included; `NoSuchAccount`, and `QueueFull`."""
+        return await self._read(
+            account, lambda books, now: books.accounts.budget(account, now), refusable=refusable
+        )
 
     async def ensure_account(self, account: str, terms: AccountTerms) -> Budget:
         """Create an account of the settings, or apply what they changed; see `Accounts.ensure`."""
@@ -187,15 +210,36 @@ class Ledger:
         self, account: str, before_id: int | None = None, limit: int = 50
     ) -> list[Entry]:
         """Up to `limit` (1 to 1000) entries older than `before_id`, newest first."""
+        return await self.page(account, before_id, limit, list)
+
+    async def page(
+        self,
+        account: str,
+        before_id: int | None,
+        limit: int,
+        render: Callable[[Sequence[Entry]], T],
+    ) -> T:
+        """What `render` makes of `entries`, on the reader's thread: a long page takes a while."""
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE}")
         if before_id is not None and not 0 <= before_id < 2**63:
             raise InvalidField("page_token", "is not one that this daemon gave out")
-        return await self._inbox.ask(lambda books, _: books.entries(account, before_id, limit))
+        return await self._read(
+            account, lambda books, _: render(books.entries(account, before_id, limit))
+        )
 
     async def held_total_uatp(self) -> int:
-        """What is held now, over all accounts."""
-        return await self._inbox.ask(lambda books, _: books.held_total_uatp())
+        """What is held now, over all accounts; an operator's question."""
+        return await self._read(_OPERATORS, lambda books, _: books.held_total_uatp())
+
+    async def _read(
+        self, account: str, read: Callable[[Books, Now], T], *, refusable: bool = True
+    ) -> T:
+        if self._inbox.alive:
+            with contextlib.suppress(Unreadable):
+                return await self._reader.ask(account, read, refusable=refusable)
+        # Whatever is wrong with the file, its writer notices at this, and says so.
+        return await self._inbox.ask(read, refusable=refusable)
 
     async def run_upkeep(self, alive: Callable[[], frozenset[str]]) -> None:
         """Expire, prune and persist refill marks, forever; a task of the daemon's group.
@@ -214,6 +258,7 @@ class Ledger:
 
     async def close(self) -> None:
         """Answer what is queued, persist refill marks and close the file; may be repeated."""
+        await self._reader.close()
         await self._inbox.close(lambda books, now: books.accounts.keep_marks(now, age_ns=0))
 
 

@@ -94,9 +94,18 @@ def writable(path: Path) -> Iterator[OpenBook]:
                     raise LedgerCorrupt(missing)
                 schema.migrate(db)
                 held.begin(last_entry_id(db))
-                wal, shm = Path(db.filename_wal), Path(f"{db.filename}-shm")
-                files = OpenFiles(Path(db.filename), wal, shm, lock.lock_path(path))
-                yield OpenBook(db, files, held)
+                yield OpenBook(db, files_of(db), held)
+
+
+def files_of(db: apsw.Connection) -> OpenFiles:
+    """The files that a connection to a ledger has open, as they are now, and the lock."""
+    book = Path(db.filename)
+    return OpenFiles(book, Path(db.filename_wal), Path(f"{book}-shm"), lock.lock_path(book))
+
+
+def connect_reader(path: Path) -> apsw.Connection:
+    """Connect beside the writer of this process, to read only; each transaction sees the last."""
+    return _connect_readonly(path)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,10 @@ class MoneyMetrics:
         self._series.commit_seconds.observe(latency_s)
         self._series.group_size.observe(num_operations)
 
+    def ledger_read(self, latency_s: float) -> None:
+        """Counts one read of the books for a caller; what `Ledger.open(on_read=)` calls."""
+        self._series.read_seconds.observe(latency_s)
+
     def ledger_writable(self, *, writable: bool) -> None:
         """Says whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
         self._series.writable.set(writable)

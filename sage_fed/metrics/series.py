@@ -213,6 +213,9 @@ class MoneySeries:
         self.group_size = make.histogram(
             "ledger_group_size", "Ledger operations made durable by one commit.", GROUP
         )
+        self.read_seconds = make.histogram(
+            "ledger_read_seconds", "Time until a caller's read of the books is answered.", COMMIT
+        )
         self.writable = make.gauge(
             "ledger_writable", "1 where the ledger's disk takes entries; else jobs are refused."
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sage_fed.errors import InvalidField
+from sage_fed.ledger.words import Entry
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Books, Operations
@@ -55,12 +56,15 @@ class BudgetService:
         if size > MAX_PAGE_SIZE:
             raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE_SIZE}, not {size}")
         before_id = read_page_token(request.page_token)
-        entries = await self._books.entries(call.caller.account, before_id, size)
-        return budget_pb2.ListEntriesResponse(
-            entries=[replies.entry_of(entry) for entry in entries],
-            # After a full page there may be nothing more: the next one is then empty, and last.
-            next_page_token=page_token(entries[-1].entry_id) if len(entries) == size else "",
-        )
+
+        def page(entries: Sequence[Entry]) -> budget_pb2.ListEntriesResponse:
+            return budget_pb2.ListEntriesResponse(
+                entries=[replies.entry_of(entry) for entry in entries],
+                # After a full page there may be nothing more: the next one is empty, and last.
+                next_page_token=page_token(entries[-1].entry_id) if len(entries) == size else "",
+            )
+
+        return await self._books.page(call.caller.account, before_id, size, page)
 
 
 def page_token(entry_id: int) -> str:

@@ -5,8 +5,8 @@ Owns no behaviour: protocols that the broker, the ledger and the daemon fulfil.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Protocol, TypeVar
 
 from sage_fed.core import (
     Budget,
@@ -25,6 +25,8 @@ from sage_fed.core import (
     Tier,
 )
 from sage_fed.ledger.words import BudgetChange, Entry
+
+T = TypeVar("T")
 
 
 class EventStream(Protocol):
@@ -69,8 +71,18 @@ class Books(Protocol):
     async def budget(self, account: str) -> Budget:
         """Return the account's books now, refill included. Raises `NoSuchAccount`."""
 
-    async def entries(self, account: str, before_id: int | None, limit: int) -> Sequence[Entry]:
-        """Return up to `limit` entries with ids below `before_id`, newest first."""
+    async def page(
+        self,
+        account: str,
+        before_id: int | None,
+        limit: int,
+        render: Callable[[Sequence[Entry]], T],
+    ) -> T:
+        """Return what `render` makes of up to `limit` entries below `before_id`, newest first.
+
+        It is called on another thread. Raises `NoSuchAccount`, and `QueueFull` where the account
+        has too many reads waiting.
+        """
 
     async def set_budget(self, account: str, change: BudgetChange) -> Budget:
         """Create or change an account. Raises `InvalidField` named as in `BudgetChange`."""

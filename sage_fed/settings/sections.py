@@ -220,6 +220,12 @@ class LedgerSettings(Section):
         le=3660 * 86_400.0,
         description="How long a finished request id can be replayed.",
     )
+    account_reads: Whole = Field(
+        default=16,
+        gt=0,
+        le=1024,
+        description="Reads of the books that an account may have waiting; one more is refused.",
+    )
 
 
 class TracingSettings(Section):

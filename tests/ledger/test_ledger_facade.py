@@ -210,6 +210,7 @@ async def test_a_cancelled_hold_is_voided(ledger: Ledger):
     with pytest.raises(asyncio.CancelledError):
         await task
     await gate.open()
+    await ledger.expire_due()  # behind it in the inbox
 
     assert 0 == await ledger.held_total_uatp()
     assert ["void", "hold"] == [entry.kind.value for entry in await ledger.entries("ann", None, 2)]
@@ -239,6 +240,7 @@ async def test_a_cancelled_settlement_still_happens(ledger: Ledger):
     with pytest.raises(asyncio.CancelledError):
         await task
     await gate.open()
+    await ledger.expire_due()  # behind it in the inbox
 
     assert 7 == (await ledger.budget("ann")).discharged_uatp
 
@@ -274,6 +276,7 @@ async def test_a_writer_that_does_not_answer_is_down_and_the_late_hold_voided(pa
         await ledger.hold(request("late"))
     ledger._inbox._options = patient
     await gate.open()
+    await ledger.expire_due()  # behind it in the inbox
 
     assert 0 == await ledger.held_total_uatp()
     assert ["void", "hold"] == [entry.kind.value for entry in await ledger.entries("ann", None, 2)]
