@@ -17,6 +17,7 @@ import torch
 from gpu_shapes import RandomWeights, Shape
 
 from sage_fed.engine.architecture import read_spec
+from sage_fed.engine.checkpoint import EMBEDDING
 from sage_fed.engine.formats import choose_formats
 from sage_fed.engine.precision import PRECISIONS
 from sage_fed.engine.weights import WeightsBuilder
@@ -90,9 +91,11 @@ def _write_weights(shape: Shape, directory: Path, device: torch.device) -> int:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(shape.config()))
     meta = torch.device("meta")  # shapes only
+    spec = read_spec(directory)
     builder = WeightsBuilder(
-        read_spec(directory),
+        spec,
         choose_formats(PRECISIONS["bf16"], meta),
+        shared_table=EMBEDDING if spec.tied_embeddings else None,
         num_valid_ids=shape.vocab,
         compute=torch.bfloat16,
         device=meta,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 from sage_fed import engine
 from sage_fed.cli.app import build_app
 from sage_fed.cli.bench import REFERENCES
-from sage_fed.core import Tier
+from sage_fed.core import Tier, resolve_model
 from sage_fed.engine import reference
 from sage_fed.errors import ModelLoadError
 from sage_fed.inertia import (
@@ -39,7 +40,7 @@ from sage_fed.inertia.conclusions import (
     precision_answer,
 )
 from sage_fed.inertia.figures import Method
-from sage_fed.settings import PRECISIONS, resolve_model
+from sage_fed.settings import PRECISIONS
 
 PLAN = Plan(
     tactical=ModelRef("/models/small", "small"),
@@ -314,6 +315,8 @@ def test_a_model_that_is_none_is_an_error_before_anything_is_loaded(tmp_path: Pa
     ("option", "value"),
     [
         ("--strategic", "neither"),
+        ("--strategic", "./nowhere"),
+        ("--tactical", "Qwen/Qwen2.5-0.5B-Instruct"),
         ("--precisions", "bf16,int3"),
         ("--reference", "bf16,fp16"),
         ("--reference", "int8"),
@@ -330,6 +333,25 @@ def test_a_bad_argument_fails_before_anything_slow_is_imported(
     result = bench(option, value)
     assert 2 == result.exit_code, result.output
     assert option in result.stderr
+
+
+@pytest.mark.parametrize("name", ["Owner/Model", "bare"])
+def test_a_folder_is_a_model_only_where_it_is_written_as_a_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder named like a hub id is not measured in its place, and the text says how it is."""
+    shutil.copytree(resolve_model("bundled:demo-tactical"), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    few = ("--reference", "none", "--precisions", "fp32", "--new-tokens", "2", "--repeats", "1",
+           "--batches", "1")  # fmt: skip
+
+    refused = bench("--tactical", name, *few)
+    measured = bench("--tactical", f"./{name}", *few, "--json")
+
+    assert 2 == refused.exit_code
+    assert f"./{name}" in "".join(refused.stderr.split("│")).replace("\n", "").replace(" ", "")
+    assert 0 == measured.exit_code, measured.output
+    assert {""} == {run["failure"] for run in json.loads(measured.stdout)["runs"]}
 
 
 def test_the_names_known_without_torch_are_the_engines() -> None:

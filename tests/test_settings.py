@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
 
 import sage_fed
-from sage_fed.core import Role, Tier
+from sage_fed.core import Role, Tier, resolve_model
 from sage_fed.errors import ConfigError
 from sage_fed.ledger.books import MAX_TTL_S
 from sage_fed.ledger.words import MAX_TEXT
@@ -28,7 +28,6 @@ from sage_fed.settings import (
     parse_listen,
     parse_size,
     profile_names,
-    resolve_model,
     uatp_from_atp,
 )
 from sage_fed.settings.problems import validation_problems
@@ -694,10 +693,20 @@ def test_a_model_name_is_a_bundled_model_a_directory_or_a_hub_id() -> None:
     assert ("sage_fed", "models", "demo-tactical") == bundled.parts[-3:]
     assert Path("/models/x") == resolve_model("/models/x")
     assert Path("models/x") == resolve_model("./models/x")
+    assert Path("..") == resolve_model("..")
+    assert Path("some/where") == resolve_model(Path("some/where"))
     assert "Qwen/Qwen2.5-7B-Instruct" == resolve_model("Qwen/Qwen2.5-7B-Instruct")
 
 
-@pytest.mark.parametrize("name", ["", "qwen", "a/b/c", "bundled:", "bundled:../x", "bundled:/etc"])
+def test_a_hub_id_without_a_commit_says_how_a_directory_is_written() -> None:
+    """Whoever meant a folder of that name is told how to say so."""
+    with pytest.raises(ConfigError, match=r"if it is a directory, write \./models/mine"):
+        load({"tactical.model": "models/mine"})
+
+
+@pytest.mark.parametrize(
+    "name", ["", "qwen", "a/b/c", "a/..", "bundled:", "bundled:../x", "bundled:/etc"]
+)
 def test_another_model_name_is_refused(name: str) -> None:
     """A bundled name cannot leave the package's folder."""
     with pytest.raises(ValueError, match="expected a hub id"):

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from sage_fed.core import Message
+from sage_fed.errors import ModelLoadError
 from sage_fed.text import Tokenizer, fingerprint
 from sage_fed.text.source import read_source
 from sage_fed.text.template import ChatTemplate
@@ -156,6 +157,28 @@ def agree(directory: Path) -> None:
         chat = [{"role": "user", "content": TEXTS[1]}]
         expected = hf.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         assert tuple(expected) == tokenizer.encode_messages((Message("user", TEXTS[1]),))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", "git lfs pull"),
+        (b"<html><body>404</body></html>", "web page"),
+        (b"", "is empty"),
+    ],
+    ids=["pointer", "page", "empty"],
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_something_else_is_named_as_that(
+    tmp_path: Path, name: str, content: bytes, what: str
+) -> None:
+    """A pointer, a page or nothing is said to be one, instead of a parser's complaint."""
+    saved(tmp_path, "fast")
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(ModelLoadError, match=what) as caught:
+        read_source(tmp_path)
+    assert name in caught.value.message
 
 
 @pytest.mark.parametrize("model_type", [None, "qwen2", "qwen3", "llama", "mistral"])

@@ -18,6 +18,7 @@ from sage_fed.cli import options
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.render import print_json
 from sage_fed.cli.streams import leave_on_interrupt
+from sage_fed.core import resolve_model
 from sage_fed.errors import CannotWrite
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sage_fed.inertia import Findings, Plan
 
 _NO_REFERENCE = "none"
+_PATHS = ("/", ".", "~")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 REFERENCES = ("fp32", "bf16", "fp16")
 """Of the published method; here, because to ask it takes seconds of imports."""
@@ -185,15 +187,23 @@ class _Shown:
 
 def _found(given: str, option: str) -> tuple[str, str, str]:
     """Where the checkpoint is, its name and its commit."""
-    from sage_fed.settings import resolve_model  # noqa: PLC0415 - pydantic takes half a second
-
-    name, _, revision = given.partition("@")
-    if Path(given).expanduser().is_dir():
-        return str(Path(given).expanduser()), Path(given).expanduser().resolve().name, ""
+    # A directory's name may hold an @; a hub id's cannot.
+    name, _, revision = given.partition("@") if not given.startswith(_PATHS) else (given, "", "")
     try:
-        return str(resolve_model(name)), name.rpartition(":")[2], revision
+        source = resolve_model(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+    if isinstance(source, str):
+        if not revision:
+            raise typer.BadParameter(
+                f"{source} is a hub id and needs a commit: {source}@COMMIT; if it is a directory, "
+                f"write ./{source}",
+                param_hint=option,
+            )
+        return source, source, revision
+    if not source.is_dir():
+        raise typer.BadParameter(f"there is no directory {source}", param_hint=option)
+    return str(source.absolute()), source.resolve().name, ""
 
 
 def _names(given: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num
 or plain plurals, as in `docs/architecture.md`.
 
 `tiers`, `money`, `callers`, `jobs`, `routes`, `events`, `calibration`, `plurals` and `tracing`
-hold them;
-import them from here.
+hold them; `model_names` and `file_kinds` are rules of text and bytes that several parts share.
+Import them from here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sage_fed.core.calibration import (
 )
 from sage_fed.core.callers import Caller, Role
 from sage_fed.core.events import Delta, Event, Finished, Logprob, Started, StopReason, Timing, Usage
+from sage_fed.core.file_kinds import HEAD_BYTES, misnomer
 from sage_fed.core.jobs import (
     JobSpec,
     Message,
@@ -29,6 +30,7 @@ from sage_fed.core.jobs import (
     Sampling,
     SamplingRequest,
 )
+from sage_fed.core.model_names import resolve_model
 from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Phase, Price
 from sage_fed.core.plurals import counted
 from sage_fed.core.routes import Quote, Refusal, Route, RouteQuote
@@ -47,6 +49,7 @@ from sage_fed.core.tiers import (
 from sage_fed.core.tracing import TraceContext, parse_traceparent
 
 __all__ = [
+    "HEAD_BYTES",
     "UATP_PER_ATP",
     "Budget",
     "CalibrationEvent",
@@ -89,5 +92,7 @@ __all__ = [
     "TraceContext",
     "Usage",
     "counted",
+    "misnomer",
     "parse_traceparent",
+    "resolve_model",
 ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sage_fed.core import HEAD_BYTES, misnomer
 from sage_fed.errors import ModelLoadError
 
 T = TypeVar("T", int, float, bool, str)
@@ -130,6 +131,29 @@ class Configuration:
         return value
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file of a checkpoint holds.
+
+    Raises:
+        ModelLoadError: it cannot be read, is something else than its name says, or no object.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelLoadError(f"{path.name} cannot be read: {error.strerror}") from error
+    if (odd := misnomer(content[:HEAD_BYTES], is_text=True)) is not None:
+        raise ModelLoadError(f"{path.name} {odd}")
+    try:
+        raw = json.loads(content.decode())
+    except ValueError as error:
+        raise ModelLoadError(f"{path.name} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ModelLoadError(f"{path.name} is not JSON of any sensible depth") from error
+    if not isinstance(raw, dict):
+        raise ModelLoadError(f"{path.name} is not a JSON object")
+    return raw
+
+
 def read_configuration(directory: Path) -> tuple[str, Configuration]:
     """Return the architecture that `directory/config.json` names, and its values.
 
@@ -137,14 +161,7 @@ def read_configuration(directory: Path) -> tuple[str, Configuration]:
         ModelLoadError: no or a broken file, an architecture that the engine cannot run, or
             weights that are quantised already.
     """
-    try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLoadError("config.json cannot be read") from error
-    except ValueError as error:
-        raise ModelLoadError(f"config.json is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelLoadError("config.json is not a JSON object")
+    raw = read_object(directory / "config.json")
     named = raw.get("architectures") or [raw.get("model_type") or "none"]
     architecture = str(named[0]) if isinstance(named, list) else str(named)
     if architecture not in SUPPORTED:

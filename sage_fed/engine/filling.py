@@ -40,13 +40,13 @@ def load_weights(
     device: torch.device,
     cache: WeightsCache | None,
     *,
-    layout: str,
-    num_valid_ids: int,
+    made: tuple[object, ...],
     progress: Callable[[float], None],
 ) -> ModelWeights:
     """Fill and build what `make` allocates; `progress` rises to 1.
 
-    With a `cache` the weights come from there, or go there once they have been read.
+    With a `cache` the weights come from there, or go there once they have been read. `made` is
+    what `make` depends on beside the files, for the entry's key.
 
     Raises:
         ModelLoadError: the checkpoint cannot be read.
@@ -56,7 +56,7 @@ def load_weights(
     if cache is None:
         stream_weights(directory, builder.places, device, lambda d, t: rising(d / t))
         return builder.build()
-    key = cache_key(weight_files(directory), layout=layout, num_valid_ids=num_valid_ids)
+    key = cache_key(weight_files(directory), made=made)
     if cache.has(key):
         if cache.read(key, builder.storage, lambda d, t: rising(d / t)):
             _LOG.info("read the weights that an earlier start has kept")

@@ -6,11 +6,11 @@ Reads `generation_config.json` where there is one; without it a model is greedy 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sage_fed.core import GenerationDefaults
+from sage_fed.engine.configuration import read_object
 from sage_fed.errors import ModelLoadError
 
 
@@ -21,10 +21,10 @@ def read_generation(directory: Path) -> tuple[GenerationDefaults, frozenset[int]
         ModelLoadError: a file that cannot be read or holds impossible values.
     """
     path = directory / "generation_config.json"
-    generation = _read(path) if path.is_file() else {}
+    generation = read_object(path) if path.is_file() else {}
     ends = generation.get("eos_token_id")
     if ends is None:
-        ends = _read(directory / "config.json").get("eos_token_id")
+        ends = read_object(directory / "config.json").get("eos_token_id")
     return _defaults(generation), _token_ids(ends)
 
 
@@ -64,13 +64,3 @@ def _token_ids(raw: object) -> frozenset[int]:
     if not all(isinstance(value, int) for value in values):
         raise ModelLoadError("eos_token_id is neither a token id nor a list of them")
     return frozenset(values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path.name} cannot be read as JSON") from error
-    if not isinstance(raw, dict):
-        raise ModelLoadError(f"{path.name} is not a JSON object")
-    return raw

@@ -6,18 +6,19 @@ Fails with a `ModelLoadError` that names the culprit.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from sage_fed.core import ModelInfo
+from sage_fed.core import ModelInfo, resolve_model
 from sage_fed.engine.architecture import ModelSpec, read_spec
 from sage_fed.engine.assemble import capture_for, prepare
-from sage_fed.engine.checkpoint import locate
+from sage_fed.engine.checkpoint import EMBEDDING, HEAD, left_out, locate, shared_table
 from sage_fed.engine.devices import resolve_device
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.filling import load_weights, weights_cache
@@ -30,6 +31,7 @@ from sage_fed.engine.rotary import rotary_table
 from sage_fed.engine.weights import WeightsBuilder
 from sage_fed.errors import ModelLoadError
 
+_LOG = logging.getLogger(__name__)
 _LOADED = 0.9
 """The share of the progress that is the weights'."""
 
@@ -38,7 +40,8 @@ _LOADED = 0.9
 class EngineOptions:
     """What to load and where.
 
-    `model` is a directory or a hub id, the latter with `revision`, a commit. `name` is what
+    `model` is as `resolve_model` reads it: a directory written as a path, a bundled model, or a
+    hub id, the latter with `revision`, a commit. `name` is what
     the world calls it; "" takes the directory's name or the hub id. `max_context_tokens` None
     takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
     are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
@@ -91,16 +94,18 @@ def load_engine(
         num_blocks = blocks_in_budget(spec, compute, options.kv_cache_bytes, context)
         defaults, eos_token_ids = read_generation(directory)
         valid = _valid_ids(spec, options.num_valid_ids)
+        shared = shared_table(directory, tied=spec.tied_embeddings)
+        for remark in _remarks(directory, spec, shared):
+            _LOG.warning("model %s: %s", name, remark)
         weights = load_weights(
-            partial(_weights_builder, spec, valid, formats, compute, device),
+            partial(_weights_builder, spec, valid, formats, compute, device, shared=shared),
             directory,
             device,
             # What a checkpoint has is kept already: in the checkpoint.
             weights_cache(options.weights_cache, options.weights_cache_bytes)
             if precision.quantised
             else None,
-            layout=formats.layout,
-            num_valid_ids=valid,
+            made=(formats.layout, valid, shared),
             # The pool and the graphs are still to come, so the weights alone never make it 1.
             progress=lambda share: progress(_LOADED * share),
         )
@@ -157,8 +162,8 @@ def load_engine(
 
 
 def _display_name(model: str) -> str:
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    source = resolve_model(model)
+    return source.resolve().name if isinstance(source, Path) else source
 
 
 def _context(spec: ModelSpec, asked: int | None) -> int:
@@ -186,16 +191,36 @@ def _valid_ids(spec: ModelSpec, num_valid_ids: int | None) -> int:
     return valid
 
 
+def _remarks(directory: Path, spec: ModelSpec, shared: str | None) -> Iterator[str]:
+    """Say where the checkpoint's files disagree, and what is made of it."""
+    if (remark := left_out(directory)) is not None:
+        yield remark
+    if spec.tied_embeddings and shared is None:
+        yield (
+            f"config.json ties {HEAD} to {EMBEDDING}, and the weights hold two that differ; "
+            "both are used, as transformers does: set tie_word_embeddings to false"
+        )
+    elif shared == HEAD:
+        yield f"the weights hold no {EMBEDDING}; {HEAD} is both, as config.json ties them"
+
+
 def _weights_builder(
     spec: ModelSpec,
     num_valid_ids: int,
     formats: Formats,
     compute: torch.dtype,
     device: torch.device,
+    *,
+    shared: str | None,
 ) -> WeightsBuilder:
     try:
         return WeightsBuilder(
-            spec, formats, num_valid_ids=num_valid_ids, compute=compute, device=device
+            spec,
+            formats,
+            shared_table=shared,
+            num_valid_ids=num_valid_ids,
+            compute=compute,
+            device=device,
         )
     except (RuntimeError, MemoryError) as error:  # torch's and the host's own
         raise ModelLoadError(f"{device} has no memory for the weights") from error

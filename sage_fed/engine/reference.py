@@ -154,7 +154,8 @@ class _Clock(StoppingCriteria):
 def _info(model: Any, spec: ModelSpec, dtype: torch.dtype, load_s: float) -> ReferenceInfo:  # noqa: ANN401 - transformers' own
     tensors = list(model.parameters())  # a tied head is listed once
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
-    embedding = 0 if spec.tied_embeddings else model.get_input_embeddings().weight.nbytes
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = 0 if table is head else table.nbytes
     return ReferenceInfo(
         parameters=sum(tensor.numel() for tensor in tensors),
         num_layers=spec.num_layers,

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 
+from sage_fed.core import HEAD_BYTES, misnomer
 from sage_fed.errors import ModelLoadError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -94,6 +95,8 @@ class TensorFile:
 
     def _header(self) -> tuple[dict[str, str], dict[str, Stored]]:
         size = self._identity[0]
+        if (odd := misnomer(self._read(min(size, HEAD_BYTES), 0), is_text=False)) is not None:
+            raise ModelLoadError(f"{self.name} {odd}")
         if size < 8:
             raise self._broken("it is too short for a header")
         length = int.from_bytes(self._read(8, 0), "little")
@@ -115,8 +118,13 @@ class TensorFile:
             if stored.offset != end:
                 raise self._broken(f"{name} does not follow on what lies before it")
             end += stored.nbytes
+        if end > size:
+            raise self._broken(
+                f"{end - size:,} of its {end:,} bytes are missing; its download or copy was "
+                "interrupted, fetch it again"
+            )
         if end != size:
-            raise self._broken(f"it has {size} bytes, and its header tells of {end}")
+            raise self._broken(f"it has {size:,} bytes, and its header tells of {end:,}")
         return {str(key): str(value) for key, value in metadata.items()}, ordered
 
     def _read(self, count: int, offset: int) -> bytes:

@@ -91,7 +91,8 @@ class WeightsBuilder:
 
     `storage` names every tensor that the places fill: a copy of all of them, made by a builder
     of the same `Formats.layout`, may be read into them instead. `compute` is the type of norms
-    and of an embedding of its own.
+    and of an embedding of its own. `shared_table` names the one tensor that is both embedding
+    and head, where they are not two.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class WeightsBuilder:
         spec: ModelSpec,
         formats: Formats,
         *,
+        shared_table: str | None,
         num_valid_ids: int,
         compute: torch.dtype,
         device: torch.device,
@@ -113,17 +115,13 @@ class WeightsBuilder:
         self._norm = self._tensor("model.norm.weight", spec.hidden_size)
         table = (spec.vocab_size, spec.hidden_size)
         self._table: torch.Tensor | None = None
-        head = "lm_head"
-        if spec.tied_embeddings:
-            head = "model.embed_tokens"
-        else:
+        if shared_table is None:
             self._table = self._tensor("model.embed_tokens.weight", *table)
         self._num_valid_ids = num_valid_ids
         self._head = formats.head.builder(num_valid_ids, spec.hidden_size, bias=False)
-        self._keep(head, self._head)
-        self.places[f"{head}.weight"] = Place(
-            table, num_valid_ids, self._head.place_weight, self._head.memory
-        )
+        head = shared_table or "lm_head.weight"
+        self._keep(head.removesuffix(".weight"), self._head)
+        self.places[head] = Place(table, num_valid_ids, self._head.place_weight, self._head.memory)
 
     def build(self) -> ModelWeights:
         """The decoder, once every place has been filled."""

@@ -28,7 +28,7 @@ from sage_fed.engine.tensor_file import Stored, TensorFile, header_bytes
 from sage_fed.engine.weights import Place
 from sage_fed.errors import ModelLoadError
 
-_FORMAT = 1
+_FORMAT = 2
 _PIECE_BYTES = 32 * 2**20
 _SPARE_BYTES = 2 * 2**30  # left free on the file system
 _LOG = logging.getLogger(__name__)
@@ -53,9 +53,10 @@ class CacheKey:
         return f"{hashlib.sha256(self.text.encode()).hexdigest()[:32]}.safetensors"
 
 
-def cache_key(files: tuple[Path, ...], *, layout: str, num_valid_ids: int) -> CacheKey:
+def cache_key(files: tuple[Path, ...], *, made: tuple[object, ...]) -> CacheKey:
     """The key of weights made from `files`, which are only looked at, not read.
 
+    `made` says how: the layout, the number of ids, which tensor is embedding and head in one.
     Size, time of change, inode and header say whether a file is still the same.
 
     Raises:
@@ -67,7 +68,7 @@ def cache_key(files: tuple[Path, ...], *, layout: str, num_valid_ids: int) -> Ca
             status = path.stat()
             header = hashlib.sha256(repr(file.tensors).encode()).hexdigest()
         sources.append((path.name, status.st_size, status.st_mtime_ns, status.st_ino, header))
-    text = json.dumps([_FORMAT, layout, num_valid_ids, sources])
+    text = json.dumps([_FORMAT, list(made), sources])
     return CacheKey(text, str(files[0].parent.resolve()))
 
 
@@ -173,7 +174,9 @@ def _is_superseded(path: Path, key: CacheKey) -> bool:
     try:
         with TensorFile(path) as file:
             made_of = json.loads(file.metadata["key"])
-            return file.metadata["origin"] == key.origin and made_of[3] != json.loads(key.text)[3]
+            now = json.loads(key.text)
+            same = made_of[0] == now[0] and made_of[-1] == now[-1]
+            return file.metadata["origin"] == key.origin and not same
     except (ModelLoadError, ValueError, KeyError, IndexError, TypeError):
         return True
 

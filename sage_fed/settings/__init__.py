@@ -31,7 +31,6 @@ from sage_fed.settings.values import (
     format_size,
     parse_account,
     parse_size,
-    resolve_model,
     uatp_from_atp,
 )
 
@@ -63,6 +62,5 @@ __all__ = [
     "parse_listen",
     "parse_size",
     "profile_names",
-    "resolve_model",
     "uatp_from_atp",
 ]

@@ -14,8 +14,9 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from sage_fed.core import resolve_model
 from sage_fed.settings.addresses import Address, UnixSocket, parse_listen
-from sage_fed.settings.values import parse_account, parse_size, resolve_model, uatp_from_atp
+from sage_fed.settings.values import parse_account, parse_size, uatp_from_atp
 
 
 class Section(BaseModel):

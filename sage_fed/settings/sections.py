@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from sage_fed.core import resolve_model
 from sage_fed.settings.fields import (
     Amount,
     EmptyIsNone,
@@ -21,7 +22,7 @@ from sage_fed.settings.fields import (
     Whole,
     conflict,
 )
-from sage_fed.settings.values import resolve_model, uatp_from_atp
+from sage_fed.settings.values import uatp_from_atp
 
 PrecisionName = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
@@ -72,7 +73,7 @@ class TierSettings(Section):
         if isinstance(resolve_model(self.model), str) and self.revision is None:
             raise conflict(
                 f"{self.model} is a hub id and needs a pinned revision: the 40 hexadecimal digits "
-                "of a commit of its repository",
+                f"of a commit of its repository; if it is a directory, write ./{self.model}",
                 "revision",
                 "model",
             )

@@ -1,4 +1,4 @@
-"""The small values of the settings: sizes, amounts and model names.
+"""The small values of the settings: sizes, amounts and account names.
 
 Owns their text forms. Knows no key, no file and no pydantic; the parsers raise `ValueError`
 with a text that says what would be right, so that whoever knows the key can add it.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation, localcontext
-from pathlib import Path
 
 from sage_fed.core import UATP_PER_ATP
 
 MAX_ATP = 1_000_000_000
 """Largest amount of a setting in ATP: 1e15 uATP leaves a signed 64-bit ledger room to add."""
-
-BUNDLED_PREFIX = "bundled:"
 
 _UNITS = {
     "b": 1,
@@ -29,9 +26,7 @@ _UNITS = {
     "tb": 10**12,
 }
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)", re.ASCII)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
-_BUNDLED_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
 
 
 def parse_account(text: str) -> str:
@@ -89,27 +84,3 @@ def atp_from_uatp(amount_uatp: int) -> Decimal:
     whole, rest = divmod(abs(amount_uatp), UATP_PER_ATP)
     text = f"{whole}.{rest:06d}".rstrip("0").rstrip(".")
     return Decimal(f"-{text}" if amount_uatp < 0 else text)
-
-
-def resolve_model(name: str) -> Path | str:
-    """Where a model's files are: a directory (`Path`) or a hub id (`str`).
-
-    `bundled:NAME` is the directory `models/NAME` of the installed package; text that starts
-    with `/`, `./`, `../` or `~` is a directory; `OWNER/NAME` is a hub id. Nothing is read:
-    whether the files are there is found out at load.
-
-    Raises:
-        ValueError: none of the three.
-    """
-    if name.startswith(BUNDLED_PREFIX):
-        bundled = name.removeprefix(BUNDLED_PREFIX)
-        if _BUNDLED_NAME.fullmatch(bundled):
-            return Path(__file__).parent.parent / "models" / bundled
-    elif name.startswith(("/", "./", "../", "~")):
-        return Path(name).expanduser()
-    elif _HUB_ID.fullmatch(name):
-        return name
-    raise ValueError(
-        "expected a hub id (Qwen/Qwen2.5-0.5B-Instruct), a directory that starts with /, ./, ../ "
-        "or ~, or a bundled model (bundled:demo-tactical)"
-    )

@@ -18,6 +18,7 @@ from typing import Any
 
 import tokenizers
 
+from sage_fed.core import HEAD_BYTES, misnomer, resolve_model
 from sage_fed.errors import ModelLoadError
 
 _BACKEND = "tokenizer.json"
@@ -26,6 +27,8 @@ _TEMPLATE = "chat_template.jinja"
 _OLDER = ("special_tokens_map.json", "added_tokens.json")
 """What came before `added_tokens_decoder` in the configuration, which makes them void."""
 
+_BINARY = ("tokenizer.model", "spiece.model")
+_FILES = (_BACKEND, _CONFIG, _TEMPLATE, "vocab.json", "merges.txt", *_BINARY)
 _MORE_TEMPLATES = "additional_chat_templates"
 _DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -60,9 +63,12 @@ def locate_tokenizer(source: str | Path, revision: str | None) -> Path:
 
     Blocking. Raises `ModelLoadError`.
     """
-    directory = Path(source)
-    if directory.is_dir():
-        return directory
+    try:
+        found = resolve_model(source)
+    except ValueError as error:
+        raise ModelLoadError(f"no usable tokenizer in {source}: {error}") from error
+    if isinstance(found, Path):
+        return found
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - half a second to import
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
@@ -96,10 +102,30 @@ def read_source(directory: Path) -> TokenizerSource:
     Raises:
         ModelLoadError: no usable tokenizer there.
     """
+    _refuse_misnomers(directory)
     try:
         return _as_it_is(directory) or _through_transformers(directory)
     except Exception as error:  # tokenizers raises it bare for a bad file
         raise ModelLoadError(f"no usable tokenizer in {directory}: {error}") from error
+
+
+def _refuse_misnomers(directory: Path) -> None:
+    """Name a file that is something else than its name says, before a parser chokes on it.
+
+    Raises:
+        ModelLoadError: a pointer of Git LFS, a web page, an empty file.
+    """
+    for name in (*_FILES, *_OLDER):
+        try:
+            with (directory / name).open("rb") as file:
+                head = file.read(HEAD_BYTES)
+        except OSError:
+            continue  # a missing file is often none that is needed
+        # An empty template is a template.
+        if (head or name != _TEMPLATE) and (
+            odd := misnomer(head, is_text=name not in _BINARY)
+        ) is not None:
+            raise ModelLoadError(f"no usable tokenizer in {directory}: {name} {odd}")
 
 
 def source_of(hf: Any) -> TokenizerSource:  # noqa: ANN401 - transformers does not type it
