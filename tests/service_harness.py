@@ -192,7 +192,12 @@ class ScriptedJobs:
             raise self.refusals.pop(0)
         return self.quoted
 
-    async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
+    async def count_tokens(
+        self,
+        prompt: Prompt,
+        tier: Tier,
+        account: str,  # noqa: ARG002 - as the port has it
+    ) -> tuple[int, int]:
         """Refuse while refusals are left, then seven tokens, whatever they are."""
         self.counted.append((prompt, tier))
         if self.refusals:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from sage_fed.router import RoutingPolicy
 from sage_fed.scheduler import TokenWeights
 from sage_fed.steps import Step
 from sage_fed.text import Tokenizer
+from sage_fed.workers import Workers
 
 GRANTED_UATP = 10_000 * UATP_PER_ATP
 CARD = RateCard.load()
@@ -154,13 +154,13 @@ async def rig(
         observers=[metrics.engines],
     )
     tokenizer = Tokenizer.load(MODELS / "demo-tactical")
-    with ThreadPoolExecutor(1) as threads:
+    with Workers(max_calls=512, max_size=4_000_000) as workers:
         async with asyncio.timeout(2 * WAIT_S), asyncio.TaskGroup() as tasks:
             await executor.start()
             for tier in Tier:
                 await executor.loaded(tier)
             planner = Planner(
-                Encoder(dict.fromkeys(Tier, tokenizer), threads),
+                Encoder(dict.fromkeys(Tier, tokenizer), workers),
                 executor,
                 CARD,
                 policy=RoutingPolicy(),

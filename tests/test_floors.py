@@ -18,6 +18,7 @@ FLOORS: dict[str, int] = {
     "tasks": 0,
     "v1": 0,
     "text": 1,
+    "workers": 1,
     "engine": 1,
     "scheduler": 1,
     "pricing": 1,

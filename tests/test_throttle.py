@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from service_harness import WAIT_S, in_thread, serving
 
 from sage_fed.auth import Throttle
+from sage_fed.auth.throttle import CALL_BYTES
 from sage_fed.client import Client
 from sage_fed.errors import RateLimited
 
@@ -32,6 +33,41 @@ def test_so_many_calls_and_no_more() -> None:
     throttle.count("arm")
     for _ in range(1000):
         throttle.count("free")
+
+
+def test_a_long_message_is_several_calls() -> None:
+    """Each 16 KiB that it has begun counts; what is more than all of them takes all of them."""
+    throttle = Throttle({"robot": 5, "arm": 5, "one": 1, "free": 0}.__getitem__)
+    throttle.count("robot")
+    throttle.count_message("robot", 4 * CALL_BYTES)  # four in all
+    throttle.count("robot")
+    throttle.count_message("robot", CALL_BYTES)
+    with pytest.raises(RateLimited):
+        throttle.count("robot")
+    throttle.count("arm")
+    throttle.count("arm")
+    with pytest.raises(RateLimited) as raised:
+        throttle.count_message("arm", 5 * CALL_BYTES)
+    assert raised.value.retry_after_s is not None
+    assert raised.value.retry_after_s > 3 * 60 / 5
+    throttle.count_message("arm", 4 * CALL_BYTES)  # what was refused has taken nothing
+    throttle.count("one")
+    throttle.count_message("one", 2**30)
+    throttle.count_message("free", 2**30)
+
+
+async def test_the_size_of_a_message_counts(tmp_path: Path) -> None:
+    """200,000 characters are 13 calls, and 20,000 are two."""
+    async with serving(tmp_path, throttle=Throttle(lambda _: 14)) as harness:
+
+        def ask() -> None:
+            with Client(harness.address) as client:
+                client.count_tokens("x" * 200_000)
+                with pytest.raises(RateLimited):
+                    client.count_tokens("x" * 20_000)
+
+        await in_thread(ask)
+        assert ["requests_per_minute"] == harness.denied
 
 
 async def test_a_call_too_many_is_refused_before_it_is_parsed(tmp_path: Path) -> None:

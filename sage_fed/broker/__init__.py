@@ -4,7 +4,8 @@ Import from here: `Broker` and the stream that it hands to a reader.
 """
 
 from sage_fed.broker.broker import Broker
+from sage_fed.broker.encoding import Encoder
 from sage_fed.broker.mailbox import JobStream
-from sage_fed.broker.plan import Encoder, Planner
+from sage_fed.broker.plan import Planner
 
 __all__ = ["Broker", "Encoder", "JobStream", "Planner"]

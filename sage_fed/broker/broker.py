@@ -147,16 +147,22 @@ class Broker:
         Raises:
             InvalidField: the prompt cannot be encoded.
             NoSuchAccount: the account has no budget.
+            RateLimited: the account has as much waiting to be encoded as it may.
         """
         # The call that asks for a quote is not the one that would wait for the job.
         job = replace(spec, call_deadline_s=None)
         draft = await self._planner.draft(job, time.monotonic())
         return self._planner.quote(draft, await self._ledger.budget(spec.account))
 
-    async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
-        """Return the prompt's tokens under the tier's template, and the tier's longest context."""
-        ids = await self._planner.encoder.encode(prompt)
-        return len(ids[tier]), self._executor.load(tier).max_context_tokens
+    async def count_tokens(self, prompt: Prompt, tier: Tier, account: str) -> tuple[int, int]:
+        """Return the prompt's tokens under the tier's template, and the tier's longest context.
+
+        Raises:
+            InvalidField: the prompt cannot be encoded.
+            RateLimited: the account has as much waiting as it may.
+        """
+        encoded = await self._planner.encoder.encode(prompt, account)
+        return encoded.num_tokens[tier], self._executor.load(tier).max_context_tokens
 
     def abort(self, job_id: str) -> bool:
         """End a running job for an operator; False where there is none of that id."""

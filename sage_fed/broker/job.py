@@ -23,7 +23,7 @@ from sage_fed.broker.pace import Pace
 from sage_fed.broker.plan import Plan, Planner
 from sage_fed.broker.results import Result
 from sage_fed.core import Finished, JobSpec, Price, RunningJob, Started, StopReason, Usage
-from sage_fed.errors import Internal, SageFedError, TierUnavailable
+from sage_fed.errors import Internal, RateLimited, SageFedError, TierUnavailable
 from sage_fed.executor import Executor
 from sage_fed.ledger import Ledger, Replay
 from sage_fed.metrics import Metrics
@@ -152,7 +152,8 @@ class Job:
         self._log_ending(error.reason.lower())
         tier = self._started.route.tier if self._started else self.spec.requested
         total_s = time.monotonic() - self._arrived_s
-        self._metrics.jobs.failed(tier, error, total_s, self._wasted, self._device_s)
+        if not isinstance(error, RateLimited):  # counted as a call that its account may not make
+            self._metrics.jobs.failed(tier, error, total_s, self._wasted, self._device_s)
         self._trace(error)
         self.stream.end(error)
 

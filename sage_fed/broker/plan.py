@@ -8,20 +8,18 @@ Fails with `InvalidField` for a prompt that cannot be encoded; a refusal is a va
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from concurrent.futures import Executor as ThreadPool
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from sage_fed.broker.encoding import Encoded, Encoder
 from sage_fed.core import (
     Budget,
     GenerationDefaults,
     JobSpec,
     Offer,
-    Prompt,
     Quote,
     Refusal,
     Route,
@@ -41,38 +39,6 @@ _T = TypeVar("_T")
 _ENOUGH_UATP = 2**63 - 1
 """A balance that every job can be paid from."""
 
-_INLINE_CHARS = 4096
-"""Encoding this much takes well under a millisecond; more goes to a thread."""
-
-
-class Encoder:
-    """Prompts to ids, per tier, off the event loop where that takes long."""
-
-    def __init__(self, tokenizers: Mapping[Tier, Tokenizer], threads: ThreadPool) -> None:
-        self.tokenizers = tokenizers
-        self._threads = threads
-
-    async def encode(self, prompt: Prompt) -> dict[Tier, tuple[int, ...]]:
-        """Return each tier's ids; tiers that share a tokenizer share the work.
-
-        Raises:
-            InvalidField: the template refuses the messages, or an id has no meaning.
-        """
-        ids: dict[int, tuple[int, ...]] = {}
-        for tokenizer in self.tokenizers.values():
-            if id(tokenizer) not in ids:
-                ids[id(tokenizer)] = await self._encode(tokenizer, prompt)
-        return {tier: ids[id(tokenizer)] for tier, tokenizer in self.tokenizers.items()}
-
-    async def _encode(self, tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-        if not prompt.messages:
-            tokenizer.validate_ids(prompt.token_ids)
-            return prompt.token_ids
-        if sum(len(message.content) for message in prompt.messages) <= _INLINE_CHARS:
-            return tokenizer.encode_messages(prompt.messages)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, tokenizer.encode_messages, prompt.messages)
-
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -82,7 +48,7 @@ class Draft:
     """
 
     spec: JobSpec
-    prompts: Mapping[Tier, tuple[int, ...]]
+    prompt: Encoded
     offers: Mapping[Tier, Offer]
     card: RateCard
     deadline_at_s: float | None
@@ -142,15 +108,20 @@ class Planner:
 
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode and price a job on every tier."""
-        prompts = await self.encoder.encode(spec.prompt)
+        prompt = await self.encoder.encode(
+            spec.prompt, spec.account, max_tokens=self._longest_prompt()
+        )
         deadline_s = spec.deadline_s
+        offers = {
+            tier: price(self.card, tier, num_tokens, self._new_tokens(spec, tier, num_tokens))
+            for tier, num_tokens in prompt.num_tokens.items()
+        }
+        if prompt.unread:
+            offers = {tier: replace(offer, unread=True) for tier, offer in offers.items()}
         return Draft(
             spec=spec,
-            prompts=prompts,
-            offers={
-                tier: price(self.card, tier, len(ids), self._new_tokens(spec, tier, len(ids)))
-                for tier, ids in prompts.items()
-            },
+            prompt=prompt,
+            offers=offers,
             card=self.card,
             deadline_at_s=None if deadline_s is None else arrived_s + deadline_s,
         )
@@ -191,7 +162,7 @@ class Planner:
         tier = chosen.tier
         return Plan(
             route=chosen,
-            prompt=draft.prompts[tier],
+            prompt=draft.prompt.ids[tier],
             sampling=resolve_sampling(draft.spec, self._executor.defaults(tier)),
             tokenizer=self.encoder.tokenizers[tier],
             card=draft.card,
@@ -222,6 +193,11 @@ class Planner:
             max_new_tokens=size.max_new_tokens,
             balance_uatp=budget.balance_uatp,
         )
+
+    def _longest_prompt(self) -> int | None:
+        """Return the most tokens that any tier takes; None while one is not loaded."""
+        contexts = [load.max_context_tokens for load in self.loads().values()]
+        return max(contexts) - 1 if all(contexts) else None
 
     def _new_tokens(self, spec: JobSpec, tier: Tier, prompt_tokens: int) -> int:
         if spec.sampling.max_new_tokens is not None:

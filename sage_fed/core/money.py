@@ -33,7 +33,8 @@ class Price:
 class Offer:
     """What one tier would ask for a job: the prompt's price and a price per output token.
 
-    Integers of one rate card, so every price made from them is exact.
+    Integers of one rate card, so every price made from them is exact. Of an unread prompt, which is
+    longer than any tier takes, `prompt_tokens` are the fewest that it can have.
     """
 
     tier: Tier
@@ -41,6 +42,7 @@ class Offer:
     max_new_tokens: int
     prompt_uatp: int
     decode_uatp: int
+    unread: bool = False
 
     @property
     def worst_case_uatp(self) -> int:

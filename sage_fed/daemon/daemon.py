@@ -14,7 +14,6 @@ import gc
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import uvloop
@@ -42,6 +41,7 @@ from sage_fed.router import RoutingPolicy
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.settings import Address, Settings
 from sage_fed.systemd import ServiceManager
+from sage_fed.workers import Workers
 
 _LAST_WORDS_S = 5.0
 """How long aborted jobs may take to settle, and replies to reach their clients."""
@@ -150,9 +150,15 @@ async def _started(
             step_timeout_s=settings.scheduling.step_timeout_s,
             max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
         )
-        threads = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sage-fed-text"))
+        workers = stack.enter_context(
+            Workers(
+                max_calls=settings.limits.max_waiting_calls,
+                max_size=settings.limits.max_waiting_chars,
+                on_refused=lambda: metrics.doors.call_denied("waiting"),
+            )
+        )
         planner = Planner(
-            Encoder(tokenizers, threads),
+            Encoder(tokenizers, workers),
             executor,
             cards.card,
             policy=RoutingPolicy(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sage_fed.metrics.series import Factory
 
-DENIALS = ("unauthenticated", "forbidden", "requests_per_minute", "concurrent_jobs")
+DENIALS = ("unauthenticated", "forbidden", "requests_per_minute", "concurrent_jobs", "waiting")
 WATCHED = ("tokens", "certificate")
 DONE, BROKEN = "done", "failed"
 

@@ -48,9 +48,10 @@ def too_long(offer: Offer, max_context_tokens: int) -> Refusal:
     room = max_context_tokens - offer.prompt_tokens
     name = offer.tier.value
     if room < 1:
+        least = "at least " if offer.unread else ""
         return Refusal(
             Reason.PROMPT_TOO_LONG,
-            f"the prompt has {offer.prompt_tokens:,} tokens; the {name} tier takes at most "
+            f"the prompt has {least}{offer.prompt_tokens:,} tokens; the {name} tier takes at most "
             f"{max_context_tokens - 1:,} and one of output; shorten it",
         )
     return Refusal(

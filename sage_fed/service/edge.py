@@ -110,13 +110,16 @@ class Edge:
         """Requests arrive as bytes: they are parsed here, after auth, not by gRPC before it."""
         assert not descriptor.client_streaming
         request_class = GetMessageClass(descriptor.input_type)
-        check = self.check(f"/{descriptor.containing_service.full_name}/{descriptor.name}")
+        path = f"/{descriptor.containing_service.full_name}/{descriptor.name}"
+        check, counts = self.check(path), RULES[path] is Role.USER
 
         def enter(raw: bytes, context: Context, trace: TraceContext | None) -> tuple[Message, Call]:
             call = check(context)
             assert call is not None, "a method of ours has a caller"
             if trace is not None:
                 call = replace(call, trace=trace)
+            if counts:
+                self._count_message(call.caller.account, len(raw))
             return parse(request_class, raw), call
 
         wrap = _streaming if descriptor.server_streaming else _unary
@@ -143,6 +146,16 @@ class Edge:
                 traced.ended("OK")
 
         return handle_untraced if tracing is None else handle_traced
+
+    def _count_message(self, account: str, num_bytes: int) -> None:
+        """Count what a message is beyond a call's: before it is parsed."""
+        if self._throttle is None:
+            return
+        try:
+            self._throttle.count_message(account, num_bytes)
+        except RateLimited as error:
+            self._on_denied(error.limit)
+            raise
 
     def _identify(self, context: Context, role: Role) -> Call:
         arrived = time.monotonic()

@@ -80,12 +80,14 @@ class InferenceService:
     async def count_tokens(
         self,
         request: inference_pb2.CountTokensRequest,
-        call: Call,  # noqa: ARG002 - every method has it
+        call: Call,
     ) -> inference_pb2.CountTokensResponse:
         """Count a prompt's tokens as the tier's model would see them."""
         prompt, tier = parse_count(request, self._limits)
         try:
-            num_tokens, max_context_tokens = await self._jobs.count_tokens(prompt, tier)
+            num_tokens, max_context_tokens = await self._jobs.count_tokens(
+                prompt, tier, call.caller.account
+            )
         except InvalidField as error:
             raise count_error(error, request) from error
         return inference_pb2.CountTokensResponse(

@@ -55,7 +55,7 @@ class Jobs(Protocol):
     async def quote(self, spec: JobSpec) -> Quote:
         """Say what the job would cost and which route it would take; no side effect."""
 
-    async def count_tokens(self, prompt: Prompt, tier: Tier) -> tuple[int, int]:
+    async def count_tokens(self, prompt: Prompt, tier: Tier, account: str) -> tuple[int, int]:
         """Return the prompt's tokens and the tier's longest context, in tokens."""
 
     def abort(self, job_id: str) -> bool:

@@ -28,7 +28,9 @@ class RateSettings(Section):
     """How often one account may call, beside what it may spend; 0 is no limit."""
 
     requests_per_minute: _Calls = Field(
-        default=0, description="Calls in any 60 s, refused ones too."
+        default=0,
+        description="Calls in any 60 s, refused ones too; a message counts once for each 16 KiB "
+        "that it has begun.",
     )
     concurrent_jobs: _Jobs = Field(default=0, description="Jobs accepted and not ended.")
 

@@ -144,6 +144,14 @@ class LimitSettings(Section):
     max_jobs: Whole = Field(
         default=512, gt=0, description="Jobs accepted and not ended, over all tiers and accounts."
     )
+    max_waiting_calls: Whole = Field(
+        default=512,
+        gt=0,
+        description="Prompts of one account that may wait to be encoded; one more is refused.",
+    )
+    max_waiting_chars: Whole = Field(
+        default=4_000_000, gt=0, description="Their characters together; some seconds of work."
+    )
     max_stream_messages_per_s: Real = Field(
         default=2000.0,
         ge=0,

@@ -13,6 +13,7 @@ share one vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ import tokenizers
 from sage_fed.core import Message
 from sage_fed.errors import InvalidField
 from sage_fed.text.decoding import ByteDecoder, IncrementalDecoder, WindowDecoder
+from sage_fed.text.length import LengthBound
 from sage_fed.text.source import TokenizerSource, locate_tokenizer, read_source
 from sage_fed.text.template import ChatTemplate
 
@@ -60,6 +62,7 @@ class Tokenizer:
         self._control_ids = self._special_ids - {self._unk_id}
         self._bytes: dict[int, bytes] = {}
         self.num_valid_ids = _num_ids(self._rust)
+        self._length = LengthBound(self._rust)
         self._source = source
         self._template = ChatTemplate(source.template, source.named) if source.template else None
         # Rendering is most of an encoding: what depends on the roles alone is rendered once.
@@ -73,6 +76,14 @@ class Tokenizer:
         Blocking. Never runs code of the checkpoint. Raises `ModelLoadError`.
         """
         return cls(read_source(locate_tokenizer(source, revision)))
+
+    def warm_up(self) -> None:
+        """Compile the template, which takes tens of milliseconds, before a conversation comes.
+
+        One that is broken says so to each conversation; token ids need none.
+        """
+        with contextlib.suppress(InvalidField):
+            self.encode_messages([Message("user", "?")])
 
     def encodes_like(self, other: Tokenizer) -> bool:
         """Whether every conversation has the same ids here and there."""
@@ -113,6 +124,12 @@ class Tokenizer:
             return ids
         contents = [message.content for message in messages]
         return self._encode_pieces(text, _Marks(nonce, specials, contents))
+
+    def least_tokens(self, messages: Sequence[Message]) -> int:
+        """Return a number of tokens that a conversation has or exceeds, without encoding it."""
+        self._check(messages)
+        turns = [(message.role, message.content) for message in messages]
+        return self._length.least_tokens(self._render(turns))
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """The ids of bare text: no template, and special tokens spelled out stay plain text."""
@@ -156,6 +173,9 @@ class Tokenizer:
         """Refuses an empty prompt and ids without a meaning, with `InvalidField`."""
         if not token_ids:
             raise InvalidField("job.token_ids.ids", "give at least one token id")
+        # In C: a context may have a hundred thousand, of which mostly none is wrong.
+        if min(token_ids) >= 0 and max(token_ids) < self.num_valid_ids:
+            return
         for i, token_id in enumerate(token_ids):
             if not 0 <= token_id < self.num_valid_ids:
                 raise InvalidField(

@@ -1,0 +1,211 @@
+"""Work that would hold the event loop for too long, in threads, in a fair order of accounts.
+
+Owns the order and the bounds: which account is next is decided by the size of what was done for
+it (start-time fair queueing), not by the number of its calls, so that neither long calls nor many
+of them hold up another account; and an account that has as much waiting as it may is refused.
+Sizes are characters, or what takes about as long as one: a microsecond.
+One of the two threads takes small work only, so that a long piece holds up no short ones.
+
+Event loop only; the work itself runs in a thread, and must not touch what the loop owns.
+Does not know what the work is. Fails with `RateLimited`, and with what the work raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+from sage_fed.core import counted
+from sage_fed.errors import RateLimited
+
+T = TypeVar("T")
+
+SMALL_SIZE = 16_384
+"""What the second thread takes at most; some 10 ms."""
+
+_CALL_SIZE = 256
+"""What a call costs besides its size: the way to a thread and back."""
+
+_SIZE_PER_S = 1_000_000
+"""About what a thread does, to say when to ask again."""
+
+_SHORTEST_RETRY_S = 0.1
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """One piece of work; `number` is its place in the order of arrival."""
+
+    number: int
+    size: int
+    work: Callable[[], Any]
+    done: asyncio.Future[Any]
+
+
+@dataclass(slots=True)
+class _Account:
+    """What waits for one account; `served` is how far it has been served, in virtual time."""
+
+    served: int
+    small: deque[_Piece] = field(default_factory=deque)
+    large: deque[_Piece] = field(default_factory=deque)
+    num_waiting: int = 0
+    size_waiting: int = 0
+
+    def queues(self, *, small_only: bool) -> list[deque[_Piece]]:
+        """Return the queues that have something for a thread."""
+        queues = (self.small,) if small_only else (self.small, self.large)
+        return [queue for queue in queues if queue]
+
+    def add(self, piece: _Piece) -> None:
+        (self.small if piece.size <= SMALL_SIZE else self.large).append(piece)
+        self.num_waiting += 1
+        self.size_waiting += piece.size
+
+    def remove(self, piece: _Piece) -> None:
+        """Forget a piece that waits; one that has begun is forgotten already."""
+        queue = self.small if piece.size <= SMALL_SIZE else self.large
+        if piece in queue:
+            queue.remove(piece)
+            self.num_waiting -= 1
+            self.size_waiting -= piece.size
+
+
+class Workers:
+    """Two threads and what waits for them; a context that ends them.
+
+    Args:
+        max_calls: pieces of one account that may wait where `require_room` is asked.
+        max_size: their size together.
+        on_refused: told of each refusal.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_calls: int,
+        max_size: int,
+        on_refused: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._max_calls = max_calls
+        self._max_size = max_size
+        self._on_refused = on_refused
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="sage-fed-worker")
+        self._accounts: dict[str, _Account] = {}
+        self._numbers = itertools.count()
+        self._now = 0
+        # Which threads have nothing to do, by whether they take small work only.
+        self._idle = [True, False]
+
+    def require_room(self, account: str, size: int) -> None:
+        """Refuse a call of an account that has as much waiting as it may.
+
+        What is larger than all that may wait is let in where nothing else does.
+
+        Raises:
+            RateLimited: it says when there may be room.
+        """
+        known = self._accounts.get(account)
+        if known is None or not known.num_waiting:
+            return
+        if known.num_waiting >= self._max_calls:
+            limit, allowed, what = "max_waiting_calls", self._max_calls, "call"
+        elif known.size_waiting + size > self._max_size:
+            limit, allowed, what = "max_waiting_chars", self._max_size, "character"
+        else:
+            return
+        self._on_refused()
+        busy = sum(1 for other in self._accounts.values() if other.num_waiting)
+        raise RateLimited(
+            f"account {account} may have {counted(allowed, what)} waiting to be encoded",
+            account=account,
+            limit=limit,
+            allowed=allowed,
+            retry_after_s=max(known.size_waiting * busy / _SIZE_PER_S, _SHORTEST_RETRY_S),
+        )
+
+    async def run(self, account: str, size: int, work: Callable[[], T]) -> T:
+        """Return what `work` does in a thread, when it is the account's turn.
+
+        Cancelled while it waits, it is not done at all.
+        """
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        piece = _Piece(next(self._numbers), size, work, done)
+        owner = self._accounts.get(account)
+        if owner is None:
+            owner = self._accounts[account] = _Account(self._now)
+        elif not owner.num_waiting:
+            # One that did not ask for a while has saved nothing up.
+            owner.served = max(owner.served, self._now)
+        owner.add(piece)
+        self._fill()
+        try:
+            return await done
+        finally:
+            owner.remove(piece)
+
+    def _fill(self) -> None:
+        """Give every idle thread what is next for it."""
+        for small_only in tuple(self._idle):
+            piece = self._take(small_only=small_only)
+            if piece is not None:
+                self._idle.remove(small_only)
+                running = asyncio.get_running_loop().run_in_executor(self._threads, piece.work)
+                running.add_done_callback(
+                    lambda future, piece=piece, small_only=small_only: self._ended(  # type: ignore[misc]
+                        future, piece, small_only=small_only
+                    )
+                )
+
+    def _take(self, *, small_only: bool) -> _Piece | None:
+        """Take the first piece of the account that was served least."""
+        ready = [
+            (owner, queues)
+            for owner in self._accounts.values()
+            if (queues := owner.queues(small_only=small_only))
+        ]
+        if not ready:
+            return None
+        owner, queues = min(ready, key=lambda found: found[0].served)
+        piece = min(queues, key=lambda queue: queue[0].number)[0]
+        owner.remove(piece)
+        self._now = max(self._now, owner.served)
+        owner.served += piece.size + _CALL_SIZE
+        return piece
+
+    def _ended(self, future: asyncio.Future[Any], piece: _Piece, *, small_only: bool) -> None:
+        self._idle.append(small_only)
+        self._idle.sort(reverse=True)  # the thread for small work takes what both could
+        if not future.cancelled():
+            error = future.exception()
+            if piece.done.done():
+                pass  # nobody waits for it any more
+            elif error is not None:
+                piece.done.set_exception(error)
+            else:
+                piece.done.set_result(future.result())
+        self._fill()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop accounts about which nothing is left to know."""
+        # While a thread is at work, one that was served beyond `_now` must not be served as new.
+        rests = len(self._idle) == 2
+        for name, owner in tuple(self._accounts.items()):
+            if not owner.num_waiting and (rests or owner.served <= self._now):
+                del self._accounts[name]
+
+    def close(self) -> None:
+        """End the threads, after what they do now; what still waits is not done."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,119 @@
+"""Calls that cost nothing and take long: whoever sends them holds up nobody else.
+
+The figures (`docs/decisions/0026-work-off-the-loop.md`) are measured; here is what holds at any
+speed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from daemon_process import DaemonProcess
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_status import rpc_status
+from sound_daemon import sound_daemon
+from typer.testing import CliRunner
+from waiting import WAIT_S
+
+from sage_fed.cli import scrape
+from sage_fed.cli.app import build_app
+from sage_fed.client import Client
+from sage_fed.core import Tier
+from sage_fed.errors import InvalidField
+from sage_fed.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+
+SETTINGS = (
+    *("--set", "limits.max_prompt_chars=200000", "--set", "limits.max_message_bytes=4MiB"),
+    *("--set", "limits.max_waiting_chars=20000000"),
+)
+"""A hundred of the longest prompts, so that a flood of them takes seconds."""
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> str:
+    """Of an account beside that of callers without a token."""
+    made = CliRunner().invoke(
+        build_app(),
+        ["token", "create", "--account", "quiet", "--tokens-file", str(tmp_path / "tokens.toml"),
+         "--json"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    return str(json.loads(made.stdout)["token"])
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, token: str) -> Iterator[DaemonProcess]:
+    assert token
+    tokens = f"auth.tokens_file={tmp_path / 'tokens.toml'}"
+    with sound_daemon(tmp_path / "state", "--set", tokens, *SETTINGS) as daemon:
+        yield daemon
+
+
+async def test_a_flood_of_long_counts_holds_up_nobody_else(
+    daemon: DaemonProcess, token: str
+) -> None:
+    """Another account's jobs are answered while the flood still waits, which is bounded."""
+    request = inference_pb2.CountTokensRequest(text="lorem ipsum " * 16_000)
+    job = types_pb2.JobSpec(text="count " * 200, tier="TIER_TACTICAL")
+    job.sampling.max_new_tokens = 2
+    async with asyncio.timeout(4 * WAIT_S), grpc.aio.insecure_channel(daemon.address) as channel:
+        loud = inference_pb2_grpc.InferenceServiceStub(channel)
+        flood = [asyncio.ensure_future(_ask(loud.CountTokens(request))) for _ in range(200)]
+        await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+        async with grpc.aio.insecure_channel(daemon.address) as own:
+            quiet = inference_pb2_grpc.InferenceServiceStub(own)
+            for _ in range(5):
+                await quiet.Generate(
+                    inference_pb2.GenerateRequest(job=job),
+                    metadata=(("authorization", f"Bearer {token}"),),
+                )
+        waiting = [call for call in flood if not call.done()]
+        refused = [error for call in flood if call.done() and (error := call.result())]
+        assert len(waiting) > 10
+        assert len(refused) > 50
+        for call in waiting:
+            call.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+    for error in refused:
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED is error.code()
+    status = rpc_status.from_call(refused[0])  # type: ignore[arg-type] # it has what is asked of it
+    assert status is not None
+    found = {detail.type_url.rpartition(".")[2]: detail.value for detail in status.details}
+    info = ErrorInfo.FromString(found["ErrorInfo"])
+    limited = {"account": "local", "limit": "max_waiting_chars", "allowed": "20000000"}
+    assert ("RATE_LIMITED", limited) == (info.reason, dict(info.metadata))
+    assert RetryInfo.FromString(found["RetryInfo"]).retry_delay.ToMilliseconds() > 0
+    page = scrape.samples(scrape.fetch(daemon.metrics_url))
+    counted = [
+        sample.value
+        for sample in page
+        if sample.name == "sage_fed_calls_denied_total" and sample.labels["reason"] == "waiting"
+    ]
+    assert [len(refused)] == counted
+
+
+async def _ask(call: grpc.aio.UnaryUnaryCall[object, object]) -> grpc.aio.AioRpcError | None:
+    """Return how a call was refused; None where it was answered."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error
+    return None
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_by_its_length(daemon: DaemonProcess) -> None:
+    """As text and as ids; a quote says the same, and counting tokens still counts them."""
+    with Client(daemon.address) as client:
+        long = "lorem ipsum " * 16_000
+        with pytest.raises(InvalidField, match=r"has at least [\d,]+ tokens") as raised:
+            client.generate(long, tier=Tier.STRATEGIC)
+        assert "job.prompt" == raised.value.field
+        assert client.count_tokens(long).prompt_tokens > 20_000
+        quote = client.quote(long)
+    assert "prompt_too_long" == getattr(quote.decision, "reason")  # noqa: B009
+    assert 0 < quote.prompt_tokens <= 200_000
