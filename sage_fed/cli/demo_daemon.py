@@ -45,8 +45,11 @@ class Endpoint:
 class DemoDaemon:
     """`sage-fed serve --profile demo` as a subprocess; its state and log are in `state_dir`."""
 
-    def __init__(self, state_dir: Path, *arguments: str) -> None:
-        """Start the process, with further flags of `serve`; it is not serving yet."""
+    def __init__(self, state_dir: Path, *arguments: str, interpreter: str = sys.executable) -> None:
+        """Start the process, with further flags of `serve`; it is not serving yet.
+
+        `interpreter` is the one of another installation, for benchmarks that compare two.
+        """
         self.state_dir = state_dir
         # A file of an earlier daemon would send us to its ports.
         (state_dir / _ENDPOINT).unlink(missing_ok=True)
@@ -55,7 +58,8 @@ class DemoDaemon:
         with (state_dir / "daemon.log").open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [
-                    sys.executable, "-m", "sage_fed.cli", "serve", "--profile", "demo",
+                    # -P: what is installed, and not what the working directory may have.
+                    interpreter, "-P", "-m", "sage_fed.cli", "serve", "--profile", "demo",
                     "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
                     "--state-dir", str(state_dir), *arguments,
                 ],
