@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import (
+    DeadlineInfeasible,
     DeviceOutOfMemory,
     HoldClosed,
     Internal,
@@ -449,6 +451,95 @@ async def test_a_cancel_beside_the_natural_end_never_calls_a_part_the_whole(
         whole = finished.usage.output_tokens == 6
         assert whole == (finished.stop_reason is StopReason.LENGTH)
         assert finished.price.charged_uatp == await r.spent_uatp()
+
+
+async def _stopped(r: Rig, reason: StopReason) -> None:
+    """Wait until the one job has been asked to stop for this reason."""
+    (running,) = r.broker.running()
+    delivery = r.broker._jobs[running.job_id]._delivery
+    while delivery.stop_reason is not reason:  # noqa: ASYNC110 - it tells nobody
+        await asyncio.sleep(0.001)
+
+
+async def test_the_device_stops_after_a_stop_string(tmp_path: Path) -> None:
+    """What comes behind it is not charged, so it must not be computed either."""
+    async with rig(tmp_path) as r:
+        whole, _ = _output(await r.run(job(new=8)))
+        engine = r.gate()
+        done = len(engine.steps)
+        stream = await r.submit(job(new=400, sampling={"stop": (whole[4:6],)}))
+        engine.let_pass(8)
+        await _stopped(r, StopReason.STOP_STRING)
+        engine.let_pass(1000)
+        finished = finished_of(await read(stream))
+        assert StopReason.STOP_STRING is finished.stop_reason
+        await r.settled()
+        # The step that the gate held, and one that was built before the cancel was read.
+        assert len(engine.steps) - done <= 8 + 2
+
+
+async def test_a_job_is_charged_by_the_card_that_it_was_held_by(tmp_path: Path) -> None:
+    """A dearer card that comes into force meanwhile is for the jobs after it."""
+    dear = replace(
+        CARD,
+        version="dear",
+        lines={
+            tier: {phase: replace(rate, uatp=7 * rate.uatp) for phase, rate in rates.items()}
+            for tier, rates in CARD.lines.items()
+        },
+    )
+    async with rig(tmp_path) as r:
+        engine = r.gate()
+        stream = await r.submit(job(new=4))
+        r.broker._planner.use(dear)
+        engine.let_pass(10)
+        finished = finished_of(await read(stream))
+        assert (CARD.version, 4_250_000) == (
+            finished.price.rate_card,
+            finished.price.charged_uatp,
+        )
+        assert 4_250_000 == await r.spent_uatp()
+        after = finished_of(await r.run(job(new=4)))
+        assert ("dear", 7 * 4_250_000) == (after.price.rate_card, after.price.charged_uatp)
+
+
+async def test_who_leaves_before_the_job_is_admitted_stops_it(tmp_path: Path) -> None:
+    """There is no stream to cancel yet: the call itself is."""
+    async with rig(tmp_path) as r:
+        busy, free = threading.Event(), threading.Event()
+
+        def block(*_: object) -> None:
+            busy.set()
+            assert free.wait(WAIT_S)
+
+        blocked = asyncio.create_task(r.ledger._inbox.ask(block))
+        assert await asyncio.to_thread(busy.wait, WAIT_S)
+        asked = asyncio.create_task(r.submit(job(new=400)))
+        while not r.broker.num_jobs:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        free.set()
+        await blocked
+        await r.settled()
+        assert [] == r.engines[Tier.TACTICAL].steps
+        assert 0 == await r.spent_uatp()
+
+
+async def test_a_deadline_counts_from_the_arrival(tmp_path: Path) -> None:
+    """What a request waited before it was read is part of its time."""
+    async with rig(tmp_path) as r:
+        late = job(new=400, sampling={"deadline_s": 60.0})
+        with pytest.raises(DeadlineInfeasible, match=r"0\.00 s are left"):
+            await r.broker.submit(late, time.monotonic() - 60.0)
+        engine = r.gate()
+        stream = await r.broker.submit(late, time.monotonic() - 58.5)
+        await _stopped(r, StopReason.DEADLINE)
+        engine.let_pass(1000)
+        finished = finished_of(await read(stream))
+        assert StopReason.DEADLINE is finished.stop_reason
+        assert finished.timing.total_s >= 60.0
 
 
 async def test_nothing_comes_after_a_stop_string_whatever_else_was_asked(tmp_path: Path) -> None:

@@ -62,6 +62,23 @@ async def test_a_paused_step_is_charged_its_own_time_only() -> None:
     assert deep.device_s == pytest.approx(sum(report.elapsed_s for report in strategic))
 
 
+async def test_the_tiers_share_the_time_whatever_pauses() -> None:
+    """The parts of a paused step are owed for once: each tier has half of the device."""
+    rig = rig_with_slow_strategic()
+    async with serving(rig) as executor:
+        tactical = executor.submit(spec(0, T, new=480))
+        strategic = executor.submit(spec(1, S, new=24))
+        await read(strategic)
+        executor.cancel(0)
+        await read(tactical)
+    reports = rig.observer.reports
+    ends = [index for index, report in enumerate(reports) if report.tier is S]
+    # From the end of the prompt's step to the end of the last: both have work all the time.
+    shared = reports[ends[0] + 1 : ends[-1] + 1]
+    taken_s = {tier: sum(r.elapsed_s for r in shared if r.tier is tier) for tier in Tier}
+    assert taken_s[T] == pytest.approx(taken_s[S], rel=0.1)
+
+
 async def test_a_resumed_step_that_fails_takes_only_its_own_tier_with_it() -> None:
     """Also where tactical steps have run since it began."""
     rig = rig_with_slow_strategic()

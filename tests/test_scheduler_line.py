@@ -83,6 +83,24 @@ def test_a_debt_survives_a_short_absence() -> None:
     assert bench.starts.index(12) < bench.starts.index(2)
 
 
+def test_who_waits_too_long_goes_first() -> None:
+    """Newcomers with a lower counter pass an account in debt, until it is overdue."""
+    bench = Bench(max_batch=1, step_s=1.0, overdue_s=20.0, preempt_after_s=1e9)
+    bench.add(of("debtor", 0, prompt=400, new=1), of("new-1", 1, new=2), of("debtor", 2, new=2))
+    for newest in range(2, 12):
+        bench.add(of(f"new-{newest}", 100 + newest, new=2))
+        bench.step()
+        bench.step()
+    assert 20.0 == bench.now
+    assert 2 not in bench.starts
+    for newest in range(12, 16):
+        bench.add(of(f"new-{newest}", 100 + newest, new=2))
+        bench.step()
+        bench.step()
+    assert 2 in bench.starts
+    assert 300 < served(bench, "debtor") - served(bench, "new-15")
+
+
 def test_who_was_cut_short_is_not_counted_for_the_rest() -> None:
     """A prompt counts from its start, and less again if it was not computed."""
     bench = Bench(max_batch=2, prefill_chunk_tokens=8)

@@ -89,6 +89,21 @@ def test_an_account_that_is_far_behind_interrupts() -> None:
     assert 1 == bench.preempted
 
 
+def test_a_small_lead_is_no_claim() -> None:
+    """Patience alone interrupts nobody: the head's whole price has to fit into the lead."""
+    bench = Bench(max_batch=1, step_s=1.0, preempt_after_s=5.0)
+    busy(bench, of("a", 0, prompt=1, new=100), steps=1)
+    bench.add(of("b", 1, prompt=10, new=10))
+    while 1 not in bench.running:
+        lead = bench.schedule._line.lead_uatp(
+            bench.schedule.find(1),
+            bench.schedule.find(0),  # type: ignore[arg-type]
+        )
+        bench.step()
+    assert 20 < lead <= 22
+    assert bench.now > 20.0
+
+
 def test_nobody_is_interrupted_in_vain() -> None:
     """Where all who would give way do not make room enough, they go on."""
     bench = Bench(8)

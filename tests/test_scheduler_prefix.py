@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -13,7 +14,7 @@ from scheduler_bench import Bench, T
 from sage_fed.core import Sampling
 from sage_fed.scheduler import BlockPool, EndReason, SequenceSpec, TierLimits
 from sage_fed.scheduler.prefix import BlockKeys
-from sage_fed.steps import BLOCK_SIZE
+from sage_fed.steps import BLOCK_SIZE, NO_TOKEN
 
 
 def same(seq_id: int, prompt: int = 40, **fields: object) -> SequenceSpec:
@@ -42,6 +43,23 @@ def test_the_last_token_is_always_computed(prompt: int, found: int) -> None:
     bench.run(same(0, prompt=prompt))
     bench.run(same(1, prompt=prompt))
     assert found == bench.ended[1].cached_tokens
+
+
+def test_nothing_of_a_sequence_that_broke_down_is_found_again() -> None:
+    """Keys and values that led to no number are not to be trusted, whichever block they are in."""
+    bench = Bench(prefill_chunk_tokens=16)
+    bench.add(same(0, prompt=40))
+    for _ in range(2):
+        bench.step()
+    keys, prompt = BlockKeys(""), same(0, prompt=40).prompt
+    assert 2 == len(bench.schedule.pool.find(keys.of(i, prompt) for i in range(2)))
+    step = bench.launch()
+    broken = tuple(replace(d, token_id=NO_TOKEN) for d in bench.engine.run(step))
+    (ended,) = bench.scheduler.complete(step, broken, now=bench.now, elapsed_s=0.01).ended
+    assert EndReason.NOT_FINITE is ended.reason
+    assert (0, 0) == bench.kv()
+    bench.run(same(1, prompt=40))
+    assert (0, 0) == (bench.ended[1].cached_tokens, bench.hit)
 
 
 def test_an_answer_is_found_by_the_next_turn() -> None:

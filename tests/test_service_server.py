@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import socket
 import subprocess
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
+import h2.connection
+import h2.events
+import h2.settings
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2
 from service_harness import TOKENS, WAIT_S, ScriptedJobs, ScriptedOperations, in_thread, serving
@@ -17,10 +23,12 @@ from surroundings import require_tool
 from sage_fed.auth import Authenticator
 from sage_fed.client import Client
 from sage_fed.errors import CallFailed, CannotConnect, ConfigError
-from sage_fed.service import catalogue
+from sage_fed.service import catalogue, server
 from sage_fed.service.server import MAX_METADATA_BYTES, build_server
 from sage_fed.settings import Address, LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
+
+E = TypeVar("E", bound=h2.events.Event)
 
 QUOTE = "/sage_fed.v1.InferenceService/Quote"
 
@@ -62,6 +70,60 @@ async def test_headers_beyond_the_limit_are_refused(tmp_path: Path) -> None:
         )
         assert grpc.StatusCode.OK is not await call.code()
         assert [] == harness.jobs.specs
+
+
+class RawConnection:
+    """An HTTP/2 client that answers what it must and asks for nothing."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), WAIT_S)
+        self._state = h2.connection.H2Connection()
+        self._state.initiate_connection()
+        self._socket.sendall(self._state.data_to_send())
+
+    def next(self, kind: type[E]) -> E:
+        """Wait for the server's next event of a kind; whatever else comes is answered."""
+        while data := self._socket.recv(65536):
+            events = self._state.receive_data(data)
+            self._socket.sendall(self._state.data_to_send())
+            for event in events:
+                if isinstance(event, kind):
+                    return event
+        raise AssertionError(f"the server hung up before {kind.__name__}")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+
+async def test_a_connection_is_told_how_many_streams_it_may_open(tmp_path: Path) -> None:
+    """Each costs memory before anyone is known: a client may not open as many as it likes."""
+    async with serving(tmp_path) as harness:
+
+        def announced() -> int:
+            with contextlib.closing(RawConnection(harness.address)) as connection:
+                settings = connection.next(h2.events.RemoteSettingsChanged).changed_settings
+                change = settings.get(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS)
+                return 2**31 if change is None else change.new_value
+
+        assert 0 < await in_thread(announced) <= 1024
+
+
+async def test_a_connection_without_calls_is_asked_whether_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that vanished between two calls would keep its connection for ever."""
+    monkeypatch.setattr(server, "KEEPALIVE_S", 1.0)
+    async with serving(tmp_path) as harness:
+
+        def pinged() -> bool:
+            with contextlib.closing(RawConnection(harness.address)) as connection:
+                connection.next(h2.events.PingReceived)
+                # The first may measure the connection; who keeps it alive asks again.
+                return bool(connection.next(h2.events.PingReceived))
+
+        assert await in_thread(pinged)
 
 
 async def test_an_unknown_method_is_unimplemented(tmp_path: Path) -> None:

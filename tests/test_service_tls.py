@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,6 +196,74 @@ async def test_files_that_cannot_serve_never_replace_those_that_do(
         assert before == await in_thread(lambda: shown_at(harness.address))
     with pytest.raises(ConfigError):
         LiveCertificate(files.server(client_ca=files.ca))
+
+
+def _handshake(server: ssl.SSLContext, version: ssl.TLSVersion, ca: Path) -> str | None:
+    """The version that a client of one version and a server agree on; None where they do not."""
+    client = ssl.create_default_context(cafile=ca)
+    client.check_hostname = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the version, which is the point
+        client.minimum_version = client.maximum_version = version
+    for context in (client, server):
+        # Else OpenSSL's own policy would refuse an old version, whatever ours is.
+        context.set_ciphers("ALL:@SECLEVEL=0")
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.wrap_bio(to_client, to_server),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    )
+    for _ in range(5):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLError:
+                return None
+    return ends[1].version()
+
+
+@pytest.mark.parametrize(
+    ("version", "spoken"),
+    [
+        (ssl.TLSVersion.TLSv1, None),
+        (ssl.TLSVersion.TLSv1_1, None),
+        (ssl.TLSVersion.TLSv1_2, "TLSv1.2"),
+        (ssl.TLSVersion.TLSv1_3, "TLSv1.3"),
+    ],
+)
+def test_the_metrics_page_speaks_no_old_tls(
+    tmp_path: Path, version: ssl.TLSVersion, spoken: str | None
+) -> None:
+    """Whatever the system's OpenSSL would allow."""
+    files = issue(tmp_path, authority(), "127.0.0.1")
+    page = LiveCertificate(files.server()).page()
+    assert spoken == _handshake(page, version, files.ca)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2])
+async def test_the_grpc_port_speaks_no_old_tls(tmp_path: Path, version: ssl.TLSVersion) -> None:
+    """GRPC's own lower bound is ours, and a change of it would be noticed."""
+    files = issue(tmp_path, authority(), "127.0.0.1")
+    async with serving(tmp_path, certificate=LiveCertificate(files.server())) as harness:
+
+        def spoken() -> str | None:
+            context = ssl.create_default_context(cafile=files.ca)
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            context.set_alpn_protocols(["h2"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                context.minimum_version = context.maximum_version = version
+            host, _, port = harness.address.rpartition(":")
+            with socket.create_connection((host, int(port)), 20) as plain:
+                try:
+                    with context.wrap_socket(plain, server_hostname=host) as encrypted:
+                        return encrypted.version()
+                except (ssl.SSLError, ConnectionError):
+                    return None
+
+        assert ("TLSv1.2" if version is ssl.TLSVersion.TLSv1_2 else None) == await in_thread(spoken)
 
 
 def test_until_when_a_certificate_is_good(tmp_path: Path) -> None:

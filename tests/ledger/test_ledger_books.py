@@ -324,6 +324,19 @@ def test_results_above_the_byte_limits_refuse_a_second_run():
             desk.books.requests.find("ann", name, b"")
 
 
+def test_one_result_above_its_limit_is_not_kept_where_there_is_room_for_all():
+    """The limit is on each: it does not wait for the sum."""
+    desk = Desk(Retention(one_result_bytes=10))
+    desk.account(balance=100)
+    for name, size in (("fits", 10), ("huge", 11)):
+        desk.hold(f"j-{name}", 1, client_request_id=name)
+        desk.settle(f"j-{name}", 1, b"x" * size)
+
+    assert Replay("j-fits", b"x" * 10) == desk.books.requests.find("ann", "fits", b"")
+    with pytest.raises(RequestIdConflict, match="too large"):
+        desk.books.requests.find("ann", "huge", b"")
+
+
 def test_orphans_are_voided_and_counted(desk: Desk):
     """After a restart no hold is open, and their ids may be used again."""
     desk.account(balance=100)

@@ -232,6 +232,25 @@ async def test_a_first_start_that_was_interrupted_is_begun_again(path: Path) -> 
     assert 0o600 == path.stat().st_mode & 0o777  # noqa: ASYNC240
 
 
+async def test_what_the_lock_remembers_first_is_on_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power failure must not take along that there was a ledger: the mark is synced."""
+    synced: dict[int, bytes] = {}
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        if os.fstat(descriptor).st_size < 4096:
+            synced[os.fstat(descriptor).st_ino] = os.pread(descriptor, 4096, 0)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ledger = await Ledger.open(path)
+    lock = beside(path, ".lock")
+    assert lock.read_bytes() == synced.get(lock.stat().st_ino)
+    await ledger.close()
+
+
 async def test_a_full_disk_is_said_in_words(
     running: Ledger, path: Path, deaths: list[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
