@@ -116,6 +116,9 @@ STATUS = DaemonStatus(
     device_fallback="no GPU",
     rate_card_fit=CardFit.STALE,
     rate_card_note="threads is 2 now",
+    ledger_trouble="its disk does not answer",
+    recovered_jobs=3,
+    recovered_uatp=4_500_000,
 )
 
 

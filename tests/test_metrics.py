@@ -73,7 +73,8 @@ atp_charged_total atp_refunded_total atp_denied_total cost_ratio decode_bytes_pe
 kv_cache_tokens model_memory_bytes memory_available_bytes model_load_seconds tier_state
 device_fallback oom_total engine_restarts_total build_info model_info
 atp_reserved_total ledger_commit_seconds ledger_group_size ledger_read_seconds ledger_holds_open
-rate_card_info rate_card_stale device_seconds_total
+rate_card_info rate_card_stale device_seconds_total ledger_writable ledger_recovered_jobs
+ledger_recovered_atp
 """
 
 

@@ -42,7 +42,7 @@ def test_what_serves_in_which_state(
 ) -> None:
     """The empty name needs the tactical tier, inference either, each tier itself."""
     states = {Tier.TACTICAL: tactical, Tier.STRATEGIC: strategic}
-    verdict = what_serves(states, draining=draining)
+    verdict = what_serves(states, takes_jobs=not draining)
     assert set(names()) == verdict.keys()
     assert expected | OTHERS == {name for name, serves in verdict.items() if serves}
 
@@ -104,7 +104,7 @@ async def test_watch_tells_of_every_change(tmp_path: Path) -> None:
         assert Status.NOT_SERVING == await heard()
         await harness.bound.health.update(states(READY, READY))
         assert Status.SERVING == await heard()
-        await harness.bound.health.update(states(READY, READY), draining=True)
+        await harness.bound.health.update(states(READY, READY), takes_jobs=False)
         assert Status.NOT_SERVING == await heard()
         call.cancel()
 

@@ -17,7 +17,7 @@ from waiting import WAIT_S, until
 from sage_fed.auth import digest_of, new_token
 from sage_fed.cli import scrape
 from sage_fed.client import Client
-from sage_fed.core import Delta, Event, Finished, StopReason, Tier
+from sage_fed.core import UATP_PER_ATP, Delta, Event, Finished, StopReason, Tier
 from sage_fed.errors import LedgerBlocked, SageFedError, Unauthenticated
 from sage_fed.ledger import check
 
@@ -169,6 +169,27 @@ def test_a_daemon_killed_on_a_full_disk_starts_when_there_is_room(
         assert StopReason.LENGTH is small(client).stop_reason
     assert 0 == again.stop(WAIT_S)
     assert () == check(disk.path / "state" / "ledger.db").violations
+
+
+def test_what_a_killed_daemon_left_is_said_at_the_next_start(tmp_path: Path) -> None:
+    """In the log, in the status and in the metrics: how many jobs, and how much was given back."""
+    state = tmp_path / "state"
+    killed = DaemonProcess.start(state, *SETTINGS, launch=ForkedProcess)
+    with Client(killed.address) as client:
+        stream = client.stream("count", tier=Tier.STRATEGIC, max_new_tokens=500, ignore_eos=True)
+        next(stream)
+        held_uatp = client.budget().held_uatp
+        assert held_uatp
+        killed.kill()
+    again = DaemonProcess.start(state, *SETTINGS, launch=ForkedProcess)
+    with Client(again.address) as client:
+        status = client.status()
+    assert (1, held_uatp) == (status.recovered_jobs, status.recovered_uatp)
+    page = scrape.fetch(again.metrics_url)
+    assert 1.0 == scrape.total(page, "sage_fed_ledger_recovered_jobs")
+    assert held_uatp / UATP_PER_ATP == scrape.total(page, "sage_fed_ledger_recovered_atp")
+    assert 0 == again.stop(WAIT_S)
+    assert "did not end 1 job" in again.log.read_text()
 
 
 def test_a_read_only_disk_is_said_in_words(disk: Disk, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sage_fed.cli.render import (
     print_json,
     print_table,
 )
-from sage_fed.core import CardFit, DaemonStatus, ModelStatus, TierLoad
+from sage_fed.core import CardFit, DaemonStatus, ModelStatus, TierLoad, counted
 
 
 @connected
@@ -82,11 +82,31 @@ def status(
                 ),
                 ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
                 ("  its prices", card_fit(now)),
-                ("admission", "draining" if now.draining else "open"),
+                ("admission", admission(now)),
+                *([("recovered", recovered(now))] if now.recovered_jobs else []),
             )
         )
         typer.echo()
         print_tier_loads(now.tiers)
+
+
+def admission(now: DaemonStatus) -> str:
+    """Whether jobs are taken, and if not, why."""
+    if now.draining:
+        return "draining"
+    return (
+        f"refused, the ledger takes no entries: {now.ledger_trouble}"
+        if now.ledger_trouble
+        else "open"
+    )
+
+
+def recovered(now: DaemonStatus) -> str:
+    """What the start had to put right."""
+    return (
+        f"{counted(now.recovered_jobs, 'job')} of the daemon before; "
+        f"{format_atp(now.recovered_uatp)} given back"
+    )
 
 
 def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:

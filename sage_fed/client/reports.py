@@ -77,6 +77,9 @@ def status_of(reply: model_pb2.GetStatusResponse) -> core.DaemonStatus:
         rate_card_fit=fit_of(reply.rate_card_fit),
         rate_card_note=reply.rate_card_note,
         device_fallback=reply.device_fallback,
+        ledger_trouble=reply.ledger_trouble,
+        recovered_jobs=reply.recovered_jobs,
+        recovered_uatp=reply.recovered_uatp,
     )
 
 

@@ -168,6 +168,9 @@ class DaemonStatus:
     """The daemon at a glance; `cost_ratio` is strategic over tactical decode price.
 
     `device_fallback` says why it is not the device that was wanted; "" where it is.
+    `ledger_trouble` says why the ledger takes no entries; "" where it does.
+    `recovered_jobs` is how many jobs the daemon before this one did not end, and `recovered_uatp`
+    what was given back for them.
     """
 
     version: str
@@ -180,3 +183,6 @@ class DaemonStatus:
     device_fallback: str = ""
     rate_card_fit: CardFit = CardFit.UNKNOWN
     rate_card_note: str = ""
+    ledger_trouble: str = ""
+    recovered_jobs: int = 0
+    recovered_uatp: int = 0

@@ -7,7 +7,7 @@ Owns what of the books follows from the settings. Knows nothing of what is booke
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from sage_fed.core import counted
 from sage_fed.daemon.lifecycle import Lifecycle
@@ -19,21 +19,33 @@ from sage_fed.settings import Settings, atp_from_uatp
 _log = logging.getLogger(__name__)
 
 
-async def open_ledger(settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> Ledger:
-    """Open the books in the state directory; should they fail later, the daemon stops."""
+async def open_ledger(
+    settings: Settings, metrics: Metrics, lifecycle: Lifecycle, accepts: Callable[[bool], None]
+) -> Ledger:
+    """Open the books in the state directory; should they fail later, the daemon stops.
+
+    `accepts` is told when they begin or cease to take entries.
+    """
+
+    def on_disk(writable: bool) -> None:
+        metrics.money.ledger_writable(writable=writable)
+        accepts(writable)
+
     ledger = await Ledger.open(
         settings.state_dir / "ledger.db",
         options=LedgerOptions(
             retention=Retention(keep_s=settings.ledger.result_retention_s),
             account_reads=settings.ledger.account_reads,
+            commit_timeout_s=settings.ledger.commit_timeout_s,
         ),
         terms=lambda account: _terms(settings, account),
         on_commit=metrics.money.ledger_committed,
         on_read=metrics.money.ledger_read,
-        on_disk=lambda writable: metrics.money.ledger_writable(writable=writable),
-        on_death=lambda _: lifecycle.fail("the ledger failed; see the log"),
+        on_disk=on_disk,
+        on_death=lambda error: lifecycle.fail(f"the ledger failed: {_words(error)}"),
     )
     recovery = ledger.recovery
+    metrics.money.ledger_recovered(recovery.voided_jobs, recovery.voided_uatp)
     if recovery.voided_jobs:
         _log.warning(
             "the daemon before this one did not end %s: %s ATP were given back, nothing charged",
@@ -53,6 +65,10 @@ async def open_accounts(ledger: Ledger, settings: Settings, accounts: Collection
         if isinstance(down.__cause__, SageFedError):
             raise down.__cause__ from None
         raise
+
+
+def _words(error: BaseException) -> str:
+    return error.message if isinstance(error, SageFedError) else f"{error!r}; see the log"
 
 
 def _terms(settings: Settings, account: str) -> AccountTerms:

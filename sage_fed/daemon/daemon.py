@@ -34,7 +34,7 @@ from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.daemon.watchdog import keep_watch
 from sage_fed.daemon.watched import build_metrics, expose, page_url, start_watching
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
-from sage_fed.errors import LedgerDown, SageFedError
+from sage_fed.errors import SageFedError
 from sage_fed.executor import Executor
 from sage_fed.metrics import Snapshot
 from sage_fed.router import RoutingPolicy
@@ -130,7 +130,8 @@ async def _started(
     prepare(settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         tracing = start_watching(settings, device, metrics, stack)
-        ledger = await open_ledger(settings, metrics, lifecycle)
+        readiness = Readiness(settings, lifecycle, progress, manager)
+        ledger = await open_ledger(settings, metrics, lifecycle, readiness.ledger_accepts)
         stack.push_async_callback(ledger.close)
         doors = Doors(
             settings,
@@ -142,7 +143,6 @@ async def _started(
         )
         await open_accounts(ledger, settings, {*settings.accounts, *doors.authenticator.accounts()})
         laps.done("ledger")
-        readiness = Readiness(settings, lifecycle, progress, manager)
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
             observers=(metrics.engines, cards, readiness),
@@ -188,6 +188,7 @@ async def _started(
             broker,
             cards,
             calibrator,
+            ledger=ledger,
             device_fallback=fallback,
             drain=lifecycle.drain,
         )
@@ -215,6 +216,7 @@ async def _started(
         stack.push_async_callback(executor.stop, 0.0)
         for name, chore in (
             ("ledger upkeep", ledger.run_upkeep(broker.job_ids)),
+            ("ledger watch", ledger.watch()),
             ("health", readiness.run(bound.health)),
             ("doors", doors.run()),
             ("device watch", executor.watch()),
@@ -252,12 +254,12 @@ async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> N
     """
     try:
         await chore
-    except LedgerDown:
-        # Said by the ledger itself, in words, when it died.
-        lifecycle.fail(f"the {name} failed; see the log")
+    except SageFedError as error:
+        why = error.__cause__ if isinstance(error.__cause__, SageFedError) else error
+        lifecycle.fail(f"the {name} failed: {why.message}")
     except Exception as error:  # noqa: BLE001 - the last line of defence: the daemon stops
         _log.critical("the %s failed", name, exc_info=error)
-        lifecycle.fail(f"the {name} failed; see the log")
+        lifecycle.fail(f"the {name} failed, by {type(error).__name__}; the log has the story")
 
 
 async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None:

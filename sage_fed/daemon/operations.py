@@ -18,6 +18,7 @@ from sage_fed.daemon.cards import CardInForce
 from sage_fed.daemon.tiers import display_name
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
 from sage_fed.executor import Executor
+from sage_fed.ledger import Ledger
 from sage_fed.pricing import RateCard, available_cards, is_version
 from sage_fed.settings import Settings
 
@@ -38,6 +39,7 @@ class Operations:
         cards: CardInForce,
         calibrator: Calibrator,
         *,
+        ledger: Ledger,
         device_fallback: str,
         drain: Callable[[float | None], None],
     ) -> None:
@@ -46,6 +48,7 @@ class Operations:
         self._broker = broker
         self._cards = cards
         self._calibrator = calibrator
+        self._ledger = ledger
         self._device_fallback = device_fallback
         self._drain = drain
         self._draining = False
@@ -68,6 +71,9 @@ class Operations:
             tiers=tuple(self._executor.load(tier) for tier in Tier),
             rate_card_fit=self._cards.fit,
             rate_card_note=self._cards.note,
+            ledger_trouble=self._ledger.trouble,
+            recovered_jobs=self._ledger.recovery.voided_jobs,
+            recovered_uatp=self._ledger.recovery.voided_uatp,
         )
 
     def drain(self, grace_s: float | None) -> int:

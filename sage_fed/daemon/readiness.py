@@ -72,6 +72,8 @@ class Readiness:
         self._changed = asyncio.Event()
         self._where: tuple[str, str] | None = None
         self._answering = False
+        self._draining = False
+        self._ledger_accepts = True
 
     def listening(self, listen: Address | UnixSocket, metrics_url: str) -> None:
         """Note what is bound, for the line that says that all is ready."""
@@ -81,6 +83,18 @@ class Readiness:
         """Note that calls are answered from now on."""
         self._answering = True
         self._changed.set()
+
+    def ledger_accepts(self, accepts: bool) -> None:
+        """Note whether the ledger takes entries: without it no tier takes a job."""
+        self._ledger_accepts = accepts
+        self._changed.set()
+        self._tell_manager()
+
+    def _tell_manager(self) -> None:
+        line = status_line(self._statuses.values())
+        self._manager.status(
+            line if self._ledger_accepts else f"the ledger takes no entries; {line}"
+        )
 
     def step_done(self, report: StepReport) -> None:
         """Steps say nothing about readiness."""
@@ -100,7 +114,7 @@ class Readiness:
             self._progress.tier_progress(status.tier, share, self._names[status.tier])
             if not self._announced:
                 self._manager.extend(_LOAD_PATIENCE_S)
-        self._manager.status(status_line(self._statuses.values()))
+        self._tell_manager()
         if status.state is TierState.READY:
             self._in_vain.discard(status.tier)
         if status.state is TierState.READY and status.tier not in self._loaded:
@@ -130,7 +144,9 @@ class Readiness:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await health.update(self._states())
+            await health.update(
+                self._states(), takes_jobs=self._ledger_accepts and not self._draining
+            )
             tactical = self._statuses.get(Tier.TACTICAL)
             serves = tactical is not None and tactical.state is TierState.READY
             if self._answering and serves and not self._announced:
@@ -140,7 +156,8 @@ class Readiness:
 
     async def drain(self, health: Health) -> None:
         """Tell load balancers to send nothing more."""
-        await health.update(self._states(), draining=True)
+        self._draining = True
+        await health.update(self._states(), takes_jobs=False)
 
     def _states(self) -> dict[Tier, TierState]:
         return {tier: status.state for tier, status in self._statuses.items()}

@@ -2,7 +2,8 @@
 
 Owns the bounded inbox, the futures and the ledger's life: opening, serving, closed or dead.
 Knows no operation, only that each has one answer. Belongs to the loop that made it.
-What is `owed` waits for a disk that takes nothing now; the rest is refused with `LedgerBlocked`.
+What is `owed` waits for a disk that takes nothing now, or hangs; the rest is refused with
+`LedgerBlocked`.
 A dead writer ends every wait with `LedgerDown`, whose cause is for the operator only.
 """
 
@@ -16,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
-from sage_fed.errors import LedgerDown, QueueFull, SageFedError
+from sage_fed.errors import LedgerBlocked, LedgerDown, LedgerUnusable, QueueFull, SageFedError
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Clock, Now
 from sage_fed.ledger.requests import Retention
 from sage_fed.ledger.words import Recovery
 from sage_fed.ledger.writer import (
+    RETRY_S,
     Closed,
     Committed,
     Died,
@@ -32,6 +34,9 @@ from sage_fed.ledger.writer import (
     Writer,
 )
 
+_LOOK_S = 0.25
+"""Between two looks whether the disk hangs."""
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -41,7 +46,8 @@ class LedgerOptions:
     """Limits. `inbox_limit` bounds what may be refused; the ends of open holds always fit.
 
     `account_reads` is how many reads an account may have waiting, `busy_s` how long another program
-    that has the file locked is waited for.
+    that has the file locked is waited for, and `commit_timeout_s` after how long a group that is
+    not on disk counts as a disk that hangs.
     """
 
     retention: Retention = field(default_factory=Retention)
@@ -49,6 +55,7 @@ class LedgerOptions:
     inbox_limit: int = 1024
     account_reads: int = 16
     busy_s: float = 2.0
+    commit_timeout_s: float = 5.0
     answer_timeout_s: float = 30.0
     upkeep_s: float = 30.0
 
@@ -83,6 +90,9 @@ class Inbox:
         self._over = asyncio.Event()
         self._down: str | None = None
         self._cause: BaseException | None = None
+        self._path = path
+        self._refuses = False
+        self._hangs = False
         self._writer = Writer(
             path,
             clock=clock,
@@ -107,6 +117,30 @@ class Inbox:
         """Whether operations are being taken."""
         return self._down is None
 
+    @property
+    def trouble(self) -> str:
+        """Why no entry is taken now, in words for anybody; "" where entries are taken."""
+        if self._down is not None:
+            return "it has failed"
+        if self._hangs:
+            return "its disk does not answer"
+        return "its disk is full or read-only, or another program has it" * self._refuses
+
+    async def watch(self) -> None:
+        """Notice a disk that hangs, forever; that it goes on is noticed when it does."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            busy_s = self._writer.busy_s
+            if busy_s > self._options.commit_timeout_s and not self._hangs:
+                self._hangs = True
+                log.critical(
+                    "the ledger has waited for %.1f s for its disk, which holds %s; jobs are "
+                    "refused until it answers (ledger.commit_timeout_s)",
+                    busy_s,
+                    self._path,
+                )
+                self._tell_of_disk()
+
     async def ask(
         self,
         operation: Callable[[Books, Now], T],
@@ -114,7 +148,15 @@ class Inbox:
         refusable: bool = True,
         owed: bool = False,
     ) -> T:
-        """Wait for an operation; `QueueFull` where it is `refusable` and too many wait."""
+        """Wait for an operation; where it is `refusable`, for some time only.
+
+        Raises `QueueFull` where too many wait and `LedgerBlocked` where the disk hangs.
+        """
+        if refusable and self._hangs:
+            raise LedgerBlocked(
+                "the ledger's disk does not answer, so nothing was held or charged; ask again soon",
+                RETRY_S,
+            )
         if refusable and len(self._waiting) >= self._options.inbox_limit:
             raise QueueFull("the ledger is busy; try again", retry_after_s=0.1)
         answer = self.send(operation, owed=owed)
@@ -142,13 +184,22 @@ class Inbox:
             self.send(operation, owed=True).add_done_callback(asyncio.Future.exception)
 
     async def close(self, last: Operation) -> None:
-        """Answer what is queued, do one thing more and end the writer; may be repeated."""
+        """Answer what is queued, do one thing more and end the writer; may be repeated.
+
+        Raises `LedgerUnusable` where the disk does not answer: the next start goes on from there.
+        """
         if self._down is None:
             self.tell(last)
             self._down = "the ledger is closed"
             self._writer.close()
-        async with asyncio.timeout(self._options.answer_timeout_s):
-            await self._over.wait()
+        try:
+            async with asyncio.timeout(self._options.answer_timeout_s):
+                await self._over.wait()
+        except TimeoutError:
+            raise LedgerUnusable(
+                f"the ledger {self._path} was not closed: its disk does not answer. What was "
+                "acknowledged is there, and what was not is given back at the next start"
+            ) from None
 
     def _deliver(self, report: Report) -> None:
         """Cross from the writer's thread to the loop: once a group, not once an operation."""
@@ -160,6 +211,10 @@ class Inbox:
             case Opened(recovery):
                 self._opened.set_result(recovery)
             case Committed(answers, latency_s):
+                if self._hangs:
+                    self._hangs = False
+                    log.warning("the ledger's disk answers again, after %.1f s", latency_s)
+                    self._tell_of_disk()
                 for answer in answers:
                     self._resolve(answer.ticket, answer.value, answer.error)
                 if answers and self._listeners.on_commit is not None:
@@ -173,12 +228,16 @@ class Inbox:
                 self._die(error)
 
     def _say_of_disk(self, refusal: SageFedError | None) -> None:
+        self._refuses = refusal is not None
         if refusal is None:
             log.warning("the ledger takes entries again; jobs are admitted")
         else:
             log.critical("%s; jobs are refused until the ledger can be written", refusal.message)
+        self._tell_of_disk()
+
+    def _tell_of_disk(self) -> None:
         if self._listeners.on_disk is not None:
-            self._listeners.on_disk(refusal is None)
+            self._listeners.on_disk(not self._refuses and not self._hangs)
 
     def _resolve(self, ticket: int, value: object, error: BaseException | None) -> None:
         waiting = self._waiting.pop(ticket, None)

@@ -6,9 +6,9 @@ An answer means that the operation is on disk. Cancelling the wait for `settle` 
 take it back; a cancelled `hold` is voided, so that nobody's disappearance reserves ATP.
 What only reads is done beside the writer (`reader.py`), in turn with the other accounts' reads,
 and sees everything that was answered before it was asked.
-While its disk is full or read-only, or another program has it locked, what needs to be written is
-refused with `LedgerBlocked`, but for the ends of holds, which wait; `on_disk` is told when that
-begins and ends.
+While its disk is full or read-only, hangs, or another program has it locked, what needs to be
+written is refused with `LedgerBlocked`, but for the ends of holds, which wait; `on_disk` is told
+when that begins and ends.
 After another failed commit or a lost file the ledger is dead: every wait ends with `LedgerDown`,
 `on_death` is told once, and only a restart, which audits the books, brings it back.
 """
@@ -112,6 +112,15 @@ class Ledger:
         """Whether operations are being taken."""
         return self._inbox.alive
 
+    @property
+    def trouble(self) -> str:
+        """Why no entry is taken now, in words for anybody; "" where entries are taken."""
+        return self._inbox.trouble
+
+    async def watch(self) -> None:
+        """Notice a disk that hangs, forever; a task of the daemon's group."""
+        await self._inbox.watch()
+
     async def hold(self, request: HoldRequest) -> HoldReceipt | Replay:
         """Reserve a job's worst case, durably; see `Books.hold`. Also `QueueFull`."""
         return await self._hold(lambda books, now: books.hold(request, now))
@@ -150,6 +159,8 @@ class Ledger:
 
         try:
             return await self._inbox.ask(hold)
+        except LedgerBlocked:
+            raise  # nothing was held
         except (asyncio.CancelledError, LedgerDown):
             self._inbox.tell(undo)
             raise
@@ -251,7 +262,9 @@ class Ledger:
             await asyncio.sleep(self._upkeep_s)
             try:
                 expired = await self._inbox.ask(partial(_upkeep, alive=alive()), refusable=False)
-            except LedgerBlocked:
+            except LedgerDown:
+                if not self.alive:
+                    raise
                 continue  # said already; the next round does what this one could not
             if expired:
                 log.warning("expired %d holds that nobody ended", len(expired))

@@ -38,7 +38,7 @@ Operation = Callable[[Books, Now], object]
 _AGAIN_S = 0.5
 """How often a ledger that took nothing is tried again."""
 
-_RETRY_S = 5.0
+RETRY_S = 5.0
 """When a client that was refused may ask again."""
 
 
@@ -124,6 +124,7 @@ class Writer:
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._owed: list[Item] = []
+        self._busy_since_s: float | None = None
         # Daemonic: a process that ends without `close` is a crash, which the books survive.
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
@@ -134,6 +135,13 @@ class Writer:
     def submit(self, ticket: int, operation: Operation, *, owed: bool = False) -> None:
         """Queue an operation; its `Answer` carries the ticket. The sender bounds the queue."""
         self._inbox.put(Item(ticket, operation, owed))
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the group that is being committed has been; 0 between groups."""
+        # Read once: the thread swaps it whole, at any time.
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def close(self) -> None:
         """End after what is queued; the last report is `Closed` or `Died`."""
@@ -148,11 +156,13 @@ class Writer:
                 self._deliver(Opened(recovery))
                 book.db.set_busy_timeout(self._busy_ms)
                 for group in self._groups():
+                    self._busy_since_s = time.monotonic()
                     book.verify()
                     committed = self._commit_or_refuse(book.db, books, group)
                     # An answer says that it is on disk: not in a file that nobody can find.
                     book.verify()
                     book.acknowledge()
+                    self._busy_since_s = None
                     self._deliver(committed)
         except BaseException as error:  # noqa: BLE001 - the thread's last line of defence
             self._deliver(Died(error))
@@ -230,7 +240,7 @@ class Writer:
             return ()
         blocked = LedgerBlocked(
             "the ledger takes no entries now, so nothing was held or charged; ask again soon",
-            _RETRY_S,
+            RETRY_S,
         )
         blocked.__cause__ = refusal
         return (Answer(item.ticket, None, blocked),)

@@ -52,6 +52,11 @@ class MoneyMetrics:
         """Says whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
         self._series.writable.set(writable)
 
+    def ledger_recovered(self, voided_jobs: int, voided_uatp: int) -> None:
+        """Says which holds of the daemon before this one the start had to give back."""
+        self._series.recovered_jobs.set(voided_jobs)
+        self._series.recovered_atp.set(voided_uatp / UATP_PER_ATP)
+
     def rate_card(self, version: str, *, stale: bool = False) -> None:
         """Says which card is in force, and whether it was measured on something else."""
         self._series.card.clear()

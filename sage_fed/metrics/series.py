@@ -217,9 +217,16 @@ class MoneySeries:
             "ledger_read_seconds", "Time until a caller's read of the books is answered.", COMMIT
         )
         self.writable = make.gauge(
-            "ledger_writable", "1 where the ledger's disk takes entries; else jobs are refused."
+            "ledger_writable", "1 where the ledger takes entries in time; else jobs are refused."
         )
         self.writable.set(1)
+        self.recovered_jobs = make.gauge(
+            "ledger_recovered_jobs",
+            "Jobs that the daemon before this one did not end; the start gave back their holds.",
+        )
+        self.recovered_atp = make.gauge(
+            "ledger_recovered_atp", "ATP that the start gave back for those jobs."
+        )
         self.card = make.gauge("rate_card_info", "Always 1; the rate card in force.", "version")
         self.card_stale = make.gauge(
             "rate_card_stale",

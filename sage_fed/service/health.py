@@ -3,7 +3,8 @@
 Owns what SERVING means for each name:
 "" and the inference service follow the tiers (the first needs the tactical one, the second
 either), each tier follows itself, the other services serve until the daemon stops.
-While draining, everything that takes jobs is NOT_SERVING. An unknown name is NOT_FOUND
+While the daemon takes no jobs, because it drains or its ledger takes no entries, everything that
+takes jobs is NOT_SERVING. An unknown name is NOT_FOUND
 (Check) or SERVICE_UNKNOWN (Watch). Does not know what makes a tier ready.
 """
 
@@ -45,9 +46,9 @@ class Health:
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
         )
 
-    async def update(self, states: Mapping[Tier, TierState], *, draining: bool = False) -> None:
+    async def update(self, states: Mapping[Tier, TierState], *, takes_jobs: bool = True) -> None:
         """Tell every watcher what serves now."""
-        await self._publish(serving(states, draining=draining))
+        await self._publish(serving(states, takes_jobs=takes_jobs))
 
     async def stop(self) -> None:
         """Say NOT_SERVING under every name, for good: the daemon is about to go."""
@@ -73,9 +74,9 @@ def names() -> Iterable[str]:
     return ("", *SERVICES, *(tier.value for tier in Tier))
 
 
-def serving(states: Mapping[Tier, TierState], *, draining: bool) -> dict[str, bool]:
+def serving(states: Mapping[Tier, TierState], *, takes_jobs: bool) -> dict[str, bool]:
     """Return whether each name serves; a tier without a state does not."""
-    ready = {tier: states.get(tier) is TierState.READY and not draining for tier in Tier}
+    ready = {tier: states.get(tier) is TierState.READY and takes_jobs for tier in Tier}
     return {
         **dict.fromkeys(SERVICES, True),
         INFERENCE: any(ready.values()),

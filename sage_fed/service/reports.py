@@ -73,6 +73,9 @@ def status_of(status: core.DaemonStatus) -> model_pb2.GetStatusResponse:
         rate_card_fit=fit_of(status.rate_card_fit),
         rate_card_note=status.rate_card_note,
         device_fallback=status.device_fallback,
+        ledger_trouble=status.ledger_trouble,
+        recovered_jobs=status.recovered_jobs,
+        recovered_uatp=status.recovered_uatp,
     )
 
 

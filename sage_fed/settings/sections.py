@@ -223,6 +223,13 @@ class LedgerSettings(Section):
         le=MAX_HOLD_TTL_S,
         description="A hold older than this is given back if its job is gone.",
     )
+    commit_timeout_s: Real = Field(
+        default=5.0,
+        gt=0,
+        le=60,
+        description="A commit that takes longer is a disk that hangs: health says NOT_SERVING and "
+        "jobs are refused until it ends.",
+    )
     result_retention_s: Real = Field(
         default=86_400.0,
         ge=0,

@@ -1,16 +1,17 @@
-"""Another program has the ledger locked: waited for, then refused, never the end of the writer."""
+"""Another program has the ledger locked, or its disk hangs: refused, never the writer's end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import apsw
 import pytest
 
-from sage_fed.errors import LedgerBlocked, LedgerUnusable
+from sage_fed.errors import LedgerBlocked, LedgerDown, LedgerUnusable
 from sage_fed.ledger import (
     AccountTerms,
     HoldReceipt,
@@ -140,6 +141,73 @@ async def test_the_log_says_who_is_in_the_way(
         await hasty.hold(request("refused"))
 
     assert "another program has locked the ledger" in caplog.text
+
+
+class Hang:
+    """An operation that keeps the writer, as a sync that does not return does."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._over = threading.Event()
+        self._answer = ledger._inbox.send(lambda *_: self._over.wait(WAIT_S))
+
+    async def end(self) -> None:
+        """Let it return."""
+        self._over.set()
+        assert await self._answer
+
+
+def impatient(heard: Heard, **options: float) -> dict[str, object]:
+    """What opens a ledger that says at once that its disk hangs."""
+    limits = LedgerOptions(commit_timeout_s=0.0, **options)  # type: ignore[arg-type] # they are floats
+    return {"options": limits, "on_disk": heard.disk, "on_death": heard.deaths.append}
+
+
+async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard: Heard) -> None:
+    """What is refused leaves nothing behind; the upkeep lives through it; then all goes on."""
+    options = impatient(heard, upkeep_s=0.01, answer_timeout_s=0.1)
+    ledger = await Ledger.open(path, **options)  # type: ignore[arg-type] # as above
+    await ledger.ensure_account("ann", AccountTerms(10_000, 0, initial_uatp=10_000))
+    await ledger.hold(request("before"))
+    hang = Hang(ledger)
+    chores = [
+        asyncio.create_task(ledger.watch()),
+        asyncio.create_task(ledger.run_upkeep(frozenset)),
+    ]
+    async with asyncio.timeout(WAIT_S):
+        await heard.changed.wait()
+        assert "its disk does not answer" == ledger.trouble
+        refused = await asyncio.gather(
+            *(ledger.hold(request(f"refused-{i}")) for i in range(2000)), return_exceptions=True
+        )
+        with pytest.raises(LedgerDown, match="does not answer"):
+            await ledger.settle("before", 60, "length")
+        # Its own wait has ended in the same words by now, more than once.
+        await asyncio.sleep(0.3)
+        assert {LedgerBlocked} == {type(outcome) for outcome in refused}
+        assert not any(chore.done() for chore in chores)
+        assert len(ledger._inbox._waiting) < 20
+        await hang.end()
+        while heard.writable[-1:] != [True]:
+            heard.changed.clear()
+            await heard.changed.wait()
+        # Owed: it was written although nobody waited for it any more, before what was asked later.
+        await ledger.prune()
+        assert 60 == (await ledger.budget("ann")).discharged_uatp
+    for chore in chores:
+        chore.cancel()
+    await ledger.close()
+    assert [] == heard.deaths
+    assert () == check(path).violations
+
+
+async def test_a_close_on_a_disk_that_hangs_ends_in_words(path: Path) -> None:
+    """The daemon's last line says what the next start does."""
+    ledger = await Ledger.open(path, options=LedgerOptions(answer_timeout_s=0.05))
+    hang = Hang(ledger)
+    with pytest.raises(LedgerUnusable, match="its disk does not answer"):
+        await ledger.close()
+    await hang.end()
+    await ledger.close()
 
 
 async def test_an_opening_waits_for_a_lock(path: Path, heard: Heard) -> None:
