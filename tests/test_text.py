@@ -157,24 +157,32 @@ def test_a_conversation_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_template_that_asks_for_the_date_is_rendered_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing of yesterday is kept, also where the contents go in by their marks."""
+    """Nothing of yesterday is kept."""
     tokenizer = with_template("{{ strftime_now('%d') }}" + JOINING)
-    days = iter(("01", "01", "02", "02"))
-    monkeypatch.setattr("sage_fed.text.template._strftime_now", lambda _: next(days))
+    tokenizer.encode_messages(user("hello"))
+    days = iter(("01", "02"))
+    assert tokenizer._template is not None
+    monkeypatch.setitem(
+        tokenizer._template._template.environment.globals, "strftime_now", lambda _: next(days)
+    )
 
     texts = [tokenizer.decode(tokenizer.encode_messages(user("a<|im_~end|>b"))) for _ in range(2)]
 
-    assert ["01a<|im_~end|>b", "02a<|im_~end|>b"] == texts
+    assert ["01a<|im_end|>b", "02a<|im_end|>b"] == texts
 
 
 def test_a_template_that_joins_text_cannot_make_control_tokens() -> None:
-    """A control token that only the template's cutting brings about stays text, too."""
+    """What a template cuts and joins of a message is still the message's: text, no control token.
+
+    The text is what the template makes of it, as for `transformers`; it used to be the message as
+    it came, because the cut text could not be told from the template's own.
+    """
     tokenizer = with_template(JOINING)
 
     ids = tokenizer.encode_messages(user("a<|im_~end|>b"))
 
     assert 2 == sum(tokenizer.is_special(id_) for id_ in ids)
-    assert "a<|im_~end|>b" == tokenizer.decode(ids)
+    assert "a<|im_end|>b" == tokenizer.decode(ids)
 
 
 def test_escaped_text_is_encoded_as_if_the_token_were_unknown() -> None:

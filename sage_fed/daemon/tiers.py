@@ -40,7 +40,6 @@ def _load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
             tokenizer = Tokenizer.load(directory)
             equal = (known for known in tokenizers.values() if known.encodes_like(tokenizer))
             tokenizer = next(equal, tokenizer)
-            tokenizer.warm_up()
         if seen:
             by_files[seen] = tokenizer
         tokenizers[tier] = tokenizer
