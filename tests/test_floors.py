@@ -51,6 +51,7 @@ OWNERS: dict[str, set[str]] = {
     "pydantic": {"settings"},
     "pydantic_settings": {"settings"},
     "prometheus_client": {"metrics"},
+    "uvicorn": {"metrics"},
     "pynvml": {"metrics"},
     "opentelemetry": {"tracing"},
     "uvloop": {"daemon"},

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import resource
 import socket
+import ssl
 import struct
 import subprocess
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import prometheus_client
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from surroundings import require_tool
+from waiting import until
 
 from sage_fed.core import (
     Finished,
@@ -38,11 +42,11 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
-from sage_fed.metrics import Metrics, MetricsServer, Snapshot
+from sage_fed.metrics import Metrics, MetricsServer, PageDoor, Snapshot
 from sage_fed.metrics.kept import Gauge, Histogram
 from sage_fed.metrics.live import LiveRates
 from sage_fed.metrics.scrape import available_memory_bytes
-from sage_fed.metrics.server import MAX_CONNECTIONS, ScrapeServer
+from sage_fed.metrics.server import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
 from sage_fed.pricing import RateCard
 from sage_fed.router import possible_decisions
 from sage_fed.steps import StepKind, StepReport
@@ -684,7 +688,7 @@ def test_a_path_that_is_none_is_a_bad_request(
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as client,
     ):
         client.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
-        assert client.recv(12) == b"HTTP/1.0 400"
+        assert client.recv(12) == b"HTTP/1.1 400"
     assert ("", "") == capfd.readouterr()
     assert [] == caplog.records
 
@@ -741,48 +745,191 @@ def test_clients_that_break_off_are_no_news(
 
 
 def test_a_client_that_says_nothing_is_left(metrics: Metrics) -> None:
-    """Its connection is closed once the timeout is over, and nothing is logged."""
+    """Its connection is closed once its time is over, and nothing is logged."""
     with (
-        MetricsServer(metrics.registry, "127.0.0.1", 0, timeout_s=0.01) as server,
+        MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=0.01) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent,
     ):
         assert b"" == silent.recv(1)
 
 
-def test_idle_connections_are_bounded(metrics: Metrics) -> None:
-    """What is beyond the bound is closed at once; a place that is free again is given away."""
+class Long:
+    """A page that no socket's buffers take."""
+
+    SIZE = 32 * 2**20
+
+    def collect(self) -> Iterator[Metric]:
+        """One series with a long story."""
+        metric = Metric("long", "L" * self.SIZE, "gauge")
+        metric.add_sample("long", {}, 1.0)
+        yield metric
+
+
+def receive(client: socket.socket) -> bytes:
+    """What comes next; nothing where the connection is gone."""
+    try:
+        return client.recv(1 << 16)
+    except ConnectionError:
+        return b""
+
+
+def is_closed(client: socket.socket, wait_s: float) -> bool:
+    """Whether the other side has closed, or closes within the time."""
+    client.settimeout(wait_s)
+    try:
+        return client.recv(1 << 16) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_a_request_has_one_deadline_however_it_drips(metrics: Metrics) -> None:
+    """A byte now and then keeps no connection open."""
+    with (
+        MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=0.3) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as drip,
+    ):
+        drip.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: ")
+        for _ in range(1000):
+            if is_closed(drip, 0.02):
+                return
+            with suppress(ConnectionError):
+                drip.sendall(b"x")
+        raise AssertionError("it is still open")
+
+
+def test_an_answer_that_is_not_read_has_a_deadline(metrics: Metrics) -> None:
+    """Whoever asks and reads nothing is left with what was sent."""
+    metrics.registry.register(Long())
+    with (
+        MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=0.3) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as client,
+    ):
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        # Data that was never sent is lost with an abort: the page ends before its end.
+        until(lambda: not server.num_connections)
+        read = sum(map(len, iter(lambda: receive(client), b"")))
+        assert 0 < read < Long.SIZE
+
+
+def crowd(stack: ExitStack, port: int, number: int) -> list[socket.socket]:
+    """Connections that have begun to ask, and go no further."""
+    clients = []
+    for _ in range(number):
+        client = socket.create_connection(("127.0.0.1", port), timeout=10)
+        stack.enter_context(client)
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost:")
+        clients.append(client)
+    return clients
+
+
+def test_slow_connections_give_way_to_new_ones(metrics: Metrics) -> None:
+    """However many hold on, a scraper of the same address gets in, each time."""
     with ExitStack() as stack:
-        server = stack.enter_context(MetricsServer(metrics.registry, "127.0.0.1", 0, timeout_s=60))
-        clients = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
-            for _ in range(MAX_CONNECTIONS + 5)
-        ]
-        # They are accepted in order.
-        assert [b""] * 5 == [client.recv(1) for client in clients[MAX_CONNECTIONS:]]
-        held = clients[0]
-        held.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert held.recv(12) == b"HTTP/1.0 200"
-        while held.recv(1 << 16):
-            pass
+        server = stack.enter_context(MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=60))
+        clients = crowd(stack, server.port, MAX_ADDRESS_CONNECTIONS)
+        for _ in range(5):
+            assert 200 == get(server.port)[0]
+            clients += crowd(stack, server.port, 1)
+        assert [b""] * 5 == [receive(client) for client in clients[:5]]
+        clients[6].sendall(b" x\r\n\r\n")
+        assert clients[6].recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_handshake_is_part_of_the_deadline(metrics: Metrics) -> None:
+    """Who stalls it holds a place like any other, and no longer; others are served meanwhile."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    door = PageDoor(tls=lambda: context)
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=3, door=door)
+        )
+        clients = crowd(stack, server.port, 1)  # plain text is no handshake
+        for _ in range(MAX_ADDRESS_CONNECTIONS):
+            stalled = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            stack.enter_context(stalled)
+            stalled.sendall(b"\x16\x03\x01")
+            clients.append(stalled)
+        until(lambda: server.num_connections == MAX_ADDRESS_CONNECTIONS)
+        url = f"https://127.0.0.1:{server.port}/metrics"
+        with urllib.request.urlopen(url, timeout=10, context=trusting) as page:
+            assert 200 == page.status
+        assert [b""] * len(clients) == [receive(client) for client in clients]
+        until(lambda: not server.num_connections)
+
+
+def test_idle_connections_are_bounded(metrics: Metrics) -> None:
+    """No more are held than there are places; the oldest ones go."""
+    with ExitStack() as stack:
+        server = stack.enter_context(MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=60))
+        clients = crowd(stack, server.port, MAX_ADDRESS_CONNECTIONS + 5)
+        assert [b""] * 5 == [receive(client) for client in clients[:5]]
         assert 200 == get(server.port)[0]
 
 
-def test_no_file_descriptor_is_no_spin(metrics: Metrics) -> None:
-    """Where a connection cannot be accepted, the server pauses instead of asking again at once."""
-    pauses: list[float] = []
-    scrapes = ScrapeServer(metrics.registry, "127.0.0.1", 0, timeout_s=5.0, pause=pauses.append)
+class Held:
+    """A connection, as far as places know it."""
+
+    def __init__(self, places: _Places, address: str, *, has_asked: bool = False) -> None:
+        self.address, self.has_asked, self.is_open = address, has_asked, True
+        self._places = places
+        places.enter(self)  # type: ignore[arg-type] # it has what is asked of it
+
+    def abort(self) -> None:
+        """Leave."""
+        self.is_open = False
+        self._places.leave(self)  # type: ignore[arg-type] # as above
+
+
+def test_an_address_has_no_more_than_its_part_of_the_places() -> None:
+    """Who is beyond it displaces one of the same address, the slowest; others keep theirs."""
+    places = _Places()
+    other = Held(places, "b")
+    asked = Held(places, "a", has_asked=True)
+    slow = [Held(places, "a") for _ in range(MAX_ADDRESS_CONNECTIONS - 1)]
+    Held(places, "a", has_asked=True)
+    assert [False] + [True] * (MAX_ADDRESS_CONNECTIONS - 2) == [held.is_open for held in slow]
+    assert (True, True) == (asked.is_open, other.is_open)
+    for held in slow:
+        held.has_asked = True
+    Held(places, "a")
+    assert not asked.is_open, "the oldest, where none is slow"
+
+
+def test_all_addresses_together_have_so_many_places() -> None:
+    places = _Places()
+    held = [Held(places, str(i % 3)) for i in range(MAX_CONNECTIONS)]
+    assert all(one.is_open for one in held)
+    Held(places, "new")
+    assert [False] + [True] * (MAX_CONNECTIONS - 1) == [one.is_open for one in held]
+    assert MAX_CONNECTIONS == len(places)
+
+
+def test_no_file_descriptor_is_no_end(metrics: Metrics) -> None:
+    """Where a connection cannot be accepted, it is accepted when there are descriptors again."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with scrapes, socket.create_connection(scrapes.server_address[:2], timeout=10) as client:
+    with (
+        metrics.serve("127.0.0.1", 0) as server,
+        socket.socket() as client,
+    ):
+        assert 200 == get(server.port)[0]
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
-            scrapes.handle_request()
+            client.settimeout(10)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            client.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert 1 == len(pauses)
-        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        scrapes.handle_request()
-        assert client.recv(12) == b"HTTP/1.0 200"
-    assert 1 == len(pauses)
+        client.settimeout(10)
+        assert client.recv(12) == b"HTTP/1.1 200"
 
 
 def test_a_removed_child_is_made_anew() -> None:

@@ -1,4 +1,4 @@
-"""Calls that cost nothing and take long: whoever sends them holds up nobody else.
+"""Calls that cost nothing and take long, or never end: whoever sends them holds up nobody else.
 
 The figures (`docs/decisions/0026-work-off-the-loop.md`) are measured; here is what holds at any
 speed.
@@ -7,9 +7,12 @@ speed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -117,3 +120,18 @@ def test_a_prompt_that_is_far_too_long_is_refused_by_its_length(daemon: DaemonPr
         quote = client.quote(long)
     assert "prompt_too_long" == getattr(quote.decision, "reason")  # noqa: B009
     assert 0 < quote.prompt_tokens <= 200_000
+
+
+def test_sockets_that_drip_do_not_blind_the_metrics(demo_daemon: DaemonProcess) -> None:
+    """Far more of them than there are places, and every scrape is answered."""
+    where = urlsplit(demo_daemon.metrics_url)
+    with contextlib.ExitStack() as stack:
+        drips = [
+            stack.enter_context(socket.create_connection((where.hostname, where.port), WAIT_S))
+            for _ in range(40)
+        ]
+        for _ in range(20):
+            for drip in drips:
+                with contextlib.suppress(ConnectionError):  # one that had to give way
+                    drip.sendall(b"G")
+            assert "sage_fed_build_info" in scrape.fetch(demo_daemon.metrics_url)

@@ -1,39 +1,45 @@
-"""The HTTP endpoint that Prometheus scrapes, in threads of its own.
+"""The HTTP endpoint that Prometheus scrapes, on an event loop and a thread of its own.
 
-Owns who may scrape (`PageDoor`) and what bounds it: the number of connections, how long each may
-stall, and a pause where none can be accepted, so that whoever connects here costs the daemon
-neither threads nor file descriptors nor a busy core. What a client does wrong is no news; a scrape
-that fails on our side is a 500 and is logged. Does not know the series: `prometheus_client` writes
-the page.
+Owns who may scrape (`PageDoor`) and what bounds it: a deadline for a connection as a whole, from
+its first byte to the last of the answer, and a number of connections, in all and of one address.
+Who is slow gives way to who is new, so that sockets which only hold on cannot keep a scraper out.
+Own thread, because a page takes milliseconds to write, and because a daemon whose loop stands
+still must be seen to.
+Does not know HTTP, which is uvicorn's and h11's, nor the series: `prometheus_client` writes the
+page. What a client does wrong is no news; a scrape that fails on our side is a 500 and is logged.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import re
 import socket
-import socketserver
 import ssl
-import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from prometheus_client import CollectorRegistry, MetricsHandler
+import uvicorn
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import get_remote_addr
 
-MAX_CONNECTIONS = 8
-"""Scrapes at once; a client beyond them is disconnected and comes again at its next interval."""
+MAX_CONNECTIONS = 32
+"""Scrapes at once."""
 
-TIMEOUT_S = 5.0
-"""A connection that neither sends nor takes anything for so long is closed."""
+MAX_ADDRESS_CONNECTIONS = 16
+"""Of one address."""
 
-_ACCEPT_PAUSE_S = 0.5
-"""After a connection that could not be accepted: it stays at the head of the queue."""
+DEADLINE_S = 10.0
+"""For a connection, handshake, request and answer together: Prometheus waits no longer."""
+
+_MAX_HEAD_BYTES = 16 * 1024
+_BACKLOG = 64
+_LAST_WORDS_S = 1
 
 _VERSION = re.compile(r"version=([^;,]*)")
 _NUMBERS = re.compile(r"\d{1,9}(\.\d{1,9}){0,9}\s*")
@@ -47,7 +53,7 @@ class PageDoor:
 
     Attributes:
         admit: from the values of the `authorization` header to OK, UNAUTHORIZED or FORBIDDEN.
-            Called in threads.
+            Called in the server's thread.
         tls: the context of a connection that begins now; without it, plain HTTP.
     """
 
@@ -71,24 +77,55 @@ class MetricsServer:
         host: str,
         port: int,
         *,
-        timeout_s: float = TIMEOUT_S,
+        deadline_s: float = DEADLINE_S,
         door: PageDoor = OPEN_PAGE,
     ) -> None:
-        self._server = ScrapeServer(registry, host, port, timeout_s=timeout_s, door=door)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="metrics", daemon=True
+        self._socket = _bound(host, port)
+        self.port = int(self._socket.getsockname()[1])
+        """The port, also where 0 was asked for."""
+        self._places = _Places()
+
+        def connection(**given: Any) -> _Connection:  # noqa: ANN401 - uvicorn's
+            return _Connection(self._places, deadline_s, door.tls, **given)
+
+        config = uvicorn.Config(
+            _Page(registry, door),
+            # It is called like the class that it stands for.
+            http=connection,  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+            timeout_graceful_shutdown=_LAST_WORDS_S,
         )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        # Without file descriptors asyncio pauses for a second before it accepts again, and says
+        # so each time; a socket that broke is no news either.
+        asyncio.get_running_loop().set_exception_handler(_report)
+        try:
+            await self._server.serve([self._socket])
+        finally:
+            self._places.close()
+
     @property
-    def port(self) -> int:
-        """The port, also where 0 was asked for."""
-        return int(self._server.server_address[1])
+    def num_connections(self) -> int:
+        """Connections that are open now."""
+        return len(self._places)
 
     def close(self) -> None:
         """Stops serving; returns when the thread has ended."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.should_exit = True
         self._thread.join(timeout=5)
 
     def __enter__(self) -> Self:
@@ -98,114 +135,205 @@ class MetricsServer:
         self.close()
 
 
-class ScrapeServer(socketserver.ThreadingTCPServer):
-    """One thread a connection, and at most `MAX_CONNECTIONS` of them."""
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a listening socket; connections wait in it until the thread takes them."""
+    family, *_, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server((str(address[0]), int(address[1])), family=family, backlog=_BACKLOG)
 
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 64
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
+
+
+class _Places:
+    """The connections there are, in the order of their arrival; each leaves by itself."""
+
+    def __init__(self) -> None:
+        self._taken: dict[_Connection, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def enter(self, new: _Connection) -> None:
+        """Take a place; if none is free, of the oldest that has not asked, or else the oldest."""
+        own = [held for held in self._taken if held.address == new.address]
+        if len(own) >= MAX_ADDRESS_CONNECTIONS:
+            self._evict(own)
+        elif len(self._taken) >= MAX_CONNECTIONS:
+            self._evict(self._taken)
+        self._taken[new] = None
+
+    def leave(self, connection: _Connection) -> None:
+        """Free its place; it may have none."""
+        self._taken.pop(connection, None)
+
+    def close(self) -> None:
+        """Abort what there is."""
+        for held in tuple(self._taken):
+            held.abort()
+
+    @staticmethod
+    def _evict(held: Iterable[_Connection]) -> None:
+        oldest = next(iter(held))
+        next((slow for slow in held if not slow.has_asked), oldest).abort()
+
+
+class _Connection(H11Protocol):
+    """One connection: a place, a deadline, the handshake if there is one, then uvicorn's.
+
+    It is encrypted here and not by the listening socket, so that one which stalls its handshake
+    is one of those that are counted and have a deadline.
+    """
 
     def __init__(
         self,
-        registry: CollectorRegistry,
-        host: str,
-        port: int,
-        *,
-        timeout_s: float,
-        pause: Callable[[float], None] = time.sleep,
-        door: PageDoor = OPEN_PAGE,
+        places: _Places,
+        deadline_s: float,
+        tls: Callable[[], ssl.SSLContext] | None,
+        **given: Any,  # noqa: ANN401 - uvicorn's
     ) -> None:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, *_, address = found[0]
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._pause = pause
-        self._timeout_s = timeout_s
-        self._door = door
-        own = {"registry": registry, "timeout": timeout_s, "door": door}
-        handler = type("Handler", (_Handler,), own)
-        super().__init__((str(address[0]), int(address[1])), handler)
+        super().__init__(**given)
+        self.address: str | None = None
+        self._places = places
+        self._deadline_s = deadline_s
+        self._tls = tls
+        self._socket_transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._handshake: asyncio.Task[None] | None = None
+        self._early: list[bytes] = []
 
-    def get_request(self) -> Any:  # noqa: ANN401 - the base class does not type it
-        """Accept a connection."""
+    @property
+    def has_asked(self) -> bool:
+        """Whether its request is complete."""
+        return self.cycle is not None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        """Take a place and begin."""
+        self._socket_transport = transport
+        peer = get_remote_addr(transport)
+        self.address = peer[0] if peer else None
+        self._places.enter(self)
+        self._deadline = self.loop.call_later(self._deadline_s, self.abort)
+        if self._tls is None:
+            super().connection_made(transport)
+            return
+        transport.pause_reading()  # the handshake is not this protocol's to read
+        self._handshake = self.loop.create_task(self._encrypt(transport, self._tls()))
+
+    async def _encrypt(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
         try:
-            return super().get_request()
-        except OSError:
-            # Out of file descriptors: asking again at once would keep a core busy.
-            self._pause(_ACCEPT_PAUSE_S)
-            raise
+            encrypted = await self.loop.start_tls(
+                transport,
+                self,
+                context,
+                server_side=True,
+                ssl_handshake_timeout=self._deadline_s,
+                ssl_shutdown_timeout=self._deadline_s,
+            )
+        except OSError:  # which an SSLError is
+            encrypted = None
+        if encrypted is None:
+            self.abort()
+            return
+        super().connection_made(encrypted)
+        early, self._early = self._early, []
+        for data in early:
+            self.data_received(data)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ANN401, ARG002
-        """Whether a place is free; where none is, the connection is closed."""
-        return self._places.acquire(blocking=False)
+    def data_received(self, data: bytes) -> None:
+        """Pass on what arrives, once the handshake is known to be over."""
+        if self.transport is None:
+            self._early.append(data)
+        else:
+            super().data_received(data)
 
-    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Begin a thread for a connection."""
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread began that would free the place
-            self._places.release()
-            raise
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Free the place."""
+        self._leave()
+        if self.transport is not None:
+            super().connection_lost(exc)
 
-    def finish_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Answer; in the connection's thread, before the connection is closed."""
-        try:
-            if self._door.tls is None:
-                super().finish_request(request, client_address)
-                return
-            # Here and not where connections are accepted: a client that stalls its handshake
-            # holds one place, and not the door.
-            request.settimeout(self._timeout_s)
-            with contextlib.closing(
-                self._door.tls().wrap_socket(request, server_side=True)
-            ) as encrypted:
-                super().finish_request(encrypted, client_address)
-        finally:
-            self._places.release()
+    def abort(self) -> None:
+        """Close it now, whatever is under way."""
+        self._leave()
+        if self._socket_transport is not None:
+            self._socket_transport.abort()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401, ARG002
-        """Log what went wrong, unless it is that the client broke off."""
-        if not isinstance(sys.exception(), OSError):
-            _log.exception("a scrape failed")
+    def _leave(self) -> None:
+        self._places.leave(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
 
 
 _PATHS = ("/", "/metrics")
+_CLOSE = (b"connection", b"close")
+"""One request a connection, so that one deadline is enough."""
+
+_TEXT = (b"content-type", b"text/plain; charset=utf-8")
+_Answer = tuple[HTTPStatus, list[tuple[bytes, bytes]], bytes]
 
 
-class _Handler(MetricsHandler):
-    """The library's handler, which fails on requests that it does not expect."""
+class _Page:
+    """The ASGI application: the library's WSGI one, behind the door."""
 
-    door: PageDoor
+    def __init__(self, registry: CollectorRegistry, door: PageDoor) -> None:
+        self._write = make_wsgi_app(registry)
+        self._door = door
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class names it
-        """Answer with the page, in a format that the client takes or in plain text."""
-        versions = _VERSION.findall(self.headers.get("Accept", ""))
-        if not all(_NUMBERS.fullmatch(version) for version in versions):
-            del self.headers["Accept"]
+    async def __call__(self, scope: Any, receive: object, send: Callable[..., Any]) -> None:  # noqa: ANN401, ARG002 - ASGI's
+        status, headers, body = self._answer(scope)
+        headers += [_CLOSE, (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _answer(self, scope: Any) -> _Answer:  # noqa: ANN401 - ASGI's
         try:
-            path = urlsplit(self.path).path
+            path = urlsplit(scope["path"]).path
         except ValueError:
-            self.send_error(400)
-            return
+            return HTTPStatus.BAD_REQUEST, [_TEXT], b"no such path\n"
         if path not in _PATHS:
             # A health probe on a path that nobody serves must not always pass.
-            self.send_error(404, "the metrics are at /metrics")
-            return
-        admitted = self.door.admit(self.headers.get_all("Authorization", []))
+            return HTTPStatus.NOT_FOUND, [_TEXT], b"the metrics are at /metrics\n"
+        admitted = self._door.admit(_values(scope, b"authorization"))
+        if admitted is HTTPStatus.UNAUTHORIZED:  # which has to say how to be let in
+            return admitted, [(b"www-authenticate", b'Bearer realm="sage-fed"')], b""
         if admitted is not HTTPStatus.OK:
-            self._refuse(admitted)
-            return
+            return admitted, [], b""
         try:
-            super().do_GET()
-        except OSError:
-            raise
+            return self._page(scope)
         except Exception:  # noqa: BLE001 - ours; the page is made before the first byte is sent
             _log.exception("a scrape failed")
-            self.send_error(500)
+            return HTTPStatus.INTERNAL_SERVER_ERROR, [_TEXT], b"a scrape failed; see the log\n"
 
-    def _refuse(self, status: HTTPStatus) -> None:
-        """Answer without the page; a 401 has to say how to be let in."""
-        self.send_response(status)
-        if status is HTTPStatus.UNAUTHORIZED:
-            self.send_header("WWW-Authenticate", 'Bearer realm="sage-fed"')
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    def _page(self, scope: Any) -> _Answer:  # noqa: ANN401 - ASGI's
+        """Return the page, in a format that the client takes or in plain text."""
+        accept = ",".join(_values(scope, b"accept"))
+        if not all(_NUMBERS.fullmatch(version) for version in _VERSION.findall(accept)):
+            accept = ""  # the library fails on versions that are none
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        body = b"".join(
+            self._write(
+                {
+                    "REQUEST_METHOD": scope["method"],
+                    "PATH_INFO": "/metrics",
+                    "QUERY_STRING": scope["query_string"].decode("latin-1"),
+                    "HTTP_ACCEPT": accept,
+                    "HTTP_ACCEPT_ENCODING": ",".join(_values(scope, b"accept-encoding")),
+                },
+                lambda status, headers: started.append((status, headers)),
+            )
+        )
+        status, headers = started[0]
+        return (
+            HTTPStatus(int(status.split()[0])),
+            [(name.lower().encode(), value.encode("latin-1")) for name, value in headers],
+            body,
+        )
+
+
+def _values(scope: Any, name: bytes) -> list[str]:  # noqa: ANN401 - ASGI's
+    """Return the values of a header."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
