@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test test-slow explore lint format proto lock clean
+.PHONY: help setup demo test test-slow explore mutants lint format proto lock clean
 
 help:
 	@echo "make demo       from nothing to streamed answers of both tiers, with prices and metrics"
 	@echo "make test       the test suite, from nothing"
 	@echo "make test-slow  the tests that take long and rarely break"
 	@echo "make explore    property tests on new random examples, for as long as that takes"
+	@echo "make mutants    which small changes to the core no test notices; MUTANTS='--sample 100' is a start"
 	@echo "make lint       ruff, mypy --strict, buf"
 	@echo "make proto      regenerate sage_fed/v1 from proto/"
 	@echo "make lock       resolve constraints.txt anew"
@@ -43,6 +44,11 @@ test-slow: setup
 # it as an @example of its property, fix the fault, and CI tries it for ever.
 explore: setup
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile explore --timeout 0 -n auto $(EXPLORE)
+
+# The tool is fetched here and is no part of the environment: it brings a terminal interface along.
+mutants: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt mutmut==3.8.1
+	$(BIN)/python bench/mutants.py $(MUTANTS)
 
 lint: setup
 	$(BIN)/ruff check .
