@@ -7,7 +7,9 @@ refused here with a `ModelLoadError` that names it, before a byte of weights is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from sage_fed.engine.configuration import SUPPORTED, Configuration, Traits, read
 from sage_fed.engine.rotary import SUPPORTED_ROPE, RopeSpec
 from sage_fed.errors import ModelLoadError
 
+_ORIGINAL = "original_max_position_embeddings"
+_MAY_BE_ZERO = frozenset(
+    {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+)
 _NO_WINDOW = 2**63
 """What a window of null reads as."""
 
@@ -23,7 +29,8 @@ _NO_WINDOW = 2**63
 class ModelSpec:
     """Everything about a decoder that its forward pass depends on, weights aside.
 
-    `sliding_window` is None where no layer uses one.
+    `sliding_window` is None where no layer uses one. `remarks` say where the configuration
+    contradicts itself, or says what nothing reads.
     """
 
     architecture: str
@@ -43,6 +50,7 @@ class ModelSpec:
     qk_norm: bool
     tied_embeddings: bool
     sliding_window: int | None
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def kv_width(self) -> int:
@@ -65,7 +73,8 @@ def read_spec(directory: Path) -> ModelSpec:
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = _num_kv_heads(architecture, config, num_heads)
     num_layers = config.integer("num_hidden_layers")
-    max_position = config.integer("max_position_embeddings", traits.max_position)
+    head_dim = config.integer("head_dim", traits.head_dim or hidden_size // num_heads)
+    rope, remarks = _rope(architecture, config, traits, head_dim)
     attention_bias = config.flag("attention_bias")
     return ModelSpec(
         architecture=architecture,
@@ -75,16 +84,17 @@ def read_spec(directory: Path) -> ModelSpec:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=config.integer("head_dim", traits.head_dim or hidden_size // num_heads),
+        head_dim=head_dim,
         rms_eps=config.number("rms_norm_eps", 1e-6),
-        max_position=max_position,
-        rope=_rope(architecture, config, max_position),
+        max_position=rope.longest,
+        rope=rope,
         qkv_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
         out_bias=attention_bias if traits.qkv_bias is None else False,
         mlp_bias=traits.mlp_bias and config.flag("mlp_bias"),
         qk_norm=traits.qk_norm,
         tied_embeddings=config.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(config, traits, num_layers),
+        remarks=remarks,
     )
 
 
@@ -99,7 +109,12 @@ def _num_kv_heads(architecture: str, config: Configuration, num_heads: int) -> i
     return num_kv_heads
 
 
-def _rope(architecture: str, config: Configuration, max_position: int) -> RopeSpec:
+def _rope(
+    architecture: str, config: Configuration, traits: Traits, head_dim: int
+) -> tuple[RopeSpec, tuple[str, ...]]:
+    """Read the rotary scaling, and what is to be said of it."""
+    if head_dim % 2:
+        raise ModelLoadError(f"{architecture}: heads of {head_dim}, an odd size, cannot turn")
     raw: dict[str, Any] = config.rope()
     kind = str(raw.pop("rope_type", raw.pop("type", "default")))
     raw.pop("type", None)
@@ -110,15 +125,61 @@ def _rope(architecture: str, config: Configuration, max_position: int) -> RopeSp
         )
     if raw.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ModelLoadError(f"{architecture}: partial rotary embeddings are not supported")
-    theta = raw.pop("rope_theta")
-    numbers = {key: float(value) for key, value in raw.items() if isinstance(value, int | float)}
-    if kind in {"llama3", "yarn"}:
-        numbers.setdefault("original_max_position_embeddings", float(max_position))
-    if missing := SUPPORTED_ROPE[kind] - numbers.keys():
+    max_position = config.integer("max_position_embeddings", traits.max_position)
+    parameters = SUPPORTED_ROPE[kind]
+    unread = sorted(raw.keys() - parameters.read)
+    given = {key: value for key, value in raw.items() if key in parameters.read}
+    short_factor = _factors(kind, given, head_dim) if kind == "longrope" else ()
+    if _ORIGINAL in parameters.needed:
+        # One beside the parameters goes before one among them, as in Phi-3's files.
+        given[_ORIGINAL] = config.integer(_ORIGINAL, given.get(_ORIGINAL, max_position))
+    if missing := parameters.needed - given.keys() - {"short_factor", "long_factor"}:
         raise ModelLoadError(
             f"{architecture}: rotary scaling {kind!r} lacks {', '.join(sorted(missing))}"
         )
-    return RopeSpec(kind=kind, theta=float(theta), scaling=tuple(sorted(numbers.items())))
+    numbers = {key: _rope_number(key, value) for key, value in given.items()}
+    rope = RopeSpec(
+        kind=kind,
+        theta=numbers.pop("rope_theta"),
+        scaling=tuple(sorted(numbers.items())),
+        short_factor=short_factor,
+        max_position=max_position,
+    )
+    return rope, tuple(_rope_remarks(rope, unread))
+
+
+def _factors(kind: str, given: dict[str, Any], head_dim: int) -> tuple[float, ...]:
+    """Take the two lists of factors out of `given`; the short ones are returned."""
+    lists = []
+    for key in ("short_factor", "long_factor"):
+        values = given.pop(key, None)
+        if not isinstance(values, list) or len(values) != head_dim // 2:
+            raise ModelLoadError(
+                f"config.json: {key} of {kind} has to be a list of {head_dim // 2} numbers"
+            )
+        lists.append(tuple(_rope_number(key, value) for value in values))
+    return lists[0]
+
+
+def _rope_number(key: str, value: object) -> float:
+    """Return a rotary parameter; whether a correction range is truncated is one, too."""
+    is_number = isinstance(value, int | float) and (isinstance(value, bool) == (key == "truncate"))
+    number = float(value) if isinstance(value, int | float) and is_number else math.nan
+    if not math.isfinite(number) or (number <= 0 and key not in _MAY_BE_ZERO):
+        raise ModelLoadError(f"config.json: rotary parameter {key} cannot be {value!r}")
+    return number
+
+
+def _rope_remarks(rope: RopeSpec, unread: list[str]) -> Iterator[str]:
+    if unread:
+        yield f"config.json: rotary scaling {rope.kind!r} does not read {', '.join(unread)}"
+    original = dict(rope.scaling).get(_ORIGINAL, rope.max_position)
+    if rope.kind == "yarn" and rope.max_position not in (int(original), rope.longest):
+        yield (
+            f"config.json has max_position_embeddings {rope.max_position:,}, and rotary scaling "
+            f"'yarn' of {original:,.0f} positions to {rope.longest:,}; the longest context is "
+            f"{rope.longest:,}"
+        )
 
 
 def _sliding_window(config: Configuration, traits: Traits, num_layers: int) -> int | None:

@@ -118,7 +118,9 @@ class Configuration:
         beside: dict[str, Any] = {"rope_theta": self.number("rope_theta", _DEFAULT_THETA)}
         if self._raw.get("partial_rotary_factor") is not None:
             beside["partial_rotary_factor"] = self._raw["partial_rotary_factor"]
-        return beside | raw
+        # A null is no value; a kind of null is not "default", and refused as a kind.
+        kinds = {"rope_type", "type"}
+        return beside | {k: v for k, v in raw.items() if v is not None or k in kinds}
 
     def _value(self, key: str, default: T | None, kind: type[T]) -> T:
         value = self._raw.get(key)

@@ -173,6 +173,13 @@ def _context(spec: ModelSpec, asked: int | None) -> int:
         raise ModelLoadError(
             f"a context of {context} tokens was asked for; the model has {spec.max_position}"
         )
+    constant = spec.rope.constant_up_to
+    if constant is not None and context > constant:
+        raise ModelLoadError(
+            f"rotary scaling {spec.rope.kind!r}, which beyond {constant} tokens depends on how "
+            f"long a sequence is, is supported up to there; set max_context_tokens to {constant} "
+            "or less"
+        )
     if spec.sliding_window is not None and context > spec.sliding_window:
         raise ModelLoadError(
             f"attention over a sliding window of {spec.sliding_window} tokens is not supported; "
@@ -193,6 +200,7 @@ def _valid_ids(spec: ModelSpec, num_valid_ids: int | None) -> int:
 
 def _remarks(directory: Path, spec: ModelSpec, shared: str | None) -> Iterator[str]:
     """Say where the checkpoint's files disagree, and what is made of it."""
+    yield from spec.remarks
     if (remark := left_out(directory)) is not None:
         yield remark
     if spec.tied_embeddings and shared is None:

@@ -33,9 +33,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
 def by_transformers(directory: Path, architecture: str) -> ModelSpec:
     """What its configuration classes make of the file."""
     config = AutoConfig.from_pretrained(directory)
+    config.standardize_rope_params()  # once more, as each computation of frequencies does
     rope = dict(config.rope_parameters)
     kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
     rope.pop("type", None)
+    spec = RopeSpec(
+        kind,
+        theta,
+        tuple(sorted((k, float(v)) for k, v in rope.items())),
+        max_position=config.max_position_embeddings,
+    )
     qwen2, mistral = architecture.startswith("Qwen2"), architecture.startswith("Mistral")
     bias = bool(getattr(config, "attention_bias", False)) and not mistral
     window = getattr(config, "sliding_window", None)
@@ -51,8 +58,8 @@ def by_transformers(directory: Path, architecture: str) -> ModelSpec:
         head_dim=getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
         rms_eps=config.rms_norm_eps,
-        max_position=config.max_position_embeddings,
-        rope=RopeSpec(kind, theta, tuple(sorted((k, float(v)) for k, v in rope.items()))),
+        max_position=spec.longest,
+        rope=spec,
         qkv_bias=qwen2 or bias,
         out_bias=bias and not qwen2,
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
