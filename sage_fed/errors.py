@@ -202,6 +202,12 @@ class Occupied(ConfigError):
     reason = "OCCUPIED"
 
 
+class MachineFault(SageFedError):
+    """What the machine did not give: space, an inode, a disk that may be written. That may pass."""
+
+    reason = "MACHINE_FAULT"
+
+
 class ModelLoadError(SageFedError):
     """A checkpoint that cannot be served; the text names what and why."""
 

@@ -43,10 +43,10 @@ class Disk:
 
 
 @contextlib.contextmanager
-def small_tmpfs(path: Path, size: str) -> Iterator[Disk]:
-    """A disk of `size` at `path`."""
+def small_tmpfs(path: Path, size: str, *options: str) -> Iterator[Disk]:
+    """A disk of `size` at `path`; `nr_inodes=N` bounds the files on it, its root among them."""
     path.mkdir()
-    _mount("-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", path)
+    _mount("-t", "tmpfs", "-o", ",".join((f"size={size}", "mode=700", *options)), "tmpfs", path)
     try:
         yield Disk(path)
     finally:

@@ -16,6 +16,7 @@ FLOORS: dict[str, int] = {
     "steps": 0,
     "settings": 0,
     "tasks": 0,
+    "trusted_files": 0,
     "v1": 0,
     "text": 1,
     "workers": 1,
@@ -76,7 +77,9 @@ SIDEWAYS: set[tuple[str, str]] = {
     ("settings", "core"),
     ("settings", "errors"),
     ("steps", "core"),
+    ("settings", "trusted_files"),
     ("steps", "errors"),
+    ("trusted_files", "errors"),
     ("broker", "executor"),  # the broker runs jobs on the executor
     ("calibrate", "executor"),  # a calibration times steps on it
     ("service", "auth"),

@@ -131,7 +131,7 @@ def test_every_error_has_a_row_or_stays_inside() -> None:
     inside = {
         errors.ConfigError, errors.ModelLoadError, errors.LedgerCorrupt, errors.LedgerUnusable,
         errors.Retryable, errors.CannotConnect, errors.CallFailed, errors.CannotWrite,
-        errors.DeviceLost, errors.Occupied,
+        errors.DeviceLost, errors.Occupied, errors.MachineFault,
     }  # fmt: skip
 
     def below(kind: type[SageFedError]) -> set[type[SageFedError]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import apsw
 import pytest
-from daemon_process import TROUBLE, DaemonProcess
+from daemon_process import TROUBLE, DaemonProcess, serve_arguments
 from forked_daemon import ForkedProcess
 from small_disks import Disk, small_ext4, small_tmpfs
 from waiting import WAIT_S, until
@@ -205,7 +207,7 @@ def test_a_read_only_disk_is_said_in_words(disk: Disk, tmp_path: Path) -> None:
          "127.0.0.1:0", "--state-dir", str(disk.path / "state")),
         log,
     )  # fmt: skip
-    assert 0 != process.wait(WAIT_S)
+    assert 1 == process.wait(WAIT_S)
     assert "Read-only file system" in log.read_text()
     assert not TROUBLE.search(log.read_text())
     disk.remount("rw")
@@ -213,6 +215,71 @@ def test_a_read_only_disk_is_said_in_words(disk: Disk, tmp_path: Path) -> None:
     with Client(again.address) as client:
         assert spent_uatp == client.budget().discharged_uatp
     assert 0 == again.stop(WAIT_S)
+
+
+def unstarted(disk: Disk, log: Path, *more: str) -> str:
+    """The log of a daemon that cannot start now; its manager is to try again."""
+    process = ForkedProcess(serve_arguments(disk.path / "state", *more), log)
+    assert 1 == process.wait(WAIT_S), log.read_text()
+    said = log.read_text()
+    assert not TROUBLE.search(said)
+    return said
+
+
+def ended_or_listening(process: ForkedProcess, state: Path) -> bool:
+    return process.poll() is not None or (state / "endpoint.json").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_without_inodes_is_nobodys_setting(tmp_path: Path) -> None:
+    """Whichever file of a start is the one too many: exit code 1, in words, until there is room."""
+    log = tmp_path / "daemon.log"
+    files: set[str] = set()
+    with small_tmpfs(tmp_path / "disk", "4m", "nr_inodes=2") as disk:
+        (disk.path / "state").mkdir(mode=0o700)
+        for free in range(20):
+            disk.remount(f"nr_inodes={2 + free}")
+            process = ForkedProcess(
+                serve_arguments(disk.path / "state", "--listen", f"unix:{disk.path}/state/sock"),
+                log,
+            )
+            until(partial(ended_or_listening, process, disk.path / "state"))
+            if process.poll() is None:
+                break
+            assert 1 == process.wait(WAIT_S), log.read_text()
+            files |= {path.name for path in (disk.path / "state").iterdir()}
+        else:
+            raise AssertionError("it never started")
+        process.send_signal(signal.SIGTERM)
+        assert 0 == process.wait(WAIT_S), log.read_text()
+        assert () == check(disk.path / "state" / "ledger.db").violations
+    said = log.read_text()
+    assert not TROUBLE.search(said)
+    assert {"ledger.db", "admin.token"} <= files, "it failed behind these, too"
+    for last in ("ledger.db", "admin.token", "cannot bind unix:", "endpoint.json"):
+        assert last in said
+
+
+def test_no_room_for_the_admin_token_or_the_socket_passes(tmp_path: Path) -> None:
+    """The books are there and open; what is written behind them is no setting either."""
+    log = tmp_path / "daemon.log"
+    state = tmp_path / "disk" / "state"
+    with small_tmpfs(tmp_path / "disk", "4m", "nr_inodes=40") as disk:
+        first = DaemonProcess.start(state, *SETTINGS, launch=ForkedProcess)
+        assert 0 == first.stop(WAIT_S)
+        (state / "daemon.log").unlink()
+        (state / "admin.token").unlink()
+        taken = 2 + sum(1 for _ in state.iterdir())
+        # Of a start's files the books' two logs come first.
+        disk.remount(f"nr_inodes={taken + 2}")
+        assert "admin.token: No space left on device" in unstarted(disk, log)
+        disk.remount(f"nr_inodes={taken + 3}")
+        assert "cannot bind unix:" in unstarted(disk, log, "--listen", f"unix:{state}/sock")
+        (state / "admin.token").unlink()
+        assert "endpoint.json: No space left on device" in unstarted(disk, log)
+        disk.remount(f"nr_inodes={taken + 10}")
+        again = start(disk, log)
+        assert 0 == again.stop(WAIT_S)
 
 
 def test_a_disk_that_turns_read_only_under_the_daemon(tmp_path: Path) -> None:

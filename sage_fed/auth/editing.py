@@ -25,6 +25,7 @@ from tomlkit.toml_document import TOMLDocument
 from sage_fed.auth.register import KEYS, read_register
 from sage_fed.errors import ConfigError
 from sage_fed.settings import AccountSettings
+from sage_fed.trusted_files import os_error, owners_beside, replace_file
 
 ID_CHARS = 8
 """Of a digest: enough to tell tokens apart, too few to guess one from."""
@@ -52,7 +53,7 @@ class Entry:
 
 def entries(path: Path, accounts: Mapping[str, AccountSettings]) -> tuple[Entry, ...]:
     """Return the file's entries in their order; none where there is no file."""
-    read_register(path, accounts, optional=True)
+    read_register(path, accounts, optional=True, owners=owners_beside(path))
     return tuple(entry for _, _, entry in _entries(_read(path), accounts))
 
 
@@ -148,12 +149,12 @@ def _changing(path: Path, accounts: Mapping[str, AccountSettings]) -> Iterator[T
     """The document, to be changed in the block and written after it."""
     try:
         with _locked(path.parent):
-            read_register(path, accounts, optional=True)
+            read_register(path, accounts, optional=True, owners=owners_beside(path))
             document = _read(path)
             yield document
             _write(path, tomlkit.dumps(document))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+        raise os_error(f"{path}: cannot be written", error) from None
 
 
 @contextlib.contextmanager
@@ -175,22 +176,16 @@ def _read(path: Path) -> TOMLDocument:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file: private from its first byte, its owner and group kept."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.unlink(missing_ok=True)
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        try:
-            before = path.stat()
-        except FileNotFoundError:
-            # Made by root for a service whose directory this is: the service has to read it.
-            before = None
-        owner = before or path.parent.stat()
-        if os.geteuid() == 0:
-            os.fchown(handle, owner.st_uid, owner.st_gid)
-        if before is not None:
-            os.fchmod(handle, stat.S_IMODE(before.st_mode) & _MAX_MODE)
-        os.fsync(handle)
-    fresh.replace(path)
+    """Replace the file, its owner, group and mode kept."""
+    try:
+        before = path.stat()
+    except FileNotFoundError:
+        # Made by root for a service whose directory this is: the service has to read it.
+        before = None
+    owner = before or path.parent.stat()
+    replace_file(
+        path,
+        text,
+        mode=0o600 if before is None else stat.S_IMODE(before.st_mode) & _MAX_MODE,
+        owner=(owner.st_uid, owner.st_gid) if os.geteuid() == 0 else None,
+    )

@@ -1,19 +1,18 @@
 """New tokens: how they look, what is kept of them, and the admin token of this machine.
 
 Owns the one place where a token is a text; everything else knows its digest.
-Fails with `ConfigError` where the state directory cannot be written.
+Fails with `ConfigError` or `MachineFault` where the state directory cannot be written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from pathlib import Path
 
 from sage_fed.auth.register import Token
 from sage_fed.core import Caller, Role
-from sage_fed.errors import ConfigError
+from sage_fed.trusted_files import os_error, replace_file
 
 ADMIN_TOKEN_FILE = "admin.token"  # noqa: S105 - a file's name
 """In the state directory, readable by its owner only; written anew at every start."""
@@ -39,18 +38,13 @@ def mint_admin_token(state_dir: Path, account: str) -> Token:
     """Write a fresh admin token to the state directory (mode 0600) and return its digest.
 
     Raises:
-        ConfigError: the state directory cannot be written.
+        ConfigError: the state directory may not be written.
+        MachineFault: its disk takes nothing now.
     """
     token = new_token()
     path = state_dir / ADMIN_TOKEN_FILE
-    fresh = path.with_name(f"{ADMIN_TOKEN_FILE}.new")
     try:
-        fresh.unlink(missing_ok=True)
-        # Born private, then renamed: at no instant is it readable by others, or half written.
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{token}\n")
-        fresh.replace(path)
+        replace_file(path, f"{token}\n")
     except OSError as error:
-        raise ConfigError(f"state_dir: cannot write {path}: {error.strerror}") from None
+        raise os_error(f"state_dir: cannot write {path}", error) from None
     return Token(digest_of(token), Caller(account or ADMIN_ACCOUNT, Role.ADMIN))

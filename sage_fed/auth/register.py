@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from sage_fed.core import Caller, Role
 from sage_fed.errors import ConfigError
 from sage_fed.settings import AccountSettings
+from sage_fed.trusted_files import open_trusted, os_error
 
 KEYS: Mapping[str, frozenset[str]] = {
     "token": frozenset({"sha256", "account", "role", "name", "created", "expires"}),
@@ -63,7 +64,11 @@ class Register:
 
 
 def read_register(
-    path: Path, accounts: Mapping[str, AccountSettings], *, optional: bool = False
+    path: Path,
+    accounts: Mapping[str, AccountSettings],
+    *,
+    optional: bool = False,
+    owners: Collection[int] | None = None,
 ) -> Register:
     """Read the file. Without `role` an entry has its account's in the settings, else a user's.
 
@@ -71,24 +76,28 @@ def read_register(
         path: the file.
         accounts: the settings of accounts that have some.
         optional: whether it may be absent, which is an empty one.
+        owners: whose it may be; None is this process's user's or root's.
 
     Raises:
-        ConfigError: unreadable, not TOML, or an entry that cannot be used; names entry and key.
+        ConfigError: unreadable, somebody else may change it, not TOML, or an entry that cannot be
+            used; names entry and key.
+        MachineFault: the disk does not give it now.
     """
     where = f"auth.tokens_file {path}"
     try:
-        with path.open("rb") as file:
+        with open_trusted("auth.tokens_file", path, owners) as file:
             mode = os.fstat(file.fileno()).st_mode
             document = tomllib.load(file)
-    except OSError as error:
-        if optional and isinstance(error, FileNotFoundError):
+    except FileNotFoundError as error:
+        if optional:
             return Register()
-        advice = "; `sage-fed token create` writes it" * isinstance(error, FileNotFoundError)
-        raise ConfigError(f"{where}: cannot be read: {error.strerror}{advice}") from None
+        raise ConfigError(
+            f"{where}: cannot be read: {error.strerror}; `sage-fed token create` writes it"
+        ) from None
+    except OSError as error:
+        raise os_error(f"{where}: cannot be read", error) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    if mode & stat.S_IWOTH:
-        raise ConfigError(f"{where}: anyone may write it; chmod o-w")
     if mode & stat.S_IROTH:
         _log.warning("%s: anyone may read it; chmod o-r keeps the digests private", where)
     if unknown := sorted(document.keys() - KEYS.keys()):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sage_fed.errors import ConfigError
 from sage_fed.pricing import RateCard, available_cards, card_text
+from sage_fed.trusted_files import make_directory
 
 _LONGEST_STEM = 48
 _FRESH = ".card-"
@@ -31,8 +32,8 @@ def stem_of(device: str, precisions: str, day: str) -> str:
 
 def prepare_directory(directory: Path) -> None:
     """Create the directory and see that it can be written; `ConfigError` where it cannot."""
+    make_directory("cards_dir", directory)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=_FRESH):
             pass
     except OSError as error:

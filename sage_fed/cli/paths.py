@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sage_fed.errors import ConfigError
+from sage_fed.trusted_files import owners_beside, read_trusted
 
 
 def ledger_file(state_dir: Path) -> Path:
@@ -30,7 +31,7 @@ def admin_token(state_dir: Path) -> str:
     """The token that the running daemon wrote for operators of its machine."""
     path = state_dir / "admin.token"
     try:
-        return path.read_text().strip()
+        return read_trusted("admin token", path, owners_beside(path)).decode().strip()
     except OSError as error:
         raise ConfigError(
             f"admin token: {path} cannot be read ({error.strerror}); give --state-dir of the "

@@ -29,7 +29,7 @@ from sage_fed.daemon.doors import Doors, read_door_files, throttle_of
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
-from sage_fed.daemon.state_directory import announced, prepare
+from sage_fed.daemon.state_directory import announced, prepare, require_own
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.daemon.watchdog import keep_watch
 from sage_fed.daemon.watched import build_metrics, expose, page_url, start_watching
@@ -98,6 +98,7 @@ class _Parts:
 async def _run(settings: Settings, progress: StartProgress, manager: ServiceManager) -> int:
     lifecycle = Lifecycle()
     lifecycle.install_signals()
+    await asyncio.to_thread(require_own, settings.state_dir)
     async with _started(settings, lifecycle, progress, manager) as parts:
         await lifecycle.wait_stopping()
         await _stop(settings, lifecycle, parts)
@@ -127,7 +128,7 @@ async def _started(
     tokenizers = await load_tokenizers(settings)
     laps.done("tokenizers")
     door_files = await asyncio.to_thread(read_door_files, settings)
-    prepare(settings.state_dir)
+    await asyncio.to_thread(prepare, settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         tracing = start_watching(settings, device, metrics, stack)
         readiness = Readiness(settings, lifecycle, progress, manager)
@@ -137,7 +138,9 @@ async def _started(
             settings,
             door_files,
             # After the ledger, whose lock says that no other daemon has this directory.
-            admin=mint_admin_token(settings.state_dir, settings.auth.anonymous_account),
+            admin=await asyncio.to_thread(
+                mint_admin_token, settings.state_dir, settings.auth.anonymous_account
+            ),
             open_accounts=lambda accounts: open_accounts(ledger, settings, accounts),
             metrics=metrics.doors,
         )

@@ -1,6 +1,7 @@
 """The state directory: made private at the start, and it says where the daemon listens.
 
-Owns the file `endpoint.json` in it. Fails with `ConfigError`, which names the setting.
+Owns the file `endpoint.json` in it. Fails with `ConfigError`, which names the setting, and with
+`MachineFault` where the disk takes nothing now.
 """
 
 from __future__ import annotations
@@ -10,31 +11,38 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sage_fed.errors import ConfigError
 from sage_fed.settings import Address, UnixSocket
+from sage_fed.trusted_files import (
+    make_directory,
+    os_error,
+    replace_file,
+    require_trusted_directory,
+)
 
 ENDPOINT_FILE = "endpoint.json"
 """Where this daemon listens; there while it serves."""
 
 
+def require_own(state_dir: Path) -> None:
+    """Refuse a directory that somebody else may change, before anything in it is believed."""
+    require_trusted_directory("state_dir", state_dir)
+
+
 def prepare(state_dir: Path) -> None:
     """Make the directory where there is none."""
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"state_dir: cannot create {state_dir}: {error.strerror}") from None
+    make_directory("state_dir", state_dir)
 
 
 @contextlib.contextmanager
 def announced(state_dir: Path, listen: Address | UnixSocket, metrics: Address) -> Iterator[None]:
-    """Say where we listen while we do; renamed into place, so that no reader sees half of it."""
+    """Say where we listen while we do."""
     endpoint = state_dir / ENDPOINT_FILE
-    fresh = endpoint.with_name(f"{endpoint.name}.new")
     try:
-        fresh.write_text(json.dumps({"listen": str(listen), "metrics": str(metrics)}))
-        fresh.replace(endpoint)
+        replace_file(
+            endpoint, json.dumps({"listen": str(listen), "metrics": str(metrics)}), mode=0o644
+        )
     except OSError as error:
-        raise ConfigError(f"state_dir: cannot write {endpoint}: {error.strerror}") from None
+        raise os_error(f"state_dir: cannot write {endpoint}", error) from None
     try:
         yield
     finally:

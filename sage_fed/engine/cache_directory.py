@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sage_fed.errors import ConfigError
+from sage_fed.trusted_files import require_trusted
+
 
 def default_directory(name: str) -> Path:
     """`name` under $CACHE_DIRECTORY (systemd's), $XDG_CACHE_HOME/sage-fed or ~/.cache/sage-fed.
@@ -32,8 +35,12 @@ def private(directory: Path) -> Path:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if status.st_mode & 0o077:
         raise PermissionError(
             f"{directory} must belong to this user and be closed to others (0700)"
         )
+    try:
+        require_trusted("cache", directory, status, {os.geteuid()})
+    except ConfigError as error:
+        raise PermissionError(error.message) from None
     return directory

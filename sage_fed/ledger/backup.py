@@ -28,7 +28,10 @@ def backup(path: Path, copy: Path) -> CheckReport:
         raise CannotWrite(f"{copy} is there already, and a backup replaces none; name another file")
     fresh = copy.with_name(copy.name + ".new")
     try:
-        os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        # A directory for backups may be everybody's: nothing is written through a link there.
+        fresh.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(fresh, flags, 0o600))
         try:
             _copy(path, fresh)
             report = check(fresh)

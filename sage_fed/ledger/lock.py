@@ -6,7 +6,8 @@ Knows no SQL.
 The number is written behind the commit and without a sync of its own. The death of a process
 takes nothing of it along, a power failure perhaps its last seconds, and it is never ahead of what
 is on disk: books that end before it have lost something, whoever took it.
-Fails with `Occupied` where another process writes, `ConfigError` where no lock can be made and
+Fails with `Occupied` where another process writes, `ConfigError` where no lock can be made or
+somebody else may change it, and
 `LedgerCorrupt` where the lines are not ours.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sage_fed.errors import ConfigError, LedgerCorrupt, Occupied
+from sage_fed.trusted_files import require_trusted
 
 MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
 
@@ -73,10 +75,12 @@ class Lock:
 def held(path: Path) -> Iterator[Lock]:
     """Keep every other writer of the ledger at `path` out."""
     try:
-        descriptor = os.open(lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(lock_path(path), flags, 0o600)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(f"the ledger's lock beside {path}: {error.strerror}") from error
     try:
+        require_trusted("the ledger's lock", lock_path(path), os.fstat(descriptor))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -24,6 +24,7 @@ import apsw
 from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger import lock, schema
 from sage_fed.ledger.files import OpenFiles
+from sage_fed.trusted_files import require_trusted
 
 BUSY_MS = 5000
 """How long an opening or a reader waits for another program that has the ledger locked."""
@@ -76,6 +77,7 @@ def writable(path: Path) -> Iterator[OpenBook]:
     with _typed_errors(path), lock.held(path) as held:
         if path.exists():
             _require_book(path)
+            _require_trusted(path)
         else:
             _require_no_book(path)
             _make(path)
@@ -170,6 +172,13 @@ def _require_book(path: Path) -> None:
         raise ConfigError(f"the ledger {path} is not a file")
     if path.stat().st_size == 0:
         raise _lost(path, "is empty or damaged")
+
+
+def _require_trusted(path: Path) -> None:
+    """Refuse books, or a log of them, that somebody else may have changed."""
+    for file in (path, path.with_name(path.name + "-wal")):
+        with contextlib.suppress(FileNotFoundError):
+            require_trusted("the ledger", file, file.stat())
 
 
 def _require_no_book(path: Path) -> None:

@@ -21,6 +21,7 @@ from sage_fed.errors import ConfigError
 from sage_fed.pricing.fingerprint import Fingerprint, read_fingerprint
 from sage_fed.pricing.measured import Measured, read_measured
 from sage_fed.pricing.reading import Reader
+from sage_fed.trusted_files import open_trusted
 
 DEFAULT_CARD = "thor-fp16-2025-11-05"
 BUNDLED_CARDS = Path(__file__).parent.parent / "cards"
@@ -154,11 +155,20 @@ def _find(name: str | Path, directory: Path | None) -> Path:
     return path
 
 
+def _read(path: Path) -> str:
+    """Return a card's text; it says what everything costs, so nobody else may have written it."""
+    if path.parent == BUNDLED_CARDS:
+        return path.read_text(encoding="utf-8")
+    with open_trusted("rate_card", path) as file:
+        text = file.read(_MAX_CARD_BYTES + 1)
+    if len(text) > _MAX_CARD_BYTES:
+        raise ConfigError(f"rate_card: {path}: more than {_MAX_CARD_BYTES} bytes are no card")
+    return text.decode()
+
+
 def _parse(path: Path) -> RateCard:
     try:
-        if path.stat().st_size > _MAX_CARD_BYTES:
-            raise ConfigError(f"rate_card: {path}: more than {_MAX_CARD_BYTES} bytes are no card")
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(_read(path))
     except (OSError, ValueError, RecursionError) as error:
         # ValueError: broken TOML or UTF-8, and an integer of more digits than Python reads.
         raise ConfigError(f"rate_card: {path}: not a readable rate card: {error}") from error

@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2  # noqa: F401 - its schema has to be known to reflection
 
 from sage_fed.auth import Authenticator, Throttle
-from sage_fed.errors import ConfigError, Occupied
+from sage_fed.errors import ConfigError, Occupied, SageFedError
 from sage_fed.service import catalogue, health
 from sage_fed.service.admin import AdminService
 from sage_fed.service.budget import BudgetService
@@ -31,6 +31,7 @@ from sage_fed.service.reflection import register_reflection
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.tracing import Tracing
+from sage_fed.trusted_files import os_error
 
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of one request together; ours fit into a fraction of it."""
@@ -146,10 +147,21 @@ def _bind_socket(server: grpc.aio.Server, listen: UnixSocket) -> UnixSocket:
     finally:
         os.umask(mask)
     if not bound:
-        raise ConfigError(
-            f"listen: cannot bind {listen}; its directory has to exist, and to be writable"
-        )
+        raise _why_unbound(listen)
     return listen
+
+
+def _why_unbound(listen: UnixSocket) -> SageFedError:
+    """Return why no socket can be made there. gRPC does not say: the kernel is asked again."""
+    beside = Path(listen.path).with_name(f".{os.getpid()}")
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(beside))
+    except OSError as error:
+        return os_error(f"listen: cannot bind {listen}", error)
+    finally:
+        beside.unlink(missing_ok=True)
+    return ConfigError(f"listen: cannot bind {listen}; its directory has to be writable")
 
 
 def _require_unused(listen: UnixSocket) -> None:

@@ -16,6 +16,7 @@ import grpc
 
 from sage_fed.errors import ConfigError
 from sage_fed.settings import TlsSettings
+from sage_fed.trusted_files import os_error, read_trusted
 
 _NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a machine may boot before it knows the time."""
@@ -166,9 +167,9 @@ def _prove(certificate: Path, server: ssl.SSLContext) -> float:
 
 def _read(key: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_trusted(key, path)
     except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}") from None
+        raise os_error(f"{key}: {path} cannot be read", error) from None
 
 
 def _words(error: OSError) -> str:

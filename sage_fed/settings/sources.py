@@ -31,6 +31,7 @@ from sage_fed.settings.problems import (
     validation_problems,
 )
 from sage_fed.settings.table import leaves, plain_leaves
+from sage_fed.trusted_files import os_error, read_trusted
 
 DEFAULT_PROFILE = "qwen2.5"
 ENV_PREFIX = "SAGE_FED_"
@@ -176,7 +177,12 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
 
 
 def _file_layer(path: Path) -> Layer:
-    return layer_of(_read_toml(path, f"configuration file {path}"), f"file {path}")
+    what = f"configuration file {path}"
+    try:
+        text = read_trusted("configuration file", path)
+    except OSError as error:
+        raise os_error(f"{what}: cannot be read, expected a TOML file", error) from None
+    return layer_of(_parse_toml(text, what), f"file {path}")
 
 
 def _profile_layer(name: object, origin: str) -> Layer:
@@ -185,7 +191,8 @@ def _profile_layer(name: object, origin: str) -> Layer:
         raise config_error(
             f"profile ({origin}): no profile {name!r}; {did_you_mean(str(name), known)}"
         )
-    return layer_of(_read_toml(_PROFILES / f"{name}.toml", f"profile {name}"), f"profile {name}")
+    text = (_PROFILES / f"{name}.toml").read_bytes()
+    return layer_of(_parse_toml(text, f"profile {name}"), f"profile {name}")
 
 
 def _state_dir_layer(environ: Mapping[str, str]) -> Layer:
@@ -200,13 +207,11 @@ def _state_dir_layer(environ: Mapping[str, str]) -> Layer:
     return Layer({"state_dir": path}, {"state_dir": origin})
 
 
-def _read_toml(path: Path, what: str) -> Values:
+def _parse_toml(text: bytes, what: str) -> Values:
     try:
-        with path.open("rb") as file:
-            # Decimal keeps an amount exactly as it was written.
-            return tomllib.load(file, parse_float=Decimal)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise config_error(f"{what}: cannot be read: {reason}; expected a TOML file") from None
+        # Decimal keeps an amount exactly as it was written.
+        return tomllib.loads(text.decode(), parse_float=Decimal)
+    except UnicodeDecodeError:
+        raise config_error(f"{what}: not UTF-8 text; expected a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise config_error(f"{what}: not valid TOML: {error}") from None

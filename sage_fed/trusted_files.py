@@ -1,0 +1,209 @@
+"""Files that are read or written with trust: who may change them, and how they are replaced.
+
+Owns the one rule of whom a path is trusted from: it belongs to this process's user or to root, and
+nobody else may write it. A group may where nobody else is in it, as the group of a user's own that
+many systems give to every new file. Owns also what an error of the kernel means to a start: a path
+that is wrong is a setting (`ConfigError`), a machine that has no room or no working disk is not
+(`MachineFault`), and may pass.
+Knows no setting: callers say what a path is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import logging
+import os
+import pwd
+import stat
+from collections.abc import Collection
+from pathlib import Path
+from typing import BinaryIO
+
+from sage_fed.errors import ConfigError, MachineFault
+
+_WRONG_PATH = frozenset(
+    {
+        errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+        errno.ENODEV, errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM,
+    }
+)  # fmt: skip
+"""What another path, another owner or another mode would mend."""
+
+_log = logging.getLogger(__name__)
+
+
+def os_error(what: str, error: OSError) -> ConfigError | MachineFault:
+    """Return the error to raise for what the kernel said while `what` was done."""
+    kind = ConfigError if error.errno in _WRONG_PATH else MachineFault
+    return kind(f"{what}: {error.strerror or error}")
+
+
+def owners_beside(path: Path) -> frozenset[int]:
+    """Return whose files a command may trust there: its user's and root's.
+
+    Root, who looks after a service, also trusts the service's own in the service's directory.
+    """
+    trusted = {os.geteuid(), 0}
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # whoever opens the path finds out why
+            trusted.add(path.parent.stat().st_uid)
+    return frozenset(trusted)
+
+
+def require_trusted(
+    what: str, path: Path, status: os.stat_result, owners: Collection[int] | None = None
+) -> None:
+    """Refuse a file or directory that somebody else may change.
+
+    Args:
+        what: the setting that it is, as the error begins.
+        path: as the error names it.
+        status: of what was opened, so that nobody exchanges it meanwhile.
+        owners: whose it may be; None is this process's user's or root's.
+
+    Raises:
+        ConfigError: it is not to be trusted; says why and what to do.
+    """
+    if stat.S_ISCHR(status.st_mode):
+        return  # a device, such as /dev/null: what is written there is not what is read
+    if owners is None:
+        owners = (os.geteuid(), 0)
+    if status.st_uid not in owners:
+        raise ConfigError(
+            f"{what} {path}: it belongs to {_user(status.st_uid)}, who can change it, and has to "
+            f"belong to {_user(os.geteuid())}{' or root' * bool(os.geteuid())}"
+        )
+    others = bool(status.st_mode & stat.S_IWOTH)
+    if others or (status.st_mode & stat.S_IWGRP and not _own_group(status)):
+        look = "look at what they may have put there, then " * stat.S_ISDIR(status.st_mode)
+        raise ConfigError(
+            f"{what} {path}: {'anyone' if others else 'its group'} may write it "
+            f"(mode {stat.S_IMODE(status.st_mode):04o}); {look}chmod go-w {path}"
+        )
+
+
+def require_trusted_directory(what: str, directory: Path) -> None:
+    """Refuse a directory that somebody else may change; one that is not there yet passes.
+
+    Raises:
+        ConfigError: it is not to be trusted, or is no directory.
+        MachineFault: the kernel cannot say now.
+    """
+    try:
+        # Links are followed: systemd makes a dynamic user's state directory one.
+        status = directory.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise os_error(f"{what} {directory}", error) from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"{what} {directory}: it is no directory")
+    require_trusted(what, directory, status)
+
+
+def make_directory(what: str, directory: Path) -> None:
+    """Make a directory that is private (0700), or refuse what is there, as above.
+
+    Says in the log where others may move it away: what is above it is not ours to judge.
+
+    Raises:
+        ConfigError: it cannot be made, or is not to be trusted.
+        MachineFault: the disk takes no directory now.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise os_error(f"{what}: cannot create {directory}", error) from None
+    require_trusted_directory(what, directory)
+    for above in directory.resolve().parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            _log.warning(
+                "%s: anyone may write %s, and so put another directory in the place of %s",
+                what, above, directory,
+            )  # fmt: skip
+
+
+def open_trusted(what: str, path: Path, owners: Collection[int] | None = None) -> BinaryIO:
+    """Open a file to read that nobody else may change; see `require_trusted`.
+
+    Raises:
+        OSError: it cannot be opened.
+        ConfigError: it is not to be trusted.
+    """
+    # Not blocking: a pipe that nobody writes would keep a start waiting for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    file = os.fdopen(descriptor, "rb")
+    try:
+        require_trusted(what, path, os.fstat(descriptor), owners)
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_trusted(what: str, path: Path, owners: Collection[int] | None = None) -> bytes:
+    """Return what `open_trusted` opens; fails as it does."""
+    with open_trusted(what, path, owners) as file:
+        return file.read()
+
+
+def replace_file(
+    path: Path, content: str | bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+) -> None:
+    """Write a file whole or not at all, and durably: beside its name, then renamed.
+
+    It is private from its first byte, and what stands at either name, a link too, is replaced and
+    never written into.
+
+    Args:
+        path: where it is to be.
+        content: all of it.
+        mode: of the file, once it is written.
+        owner: user and group, where root writes it for somebody else.
+
+    Raises:
+        OSError: nothing has changed.
+    """
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(fresh, flags, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if owner is not None:
+                os.fchown(descriptor, *owner)
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _own_group(status: os.stat_result) -> bool:
+    """Whether nobody is in the file's group but this process's user, and root."""
+    if status.st_gid not in (os.getegid(), 0):
+        return False
+    try:
+        mine = {pwd.getpwuid(os.geteuid()).pw_name, "root"}
+    except KeyError:
+        mine = {"root"}
+    try:
+        members = set(grp.getgrgid(status.st_gid).gr_mem)
+    except KeyError:
+        members = set()
+    primary = {user.pw_name for user in pwd.getpwall() if user.pw_gid == status.st_gid}
+    return not (members | primary) - mine
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name} ({uid})" if uid else "root"
+    except KeyError:
+        return f"user {uid}"
