@@ -180,6 +180,25 @@ class DeviceLost(SageFedError):
     reason = "DEVICE_LOST"
 
 
+class CallEnded(SageFedError):
+    """A call that was ended because its peer did not do its part, or an operator wished it.
+
+    `why` is receive, write, pressure, unread or operator.
+    """
+
+    reason = "CALL_ENDED"
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+class NotOneRequest(SageFedError):
+    """A client that sent none or several requests to a method that takes one."""
+
+    reason = "NOT_ONE_REQUEST"
+
+
 class Internal(SageFedError):
     """Our bug: the client gets an id, the log gets the story."""
 

@@ -144,6 +144,16 @@ class ScriptedStream:
         self._hang = hang
         self.cancelled = asyncio.Event()
 
+    @property
+    def job_id(self) -> str:
+        """There is one job."""
+        return STARTED.job_id
+
+    @property
+    def kept_bytes(self) -> int:
+        """The script is not made for its reader."""
+        return 0
+
     def cancel(self) -> None:
         """Nobody reads any more."""
         self.cancelled.set()
@@ -315,10 +325,12 @@ async def serving(
     )
     await bound.server.start()
     address = str(bound.address)
+    looking = asyncio.ensure_future(bound.calls.run())
     try:
         async with grpc.aio.insecure_channel(address) as channel:
             yield Harness(address, bound, jobs, ledger, operations, channel, denied)
     finally:
+        looking.cancel()
         await bound.server.stop(None)
         await ledger.close()
 

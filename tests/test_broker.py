@@ -39,6 +39,7 @@ from sage_fed.errors import (
     InvalidField,
     LedgerDown,
     QueueFull,
+    RateLimited,
     RequestIdConflict,
     TierUnavailable,
 )
@@ -61,8 +62,9 @@ PROMPT = (10, 11, 12, 13, 14)
 def job(new: int = 4, **fields: Any) -> JobSpec:  # noqa: ANN401 - of many types
     """A tactical job of `new` tokens."""
     sampling = {"max_new_tokens": new, "ignore_eos": True, "seed": 3, **fields.pop("sampling", {})}
+    account = fields.pop("account", "local")
     values = {"requested": Tier.TACTICAL, "prompt": Prompt(token_ids=PROMPT), **fields}
-    return JobSpec("local", sampling=SamplingRequest(**sampling), **values)
+    return JobSpec(account, sampling=SamplingRequest(**sampling), **values)
 
 
 class Rig:
@@ -134,7 +136,7 @@ def finished_of(events: list[Event]) -> Finished:
 
 @contextlib.asynccontextmanager
 async def rig(
-    tmp_path: Path, *, max_waiting: int = 8, hold_ttl_s: float = 600
+    tmp_path: Path, *, max_waiting: int = 8, hold_ttl_s: float = 600, max_account_jobs: int = 0
 ) -> AsyncIterator[Rig]:
     """Serve both tiers with fake engines until the block is left; then all is settled."""
     path = tmp_path / "ledger.db"
@@ -143,9 +145,10 @@ async def rig(
     ledger = await Ledger.open(
         path, options=LedgerOptions(answer_timeout_s=WAIT_S), on_death=deaths.append
     )
-    await ledger.ensure_account(
-        "local", AccountTerms(capacity_uatp=GRANTED_UATP, initial_uatp=GRANTED_UATP)
-    )
+    for account in ("local", "robot"):
+        await ledger.ensure_account(
+            account, AccountTerms(capacity_uatp=GRANTED_UATP, initial_uatp=GRANTED_UATP)
+        )
     engines = {tier: FakeEngine() for tier in Tier}
 
     def loader(tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
@@ -176,6 +179,7 @@ async def rig(
                 metrics=metrics,
                 max_jobs=16,
                 hold_ttl_s=hold_ttl_s,
+                max_account_jobs=lambda _: max_account_jobs,
             )
             made = Rig(broker, executor, ledger, metrics, path)
             made.engines, made.deaths = engines, deaths
@@ -686,18 +690,41 @@ async def test_the_last_place_is_held_for_once(tmp_path: Path) -> None:
         assert len(streams) == len(held)
 
 
-async def test_answers_that_nobody_reads_take_the_places_of_jobs(tmp_path: Path) -> None:
-    """Their memory is bounded with the jobs'; a place is free when its reader leaves."""
-    async with rig(tmp_path) as r:
-        streams = [await r.submit(job(new=2)) for _ in range(16)]
+async def test_answers_that_nobody_reads_take_the_places_of_their_own_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count among its jobs, and never among those of all; a reader that leaves frees one."""
+    async with rig(tmp_path, max_account_jobs=18) as r:
+        streams = [await r.submit(job(new=2)) for _ in range(18)]
+        for stream in streams:
+            assert isinstance(await anext(aiter(stream)), Started)
         await r.settled()
         assert 0 == r.broker.num_jobs
+        # Nobody has been away for long: those who come back in a moment are no obstacle.
+        streams.append(await r.submit(job(new=2)))
+        finished_of(await read(streams[-1]))
+        monkeypatch.setattr("sage_fed.broker.pace.AWAY_S", 0.0)
+        with pytest.raises(RateLimited) as full:
+            await r.submit(job(new=2))
+        assert ("concurrent_jobs", 18) == (full.value.limit, full.value.allowed)
+        finished_of(await read(await r.submit(job(new=2, account="robot"))))
+        streams[3].cancel()
+        finished_of(await read(await r.submit(job(new=2))))
+        for stream in streams:
+            stream.cancel()
+
+
+async def test_more_jobs_than_all_may_have_are_refused(tmp_path: Path) -> None:
+    """Whoever they are of; a job that has ended is none of them, read or not."""
+    async with rig(tmp_path, max_waiting=32) as r:
+        engine = r.gate()
+        streams = [await r.submit(job(new=2)) for _ in range(16)]
         with pytest.raises(QueueFull) as full:
             await r.submit(job(new=2))
         assert full.value.retry_after_s
-        streams[3].cancel()
-        streams.append(await r.submit(job(new=2)))
-        finished_of(await read(streams[-1]))
+        engine.let_pass(1000)
+        await r.settled()
+        finished_of(await read(await r.submit(job(new=2))))
         for stream in streams:
             stream.cancel()
 

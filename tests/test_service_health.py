@@ -62,12 +62,12 @@ async def test_check_follows_the_tiers(tmp_path: Path) -> None:
     """NOT_SERVING until told otherwise; then each name for itself; and nothing after stop."""
     async with serving(tmp_path) as harness:
         assert {Status.NOT_SERVING} == {await check(harness, name) for name in names()}
-        await harness.bound.health.update(states(READY, LOADING))
+        harness.bound.health.update(states(READY, LOADING))
         assert [Status.SERVING, Status.SERVING, Status.NOT_SERVING] == [
             await check(harness, name) for name in ("", "tactical", "strategic")
         ]
-        await harness.bound.health.stop()
-        await harness.bound.health.update(states(READY, READY))
+        harness.bound.health.stop()
+        harness.bound.health.update(states(READY, READY))
         assert {Status.NOT_SERVING} == {await check(harness, name) for name in names()}
 
 
@@ -82,7 +82,7 @@ async def test_check_of_an_unknown_name_is_not_found(tmp_path: Path) -> None:
 async def test_list_names_everything_that_can_be_checked(tmp_path: Path) -> None:
     """One call says what Check would say of each name."""
     async with serving(tmp_path) as harness:
-        await harness.bound.health.update(states(READY, LOADING))
+        harness.bound.health.update(states(READY, LOADING))
         call = harness.channel.unary_unary("/grpc.health.v1.Health/List")
         listed = health_pb2.HealthListResponse.FromString(await call(b"", timeout=WAIT_S))
         expected = {name: await check(harness, name) for name in names()}
@@ -102,9 +102,9 @@ async def test_watch_tells_of_every_change(tmp_path: Path) -> None:
             return status
 
         assert Status.NOT_SERVING == await heard()
-        await harness.bound.health.update(states(READY, READY))
+        harness.bound.health.update(states(READY, READY))
         assert Status.SERVING == await heard()
-        await harness.bound.health.update(states(READY, READY), takes_jobs=False)
+        harness.bound.health.update(states(READY, READY), takes_jobs=False)
         assert Status.NOT_SERVING == await heard()
         call.cancel()
 

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from pathlib import Path
 
+import grpc
 import pytest
 from grpc.aio import AioRpcError
 from hypothesis import given
@@ -41,6 +42,7 @@ from sage_fed.errors import (
 from sage_fed.ledger import AccountTerms, BudgetChange, EntryKind, HoldRequest
 from sage_fed.ledger.words import MAX_TEXT
 from sage_fed.service.budget import MAX_PAGE_SIZE, page_token, read_page_token
+from sage_fed.service.calls import TURNS_OF_CONNECTION
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 
 ADMIN = "admin-token"
@@ -89,7 +91,8 @@ async def test_the_budget_names_the_rate_card_in_force(tmp_path: Path) -> None:
 async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Path) -> None:
     """As many reads wait as one account may have; the rest ask again later, and others are served.
 
-    Meanwhile jobs are held and settled: the flood is in nobody's way.
+    They come over several connections: of one, more would wait for their turn. Meanwhile jobs are
+    held and settled: the flood is in nobody's way.
     """
     async with serving(tmp_path) as harness:
         await harness.ledger.ensure_account("robot", AccountTerms(1000, initial_uatp=1000))
@@ -98,15 +101,21 @@ async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Pat
             harness.ledger.page("local", None, 1, lambda _: let_go.wait(WAIT_S))
         )
         await asyncio.sleep(0)
-        call = harness.channel.unary_unary("/sage_fed.v1.BudgetService/ListEntries")
+        method = "/sage_fed.v1.BudgetService/ListEntries"
         request = budget_pb2.ListEntriesRequest(page_size=1000).SerializeToString()
-        flood = [asyncio.ensure_future(call(request)) for _ in range(900)]
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.aio.insecure_channel(harness.address, options=own) for _ in range(3)]
+        flood = [
+            asyncio.ensure_future(channel.unary_unary(method)(request))
+            for channel in channels
+            for _ in range(TURNS_OF_CONNECTION)
+        ]
         refused: list[AioRpcError] = []
         for ended in asyncio.as_completed(flood, timeout=WAIT_S):
             with pytest.raises(AioRpcError) as refusal:
                 await ended
             refused.append(refusal.value)
-            if len(refused) == 900 - 16:
+            if len(refused) == len(flood) - 16:
                 break
         await hold(harness, 0)
         assert 7 == (await harness.ledger.settle("job-0", 7, "length")).charged_uatp
@@ -116,6 +125,8 @@ async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Pat
         assert 1000 == (await others).balance_uatp
         answers = await asyncio.gather(*flood, return_exceptions=True)
         await reading
+        for channel in channels:
+            await channel.close()
 
     assert 16 == sum(isinstance(answer, bytes) for answer in answers)
     for refusal_error in refused:
@@ -267,7 +278,8 @@ async def test_an_operator_sees_every_job_and_what_is_held(tmp_path: Path) -> No
             with Client(harness.address, token=ADMIN) as client:
                 return client.load()
 
-        assert LoadReport(LOADS, (RUNNING,), 1_000_000) == await in_thread(ask)
+        said = await in_thread(ask)
+    assert LoadReport(LOADS, (RUNNING,), 1_000_000, (), 1, said.connections) == said
 
 
 async def test_an_operator_aborts_and_drains(tmp_path: Path) -> None:

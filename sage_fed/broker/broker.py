@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from sage_fed.broker.job import Job
 from sage_fed.broker.mailbox import JobStream
-from sage_fed.broker.pace import Pace
+from sage_fed.broker.pace import Pace, is_away
 from sage_fed.broker.plan import Planner
 from sage_fed.broker.results import payload_hash
 from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier, counted
@@ -38,8 +38,9 @@ class Broker:
 
     Args:
         tasks: where jobs run; ends after all of them have.
-        max_jobs: accepted and not ended, or ended and not read, over all tiers and accounts.
-        max_account_jobs: accepted and not ended, of one account; 0 is no limit.
+        max_jobs: accepted and not ended, over all tiers and accounts.
+        max_account_jobs: accepted and not ended, or ended and not read, of one account; 0 is no
+            limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
         max_stream_messages_per_s: that all streams may write together; 0 is no limit.
         tracing: told of every job's ending; None traces none.
@@ -76,7 +77,7 @@ class Broker:
         self._empty = asyncio.Event()
         self._empty.set()
         self._reading: set[str] = set()
-        self._unread: set[str] = set()
+        self._unread: dict[str, Job] = {}
         self._all_read = asyncio.Event()
         self._all_read.set()
         self._draining = False
@@ -137,7 +138,7 @@ class Broker:
                 self._coming[spec.requested] -= 1
         self._reading.add(job_id)
         if job_id not in self._jobs:
-            self._unread.add(job_id)
+            self._unread[job_id] = job
         self._all_read.clear()
         return job.stream
 
@@ -207,7 +208,7 @@ class Broker:
 
     def _reader_left(self, job_id: str) -> None:
         self._reading.discard(job_id)
-        self._unread.discard(job_id)
+        self._unread.pop(job_id, None)
         if not self._reading:
             self._all_read.set()
 
@@ -230,9 +231,9 @@ class Broker:
             raise TierUnavailable(
                 "the daemon is draining and takes no more jobs", _RETRY_DRAINING_S
             )
-        # What a reader has not taken is kept: without a bound, readers that never do would fill
-        # the memory with answers.
-        if len(self._jobs) + len(self._unread) >= self._max_jobs:
+        # Not what readers have not taken: that counts against their own account (`_require_place`)
+        # and connection (`service.calls`), and never makes another's job fail.
+        if len(self._jobs) >= self._max_jobs:
             under_way = counted(self._max_jobs, "job")
             raise QueueFull(f"{under_way} under way, and no more at once", _RETRY_FULL_S)
 
@@ -254,9 +255,9 @@ class Broker:
             self._tracing.job_ended(spec, None, refusal)
 
     def _require_place(self, account: str) -> None:
-        """Refuse a job of an account that runs all that it may; nothing is held for it."""
+        """Refuse a job of an account that has all that it may; nothing is held for it."""
         allowed = self._max_account_jobs(account)
-        if not allowed or self._account_jobs[account] < allowed:
+        if not allowed or self._account_jobs[account] + self._num_unread(account) < allowed:
             return
         self._metrics.doors.call_denied("concurrent_jobs")
         raise RateLimited(
@@ -267,12 +268,25 @@ class Broker:
             retry_after_s=_RETRY_FULL_S,
         )
 
+    def _num_unread(self, account: str) -> int:
+        """Count the account's jobs that have ended and whose readers take nothing.
+
+        A reader that is about to take its ending is not one of them: its next job would be
+        refused otherwise.
+        """
+        now = time.monotonic()
+        return sum(
+            job.spec.account == account and is_away(job.stream, now)
+            for job in self._unread.values()
+        )
+
     def _forget(self, job_id: str) -> None:
-        account = self._jobs.pop(job_id).spec.account
+        job = self._jobs.pop(job_id)
+        account = job.spec.account
         self._account_jobs[account] -= 1
         if not self._account_jobs[account]:
             del self._account_jobs[account]
         if job_id in self._reading:
-            self._unread.add(job_id)
+            self._unread[job_id] = job
         if not self._jobs:
             self._empty.set()

@@ -20,6 +20,10 @@ from sage_fed.errors import SageFedError
 SHORTEST_REST_S = 0.001
 """An event loop's timers are no finer."""
 
+_TOKEN_BYTES = 150
+_LOGPROB_BYTES = 120
+"""What Python keeps for a token's id and text, and for each log-probability beside it, about."""
+
 
 class JobStream:
     """One job's events, read once: one by one as an iterator, or together by `answer`.
@@ -37,11 +41,30 @@ class JobStream:
         self._started: Started | None = None
         self._deltas: list[Delta] = []
         self._ending: Finished | SageFedError | None = None
+        self.away_since_s = 0.0
+        """When the reader went off with an event (`time.monotonic()`); 0 while it waits here."""
 
     def cancel(self) -> None:
         """Say that nobody reads any more; where the job still runs, it stops and settles."""
         self._pace.leave(self)
+        # A handler that hangs in its last write keeps the stream, but not what nobody will read.
+        self._deltas.clear()
         self._on_cancel()
+
+    @property
+    def job_id(self) -> str:
+        """The job's id, once it is accepted."""
+        return self._started.job_id if self._started is not None else ""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for a reader that is behind, about."""
+        if not self._deltas:
+            return 0
+        first, last = self._deltas[0], self._deltas[-1]
+        num_tokens = last.output_tokens - first.output_tokens + len(first.token_ids)
+        alternatives = 1 + len(last.logprobs[0].top) if last.logprobs else 0
+        return num_tokens * (_TOKEN_BYTES + alternatives * _LOGPROB_BYTES)
 
     @property
     def ended(self) -> bool:
@@ -99,18 +122,22 @@ class JobStream:
         await self.admitted()
         assert self._started is not None
         self._pace.join(self)
+        self.away_since_s = time.monotonic()
         yield self._started
         next_s = 0.0
         while True:
+            self.away_since_s = 0.0
             if self._ending is None and self._deltas:
                 await self._rest(next_s - time.monotonic())
             if self._deltas:
                 deltas, self._deltas = self._deltas, []
-                next_s = time.monotonic() + self._pace.interval_s
+                self.away_since_s = time.monotonic()
+                next_s = self.away_since_s + self._pace.interval_s
                 yield merge(deltas)
             elif isinstance(self._ending, SageFedError):
                 raise self._ending
             elif self._ending is not None:
+                self.away_since_s = time.monotonic()
                 yield self._ending
                 return
             else:

@@ -7,7 +7,8 @@ Fails: exit codes of `exits.py`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,12 +18,16 @@ from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
 from sage_fed.cli.render import (
     atp_number,
     format_atp,
+    format_bytes,
     format_seconds,
     print_json,
     print_table,
 )
 from sage_fed.cli.status import headline, print_tier_loads
-from sage_fed.core import counted
+from sage_fed.core import OpenReply, RunningJob, counted
+
+if TYPE_CHECKING:
+    from sage_fed.client import Client
 
 
 def admin_app() -> typer.Typer:
@@ -54,46 +59,90 @@ def load(
             return
         print_tier_loads(now.tiers)
         typer.echo()
-        if not now.jobs:
+        if now.jobs:
+            _print_jobs(now.jobs)
+            typer.echo(f"\n{format_atp(now.held_uatp)} held over all accounts")
+        else:
             typer.echo("no job is running")
-            return
-        print_table(
-            ("job", "account", "tier", "priority", "age", "tokens", "held ATP"),
-            [
-                (
-                    job.job_id,
-                    job.account,
-                    job.tier.value,
-                    job.priority.name.lower(),
-                    format_seconds(job.age_s),
-                    f"{job.prompt_tokens} + {job.output_tokens}",
-                    atp_number(job.held_uatp),
-                )
-                for job in now.jobs
-            ],
-            right=("age", "tokens", "held ATP"),
+        if now.unread:
+            typer.echo()
+            _print_unread(now.unread)
+        typer.echo(
+            f"{counted(now.open_calls, 'call')} on {counted(now.connections, 'connection')} "
+            f"open, {counted(len(now.unread), 'reply', 'replies')} unread"
         )
-        typer.echo(f"\n{format_atp(now.held_uatp)} held over all accounts")
+
+
+def _print_jobs(jobs: Sequence[RunningJob]) -> None:
+    print_table(
+        ("job", "account", "tier", "priority", "age", "tokens", "held ATP"),
+        [
+            (
+                job.job_id,
+                job.account,
+                job.tier.value,
+                job.priority.name.lower(),
+                format_seconds(job.age_s),
+                f"{job.prompt_tokens} + {job.output_tokens}",
+                atp_number(job.held_uatp),
+            )
+            for job in jobs
+        ],
+        right=("age", "tokens", "held ATP"),
+    )
+
+
+def _print_unread(replies: Sequence[OpenReply]) -> None:
+    """Show what readers do not take; each name is one that `admin abort` takes."""
+    print_table(
+        ("call", "job", "account", "connection", "unread for", "size", "ended"),
+        [
+            (
+                reply.call_id,
+                reply.job_id or "-",
+                reply.account,
+                reply.connection,
+                format_seconds(reply.unread_s),
+                format_bytes(reply.unread_bytes),
+                "yes" if reply.ended else "no",
+            )
+            for reply in replies
+        ],
+        right=("unread for", "size"),
+    )
 
 
 @connected
 def abort(
-    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A job's id, or a call or connection that `admin load` shows."
+        ),
+    ],
     *,
     state_dir: options.StateDir = None,
     as_json: options.AsJson = False,
     daemon: Connection = HERE,
 ) -> None:
-    """End a running job.
+    """End a running job, a call that is not read, or a connection.
 
-    Its client gets, and pays for, what was made.
+    A job's client gets, and pays for, what was made.
     """
+
+    def end(client: Client) -> bool:
+        if name.startswith("call-"):
+            return client.end_call(name)
+        if name.startswith(("ipv4:", "ipv6:")):
+            return client.close_connection(name)
+        return client.abort(name)
+
     with reported(as_json=as_json):
-        aborted = daemon.as_operator(state_dir).call(lambda client: client.abort(job_id))
+        aborted = daemon.as_operator(state_dir).call(end)
         if as_json:
             print_json({"aborted": aborted})
         else:
-            typer.echo(f"aborted {job_id}" if aborted else f"no job {job_id} is running")
+            typer.echo(f"aborted {name}" if aborted else f"there is no {name} to end")
         if not aborted:
             raise typer.Exit(ExitCode.ERROR)
 

@@ -99,6 +99,10 @@ class Reading:
     memory_available_bytes: float | None
     daemon_bytes: float | None
     gpu_power_watts: float | None
+    open_calls: float | None
+    connections: float | None
+    unread_replies: float | None
+    unread_bytes: float | None
 
 
 class Between:
@@ -170,6 +174,10 @@ def reading_of(pages: Between, now_s: float) -> Reading:
         memory_available_bytes=page.total(f"{_P}memory_available_bytes"),
         daemon_bytes=page.total("process_resident_memory_bytes"),
         gpu_power_watts=page.total(f"{_P}gpu_power_watts"),
+        open_calls=page.total(f"{_P}open_calls"),
+        connections=page.total(f"{_P}connections"),
+        unread_replies=page.total(f"{_P}unread_replies"),
+        unread_bytes=page.total(f"{_P}unread_bytes"),
     )
 
 

@@ -117,6 +117,8 @@ def _both(reading: Reading, width: int) -> Text:
         ("prices", f"{reading.rate_card}{' (STALE)' * reading.rate_card_stale}"),
         ("  strategic : tactical", f"{_ratio(card)} charged, {_ratio(live)} live"),
         ("denied", _per_s(reading.denied_atp_per_s, "ATP")),
+        ("calls", f"{_count(reading.open_calls)} on {_count(reading.connections)} connections"),
+        ("  unread", f"{_count(reading.unread_replies)}, {_bytes(reading.unread_bytes)}"),
         ("ledger, p99", _seconds(reading.commit_p99_s)),
         ("memory", f"{left} left, daemon {own}"),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sage_fed.core import Finished, Logprob, RunningJob, Started, TierLoad
+from sage_fed.core import Finished, Logprob, OpenReply, RunningJob, Started, TierLoad
 from sage_fed.ledger.words import Entry
 
 
@@ -37,8 +37,14 @@ class EntryPage:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What runs and waits now; `held_uatp` is over all accounts."""
+    """What runs and waits now; `held_uatp` is over all accounts.
+
+    `unread` are replies that have waited for their readers for a second or longer.
+    """
 
     tiers: tuple[TierLoad, ...]
     jobs: tuple[RunningJob, ...]
     held_uatp: int
+    unread: tuple[OpenReply, ...] = ()
+    open_calls: int = 0
+    connections: int = 0

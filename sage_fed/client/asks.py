@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
@@ -110,6 +110,16 @@ def abort(job_id: str) -> Ask[bool]:
         return reply.aborted
 
     return Ask(f"{_ADMIN}Abort", request, admin_pb2.AbortResponse, read)
+
+
+def end_call(call_id: str) -> Ask[bool]:
+    """End a call whose reply nobody reads."""
+    return replace(abort(""), request=admin_pb2.AbortRequest(call_id=call_id))
+
+
+def close_connection(connection: str) -> Ask[bool]:
+    """Close a connection, with all that it carries."""
+    return replace(abort(""), request=admin_pb2.AbortRequest(connection=connection))
 
 
 def drain(grace_s: float | None) -> Ask[int]:

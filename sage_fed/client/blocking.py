@@ -136,6 +136,14 @@ class Client:
         """End a job of any account (admins only); False where no such job runs."""
         return self._ask(asks.abort(job_id))
 
+    def end_call(self, call_id: str) -> bool:
+        """End a call of `load().unread` (admins only); False where there is none of that id."""
+        return self._ask(asks.end_call(call_id))
+
+    def close_connection(self, connection: str) -> bool:
+        """Close a connection of `load().unread` (admins only); False where there is none."""
+        return self._ask(asks.close_connection(connection))
+
     def drain(self, grace_s: float | None = None) -> int:
         """Stop the daemon when its jobs have ended (admins only); how many still run."""
         return self._ask(asks.drain(grace_s))

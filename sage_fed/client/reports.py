@@ -158,6 +158,25 @@ def load_of(reply: admin_pb2.GetLoadResponse) -> LoadReport:
         )
         for job in reply.jobs
     )
+    unread = (
+        core.OpenReply(
+            call_id=call.call_id,
+            account=call.account,
+            connection=call.connection,
+            method=call.method,
+            job_id=call.job_id,
+            age_s=call.age_s,
+            unread_s=call.unread_s,
+            unread_bytes=call.unread_bytes,
+            ended=call.ended,
+        )
+        for call in reply.unread
+    )
     return LoadReport(
-        tuple(tier_load_of(tier) for tier in reply.tiers), tuple(jobs), reply.held_uatp
+        tiers=tuple(tier_load_of(tier) for tier in reply.tiers),
+        jobs=tuple(jobs),
+        held_uatp=reply.held_uatp,
+        unread=tuple(unread),
+        open_calls=reply.open_calls,
+        connections=reply.connections,
     )

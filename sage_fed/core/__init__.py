@@ -24,6 +24,7 @@ from sage_fed.core.file_kinds import HEAD_BYTES, misnomer
 from sage_fed.core.jobs import (
     JobSpec,
     Message,
+    OpenReply,
     Priority,
     Prompt,
     RunningJob,
@@ -70,6 +71,7 @@ __all__ = [
     "ModelInfo",
     "ModelStatus",
     "Offer",
+    "OpenReply",
     "Phase",
     "Price",
     "Priority",

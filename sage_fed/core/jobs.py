@@ -95,6 +95,25 @@ class JobSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenReply:
+    """One reply that waits for its reader, as an operator sees it.
+
+    `account` is whose call it is; an address where the method asks nobody. `ended` says that only
+    gRPC still keeps it, until its reader or its connection is gone.
+    """
+
+    call_id: str
+    account: str
+    connection: str
+    method: str
+    job_id: str
+    age_s: float
+    unread_s: float
+    unread_bytes: int
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RunningJob:
     """One accepted job that has not ended, as an operator sees it."""
 

@@ -205,6 +205,7 @@ async def _started(
             throttle=throttle_of(settings),
             certificate=doors.certificate,
             on_denied=metrics.doors.call_denied,
+            metrics=metrics.doors,
             tracing=tracing,
         )
         metrics.watch(
@@ -222,6 +223,7 @@ async def _started(
             ("ledger watch", ledger.watch()),
             ("health", readiness.run(bound.health)),
             ("doors", doors.run()),
+            ("calls", bound.calls.run()),
             ("device watch", executor.watch()),
             ("service watch", keep_watch(executor, manager, settings.scheduling.step_timeout_s)),
         ):

@@ -144,9 +144,7 @@ class Readiness:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await health.update(
-                self._states(), takes_jobs=self._ledger_accepts and not self._draining
-            )
+            health.update(self._states(), takes_jobs=self._ledger_accepts and not self._draining)
             tactical = self._statuses.get(Tier.TACTICAL)
             serves = tactical is not None and tactical.state is TierState.READY
             if self._answering and serves and not self._announced:
@@ -157,7 +155,7 @@ class Readiness:
     async def drain(self, health: Health) -> None:
         """Tell load balancers to send nothing more."""
         self._draining = True
-        await health.update(self._states(), takes_jobs=False)
+        health.update(self._states(), takes_jobs=False)
 
     def _states(self) -> dict[Tier, TierState]:
         return {tier: status.state for tier, status in self._statuses.items()}

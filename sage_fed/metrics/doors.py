@@ -1,4 +1,4 @@
-"""Who was not let in, and which tokens and certificate hold: the series and how they change.
+"""Who was not let in or was thrown out, what is open, and which tokens and certificate hold.
 
 Called on the event loop.
 """
@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from sage_fed.metrics.series import Factory
 
-DENIALS = ("unauthenticated", "forbidden", "requests_per_minute", "concurrent_jobs", "waiting")
+DENIALS = (
+    "unauthenticated",
+    "forbidden",
+    "requests_per_minute",
+    "concurrent_jobs",
+    "waiting",
+    "open_calls",
+    "unread_replies",
+    "unread_bytes",
+)
+CALLS_ENDED = ("receive", "write", "pressure", "unread", "operator")
+CONNECTIONS_CLOSED = ("per_address", "unread", "operator")
 WATCHED = ("tokens", "certificate")
 DONE, BROKEN = "done", "failed"
 
@@ -33,6 +44,27 @@ class DoorSeries:
             "tls_certificate_expiry_timestamp_seconds",
             "When the certificate in use expires, in seconds since 1970; 0 without one.",
         )
+        self.calls_ended = make.counter(
+            "calls_ended_total",
+            "Calls that were ended because their peer did not send or read in time (receive, "
+            "write), kept others waiting (pressure), had too much unread, or by an operator.",
+            "why",
+        )
+        self.connections_closed = make.counter(
+            "connections_closed_total",
+            "Connections that were closed: too many of one address, too much unread, an operator.",
+            "why",
+        )
+        self.open_calls = make.gauge("open_calls", "Calls in progress.")
+        self.connections = make.gauge("connections", "Connections to the gRPC port.")
+        self.unread_replies = make.gauge(
+            "unread_replies", "Replies that have waited for their readers for a second or longer."
+        )
+        self.unread_bytes = make.gauge("unread_bytes", "What is kept for those readers, about.")
+        for why in CALLS_ENDED:
+            self.calls_ended.labels(why)
+        for why in CONNECTIONS_CLOSED:
+            self.connections_closed.labels(why)
         for reason in DENIALS:
             self.denied.labels(reason)
         for file in WATCHED:
@@ -50,6 +82,21 @@ class DoorMetrics:
     def call_denied(self, reason: str) -> None:
         """Counts a call that was not let in."""
         self._series.denied.labels(reason).inc()
+
+    def call_ended(self, why: str) -> None:
+        """Counts a call that its peer was too slow for, or that an operator ended."""
+        self._series.calls_ended.labels(why).inc()
+
+    def connection_closed(self, why: str) -> None:
+        """Counts a connection that was closed."""
+        self._series.connections_closed.labels(why).inc()
+
+    def calls_seen(self, *, calls: int, unread: int, unread_bytes: int, connections: int) -> None:
+        """Shows what is open now."""
+        self._series.open_calls.set(calls)
+        self._series.unread_replies.set(unread)
+        self._series.unread_bytes.set(unread_bytes)
+        self._series.connections.set(connections)
 
     def reloaded(self, file: str, *, failed: bool = False) -> None:
         """Tells that a changed file ("tokens" or "certificate") was read again, and how it went."""

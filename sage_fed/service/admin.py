@@ -13,6 +13,7 @@ from dataclasses import replace
 from sage_fed.errors import InvalidField, NoSuchAccount
 from sage_fed.ledger.words import BudgetChange
 from sage_fed.service import replies, reports
+from sage_fed.service.calls import OpenCalls
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Books, Jobs, Operations
 from sage_fed.service.requests import require_between
@@ -21,15 +22,16 @@ from sage_fed.v1 import admin_pb2
 MAX_GRACE_S = 86_400.0
 """A drain that may take longer is a daemon that does not stop."""
 
-MAX_JOB_ID_CHARS = 256
+MAX_NAME_CHARS = 256
 MAX_VERSION_CHARS = 64
 
 
 class AdminService:
     """Abort, Drain, SetBudget, GetLoad, Calibrate and AdoptRateCard."""
 
-    def __init__(self, jobs: Jobs, books: Books, operations: Operations) -> None:
+    def __init__(self, jobs: Jobs, books: Books, operations: Operations, calls: OpenCalls) -> None:
         self._jobs = jobs
+        self._calls = calls
         self._books = books
         self._operations = operations
 
@@ -50,10 +52,25 @@ class AdminService:
         request: admin_pb2.AbortRequest,
         call: Call,  # noqa: ARG002 - every method has it
     ) -> admin_pb2.AbortResponse:
-        """End a running job of any account."""
-        if not 1 <= len(request.job_id) <= MAX_JOB_ID_CHARS:
-            raise InvalidField("job_id", f"must have 1 to {MAX_JOB_ID_CHARS} characters")
-        return admin_pb2.AbortResponse(aborted=self._jobs.abort(request.job_id))
+        """End a job of any account, running or unread, a call, or a connection."""
+        given = {
+            field: name
+            for field in ("job_id", "call_id", "connection")
+            if (name := getattr(request, field))
+        }
+        if len(given) > 1:
+            raise InvalidField("job_id", f"{' and '.join(given)} are set; name one thing to end")
+        field, name = given.popitem() if given else ("job_id", "")
+        if not 1 <= len(name) <= MAX_NAME_CHARS:
+            raise InvalidField(field, f"must have 1 to {MAX_NAME_CHARS} characters")
+        if field == "connection":
+            aborted = self._calls.close_connection(name)
+        elif field == "call_id":
+            aborted = self._calls.end(name)
+        else:
+            # A running job's reader gets what was made; what has ended unread is not waited for.
+            aborted = self._jobs.abort(name) or self._calls.end(name)
+        return admin_pb2.AbortResponse(aborted=aborted)
 
     async def drain(
         self,
@@ -121,6 +138,9 @@ class AdminService:
         return admin_pb2.GetLoadResponse(
             tiers=[reports.load_of(load) for load in self._operations.status().tiers],
             jobs=[reports.running_job_of(job) for job in self._jobs.running()],
+            unread=[reports.unread_of(reply) for reply in self._calls.unread()],
+            open_calls=self._calls.num_open,
+            connections=self._calls.num_connections,
             held_uatp=await self._books.held_total_uatp(),
         )
 

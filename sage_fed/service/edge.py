@@ -1,10 +1,14 @@
-"""The one way in: the rule of the method, then parsing, then the method, then one ending.
+"""The one way in: the rule of the method, then the request, then the method, then one ending.
 
 Owns what every RPC has in common, so that no method can forget it: the caller is known, allowed
-and counted before a byte of the request is parsed, an error becomes a status by the one table,
-and only the client's own cancellation leaves a handler as CancelledError (any other would
-leave the client waiting for a status for ever).
-Does not know what the methods do, nor who may call them (`rules`).
+and counted by the headers alone, before anything of the request is received; an error becomes a
+status by the one table, and only the client's own cancellation leaves a handler as CancelledError
+(any other would leave the client waiting for a status for ever).
+To gRPC every method is a stream in and a stream out, which is the same on the wire: only so does
+our code run before the request has arrived, and read it when it may
+([why so](../../docs/decisions/0020-headers-first.md)).
+Does not know what the methods do, nor who may call them (`rules`), nor how long they may
+take (`calls`).
 Fails by aborting the RPC, never by raising.
 """
 
@@ -14,8 +18,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -26,7 +30,8 @@ from grpc_status import rpc_status
 
 from sage_fed.auth import Authenticator, Throttle, require_role
 from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
-from sage_fed.errors import InvalidField, RateLimited, SageFedError
+from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError
+from sage_fed.service.calls import OpenCall, OpenCalls
 from sage_fed.service.rules import OPEN, RULES
 from sage_fed.service.status import status_of
 from sage_fed.tracing import Call as TracedCall
@@ -43,6 +48,7 @@ class Call:
     caller: Caller
     arrived: float
     deadline_s: float | None
+    open_call: OpenCall
     trace: TraceContext | None = None
 
 
@@ -53,8 +59,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 UnaryMethod = Callable[[Any, Call], Awaitable[Message]]
 StreamMethod = Callable[[Any, Call], AsyncGenerator[Message, None]]
 Method = UnaryMethod | StreamMethod
-Check = Callable[[Context], Call | None]
-"""Lets a call in, or raises; None is a caller that nobody asked for."""
+Headers = Iterable[tuple[str, str | bytes]]
+Work = Callable[[OpenCall, Call | None], Awaitable[None]]
+"""What a call is for, once it has been let in; None is a caller that nobody asked for."""
 
 
 class Edge:
@@ -62,6 +69,7 @@ class Edge:
 
     Args:
         authenticator: who calls.
+        calls: counts what is open, and ends what takes too long.
         throttle: how often they may; None is as often as they like.
         certificates: whether every client has shown a certificate.
         on_denied: told why a call was not let in: a reason in lower case.
@@ -71,6 +79,7 @@ class Edge:
     def __init__(
         self,
         authenticator: Authenticator,
+        calls: OpenCalls,
         *,
         throttle: Throttle | None = None,
         certificates: bool = False,
@@ -78,18 +87,11 @@ class Edge:
         tracing: Tracing | None = None,
     ) -> None:
         self._authenticator = authenticator
+        self._calls = calls
         self._throttle = throttle
         self._certificates = certificates
         self._on_denied = on_denied
         self._tracing = tracing
-
-    def check(self, path: str) -> Check:
-        """Return what lets a call of this method in, by the rule that names it."""
-        assert path in RULES, f"no rule names {path}"
-        role = RULES[path]
-        if role is OPEN:
-            return lambda _: None
-        return lambda context: self._identify(context, role)
 
     def handler(
         self, service: ServiceDescriptor, methods: Mapping[str, Method]
@@ -107,45 +109,123 @@ class Edge:
     def _method_handler(
         self, descriptor: MethodDescriptor, method: Method
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Requests arrive as bytes: they are parsed here, after auth, not by gRPC before it."""
         assert not descriptor.client_streaming
         request_class = GetMessageClass(descriptor.input_type)
         path = f"/{descriptor.containing_service.full_name}/{descriptor.name}"
-        check, counts = self.check(path), RULES[path] is Role.USER
+        # The descriptor says which kind the method is.
+        if descriptor.server_streaming:
+            return self.streaming(path, request_class, method, self._tracing)  # type: ignore[arg-type]
+        return self.answering(path, request_class, method, self._tracing)  # type: ignore[arg-type]
 
-        def enter(raw: bytes, context: Context, trace: TraceContext | None) -> tuple[Message, Call]:
-            call = check(context)
-            assert call is not None, "a method of ours has a caller"
-            if trace is not None:
-                call = replace(call, trace=trace)
-            if counts:
-                self._count_message(call.caller.account, len(raw))
-            return parse(request_class, raw), call
+    def answering(
+        self,
+        path: str,
+        request_class: type[M],
+        method: Callable[[M, Any], Awaitable[Message]],
+        tracing: Tracing | None = None,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Serve a method that returns the one reply to its one request."""
+        assert path in RULES, f"no rule names {path}"
+        counts = RULES[path] is Role.USER
 
-        wrap = _streaming if descriptor.server_streaming else _unary
-        name = f"{descriptor.containing_service.full_name}/{descriptor.name}"
-        # A single reply is written like a stream of one, which is the same on the wire: gRPC's
-        # own way of sending it logs a traceback where the connection breaks meanwhile.
-        return grpc.unary_stream_rpc_method_handler(
-            # The descriptor says which kind the method is.
-            self._traced(name, wrap(enter, method)),  # type: ignore[arg-type]
-            response_serializer=serialize,
-        )
+        async def work(open_call: OpenCall, call: Call | None) -> None:
+            request = await self._request(request_class, open_call, call, counts=counts)
+            reply = await method(request, call)
+            await open_call.write(reply.SerializeToString())
 
-    def _traced(self, name: str, handle: Handler) -> Callable[[bytes, Context], Awaitable[None]]:
-        """Give each call the caller's trace, and with tracing on a span of its own in it."""
-        tracing = self._tracing
+        return self._serve(path, work, tracing)
 
-        async def handle_untraced(raw: bytes, context: Context) -> None:
-            await handle(raw, context, _trace_of(context), None)
+    def streaming(
+        self,
+        path: str,
+        request_class: type[M],
+        method: Callable[[M, Any], AsyncGenerator[Message, None]],
+        tracing: Tracing | None = None,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Serve a method that yields replies to its one request."""
+        assert path in RULES, f"no rule names {path}"
+        counts = RULES[path] is Role.USER
 
-        async def handle_traced(raw: bytes, context: Context) -> None:
+        async def work(open_call: OpenCall, call: Call | None) -> None:
+            request = await self._request(request_class, open_call, call, counts=counts)
+            open_call.done()
+            # Closed now, and not when it is garbage, where a write was cancelled or refused.
+            # The first write sends the response headers; a refusal before it leaves the RPC
+            # retryable.
+            async with contextlib.aclosing(method(request, call)) as replies:
+                async for reply in replies:
+                    await open_call.write(reply.SerializeToString())
+
+        return self._serve(path, work, tracing)
+
+    def conversing(
+        self,
+        path: str,
+        request_class: type[M],
+        method: Callable[[AsyncIterator[M], Any], AsyncGenerator[Message, None]],
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Serve a method that reads requests and yields replies."""
+
+        async def requests(open_call: OpenCall) -> AsyncIterator[M]:
+            while (raw := await open_call.receive(last=False)) is not None:
+                yield parse(request_class, raw)
+
+        async def work(open_call: OpenCall, call: Call | None) -> None:
+            async with contextlib.aclosing(method(requests(open_call), call)) as replies:
+                async for reply in replies:
+                    await open_call.write(reply.SerializeToString())
+
+        return self._serve(path, work, None)
+
+    def _serve(
+        self, path: str, work: Work, tracing: Tracing | None
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Let a call in by the rule that names its method, have the work done, and end it."""
+        assert path in RULES, f"no rule names {path}"
+        role, name = RULES[path], path.removeprefix("/")
+
+        async def handle(context: Context, traced: TracedCall | None, headers: Headers) -> None:
+            open_call = None
+            try:
+                arrived = time.monotonic()
+                caller = None if role is OPEN else self._caller(context, headers, role)
+                open_call = self._enter(context, caller, name)
+                call = None
+                if caller is not None:
+                    trace = traced.context if traced is not None else _trace_of(headers)
+                    call = Call(caller, arrived, context.time_remaining(), open_call, trace)
+                await work(open_call, call)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
+                await end(context, error, traced)
+            finally:
+                if open_call is not None:
+                    self._calls.leave(open_call)
+
+        # gRPC's stream of requests stays unused: what it reads, it reads when it likes.
+        async def untraced(_: object, context: Context) -> None:
+            await handle(context, None, _headers(context))
+
+        async def traced(_: object, context: Context) -> None:
             assert tracing is not None
-            with tracing.call(name, _trace_of(context)) as traced:
-                await handle(raw, context, traced.context, traced)
-                traced.ended("OK")
+            headers = _headers(context)
+            with tracing.call(name, _trace_of(headers)) as span:
+                await handle(context, span, headers)
+                span.ended("OK")
 
-        return handle_untraced if tracing is None else handle_traced
+        # A single reply is written like a stream of one: gRPC's own way of sending it logs a
+        # traceback where the connection breaks meanwhile.
+        return grpc.stream_stream_rpc_method_handler(untraced if tracing is None else traced)
+
+    async def _request(
+        self, request_class: type[M], open_call: OpenCall, call: Call | None, *, counts: bool
+    ) -> M:
+        """Receive the one request of a call, and count what it is beyond a call's."""
+        raw = await open_call.receive()
+        if raw is None:
+            raise NotOneRequest("this method takes one request, and none came")
+        if counts and call is not None:
+            self._count_message(call.caller.account, len(raw))
+        return parse(request_class, raw)
 
     def _count_message(self, account: str, num_bytes: int) -> None:
         """Count what a message is beyond a call's: before it is parsed."""
@@ -157,59 +237,35 @@ class Edge:
             self._on_denied(error.limit)
             raise
 
-    def _identify(self, context: Context, role: Role) -> Call:
-        arrived = time.monotonic()
-        headers = [
-            value for key, value in context.invocation_metadata() or () if key == "authorization"
-        ]
+    def _caller(self, context: Context, headers: Headers, role: Role) -> Caller:
+        tokens = [value for key, value in headers if key == "authorization"]
         identities = tuple(context.peer_identities() or ()) if self._certificates else None
         try:
-            caller = self._authenticator.caller(headers, identities)
+            caller = self._authenticator.caller(tokens, identities)
             require_role(caller, role)
             # Operators get in while their robots are too loud.
             if self._throttle is not None and role is Role.USER:
                 self._throttle.count(caller.account)
         except SageFedError as error:
-            reason = error.limit if isinstance(error, RateLimited) else error.reason.lower()
-            self._on_denied(reason)
-            # Who knocks, for whoever looks for it; a flood of calls is no flood of lines otherwise.
-            if _log.isEnabledFor(logging.DEBUG):
-                _log.debug("not let in: %s, from %s", reason, context.peer())
+            self._denied(context, error)
             raise
-        return Call(caller, arrived, context.time_remaining())
+        return caller
 
-
-Enter = Callable[[bytes, Context, TraceContext | None], tuple[Message, Call]]
-Handler = Callable[[bytes, Context, TraceContext | None, TracedCall | None], Awaitable[None]]
-
-
-def _unary(enter: Enter, method: UnaryMethod) -> Handler:
-    async def handle(
-        raw: bytes, context: Context, trace: TraceContext | None, traced: TracedCall | None
-    ) -> None:
+    def _enter(self, context: Context, caller: Caller | None, name: str) -> OpenCall:
         try:
-            await context.write(await method(*enter(raw, context, trace)))
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
-            await end(context, error, traced)
+            account = caller.account if caller is not None else None
+            operator = caller is not None and caller.role is Role.ADMIN
+            return self._calls.enter(account, context, name, operator=operator)
+        except RateLimited as error:
+            self._denied(context, error)
+            raise
 
-    return handle
-
-
-def _streaming(enter: Enter, method: StreamMethod) -> Handler:
-    # A coroutine that writes, not a generator that gRPC drives: so a cancellation during a
-    # write is raised here, and the method is closed now and not when it is garbage.
-    # The first write sends the response headers; a refusal before it leaves the RPC retryable.
-    async def handle(
-        raw: bytes, context: Context, trace: TraceContext | None, traced: TracedCall | None
-    ) -> None:
-        try:
-            async with contextlib.aclosing(method(*enter(raw, context, trace))) as replies:
-                async for reply in replies:
-                    await context.write(reply)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the last line of defence
-            await end(context, error, traced)
-
-    return handle
+    def _denied(self, context: Context, error: SageFedError) -> None:
+        reason = error.limit if isinstance(error, RateLimited) else error.reason.lower()
+        self._on_denied(reason)
+        # Who knocks, for whoever looks for it; a flood of calls is no flood of lines otherwise.
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("not let in: %s, from %s", reason, context.peer())
 
 
 def parse(request_class: type[M], raw: bytes) -> M:
@@ -240,9 +296,14 @@ async def end(context: Context, error: BaseException, traced: TracedCall | None 
         raise asyncio.CancelledError from None
 
 
-def _trace_of(context: Context) -> TraceContext | None:
+def _headers(context: Context) -> Headers:
+    # gRPC has them as pairs; its stubs have a mapping.
+    return context.invocation_metadata() or ()
+
+
+def _trace_of(headers: Headers) -> TraceContext | None:
     """Return the caller's trace, where its headers have a well-formed one."""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in headers:
         if key == "traceparent" and isinstance(value, str):
             return parse_traceparent(value)
     return None
@@ -254,8 +315,3 @@ def _client_left(context: Context) -> bool:
     task = asyncio.current_task()
     assert task is not None
     return task.cancelling() > 0 or context.cancelled() or context.done()
-
-
-def serialize(message: Message) -> bytes:
-    """Return a reply as it travels."""
-    return message.SerializeToString()

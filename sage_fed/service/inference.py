@@ -75,7 +75,10 @@ class InferenceService:
     ) -> inference_pb2.QuoteResponse:
         """Say what a job would cost at most and which route it would take."""
         with _named_as_in(request.job):
-            return replies.quote_of(await self._jobs.quote(self._spec(request, call)))
+            spec = self._spec(request, call)
+            # What waits to be encoded is bounded by the broker, and takes turns of its own.
+            call.open_call.done()
+            return replies.quote_of(await self._jobs.quote(spec))
 
     async def count_tokens(
         self,
@@ -84,6 +87,7 @@ class InferenceService:
     ) -> inference_pb2.CountTokensResponse:
         """Count a prompt's tokens as the tier's model would see them."""
         prompt, tier = parse_count(request, self._limits)
+        call.open_call.done()
         try:
             num_tokens, max_context_tokens = await self._jobs.count_tokens(
                 prompt, tier, call.caller.account
@@ -100,8 +104,11 @@ class InferenceService:
         spec: JobSpec,
         call: Call,
     ) -> EventStream:
+        call.open_call.done()
         with _named_as_in(request.job):
-            return await self._jobs.submit(spec, call.arrived)
+            stream = await self._jobs.submit(spec, call.arrived)
+        call.open_call.keep(stream)
+        return stream
 
     def _spec(
         self,

@@ -32,6 +32,14 @@ T = TypeVar("T")
 class EventStream(Protocol):
     """One job's events: Started, Delta..., Finished; or a `SageFedError` that ended it."""
 
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it keeps for a reader that is behind, about."""
+
     def __aiter__(self) -> AsyncIterator[Event]:
         """Read the events, once; a slow reader finds its deltas merged."""
 

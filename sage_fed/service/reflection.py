@@ -15,7 +15,6 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from sage_fed.service.edge import Edge
-from sage_fed.service.standard import conversing
 
 V1ALPHA = "grpc.reflection.v1alpha"
 V1 = "grpc.reflection.v1"
@@ -32,7 +31,7 @@ def register_reflection(server: grpc.aio.Server, edge: Edge, services: Iterable[
     servicer = reflection.aio.ReflectionServicer(names, pool)  # type: ignore[attr-defined] # stubs lack it
     request_class, answer = reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
     for service in (f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}"):
-        handler = conversing(edge.check(f"/{service}/{METHOD}"), request_class, answer)
+        handler = edge.conversing(f"/{service}/{METHOD}", request_class, answer)
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(service, {METHOD: handler}),)
         )

@@ -79,6 +79,21 @@ def status_of(status: core.DaemonStatus) -> model_pb2.GetStatusResponse:
     )
 
 
+def unread_of(reply: core.OpenReply) -> admin_pb2.UnreadReply:
+    """Translate one reply that waits for its reader."""
+    return admin_pb2.UnreadReply(
+        call_id=reply.call_id,
+        account=reply.account,
+        connection=reply.connection,
+        method=reply.method,
+        job_id=reply.job_id,
+        age_s=reply.age_s,
+        unread_s=reply.unread_s,
+        unread_bytes=reply.unread_bytes,
+        ended=reply.ended,
+    )
+
+
 def running_job_of(job: core.RunningJob) -> admin_pb2.RunningJob:
     """Translate one job that has not ended."""
     return admin_pb2.RunningJob(

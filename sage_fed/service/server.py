@@ -22,6 +22,8 @@ from sage_fed.errors import ConfigError, Occupied, SageFedError
 from sage_fed.service import catalogue, health
 from sage_fed.service.admin import AdminService
 from sage_fed.service.budget import BudgetService
+from sage_fed.service.calls import CallMetrics, OpenCalls
+from sage_fed.service.connections import Connections
 from sage_fed.service.edge import Edge
 from sage_fed.service.health import Health
 from sage_fed.service.inference import InferenceService
@@ -36,8 +38,9 @@ from sage_fed.trusted_files import os_error
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of one request together; ours fit into a fraction of it."""
 
-MAX_CONCURRENT_STREAMS = 1024
-"""Of one connection. Jobs are bounded by the broker, with a reason; this bounds everything else."""
+WINDOW_BYTES = 16 * 1024
+"""What a stream may send before its request is read, and so what one that waits costs. A longer
+request takes one round trip more."""
 
 KEEPALIVE_S = 30.0
 """A client that vanished without a word is noticed this long after, and its jobs end."""
@@ -53,6 +56,7 @@ class BoundServer:
     server: grpc.aio.Server
     address: Address | UnixSocket
     health: Health
+    calls: OpenCalls
 
 
 async def build_server(
@@ -66,6 +70,7 @@ async def build_server(
     throttle: Throttle | None = None,
     certificate: LiveCertificate | None = None,
     on_denied: Callable[[str], None] = lambda _: None,
+    metrics: CallMetrics | None = None,
     tracing: Tracing | None = None,
 ) -> BoundServer:
     """Build the server and bind it; port 0 takes a free one, named in the answer.
@@ -76,8 +81,11 @@ async def build_server(
         Occupied: the address is taken, not this machine's, or not allowed.
     """
     server = grpc.aio.server(options=server_options(limits))
+    connections = Connections(limits.max_connections_per_address)
+    calls = OpenCalls(limits, connections, metrics)
     edge = Edge(
         authenticator,
+        calls,
         throttle=throttle,
         certificates=certificate is not None and certificate.needs_clients,
         on_denied=on_denied,
@@ -88,15 +96,21 @@ async def build_server(
             edge.handler(catalogue.INFERENCE_SERVICE, InferenceService(jobs, limits).methods),
             edge.handler(catalogue.BUDGET_SERVICE, BudgetService(books, operations).methods),
             edge.handler(catalogue.MODEL_SERVICE, ModelService(operations).methods),
-            edge.handler(catalogue.ADMIN_SERVICE, AdminService(jobs, books, operations).methods),
+            edge.handler(
+                catalogue.ADMIN_SERVICE, AdminService(jobs, books, operations, calls).methods
+            ),
         )
     )
     watch = Health()
-    await watch.register(server, edge)
+    watch.register(server, edge)
     register_reflection(server, edge, (*catalogue.SERVICES, health.SERVICE_NAME))
-    if isinstance(listen, UnixSocket):
-        return BoundServer(server, _bind_socket(server, listen), watch)
-    return BoundServer(server, _bind(server, listen, certificate), watch)
+    address = (
+        _bind_socket(server, listen)
+        if isinstance(listen, UnixSocket)
+        else _bind(server, listen, certificate)
+    )
+    connections.follow(address)
+    return BoundServer(server, address, watch, calls)
 
 
 def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
@@ -104,10 +118,16 @@ def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
     return (
         # Without it a second daemon would share the port, and steal every other client.
         ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_receive_message_length", limits.largest_message_bytes),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        ("grpc.max_concurrent_streams", limits.max_connection_calls),
+        # Fixed: gRPC would widen it to megabytes for a fast client, read or unread.
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.server_handshake_timeout_ms", int(limits.receive_timeout_s * 1000)),
+        ("grpc.max_connection_idle_ms", int(limits.idle_connection_s * 1000)),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000) // 3),
         # Also of the pings that measure a connection: with one of those under way no other is

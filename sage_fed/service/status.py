@@ -57,6 +57,9 @@ TABLE: Mapping[type[SageFedError], grpc.StatusCode] = MappingProxyType(
         errors.RequestIdConflict: grpc.StatusCode.ALREADY_EXISTS,
         errors.CalibrationRunning: grpc.StatusCode.ALREADY_EXISTS,
         errors.HoldClosed: grpc.StatusCode.ABORTED,
+        errors.CallEnded: grpc.StatusCode.ABORTED,
+        # What gRPC's own servers say of a wrong number of requests.
+        errors.NotOneRequest: grpc.StatusCode.UNIMPLEMENTED,
         errors.Internal: grpc.StatusCode.INTERNAL,
     }
 )
@@ -105,6 +108,8 @@ def _details(error: SageFedError) -> list[Message]:
                 "limit": error.limit,
                 "allowed": str(error.allowed),
             }
+        case errors.CallEnded():
+            metadata = {"why": error.why}
         case errors.HoldClosed():
             metadata = {"how": error.how}
         case errors.DeadlineInfeasible():

@@ -31,6 +31,13 @@ MAX_HOLD_TTL_S = 30 * 86_400.0
 """What the ledger takes at most; also the longest deadline, which a hold has to cover."""
 
 
+_FIELD_BYTES = 16
+"""A protobuf field's tag and length, and a role, at most."""
+
+_OTHER_FIELDS_BYTES = 4096
+"""The numbers of a request, and fields of clients that are newer than we are."""
+
+
 class TierSettings(Section):
     """One tier: its model, its memory and the size of its queues and batches."""
 
@@ -114,8 +121,11 @@ class RoutingSettings(Section):
 class LimitSettings(Section):
     """Bounds of one request and of all, checked before anything is allocated."""
 
-    max_message_bytes: Size = Field(
-        default=4 * 2**20, ge=1024, le=2**31 - 1, description="Largest gRPC message received."
+    max_message_bytes: Annotated[
+        Annotated[Size, Field(ge=1024, le=2**31 - 1)] | None, EmptyIsNone
+    ] = Field(
+        default=None,
+        description="Largest gRPC message received; what the other limits can take, if not set.",
     )
     max_prompt_chars: Whole = Field(
         default=200_000, gt=0, description="Characters of all messages together."
@@ -152,12 +162,69 @@ class LimitSettings(Section):
     max_waiting_chars: Whole = Field(
         default=4_000_000, gt=0, description="Their characters together; some seconds of work."
     )
+    max_account_calls: Whole = Field(
+        default=1024, gt=0, description="Calls that one account may have open at once."
+    )
+    max_account_unread: Whole = Field(
+        default=64,
+        gt=0,
+        description="Replies that one account may leave unread for a second; those beyond it are "
+        "ended, and its next calls refused.",
+    )
+    max_account_unread_bytes: Size = Field(
+        default=32 * 2**20, gt=0, description="What they, and the answers behind them, may take."
+    )
+    max_receiving_bytes: Size = Field(
+        default=128 * 2**20,
+        gt=0,
+        description="What requests may take while they arrive, all together, each counted as the "
+        "largest message; others wait unread.",
+    )
+    max_connections: Whole = Field(
+        default=1024, gt=0, le=1_000_000, description="Connections, of all addresses."
+    )
+    max_connections_per_address: Whole = Field(
+        default=256, gt=0, description="Connections of one address; the newest are closed."
+    )
+    max_connection_calls: Whole = Field(
+        default=512, gt=0, le=2**31 - 1, description="Calls that one connection carries at once."
+    )
+    receive_timeout_s: Real = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="How long a request may take to arrive, and a connection to be made.",
+    )
+    write_timeout_s: Real = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="How long a reply may wait for its reader; then its call and its job end.",
+    )
+    idle_connection_s: Real = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        description="A connection without a call is closed after so long; clients make another "
+        "with their next call.",
+    )
     max_stream_messages_per_s: Real = Field(
         default=2000.0,
         ge=0,
         description="Stream messages a second, of all streams together: beyond it tokens share "
         "one, and are handed to streams no more often. 0 is no limit.",
     )
+
+    @property
+    def largest_message_bytes(self) -> int:
+        """`max_message_bytes`, or what the largest request that the other limits allow can take."""
+        if self.max_message_bytes is not None:
+            return self.max_message_bytes
+        # A character is four bytes of UTF-8 at most, a token id five of a varint.
+        stops = self.max_stop_strings * (4 * self.max_stop_chars + _FIELD_BYTES)
+        messages = self.max_messages * 3 * _FIELD_BYTES
+        request_id = 4 * self.max_request_id_chars
+        return 5 * self.max_prompt_chars + messages + stops + request_id + _OTHER_FIELDS_BYTES
 
     @model_validator(mode="after")
     def _default_within_maximum(self) -> Self:

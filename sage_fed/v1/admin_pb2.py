@@ -26,7 +26,7 @@ from sage_fed.v1 import model_pb2 as sage__fed_dot_v1_dot_model__pb2
 from sage_fed.v1 import types_pb2 as sage__fed_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sage_fed/v1/admin.proto\x12\x0bsage_fed.v1\x1a\x17sage_fed/v1/model.proto\x1a\x17sage_fed/v1/types.proto\"\x1e\n\x0c\x41\x62ortRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"0\n\x0c\x44rainRequest\x12\x14\n\x07grace_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"%\n\rDrainResponse\x12\x14\n\x0cjobs_running\x18\x01 \x01(\r\"\xef\x01\n\x10SetBudgetRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x19\n\x0c\x62\x61lance_uatp\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1a\n\rcapacity_uatp\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x1e\n\x11refill_uatp_per_s\x18\x04 \x01(\x03H\x02\x88\x01\x01\x12!\n\x14strategic_floor_uatp\x18\x05 \x01(\x03H\x03\x88\x01\x01\x42\x0f\n\r_balance_uatpB\x10\n\x0e_capacity_uatpB\x14\n\x12_refill_uatp_per_sB\x17\n\x15_strategic_floor_uatp\"8\n\x11SetBudgetResponse\x12#\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x13.sage_fed.v1.Budget\"\x10\n\x0eGetLoadRequest\"s\n\x0fGetLoadResponse\x12&\n\x05tiers\x18\x01 \x03(\x0b\x32\x17.sage_fed.v1.TierStatus\x12%\n\x04jobs\x18\x02 \x03(\x0b\x32\x17.sage_fed.v1.RunningJob\x12\x11\n\theld_uatp\x18\x03 \x01(\x03\"\xc7\x01\n\nRunningJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\routput_tokens\x18\x06 \x01(\r\x12\x11\n\theld_uatp\x18\x07 \x01(\x03\x12\'\n\x08priority\x18\x08 \x01(\x0e\x32\x15.sage_fed.v1.Priority\"0\n\x10\x43\x61librateRequest\x12\r\n\x05quick\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64opt\x18\x02 \x01(\x08\"\x84\x01\n\x11\x43\x61librateResponse\x12\x34\n\x08progress\x18\x01 \x01(\x0b\x32 .sage_fed.v1.CalibrationProgressH\x00\x12\x30\n\x06result\x18\x02 \x01(\x0b\x32\x1e.sage_fed.v1.CalibrationResultH\x00\x42\x07\n\x05\x65vent\"\xae\x01\n\x13\x43\x61librationProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x01\x12\r\n\x05point\x18\x03 \x01(\t\x12\x11\n\telapsed_s\x18\x04 \x01(\x01\x12\x17\n\ncost_ratio\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12,\n\x08measured\x18\x06 \x03(\x0b\x32\x1a.sage_fed.v1.MeasuredPointB\r\n\x0b_cost_ratio\"\xda\x01\n\x11\x43\x61librationResult\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\t\x12\x0e\n\x06report\x18\x04 \x01(\t\x12\x0c\n\x04plot\x18\x05 \x01(\t\x12\x12\n\ncost_ratio\x18\x06 \x01(\x01\x12\x19\n\x11\x63ost_ratio_spread\x18\x07 \x01(\x01\x12\x0e\n\x06took_s\x18\x08 \x01(\x01\x12\x0f\n\x07\x61\x64opted\x18\t \x01(\x08\x12*\n\x06points\x18\n \x03(\x0b\x32\x1a.sage_fed.v1.MeasuredPoint\"\xe8\x01\n\rMeasuredPoint\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12!\n\x05phase\x18\x02 \x01(\x0e\x32\x12.sage_fed.v1.Phase\x12\r\n\x05\x62\x61tch\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x0e\n\x06step_s\x18\x06 \x01(\x01\x12\x0e\n\x06spread\x18\x07 \x01(\x01\x12\x0e\n\x06rounds\x18\x08 \x01(\r\x12\x1a\n\rco_resident_s\x18\t \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_co_resident_s\"\'\n\x14\x41\x64optRateCardRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"s\n\x15\x41\x64optRateCardResponse\x12\x11\n\trate_card\x18\x01 \x01(\t\x12\x12\n\ncost_ratio\x18\x02 \x01(\x01\x12%\n\x03\x66it\x18\x03 \x01(\x0e\x32\x18.sage_fed.v1.RateCardFit\x12\x0c\n\x04note\x18\x04 \x01(\t2\xc6\x03\n\x0c\x41\x64minService\x12>\n\x05\x41\x62ort\x12\x19.sage_fed.v1.AbortRequest\x1a\x1a.sage_fed.v1.AbortResponse\x12>\n\x05\x44rain\x12\x19.sage_fed.v1.DrainRequest\x1a\x1a.sage_fed.v1.DrainResponse\x12J\n\tSetBudget\x12\x1d.sage_fed.v1.SetBudgetRequest\x1a\x1e.sage_fed.v1.SetBudgetResponse\x12\x44\n\x07GetLoad\x12\x1b.sage_fed.v1.GetLoadRequest\x1a\x1c.sage_fed.v1.GetLoadResponse\x12L\n\tCalibrate\x12\x1d.sage_fed.v1.CalibrateRequest\x1a\x1e.sage_fed.v1.CalibrateResponse0\x01\x12V\n\rAdoptRateCard\x12!.sage_fed.v1.AdoptRateCardRequest\x1a\".sage_fed.v1.AdoptRateCardResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sage_fed/v1/admin.proto\x12\x0bsage_fed.v1\x1a\x17sage_fed/v1/model.proto\x1a\x17sage_fed/v1/types.proto\"C\n\x0c\x41\x62ortRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x12\n\nconnection\x18\x03 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"0\n\x0c\x44rainRequest\x12\x14\n\x07grace_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"%\n\rDrainResponse\x12\x14\n\x0cjobs_running\x18\x01 \x01(\r\"\xef\x01\n\x10SetBudgetRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x19\n\x0c\x62\x61lance_uatp\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1a\n\rcapacity_uatp\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x1e\n\x11refill_uatp_per_s\x18\x04 \x01(\x03H\x02\x88\x01\x01\x12!\n\x14strategic_floor_uatp\x18\x05 \x01(\x03H\x03\x88\x01\x01\x42\x0f\n\r_balance_uatpB\x10\n\x0e_capacity_uatpB\x14\n\x12_refill_uatp_per_sB\x17\n\x15_strategic_floor_uatp\"8\n\x11SetBudgetResponse\x12#\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x13.sage_fed.v1.Budget\"\x10\n\x0eGetLoadRequest\"\xc6\x01\n\x0fGetLoadResponse\x12&\n\x05tiers\x18\x01 \x03(\x0b\x32\x17.sage_fed.v1.TierStatus\x12%\n\x04jobs\x18\x02 \x03(\x0b\x32\x17.sage_fed.v1.RunningJob\x12\x11\n\theld_uatp\x18\x03 \x01(\x03\x12(\n\x06unread\x18\x04 \x03(\x0b\x32\x18.sage_fed.v1.UnreadReply\x12\x12\n\nopen_calls\x18\x05 \x01(\r\x12\x13\n\x0b\x63onnections\x18\x06 \x01(\r\"\xa9\x01\n\x0bUnreadReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x12\n\nconnection\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x10\n\x08unread_s\x18\x07 \x01(\x01\x12\x14\n\x0cunread_bytes\x18\x08 \x01(\x04\x12\r\n\x05\x65nded\x18\t \x01(\x08\"\xc7\x01\n\nRunningJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\routput_tokens\x18\x06 \x01(\r\x12\x11\n\theld_uatp\x18\x07 \x01(\x03\x12\'\n\x08priority\x18\x08 \x01(\x0e\x32\x15.sage_fed.v1.Priority\"0\n\x10\x43\x61librateRequest\x12\r\n\x05quick\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64opt\x18\x02 \x01(\x08\"\x84\x01\n\x11\x43\x61librateResponse\x12\x34\n\x08progress\x18\x01 \x01(\x0b\x32 .sage_fed.v1.CalibrationProgressH\x00\x12\x30\n\x06result\x18\x02 \x01(\x0b\x32\x1e.sage_fed.v1.CalibrationResultH\x00\x42\x07\n\x05\x65vent\"\xae\x01\n\x13\x43\x61librationProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x01\x12\r\n\x05point\x18\x03 \x01(\t\x12\x11\n\telapsed_s\x18\x04 \x01(\x01\x12\x17\n\ncost_ratio\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12,\n\x08measured\x18\x06 \x03(\x0b\x32\x1a.sage_fed.v1.MeasuredPointB\r\n\x0b_cost_ratio\"\xda\x01\n\x11\x43\x61librationResult\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\t\x12\x0e\n\x06report\x18\x04 \x01(\t\x12\x0c\n\x04plot\x18\x05 \x01(\t\x12\x12\n\ncost_ratio\x18\x06 \x01(\x01\x12\x19\n\x11\x63ost_ratio_spread\x18\x07 \x01(\x01\x12\x0e\n\x06took_s\x18\x08 \x01(\x01\x12\x0f\n\x07\x61\x64opted\x18\t \x01(\x08\x12*\n\x06points\x18\n \x03(\x0b\x32\x1a.sage_fed.v1.MeasuredPoint\"\xe8\x01\n\rMeasuredPoint\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12!\n\x05phase\x18\x02 \x01(\x0e\x32\x12.sage_fed.v1.Phase\x12\r\n\x05\x62\x61tch\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x0e\n\x06step_s\x18\x06 \x01(\x01\x12\x0e\n\x06spread\x18\x07 \x01(\x01\x12\x0e\n\x06rounds\x18\x08 \x01(\r\x12\x1a\n\rco_resident_s\x18\t \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_co_resident_s\"\'\n\x14\x41\x64optRateCardRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"s\n\x15\x41\x64optRateCardResponse\x12\x11\n\trate_card\x18\x01 \x01(\t\x12\x12\n\ncost_ratio\x18\x02 \x01(\x01\x12%\n\x03\x66it\x18\x03 \x01(\x0e\x32\x18.sage_fed.v1.RateCardFit\x12\x0c\n\x04note\x18\x04 \x01(\t2\xc6\x03\n\x0c\x41\x64minService\x12>\n\x05\x41\x62ort\x12\x19.sage_fed.v1.AbortRequest\x1a\x1a.sage_fed.v1.AbortResponse\x12>\n\x05\x44rain\x12\x19.sage_fed.v1.DrainRequest\x1a\x1a.sage_fed.v1.DrainResponse\x12J\n\tSetBudget\x12\x1d.sage_fed.v1.SetBudgetRequest\x1a\x1e.sage_fed.v1.SetBudgetResponse\x12\x44\n\x07GetLoad\x12\x1b.sage_fed.v1.GetLoadRequest\x1a\x1c.sage_fed.v1.GetLoadResponse\x12L\n\tCalibrate\x12\x1d.sage_fed.v1.CalibrateRequest\x1a\x1e.sage_fed.v1.CalibrateResponse0\x01\x12V\n\rAdoptRateCard\x12!.sage_fed.v1.AdoptRateCardRequest\x1a\".sage_fed.v1.AdoptRateCardResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,37 +34,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sage_fed.v1.admin_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ABORTREQUEST']._serialized_start=90
-  _globals['_ABORTREQUEST']._serialized_end=120
-  _globals['_ABORTRESPONSE']._serialized_start=122
-  _globals['_ABORTRESPONSE']._serialized_end=154
-  _globals['_DRAINREQUEST']._serialized_start=156
-  _globals['_DRAINREQUEST']._serialized_end=204
-  _globals['_DRAINRESPONSE']._serialized_start=206
-  _globals['_DRAINRESPONSE']._serialized_end=243
-  _globals['_SETBUDGETREQUEST']._serialized_start=246
-  _globals['_SETBUDGETREQUEST']._serialized_end=485
-  _globals['_SETBUDGETRESPONSE']._serialized_start=487
-  _globals['_SETBUDGETRESPONSE']._serialized_end=543
-  _globals['_GETLOADREQUEST']._serialized_start=545
-  _globals['_GETLOADREQUEST']._serialized_end=561
-  _globals['_GETLOADRESPONSE']._serialized_start=563
-  _globals['_GETLOADRESPONSE']._serialized_end=678
-  _globals['_RUNNINGJOB']._serialized_start=681
-  _globals['_RUNNINGJOB']._serialized_end=880
-  _globals['_CALIBRATEREQUEST']._serialized_start=882
-  _globals['_CALIBRATEREQUEST']._serialized_end=930
-  _globals['_CALIBRATERESPONSE']._serialized_start=933
-  _globals['_CALIBRATERESPONSE']._serialized_end=1065
-  _globals['_CALIBRATIONPROGRESS']._serialized_start=1068
-  _globals['_CALIBRATIONPROGRESS']._serialized_end=1242
-  _globals['_CALIBRATIONRESULT']._serialized_start=1245
-  _globals['_CALIBRATIONRESULT']._serialized_end=1463
-  _globals['_MEASUREDPOINT']._serialized_start=1466
-  _globals['_MEASUREDPOINT']._serialized_end=1698
-  _globals['_ADOPTRATECARDREQUEST']._serialized_start=1700
-  _globals['_ADOPTRATECARDREQUEST']._serialized_end=1739
-  _globals['_ADOPTRATECARDRESPONSE']._serialized_start=1741
-  _globals['_ADOPTRATECARDRESPONSE']._serialized_end=1856
-  _globals['_ADMINSERVICE']._serialized_start=1859
-  _globals['_ADMINSERVICE']._serialized_end=2313
+  _globals['_ABORTREQUEST']._serialized_end=157
+  _globals['_ABORTRESPONSE']._serialized_start=159
+  _globals['_ABORTRESPONSE']._serialized_end=191
+  _globals['_DRAINREQUEST']._serialized_start=193
+  _globals['_DRAINREQUEST']._serialized_end=241
+  _globals['_DRAINRESPONSE']._serialized_start=243
+  _globals['_DRAINRESPONSE']._serialized_end=280
+  _globals['_SETBUDGETREQUEST']._serialized_start=283
+  _globals['_SETBUDGETREQUEST']._serialized_end=522
+  _globals['_SETBUDGETRESPONSE']._serialized_start=524
+  _globals['_SETBUDGETRESPONSE']._serialized_end=580
+  _globals['_GETLOADREQUEST']._serialized_start=582
+  _globals['_GETLOADREQUEST']._serialized_end=598
+  _globals['_GETLOADRESPONSE']._serialized_start=601
+  _globals['_GETLOADRESPONSE']._serialized_end=799
+  _globals['_UNREADREPLY']._serialized_start=802
+  _globals['_UNREADREPLY']._serialized_end=971
+  _globals['_RUNNINGJOB']._serialized_start=974
+  _globals['_RUNNINGJOB']._serialized_end=1173
+  _globals['_CALIBRATEREQUEST']._serialized_start=1175
+  _globals['_CALIBRATEREQUEST']._serialized_end=1223
+  _globals['_CALIBRATERESPONSE']._serialized_start=1226
+  _globals['_CALIBRATERESPONSE']._serialized_end=1358
+  _globals['_CALIBRATIONPROGRESS']._serialized_start=1361
+  _globals['_CALIBRATIONPROGRESS']._serialized_end=1535
+  _globals['_CALIBRATIONRESULT']._serialized_start=1538
+  _globals['_CALIBRATIONRESULT']._serialized_end=1756
+  _globals['_MEASUREDPOINT']._serialized_start=1759
+  _globals['_MEASUREDPOINT']._serialized_end=1991
+  _globals['_ADOPTRATECARDREQUEST']._serialized_start=1993
+  _globals['_ADOPTRATECARDREQUEST']._serialized_end=2032
+  _globals['_ADOPTRATECARDRESPONSE']._serialized_start=2034
+  _globals['_ADOPTRATECARDRESPONSE']._serialized_end=2149
+  _globals['_ADMINSERVICE']._serialized_start=2152
+  _globals['_ADMINSERVICE']._serialized_end=2606
 # @@protoc_insertion_point(module_scope)

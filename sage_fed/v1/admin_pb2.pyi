@@ -9,10 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AbortRequest(_message.Message):
-    __slots__ = ("job_id",)
+    __slots__ = ("job_id", "call_id", "connection")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    CONNECTION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
-    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+    call_id: str
+    connection: str
+    def __init__(self, job_id: _Optional[str] = ..., call_id: _Optional[str] = ..., connection: _Optional[str] = ...) -> None: ...
 
 class AbortResponse(_message.Message):
     __slots__ = ("aborted",)
@@ -57,14 +61,42 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("tiers", "jobs", "held_uatp")
+    __slots__ = ("tiers", "jobs", "held_uatp", "unread", "open_calls", "connections")
     TIERS_FIELD_NUMBER: _ClassVar[int]
     JOBS_FIELD_NUMBER: _ClassVar[int]
     HELD_UATP_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_FIELD_NUMBER: _ClassVar[int]
+    OPEN_CALLS_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     tiers: _containers.RepeatedCompositeFieldContainer[_model_pb2.TierStatus]
     jobs: _containers.RepeatedCompositeFieldContainer[RunningJob]
     held_uatp: int
-    def __init__(self, tiers: _Optional[_Iterable[_Union[_model_pb2.TierStatus, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[RunningJob, _Mapping]]] = ..., held_uatp: _Optional[int] = ...) -> None: ...
+    unread: _containers.RepeatedCompositeFieldContainer[UnreadReply]
+    open_calls: int
+    connections: int
+    def __init__(self, tiers: _Optional[_Iterable[_Union[_model_pb2.TierStatus, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[RunningJob, _Mapping]]] = ..., held_uatp: _Optional[int] = ..., unread: _Optional[_Iterable[_Union[UnreadReply, _Mapping]]] = ..., open_calls: _Optional[int] = ..., connections: _Optional[int] = ...) -> None: ...
+
+class UnreadReply(_message.Message):
+    __slots__ = ("call_id", "account", "connection", "method", "job_id", "age_s", "unread_s", "unread_bytes", "ended")
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    CONNECTION_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_S_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    call_id: str
+    account: str
+    connection: str
+    method: str
+    job_id: str
+    age_s: float
+    unread_s: float
+    unread_bytes: int
+    ended: bool
+    def __init__(self, call_id: _Optional[str] = ..., account: _Optional[str] = ..., connection: _Optional[str] = ..., method: _Optional[str] = ..., job_id: _Optional[str] = ..., age_s: _Optional[float] = ..., unread_s: _Optional[float] = ..., unread_bytes: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class RunningJob(_message.Message):
     __slots__ = ("job_id", "account", "tier", "age_s", "prompt_tokens", "output_tokens", "held_uatp", "priority")

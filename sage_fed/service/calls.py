@@ -1,0 +1,504 @@
+"""Calls in progress: whose they are, what they keep for a peer that is slow, and when that ends.
+
+A call costs memory on behalf of its peer twice: while its request arrives, and while its reply
+waits to be read. Both are bounded here, by account and by connection, in number and in bytes, and
+both have a deadline. What cannot be seen at once is seen by a sweep, twice a second: a message
+then costs no timer and no task, only two assignments.
+gRPC cannot reset a stream whose reader takes nothing: the status waits behind the data. Such a
+call is ended as far as it is ours (its job is settled, its output dropped), stays counted until
+gRPC lets go of it, and too many of them end their connection (`connections`).
+Knows no protobuf, no money and no job. Fails with `RateLimited` where one has too much open, and
+with `CallEnded`, `NotOneRequest` where a peer does not do its part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+from grpc_status import rpc_status
+
+from sage_fed.core import OpenReply, counted
+from sage_fed.errors import CallEnded, NotOneRequest, RateLimited
+from sage_fed.service.connections import Connections, host_of
+from sage_fed.service.status import status_of
+from sage_fed.settings import LimitSettings
+
+SWEEP_S = 0.5
+"""Between two looks at what waits for peers."""
+
+UNREAD_S = 1.0
+"""A reply that has waited so long for its reader is unread. One that is on its way is not."""
+
+TURNS_OF_CONNECTION = 8
+TURNS_OF_ACCOUNT = 32
+"""Requests that arrive, and short answers that are made and taken, at the same time. Others of the
+connection or the account wait for their turn, and nothing of them is read meanwhile."""
+
+UNREAD_OF_CONNECTION = 16
+UNREAD_BYTES_OF_CONNECTION = 4 * 2**20
+"""Ended replies that a connection with other calls may keep; beyond it, it is closed."""
+
+_RETRY_S = 1.0
+
+_EOF = grpc.aio.EOF  # type: ignore[attr-defined] # stubs lack it
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallMetrics(Protocol):
+    """What is told of the calls as a whole."""
+
+    def call_ended(self, why: str) -> None:
+        """Count a call that its peer was too slow for, or that an operator ended."""
+
+    def connection_closed(self, why: str) -> None:
+        """Count a connection that was closed."""
+
+    def calls_seen(self, *, calls: int, unread: int, unread_bytes: int, connections: int) -> None:
+        """Show what is open now."""
+
+
+class Kept(Protocol):
+    """A job's stream, as far as an unread call keeps it."""
+
+    @property
+    def job_id(self) -> str:
+        """The job's."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it keeps for its reader, about."""
+
+    def cancel(self) -> None:
+        """Say that nobody reads any more."""
+
+
+class Turns:
+    """Who may cost memory on behalf of a slow peer now, and who waits until another is done."""
+
+    def __init__(self, of_connection: int, of_account: int, overall: int) -> None:
+        self._of_connection = of_connection
+        self._of_account = of_account
+        self._overall = overall
+        self._total = 0
+        self._accounts: Counter[str] = Counter()
+        self._connections: Counter[tuple[str, str]] = Counter()
+        self._waiting: dict[tuple[str, str], deque[OpenCall]] = {}
+
+    def take(self, call: OpenCall) -> asyncio.Future[None] | None:
+        """Give the call its turn, or return what it has to wait for."""
+        key = (call.owner, call.connection)
+        if key not in self._waiting and self._has_room(key):
+            self._give(call)
+            return None
+        call.turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, deque()).append(call)
+        return call.turn
+
+    def leave(self, call: OpenCall) -> None:
+        """Take the turn back, or the call out of the line; it may have had neither."""
+        key = (call.owner, call.connection)
+        if call.holds_turn:
+            call.holds_turn = False
+            self._total -= 1
+            self._count_down(self._accounts, call.owner)
+            self._count_down(self._connections, key)
+            self._next()
+        elif call.turn is not None:
+            line = self._waiting.get(key)
+            if line is not None:
+                with contextlib.suppress(ValueError):
+                    line.remove(call)
+                if not line:
+                    del self._waiting[key]
+        call.turn = None
+
+    def in_the_way(self, call: OpenCall) -> bool:
+        """Whether others wait because this call holds its turn."""
+        if not call.holds_turn or not self._waiting:
+            return False
+        if self._total >= self._overall:
+            return True
+        key = (call.owner, call.connection)
+        if key in self._waiting and self._connections[key] >= self._of_connection:
+            return True
+        full = self._accounts[call.owner] >= self._of_account
+        return full and any(owner == call.owner for owner, _ in self._waiting)
+
+    def _next(self) -> None:
+        """Serve those who wait: one connection after the other, each in its order."""
+        for key in tuple(self._waiting):
+            if self._total >= self._overall:
+                return
+            if not self._has_room(key):
+                continue
+            line = self._waiting.pop(key)
+            while line:
+                call = line.popleft()
+                assert call.turn is not None
+                # One that was ended or cancelled meanwhile has not left the line itself yet.
+                if not call.turn.done():
+                    self._give(call)
+                    call.turn.set_result(None)
+                    call.turn = None
+                    break
+            if line:
+                self._waiting[key] = line  # behind the others
+
+    def _has_room(self, key: tuple[str, str]) -> bool:
+        return (
+            self._total < self._overall
+            and self._accounts[key[0]] < self._of_account
+            and self._connections[key] < self._of_connection
+        )
+
+    def _give(self, call: OpenCall) -> None:
+        call.holds_turn = True
+        self._total += 1
+        self._accounts[call.owner] += 1
+        self._connections[call.owner, call.connection] += 1
+
+    @staticmethod
+    def _count_down(counts: Counter[Any], key: object) -> None:
+        counts[key] -= 1
+        if not counts[key]:
+            del counts[key]
+
+
+class OpenCall:
+    """One call, from its headers until gRPC lets go of it."""
+
+    __slots__ = (
+        "call_id", "connection", "context", "ended", "holds_turn", "kept", "method", "opened_s",
+        "owner", "receiving", "turn", "turns", "unread_bytes", "waiting_since_s",
+    )  # fmt: skip
+
+    def __init__(
+        self, call_id: str, owner: str, context: Context, method: str, turns: Turns
+    ) -> None:
+        self.call_id = call_id
+        self.owner = owner
+        """The account, marked where an operator calls; the address where nobody has to say."""
+        self.connection: str = context.peer()
+        self.context = context
+        self.method = method
+        self.turns = turns
+        self.opened_s = time.monotonic()
+        self.waiting_since_s = 0.0
+        """Since when it waits for its peer (`time.monotonic()`); 0 while it does not."""
+        self.receiving = False
+        self.unread_bytes = 0
+        self.holds_turn = False
+        self.turn: asyncio.Future[None] | None = None
+        self.ended: CallEnded | None = None
+        self.kept: Kept | None = None
+
+    async def receive(self, *, last: bool = True) -> bytes | None:
+        """Read the next request once it is this call's turn, which it keeps; None at the end.
+
+        Args:
+            last: whether no other one may follow it.
+
+        Raises:
+            CallEnded: it did not arrive in time.
+            NotOneRequest: another came after the last.
+        """
+        self.receiving = True
+        self.waiting_since_s = time.monotonic()
+        if not self.holds_turn and (turn := self.turns.take(self)) is not None:
+            await turn
+        read = await self.context.read()
+        raw: bytes | None = None if read is _EOF else read
+        if raw is not None and last and await self.context.read() is not _EOF:
+            raise NotOneRequest("this method takes one request, and another one came after it")
+        self.waiting_since_s = 0.0
+        self.receiving = False
+        # A stream that broke looks like one that ended; its handler is cancelled a moment later.
+        return raw
+
+    async def write(self, raw: bytes) -> None:
+        """Send a reply; returns when the reader's window has taken it.
+
+        Raises:
+            CallEnded: the reader took so long that the call was ended meanwhile.
+        """
+        self.unread_bytes = len(raw)
+        self.waiting_since_s = time.monotonic()
+        await self.context.write(raw)
+        self.waiting_since_s = 0.0
+        self.unread_bytes = 0
+        if self.ended is not None:
+            raise self.ended
+
+    def done(self) -> None:
+        """Give the turn back: what the call does from here on is bounded by others."""
+        self.turns.leave(self)
+
+    def keep(self, stream: Kept) -> None:
+        """Name the job's stream that this call reads; it ends with the call."""
+        self.kept = stream
+
+    @property
+    def job_id(self) -> str:
+        """The job that the call waits for; empty where it is none."""
+        return self.kept.job_id if self.kept is not None else ""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for the reader."""
+        return self.unread_bytes + (self.kept.kept_bytes if self.kept is not None else 0)
+
+
+@dataclass(slots=True)
+class _Unread:
+    """What an account, or a connection, has not read."""
+
+    calls: list[OpenCall] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def add(self, call: OpenCall) -> None:
+        self.calls.append(call)
+        self.num_bytes += call.kept_bytes
+
+
+class OpenCalls:
+    """Every call in progress.
+
+    Args:
+        limits: how many, how much, for how long.
+        connections: what the calls come over.
+        metrics: told of what is open and of what was ended; None is told nothing.
+    """
+
+    def __init__(
+        self,
+        limits: LimitSettings,
+        connections: Connections,
+        metrics: CallMetrics | None = None,
+    ) -> None:
+        self._limits = limits
+        self._connections = connections
+        self._metrics = metrics
+        self._open: dict[str, OpenCall] = {}
+        self._accounts: Counter[str] = Counter()
+        self._unread: dict[str, _Unread] = {}
+        self._ids = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        overall = max(limits.max_receiving_bytes // limits.largest_message_bytes, 1)
+        self._turns = Turns(TURNS_OF_CONNECTION, TURNS_OF_ACCOUNT, overall)
+
+    def enter(
+        self, account: str | None, context: Context, method: str, *, operator: bool
+    ) -> OpenCall:
+        """Count a call whose headers have arrived; nothing of its request is read yet.
+
+        Args:
+            account: who calls; None where the method asks nobody.
+            context: gRPC's.
+            method: its full name.
+            operator: whether an operator calls, who has to get in whatever is unread.
+
+        Raises:
+            RateLimited: the account has too much open, or does not read what it asks for.
+        """
+        if account is None:
+            owner = f"@{host_of(context.peer())}"
+        else:
+            owner = f"{account} (admin)" if operator else account
+        if not operator:
+            self._require_room(owner)
+        call = OpenCall(f"call-{next(self._ids)}", owner, context, method, self._turns)
+        self._open[call.call_id] = call
+        self._accounts[owner] += 1
+        return call
+
+    def leave(self, call: OpenCall) -> None:
+        """Forget a call that is over."""
+        self._turns.leave(call)
+        del self._open[call.call_id]
+        self._accounts[call.owner] -= 1
+        if not self._accounts[call.owner]:
+            del self._accounts[call.owner]
+
+    def end(self, name: str) -> bool:
+        """End a call for an operator, by its id or by its job's; False where there is none."""
+        found = [c for c in self._open.values() if name in (c.call_id, c.job_id)]
+        for call in found:
+            self._end(call, "operator", "an operator ended this call")
+        return bool(found)
+
+    def close_connection(self, connection: str) -> bool:
+        """Close a connection for an operator; False where there is none of that name."""
+        return self._close(connection, "operator")
+
+    def unread(self) -> tuple[OpenReply, ...]:
+        """Return every reply that waits for its reader, or did when its call was ended."""
+        now = time.monotonic()
+        return tuple(
+            OpenReply(
+                call_id=call.call_id,
+                account=call.owner,
+                connection=call.connection,
+                method=call.method,
+                job_id=call.job_id,
+                age_s=now - call.opened_s,
+                unread_s=now - call.waiting_since_s,
+                unread_bytes=call.kept_bytes,
+                ended=call.ended is not None,
+            )
+            for call in tuple(self._open.values())
+            if _is_unread(call, now)
+        )
+
+    @property
+    def num_open(self) -> int:
+        """Calls in progress."""
+        return len(self._open)
+
+    @property
+    def num_connections(self) -> int:
+        """Connections at the last look."""
+        return self._connections.num_open
+
+    async def run(self) -> None:
+        """Look after calls and connections for as long as the server does."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Look once: end what takes too long, and close what holds too much."""
+        closed = await asyncio.to_thread(self._connections.scan)
+        for _ in closed:
+            self._closed("per_address")
+        now = time.monotonic()
+        owners: defaultdict[str, _Unread] = defaultdict(_Unread)
+        lost: defaultdict[str, _Unread] = defaultdict(_Unread)
+        calls_of: Counter[str] = Counter()
+        for call in tuple(self._open.values()):
+            calls_of[call.connection] += 1
+            if call.waiting_since_s:
+                self._look(call, now)
+            if _is_unread(call, now):
+                owners[call.owner].add(call)
+        for unread in owners.values():
+            self._end_surplus(unread)
+            for call in unread.calls:
+                if call.ended is not None:
+                    lost[call.connection].add(call)
+        self._unread = dict(owners)
+        for connection, unread in lost.items():
+            if (
+                len(unread.calls) == calls_of[connection]
+                or len(unread.calls) > UNREAD_OF_CONNECTION
+                or unread.num_bytes > UNREAD_BYTES_OF_CONNECTION
+            ):
+                self._close(connection, "unread")
+        if self._metrics is not None:
+            self._metrics.calls_seen(
+                calls=len(self._open),
+                unread=sum(len(unread.calls) for unread in owners.values()),
+                unread_bytes=sum(unread.num_bytes for unread in owners.values()),
+                connections=self._connections.num_open,
+            )
+
+    def _require_room(self, owner: str) -> None:
+        limits = self._limits
+        if self._accounts[owner] >= limits.max_account_calls:
+            allowed, limit = limits.max_account_calls, "open_calls"
+            message = f"{owner} may have {counted(allowed, 'call')} open at once"
+        elif (unread := self._unread.get(owner)) is None:
+            return
+        elif len(unread.calls) > limits.max_account_unread:
+            allowed, limit = limits.max_account_unread, "unread_replies"
+            message = f"{owner} has not read {counted(len(unread.calls), 'reply', 'replies')}"
+        elif unread.num_bytes > limits.max_account_unread_bytes:
+            allowed, limit = limits.max_account_unread_bytes, "unread_bytes"
+            message = f"{owner} has not read {counted(unread.num_bytes, 'byte')} of replies"
+        else:
+            return
+        raise RateLimited(
+            message, account=owner, limit=limit, allowed=allowed, retry_after_s=_RETRY_S
+        )
+
+    def _look(self, call: OpenCall, now: float) -> None:
+        """End a call whose peer is too slow, or in the way of others."""
+        waited_s = now - call.waiting_since_s
+        limits = self._limits
+        if call.receiving and waited_s >= limits.receive_timeout_s:
+            waits = "for its turn" if call.turn is not None else "for the request to arrive"
+            self._end(call, "receive", f"{limits.receive_timeout_s:g} s were spent waiting {waits}")
+        elif not call.receiving and waited_s >= limits.write_timeout_s:
+            self._end(call, "write", f"the reply was not read for {limits.write_timeout_s:g} s")
+        elif waited_s >= UNREAD_S and self._turns.in_the_way(call):
+            self._end(call, "pressure", "others waited for this call, and it for its peer")
+
+    def _end_surplus(self, unread: _Unread) -> None:
+        """End what an account has not read beyond its bounds, what has waited longest first."""
+        num, num_bytes = len(unread.calls), unread.num_bytes
+        for call in sorted(unread.calls, key=lambda call: call.waiting_since_s):
+            if (
+                num <= self._limits.max_account_unread
+                and num_bytes <= self._limits.max_account_unread_bytes
+            ):
+                return
+            num -= 1
+            num_bytes -= call.kept_bytes
+            self._end(call, "unread", "too many replies to this account were not read")
+
+    def _end(self, call: OpenCall, why: str, message: str) -> None:
+        if call.ended is not None:
+            return
+        call.ended = CallEnded(message, why)
+        if self._metrics is not None:
+            self._metrics.call_ended(why)
+        if call.kept is not None:
+            # The job stops and settles; what it made is dropped.
+            call.kept.cancel()
+        # A short answer's turn: who waits behind it is not to wait for a reader that never comes.
+        if not call.receiving:
+            self._turns.leave(call)
+            return
+        if call.turn is not None:
+            if not call.turn.done():
+                call.turn.set_exception(call.ended)
+            return
+        # Nothing of ours is on its way: the status goes out, and the stream with it.
+        self._spawn(_abort(call))
+
+    def _close(self, connection: str, why: str) -> bool:
+        closed = self._connections.close(connection)
+        if closed:
+            self._closed(why)
+        return closed
+
+    def _closed(self, why: str) -> None:
+        if self._metrics is not None:
+            self._metrics.connection_closed(why)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _is_unread(call: OpenCall, now: float) -> bool:
+    """Whether a reply of the call waits for its reader, and not just for the network."""
+    since = call.waiting_since_s
+    return not call.receiving and since > 0.0 and now - since >= UNREAD_S
+
+
+async def _abort(call: OpenCall) -> None:
+    """Give a call its status while its handler still reads; the handler then finds it ended."""
+    assert call.ended is not None
+    status = rpc_status.to_status(status_of(call.ended))
+    with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError, grpc.aio.UsageError):
+        await call.context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,0 +1,159 @@
+"""The connections that our port has accepted: how many an address has, and how one is ended.
+
+gRPC's Python has no handle for a connection, and its core no limit by address. The sockets are
+ours all the same: they are found among the process's open files, and `shutdown` on a duplicate of
+one makes gRPC read its end and let go of everything that it carried
+([why so](../../docs/decisions/0021-connections-are-sockets-of-ours.md)).
+A connection is named as gRPC names it (`context.peer()`). Those of a Unix socket have no address
+and no names: they are counted in all, and none can be ended alone.
+Does not know calls. Fails never: a connection that is gone is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections import defaultdict
+from collections.abc import Sequence
+from ipaddress import IPv6Address, ip_address
+from urllib.parse import unquote
+
+from sage_fed.settings import Address, UnixSocket
+
+_FILES = "/proc/self/fd"
+
+
+class Connections:
+    """The accepted connections of one listening socket.
+
+    Args:
+        max_per_address: how many one address may have; the newest beyond it are closed.
+    """
+
+    def __init__(self, max_per_address: int) -> None:
+        self._max_per_address = max_per_address
+        self._listen: Address | UnixSocket | None = None
+        self._foreign: set[tuple[int, int]] = set()
+        self._known: dict[tuple[int, int], str] = {}
+
+    def follow(self, listen: Address | UnixSocket) -> None:
+        """Look at the connections that come to this address, which is bound by now."""
+        self._listen = listen
+
+    @property
+    def num_open(self) -> int:
+        """How many there were at the last look."""
+        return len(self._known)
+
+    def scan(self) -> Sequence[str]:
+        """Look at the open sockets and close what an address has too many of; return those.
+
+        Asks the kernel for each one that is new; called by one thread at a time.
+        """
+        files = _open_files()
+        # In the order of their arrival, as far as it was seen: the newest go first.
+        known = {file: name for file, name in self._known.items() if file in files}
+        foreign = self._foreign & files
+        for file in files - known.keys() - foreign:
+            if (name := self._name_of(file[0])) is None:
+                foreign.add(file)
+            else:
+                known[file] = name
+        self._known, self._foreign = known, foreign
+        return self._close_surplus()
+
+    def close(self, name: str) -> bool:
+        """End a connection; False where there is none of that name."""
+        if name.startswith("unix:"):
+            return False
+        found = [file for file, known in tuple(self._known.items()) if known == name]
+        return sum(self._shut(file, name) for file in found) > 0
+
+    def _close_surplus(self) -> Sequence[str]:
+        of_host: defaultdict[str, list[tuple[tuple[int, int], str]]] = defaultdict(list)
+        for file, name in self._known.items():
+            if not name.startswith("unix:"):
+                of_host[host_of(name)].append((file, name))
+        surplus = [pair for pairs in of_host.values() for pair in pairs[self._max_per_address :]]
+        return [name for file, name in surplus if self._shut(file, name)]
+
+    def _name_of(self, fd: int) -> str | None:
+        """Return the connection's name; None for what is none of ours."""
+        try:
+            # Borrowed for two questions; the descriptor stays gRPC's.
+            with contextlib.closing(_Borrowed(fileno=fd)) as borrowed:
+                return self._name(borrowed)
+        except OSError:
+            return None  # it listens, is not connected yet, or no more
+
+    def _name(self, connected: socket.socket) -> str | None:
+        own, peer = connected.getsockname(), connected.getpeername()
+        match self._listen:
+            case Address(port=port) if isinstance(own, tuple) and own[1] == port:
+                return _name_of_address(peer[0], peer[1])
+            case UnixSocket(path=path) if own == path:
+                return "unix:"
+            case _:
+                return None
+
+    def _shut(self, file: tuple[int, int], name: str) -> bool:
+        fd, inode = file
+        try:
+            # A duplicate is the same socket, whatever becomes of the number meanwhile.
+            with socket.socket(fileno=os.dup(fd)) as duplicate:
+                if os.fstat(duplicate.fileno()).st_ino != inode or self._name(duplicate) != name:
+                    return False
+                duplicate.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return False
+        return True
+
+
+class _Borrowed(socket.socket):
+    """A socket object over a descriptor that is another's to close."""
+
+    def close(self) -> None:
+        self.detach()
+
+
+def host_of(name: str) -> str:
+    """Return the host in a connection's name, as gRPC or this module writes it."""
+    kind, _, rest = name.partition(":")
+    if kind == "ipv4":
+        return rest.rpartition(":")[0]
+    if kind == "ipv6":
+        host = unquote(rest).rpartition(":")[0].strip("[]")
+        return _plain(host)
+    return kind
+
+
+def _name_of_address(host: str, port: int) -> str:
+    host = _plain(host)
+    if ":" in host:
+        return f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}"
+    return f"ipv4:{host}:{port}"
+
+
+def _plain(host: str) -> str:
+    """Return an IPv4 address as such where it is written as one of IPv6."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address)
+
+
+def _open_files() -> set[tuple[int, int]]:
+    """Return the process's open sockets: the descriptor, which is used again, and the inode."""
+    found = set()
+    for name in os.listdir(_FILES):  # noqa: PTH208 - names are all it takes, twice a second
+        try:
+            status = os.fstat(int(name))
+        except OSError:
+            continue  # closed since
+        if stat.S_ISSOCK(status.st_mode):
+            found.add((int(name), status.st_ino))
+    return found

@@ -1,0 +1,372 @@
+"""Clients that do not do their part: requests that never end, replies that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import h2.events
+import pytest
+import waiting
+from grpc_health.v1 import health_pb2
+from raw_http2 import RawClient, framed
+from service_harness import (
+    DELTAS,
+    FINISHED,
+    STARTED,
+    WAIT_S,
+    Harness,
+    ScriptedJobs,
+    in_thread,
+    serving,
+)
+
+from sage_fed.client import Client
+from sage_fed.core import OpenReply, Tier, TierState
+from sage_fed.errors import RateLimited
+from sage_fed.ledger import AccountTerms
+from sage_fed.service import calls as calls_module
+from sage_fed.service.calls import Turns
+from sage_fed.service.server import WINDOW_BYTES
+from sage_fed.settings import LimitSettings
+from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
+
+ADMIN = "admin-token"
+QUOTE = "/sage_fed.v1.InferenceService/Quote"
+STREAM = "/sage_fed.v1.InferenceService/GenerateStream"
+STATUS = "/sage_fed.v1.ModelService/GetStatus"
+WATCH = "/grpc.health.v1.Health/Watch"
+ABORTED, UNIMPLEMENTED, RESOURCE_EXHAUSTED, UNAUTHENTICATED = (
+    code.value[0]
+    for code in (
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+    )
+)
+JOB = inference_pb2.GenerateStreamRequest(job=types_pb2.JobSpec(text="hello")).SerializeToString()
+SHORT = LimitSettings(receive_timeout_s=1.0, write_timeout_s=2.0)
+
+
+async def until(done: Callable[[], object]) -> None:
+    """Wait for what no event tells of; `done` is asked by another thread."""
+    await asyncio.to_thread(waiting.until, lambda: bool(done()))
+
+
+@contextlib.asynccontextmanager
+async def raw(harness: Harness, **how: Any) -> AsyncIterator[RawClient]:  # noqa: ANN401 - RawClient's
+    client = await in_thread(lambda: RawClient(harness.address, **how))
+    with client:
+        yield client
+
+
+def unread(harness: Harness) -> tuple[OpenReply, ...]:
+    return harness.bound.calls.unread()
+
+
+async def test_a_caller_is_known_before_anything_of_the_request_is_received(
+    tmp_path: Path,
+) -> None:
+    """The headers alone are answered: no byte of a body was sent, and none is waited for."""
+    async with serving(tmp_path, anonymous=None) as harness, raw(harness) as client:
+        stream = client.open(QUOTE)
+        code, _ = await in_thread(lambda: client.status(stream))
+        assert UNAUTHENTICATED == code
+        assert ["unauthenticated"] == harness.denied
+
+
+async def test_nobody_knows_how_much_an_unread_request_would_be(tmp_path: Path) -> None:
+    """200 bodies that miss their last byte: each holds a window, as far as it has its turn."""
+    limits = LimitSettings(max_receiving_bytes=2**20)
+    async with serving(tmp_path, limits=limits) as harness, raw(harness) as client:
+        assert WINDOW_BYTES == client.http2.remote_settings.initial_window_size
+        streams = [client.open(QUOTE) for _ in range(200)]
+        largest = limits.largest_message_bytes
+        sent = await in_thread(lambda: client.pour(streams, largest - 1))
+        assert 200 * WINDOW_BYTES <= sent < 200 * WINDOW_BYTES + 2 * largest
+
+
+async def test_a_request_that_does_not_arrive_is_ended(tmp_path: Path) -> None:
+    """Whoever waits for its turn behind it is told, too; both are counted and none stays open."""
+    async with serving(tmp_path, limits=SHORT) as harness, raw(harness) as client:
+        streams = [client.open(QUOTE) for _ in range(12)]
+        for stream in streams:
+            client.send(stream, framed(b"x" * 100)[:-1])
+        said = [await in_thread(lambda s=stream: client.status(s)) for stream in streams]
+        assert {ABORTED} == {code for code, _ in said}
+        assert any("to arrive" in message for _, message in said)
+        await until(lambda: harness.bound.calls.num_open == 0)
+        assert [] == harness.jobs.specs
+
+
+async def test_a_slow_request_makes_way_for_others(tmp_path: Path) -> None:
+    """With every turn taken by bodies that drip, the next caller waits a second, not ten."""
+    limits = LimitSettings(max_receiving_bytes=1024, receive_timeout_s=3600)
+    async with serving(tmp_path, limits=limits) as harness, raw(harness) as client:
+        stream = client.open(QUOTE)
+        client.send(stream, framed(b"x" * 100)[:-1])
+        await until(lambda: harness.bound.calls.num_open)
+        with Client(harness.address) as other:
+            assert (await in_thread(other.status)).version
+        code, message = await in_thread(lambda: client.status(stream))
+        assert (ABORTED, True) == (code, "others waited" in message)
+
+
+@pytest.mark.parametrize("method", [QUOTE, STREAM, "/grpc.health.v1.Health/Check", WATCH])
+@pytest.mark.parametrize("messages", [(), (b"", b"")], ids=["none", "two"])
+async def test_a_method_of_one_request_takes_neither_none_nor_two(
+    tmp_path: Path, method: str, messages: Sequence[bytes]
+) -> None:
+    """It says UNIMPLEMENTED, as gRPC's own servers do, and does nothing."""
+    async with serving(tmp_path) as harness, raw(harness) as client:
+        stream = client.call(method, *messages)
+        code, _ = await in_thread(lambda: client.status(stream))
+        assert UNIMPLEMENTED == code
+        assert [] == harness.jobs.specs
+
+
+async def test_the_largest_request_that_the_limits_allow_fits(tmp_path: Path) -> None:
+    """The bound of a message follows from those of its fields, and is no smaller."""
+    limits = LimitSettings(max_prompt_chars=20_000)
+    sampling = types_pb2.SamplingParams(
+        stop=["\U0001f600" * limits.max_stop_chars] * limits.max_stop_strings
+    )
+    request_id = "\U0001f600" * limits.max_request_id_chars
+    turns = limits.max_messages
+    share = limits.max_prompt_chars // turns
+    message = types_pb2.ChatMessage(role="assistant", content="\U0001f600" * share)
+    jobs = (
+        types_pb2.JobSpec(
+            token_ids=types_pb2.TokenIds(ids=[2**32 - 1] * limits.max_prompt_chars),
+            sampling=sampling, client_request_id=request_id,
+        ),
+        types_pb2.JobSpec(
+            chat=types_pb2.ChatMessages(messages=[message] * turns),
+            sampling=sampling, client_request_id=request_id,
+        ),
+    )  # fmt: skip
+    async with serving(tmp_path, limits=limits) as harness:
+        for job in jobs:
+            body = inference_pb2.QuoteRequest(job=job).SerializeToString()
+            await harness.channel.unary_unary(QUOTE)(body, timeout=WAIT_S)
+    assert 2 == len(harness.jobs.specs)
+
+
+async def test_a_reader_that_takes_nothing_is_seen_and_ended(tmp_path: Path) -> None:
+    """The job ends with its call after the write deadline; the operator has seen both before."""
+    async with serving(tmp_path, limits=SHORT) as harness, raw(harness, window=0) as client:
+        # Another call keeps the connection: one that carries nothing else is closed.
+        other = client.call(WATCH, b"")
+        client.widen(other)
+        client.call(STREAM, JOB)
+        await until(lambda: unread(harness))
+        with Client(harness.address, token=ADMIN) as operator:
+            report = await in_thread(operator.load)
+        (seen,) = report.unread
+        assert ("local", client.name, STARTED.job_id) == (
+            seen.account, seen.connection, seen.job_id,
+        )  # fmt: skip
+        assert seen.method == STREAM.removeprefix("/")
+        assert seen.unread_bytes > 0
+        assert not seen.ended
+        assert not harness.jobs.streams[0].cancelled.is_set()
+        await until(harness.jobs.streams[0].cancelled.is_set)
+        assert [True] == [reply.ended for reply in unread(harness)]
+
+
+async def test_a_reader_that_comes_back_too_late_is_told_why(tmp_path: Path) -> None:
+    """What was on its way arrives, then the status: gRPC cannot take it back."""
+    async with serving(tmp_path, limits=SHORT) as harness, raw(harness, window=0) as client:
+        other = client.call(WATCH, b"")
+        client.widen(other)
+        stream = client.call(STREAM, JOB)
+        await until(lambda: any(reply.ended for reply in unread(harness)))
+        client.widen(stream)
+        code, message = await in_thread(lambda: client.status(stream))
+        assert (ABORTED, True) == (code, "not read" in message)
+        assert 1 == sum(
+            isinstance(e, h2.events.DataReceived) and e.stream_id == stream for e in client.events
+        )
+        await until(lambda: not unread(harness))
+
+
+async def test_a_connection_that_carries_nothing_but_dead_calls_is_closed(tmp_path: Path) -> None:
+    """Only so gRPC lets go of what it holds."""
+    async with serving(tmp_path, limits=SHORT) as harness, raw(harness, window=0) as client:
+        client.call(STREAM, JOB)
+        client.call(STREAM, JOB)
+        await in_thread(lambda: client.until(lambda: client.closed))
+        await until(lambda: harness.bound.calls.num_open == 0)
+
+
+async def test_too_much_unread_ends_at_once_and_refuses_its_account_alone(tmp_path: Path) -> None:
+    """Beyond its bound an account's replies have no second; others notice nothing."""
+    limits = LimitSettings(max_account_unread=3, write_timeout_s=3600)
+    async with serving(tmp_path, limits=limits) as harness, raw(harness, window=0) as client:
+        other = client.call(WATCH, b"")
+        client.widen(other)
+        for _ in range(8):
+            client.call(STREAM, JOB)
+        await until(lambda: sum(reply.ended for reply in unread(harness)) == 5)
+        with Client(harness.address) as mine, Client(harness.address, token="robot-token") as robot:
+            with pytest.raises(RateLimited) as refused:
+                await in_thread(mine.status)
+            assert ("unread_replies", 3) == (refused.value.limit, refused.value.allowed)
+            assert (await in_thread(robot.status)).version
+        assert "unread_replies" in harness.denied
+
+
+async def test_an_operator_ends_a_call_and_a_connection(tmp_path: Path) -> None:
+    """By the names that he is shown."""
+    limits = LimitSettings(write_timeout_s=3600)
+    async with serving(tmp_path, limits=limits) as harness, raw(harness, window=0) as client:
+        other = client.call(WATCH, b"")
+        client.widen(other)
+        client.call(STREAM, JOB)
+        client.call(STREAM, JOB)
+        await until(lambda: len(unread(harness)) == 2)
+        first, second = unread(harness)
+        with Client(harness.address, token=ADMIN) as operator:
+            assert await in_thread(lambda: operator.end_call(first.call_id))
+            assert harness.jobs.streams[0].cancelled.is_set()
+            assert not harness.jobs.streams[1].cancelled.is_set()
+            assert not await in_thread(lambda: operator.end_call("call-0"))
+            assert not await in_thread(lambda: operator.close_connection("ipv4:127.0.0.1:1"))
+            assert await in_thread(lambda: operator.close_connection(second.connection))
+        await in_thread(lambda: client.until(lambda: client.closed))
+        await until(harness.jobs.streams[1].cancelled.is_set)
+
+
+async def test_a_watcher_that_does_not_read_holds_up_no_change(tmp_path: Path) -> None:
+    """Anyone may watch health: what it says to others, and the daemon's stop, do not wait."""
+    name = health_pb2.HealthCheckRequest(service="tactical").SerializeToString()
+    async with serving(tmp_path) as harness, raw(harness, window=0) as client:
+        client.call(WATCH, name)
+        await until(lambda: unread(harness))
+        harness.bound.health.update(dict.fromkeys(Tier, TierState.READY))
+        check = harness.channel.unary_unary("/grpc.health.v1.Health/Check")
+        said = health_pb2.HealthCheckResponse.FromString(await check(name, timeout=WAIT_S))
+        assert health_pb2.HealthCheckResponse.SERVING == said.status
+        harness.bound.health.stop()
+
+
+async def test_unread_pages_of_the_books_are_few(tmp_path: Path) -> None:
+    """Replies are made as they are read: those that wait for their turn have not been made."""
+    async with serving(tmp_path, limits=LimitSettings(write_timeout_s=3600)) as harness:
+        for n in range(500):
+            await harness.ledger.ensure_account(
+                f"a{n}", AccountTerms(capacity_uatp=1, initial_uatp=1)
+            )
+        async with raw(harness, window=0) as client:
+            body = budget_pb2.ListEntriesRequest(page_size=1000).SerializeToString()
+            for _ in range(100):
+                client.call("/sage_fed.v1.BudgetService/ListEntries", body)
+            await until(lambda: unread(harness))
+            assert len(unread(harness)) <= calls_module.TURNS_OF_CONNECTION
+
+
+async def test_one_address_has_so_many_connections_and_no_more(tmp_path: Path) -> None:
+    """The newest go; those that were there serve on."""
+    limits = LimitSettings(max_connections_per_address=3)
+    async with serving(tmp_path, limits=limits) as harness, contextlib.AsyncExitStack() as stack:
+        first = [await stack.enter_async_context(raw(harness)) for _ in range(3)]
+        await until(lambda: harness.bound.calls.num_connections == 3)
+        late = await stack.enter_async_context(raw(harness))
+        await in_thread(lambda: late.until(lambda: late.closed))
+        for client in first:
+            stream = client.call(STATUS, b"")
+            assert 0 == (await in_thread(lambda c=client, s=stream: c.status(s)))[0]
+
+
+async def test_connections_are_bounded_in_all(tmp_path: Path) -> None:
+    """The transport refuses one more, whoever it is from."""
+    limits = LimitSettings(max_connections=2)
+    async with serving(tmp_path, limits=limits) as harness, raw(harness), raw(harness):
+        with pytest.raises((AssertionError, OSError)):
+            await in_thread(lambda: RawClient(harness.address))
+
+
+async def test_a_connection_without_a_call_is_closed(tmp_path: Path) -> None:
+    """Clients make another with their next call."""
+    limits = LimitSettings(idle_connection_s=1.0)
+    async with serving(tmp_path, limits=limits) as harness, raw(harness) as client:
+        await in_thread(lambda: client.until(lambda: client.closed))
+        with Client(harness.address) as other:
+            assert (await in_thread(other.status)).version
+
+
+async def test_who_says_nothing_is_hung_up_on(tmp_path: Path) -> None:
+    """A connection that never speaks HTTP/2 costs nothing for long."""
+    async with serving(tmp_path, limits=SHORT) as harness:
+        reader, writer = await asyncio.open_connection(*harness.address.split(":"))
+        async with asyncio.timeout(WAIT_S):
+            while await reader.read(4096):
+                pass
+        writer.close()
+
+
+async def test_more_calls_than_an_account_may_have_are_refused(tmp_path: Path) -> None:
+    """By the headers, with the limit's name; operators get in."""
+    limits = LimitSettings(max_account_calls=4)
+    jobs = ScriptedJobs(events=(STARTED, DELTAS[0], FINISHED), hang=True)
+    async with serving(tmp_path, limits=limits, jobs=jobs) as harness, raw(harness) as client:
+        for _ in range(4):
+            client.call(STREAM, JOB)
+        await until(lambda: len(jobs.streams) == 4)
+        stream = client.open(QUOTE)
+        code, _ = await in_thread(lambda: client.status(stream))
+        assert RESOURCE_EXHAUSTED == code
+        assert ["open_calls"] == harness.denied
+        with Client(harness.address, token=ADMIN) as operator:
+            assert 5 == (await in_thread(operator.load)).open_calls
+
+
+async def test_a_client_that_leaves_leaves_nothing(tmp_path: Path) -> None:
+    """Reset in the middle of its request, of its reply, or with the connection."""
+    async with serving(tmp_path) as harness, raw(harness, window=0) as client:
+        sending, reading, hanging = (client.open(QUOTE) for _ in range(3))
+        client.send(sending, framed(b"x" * 100)[:-1])
+        client.send(reading, framed(b""), end=True)
+        stream = client.call(STREAM, JOB)
+        await until(lambda: harness.jobs.streams)
+        for number in (sending, reading, stream):
+            client.http2.reset_stream(number)
+        client.flush()
+        await until(harness.jobs.streams[0].cancelled.is_set)
+        await until(lambda: harness.bound.calls.num_open == 1)
+        assert hanging
+        client.socket.close()
+        await until(lambda: harness.bound.calls.num_open == 0)
+
+
+class Peer:
+    """As much of a call as turns need."""
+
+    def __init__(self, owner: str, connection: str) -> None:
+        self.owner, self.connection = owner, connection
+        self.holds_turn = False
+        self.turn: asyncio.Future[None] | None = None
+
+
+async def test_turns_go_round_the_connections() -> None:
+    """A line of one connection does not stand before the first of another."""
+    turns: Any = Turns(of_connection=2, of_account=3, overall=4)
+    one = [Peer("a", "1") for _ in range(6)]
+    two, three = [Peer("a", "2") for _ in range(2)], Peer("b", "3")
+    assert [False] * 2 + [True] * 4 == [turns.take(peer) is not None for peer in one]
+    assert [False, True] == [turns.take(peer) is not None for peer in two]
+    assert turns.take(three) is None
+    assert all(turns.in_the_way(peer) for peer in (one[0], two[0], three))
+    turns.leave(one[0])
+    # The account's three are one of each connection's and one more: its lines take turns.
+    assert [True, True, False] == [one[1].holds_turn, one[2].holds_turn, two[1].holds_turn]
+    turns.leave(one[1])
+    assert two[1].holds_turn
+    for peer in (*one, *two, three):
+        turns.leave(peer)
+    assert turns.take(Peer("c", "4")) is None
