@@ -171,6 +171,10 @@ class Engine(Protocol):
         """The longest sequence, prompt and output together."""
 
     @property
+    def num_ids(self) -> int:
+        """Token ids from 0 on that it can be fed."""
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a text."""
 

@@ -91,6 +91,7 @@ class FakeEngine:
 
     num_blocks: int = 64
     max_context_tokens: int = 512
+    num_ids: int = 1 << 20
     eos_token_ids: frozenset[int] = frozenset({EOS})
     clock: Clock = field(default_factory=Clock)
     step_s: float = 0.01

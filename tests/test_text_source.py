@@ -275,3 +275,21 @@ def test_an_added_token_is_known_to_both(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
 
     assert tuple(hf("a<tool>b")["input_ids"]) == tokenizer.encode_text("a<tool>b")
+
+
+def test_ids_that_a_vocabulary_skips_are_known(tmp_path: Path) -> None:
+    """A tokenizer may have no token for ids below its largest; a model must not draw those."""
+    path = saved(tmp_path, "fast") / "tokenizer.json"
+    whole = Tokenizer.load(tmp_path)
+    raw = json.loads(path.read_text())
+    moved = {id_: whole.num_valid_ids + 9 if id_ == 40 else id_ for id_ in range(1000)}
+    vocabulary = {token: moved[id_] for token, id_ in raw["model"]["vocab"].items()}
+    path.write_text(json.dumps(raw | {"model": raw["model"] | {"vocab": vocabulary}}))
+
+    holed = Tokenizer.load(tmp_path)
+
+    assert () == whole.unknown_ids
+    assert whole.num_valid_ids + 10 == holed.num_valid_ids
+    assert 40 in holed.unknown_ids
+    spelled = [bool(holed.token_text(id_)) for id_ in range(holed.num_valid_ids)]
+    assert [id_ not in holed.unknown_ids for id_ in range(holed.num_valid_ids)] == spelled

@@ -28,6 +28,7 @@ from sage_fed.core import (
     Tier,
     TierLoad,
 )
+from sage_fed.errors import InvalidField
 from sage_fed.executor import Executor
 from sage_fed.pricing import RateCard
 from sage_fed.pricing import quote as price
@@ -107,14 +108,25 @@ class Planner:
         return refuse_unread(spec, loads, self._policy)
 
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
-        """Encode and price a job on every tier."""
+        """Encode a job, and price it on every tier that can be fed its prompt.
+
+        Raises:
+            InvalidField: the prompt cannot be encoded, or holds an id that the model of the tier
+                it names, or of every tier, has no row for.
+            RateLimited: the account has as much waiting to be encoded as it may.
+        """
         prompt = await self.encoder.encode(
             spec.prompt, spec.account, max_tokens=self._longest_prompt()
         )
+        strange = self._strange(prompt)
+        if strange and (spec.requested in strange or len(strange) == len(prompt.ids)):
+            tier = spec.requested if spec.requested in strange else next(iter(strange))
+            raise _no_row(spec, tier, strange[tier])
         deadline_s = spec.deadline_s
         offers = {
             tier: price(self.card, tier, num_tokens, self._new_tokens(spec, tier, num_tokens))
             for tier, num_tokens in prompt.num_tokens.items()
+            if tier not in strange
         }
         if prompt.unread:
             offers = {tier: replace(offer, unread=True) for tier, offer in offers.items()}
@@ -174,7 +186,7 @@ class Planner:
         loads = self.loads()
         decision = self.decide(draft, budget, loads)
         shown = decision.tier if isinstance(decision, Route) else draft.spec.requested
-        size = draft.offers[shown or Tier.TACTICAL]
+        size = draft.offers[shown or min(draft.offers, key=lambda tier: tier.depth)]
         return Quote(
             decision=decision,
             tiers=tuple(
@@ -194,6 +206,16 @@ class Planner:
             balance_uatp=budget.balance_uatp,
         )
 
+    def _strange(self, prompt: Encoded) -> dict[Tier, _Strange]:
+        """Return the tiers whose models, as far as they are loaded, lack an id of the prompt."""
+        found = {}
+        for tier, ids in prompt.ids.items():
+            limits = self._executor.limits(tier)
+            num_ids = None if limits is None else limits.num_ids
+            if num_ids is not None and ids and (largest := max(ids)) >= num_ids:
+                found[tier] = _Strange(largest, ids.index(largest), num_ids)
+        return found
+
     def _longest_prompt(self) -> int | None:
         """Return the most tokens that any tier takes; None while one is not loaded."""
         contexts = [load.max_context_tokens for load in self.loads().values()]
@@ -206,6 +228,26 @@ class Planner:
         # A context of 0 is not loaded yet; a prompt that fills it is refused by the router.
         room = context - prompt_tokens if context else self._default_new_tokens
         return max(1, min(self._default_new_tokens, room))
+
+
+@dataclass(frozen=True, slots=True)
+class _Strange:
+    """A prompt's id at `index` that its tokenizer has, and the model, of `num_ids`, has not."""
+
+    id: int
+    index: int
+    num_ids: int
+
+
+def _no_row(spec: JobSpec, tier: Tier, strange: _Strange) -> InvalidField:
+    sent = not spec.prompt.messages
+    field = f"job.token_ids.ids[{strange.index}]" if sent else "job.chat.messages"
+    what = f"{strange.id} is" if sent else f"they encode to the token {strange.id}, which is"
+    return InvalidField(
+        field,
+        f"{what} a token of the {tier.value} tier's tokenizer that its model has no row for; "
+        f"its ids are 0 to {strange.num_ids - 1}",
+    )
 
 
 def resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None) -> Sampling:

@@ -58,6 +58,7 @@ def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetu
         name=display_name(own),
         max_context_tokens=own.max_context_tokens,
         num_valid_ids=tokenizer.num_valid_ids,
+        unknown_ids=tokenizer.unknown_ids,
         kernels=settings.kernels,
         weights_cache=settings.weights_cache,
         weights_cache_bytes=settings.weights_cache_bytes,

@@ -32,6 +32,8 @@ class Engine:
     With a `newest` (int64 on the device, as many rows as a step can have draws) it is pipelined:
     a launch only queues, and what it draws stays on the device for the launch after it. `forward`
     then takes a token id of -1 - i for `newest[i]`. Without, a launch runs the step to its end.
+
+    Of `num_ids` that it can be fed and has logits for, `unknown_ids` are never drawn.
     """
 
     def __init__(
@@ -42,18 +44,22 @@ class Engine:
         device: torch.device,
         num_blocks: int,
         max_context_tokens: int,
+        num_ids: int,
         eos_token_ids: frozenset[int],
         defaults: GenerationDefaults,
         newest: torch.Tensor | None = None,
+        unknown_ids: tuple[int, ...] = (),
     ) -> None:
         self.info = info
         self.num_blocks = num_blocks
         self.max_context_tokens = max_context_tokens
+        self.num_ids = num_ids
         self.eos_token_ids = eos_token_ids
         self.defaults = defaults
         self._forward: Forward | None = forward
         self._device = device
         self._newest = newest
+        self._unknown = torch.tensor(unknown_ids, device=device) if unknown_ids else None
         self._flights: deque[Flight] = deque()
         self._pending: Mapping[int, int] = {}
         """What `PENDING` means for each sequence of the newest step: its token or, pipelined,
@@ -139,7 +145,11 @@ class Engine:
             return
         picked = None
         if forwarded.logits is not None:
-            picked = pick(forwarded.logits, forwarded.draws, forwarded.best)
+            best = forwarded.best
+            if self._unknown is not None:
+                forwarded.logits.index_fill_(1, self._unknown, -torch.inf)
+                best = None  # it may have been one of those
+            picked = pick(forwarded.logits, forwarded.draws, best)
         flight.arrive(forwarded, picked, self._device)
         if self._newest is None:
             self._pending = {drawn.seq_id: drawn.token_id for drawn in flight.read()}

@@ -45,6 +45,7 @@ class EngineOptions:
     the world calls it; "" takes the directory's name or the hub id. `max_context_tokens` None
     takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
     are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
+    `unknown_ids` are those below it that the tokenizer skips, which are not drawn either.
     `kernels` is "auto", or insists on "native" or "torch" ones. `weights_cache` is where
     quantised weights are kept for the next start: a directory, "auto" or "off"; all of them
     together take at most `weights_cache_bytes`.
@@ -60,6 +61,7 @@ class EngineOptions:
     name: str = ""
     max_context_tokens: int | None = None
     num_valid_ids: int | None = None
+    unknown_ids: tuple[int, ...] = ()
     kernels: str = "auto"
     weights_cache: str = "off"
     weights_cache_bytes: int = 32 * 2**30
@@ -95,7 +97,7 @@ def load_engine(
         defaults, eos_token_ids = read_generation(directory)
         valid = _valid_ids(spec, options.num_valid_ids)
         shared = shared_table(directory, tied=spec.tied_embeddings)
-        for remark in _remarks(directory, spec, shared):
+        for remark in _remarks(directory, spec, shared, options.num_valid_ids):
             _LOG.warning("model %s: %s", name, remark)
         weights = load_weights(
             partial(_weights_builder, spec, valid, formats, compute, device, shared=shared),
@@ -153,9 +155,11 @@ def load_engine(
         device=device,
         num_blocks=num_blocks,
         max_context_tokens=context,
+        num_ids=weights.embedding.num_ids,
         eos_token_ids=eos_token_ids,
         defaults=defaults,
         newest=prepared.newest,
+        unknown_ids=tuple(id_ for id_ in options.unknown_ids if id_ < valid),
     )
     progress(1.0)
     return engine
@@ -189,18 +193,25 @@ def _context(spec: ModelSpec, asked: int | None) -> int:
 
 
 def _valid_ids(spec: ModelSpec, num_valid_ids: int | None) -> int:
-    valid = spec.vocab_size if num_valid_ids is None else num_valid_ids
-    if not 0 < valid <= spec.vocab_size:
-        raise ModelLoadError(
-            f"the tokenizer has {valid} ids, the vocabulary {spec.vocab_size}: "
-            "they do not belong together"
-        )
-    return valid
+    """The ids that the tokenizer has a meaning for and the model a row."""
+    if num_valid_ids is None:
+        return spec.vocab_size
+    if num_valid_ids < 1:
+        raise ModelLoadError(f"the tokenizer has {num_valid_ids} ids")
+    return min(num_valid_ids, spec.vocab_size)
 
 
-def _remarks(directory: Path, spec: ModelSpec, shared: str | None) -> Iterator[str]:
+def _remarks(
+    directory: Path, spec: ModelSpec, shared: str | None, num_valid_ids: int | None
+) -> Iterator[str]:
     """Say where the checkpoint's files disagree, and what is made of it."""
     yield from spec.remarks
+    if num_valid_ids is not None and num_valid_ids > spec.vocab_size:
+        first, last = spec.vocab_size, num_valid_ids - 1
+        yield (
+            f"the tokenizer has {num_valid_ids:,} ids, and the model rows for {first:,}: a prompt "
+            f"with an id from {first} to {last} is refused, and none of them is ever drawn"
+        )
     if (remark := left_out(directory)) is not None:
         yield remark
     if spec.tied_embeddings and shared is None:

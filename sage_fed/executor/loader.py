@@ -48,6 +48,7 @@ class TierSetup:
             prefill_chunk_tokens=self.prefill_chunk_tokens,
             prefix_cache=self.prefix_cache,
             kv_overcommit=self.kv_overcommit,
+            num_ids=engine.num_ids,
         )
 
 

@@ -25,6 +25,7 @@ class TierLimits:
     `prefix_cache` keeps the full blocks of sequences for later ones of the same account.
     `kv_overcommit` is by how much outputs are expected to fall short of their maximum; at 1.0
     every sequence has the blocks of its worst case from the start.
+    `num_ids` are the token ids that the model can be fed, where it has fewer than its tokenizer.
     """
 
     num_blocks: int
@@ -38,6 +39,7 @@ class TierLimits:
     max_preemptions: int = 2
     prefix_cache: bool = True
     kv_overcommit: float = 1.0
+    num_ids: int | None = None
 
     @property
     def kv_tokens(self) -> int:
@@ -54,6 +56,8 @@ class TierLimits:
             raise InvalidField("prompt", "is empty")
         if spec.max_new_tokens < 1:
             raise InvalidField("sampling.max_new_tokens", "has to be at least 1")
+        if self.num_ids is not None and max(spec.prompt) >= self.num_ids:
+            raise InvalidField("prompt", f"holds an id beyond the model's {self.num_ids}")
         longest = min(self.max_context_tokens, self.kv_tokens)
         if len(spec.prompt) >= longest:
             raise InvalidField(

@@ -142,6 +142,13 @@ def num_ids(backend: tokenizers.Tokenizer) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def unknown_ids(backend: tokenizers.Tokenizer, num_ids: int) -> tuple[int, ...]:
+    """Return the ids below `num_ids` that stand for no token."""
+    if num_ids == backend.get_vocab_size(with_added_tokens=True):
+        return ()
+    return tuple(id_ for id_ in range(num_ids) if backend.id_to_token(id_) is None)
+
+
 def _sharing_vocabulary(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Return a tokenizer without added tokens: a copy of the vocabulary takes long to make."""
     sibling = tokenizers.Tokenizer(backend.model)

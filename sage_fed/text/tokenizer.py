@@ -22,7 +22,7 @@ import tokenizers
 
 from sage_fed.core import Message
 from sage_fed.errors import InvalidField
-from sage_fed.text.control import ControlEncoder, control_tokens, num_ids
+from sage_fed.text.control import ControlEncoder, control_tokens, num_ids, unknown_ids
 from sage_fed.text.decoding import ByteDecoder, IncrementalDecoder, WindowDecoder
 from sage_fed.text.length import LengthBound
 from sage_fed.text.source import TokenizerSource, locate_tokenizer, read_source
@@ -49,7 +49,8 @@ class Tokenizer:
     """The tokenizer and chat template of one checkpoint. Thread-safe.
 
     `num_valid_ids` is one above the largest id that has a meaning; a model's padded
-    vocabulary is larger, and its logits beyond this are noise.
+    vocabulary is larger, and its logits beyond this are noise. `unknown_ids` are those below
+    it that have none.
     """
 
     def __init__(self, source: TokenizerSource) -> None:
@@ -63,6 +64,7 @@ class Tokenizer:
         self._special_ids = frozenset(self._special.values())
         self._bytes: dict[int, bytes] = {}
         self.num_valid_ids = num_ids(self._rust)
+        self.unknown_ids = unknown_ids(self._rust, self.num_valid_ids)
         self._length = LengthBound(self._rust)
         self._source = source
         self._template = ChatTemplate(source.template, source.named) if source.template else None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Checkpoint, edit_json, prompt_of
 from transformers import AutoModelForCausalLM
 
+from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine, locate
 from sage_fed.errors import ModelLoadError
 
@@ -353,3 +354,58 @@ def test_a_hub_shaped_name_is_never_a_directory(
     assert "Qwen2.5-0.5B-Instruct" == load(f"./{name}").info.name
     assert here == locate(str(here)) == locate(here)
     assert "../" in refusal("../nowhere")
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_served(
+    checkpoint: Checkpoints, said: Callable[[], str]
+) -> None:
+    """As in transformers, which fails only where such an id is fed; here that is refused before."""
+    for name in ("qwen2-tied", "qwen2-untied"):
+        source = checkpoint(name)
+        engine = load(source.path, num_valid_ids=140)
+        assert 131 == engine.num_ids
+        assert source.greedy(PROMPT, 20) == generate(engine, PROMPT, 20)
+        assert "140 ids, and the model rows for 131" in said()
+        assert "from 131 to 139" in said()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama"])
+def test_ids_without_a_meaning_are_never_drawn(
+    checkpoint: Checkpoints, name: str, kernels: str, precision: str
+) -> None:
+    """Rows that pad the vocabulary and ids that the tokenizer skips: greedy, drawn or counted."""
+    if kernels == "native":
+        require_native()
+    source = checkpoint(name)
+    asked = {"kernels": kernels, "precision": precision}
+    free = load(source.path, **asked)
+    wanted = [generate(free, prompt_of(9, seed), 12) for seed in range(4)]
+    skipped = tuple(sorted({token for answer in wanted for token in answer if token < 120}))
+    engine = load(source.path, **asked, num_valid_ids=120, unknown_ids=skipped)
+    meaningless = {*skipped, *range(120, 131)}
+
+    for seed, before in enumerate(wanted):
+        prompt = prompt_of(9, seed)
+        prompt = tuple(token if token < 120 else 8 for token in prompt)
+        greedy = generate(engine, prompt, 12)
+        hot = generate(engine, prompt, 40, Sampling(temperature=100.0, seed=seed))
+        assert not meaningless & {*greedy, *hot}
+        assert meaningless & set(before)
+        if precision == "fp32":
+            assert greedy == _suppressed(source, prompt, meaningless)
+
+
+def _suppressed(source: Checkpoint, prompt: tuple[int, ...], ids: set[int]) -> tuple[int, ...]:
+    """What transformers answers that is forbidden these ids."""
+    tensor = torch.tensor([prompt])
+    answer = source.reference.generate(
+        tensor,
+        attention_mask=torch.ones_like(tensor),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=sorted(ids),
+    )
+    return tuple(answer[0, len(prompt) :].tolist())
