@@ -76,6 +76,14 @@ def test_piped_output_is_exactly_the_answer(shell: Shell) -> None:
     assert (0, f"{text}\n", "") == (result.exit_code, result.stdout, result.stderr)
 
 
+def test_a_mistyped_variable_is_no_silence(shell: Shell) -> None:
+    """Else who mistypes SAGE_FED_TOKEN runs as nobody, and pays from nobody's account."""
+    shell.environ["SAGE_FED_TOKN"] = "x"
+    result = shell.run("budget", "--json")
+    assert 0 == result.exit_code
+    assert "warning: SAGE_FED_TOKN is not known; did you mean SAGE_FED_TOKEN?\n" == result.stderr
+
+
 def test_the_question_may_be_piped_in(shell: Shell) -> None:
     """`-`, or nothing, reads stdin."""
     text = answer(shell, "--tier", "tactical")["text"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import socket
 import ssl
@@ -167,6 +168,25 @@ def test_a_unix_socket_serves_whom_the_file_system_lets_in(start: Start, tmp_pat
     again = start("--listen", f"unix:{path}")
     with Client(again.address) as client:
         client.status()
+
+
+def in_a_pod() -> None:
+    """The environment that Kubernetes gives a pod beside a Service named sage-fed."""
+    os.environ["SAGE_FED_PORT"] = os.environ["SAGE_FED_PORT_6590_TCP"] = "tcp://10.43.7.9:6590"
+    os.environ["SAGE_FED_SERVICE_HOST"] = "10.43.7.9"
+
+
+def test_a_kubernetes_service_of_its_name_stops_no_daemon(tmp_path: Path) -> None:
+    """It says in one line which variables it does not take for settings."""
+    daemon = DaemonProcess.start(
+        tmp_path / "state",
+        wait_for=("tactical",),
+        launch=lambda arguments, log: ForkedProcess(arguments, log, in_a_pod),
+    )
+    assert 0 == daemon.stop(WAIT_S)
+    lines = [line for line in daemon.log.read_text().splitlines() if "SAGE_FED_PORT" in line]
+    assert 1 == len(lines)
+    assert "SAGE_FED_PORT, SAGE_FED_PORT_6590_TCP, SAGE_FED_SERVICE_HOST, which" in lines[0]
 
 
 @pytest.mark.parametrize(

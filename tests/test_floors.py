@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "sage_fed"
 FLOORS: dict[str, int] = {
     "__init__": 0,
     "core": 0,
+    "environment": 0,
     "errors": 0,
     "steps": 0,
     "settings": 0,
@@ -75,6 +76,7 @@ SIDEWAYS: set[tuple[str, str]] = {
     # (importer, imported) on one floor, where one is plainly the other's part
     ("errors", "core"),
     ("settings", "core"),
+    ("settings", "environment"),
     ("settings", "errors"),
     ("steps", "core"),
     ("settings", "trusted_files"),

@@ -218,7 +218,9 @@ def test_credentials_that_cannot_be_looked_at_are_an_error() -> None:
             "accounts.robot.rolle",
             "did you mean accounts.robot.role?",
         ),
-        ("[zzz]\na = 1", "zzz", "known: accounts, auth, budget"),
+        # Not a page of all keys, which hides what is wrong.
+        ("[zzz]\na = 1", "zzz", "see `sage-fed config` for those that there are"),
+        ("[rate_limits]\nzzz = 1", "rate_limits.zzz", "known: rate_limits.concurrent_jobs, "),
     ],
 )
 def test_an_unknown_key_in_the_file_is_refused(toml: Path, text: str, key: str, hint: str) -> None:
@@ -711,3 +713,60 @@ def test_another_model_name_is_refused(name: str) -> None:
     """A bundled name cannot leave the package's folder."""
     with pytest.raises(ValueError, match="expected a hub id"):
         resolve_model(name)
+
+
+KUBERNETES = {
+    # What a pod is given beside a Service sage-fed with two named ports, and a second Service.
+    "SAGE_FED_SERVICE_HOST": "10.43.7.9",
+    "SAGE_FED_SERVICE_PORT": "6590",
+    "SAGE_FED_SERVICE_PORT_GRPC": "6590",
+    "SAGE_FED_SERVICE_PORT_HTTP_METRICS": "9659",
+    "SAGE_FED_PORT": "tcp://10.43.7.9:6590",
+    "SAGE_FED_PORT_6590_TCP": "tcp://10.43.7.9:6590",
+    "SAGE_FED_PORT_6590_TCP_ADDR": "10.43.7.9",
+    "SAGE_FED_PORT_6590_TCP_PORT": "6590",
+    "SAGE_FED_PORT_6590_TCP_PROTO": "tcp",
+    "SAGE_FED_PORT_9659_UDP": "udp://[fd00::9]:9659",
+    "SAGE_FED_METRICS_SERVICE_HOST": "fd00::9",
+    "SAGE_FED_METRICS_PORT": "tcp://[fd00::9]:9659",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_is_no_setting() -> None:
+    """A Service that has the program's name would keep it from starting, in every pod."""
+    effective = load(environ=KUBERNETES | {"SAGE_FED_LISTEN": "127.0.0.1:7000"})
+    assert "127.0.0.1:7000" == str(effective.settings.listen)
+    assert tuple(sorted(KUBERNETES)) == effective.ignored
+    assert () == load().ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SAGE_FED_PORT", "7000"),
+        ("SAGE_FED_SERVICE_PORT", "seven"),
+        ("SAGE_FED_SERVICE_HOST", "robot.example"),
+        ("SAGE_FED_METRICS__PORT", "tcp://10.43.7.9:9659"),
+        ("SAGE_FED_PORT_6590", "tcp://10.43.7.9:6590"),
+    ],
+)
+def test_what_a_person_mistyped_is_none_of_kubernetes(name: str, value: str) -> None:
+    """`SAGE_FED_PORT=7000` is somebody's wish, and would have no effect."""
+    message = refusal(environ={name: value})
+    assert f"(environment {name}): unknown key" in message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+def test_a_mistyped_variable_of_a_client_is_named() -> None:
+    """It is a key of nothing, and would be told to be one."""
+    assert "tokn (environment SAGE_FED_TOKN): unknown; did you mean SAGE_FED_TOKEN?" == refusal(
+        environ={"SAGE_FED_TOKN": "x"}
+    )
+
+
+def test_a_file_of_something_else_is_no_page_of_errors(toml: Path) -> None:
+    """Ten lines, and how many more there are."""
+    toml.write_text("".join(f"zzz{i} = 1\n" for i in range(50)))
+    lines = refusal(config=toml).splitlines()
+    assert ("50 settings cannot be used:", 12, "  and 40 more") == (lines[0], len(lines), lines[-1])

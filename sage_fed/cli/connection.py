@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from sage_fed.cli import options
 from sage_fed.cli.paths import operator_token
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client, Tls, leaves_machine
+from sage_fed.environment import mistyped
 from sage_fed.errors import ConfigError
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ class Connection:
 
     def call(self, work: Callable[[Client], T]) -> T:
         """Connect, do the work, disconnect. Ctrl-C ends the work, and with it its RPC."""
+        for name, meant in mistyped(os.environ):
+            complain(f"warning: {name} is not known; did you mean {meant}?")
         token = self.read_token()
         if token and self.tls is None and leaves_machine(self.address):
             complain(f"warning: the token goes to {self.address} in plain text; see --tls-ca")

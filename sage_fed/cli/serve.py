@@ -30,7 +30,9 @@ from sage_fed.systemd import ServiceManager
 if TYPE_CHECKING:
     from sage_fed.cli.log_progress import LogProgress
     from sage_fed.cli.progress import BarProgress
-    from sage_fed.settings import Effective, Settings
+    from sage_fed.settings import Effective
+
+_log = logging.getLogger(__name__)
 
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="ADDRESS", help="HOST:PORT of the gRPC API.")
@@ -84,14 +86,15 @@ def serve(
         reported(codes=daemon_exit_code, tell=lambda line: _tell(line, form)),
         _failure_told(manager),
     ):
-        settings = effective(flags, config_file).settings
-        form = settings.log_format
-        code = _run(settings, manager)
+        found = effective(flags, config_file)
+        form = found.settings.log_format
+        code = _run(found, manager)
     raise typer.Exit(code)
 
 
-def _run(settings: Settings, manager: ServiceManager) -> int:
+def _run(found: Effective, manager: ServiceManager) -> int:
     """The daemon's exit code, once it has left."""
+    settings = found.settings
     # What is imported stays, so looking through it for garbage, again and again, finds none, and
     # is a twentieth of the start. The daemon enables it when all is imported.
     gc.disable()
@@ -103,6 +106,11 @@ def _run(settings: Settings, manager: ServiceManager) -> int:
     pretty = _for_people(settings.log_format)
     progress, handler = _picture(watched=pretty and sys.stderr.isatty())
     with logging_to(settings.log_level, as_json=not pretty, handler=handler):
+        if found.ignored:
+            _log.info(
+                "%s, which Kubernetes sets for a service: not taken for settings",
+                ", ".join(found.ignored),
+            )
         try:
             return run_daemon(settings, progress, manager)
         finally:

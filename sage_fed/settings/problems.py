@@ -17,13 +17,21 @@ from pydantic_core import ErrorDetails
 
 from sage_fed.errors import ConfigError
 
+_MOST_LINES = 10
+"""Problems that one error tells; who has more has another file, or one mistake in all of them."""
+
+_MOST_CHOICES = 8
+"""Names that fit into a line."""
+
 
 def config_error(*problems: str) -> ConfigError:
     """One error for all `problems`, each on a line of its own."""
     lines = [_visible(problem) for problem in problems]
     if len(lines) == 1:
         return ConfigError(lines[0])
-    return ConfigError("\n  ".join((f"{len(lines)} settings cannot be used:", *lines)))
+    if (more := len(lines) - _MOST_LINES) > 0:
+        lines[_MOST_LINES:] = [f"and {more} more"]
+    return ConfigError("\n  ".join((f"{len(problems)} settings cannot be used:", *lines)))
 
 
 def _visible(text: str) -> str:
@@ -38,11 +46,13 @@ def _visible(text: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The tail of a message about `word`: the nearest known one, else the choice."""
+    """The tail of a message about `word`: the nearest known one, else the choice if it is small."""
     choice = sorted(known)
     near = difflib.get_close_matches(word, choice, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
+    if len(choice) > _MOST_CHOICES:
+        return "see `sage-fed config` for those that there are"
     return f"known: {', '.join(choice)}" if choice else "nothing can be set here"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +20,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
+from sage_fed.environment import (
+    CLIENT_VARIABLES,
+    ENV_PREFIX,
+    client_variable_like,
+    of_kubernetes,
+)
 from sage_fed.settings.credentials import credentials_layer, expand_credentials
 from sage_fed.settings.layers import Layer, Values, has, layer_of, merge, put
 from sage_fed.settings.model import TOKENS_FILE, Settings
@@ -34,21 +40,6 @@ from sage_fed.settings.table import leaves, plain_leaves
 from sage_fed.trusted_files import os_error, read_trusted
 
 DEFAULT_PROFILE = "qwen2.5"
-ENV_PREFIX = "SAGE_FED_"
-NOT_SETTINGS = frozenset(
-    {
-        "SAGE_FED_CONFIG",
-        "SAGE_FED_ADDRESS",
-        "SAGE_FED_TOKEN",
-        "SAGE_FED_TOKEN_FILE",
-        "SAGE_FED_TLS_CA",
-        "SAGE_FED_TLS_CERT",
-        "SAGE_FED_TLS_KEY",
-        "SAGE_FED_TLS_NAME",
-    }
-)
-"""Variables that are not keys: where the file is, and what a client uses."""
-
 _PROFILES = Path(__file__).parent.parent / "profiles"
 
 
@@ -58,10 +49,12 @@ class Effective:
 
     An origin reads `flag`, `environment SAGE_FED_DEVICE`, `file config.toml`, `profile demo`,
     `found in state_dir` or `default`.
+    `ignored` are the variables that look like settings and are Kubernetes's.
     """
 
     settings: Settings
     origins: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
 
     def rows(self) -> tuple[tuple[str, str, str], ...]:
         """(key, value, origin) of every key, secrets masked; what `sage-fed config` prints."""
@@ -90,7 +83,8 @@ def load_settings(
     """
     if config is None and environ.get("SAGE_FED_CONFIG"):
         config = Path(environ["SAGE_FED_CONFIG"])
-    given = [_environment_layer(environ), _flag_layer(flags)]
+    ignored = of_kubernetes(environ)
+    given = [_environment_layer(environ, ignored), _flag_layer(flags)]
     if config is not None:
         given.insert(0, _file_layer(config))
     profile, origin = DEFAULT_PROFILE, "default"
@@ -110,7 +104,7 @@ def load_settings(
     except ValidationError as error:
         raise config_error(*validation_problems(error, Settings, origins)) from None
     complete = {key: origins.get(key, "default") for key, _ in leaves(settings)}
-    return Effective(settings, MappingProxyType(complete))
+    return Effective(settings, MappingProxyType(complete), ignored)
 
 
 def profile_names() -> tuple[str, ...]:
@@ -154,11 +148,11 @@ def _flag_layer(flags: Mapping[str, Any]) -> Layer:
     return layer_of(values, "flag")
 
 
-def _environment_layer(environ: Mapping[str, str]) -> Layer:
+def _environment_layer(environ: Mapping[str, str], ignored: Collection[str]) -> Layer:
     names = {
         name.lower(): name
         for name in environ
-        if name.startswith(ENV_PREFIX) and name not in NOT_SETTINGS
+        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES and name not in ignored
     }
     source = EnvSettingsSource(Settings)
     source.env_vars = {lower: environ[name] for lower, name in names.items()}
@@ -169,7 +163,9 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
         path = lower.removeprefix(ENV_PREFIX.lower()).split("__")
         if not has(values, path):
             # Pydantic's source skips what it does not know, so a typo would have no effect.
-            problems.append(f"{'.'.join(path)} (environment {name}): {unknown_key(Settings, path)}")
+            like = client_variable_like(name)
+            what = f"unknown; did you mean {like}?" if like else unknown_key(Settings, path)
+            problems.append(f"{'.'.join(path)} (environment {name}): {what}")
         origins[".".join(path)] = f"environment {name}"
     if problems:
         raise config_error(*problems)
