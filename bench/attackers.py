@@ -30,6 +30,7 @@ import h2.connection
 import h2.events
 import h2.exceptions
 import h2.settings
+import hpack
 
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
@@ -408,6 +409,31 @@ def quote_request(chars: int) -> bytes:
     return inference_pb2.QuoteRequest(job=job).SerializeToString()
 
 
+def ids_request(num_ids: int) -> bytes:
+    """The request to quote a job of so many token ids."""
+    ids = types_pb2.TokenIds(ids=[n % 400 for n in range(num_ids)])
+    job = types_pb2.JobSpec(token_ids=ids, tier=types_pb2.TIER_TACTICAL)
+    return inference_pb2.QuoteRequest(job=job).SerializeToString()
+
+
+def emoji_request(chars: int) -> bytes:
+    """The request to count characters that are four tokens each."""
+    return inference_pb2.CountTokensRequest(text="\N{GRINNING FACE}" * chars).SerializeToString()
+
+
+def turns_request(number: int) -> bytes:
+    """The request to count a conversation of many turns, in an order of roles of its own."""
+    roles = ("system", "user", "assistant")
+    turns = [
+        types_pb2.ChatMessage(
+            role=roles[number // 3**at % 3 if at < 12 else at % 3], content="abcd"
+        )
+        for at in range(255)
+    ]
+    chat = types_pb2.ChatMessages(messages=turns)
+    return inference_pb2.CountTokensRequest(chat=chat).SerializeToString()
+
+
 def empty_messages(num_bytes: int) -> bytes:
     """A conversation of empty messages, two bytes each, as the request to count it.
 
@@ -514,8 +540,8 @@ def _hung_up(one: socket.socket, send: bytes) -> bool:
     return True
 
 
-def spray(frame: bytes, per_s: float) -> Run:
-    """Frames that want an answer, on a connection without a call."""
+def spray(frames: bytes, per_s: float, opening: Callable[[Target], bytes] = lambda _: b"") -> Run:
+    """Frames that cost the daemon something, on a connection that begins with `opening`."""
 
     def run(target: Target, phase: Phase) -> None:
         one: socket.socket | None = None
@@ -524,7 +550,7 @@ def spray(frame: bytes, per_s: float) -> Run:
         while not phase.over:
             if one is None:
                 one = _connected(target.address, phase)
-                if one is None or _hung_up(one, _PREFACE):
+                if one is None or _hung_up(one, _PREFACE + opening(target)):
                     one = None
                     time.sleep(0.1)
                     continue
@@ -532,7 +558,7 @@ def spray(frame: bytes, per_s: float) -> Run:
             sent += max(due, 0)
             if due <= 0:
                 time.sleep(0.001)
-            elif _hung_up(one, frame * min(due, 1000)):
+            elif _hung_up(one, frames * min(due, 1000)):
                 phase.endings["HUNG UP"] += 1
                 one.close()
                 one = None
@@ -543,10 +569,54 @@ def spray(frame: bytes, per_s: float) -> Run:
     return run
 
 
+def frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:
+    """An HTTP/2 frame."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def open_streams(
+    path: str, streams: int, *, message: bytes | None = None, token: bool = False, flags: int = 4
+) -> Callable[[Target], bytes]:
+    """Calls that are begun; with a message they are complete."""
+
+    def opening(target: Target) -> bytes:
+        headers = [
+            (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "x"),
+            ("content-type", "application/grpc"), ("te", "trailers"),
+        ]  # fmt: skip
+        if token:
+            headers.append(("authorization", f"Bearer {target.token}"))
+        packer = hpack.Encoder()
+        out = bytearray()
+        for stream in range(1, 2 * streams, 2):
+            out += frame(_HEADERS, stream, packer.encode(headers), flags)
+            if message is not None:
+                out += frame(_DATA, stream, struct.pack(">BI", 0, len(message)) + message, 1)
+        return bytes(out)
+
+    return opening
+
+
+def settings_of(**values: int) -> bytes:
+    """A frame of settings by their names in `h2`."""
+    codes = h2.settings.SettingCodes
+    return frame(
+        _SETTINGS,
+        0,
+        b"".join(struct.pack(">HI", codes[name], value) for name, value in values.items()),
+    )
+
+
+def replay(target: Target, phase: Phase) -> None:
+    """A large result that was paid for once, fetched again and again, 32 at a time."""
+    request = big_result(0)
+    phase.endings[f"PAID: {ask(target, Call(_WHOLE, fixed(request), 1))}"] = 1
+    Caller(Call(_WHOLE, fixed(request), 32), target, phase).run()
+
+
 _PROSE = "the quick brown fox 12345 "
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_PING_FRAME = bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + bytes(8)
-_SETTINGS_FRAME = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_DATA, _HEADERS, _PRIORITY, _SETTINGS, _PING, _WINDOW, _CONTINUATION = 0, 1, 2, 4, 6, 8, 9
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0))
 _INFERENCE = "/sage_fed.v1.InferenceService/"
 _BUDGET = "/sage_fed.v1.BudgetService/"
 _MODEL = "/sage_fed.v1.ModelService/"
@@ -655,8 +725,58 @@ FURTHER: Mapping[str, Attack] = {
         "1,000 calls at once without a token that are given up at once",
         calling(Call(_STREAM, fixed(b""), 1000, token=False, reset_after_s=0.0)),
     ),
-    "pings": Attack("100,000 pings a second", spray(_PING_FRAME, 100_000.0)),
-    "settings": Attack("100,000 settings a second", spray(_SETTINGS_FRAME, 100_000.0)),
+    "pings": Attack("100,000 pings a second", spray(frame(_PING, 0, bytes(8)), 100_000.0)),
+    "settings": Attack("100,000 settings a second", spray(frame(_SETTINGS, 0, b""), 100_000.0)),
+    "settings-flaps": Attack(
+        "2,000 changes a second of every stream's window, of as many streams as are allowed",
+        spray(
+            settings_of(INITIAL_WINDOW_SIZE=0) + settings_of(INITIAL_WINDOW_SIZE=1),
+            1000.0,
+            open_streams(f"{_HEALTH}Watch", 1024, message=b""),
+        ),
+    ),
+    "table-flaps": Attack(
+        "20,000 changes a second of the size of the header table",
+        spray(
+            settings_of(HEADER_TABLE_SIZE=0) + settings_of(HEADER_TABLE_SIZE=65536), 10_000.0
+        ),
+    ),
+    "empty-data": Attack(
+        "100,000 empty frames a second of a call without a token",
+        spray(frame(_DATA, 1, b""), 100_000.0, open_streams(_WHOLE, 1)),
+    ),
+    "priorities": Attack(
+        "100,000 priorities a second",
+        spray(frame(_PRIORITY, 1, bytes(5)), 100_000.0, open_streams(_WHOLE, 1)),
+    ),
+    "continuations": Attack(
+        "headers that never end, without a token",
+        spray(frame(_CONTINUATION, 1, b"\0\1x\1y" * 1000), 2000.0,
+              open_streams(_WHOLE, 1, flags=0)),
+    ),
+    "one-byte-reads": Attack(
+        "64 ListEntries of 1,000 entries that are read by the byte",
+        spray(
+            b"".join(frame(_WINDOW, n, struct.pack(">I", 1)) for n in range(1, 128, 2)),
+            500.0,
+            lambda target: settings_of(INITIAL_WINDOW_SIZE=0)
+            + open_streams(f"{_BUDGET}ListEntries", 64, message=_PAGE(0), token=True)(target),
+        ),
+        jobs_before=500,
+    ),
+    "replays": Attack("a large result that was paid for once, fetched 32 at a time", replay),
+    "token-ids": Attack(
+        "64 quotes at once of the most token ids that a message takes",
+        calling(Call(_QUOTE, fixed(ids_request(200_000)), 64)),
+    ),
+    "emoji": Attack(
+        "64 CountTokens at once of 200,000 emoji",
+        calling(Call(_COUNT, fixed(emoji_request(200_000)), 64)),
+    ),
+    "many-turns": Attack(
+        "64 CountTokens at once of 255 short messages",
+        calling(Call(_COUNT, turns_request, 64)),
+    ),
     "short-deadlines": Attack(
         "64 jobs at once with a deadline of 1 ms",
         calling(
