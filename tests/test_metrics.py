@@ -77,8 +77,8 @@ atp_charged_total atp_refunded_total atp_denied_total cost_ratio decode_bytes_pe
 kv_cache_tokens model_memory_bytes memory_available_bytes model_load_seconds tier_state
 device_fallback oom_total engine_restarts_total build_info model_info
 atp_reserved_total ledger_commit_seconds ledger_group_size ledger_read_seconds ledger_holds_open
-rate_card_info rate_card_stale device_seconds_total ledger_writable ledger_recovered_jobs
-ledger_recovered_atp
+ledger_entries_folded_total rate_card_info rate_card_stale device_seconds_total ledger_writable
+ledger_recovered_jobs ledger_recovered_atp
 """
 
 
@@ -129,6 +129,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.money.balance_changed("alice", 5 * ATP)
     metrics.money.ledger_committed(3, 0.002)
     metrics.money.ledger_read(0.001)
+    metrics.money.ledger_folded(3)
     metrics.money.rate_card("card-1")
     metrics.engines.device_fallback(fallen_back=False)
     card = RateCard.load()
@@ -381,6 +382,14 @@ def test_ledger_groups_are_measured(metrics: Metrics) -> None:
 
     assert 0.004 == value(metrics, "ledger_commit_seconds_sum")
     assert 16 == value(metrics, "ledger_group_size_sum")
+
+
+def test_folded_entries_are_counted(metrics: Metrics) -> None:
+    """An operator sees that the books are tidied."""
+    metrics.money.ledger_folded(256)
+    metrics.money.ledger_folded(3)
+
+    assert 259 == value(metrics, "ledger_entries_folded_total")
 
 
 def test_reads_of_the_books_are_timed(metrics: Metrics) -> None:

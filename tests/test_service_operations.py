@@ -27,6 +27,7 @@ from service_harness import (
 )
 
 from sage_fed.client import Client, LoadReport
+from sage_fed.client.answers import EntryPage
 from sage_fed.client.failures import error_of
 from sage_fed.core import Budget
 from sage_fed.errors import (
@@ -40,7 +41,9 @@ from sage_fed.errors import (
     TierUnavailable,
 )
 from sage_fed.ledger import AccountTerms, BudgetChange, EntryKind, HoldRequest
-from sage_fed.ledger.words import MAX_TEXT
+from sage_fed.ledger.books import Books
+from sage_fed.ledger.clock import Now
+from sage_fed.ledger.words import MAX_TEXT, Day, Place
 from sage_fed.service.budget import MAX_PAGE_SIZE, page_token, read_page_token
 from sage_fed.service.calls import TURNS_OF_CONNECTION
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
@@ -199,8 +202,9 @@ async def test_an_entry_that_comes_between_two_pages_repeats_none(tmp_path: Path
         (2**32 - 1, "", "page_size"),
         (10, "garbage", "page_token"),
         (10, "ÿ", "page_token"),
-        (10, page_token(1)[:-4], "page_token"),
-        (10, page_token(2**64 - 1), "page_token"),
+        (10, page_token(Place(1))[:-4], "page_token"),
+        (10, page_token(Place(2**64 - 1)), "page_token"),
+        (10, "AQAAAAAAAAAD", "page_token"),
     ],
 )
 async def test_a_page_that_cannot_be_is_refused(
@@ -220,16 +224,62 @@ async def test_a_page_that_cannot_be_is_refused(
 @given(st.text(max_size=40))
 def test_any_page_token_is_an_entry_or_refused(token: str) -> None:
     """Nothing that a client sends as a token is our bug."""
-    entry_id: int | None = None
+    place: Place | None = None
     with contextlib.suppress(InvalidField):
-        entry_id = read_page_token(token)
-    assert entry_id is None or 0 <= entry_id < 2**63
+        place = read_page_token(token)
+    assert place is None or 0 <= place.before < 2**63
 
 
-@given(st.integers(0, 2**63 - 1))
-def test_a_page_token_reads_back(entry_id: int) -> None:
-    """Every entry can be the last of a page."""
-    assert entry_id == read_page_token(page_token(entry_id))
+@given(st.builds(Place, st.integers(0, 2**63 - 1), st.booleans()))
+def test_a_page_token_reads_back(place: Place) -> None:
+    """Every entry, and every day, can be the last of a page."""
+    assert place == read_page_token(page_token(place))
+
+
+def test_a_page_token_of_an_older_daemon_is_refused_in_words() -> None:
+    """It named an entry by a number that is another one now."""
+    with pytest.raises(InvalidField, match=r"of an older daemon.*begin again"):
+        read_page_token("AQAAAAAAAAAD")
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 6, 1000])
+async def test_pages_end_with_the_days(tmp_path: Path, page_size: int) -> None:
+    """Behind the oldest entry, newest first, each once; entries are counted per account."""
+    async with serving(tmp_path) as harness:
+        await harness.ledger.ensure_account("robot", AccountTerms(1000, initial_uatp=1000))
+        days = [
+            Day(day, 2, 0, 0, settled_jobs=0, voided_jobs=number, expired_jobs=1)
+            for number, day in enumerate((20_000, 20_001, 20_005))
+        ]
+
+        def fold(books: Books, _now: Now) -> None:
+            for day in days:
+                books._db.execute(
+                    "INSERT INTO day VALUES ('local', ?, 2, 0, 0, 0, 0, ?, 1)",
+                    (day.day, day.voided_jobs),
+                )
+
+        await harness.ledger._inbox.ask(fold)
+        await hold(harness, 0)
+
+        def ask() -> tuple[list[int], list[Day], EntryPage]:
+            with Client(harness.address) as client:
+                entries, found = [], []
+                token = ""
+                while True:
+                    page = client.entries_page(page_size, token)
+                    assert len(page.entries) + len(page.days) <= page_size
+                    entries += [entry.entry_id for entry in page.entries]
+                    found += page.days
+                    token = page.next_page_token
+                    if not token:
+                        return entries, found, client.books(4)
+
+        entries, found, lines = await in_thread(ask)
+
+    assert [2, 1] == entries
+    assert days[::-1] == found
+    assert (2, 2) == (len(lines.entries), len(lines.days))
 
 
 async def test_models_and_status_arrive_whole(tmp_path: Path) -> None:

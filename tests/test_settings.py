@@ -271,6 +271,7 @@ def test_the_ledger_takes_every_setting() -> None:
         "limits.max_deadline_s": MAX_TTL_S,
         "limits.max_request_id_chars": MAX_TEXT,
         "ledger.result_retention_s": 3660 * 86400.0,
+        "ledger.entry_retention_s": 3660 * 86400.0,
     }
     for key, bound in bounds.items():
         section, name = key.split(".")

@@ -8,6 +8,8 @@ Fails: exit codes of `exits.py`; `ledger check` with 1 where the books do not ba
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,7 @@ from sage_fed.cli.paths import ledger_file
 from sage_fed.cli.render import atp_number, print_json, print_table
 from sage_fed.cli.serve import effective
 from sage_fed.core import counted
-from sage_fed.ledger import CheckReport, backup, check
+from sage_fed.ledger import CheckReport, Day, backup, check
 
 _BOOKS = {"charged": "available", "discharged": "spent"}
 """What a person reads for a book of the ledger."""
@@ -44,20 +46,24 @@ def list_entries(
     *,
     context: typer.Context,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, metavar="N", help="So many of the newest.")
+        int, typer.Option("--limit", min=1, metavar="N", help="So many of the newest lines.")
     ] = 50,
     as_json: options.AsJson = False,
     daemon: Connection = HERE,
 ) -> None:
-    """List the account's entries, newest first; `ledger check` audits the books."""
+    """List the account's entries, newest first; `ledger check` audits the books.
+
+    Behind them the days that older ones were folded into.
+    """
     if context.invoked_subcommand is not None:
         return
     with reported(as_json=as_json):
-        entries = daemon.call(lambda client: client.entries(limit=limit))
+        page = daemon.call(lambda client: client.books(limit=limit))
+        entries, days = page.entries, page.days
         if as_json:
-            print_json({"entries": entries})
+            print_json({"entries": entries, "days": [_day_fields(day) for day in days]})
             return
-        if not entries:
+        if not entries and not days:
             typer.echo("no entries yet")
             return
         print_table(
@@ -75,6 +81,9 @@ def list_entries(
             ],
             right=("entry", "ATP"),
         )
+        if days:
+            typer.echo("\nolder entries, and holds that were given back, by the day (UTC):")
+            _print_days(days)
 
 
 def check_books(
@@ -123,11 +132,41 @@ def back_up_books(
             typer.echo(f"{copy}: {_counts(report)}; the books balance")
 
 
+def _print_days(days: Sequence[Day]) -> None:
+    print_table(
+        ("day", "entries", "granted", "spent", "charged", "given back", "expired"),
+        [
+            (
+                _date(day),
+                str(day.num_entries),
+                atp_number(day.minted_uatp),
+                atp_number(day.spent_uatp),
+                str(day.settled_jobs),
+                str(day.voided_jobs),
+                str(day.expired_jobs),
+            )
+            for day in days
+        ],
+        right=("entries", "granted", "spent", "charged", "given back", "expired"),
+    )
+
+
+def _day_fields(day: Day) -> dict[str, object]:
+    fields: dict[str, object] = asdict(day)
+    del fields["day"]
+    return {"date": _date(day), **fields}
+
+
+def _date(day: Day) -> str:
+    return str(dt.date(1970, 1, 1) + dt.timedelta(days=day.day))
+
+
 def _counts(report: CheckReport) -> str:
     return (
         f"{counted(report.accounts, 'account')}, {counted(report.jobs, 'job')}, "
         f"{counted(report.open_holds, 'open hold')}, "
         f"{counted(report.entries, 'entry', 'entries')}"
+        + (f" and {report.folded_entries:,} folded into days" if report.folded_entries else "")
     )
 
 

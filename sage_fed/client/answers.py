@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sage_fed.core import Finished, Logprob, OpenReply, RunningJob, Started, TierLoad
-from sage_fed.ledger.words import Entry
+from sage_fed.ledger.words import Day, Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,14 @@ class TokenCount:
 
 @dataclass(frozen=True, slots=True)
 class EntryPage:
-    """Ledger entries, newest first; `next_page_token` is empty on the last page."""
+    """Ledger entries, newest first; `next_page_token` is empty on the last page.
+
+    `days` is what is left of older ones, behind the oldest entry.
+    """
 
     entries: tuple[Entry, ...]
     next_page_token: str
+    days: tuple[Day, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from sage_fed.core import (
     Quote,
     Tier,
 )
-from sage_fed.ledger.words import BudgetChange, Entry
+from sage_fed.ledger.words import BudgetChange, Day, Entry
 
 T = TypeVar("T")
 
@@ -114,15 +114,24 @@ class Client:
 
     def entries(self, limit: int = 50) -> tuple[Entry, ...]:
         """Return the newest `limit` entries of the caller's own ledger, newest first."""
+        return self.books(limit).entries
+
+    def books(self, limit: int = 50) -> EntryPage:
+        """Return the newest `limit` lines of the caller's own ledger, newest first.
+
+        Entries, and where there are fewer of them, days that stand for older ones.
+        """
         entries: list[Entry] = []
-        page = EntryPage((), "")
-        while len(entries) < limit:
-            size = min(limit - len(entries), MAX_PAGE_SIZE)
-            page = self.entries_page(size, page.next_page_token)
+        days: list[Day] = []
+        token = ""
+        while (left := limit - len(entries) - len(days)) > 0:
+            page = self.entries_page(min(left, MAX_PAGE_SIZE), token)
             entries += page.entries
-            if not page.next_page_token:
+            days += page.days
+            token = page.next_page_token
+            if not token:
                 break
-        return tuple(entries)
+        return EntryPage(tuple(entries), token, tuple(days))
 
     def models(self) -> tuple[ModelStatus, ...]:
         """Return both tiers' models."""

@@ -5,6 +5,7 @@ Fails with `CallFailed` on what a newer daemon says and this client has no word 
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 from sage_fed import core
 from sage_fed.client.answers import Answer, EntryPage, TokenCount
 from sage_fed.errors import CallFailed
-from sage_fed.ledger.words import NS_PER_S, Entry, EntryKind
+from sage_fed.ledger.words import NS_PER_S, Day, Entry, EntryKind
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 E = TypeVar("E", bound=enum.Enum)
@@ -184,4 +185,17 @@ def page_of(reply: budget_pb2.ListEntriesResponse) -> EntryPage:
         )
         for entry in reply.entries
     )
-    return EntryPage(tuple(entries), reply.next_page_token)
+    return EntryPage(tuple(entries), reply.next_page_token, tuple(map(day_of, reply.days)))
+
+
+def day_of(reply: budget_pb2.Day) -> Day:
+    """Return what is left of a day."""
+    return Day(
+        day=(dt.date.fromisoformat(reply.date) - dt.date(1970, 1, 1)).days,
+        num_entries=reply.entries,
+        minted_uatp=reply.minted_uatp,
+        spent_uatp=reply.spent_uatp,
+        settled_jobs=reply.settled_jobs,
+        voided_jobs=reply.voided_jobs,
+        expired_jobs=reply.expired_jobs,
+    )

@@ -34,13 +34,17 @@ async def open_ledger(
     ledger = await Ledger.open(
         settings.state_dir / "ledger.db",
         options=LedgerOptions(
-            retention=Retention(keep_s=settings.ledger.result_retention_s),
+            retention=Retention(
+                keep_s=settings.ledger.result_retention_s,
+                entries_s=settings.ledger.entry_retention_s,
+            ),
             account_reads=settings.ledger.account_reads,
             commit_timeout_s=settings.ledger.commit_timeout_s,
         ),
         terms=lambda account: _terms(settings, account),
         on_commit=metrics.money.ledger_committed,
         on_read=metrics.money.ledger_read,
+        on_fold=metrics.money.ledger_folded,
         on_disk=on_disk,
         on_death=lambda error: lifecycle.fail(f"the ledger failed: {_words(error)}"),
     )

@@ -3,7 +3,8 @@
 `ledger.py` is the facade for the event loop over its `inbox.py`, `writer.py` the thread that
 writes, `reader.py` the one that reads for clients,
 `books.py` the bookkeeping with `accounts.py`, `requests.py` and `refill.py`, `schema.py`,
-`store.py`, `files.py` and `lock.py` the file, `check.py` the audit, `backup.py` the copy,
+`store.py`, `files.py` and `lock.py` the file, `days.py` what is left of old entries, `check.py` the
+audit and `auditor.py` its thread, `backup.py` the copy,
 `clock.py` and `words.py` what they all speak of.
 """
 
@@ -15,6 +16,7 @@ from sage_fed.ledger.requests import Retention
 from sage_fed.ledger.words import (
     AccountTerms,
     BudgetChange,
+    Day,
     Entry,
     EntryKind,
     HoldReceipt,
@@ -29,6 +31,7 @@ __all__ = [
     "AccountTerms",
     "BudgetChange",
     "CheckReport",
+    "Day",
     "Entry",
     "EntryKind",
     "HoldReceipt",

@@ -33,6 +33,9 @@ REFILL_QUANTUM_NS = NS_PER_S
 MARK_AGE_NS = 60 * NS_PER_S
 """Refill older than this is written by `keep_marks`, so a crash and reboot lose at most this."""
 
+MARKS_STEP = 256
+"""How many accounts one step of `keep_marks` looks at."""
+
 COLUMNS = (
     "account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
     "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder"
@@ -128,10 +131,12 @@ class Accounts:
         if amount_uatp == 0:
             return
         self._db.execute(
-            "INSERT INTO entry (time_ns, account, kind, job_id, amount_uatp, debit, credit) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (now.wall_ns, account, kind.value, job_id, amount_uatp, *MOVES[kind]),
+            "INSERT INTO entry (entry_id, number, time_ns, account, kind, job_id, amount_uatp, "
+            "debit, credit) SELECT last_entry_id + 1, last_number + 1, ?, account, ?, ?, ?, ?, ? "
+            "FROM book, account WHERE account = ?",
+            (now.wall_ns, kind.value, job_id, amount_uatp, *MOVES[kind], account),
         )
+        assert self._db.changes() == 1, "the account was read before"
 
     def write_refill(self, row: Account, now: Now, *, needed_uatp: int = 0) -> None:
         """Write the refill since the mark, before an operation that moves this account.
@@ -156,15 +161,30 @@ class Accounts:
             (now.epoch, now.ns, now.epoch),
         )
 
-    def keep_marks(self, now: Now, *, age_ns: int = MARK_AGE_NS) -> None:
-        """Write the refill of every account whose mark is at least `age_ns` old."""
+    def keep_marks(self, now: Now, *, age_ns: int = MARK_AGE_NS, after: str = "") -> str:
+        """Write the refill of accounts whose mark is at least `age_ns` old; one step.
+
+        Looks at so many accounts behind the name `after`; the last one's name, "" at the end.
+        """
         rows = self._db.execute(
-            f"SELECT {COLUMNS} FROM account WHERE refill_uatp_per_s > 0"  # noqa: S608
+            f"SELECT {COLUMNS} FROM account WHERE account > ? "  # noqa: S608 - a constant
+            "ORDER BY account LIMIT ?",
+            (after, MARKS_STEP),
         ).fetchall()
-        for row in (Account(*cast("tuple[Any, ...]", values)) for values in rows):
+        seen = [Account(*cast("tuple[Any, ...]", values)) for values in rows]
+        for row in seen:
             accrual = row.accrual(now)
-            if accrual.elapsed_ns >= age_ns or now.epoch != row.refill_epoch:
+            if row.refill_uatp_per_s and (
+                accrual.elapsed_ns >= age_ns or now.epoch != row.refill_epoch
+            ):
                 self._write(row, accrual, now)
+        return seen[-1].account if len(seen) == MARKS_STEP else ""
+
+    def keep_all_marks(self, now: Now) -> None:
+        """Write the refill of every account, for the end."""
+        after = self.keep_marks(now, age_ns=0)
+        while after:
+            after = self.keep_marks(now, age_ns=0, after=after)
 
     def ensure(self, account: str, terms: AccountTerms, now: Now) -> Budget:
         """Create the account, or apply what the settings have changed.

@@ -19,6 +19,7 @@ from sage_fed.core import Budget
 from sage_fed.errors import CannotAfford, HoldClosed, InvalidField, NotFound
 from sage_fed.ledger.accounts import Account, Accounts
 from sage_fed.ledger.clock import Now
+from sage_fed.ledger.days import Days, Folded
 from sage_fed.ledger.requests import Requests, Retention
 from sage_fed.ledger.words import (
     NS_PER_S,
@@ -27,6 +28,8 @@ from sage_fed.ledger.words import (
     HoldReceipt,
     HoldRequest,
     JobState,
+    Page,
+    Place,
     Recovery,
     Release,
     Replay,
@@ -37,6 +40,9 @@ from sage_fed.ledger.words import (
 
 MAX_HASH_BYTES = 64
 MAX_TTL_S = 30 * 86400.0
+
+_EXPIRED, _ORPHANED = _NOT_ITS_OWN = ("expired", "orphaned")
+"""How holds end that nobody ended; they stay in sight as long as what was charged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,14 @@ class _Job:
 
 
 class Books:
-    """One ledger's operations; `accounts` and `requests` are its other two tables."""
+    """One ledger's operations; `accounts`, `requests` and `days` are its other tables."""
 
     def __init__(self, db: apsw.Connection, retention: Retention | None = None) -> None:
         self._db = db
         self.accounts = Accounts(db)
-        self.requests = Requests(db, retention or Retention())
+        self.retention = retention or Retention()
+        self.requests = Requests(db, self.retention)
+        self.days = Days(db)
 
     def hold(self, request: HoldRequest, now: Now) -> HoldReceipt | Replay:
         """Reserve a job's worst case, or hand back the result of the same earlier request.
@@ -116,13 +124,17 @@ class Books:
         self.accounts.post(job.account, EntryKind.SETTLE, charged_uatp, now, job_id)
         self.accounts.post(job.account, EntryKind.RELEASE, released_uatp, now, job_id)
         self.requests.answer(job_id, result, now)
+        if not job.held_uatp and not self.requests.keeps(job_id):
+            self.days.fold_job(job_id, job.account, JobState.SETTLED, now.wall_ns)
         # The refill until now was counted before, so what comes back is all that comes.
         balance_uatp = row.available_uatp(now) + released_uatp
         return Settlement(job_id, job.held_uatp, charged_uatp, balance_uatp)
 
     def void(self, job_id: str, reason: str, now: Now) -> Release:
-        """Give a hold back whole; a second time, or after it expired, changes nothing.
+        """Give a hold back whole; after it expired, or a restart gave it back, nothing changes.
 
+        Nothing came of the job, so a count is all that stays of it: whoever has it given back a
+        second time is told that there is no such job.
         Raises `NotFound`, and `HoldClosed` where the hold was settled.
         """
         job = self._read(job_id)
@@ -147,7 +159,7 @@ class Books:
             job for job in self._open("AND expires_ns <= ?", (now.ns,)) if job.job_id not in alive
         ]
         for job in due:
-            self._give_back(job, JobState.EXPIRED, EntryKind.EXPIRE, "expired", now)
+            self._give_back(job, JobState.EXPIRED, EntryKind.EXPIRE, _EXPIRED, now)
         return tuple(job.job_id for job in due)
 
     def recover(self, now: Now) -> Recovery:
@@ -159,25 +171,49 @@ class Books:
         """Void every open hold: at boot nobody can be running their jobs."""
         orphans = self._open()
         for job in orphans:
-            self._give_back(job, JobState.VOIDED, EntryKind.VOID, "orphaned", now)
+            self._give_back(job, JobState.VOIDED, EntryKind.VOID, _ORPHANED, now)
         return Recovery(len(orphans), sum(job.held_uatp for job in orphans))
 
     def entries(self, account: str, before_id: int | None, limit: int) -> list[Entry]:
-        """Up to `limit` entries of an account with ids below `before_id`, newest first.
+        """Up to `limit` entries of an account with numbers below `before_id`, newest first.
 
         Raises `NoSuchAccount`.
         """
         self.accounts.read(account)
         rows = self._db.execute(
-            "SELECT entry_id, time_ns, kind, coalesce(entry.job_id, ''), amount_uatp, debit, "
+            "SELECT number, time_ns, kind, coalesce(entry.job_id, ''), amount_uatp, debit, "
             "credit, coalesce(rate_card, '') FROM entry LEFT JOIN job USING (job_id) "
-            "WHERE entry.account = ? AND entry_id < ? ORDER BY entry_id DESC LIMIT ?",
+            "WHERE entry.account = ? AND number < ? ORDER BY number DESC LIMIT ?",
             (account, 2**63 - 1 if before_id is None else before_id, limit),
         )
         return [
             Entry(entry_id, time_ns, EntryKind(kind), *rest)
             for entry_id, time_ns, kind, *rest in rows
         ]
+
+    def page(self, account: str, place: Place | None, limit: int) -> Page:
+        """Up to `limit` entries of an account from a place on, and its days behind them.
+
+        Raises `NoSuchAccount`.
+        """
+        entries: list[Entry] = []
+        before_day = place.before if place is not None and place.in_days else None
+        if place is None or not place.in_days:
+            entries = self.entries(account, None if place is None else place.before, limit)
+            if len(entries) == limit:
+                # Also where nothing comes behind them: that page is then empty, and last.
+                return Page(tuple(entries), (), Place(entries[-1].entry_id))
+        wanted = limit - len(entries)
+        days = self.days.read(account, before_day, wanted)
+        rest = Place(days[-1].day, in_days=True) if len(days) == wanted else None
+        return Page(tuple(entries), tuple(days), rest)
+
+    def tidy(self, now: Now, passed_id: int) -> Folded:
+        """Forget what is past its retention, and fold what is old: one small step of it."""
+        forgotten = self.requests.prune(now)
+        if forgotten:
+            return Folded(0, passed_id, more=True)
+        return self.days.fold(now, max(self.retention.entries_s, self.retention.keep_s), passed_id)
 
     def prove_writable(self) -> None:
         """Write what changes nothing; fails where the disk takes no writes."""
@@ -253,6 +289,9 @@ class Books:
         self._end(job.job_id, state, outcome, 0)
         self.accounts.post(job.account, kind, job.held_uatp, now, job.job_id)
         self.requests.free(job.job_id)
+        # Its own job took nothing and tells nobody; and what is free has no entry to be found by.
+        if outcome not in _NOT_ITS_OWN or not job.held_uatp:
+            self.days.fold_job(job.job_id, job.account, state, now.wall_ns)
 
 
 def _require_sound(request: HoldRequest) -> None:

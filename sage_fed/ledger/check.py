@@ -2,7 +2,9 @@
 
 Owns the list of what must hold. Reads only, in one transaction, so that it works beside a
 running daemon. Reports every violation in words; never repairs.
-`balance_violations` is the part that a boot affords; `check` is all of it, for the command.
+What was folded into days counts as what it moved. `end_violations` is the part that every start
+affords, `balance_violations` the one that is done beside a running daemon where there are many
+entries, and `check` is all of it, for the command.
 """
 
 from __future__ import annotations
@@ -21,18 +23,60 @@ SIGNED = "sum(CASE '{book}' WHEN credit THEN amount_uatp WHEN debit THEN -amount
 KINDS = ", ".join(f"'{kind.value} {debit} {credit}'" for kind, (debit, credit) in MOVES.items())
 """Every move that an entry may be. SQLite skips CHECK constraints on read-only connections."""
 
+ENDS = (
+    (
+        "entries: the last of all is {0}, the accounts have had {1}: some are missing",
+        """
+        SELECT last_entry_id, coalesce((SELECT sum(last_number) FROM account), 0) AS had FROM book
+        WHERE last_entry_id <> had
+        """,
+    ),
+    (
+        "entries: there is one of the number {0}, after the last, {1}",
+        """
+        SELECT max(entry_id), last_entry_id FROM entry, book HAVING max(entry_id) > last_entry_id
+        """,
+    ),
+    (
+        "account {0}: {1} uATP are held, its open jobs hold {2}",
+        """
+        SELECT account.account, account.held_uatp, coalesce(open.held, 0) FROM account LEFT JOIN (
+          SELECT account, sum(held_uatp) AS held FROM job WHERE state = 'held' GROUP BY account
+        ) AS open USING (account) WHERE account.held_uatp <> coalesce(open.held, 0)
+        """,
+    ),
+)
+"""What can be told from the accounts and what is open: as fast for many entries as for few."""
+
 BALANCES = (
     (
-        "entries: there are {0}, but the last id is {1}: some were removed",
-        "SELECT count(*), max(entry_id) FROM entry HAVING count(*) <> max(entry_id)",
+        "entries: there are {0} and {1} were folded, but the last of all is {2}: some were removed",
+        """
+        SELECT there, folded, last_entry_id FROM book, (SELECT count(*) AS there FROM entry),
+          (SELECT coalesce(sum(entries), 0) AS folded FROM day)
+        WHERE there + folded <> last_entry_id
+        """,
+    ),
+    (
+        "account {0}: there are {1} entries and {2} were folded, but the last is {3}",
+        """
+        SELECT account, coalesce(there, 0), coalesce(folded, 0), last_number FROM account
+        LEFT JOIN (SELECT account, count(*) AS there FROM entry GROUP BY account) USING (account)
+        LEFT JOIN (SELECT account, sum(entries) AS folded FROM day GROUP BY account) USING (account)
+        WHERE coalesce(there, 0) + coalesce(folded, 0) <> last_number
+        """,
     ),
     (
         "account {0}: {1} is {2} uATP, its entries say {3}",
         f"""
-        WITH said AS (
+        WITH moved AS (
           SELECT account, {SIGNED.format(book="charged")} AS charged,
             {SIGNED.format(book="held")} AS held, {SIGNED.format(book="discharged")} AS discharged
-          FROM entry GROUP BY account),
+          FROM entry GROUP BY account
+          UNION ALL SELECT account, charged_uatp, held_uatp, discharged_uatp FROM day),
+        said AS (
+          SELECT account, sum(charged) AS charged, sum(held) AS held,
+            sum(discharged) AS discharged FROM moved GROUP BY account),
         pair AS (
           SELECT account.account, 'charged' AS book, charged_uatp AS kept, said.charged AS said
             FROM account LEFT JOIN said USING (account)
@@ -43,14 +87,7 @@ BALANCES = (
         SELECT account, book, kept, coalesce(said, 0) FROM pair WHERE kept <> coalesce(said, 0)
         """,  # noqa: S608 - a constant
     ),
-    (
-        "account {0}: {1} uATP are held, its open jobs hold {2}",
-        """
-        SELECT account.account, account.held_uatp, coalesce(open.held, 0) FROM account LEFT JOIN (
-          SELECT account, sum(held_uatp) AS held FROM job WHERE state = 'held' GROUP BY account
-        ) AS open USING (account) WHERE account.held_uatp <> coalesce(open.held, 0)
-        """,
-    ),
+    *ENDS,
 )
 
 HISTORY = (
@@ -65,10 +102,15 @@ HISTORY = (
     (
         "account {0}: {1} fell to {2} uATP at entry {3}",
         f"""
-        WITH run AS (
-          SELECT account, entry_id, {SIGNED.format(book="charged")} OVER line AS charged,
-            {SIGNED.format(book="held")} OVER line AS held
-          FROM entry WINDOW line AS (PARTITION BY account ORDER BY entry_id))
+        WITH folded AS (
+          SELECT account, sum(charged_uatp) AS charged, sum(held_uatp) AS held FROM day
+          GROUP BY account),
+        run AS (
+          SELECT account, entry_id,
+            coalesce(folded.charged, 0) + {SIGNED.format(book="charged")} OVER line AS charged,
+            coalesce(folded.held, 0) + {SIGNED.format(book="held")} OVER line AS held
+          FROM entry LEFT JOIN folded USING (account)
+          WINDOW line AS (PARTITION BY account ORDER BY entry_id))
         SELECT account, 'charged', charged, min(entry_id) FROM run WHERE charged < 0
           GROUP BY account
         UNION ALL
@@ -122,6 +164,13 @@ HISTORY = (
         """,
     ),
     (
+        "requests: {0} bytes of results are counted, there are {1}",
+        """
+        SELECT kept_bytes, (SELECT coalesce(sum(length(result)), 0) FROM request) AS there
+        FROM book WHERE kept_bytes <> there
+        """,
+    ),
+    (
         "account {0}: client request {1!r} stands for job {2} of account {3}, which is {4}",
         """
         SELECT request.account, client_request_id, job.job_id, job.account, state
@@ -141,6 +190,7 @@ class CheckReport:
     jobs: int
     open_holds: int
     entries: int
+    folded_entries: int
     violations: tuple[str, ...]
 
 
@@ -157,6 +207,7 @@ def check(path: Path) -> CheckReport:
             jobs=int(db.execute("SELECT count(*) FROM job").get),
             open_holds=int(db.execute("SELECT count(*) FROM job WHERE state = 'held'").get),
             entries=int(db.execute("SELECT count(*) FROM entry").get),
+            folded_entries=num_folded(db),
             violations=(
                 *_file_violations(db),
                 *_schema_violations(db),
@@ -164,6 +215,11 @@ def check(path: Path) -> CheckReport:
                 *([missing] if missing else []),
             ),
         )
+
+
+def num_folded(db: apsw.Connection) -> int:
+    """Entries that were folded into days."""
+    return int(db.execute("SELECT coalesce(sum(entries), 0) FROM day").get)
 
 
 def audit(db: apsw.Connection) -> tuple[str, ...]:
@@ -174,6 +230,11 @@ def audit(db: apsw.Connection) -> tuple[str, ...]:
 def balance_violations(db: apsw.Connection) -> tuple[str, ...]:
     """Where entries are missing, or balances differ from them or from the open jobs."""
     return _violations(db, BALANCES)
+
+
+def end_violations(db: apsw.Connection) -> tuple[str, ...]:
+    """The part of it that takes no longer for more entries."""
+    return _violations(db, ENDS)
 
 
 def _violations(db: apsw.Connection, audits: tuple[tuple[str, str], ...]) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ class LedgerOptions:
     `account_reads` is how many reads an account may have waiting, `busy_s` how long another program
     that has the file locked is waited for, and `commit_timeout_s` after how long a group that is
     not on disk counts as a disk that hangs.
+    A start audits up to `audit_entries` itself, and has
+    more of them audited beside its first jobs.
     """
 
     retention: Retention = field(default_factory=Retention)
@@ -56,6 +58,7 @@ class LedgerOptions:
     account_reads: int = 16
     busy_s: float = 2.0
     commit_timeout_s: float = 5.0
+    audit_entries: int = 200_000
     answer_timeout_s: float = 30.0
     upkeep_s: float = 30.0
 
@@ -99,6 +102,7 @@ class Inbox:
             retention=options.retention,
             group_limit=options.group_limit,
             busy_s=options.busy_s,
+            audit_entries=options.audit_entries,
             deliver=self._deliver,
         )
 

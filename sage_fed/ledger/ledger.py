@@ -18,7 +18,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +29,7 @@ from sage_fed.core import Budget
 from sage_fed.errors import InvalidField, LedgerBlocked, LedgerDown
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Clock, Now, system_clock
+from sage_fed.ledger.days import Folded
 from sage_fed.ledger.inbox import Inbox, LedgerOptions, Listeners
 from sage_fed.ledger.reader import Reader, Unreadable
 from sage_fed.ledger.words import (
@@ -35,6 +38,8 @@ from sage_fed.ledger.words import (
     Entry,
     HoldReceipt,
     HoldRequest,
+    Page,
+    Place,
     Recovery,
     Release,
     Replay,
@@ -44,6 +49,9 @@ from sage_fed.ledger.words import (
 T = TypeVar("T")
 
 MAX_PAGE = 1000
+
+_RESTS = 4
+"""How much longer than a step of tidying is the rest behind it: a fifth of the writer at most."""
 
 _OPERATORS = ""
 """Whose turn it is for what no account asks; no account has an empty name."""
@@ -60,11 +68,14 @@ class Ledger:
         reader: Reader,
         upkeep_s: float,
         terms: Callable[[str], AccountTerms] | None,
+        on_fold: Callable[[int], None] | None,
     ) -> None:
         self._inbox = inbox
         self._reader = reader
         self._upkeep_s = upkeep_s
         self._terms = terms
+        self._on_fold = on_fold
+        self._passed_id = 0
 
     @classmethod
     async def open(
@@ -78,13 +89,15 @@ class Ledger:
         on_disk: Callable[[bool], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
         on_read: Callable[[float], None] | None = None,
+        on_fold: Callable[[int], None] | None = None,
     ) -> Ledger:
         """Open or create the books at `path`, check their balance and void orphaned holds.
 
         `terms` says what the settings give an account; `set_budget` remembers it.
         `on_commit(operations, latency_s)` is called on the loop after each group,
         `on_disk(writable)` when writes begin or cease to be refused, `on_death(error)`
-        once, if the thread dies, `on_read(latency_s)` after each read.
+        once, if the thread dies, `on_read(latency_s)` after each read, `on_fold(entries)` after
+        entries were folded into days.
         Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
         lost) and `LedgerUnusable` (no space, no permission).
         """
@@ -100,7 +113,7 @@ class Ledger:
             on_read=on_read,
         )
         reader.open()
-        return cls(inbox, reader, options.upkeep_s, terms)
+        return cls(inbox, reader, options.upkeep_s, terms, on_fold)
 
     @property
     def recovery(self) -> Recovery:
@@ -196,10 +209,6 @@ class Ledger:
             lambda books, _: books.requests.find(account, client_request_id, payload_hash),
         )
 
-    async def prune(self) -> int:
-        """Forget request ids past their retention; returns how many."""
-        return await self._inbox.ask(lambda books, now: books.requests.prune(now), refusable=False)
-
     async def budget(self, account: str, *, refusable: bool = True) -> Budget:
         """The account's books now, refill included; `NoSuchAccount`, and `QueueFull`."""
         return await self._read(
@@ -220,24 +229,18 @@ class Ledger:
     async def entries(
         self, account: str, before_id: int | None = None, limit: int = 50
     ) -> list[Entry]:
-        """Up to `limit` (1 to 1000) entries older than `before_id`, newest first."""
-        return await self.page(account, before_id, limit, list)
+        """Up to `limit` (1 to 1000) entries of an account below that number, newest first."""
+        return await self._read(account, lambda books, _: books.entries(account, before_id, limit))
 
     async def page(
-        self,
-        account: str,
-        before_id: int | None,
-        limit: int,
-        render: Callable[[Sequence[Entry]], T],
+        self, account: str, place: Place | None, limit: int, render: Callable[[Page], T]
     ) -> T:
-        """What `render` makes of `entries`, on the reader's thread: a long page takes a while."""
+        """What `render` makes of `Books.page`, on the reader's thread: a long one takes a while."""
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE}")
-        if before_id is not None and not 0 <= before_id < 2**63:
+        if place is not None and not 0 <= place.before < 2**63:
             raise InvalidField("page_token", "is not one that this daemon gave out")
-        return await self._read(
-            account, lambda books, _: render(books.entries(account, before_id, limit))
-        )
+        return await self._read(account, lambda books, _: render(books.page(account, place, limit)))
 
     async def held_total_uatp(self) -> int:
         """What is held now, over all accounts; an operator's question."""
@@ -253,7 +256,7 @@ class Ledger:
         return await self._inbox.ask(read, refusable=refusable)
 
     async def run_upkeep(self, alive: Callable[[], frozenset[str]]) -> None:
-        """Expire, prune and persist refill marks, forever; a task of the daemon's group.
+        """Expire, persist refill marks and tidy, forever; a task of the daemon's group.
 
         `alive` names the jobs that will end their holds themselves. A hold that is asked for
         after it was called is behind the upkeep in the inbox, so none is missed.
@@ -261,21 +264,53 @@ class Ledger:
         while True:
             await asyncio.sleep(self._upkeep_s)
             try:
-                expired = await self._inbox.ask(partial(_upkeep, alive=alive()), refusable=False)
+                if expired := await self.expire_due(alive()):
+                    log.warning("expired %d holds that nobody ended", len(expired))
+                await self._keep_marks()
+                await self.tidy(self._upkeep_s)
             except LedgerDown:
                 if not self.alive:
                     raise
-                continue  # said already; the next round does what this one could not
-            if expired:
-                log.warning("expired %d holds that nobody ended", len(expired))
+                # Said already; the next round does what this one could not.
+
+    async def tidy(self, for_s: float = math.inf) -> int:
+        """Forget and fold what is past its retention, beside the traffic; the entries folded.
+
+        In steps, each an operation among the others', with a rest of several times as long, and
+        for so many seconds; what is left then is the next call's.
+        """
+        entries, step = 0, Folded(0, self._passed_id, more=True)
+        until_s = time.monotonic() + for_s
+        while step.more:
+            step, took_s = await self._inbox.ask(
+                partial(_tidied, passed_id=step.passed_id), refusable=False
+            )
+            entries += step.entries
+            if step.entries and self._on_fold is not None:
+                self._on_fold(step.entries)
+            if time.monotonic() > until_s:
+                break
+            await asyncio.sleep(took_s * _RESTS)
+        # From the front again, once it came to what is not old: holds that it passed have ended.
+        self._passed_id = step.passed_id if step.more else 0
+        return entries
+
+    async def _keep_marks(self) -> None:
+        after: str | None = ""
+        while after is not None:
+            step = partial(_marks_kept, after=after)
+            after = await self._inbox.ask(step, refusable=False) or None
 
     async def close(self) -> None:
         """Answer what is queued, persist refill marks and close the file; may be repeated."""
         await self._reader.close()
-        await self._inbox.close(lambda books, now: books.accounts.keep_marks(now, age_ns=0))
+        await self._inbox.close(lambda books, now: books.accounts.keep_all_marks(now))
 
 
-def _upkeep(books: Books, now: Now, *, alive: frozenset[str]) -> tuple[str, ...]:
-    books.requests.prune(now)
-    books.accounts.keep_marks(now)
-    return books.expire_due(now, alive)
+def _marks_kept(books: Books, now: Now, *, after: str) -> str:
+    return books.accounts.keep_marks(now, after=after)
+
+
+def _tidied(books: Books, now: Now, *, passed_id: int) -> tuple[Folded, float]:
+    began_s = time.perf_counter()
+    return books.tidy(now, passed_id), time.perf_counter() - began_s

@@ -1,11 +1,12 @@
 """The file beside the ledger: who may write, and how far its writers have got.
 
-Owns `<path>.lock`: the advisory lock that one process holds as long as it lives, and the two
-lines in it, which say that there is a ledger and which entry of it was the last acknowledged one.
+Owns `<path>.lock`: the advisory lock that one process holds as long as it lives, and the lines in
+it, which say that there is a ledger, which entry of it was the last acknowledged one, and which one
+was the last when the log was begun anew, so that everything up to it is in the book itself.
 Knows no SQL.
-The number is written behind the commit and without a sync of its own. The death of a process
-takes nothing of it along, a power failure perhaps its last seconds, and it is never ahead of what
-is on disk: books that end before it have lost something, whoever took it.
+The numbers are written behind the commit and without a sync of its own. The death of a process
+takes nothing of them along, a power failure perhaps their last seconds, and they are never ahead of
+what is on disk: books that end before them have lost something, whoever took it.
 Fails with `Occupied` where another process writes, `ConfigError` where no lock can be made or
 somebody else may change it, and
 `LedgerCorrupt` where the lines are not ours.
@@ -26,7 +27,11 @@ from sage_fed.trusted_files import require_trusted
 
 MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
 
-_LAST = re.compile(re.escape(MARK) + rb"last acknowledged entry: (\d{20})\n")
+_LAST = re.compile(
+    re.escape(MARK)
+    + rb"last acknowledged entry: (\d{20})\n"
+    + rb"(?:in the book without its log: (\d{20})\n)?"
+)
 
 _TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -42,33 +47,46 @@ class Lock:
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
         self._path = path
-        self._last_entry_id = self.acknowledged() or 0
+        self._last, self._in_book = self._read() or (0, 0)
 
     def acknowledged(self) -> int | None:
         """The last acknowledged entry; None where there has been no ledger yet."""
-        # A size first: what is no file may have an endless content.
-        if os.fstat(self._descriptor).st_size == 0:
-            return None
-        return _parse(os.pread(self._descriptor, 4096, 0), self._path)
+        read = self._read()
+        return None if read is None else read[0]
 
-    def begin(self, last_entry_id: int) -> None:
-        """Remember, durably, that there is a ledger and where it ends."""
-        if self.acknowledged() != last_entry_id:
-            os.pwrite(self._descriptor, _text(last_entry_id), 0)
+    def in_book(self) -> int:
+        """The last entry of which it is known that the book has it without its log; or 0."""
+        return self._in_book
+
+    def begin(self, last_entry_id: int, in_book: int | None = None) -> None:
+        """Remember, durably, that there is a ledger and where it ends; see `acknowledge`."""
+        wanted = (last_entry_id, self._in_book if in_book is None else in_book)
+        if self._read() != wanted:
+            os.pwrite(self._descriptor, _text(*wanted), 0)
             os.fsync(self._descriptor)
-        self._last_entry_id = last_entry_id
+        self._last, self._in_book = wanted
 
-    def acknowledge(self, last_entry_id: int) -> None:
-        """Remember a later end. A disk that takes nothing now leaves an earlier one, also true."""
-        if last_entry_id <= self._last_entry_id:
+    def acknowledge(self, last_entry_id: int, in_book: int | None = None) -> None:
+        """Remember a later end, and, where it is told, how much of it is in the book itself.
+
+        A disk that takes nothing now leaves earlier numbers, which are also true.
+        """
+        in_book = self._in_book if in_book is None else in_book
+        if last_entry_id <= self._last and in_book == self._in_book:
             return
         try:
-            os.pwrite(self._descriptor, _text(last_entry_id), 0)
+            os.pwrite(self._descriptor, _text(last_entry_id, in_book), 0)
         except OSError as error:
             if error.errno not in _TAKES_NOTHING:
                 raise
         else:
-            self._last_entry_id = last_entry_id
+            self._last, self._in_book = last_entry_id, in_book
+
+    def _read(self) -> tuple[int, int] | None:
+        # A size first: what is no file may have an endless content.
+        if os.fstat(self._descriptor).st_size == 0:
+            return None
+        return _parse(os.pread(self._descriptor, 4096, 0), self._path)
 
 
 @contextlib.contextmanager
@@ -117,21 +135,24 @@ def acknowledged(path: Path) -> int | None:
             pass  # the holder wrote between the two, so half of it may be old
     except FileNotFoundError:
         return None
-    return _parse(text, lock) if text else None
+    return _parse(text, lock)[0] if text else None
 
 
-def _text(last_entry_id: int) -> bytes:
+def _text(last_entry_id: int, in_book: int) -> bytes:
     """Always as long, and within one sector: an overwriting is whole or did not happen."""
-    return MARK + b"last acknowledged entry: %020d\n" % last_entry_id
+    return MARK + b"last acknowledged entry: %020d\nin the book without its log: %020d\n" % (
+        last_entry_id,
+        in_book,
+    )
 
 
-def _parse(text: bytes, lock: Path) -> int:
+def _parse(text: bytes, lock: Path) -> tuple[int, int]:
     if text == MARK:
-        return 0  # of a program that did not count yet
+        return 0, 0  # of a program that did not count yet
     match = _LAST.fullmatch(text)
     if match is None:
         raise LedgerCorrupt(
             f"{lock} is damaged, which remembers how far the ledger had got; put it back, or "
             "remove it where `sage-fed ledger check` says that the books are as they should be"
         )
-    return int(match[1])
+    return int(match[1]), int(match[2] or 0)

@@ -16,12 +16,22 @@ from sage_fed.errors import RequestIdConflict
 from sage_fed.ledger.clock import Now
 from sage_fed.ledger.words import NS_PER_S, HoldRequest, Replay
 
+STEP_REQUESTS = 256
+STEP_BYTES = 2**20
+"""What one step forgets at most, and the result that fills it: milliseconds of the writer's."""
+
+MAX_NS = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long results are kept, and how many bytes of them, each and in all."""
+    """How long results are kept, and how many bytes of them, each and in all.
+
+    And how long entries are, one by one; never shorter than a request id that goes with them.
+    """
 
     keep_s: float = 24 * 3600.0
+    entries_s: float = 30 * 86_400.0
     one_result_bytes: int = 2**20
     all_results_bytes: int = 256 * 2**20
 
@@ -89,22 +99,50 @@ class Requests:
             (now.wall_ns, kept, job_id),
         )
 
+    def keeps(self, job_id: str) -> bool:
+        """Whether an id stands for this job."""
+        return bool(self._db.execute("SELECT 1 FROM request WHERE job_id = ?", (job_id,)).get)
+
     def free(self, job_id: str) -> None:
         """Let the id of a job be used again."""
         self._db.execute("DELETE FROM request WHERE job_id = ?", (job_id,))
 
     def prune(self, now: Now) -> int:
-        """Forget ids past the retention, and the oldest results above the byte limit.
+        """Forget the oldest ids past the retention, or the oldest results above the byte limit.
 
-        Returns how many ids were forgotten.
+        One step, of so many rows and bytes; returns how many ids or results it was, 0 at the end.
         """
         oldest_ns = now.wall_ns - int(self._retention.keep_s * NS_PER_S)
-        self._db.execute("DELETE FROM request WHERE settled_ns < ?", (oldest_ns,))
-        forgotten = self._db.changes()
-        self._db.execute(
-            "UPDATE request SET result = NULL WHERE rowid IN (SELECT id FROM ("
-            "SELECT rowid AS id, sum(length(result)) OVER (ORDER BY settled_ns DESC, rowid DESC) "
-            "AS bytes FROM request WHERE result IS NOT NULL) WHERE bytes > ?)",
-            (self._retention.all_results_bytes,),
+        past = self._step("settled_ns < ? AND settled_ns IS NOT NULL", oldest_ns, STEP_BYTES)
+        for row in past:
+            job_id = self._db.execute(
+                "DELETE FROM request WHERE rowid = ? RETURNING job_id", (row,)
+            ).get
+            # A free job has no entries that lead to it later.
+            self._db.execute("DELETE FROM job WHERE job_id = ? AND held_uatp = 0", (job_id,))
+        above_bytes = self.kept_bytes() - self._retention.all_results_bytes
+        if past or above_bytes <= 0:
+            return len(past)
+        oldest = self._step("settled_ns <= ? AND result IS NOT NULL", MAX_NS, above_bytes)
+        self._db.executemany(
+            "UPDATE request SET result = NULL WHERE rowid = ?", [(row,) for row in oldest]
         )
-        return forgotten
+        return len(oldest)
+
+    def kept_bytes(self) -> int:
+        """What all kept results take together."""
+        return int(self._db.execute("SELECT kept_bytes FROM book").get)
+
+    def _step(self, where: str, until_ns: int, enough_bytes: int) -> list[int]:
+        """The oldest settled ids of those: as many as are a step, or make up so many bytes."""
+        found, bytes_left = [], min(enough_bytes, STEP_BYTES)
+        for row, size in self._db.execute(
+            f"SELECT rowid, coalesce(length(result), 0) FROM request WHERE {where} "  # noqa: S608
+            "ORDER BY settled_ns, rowid LIMIT ?",
+            (until_ns, STEP_REQUESTS),
+        ):
+            if bytes_left <= 0:
+                break
+            found.append(int(row))
+            bytes_left -= int(size)
+        return found

@@ -1,15 +1,16 @@
 """The books' tables, and how an older file becomes a current one.
 
 Owns the DDL. Knows no operation: what an operation may never do is refused here, by the
-database, so that a bug above cannot write it: entries are only ever added, a balance is moved
-only by an entry and never below zero, a hold ends once.
+database, so that a bug above cannot write it: entries are only ever added, numbered in order, and
+leave only into their account's day, which keeps every sum; a balance is moved only by an entry and
+never below zero; a hold ends once; what is open, or kept for a repeat, stays.
 Fails with `ConfigError` on a file that is not a ledger or is newer than this program.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import apsw
 
@@ -113,7 +114,127 @@ CREATE TRIGGER account_no_delete BEFORE DELETE ON account BEGIN
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (VERSION_1,)
+VERSION_2 = """
+DROP TRIGGER entry_posts;
+DROP TRIGGER entry_no_replace;
+DROP TRIGGER entry_no_update;
+DROP TRIGGER entry_no_delete;
+DROP TRIGGER job_no_delete;
+DROP INDEX entry_account;
+DROP INDEX entry_once;
+
+ALTER TABLE account ADD COLUMN
+  -- How many entries the account has ever had; the number of its newest.
+  last_number INTEGER NOT NULL DEFAULT 0;
+
+ALTER TABLE entry RENAME TO entry_1;
+CREATE TABLE entry (
+  entry_id INTEGER PRIMARY KEY,
+  -- Counted per account, which is all that a client gets to see.
+  number INTEGER NOT NULL,
+  time_ns INTEGER NOT NULL,
+  account TEXT NOT NULL REFERENCES account (account),
+  kind TEXT NOT NULL,
+  job_id TEXT REFERENCES job (job_id),
+  amount_uatp INTEGER NOT NULL CHECK (amount_uatp > 0),
+  debit TEXT NOT NULL,
+  credit TEXT NOT NULL,
+  CHECK (kind || ' ' || debit || ' ' || credit IN (
+    'grant mint charged', 'refill mint charged', 'revoke charged mint',
+    'hold charged held', 'settle held discharged', 'release held charged',
+    'void held charged', 'expire held charged')),
+  CHECK ((job_id IS NULL) = (kind IN ('grant', 'refill', 'revoke')))
+) STRICT;
+INSERT INTO entry
+  SELECT entry_id, row_number() OVER (PARTITION BY account ORDER BY entry_id), time_ns, account,
+    kind, job_id, amount_uatp, debit, credit
+  FROM entry_1 ORDER BY entry_id;
+DROP TABLE entry_1;
+CREATE UNIQUE INDEX entry_number ON entry (account, number);
+CREATE UNIQUE INDEX entry_once ON entry (job_id, kind) WHERE job_id IS NOT NULL;
+UPDATE account SET last_number =
+  (SELECT coalesce(max(number), 0) FROM entry WHERE entry.account = account.account);
+
+CREATE TABLE book (
+  only INTEGER PRIMARY KEY CHECK (only = 1),
+  -- Counted over all accounts from 1; never reused, also where the entry was folded.
+  last_entry_id INTEGER NOT NULL,
+  -- Of all results in `request` together.
+  kept_bytes INTEGER NOT NULL CHECK (kept_bytes >= 0)
+) STRICT;
+INSERT INTO book SELECT 1, (SELECT coalesce(max(entry_id), 0) FROM entry),
+  (SELECT coalesce(sum(length(result)), 0) FROM request);
+
+-- What entries that are gone have moved, by the UTC day of their time: only entry_folds adds to it.
+CREATE TABLE day (
+  account TEXT NOT NULL REFERENCES account (account),
+  day INTEGER NOT NULL,
+  entries INTEGER NOT NULL CHECK (entries >= 0),
+  charged_uatp INTEGER NOT NULL,
+  held_uatp INTEGER NOT NULL,
+  discharged_uatp INTEGER NOT NULL,
+  -- Jobs of which nothing else is left, by how and when they ended; counted, proved by nothing.
+  settled_jobs INTEGER NOT NULL DEFAULT 0,
+  voided_jobs INTEGER NOT NULL DEFAULT 0,
+  expired_jobs INTEGER NOT NULL DEFAULT 0,
+  PRIMARY KEY (account, day)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX request_result ON request (settled_ns) WHERE result IS NOT NULL;
+
+CREATE TRIGGER entry_in_order BEFORE INSERT ON entry
+WHEN NEW.entry_id IS NOT (SELECT last_entry_id + 1 FROM book)
+  OR NEW.number IS NOT (SELECT last_number + 1 FROM account WHERE account = NEW.account) BEGIN
+  SELECT RAISE(ABORT, 'entries are append-only');
+END;
+CREATE TRIGGER entry_posts AFTER INSERT ON entry BEGIN
+  UPDATE account SET
+    charged_uatp = charged_uatp + iif(NEW.credit = 'charged', NEW.amount_uatp, 0)
+      - iif(NEW.debit = 'charged', NEW.amount_uatp, 0),
+    held_uatp = held_uatp + iif(NEW.credit = 'held', NEW.amount_uatp, 0)
+      - iif(NEW.debit = 'held', NEW.amount_uatp, 0),
+    discharged_uatp = discharged_uatp + iif(NEW.credit = 'discharged', NEW.amount_uatp, 0),
+    last_number = NEW.number
+  WHERE account = NEW.account;
+  UPDATE book SET last_entry_id = NEW.entry_id;
+END;
+CREATE TRIGGER entry_no_update BEFORE UPDATE ON entry BEGIN
+  SELECT RAISE(ABORT, 'entries are append-only');
+END;
+CREATE TRIGGER entry_stays BEFORE DELETE ON entry
+WHEN EXISTS (SELECT 1 FROM job WHERE job_id = OLD.job_id AND state = 'held')
+  OR EXISTS (SELECT 1 FROM request WHERE job_id = OLD.job_id) BEGIN
+  SELECT RAISE(ABORT, 'entries of an open hold, or of a request id that is kept, stay');
+END;
+CREATE TRIGGER entry_folds AFTER DELETE ON entry BEGIN
+  INSERT INTO day (account, day, entries, charged_uatp, held_uatp, discharged_uatp) VALUES (
+    OLD.account, OLD.time_ns / 86400000000000, 1,
+    iif(OLD.credit = 'charged', OLD.amount_uatp, 0)
+      - iif(OLD.debit = 'charged', OLD.amount_uatp, 0),
+    iif(OLD.credit = 'held', OLD.amount_uatp, 0) - iif(OLD.debit = 'held', OLD.amount_uatp, 0),
+    iif(OLD.credit = 'discharged', OLD.amount_uatp, 0))
+  ON CONFLICT (account, day) DO UPDATE SET
+    entries = entries + excluded.entries,
+    charged_uatp = charged_uatp + excluded.charged_uatp,
+    held_uatp = held_uatp + excluded.held_uatp,
+    discharged_uatp = discharged_uatp + excluded.discharged_uatp;
+END;
+CREATE TRIGGER day_no_delete BEFORE DELETE ON day BEGIN
+  SELECT RAISE(ABORT, 'days are kept');
+END;
+CREATE TRIGGER job_stays BEFORE DELETE ON job WHEN OLD.state = 'held' BEGIN
+  SELECT RAISE(ABORT, 'an open hold stays');
+END;
+CREATE TRIGGER request_counts AFTER UPDATE OF result ON request BEGIN
+  UPDATE book SET kept_bytes = kept_bytes
+    + coalesce(length(NEW.result), 0) - coalesce(length(OLD.result), 0);
+END;
+CREATE TRIGGER request_uncounts AFTER DELETE ON request WHEN OLD.result IS NOT NULL BEGIN
+  UPDATE book SET kept_bytes = kept_bytes - length(OLD.result);
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2)
 """`MIGRATIONS[n]` takes a file from version n to n + 1; a released one never changes."""
 
 
@@ -149,10 +270,27 @@ def writing(db: apsw.Connection) -> Iterator[None]:
         raise
 
 
-def migrate(db: apsw.Connection) -> None:
-    """Bring the file to the current version, in one transaction a version."""
+def last_entry_id(db: apsw.Connection) -> int:
+    """Where books of any version end."""
+    counted = "SELECT last_entry_id FROM book"
+    if int(db.pragma("user_version")) == 1:  # nothing was folded yet
+        counted = "SELECT coalesce(max(entry_id), 0) FROM entry"
+    return int(db.execute(counted).get)
+
+
+def migrate(db: apsw.Connection, prove: Callable[[apsw.Connection], None] = lambda _: None) -> None:
+    """Bring the file to the current version, in one transaction a version.
+
+    `prove` may raise, which undoes the last step; it is not asked where there is nothing to do.
+    The steps keep what refers to what: looking each of millions of rows up again takes minutes.
+    """
+    checked = db.pragma("foreign_keys")
+    db.pragma("foreign_keys", False)
     for version in range(require_known(db), len(MIGRATIONS)):
         with writing(db):
             db.execute(MIGRATIONS[version])
             db.pragma("application_id", APPLICATION_ID)
             db.pragma("user_version", version + 1)
+            if version + 1 == len(MIGRATIONS):
+                prove(db)
+    db.pragma("foreign_keys", checked)

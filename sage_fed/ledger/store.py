@@ -5,7 +5,9 @@ One process writes, the holder of the lock. Readers need no lock, they see the l
 The lock remembers that there was a ledger and where it ended. One that is lost is never begun
 anew, with every account's first grant; one that ends earlier, because its log or a part of it is
 gone or a file is an older copy, is not gone on with: unless somebody asks for it by removing the
-lock. An opening that is refused takes nothing out of the files.
+lock. It also remembers how much of the books was in the one file when its log was last begun anew,
+which an older copy of that file under the newer log does not have. An opening that is refused
+takes nothing out of the files.
 Fails with `ConfigError` where there is no ledger to open, `LedgerCorrupt` where it is damaged or
 lost, and `LedgerUnusable` where the disk or its permissions are in the way.
 """
@@ -15,8 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
@@ -50,29 +51,53 @@ _PASSING = (
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True, slots=True)
 class OpenBook:
-    """The ledger, open for its writer."""
+    """The ledger, open for its writer.
 
-    db: apsw.Connection
-    _files: OpenFiles
-    _lock: lock.Lock
+    `doubted`: its file was not looked into without its log, so only an audit of everything can
+    tell whether the two belong together.
+    """
+
+    def __init__(self, db: apsw.Connection, held: lock.Lock, *, doubted: bool) -> None:
+        self.db = db
+        self.doubted = doubted
+        self._files = files_of(db)
+        self._lock = held
+        self._log = os.open(db.filename_wal, os.O_RDONLY | os.O_CLOEXEC)
+        self._salts = self._read_salts()
+        self._last_entry_id = last_entry_id(db)
+
+    def close(self) -> None:
+        """Let go of the log; the connection is its owner's."""
+        os.close(self._log)
 
     def verify(self) -> None:
         """Make sure that what is written goes where people find it; around each commit."""
         self._files.verify()
 
     def acknowledge(self) -> None:
-        """Remember, behind a commit, how far the books have got."""
-        self._lock.acknowledge(last_entry_id(self.db))
+        """Remember, behind a commit, how far the books have got, and how far without their log.
+
+        SQLite begins the log anew, under other salts, once all that was in it is in the book.
+        """
+        last, in_book = last_entry_id(self.db), None
+        if (salts := self._read_salts()) != self._salts:
+            self._salts, in_book = salts, self._last_entry_id
+        self._last_entry_id = last
+        self._lock.acknowledge(last, in_book)
+
+    def _read_salts(self) -> bytes:
+        return os.pread(self._log, 8, 16)
 
 
 @contextlib.contextmanager
-def writable(path: Path) -> Iterator[OpenBook]:
+def writable(
+    path: Path, prove: Callable[[apsw.Connection], None] = lambda _: None
+) -> Iterator[OpenBook]:
     """Open the ledger for its one writer, made or migrated where needed; closed at the end.
 
-    Where the block fails the files are left as they are: what SQLite would tidy up may not be
-    ours any more.
+    A migration is undone where `prove` raises. Where the block fails the files are left as they
+    are: what SQLite would tidy up may not be ours any more.
     """
     with _typed_errors(path), lock.held(path) as held:
         if path.exists():
@@ -81,6 +106,8 @@ def writable(path: Path) -> Iterator[OpenBook]:
         else:
             _require_no_book(path)
             _make(path)
+        logged = path.with_name(path.name + "-wal").exists()
+        alone = _without_log(path) if logged and held.in_book() else None
         with contextlib.closing(apsw.Connection(str(path))) as db:
             if db.readonly("main"):
                 # SQLite would only say so at the first write, when the daemon is up.
@@ -94,9 +121,32 @@ def writable(path: Path) -> Iterator[OpenBook]:
                     raise _lost(path, "is empty or damaged")
                 if missing := missing_entries(path, db, held.acknowledged()):
                     raise LedgerCorrupt(missing)
-                schema.migrate(db)
-                held.begin(last_entry_id(db))
-                yield OpenBook(db, files_of(db), held)
+                if alone is not None and alone < (held.in_book() or 0):
+                    raise LedgerCorrupt(
+                        f"the ledger {path} ends at entry {alone} without its log, which was begun "
+                        f"after entry {held.in_book()}: it is an older copy under a newer log. Put "
+                        "the files back as they were, or restore a backup"
+                    )
+                schema.migrate(db, prove)
+                held.begin(last_entry_id(db), None if logged else last_entry_id(db))
+                book = OpenBook(db, held, doubted=logged and alone is None)
+                with contextlib.closing(book):
+                    yield book
+
+
+def _without_log(path: Path) -> int | None:
+    """Where the book ends without its log; None where that cannot be said.
+
+    A crash in the middle of putting the log into it leaves pages of two times, each one whole.
+    """
+    uri = f"{path.absolute().as_uri()}?immutable=1"
+    try:
+        with contextlib.closing(
+            apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+        ) as db:
+            return last_entry_id(db)
+    except apsw.Error:
+        return None
 
 
 def files_of(db: apsw.Connection) -> OpenFiles:
@@ -130,13 +180,13 @@ def acknowledged(path: Path) -> int | None:
 
 
 def last_entry_id(db: apsw.Connection) -> int:
-    """Where the books end; ids are counted from 1 and never reused."""
-    return int(db.execute("SELECT coalesce(max(entry_id), 0) FROM entry").get)
+    """Where the books end; ids are counted from 1 and never reused, also not of what was folded."""
+    return int(db.execute("SELECT last_entry_id FROM book").get)
 
 
 def missing_entries(path: Path, db: apsw.Connection, acknowledged: int | None) -> str:
     """What to tell and to do where the books end before what was acknowledged; else nothing."""
-    last = last_entry_id(db)
+    last = schema.last_entry_id(db)
     if last >= (acknowledged or 0):
         return ""
     return (

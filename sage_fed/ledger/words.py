@@ -66,6 +66,7 @@ class JobState(enum.Enum):
 class Entry:
     """One immutable line: `amount_uatp` > 0 moved from book `debit` to book `credit`.
 
+    `entry_id` is counted per account; numbers that are missing are of entries that were folded.
     `time_ns` is Unix time; `job_id` and `rate_card` are empty where there is no job.
     """
 
@@ -77,6 +78,39 @@ class Entry:
     debit: str
     credit: str
     rate_card: str
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What is left of an account's entries of one UTC day that were folded; `day` 0 is 1970-01-01.
+
+    They minted and spent so much, together; jobs are those that ended so on that day.
+    """
+
+    day: int
+    num_entries: int
+    minted_uatp: int
+    spent_uatp: int
+    settled_jobs: int
+    voided_jobs: int
+    expired_jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a page of an account's books goes on: below an entry's number, or before a day."""
+
+    before: int
+    in_days: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Entries, newest first, and behind the oldest of all the days; `rest` is None at the end."""
+
+    entries: tuple[Entry, ...]
+    days: tuple[Day, ...]
+    rest: Place | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ import apsw
 
 from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger import schema, store
+from sage_fed.ledger.auditor import Auditor
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.check import balance_violations
+from sage_fed.ledger.check import balance_violations, end_violations, num_folded
 from sage_fed.ledger.clock import Clock, Now
 from sage_fed.ledger.requests import Retention
 from sage_fed.ledger.words import Recovery
@@ -114,6 +115,7 @@ class Writer:
         retention: Retention,
         group_limit: int,
         busy_s: float,
+        audit_entries: int,
         deliver: Callable[[Report], None],
     ) -> None:
         self._path = path
@@ -125,6 +127,8 @@ class Writer:
         self._inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._owed: list[Item] = []
         self._busy_since_s: float | None = None
+        self._audit_entries = audit_entries
+        self._condemned: LedgerCorrupt | None = None
         # Daemonic: a process that ends without `close` is a crash, which the books survive.
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
@@ -149,14 +153,18 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            with store.writable(self._path) as book:
+            with (
+                store.writable(self._path, self._require_balance) as book,
+                contextlib.ExitStack() as stack,
+            ):
                 books = Books(book.db, self._retention)
                 with schema.writing(book.db):
-                    recovery = self._recover(book.db, books)
+                    recovery = self._recover(book, books, stack)
                 self._deliver(Opened(recovery))
                 book.db.set_busy_timeout(self._busy_ms)
                 for group in self._groups():
                     self._busy_since_s = time.monotonic()
+                    self._require_no_verdict()
                     book.verify()
                     committed = self._commit_or_refuse(book.db, books, group)
                     # An answer says that it is on disk: not in a file that nobody can find.
@@ -169,13 +177,36 @@ class Writer:
         else:
             self._deliver(Closed())
 
-    def _recover(self, db: apsw.Connection, books: Books) -> Recovery:
-        violations = balance_violations(db)
-        if violations:
-            raise LedgerCorrupt(
-                f"the books of {self._path} do not balance: {'; '.join(violations)}"
-            )
+    def _recover(self, book: store.OpenBook, books: Books, stack: contextlib.ExitStack) -> Recovery:
+        """Prove what a start has time for, have the rest proved, and give back what was left."""
+        num_entries = store.last_entry_id(book.db) - num_folded(book.db)
+        if book.doubted or num_entries <= self._audit_entries:
+            self._require_balance(book.db)
+        else:
+            self._refuse(end_violations(book.db))
+            auditor = Auditor(self._path, self._condemn)
+            stack.callback(auditor.stop)
+            auditor.start()
         return books.recover(self._clock.now())
+
+    def _require_balance(self, db: apsw.Connection) -> None:
+        self._refuse(balance_violations(db))
+
+    def _refuse(self, violations: tuple[str, ...]) -> None:
+        if violations:
+            raise self._unbalanced(violations)
+
+    def _unbalanced(self, violations: tuple[str, ...]) -> LedgerCorrupt:
+        return LedgerCorrupt(f"the books of {self._path} do not balance: {'; '.join(violations)}")
+
+    def _require_no_verdict(self) -> None:
+        if self._condemned is not None:
+            raise self._condemned
+
+    def _condemn(self, violations: tuple[str, ...]) -> None:
+        """Have the thread end as the start would have; called on the auditor's."""
+        self._condemned = self._unbalanced(violations)
+        self._inbox.put(Item(-1, lambda _books, _now: None))
 
     def _groups(self) -> Iterator[list[Item]]:
         """What waits, behind what is still owed, until the inbox is closed."""

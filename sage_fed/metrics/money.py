@@ -48,6 +48,10 @@ class MoneyMetrics:
         """Counts one read of the books for a caller; what `Ledger.open(on_read=)` calls."""
         self._series.read_seconds.observe(latency_s)
 
+    def ledger_folded(self, num_entries: int) -> None:
+        """Counts entries that days stand for now; what `Ledger.open(on_fold=)` calls."""
+        self._series.folded.inc(num_entries)
+
     def ledger_writable(self, *, writable: bool) -> None:
         """Says whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
         self._series.writable.set(writable)

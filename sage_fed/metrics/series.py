@@ -216,6 +216,9 @@ class MoneySeries:
         self.read_seconds = make.histogram(
             "ledger_read_seconds", "Time until a caller's read of the books is answered.", COMMIT
         )
+        self.folded = make.counter(
+            "ledger_entries_folded_total", "Old entries folded into one row per account and day."
+        )
         self.writable = make.gauge(
             "ledger_writable", "1 where the ledger takes entries in time; else jobs are refused."
         )

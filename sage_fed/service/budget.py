@@ -1,6 +1,6 @@
 """BudgetService: the caller's own account.
 
-Owns the paging of entries: a page token is opaque to clients and names the last entry seen.
+Owns the paging of entries: a page token is opaque to clients and names the last entry or day seen.
 Fails as the ledger does, and with `InvalidField` on a page that cannot be.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from sage_fed.errors import InvalidField
-from sage_fed.ledger.words import Entry
+from sage_fed.ledger.words import Page, Place
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Books, Operations
@@ -21,8 +21,9 @@ from sage_fed.v1 import budget_pb2
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 
-_TOKEN = struct.Struct(">BQ")  # format version, entry id
-_TOKEN_VERSION = 1
+_TOKEN = struct.Struct(">B?Q")  # format version, whether in the days, entry's number or day
+_TOKEN_VERSION = 2
+_TOKEN_1 = struct.Struct(">BQ")
 
 
 class BudgetService:
@@ -51,39 +52,47 @@ class BudgetService:
     async def list_entries(
         self, request: budget_pb2.ListEntriesRequest, call: Call
     ) -> budget_pb2.ListEntriesResponse:
-        """Return a page of the account's entries, newest first."""
+        """Return a page of the account's entries, newest first, and its days behind them."""
         size = request.page_size or DEFAULT_PAGE_SIZE
         if size > MAX_PAGE_SIZE:
             raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE_SIZE}, not {size}")
-        before_id = read_page_token(request.page_token)
-
-        def page(entries: Sequence[Entry]) -> budget_pb2.ListEntriesResponse:
-            return budget_pb2.ListEntriesResponse(
-                entries=[replies.entry_of(entry) for entry in entries],
-                # After a full page there may be nothing more: the next one is empty, and last.
-                next_page_token=page_token(entries[-1].entry_id) if len(entries) == size else "",
-            )
-
-        return await self._books.page(call.caller.account, before_id, size, page)
+        place = read_page_token(request.page_token)
+        return await self._books.page(call.caller.account, place, size, _page_of)
 
 
-def page_token(entry_id: int) -> str:
-    """Return the token of the page that follows this entry."""
-    return base64.urlsafe_b64encode(_TOKEN.pack(_TOKEN_VERSION, entry_id)).decode()
+def _page_of(page: Page) -> budget_pb2.ListEntriesResponse:
+    return budget_pb2.ListEntriesResponse(
+        entries=[replies.entry_of(entry) for entry in page.entries],
+        days=[replies.day_of(day) for day in page.days],
+        next_page_token="" if page.rest is None else page_token(page.rest),
+    )
 
 
-def read_page_token(token: str) -> int | None:
-    """Return the entry that the page follows; None for the first page.
+def page_token(place: Place) -> str:
+    """Return the token of the page that begins at a place."""
+    token = _TOKEN.pack(_TOKEN_VERSION, place.in_days, place.before)
+    return base64.urlsafe_b64encode(token).decode()
+
+
+def read_page_token(token: str) -> Place | None:
+    """Return where the page begins; None for the first page.
 
     Raises:
-        InvalidField: not a token that `page_token` made.
+        InvalidField: not a token that `page_token` made, or one that an older daemon did.
     """
     if not token:
         return None
     try:
-        version, entry_id = _TOKEN.unpack(base64.b64decode(token, altchars=b"-_", validate=True))
+        raw = base64.b64decode(token, altchars=b"-_", validate=True)
+        if len(raw) == _TOKEN_1.size and raw[0] == 1:
+            raise InvalidField(
+                "page_token",
+                "is of an older daemon, which numbered entries over all accounts; begin again "
+                "without one",
+            )
+        version, in_days, before = _TOKEN.unpack(raw)
     except (binascii.Error, struct.error, ValueError):
-        version, entry_id = 0, 0
-    if version != _TOKEN_VERSION or entry_id >= 2**63:
+        version, in_days, before = 0, False, 0
+    if version != _TOKEN_VERSION or before >= 2**63:
         raise InvalidField("page_token", "must be a next_page_token of an earlier page")
-    return int(entry_id)
+    return Place(before, in_days)

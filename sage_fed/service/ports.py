@@ -5,7 +5,7 @@ Owns no behaviour: protocols that the broker, the ledger and the daemon fulfil.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Protocol, TypeVar
 
 from sage_fed.core import (
@@ -24,7 +24,7 @@ from sage_fed.core import (
     Started,
     Tier,
 )
-from sage_fed.ledger.words import BudgetChange, Entry
+from sage_fed.ledger.words import BudgetChange, Page, Place
 
 T = TypeVar("T")
 
@@ -82,11 +82,11 @@ class Books(Protocol):
     async def page(
         self,
         account: str,
-        before_id: int | None,
+        place: Place | None,
         limit: int,
-        render: Callable[[Sequence[Entry]], T],
+        render: Callable[[Page], T],
     ) -> T:
-        """Return what `render` makes of up to `limit` entries below `before_id`, newest first.
+        """Return what `render` makes of up to `limit` entries from a place on, newest first.
 
         It is called on another thread. Raises `NoSuchAccount`, and `QueueFull` where the account
         has too many reads waiting.

@@ -7,10 +7,11 @@ Cannot fail on values of core.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable
 
 from sage_fed import core
-from sage_fed.ledger.words import NS_PER_S, Entry
+from sage_fed.ledger.words import NS_PER_S, Day, Entry
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 
@@ -148,6 +149,19 @@ def budget_of(budget: core.Budget) -> types_pb2.Budget:
         capacity_uatp=budget.capacity_uatp,
         refill_uatp_per_s=budget.refill_uatp_per_s,
         strategic_floor_uatp=budget.strategic_floor_uatp,
+    )
+
+
+def day_of(day: Day) -> budget_pb2.Day:
+    """Translate what is left of a day."""
+    return budget_pb2.Day(
+        date=str(dt.date(1970, 1, 1) + dt.timedelta(days=day.day)),
+        entries=day.num_entries,
+        minted_uatp=day.minted_uatp,
+        spent_uatp=day.spent_uatp,
+        settled_jobs=day.settled_jobs,
+        voided_jobs=day.voided_jobs,
+        expired_jobs=day.expired_jobs,
     )
 
 

@@ -303,6 +303,13 @@ class LedgerSettings(Section):
         le=3660 * 86_400.0,
         description="How long a finished request id can be replayed.",
     )
+    entry_retention_s: Real = Field(
+        default=30 * 86_400.0,
+        ge=0,
+        le=3660 * 86_400.0,
+        description="How long entries are kept one by one, at least as long as request ids; older "
+        "ones are folded into one row per account and day.",
+    )
     account_reads: Whole = Field(
         default=16,
         gt=0,

@@ -53,12 +53,32 @@ class ListEntriesRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListEntriesResponse(_message.Message):
-    __slots__ = ("entries", "next_page_token")
+    __slots__ = ("entries", "next_page_token", "days")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DAYS_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[Entry]
     next_page_token: str
-    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    days: _containers.RepeatedCompositeFieldContainer[Day]
+    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., days: _Optional[_Iterable[_Union[Day, _Mapping]]] = ...) -> None: ...
+
+class Day(_message.Message):
+    __slots__ = ("date", "entries", "minted_uatp", "spent_uatp", "settled_jobs", "voided_jobs", "expired_jobs")
+    DATE_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    MINTED_UATP_FIELD_NUMBER: _ClassVar[int]
+    SPENT_UATP_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    VOIDED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    date: str
+    entries: int
+    minted_uatp: int
+    spent_uatp: int
+    settled_jobs: int
+    voided_jobs: int
+    expired_jobs: int
+    def __init__(self, date: _Optional[str] = ..., entries: _Optional[int] = ..., minted_uatp: _Optional[int] = ..., spent_uatp: _Optional[int] = ..., settled_jobs: _Optional[int] = ..., voided_jobs: _Optional[int] = ..., expired_jobs: _Optional[int] = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("entry_id", "time", "kind", "job_id", "amount_uatp", "debit", "credit", "rate_card")

@@ -13,11 +13,14 @@ from sage_fed.errors import (
     NotFound,
     RequestIdConflict,
 )
+from sage_fed.ledger.check import audit
+from sage_fed.ledger.days import DAY_NS
 from sage_fed.ledger.requests import Retention
 from sage_fed.ledger.words import (
     MAX_UATP,
     AccountTerms,
     BudgetChange,
+    Day,
     HoldReceipt,
     Recovery,
     Release,
@@ -83,29 +86,37 @@ def test_a_charge_above_the_hold_is_refused(desk: Desk):
 
 
 def test_a_void_gives_the_hold_back_once(desk: Desk):
-    """The second void changes nothing."""
+    """Nothing is left of it but a count, and it cannot be ended again."""
     desk.account(balance=100)
     desk.hold("j1", 60)
 
     assert Release("j1", 60, 100) == desk.void("j1")
-    assert Release("j1", 60, 100, repeated=True) == desk.void("j1")
-    assert [("grant", 100, ""), ("hold", 60, "j1"), ("void", 60, "j1")] == desk.entries()
+    with pytest.raises(NotFound):
+        desk.void("j1")
+    with pytest.raises(NotFound):
+        desk.settle("j1", 1)
+    assert [("grant", 100, "")] == desk.entries()
+    assert [Day(today(desk), 2, 0, 0, 0, 1, 0)] == desk.books.days.read("ann", None, 10)
+    assert (100, 0, 0) == _sums(desk)
+    assert () == audit(desk.db)
 
 
-def test_a_voided_hold_cannot_be_settled_nor_a_settled_one_voided(desk: Desk):
+def test_a_settled_hold_cannot_be_voided_nor_one_that_a_restart_gave_back_settled(desk: Desk):
     """A hold ends one way."""
     desk.account(balance=100)
-    desk.hold("voided", 10)
-    desk.void("voided")
+    desk.hold("left", 10)
+    with desk.db:
+        desk.books.recover(desk.clock.now())
     desk.hold("settled", 10)
     desk.settle("settled", 4)
 
-    with pytest.raises(HoldClosed) as of_voided:
-        desk.settle("voided", 1)
+    with pytest.raises(HoldClosed) as of_left:
+        desk.settle("left", 1)
     with pytest.raises(HoldClosed) as of_settled:
         desk.void("settled")
 
-    assert ("voided", "settled") == (of_voided.value.how, of_settled.value.how)
+    assert ("voided", "settled") == (of_left.value.how, of_settled.value.how)
+    assert desk.void("left").repeated
     assert 96 == desk.balance()
 
 
@@ -219,10 +230,10 @@ def test_unstorable_ids_are_invalid_fields(desk: Desk, job_id: str):
 
 
 def test_a_job_id_is_used_once(desk: Desk):
-    """A second hold under the same job id is refused, also after the first has ended."""
+    """A second hold under the same job id is refused, also after the first was charged."""
     desk.account()
     desk.hold("j1", 1)
-    desk.void("j1")
+    desk.settle("j1", 1)
 
     with pytest.raises(InvalidField, match="job_id"):
         desk.hold("j1", 1)
@@ -454,19 +465,25 @@ def test_entries_are_paged_newest_first(desk: Desk):
     "statement",
     [
         "UPDATE entry SET amount_uatp = amount_uatp + 1",
-        "DELETE FROM entry",
+        "DELETE FROM entry WHERE job_id = 'open'",
+        "DELETE FROM entry WHERE job_id = 'kept'",
+        "DELETE FROM job WHERE job_id = 'open'",
+        "DELETE FROM day",
         "INSERT OR REPLACE INTO entry SELECT * FROM entry WHERE entry_id = 1",
         "UPDATE job SET charged_uatp = 9 WHERE job_id = 'done'",
         "UPDATE job SET state = 'held' WHERE job_id = 'done'",
         "DELETE FROM job",
         "DELETE FROM account",
         "UPDATE account SET charged_uatp = -1",
-        # A second settlement, books that do not fit the kind, nothing, a half, an overdraft.
-        "INSERT INTO entry VALUES (9, 0, 'ann', 'settle', 'done', 1, 'held', 'discharged')",
-        "INSERT INTO entry VALUES (9, 0, 'ann', 'grant', NULL, 1, 'held', 'charged')",
-        "INSERT INTO entry VALUES (9, 0, 'ann', 'grant', NULL, 0, 'mint', 'charged')",
-        "INSERT INTO entry VALUES (9, 0, 'ann', 'grant', NULL, 1.5, 'mint', 'charged')",
-        "INSERT INTO entry VALUES (9, 0, 'ann', 'revoke', NULL, 1000, 'charged', 'mint')",
+        # Out of order twice, a second settlement, books that do not fit the kind, nothing, a half,
+        # an overdraft.
+        "INSERT INTO entry VALUES (10, 10, 0, 'ann', 'settle', 'done', 1, 'held', 'discharged')",
+        "INSERT INTO entry VALUES (10, 10, 0, 'ann', 'grant', NULL, 1, 'held', 'charged')",
+        "INSERT INTO entry VALUES (11, 10, 0, 'ann', 'grant', NULL, 1, 'mint', 'charged')",
+        "INSERT INTO entry VALUES (10, 9, 0, 'ann', 'grant', NULL, 1, 'mint', 'charged')",
+        "INSERT INTO entry VALUES (10, 10, 0, 'ann', 'grant', NULL, 0, 'mint', 'charged')",
+        "INSERT INTO entry VALUES (10, 10, 0, 'ann', 'grant', NULL, 1.5, 'mint', 'charged')",
+        "INSERT INTO entry VALUES (10, 10, 0, 'ann', 'revoke', NULL, 1000, 'charged', 'mint')",
     ],
 )
 def test_the_database_itself_refuses_what_no_operation_may_do(desk: Desk, statement: str):
@@ -474,9 +491,18 @@ def test_the_database_itself_refuses_what_no_operation_may_do(desk: Desk, statem
     desk.account(balance=100)
     desk.hold("done", 10)
     desk.settle("done", 5)
+    desk.hold("open", 1)
+    desk.hold("kept", 1, client_request_id="r")
+    desk.settle("kept", 1, b"answer")
+    desk.hold("voided", 1)
+    desk.void("voided")
 
     with pytest.raises(apsw.ConstraintError):
         desk.db.execute(statement)
+
+
+def today(desk: Desk) -> int:
+    return desk.clock.wall_ns // DAY_NS
 
 
 def _sums(desk: Desk) -> tuple[int, int, int]:

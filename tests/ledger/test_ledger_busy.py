@@ -191,7 +191,7 @@ async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard:
             heard.changed.clear()
             await heard.changed.wait()
         # Owed: it was written although nobody waited for it any more, before what was asked later.
-        await ledger.prune()
+        await ledger.tidy()
         assert 60 == (await ledger.budget("ann")).discharged_uatp
     for chore in chores:
         chore.cancel()

@@ -13,7 +13,10 @@ from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check
 
 @pytest.fixture
 async def path(tmp_path: Path) -> AsyncIterator[Path]:
-    """A closed ledger: one job settled at 4 of 10, one voided, one request kept."""
+    """A closed ledger: a job settled at 4 of 10, one given back by a restart, a request kept.
+
+    And one that was given back by itself, of which only a day's row is left.
+    """
     path = tmp_path / "ledger.db"
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=100))
@@ -21,7 +24,10 @@ async def path(tmp_path: Path) -> AsyncIterator[Path]:
     await ledger.hold(HoldRequest("j1", "ann", 10, "card", "tactical", client_request_id="r"))
     await ledger.settle("j1", 4, "length", b"answer")
     await ledger.hold(HoldRequest("j2", "ann", 20, "card", "tactical"))
-    await ledger.void("j2", "refused")
+    await ledger.close()
+    ledger = await Ledger.open(path)
+    await ledger.hold(HoldRequest("j0", "ann", 30, "card", "tactical"))
+    await ledger.void("j0", "refused")
     await ledger.close()
     return path
 
@@ -52,18 +58,20 @@ async def test_sound_books_pass_open_or_closed(path: Path):
     running = await asyncio.to_thread(check, path)
     await ledger.close()
 
-    assert (2, 2, 0, 7, ()) == (
+    assert (2, 2, 0, 7, 2, ()) == (
         closed.accounts,
         closed.jobs,
         closed.open_holds,
         closed.entries,
+        closed.folded_entries,
         closed.violations,
     )
-    assert (2, 3, 1, 8, ()) == (
+    assert (2, 3, 1, 8, 2, ()) == (
         running.accounts,
         running.jobs,
         running.open_holds,
         running.entries,
+        running.folded_entries,
         running.violations,
     )
 
@@ -89,14 +97,38 @@ async def test_sound_books_pass_open_or_closed(path: Path):
         ),
         (
             "DELETE FROM entry WHERE entry_id = 1",
-            "entries: there are 6, but the last id is 7: some were removed",
+            "entries: there are 6 and 2 were folded, but the last of all is 9: some were removed",
+        ),
+        (
+            "DELETE FROM entry WHERE entry_id = 1",
+            "account ann: there are 5 entries and 2 were folded, but the last is 8",
+        ),
+        (
+            "DELETE FROM day",
+            "entries: there are 7 and 0 were folded, but the last of all is 9: some were removed",
+        ),
+        (
+            "UPDATE day SET charged_uatp = 1",
+            "account ann: charged is 96 uATP, its entries say 97",
+        ),
+        (
+            "UPDATE book SET last_entry_id = 8",
+            "entries: the last of all is 8, the accounts have had 9: some are missing",
+        ),
+        (
+            "UPDATE book SET last_entry_id = 6",
+            "entries: there is one of the number 7, after the last, 6",
+        ),
+        (
+            "UPDATE book SET kept_bytes = 5",
+            "requests: 5 bytes of results are counted, there are 6",
         ),
         (
             "UPDATE entry SET amount_uatp = 9 WHERE entry_id = 1",
             "account ann: charged fell to -1 uATP at entry 3",
         ),
         (
-            "UPDATE entry SET account = 'bob' WHERE kind = 'hold' AND job_id = 'j2'",
+            "UPDATE entry SET account = 'bob', number = 9 WHERE kind = 'hold' AND job_id = 'j2'",
             "entry 6 of job j2 is on account bob, the job on ann",
         ),
         (
@@ -151,7 +183,11 @@ def test_a_missing_guard_is_found(path: Path):
 def test_amounts_too_large_to_add_are_reported(path: Path):
     """The audit itself does not fall over them."""
     tamper(path, f"UPDATE entry SET amount_uatp = {2**63 - 1} WHERE kind = 'grant'")
-    tamper(path, f"UPDATE entry SET amount_uatp = {2**63 - 1}, account = 'ann' WHERE entry_id = 2")
+    tamper(
+        path,
+        f"UPDATE entry SET amount_uatp = {2**63 - 1}, account = 'ann', number = 99 "
+        "WHERE entry_id = 2",
+    )
 
     assert any("could not be computed" in line for line in check(path).violations)
 
