@@ -16,6 +16,7 @@ from sage_fed.auth import (
     ADMIN_TOKEN_FILE,
     Authenticator,
     Certificate,
+    Identity,
     Register,
     Token,
     mint_admin_token,
@@ -24,6 +25,7 @@ from sage_fed.auth import (
 )
 from sage_fed.core import Caller, Role
 from sage_fed.errors import ConfigError, Forbidden, Unauthenticated
+from sage_fed.service.tls import names_in
 from sage_fed.settings import AccountSettings, Settings, load_settings
 
 ROBOT = Caller("robot", Role.USER)
@@ -256,12 +258,85 @@ def test_a_certificate_says_who_calls() -> None:
     door = Authenticator(
         [known("boss-1", BOSS)], None, Register(certificates=(Certificate("arm.fleet", ROBOT),))
     )
-    assert ROBOT == door.caller([], [b"other.fleet", b"arm.fleet"])
-    assert BOSS == door.caller(["Bearer boss-1"], [b"arm.fleet"])
+    assert ROBOT == door.caller([], dns("other.fleet", "arm.fleet"))
+    assert BOSS == door.caller(["Bearer boss-1"], dns("arm.fleet"))
 
 
-@pytest.mark.parametrize("names", [[], [b"nobody.fleet"], [b"ARM.FLEET"], [b"arm.fleet", b"boss"]])
-def test_a_certificate_of_nobody_or_of_several_is_refused(names: list[bytes]) -> None:
+def dns(*names: str) -> frozenset[Identity]:
+    """The names of a certificate that has these DNS names."""
+    return names_in(
+        {
+            "x509_subject_alternative_name": [name.encode() for name in names],
+            "peer_dns": [name.encode() for name in names],
+        }
+    )
+
+
+ADDRESS, CN = "peer_ip", "x509_common_name"
+SHOWN: dict[str, dict[str, list[bytes]]] = {
+    # The kind that it is meant as -> a certificate that has the text of the rule as that kind.
+    "dns": {"peer_dns": [b"boss.fleet"]},
+    "uri": {"peer_uri": [b"spiffe://fleet/boss"]},
+    "email": {"peer_email": [b"boss@fleet.example", b"boss.fleet", b"spiffe://fleet/boss"]},
+    "ip": {ADDRESS: [b"10.0.0.7", b"fd00::7"]},
+    "cn": {CN: [b"boss.fleet", b"boss@fleet.example", b"spiffe://fleet/boss", b"10.0.0.7"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "kinds"),
+    [
+        ("boss.fleet", {"dns"}),
+        ("dns:boss.fleet", {"dns"}),
+        ("dns:Boss.Fleet", {"dns"}),
+        ("uri:boss.fleet", set()),
+        ("spiffe://fleet/boss", {"uri"}),
+        ("uri:spiffe://fleet/boss", {"uri"}),
+        ("uri:spiffe://FLEET/boss", set()),
+        ("dns:spiffe://fleet/boss", set()),
+        ("email:boss@fleet.example", {"email"}),
+        ("dns:boss@fleet.example", set()),
+        ("ip:10.0.0.7", {"ip"}),
+        ("ip:fd00:0::7", {"ip"}),
+        ("cn:boss.fleet", {"cn"}),
+        ("cn:boss@fleet.example", {"cn"}),
+        ("cn:10.0.0.7", {"cn"}),
+    ],
+)
+def test_a_rule_is_met_by_its_kind_of_name_only(rule: str, kinds: set[str]) -> None:
+    """An e-mail address that reads like a DNS name, or any other, makes nobody an admin."""
+    register = Register(certificates=(Certificate(rule, BOSS),))
+    door = Authenticator([], LOCAL, register)
+    met = set()
+    for kind, context in SHOWN.items():
+        others = [name for names in context.values() for name in names]
+        shown = names_in({**context, "x509_subject_alternative_name": [*others, b"other.fleet"]})
+        try:
+            assert BOSS == door.caller([], shown)
+        except Unauthenticated:
+            continue
+        met.add(kind)
+    assert kinds == met
+
+
+def test_a_common_name_counts_without_its_kind_only_where_it_is_alone() -> None:
+    """As it was used before there were alternative names; beside one it is an ornament."""
+    door = Authenticator([], None, Register(certificates=(Certificate("boss.fleet", BOSS),)))
+    assert BOSS == door.caller([], names_in({CN: [b"boss.fleet"]}))
+    beside = {CN: [b"boss.fleet"], ADDRESS: [b"10.0.0.7"]}
+    with pytest.raises(Unauthenticated):
+        door.caller([], names_in({**beside, "x509_subject_alternative_name": [b"10.0.0.7"]}))
+
+
+def test_what_is_no_name_is_nobodys() -> None:
+    """A certificate can carry any bytes."""
+    assert frozenset() == names_in({"peer_dns": [b"\xff"], ADDRESS: [b"nowhere", b""]})
+
+
+@pytest.mark.parametrize(
+    "names", [dns(), dns("nobody.fleet"), dns("ARM.FLEET"), dns("arm.fleet", "boss")]
+)
+def test_a_certificate_of_nobody_or_of_several_is_refused(names: frozenset[Identity]) -> None:
     """Where clients show certificates, an unknown one is never the anonymous account."""
     both = (Certificate("arm.fleet", ROBOT), Certificate("boss", BOSS))
     with pytest.raises(Unauthenticated):
@@ -276,12 +351,12 @@ def test_what_has_expired_is_refused() -> None:
         (Certificate("arm.fleet", ROBOT, expires_s=100.0),),
     )
     door = Authenticator([], None, register, clock=lambda: now[0])
-    assert ROBOT == door.caller(["Bearer robot-1"]) == door.caller([], [b"arm.fleet"])
+    assert ROBOT == door.caller(["Bearer robot-1"]) == door.caller([], dns("arm.fleet"))
     now[0] = 100.0
     with pytest.raises(Unauthenticated, match="expired"):
         door.caller(["Bearer robot-1"])
     with pytest.raises(Unauthenticated):
-        door.caller([], [b"arm.fleet"])
+        door.caller([], dns("arm.fleet"))
 
 
 def test_a_new_register_replaces_the_old_one_and_not_our_own_tokens() -> None:
@@ -331,6 +406,12 @@ def test_a_missing_file_is_an_empty_one_only_where_nobody_named_it(tmp_path: Pat
         ('[[certificate]]\nidentity = "a"\n', "certificate 1: account must be"),
         ('[[certificate]]\nidentity = "a"\naccount = "b"\nsha256 = "c"\n', "unknown key sha256"),
         ('[[certificate]]\nidentity = "a"\naccount = "b"\n' * 2, "identity appears twice"),
+        ('[[certificate]]\nidentity = "a@b.c"\naccount = "b"\n', "e-mail address: email:a@b.c"),
+        ('[[certificate]]\nidentity = "10.0.0.7"\naccount = "b"\n', "address: ip:10.0.0.7"),
+        ('[[certificate]]\nidentity = "fd00::7"\naccount = "b"\n', "address: ip:fd00::7"),
+        ('[[certificate]]\nidentity = "ip:arm"\naccount = "b"\n', "an IP address behind ip:"),
+        ('[[certificate]]\nidentity = "dns:"\naccount = "b"\n', "must have a name behind dns:"),
+        ('[[certificate]]\nidentity = 7\naccount = "b"\n', "identity must be a name"),
     ],
 )
 def test_the_newer_keys_are_checked_as_well(tmp_path: Path, text: str, problem: str) -> None:

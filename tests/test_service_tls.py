@@ -117,11 +117,21 @@ async def test_a_client_certificate_says_who_calls(tmp_path: Path) -> None:
     server = issue(tmp_path / "server", ca, "127.0.0.1")
     arm = issue(tmp_path / "arm", clients, "arm.fleet")
     boss = issue(tmp_path / "boss", clients, "boss@fleet.example")
-    guest = issue(tmp_path / "guest", clients, "guest.fleet")
+    guest = issue(
+        tmp_path / "guest",
+        clients,
+        *("guest.fleet", "guest@fleet.example", "10.6.6.6"),
+        common_name="Guest",
+    )
     register = Register(
         certificates=(
             Certificate("arm.fleet", ROBOT),
-            Certificate("boss@fleet.example", Caller("boss", Role.ADMIN)),
+            Certificate("email:boss@fleet.example", Caller("boss", Role.ADMIN)),
+            Certificate("uri:spiffe://fleet/guest", Caller("boss", Role.ADMIN)),
+            # Meant as DNS names, which an authority may give out more carefully than the others.
+            Certificate("dns:guest@fleet.example", Caller("boss", Role.ADMIN)),
+            Certificate("dns:10.6.6.6", Caller("boss", Role.ADMIN)),
+            Certificate("Guest", Caller("boss", Role.ADMIN)),
         )
     )
     live = LiveCertificate(server.server(client_ca=arm.ca))

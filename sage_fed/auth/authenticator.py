@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+from sage_fed.auth.identity import Identity, parse_identity
 from sage_fed.auth.minting import digest_of
 from sage_fed.auth.register import Certificate, Register, Token
 from sage_fed.core import Caller, Role
@@ -51,7 +52,7 @@ class Authenticator:
         self._anonymous = anonymous
         self._clock = clock
         self._tokens: dict[bytes, Token] = {}
-        self._certificates: dict[bytes, Certificate] = {}
+        self._certificates: dict[Identity, Certificate] = {}
         self._accounts: frozenset[str] = frozenset()
         self.use(register or Register())
 
@@ -76,7 +77,8 @@ class Authenticator:
         self._accounts = frozenset(c.account for c in callers if c.role is not Role.MONITOR)
         self._tokens = {token.digest: token for token in tokens}
         self._certificates = {
-            certificate.identity.encode(): certificate for certificate in register.certificates
+            parse_identity(certificate.identity): certificate
+            for certificate in register.certificates
         }
 
     def accounts(self) -> frozenset[str]:
@@ -95,7 +97,7 @@ class Authenticator:
         return len(self._tokens) - len(self._own)
 
     def caller(
-        self, authorization: Sequence[str | bytes], identities: Sequence[bytes] | None = None
+        self, authorization: Sequence[str | bytes], identities: Collection[Identity] | None = None
     ) -> Caller:
         """Return who calls, from the values of the `authorization` header (none or one).
 
@@ -129,7 +131,7 @@ class Authenticator:
             raise Unauthenticated("this token has expired; ask the operator for another one")
         return token.caller
 
-    def _certified(self, identities: Sequence[bytes]) -> Caller:
+    def _certified(self, identities: Collection[Identity]) -> Caller:
         found = {
             known.caller
             for name in identities

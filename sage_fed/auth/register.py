@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sage_fed.auth.identity import Identity, parse_identity
 from sage_fed.core import Caller, Role
 from sage_fed.errors import ConfigError
 from sage_fed.settings import AccountSettings
@@ -48,7 +49,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A name that client certificates carry (DNS, URI, or the common name), and whom it means."""
+    """A rule about the names in clients' certificates (`parse_identity`), and whom it means."""
 
     identity: str
     caller: Caller
@@ -110,12 +111,13 @@ def read_register(
         if token.digest in tokens:
             raise ConfigError(f"{at}: sha256 appears twice")
         tokens[token.digest] = token
-    certificates: dict[str, Certificate] = {}
+    certificates: dict[Identity, Certificate] = {}
     for at, entry in _entries(where, document, "certificate"):
         certificate = _certificate(at, entry, accounts)
-        if certificate.identity in certificates:
+        rule = parse_identity(certificate.identity)
+        if rule in certificates:
             raise ConfigError(f"{at}: identity appears twice")
-        certificates[certificate.identity] = certificate
+        certificates[rule] = certificate
     return Register(tuple(tokens.values()), tuple(certificates.values()))
 
 
@@ -150,8 +152,11 @@ def _certificate(
     at: str, entry: dict[str, Any], accounts: Mapping[str, AccountSettings]
 ) -> Certificate:
     identity = entry.get("identity")
-    if not isinstance(identity, str) or not identity or not identity.isprintable():
-        raise ConfigError(f"{at}: identity must be a name in the certificate")
+    try:
+        parse_identity(identity if isinstance(identity, str) else "")
+    except ValueError as error:
+        raise ConfigError(f"{at}: identity {error}") from None
+    assert isinstance(identity, str), "what is no text is refused as an empty one"
     return Certificate(identity, _caller(at, entry, accounts), _expires_s(at, entry))
 
 

@@ -99,8 +99,9 @@ def create(
         str | None,
         typer.Option(
             "--certificate",
-            metavar="NAME",
-            help="No token: let in who shows a client certificate of this name.",
+            metavar="[KIND:]NAME",
+            help="No token: let in who shows a client certificate of this name; KIND is dns, uri, "
+            "email, ip or cn.",
         ),
     ] = None,
     tokens_file: TokensFile = None,
@@ -114,7 +115,7 @@ def create(
     """
     with reported(as_json=as_json):
         settings = _settings(config_file, state_dir)
-        from sage_fed.auth import digest_of, new_token  # noqa: PLC0415 - with the settings
+        from sage_fed.auth import digest_of, new_token, parse_identity  # noqa: PLC0415 - with the settings
         from sage_fed.auth.editing import add  # noqa: PLC0415
         from sage_fed.settings import parse_account  # noqa: PLC0415
 
@@ -123,7 +124,7 @@ def create(
         _require("name", name, _printable)
         token = None if certificate is not None else new_token()
         proof = (
-            {"identity": _require("certificate", certificate or "", _printable)}
+            {"identity": _require("certificate", certificate or "", _printable, parse_identity)}
             if token is None
             else {"sha256": digest_of(token).hex()}
         )
@@ -200,12 +201,14 @@ def _settings(config_file: Path | None, state_dir: str | None) -> Settings:
     return effective({"state_dir": state_dir}, config_file).settings
 
 
-def _require(field: str, text: str, parse: Callable[[str], str]) -> str:
-    """The text as the file takes it."""
+def _require(field: str, text: str, *parsers: Callable[[str], object]) -> str:
+    """The text, which every parser takes, as the file's reader will."""
     try:
-        return parse(text)
+        for parse in parsers:
+            parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"--{field}") from None
+    return text
 
 
 def _printable(text: str) -> str:

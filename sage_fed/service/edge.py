@@ -34,6 +34,7 @@ from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedErr
 from sage_fed.service.calls import OpenCall, OpenCalls
 from sage_fed.service.rules import OPEN, RULES
 from sage_fed.service.status import status_of
+from sage_fed.service.tls import names_in
 from sage_fed.tracing import Call as TracedCall
 from sage_fed.tracing import Tracing
 
@@ -239,7 +240,7 @@ class Edge:
 
     def _caller(self, context: Context, headers: Headers, role: Role) -> Caller:
         tokens = [value for key, value in headers if key == "authorization"]
-        identities = tuple(context.peer_identities() or ()) if self._certificates else None
+        identities = names_in(context.auth_context()) if self._certificates else None
         try:
             caller = self._authenticator.caller(tokens, identities)
             require_role(caller, role)

@@ -8,12 +8,15 @@ Fails with `ConfigError`, which names the setting and the file.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
+from sage_fed.auth import Identity, NameKind
 from sage_fed.errors import ConfigError
 from sage_fed.settings import TlsSettings
 from sage_fed.trusted_files import os_error, read_trusted
@@ -89,6 +92,37 @@ def _configuration(pems: Pems) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration(
         [(pems.key, pems.certificate)], root_certificates=pems.client_ca
     )
+
+
+_NAMES = {
+    "peer_dns": NameKind.DNS,
+    "peer_uri": NameKind.URI,
+    "peer_email": NameKind.EMAIL,
+    "peer_ip": NameKind.IP,
+    "x509_common_name": NameKind.COMMON_NAME,
+}
+"""What gRPC calls the names in a certificate, by their kind."""
+
+_ALTERNATIVES = "x509_subject_alternative_name"
+
+
+def names_in(context: Mapping[str, Iterable[bytes]]) -> frozenset[Identity]:
+    """Return the names in a peer's certificate, from what gRPC knows of the connection.
+
+    A DNS name may be named without its kind, and where a certificate has no alternative names,
+    so may its common name, as was the custom before there were any.
+    """
+    found: set[Identity] = set()
+    alone = not any(True for _ in context.get(_ALTERNATIVES, ()))
+    for key, kind in _NAMES.items():
+        for raw in context.get(key, ()):
+            # What is no text, or no address, is nobody's name.
+            with contextlib.suppress(ValueError):
+                name = raw.decode()
+                found.add(Identity.of(kind, name))
+                if kind is NameKind.DNS or (kind is NameKind.COMMON_NAME and alone):
+                    found.add(Identity(NameKind.PLAIN, name))
+    return frozenset(found)
 
 
 def read_pems(tls: TlsSettings) -> tuple[Pems, ssl.SSLContext]:
