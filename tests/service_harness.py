@@ -55,6 +55,7 @@ from sage_fed.ledger import AccountTerms, Ledger
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
+from sage_fed.workers import Workers
 
 T = TypeVar("T")
 
@@ -312,6 +313,7 @@ async def serving(
         "local", AccountTerms(capacity_uatp=100_000_000, initial_uatp=100_000_000)
     )
     denied: list[str] = []
+    workers = Workers(max_calls=512, max_size=4_000_000)
     bound = await build_server(
         listen,
         authenticator=Authenticator(TOKENS, anonymous, register),
@@ -319,6 +321,7 @@ async def serving(
         jobs=jobs,
         books=ledger,
         operations=operations,
+        workers=workers,
         throttle=throttle,
         certificate=certificate,
         on_denied=denied.append,
@@ -332,6 +335,7 @@ async def serving(
     finally:
         looking.cancel()
         await bound.server.stop(None)
+        workers.close()
         await ledger.close()
 
 

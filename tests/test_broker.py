@@ -177,6 +177,7 @@ async def rig(
                 ledger=ledger,
                 executor=executor,
                 metrics=metrics,
+                workers=workers,
                 max_jobs=16,
                 hold_ttl_s=hold_ttl_s,
                 max_account_jobs=lambda _: max_account_jobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 import ssl
@@ -45,7 +46,9 @@ from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFu
 from sage_fed.metrics import Metrics, MetricsServer, PageDoor, Snapshot
 from sage_fed.metrics.kept import Gauge, Histogram
 from sage_fed.metrics.live import LiveRates
+from sage_fed.metrics.loop import LoopMetrics
 from sage_fed.metrics.scrape import available_memory_bytes
+from sage_fed.metrics.series import Factory
 from sage_fed.metrics.server import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
 from sage_fed.pricing import RateCard
 from sage_fed.router import possible_decisions
@@ -79,6 +82,7 @@ device_fallback oom_total engine_restarts_total build_info model_info
 atp_reserved_total ledger_commit_seconds ledger_group_size ledger_read_seconds ledger_holds_open
 ledger_entries_folded_total rate_card_info rate_card_stale device_seconds_total ledger_writable
 ledger_recovered_jobs ledger_recovered_atp
+event_loop_lag_seconds event_loop_cpu_seconds_total
 """
 
 
@@ -401,6 +405,29 @@ def test_reads_of_the_books_are_timed(metrics: Metrics) -> None:
 
 
 # Engines
+
+
+async def test_the_loop_counts_what_its_delay_kept_waiting() -> None:
+    """A delay is seen as often as it is long, and not once."""
+    registry = CollectorRegistry()
+    late_s, now = iter([0.0, 1.0, 0.004]), [100.0]
+
+    async def sleep(seconds: float) -> None:
+        late = next(late_s, None)
+        if late is None:
+            raise asyncio.CancelledError
+        now[0] += seconds + late
+
+    loop = LoopMetrics(Factory(registry), sleep=sleep, clock=lambda: now[0])
+    with pytest.raises(asyncio.CancelledError):
+        await loop.watch()
+
+    def seen(bound: str) -> float | None:
+        return registry.get_sample_value("sage_fed_event_loop_lag_seconds_bucket", {"le": bound})
+
+    # 0; 1, 0.95 and so on to 0.05; 0.004
+    assert (1, 2, 22) == (seen("0.002"), seen("0.005"), seen("+Inf"))
+    assert 22 - 20 * 0.5 == pytest.approx(seen("0.5"), abs=1)
 
 
 def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:

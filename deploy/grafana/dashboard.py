@@ -464,13 +464,25 @@ def machine() -> list[Panel]:
         ),
         lines(
             "CPU",
-            "Cores that the daemon keeps busy.",
+            "Cores that the daemon keeps busy, and of them its event loop, which has one.",
             COUNT,
             Query(
                 f'sum(rate(process_cpu_seconds_total{{job="sage-fed", {HERE}}}[$__rate_interval]))',
                 "cores",
             ),
-            span=12,
+            Query(
+                f"sum(rate(sage_fed_event_loop_cpu_seconds_total{{{HERE}}}[$__rate_interval]))",
+                "event loop",
+            ),
+            span=8,
+        ),
+        lines(
+            "Event loop",
+            "What comes to the event loop waits for its turn; a token does so once, a job a dozen times.",
+            SECONDS,
+            *percentiles("event_loop_lag_seconds", ""),
+            span=8,
+            logarithmic=True,
         ),
         lines(
             "Open files",
@@ -478,7 +490,7 @@ def machine() -> list[Panel]:
             COUNT,
             Query(f'max(process_open_fds{{job="sage-fed", {HERE}}})', "open"),
             Query(f'max(process_max_fds{{job="sage-fed", {HERE}}})', "limit"),
-            span=12,
+            span=8,
             logarithmic=True,
         ),
     ]

@@ -19,7 +19,7 @@ from sage_fed.broker.job import Job
 from sage_fed.broker.mailbox import JobStream
 from sage_fed.broker.pace import Pace, is_away
 from sage_fed.broker.plan import Planner
-from sage_fed.broker.results import payload_hash
+from sage_fed.broker.results import hash_payload
 from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier, counted
 from sage_fed.errors import QueueFull, RateLimited, SageFedError, TierUnavailable
 from sage_fed.executor import Executor
@@ -27,6 +27,7 @@ from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
 from sage_fed.router import refusal_error
 from sage_fed.tracing import Tracing
+from sage_fed.workers import Workers
 
 _RETRY_FULL_S = 1.0
 _RETRY_DRAINING_S = 5.0
@@ -38,6 +39,7 @@ class Broker:
 
     Args:
         tasks: where jobs run; ends after all of them have.
+        workers: for what would hold the event loop too long.
         max_jobs: accepted and not ended, over all tiers and accounts.
         max_account_jobs: accepted and not ended, or ended and not read, of one account; 0 is no
             limit.
@@ -54,6 +56,7 @@ class Broker:
         ledger: Ledger,
         executor: Executor,
         metrics: Metrics,
+        workers: Workers,
         max_jobs: int,
         hold_ttl_s: float,
         max_account_jobs: Callable[[str], int] = lambda _: 0,
@@ -65,6 +68,7 @@ class Broker:
         self._ledger = ledger
         self._executor = executor
         self._metrics = metrics
+        self._workers = workers
         self._max_jobs = max_jobs
         self._max_account_jobs = max_account_jobs
         self._hold_ttl_s = hold_ttl_s
@@ -116,6 +120,7 @@ class Broker:
             ledger=self._ledger,
             executor=self._executor,
             metrics=self._metrics,
+            workers=self._workers,
             hold_ttl_s=self._hold_ttl_s,
             tracing=self._tracing,
             on_left=lambda: self._reader_left(job_id),
@@ -221,7 +226,7 @@ class Broker:
         if not spec.client_request_id or self._planner.refuse_unread(spec, self._coming) is None:
             return False
         earlier = await self._ledger.lookup_request(
-            spec.account, spec.client_request_id, payload_hash(spec)
+            spec.account, spec.client_request_id, await hash_payload(spec, self._workers)
         )
         return earlier is not None
 

@@ -10,11 +10,12 @@ import time
 from dataclasses import dataclass
 
 from sage_fed.broker.plan import Draft, Planner
-from sage_fed.broker.results import payload_hash
+from sage_fed.broker.results import hash_payload
 from sage_fed.core import Budget, Refusal, Route, StopReason, Tier
 from sage_fed.ledger import HoldRequest, Ledger, Replay
 from sage_fed.metrics import Metrics, MoneyMetrics
 from sage_fed.router import refusal_error
+from sage_fed.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ async def take_hold(
     planner: Planner,
     ledger: Ledger,
     metrics: Metrics,
+    workers: Workers,
     ttl_s: float,
 ) -> Hold | Replay:
     """Route and hold in one operation of the ledger, at the balance of that instant.
@@ -62,9 +64,10 @@ async def take_hold(
     Nothing behind the ledger's answer can fail here: a hold that nobody knows of stays until it
     expires.
     """
-    spec, loads = draft.spec, planner.loads()
+    spec = draft.spec
     # Only told apart from another request of the same id: without one there is none.
-    payload = payload_hash(spec) if spec.client_request_id else b""
+    payload = await hash_payload(spec, workers) if spec.client_request_id else b""
+    loads = planner.loads()
     decision: Route | Refusal | None = None
     decision_s = 0.0
     if not spec.client_request_id:  # which may have been answered before, place or no place

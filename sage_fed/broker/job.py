@@ -21,7 +21,7 @@ from sage_fed.broker.hold import Hold, take_hold
 from sage_fed.broker.mailbox import JobStream
 from sage_fed.broker.pace import Pace
 from sage_fed.broker.plan import Plan, Planner
-from sage_fed.broker.results import Result
+from sage_fed.broker.results import Result, read_result, write_result
 from sage_fed.core import Finished, JobSpec, Price, RunningJob, Started, StopReason, Usage
 from sage_fed.errors import Internal, RateLimited, SageFedError, TierUnavailable
 from sage_fed.executor import Executor
@@ -30,6 +30,7 @@ from sage_fed.metrics import Metrics
 from sage_fed.pricing import charge
 from sage_fed.scheduler import Ended
 from sage_fed.tracing import Tracing
+from sage_fed.workers import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Job:
         ledger: Ledger,
         executor: Executor,
         metrics: Metrics,
+        workers: Workers,
         hold_ttl_s: float,
         tracing: Tracing | None,
         on_left: Callable[[], None],
@@ -61,6 +63,7 @@ class Job:
         self._planner = planner
         self._ledger = ledger
         self._metrics = metrics
+        self._workers = workers
         self._hold_ttl_s = hold_ttl_s
         self._tracing = tracing
         self._started: Started | None = None
@@ -123,6 +126,7 @@ class Job:
             planner=self._planner,
             ledger=self._ledger,
             metrics=self._metrics,
+            workers=self._workers,
             ttl_s=self._hold_ttl_s,
         )
         if isinstance(hold, Replay):
@@ -140,7 +144,7 @@ class Job:
 
     async def _replay(self, earlier: Replay) -> None:
         """Answer with what an earlier request of the same id got; nothing is charged."""
-        result = Result.from_bytes(earlier.result)
+        result = await read_result(earlier.result, self.spec.account, self._workers)
         budget = await self._ledger.budget(self.spec.account, refusable=False)
         self.stream.start(result.started)
         if result.output.token_ids or result.output.text:
@@ -190,7 +194,8 @@ class Job:
         else:
             stored = None
             if self.spec.client_request_id:
-                stored = Result(started, output, finished).to_bytes()
+                result = Result(started, output, finished)
+                stored = await write_result(result, self.spec.account, self._workers)
             # Until the books say otherwise: without a settlement it was done for nobody.
             self._wasted = usage
             balance_uatp = await hold.settle(charged_uatp, finished.stop_reason, stored)

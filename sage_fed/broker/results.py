@@ -2,12 +2,16 @@
 
 Owns the format of the `result` column of the ledger (JSON, versioned) and the hash that
 says whether two requests are the same job. Fails with ValueError on bytes it did not write.
+
+A long answer with its alternatives is a megabyte: it is written and read in a thread, a line of
+JSON for some tokens each, because the library holds the interpreter's lock for a line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,8 +28,19 @@ from sage_fed.core import (
     Timing,
     Usage,
 )
+from sage_fed.workers import Workers
 
-_FORMAT = 1
+_FORMAT = 2
+_ONE_DOCUMENT = 1
+"""The format before, which is read as long as the books keep one: one line, `Logprob` by names."""
+
+_LINE_TOKENS = 32
+
+_INLINE_SIZE = 1024
+"""Numbers and characters that take a millisecond at most; more goes to a thread."""
+
+_BYTES_PER_SIZE = 8
+"""Of JSON, to one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +53,8 @@ class Result:
 
     def to_bytes(self) -> bytes:
         """Return the JSON that `from_bytes` reads."""
-        route = self.started.route
-        document = {
+        route, output = self.started.route, self.output
+        head = {
             "format": _FORMAT,
             "started": {
                 **asdict(self.started),
@@ -49,13 +64,19 @@ class Result:
                     "requested": route.requested.value if route.requested else None,
                 },
             },
-            "output": asdict(self.output),
+            "output": {"text": output.text, "output_tokens": output.output_tokens},
             "finished": {
                 **asdict(self.finished),
                 "stop_reason": self.finished.stop_reason.value,
             },
         }
-        return json.dumps(document, separators=(",", ":")).encode()
+        lines: list[object] = [head]
+        lines += [{"token_ids": part} for part in _parts(output.token_ids)]
+        lines += [
+            {"logprobs": [(entry.token_id, entry.logprob, entry.top) for entry in part]}
+            for part in _parts(output.logprobs)
+        ]
+        return b"\n".join(json.dumps(line, separators=(",", ":")).encode() for line in lines)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Result:
@@ -64,10 +85,20 @@ class Result:
         Raises:
             ValueError: another format.
         """
-        document: dict[str, Any] = json.loads(data)
-        if document.get("format") != _FORMAT:
+        first, *others = data.split(b"\n")
+        document: dict[str, Any] = json.loads(first)
+        if document.get("format") not in {_FORMAT, _ONE_DOCUMENT}:
             raise ValueError("a stored result of another format")
         started, output, finished = document["started"], document["output"], document["finished"]
+        token_ids: list[int] = output.get("token_ids", [])
+        logprobs = [
+            _logprob(entry["token_id"], entry["logprob"], entry["top"])
+            for entry in output.get("logprobs", [])
+        ]
+        for line in others:
+            more: dict[str, Any] = json.loads(line)
+            token_ids += more.get("token_ids", [])
+            logprobs += [_logprob(*entry) for entry in more.get("logprobs", [])]
         route = started.pop("route")
         requested = route.pop("requested")
         return cls(
@@ -84,15 +115,8 @@ class Result:
             ),
             output=Delta(
                 text=output["text"],
-                token_ids=tuple(output["token_ids"]),
-                logprobs=tuple(
-                    Logprob(
-                        token_id=entry["token_id"],
-                        logprob=entry["logprob"],
-                        top=tuple((token_id, logprob) for token_id, logprob in entry["top"]),
-                    )
-                    for entry in output["logprobs"]
-                ),
+                token_ids=tuple(token_ids),
+                logprobs=tuple(logprobs),
                 output_tokens=output["output_tokens"],
             ),
             finished=Finished(
@@ -105,6 +129,31 @@ class Result:
         )
 
 
+async def write_result(result: Result, account: str, workers: Workers) -> bytes:
+    """Return the result's bytes, made in a thread where it is long."""
+    size = result.output.size
+    if size <= _INLINE_SIZE:
+        return result.to_bytes()
+    return await workers.run(account, size, result.to_bytes)
+
+
+async def read_result(data: bytes, account: str, workers: Workers) -> Result:
+    """Return the result that the bytes say, read in a thread where it is long."""
+    size = len(data) // _BYTES_PER_SIZE
+    if size <= _INLINE_SIZE:
+        return Result.from_bytes(data)
+    return await workers.run(account, size, lambda: Result.from_bytes(data))
+
+
+async def hash_payload(spec: JobSpec, workers: Workers) -> bytes:
+    """Return the payload's hash, made in a thread where the prompt is long."""
+    prompt = spec.prompt
+    size = len(prompt.token_ids) + sum(len(message.content) for message in prompt.messages)
+    if size <= _INLINE_SIZE * _BYTES_PER_SIZE:
+        return payload_hash(spec)
+    return await workers.run(spec.account, size // _BYTES_PER_SIZE, lambda: payload_hash(spec))
+
+
 def payload_hash(spec: JobSpec) -> bytes:
     """Return 32 bytes that are equal for two requests exactly if they ask for the same job.
 
@@ -112,3 +161,12 @@ def payload_hash(spec: JobSpec) -> bytes:
     """
     canonical = repr(replace(spec, client_request_id=""))
     return hashlib.sha256(canonical.encode()).digest()
+
+
+def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """Return the values in pieces of a line."""
+    return (values[i : i + _LINE_TOKENS] for i in range(0, len(values), _LINE_TOKENS))
+
+
+def _logprob(token_id: int, logprob: float, top: Sequence[Sequence[Any]]) -> Logprob:
+    return Logprob(token_id, logprob, tuple((other, value) for other, value in top))

@@ -79,6 +79,12 @@ class Delta:
     logprobs: tuple[Logprob, ...]
     output_tokens: int
 
+    @property
+    def size(self) -> int:
+        """About how many numbers it has: how long it takes to translate."""
+        alternatives = 1 + len(self.logprobs[-1].top) if self.logprobs else 0
+        return len(self.token_ids) + alternatives * len(self.logprobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:

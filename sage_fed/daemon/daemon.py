@@ -178,6 +178,7 @@ async def _started(
             ledger=ledger,
             executor=executor,
             metrics=metrics,
+            workers=workers,
             max_jobs=settings.limits.max_jobs,
             hold_ttl_s=settings.ledger.hold_ttl_s,
             max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
@@ -202,6 +203,7 @@ async def _started(
             jobs=broker,
             books=ledger,
             operations=operations,
+            workers=workers,
             throttle=throttle_of(settings),
             certificate=doors.certificate,
             on_denied=metrics.doors.call_denied,
@@ -225,6 +227,7 @@ async def _started(
             ("doors", doors.run()),
             ("calls", bound.calls.run()),
             ("device watch", executor.watch()),
+            ("loop watch", metrics.loop.watch()),
             ("service watch", keep_watch(executor, manager, settings.scheduling.step_timeout_s)),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)

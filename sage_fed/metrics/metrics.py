@@ -22,6 +22,7 @@ from sage_fed.metrics.doors import DoorMetrics
 from sage_fed.metrics.engines import EngineMetrics
 from sage_fed.metrics.jobs import Decisions, JobMetrics
 from sage_fed.metrics.live import LiveRates
+from sage_fed.metrics.loop import LoopMetrics
 from sage_fed.metrics.money import MoneyMetrics
 from sage_fed.metrics.power import PowerCollector, Sensor, find_sensor
 from sage_fed.metrics.scrape import ScrapeCollector, Snapshot
@@ -57,6 +58,7 @@ class Metrics:
         self.jobs = JobMetrics(make, self.money, decisions)
         self.engines = EngineMetrics(make, live, self._scrape, version)
         self.doors = DoorMetrics(make)
+        self.loop = LoopMetrics(make)
         self.registry.register(self._scrape)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)

@@ -32,6 +32,7 @@ from sage_fed.auth import Authenticator, Throttle, require_role
 from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
 from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError
 from sage_fed.service.calls import OpenCall, OpenCalls
+from sage_fed.service.fields import require_few_fields
 from sage_fed.service.rules import OPEN, RULES
 from sage_fed.service.status import status_of
 from sage_fed.service.tls import names_in
@@ -271,6 +272,8 @@ class Edge:
 
 def parse(request_class: type[M], raw: bytes) -> M:
     """Return a request that arrived; `InvalidField` where the bytes are none of its kind."""
+    # The stubs know two kinds of descriptors, of which one is the other's face.
+    require_few_fields(request_class.DESCRIPTOR, raw)  # type: ignore[arg-type]
     try:
         return request_class.FromString(raw)
     except DecodeError:

@@ -8,9 +8,13 @@ away is passed on as `cancel`, and the job's own task settles what was made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Mapping
+import functools
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from typing import TypeVar
 
-from sage_fed.core import Event, Finished, JobSpec
+from google.protobuf.message import Message
+
+from sage_fed.core import Delta, Event, Finished, JobSpec
 from sage_fed.errors import InvalidField
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
@@ -18,14 +22,21 @@ from sage_fed.service.ports import EventStream, Jobs
 from sage_fed.service.requests import count_error, parse_count, parse_job, prompt_error
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
+from sage_fed.workers import Workers
+
+M = TypeVar("M", bound=Message)
+
+_INLINE_SIZE = 1024
+"""Numbers that are translated in a millisecond at most; more in a thread."""
 
 
 class InferenceService:
     """Generate, GenerateStream, Quote and CountTokens."""
 
-    def __init__(self, jobs: Jobs, limits: LimitSettings) -> None:
+    def __init__(self, jobs: Jobs, limits: LimitSettings, workers: Workers) -> None:
         self._jobs = jobs
         self._limits = limits
+        self._workers = workers
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -47,12 +58,8 @@ class InferenceService:
             started, output, finished = await stream.answer()
         finally:
             stream.cancel()
-        return inference_pb2.GenerateResponse(
-            started=replies.started_of(started),
-            text=output.text,
-            token_ids=output.token_ids,
-            logprobs=replies.logprobs_of(output.logprobs),
-            finished=replies.finished_of(finished),
+        return await self._translated(
+            call, output.size, lambda: replies.answer_of(started, output, finished)
         )
 
     async def generate_stream(
@@ -64,7 +71,12 @@ class InferenceService:
         event: Event | None = None
         try:
             async for event in stream:
-                yield replies.event_of(event)
+                if isinstance(event, Delta) and event.size > _INLINE_SIZE:
+                    yield await self._translated(
+                        call, event.size, functools.partial(replies.event_of, event)
+                    )
+                else:
+                    yield replies.event_of(event)
         finally:
             # Reached with the job still running only if the client is gone.
             stream.cancel()
@@ -97,6 +109,12 @@ class InferenceService:
         return inference_pb2.CountTokensResponse(
             prompt_tokens=num_tokens, max_context_tokens=max_context_tokens
         )
+
+    async def _translated(self, call: Call, size: int, translate: Callable[[], M]) -> M:
+        """Return a reply, made in a thread where it is long."""
+        if size <= _INLINE_SIZE:
+            return translate()
+        return await self._workers.run(call.caller.account, size, translate)
 
     async def _submit(
         self,

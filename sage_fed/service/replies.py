@@ -93,6 +93,19 @@ def finished_of(finished: core.Finished) -> inference_pb2.Finished:
     )
 
 
+def answer_of(
+    started: core.Started, output: core.Delta, finished: core.Finished
+) -> inference_pb2.GenerateResponse:
+    """Translate a whole answer."""
+    return inference_pb2.GenerateResponse(
+        started=started_of(started),
+        text=output.text,
+        token_ids=output.token_ids,
+        logprobs=logprobs_of(output.logprobs),
+        finished=finished_of(finished),
+    )
+
+
 def event_of(event: core.Event) -> inference_pb2.GenerateStreamResponse:
     """Translate one event of a stream."""
     match event:

@@ -34,6 +34,7 @@ from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.tracing import Tracing
 from sage_fed.trusted_files import os_error
+from sage_fed.workers import Workers
 
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of one request together; ours fit into a fraction of it."""
@@ -67,6 +68,7 @@ async def build_server(
     jobs: Jobs,
     books: Books,
     operations: Operations,
+    workers: Workers,
     throttle: Throttle | None = None,
     certificate: LiveCertificate | None = None,
     on_denied: Callable[[str], None] = lambda _: None,
@@ -93,7 +95,9 @@ async def build_server(
     )
     server.add_generic_rpc_handlers(
         (
-            edge.handler(catalogue.INFERENCE_SERVICE, InferenceService(jobs, limits).methods),
+            edge.handler(
+                catalogue.INFERENCE_SERVICE, InferenceService(jobs, limits, workers).methods
+            ),
             edge.handler(catalogue.BUDGET_SERVICE, BudgetService(books, operations).methods),
             edge.handler(catalogue.MODEL_SERVICE, ModelService(operations).methods),
             edge.handler(

@@ -130,8 +130,12 @@ class LimitSettings(Section):
     max_prompt_chars: Whole = Field(
         default=200_000, gt=0, description="Characters of all messages together."
     )
-    max_messages: Whole = Field(default=256, gt=0, description="Messages of one conversation.")
-    max_stop_strings: Whole = Field(default=16, ge=0, description="Stop strings of one request.")
+    max_messages: Whole = Field(
+        default=256, gt=0, le=512, description="Messages of one conversation."
+    )
+    max_stop_strings: Whole = Field(
+        default=16, ge=0, le=256, description="Stop strings of one request."
+    )
     max_stop_chars: Whole = Field(default=128, gt=0, description="Characters of one stop string.")
     max_top_logprobs: Whole = Field(
         default=20, ge=0, description="Alternatives reported per token."
