@@ -23,6 +23,7 @@ from sage_fed.errors import InvalidField
 from sage_fed.executor.live import LiveStreams
 from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.service.fields import MAX_FIELDS, require_few_fields
+from sage_fed.settings import LimitSettings
 from sage_fed.steps import Drawn
 from sage_fed.v1 import inference_pb2, types_pb2
 from sage_fed.workers import Workers
@@ -136,7 +137,8 @@ def test_what_protobuf_reads_is_never_called_malformed(some: bytes) -> None:
 
 
 async def test_a_flood_of_empty_messages_is_refused_within_a_turn(tmp_path: Path) -> None:
-    async with serving(tmp_path) as harness:
+    limits = LimitSettings(max_message_bytes=4 * 2**20)
+    async with serving(tmp_path, limits=limits) as harness:
         call = harness.channel.unary_unary("/sage_fed.v1.InferenceService/Generate")
         with measured() as turns, pytest.raises(grpc.aio.AioRpcError) as raised:
             await call(EMPTY_MESSAGES, timeout=WAIT_S)
