@@ -27,6 +27,7 @@ from sage_fed.core import (
     CardStatus,
     DaemonStatus,
     Delta,
+    EndToken,
     Event,
     Finished,
     JobSpec,
@@ -106,6 +107,7 @@ MODELS = (
     ModelStatus(
         Tier.TACTICAL, TierState.READY, "demo-tactical", "", "bf16", "cpu", "native",
         "Qwen2ForCausalLM", 600_000, 1_200_000, 2**20, 1024, 512, 0.5, 1.0, 1_000_000,
+        end_tokens=(EndToken(2, "<|im_end|>"), EndToken(0, "")),
     ),
     ModelStatus(
         Tier.STRATEGIC, TierState.FAILED, "Qwen/Qwen2.5-7B-Instruct", "a" * 40, "bf16", "cuda:0",

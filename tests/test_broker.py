@@ -18,12 +18,14 @@ from surroundings import MODELS
 
 from sage_fed.broker import Broker, Encoder, JobStream, Planner
 from sage_fed.broker.output import Output
+from sage_fed.broker.results import payload_hash
 from sage_fed.core import (
     UATP_PER_ATP,
     Delta,
     Event,
     Finished,
     JobSpec,
+    Message,
     Prompt,
     SamplingRequest,
     Started,
@@ -481,6 +483,23 @@ async def test_the_device_stops_after_a_stop_string(tmp_path: Path) -> None:
         await r.settled()
         # The step that the gate held, and one that was built before the cancel was read.
         assert len(engine.steps) - done <= 8 + 2
+
+
+def test_a_new_field_leaves_the_payload_hashes_of_before() -> None:
+    """A request that is asked again across the upgrade is no conflict: the hash is written down."""
+    spec = JobSpec(
+        "robot",
+        Prompt(messages=(Message("user", "hello"),)),
+        client_request_id="a",
+        sampling=SamplingRequest(temperature=0.5, max_new_tokens=8, stop=("x",)),
+    )
+    hashes = {payload_hash(spec)} | {
+        payload_hash(replace(spec, sampling=replace(spec.sampling, stop_token_ids=ids)))
+        for ids in ((), (1,), (2,), (1, 2))
+    }
+    before = "8f988fe9d3301fdd4a7392e76097ec09d703a159ae8608798ce71e2565eecab2"
+    assert before == payload_hash(spec).hex()
+    assert 4 == len(hashes)
 
 
 async def test_a_job_is_charged_by_the_card_that_it_was_held_by(tmp_path: Path) -> None:

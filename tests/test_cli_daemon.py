@@ -200,6 +200,7 @@ def test_models_and_status(shell: Shell) -> None:
     assert 6.59 == status["cost_ratio"]
     assert ["ready", "ready"] == [tier["state"] for tier in status["tiers"]]  # type: ignore[attr-defined]
     assert "Qwen2ForCausalLM" in shell.run("models").stdout
+    assert "<|endoftext|> (497), <|im_end|> (499)" in shell.run("models").stdout
     assert "6.59" in shell.run("status").stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,22 @@ def test_the_daemon_does_without_transformers() -> None:
     program = "import sage_fed.daemon, sys; sys.exit('transformers' in sys.modules)"
 
     assert 0 == subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode
+
+
+async def test_an_end_token_that_only_the_tokenizer_knows_ends_a_text(tmp_path: Path) -> None:
+    """A generation configuration that names another token does not let answers run on."""
+    bundled = Path(sage_fed.__file__).parent / "models" / "demo-tactical"
+    copy = tmp_path / "silent"
+    shutil.copytree(bundled, copy)
+    for name in ("generation_config.json", "config.json"):
+        values = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(values | {"eos_token_id": 497}))
+    given = settings(tmp_path, tactical__model=str(copy))
+    tokenizers = await load_tokenizers(given)
+
+    engine = tier_setup(given, Tier.TACTICAL, tokenizers[Tier.TACTICAL]).load(lambda _: None)
+
+    assert frozenset({497, 499}) == engine.eos_token_ids
 
 
 async def test_equal_files_in_two_places_are_read_once(tmp_path: Path) -> None:

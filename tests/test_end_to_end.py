@@ -38,7 +38,13 @@ from sage_fed.core import (
     StopReason,
     Tier,
 )
-from sage_fed.errors import CannotAfford, DeadlineInfeasible, SageFedError
+from sage_fed.errors import (
+    CannotAfford,
+    DeadlineInfeasible,
+    InvalidField,
+    RequestIdConflict,
+    SageFedError,
+)
 from sage_fed.ledger import check
 from sage_fed.ledger.words import EntryKind
 from sage_fed.v1 import inference_pb2
@@ -468,6 +474,56 @@ def test_a_cut_answer_is_never_replayed_as_a_whole_one(
     assert f"the answer was cut: {said}" in result.stderr
     assert "when this request id was first asked; choose another --request-id" in result.stderr
     assert finished.price.charged_uatp == client.budget().discharged_uatp
+
+
+def test_a_stop_token_ends_the_text_before_it(client: Client) -> None:
+    """The ids that a client names are end tokens of its job: not delivered and not charged."""
+    ask = {"tier": T, "temperature": 1.0, "seed": 11, "max_new_tokens": 60, "ignore_eos": True}
+    whole = client.generate("tell", **ask)
+    stop = whole.token_ids[30]
+    before = whole.token_ids[: whole.token_ids.index(stop)]
+    cut = client.generate("tell", stop_token_ids=[stop], **ask)
+    assert (StopReason.STOP_TOKEN, before) == (cut.finished.stop_reason, cut.token_ids)
+    assert len(before) == cut.finished.usage.output_tokens
+    assert by_hand(T, cut.finished) == cut.finished.price.charged_uatp
+    assert whole.text.startswith(cut.text)
+
+
+def test_a_stop_string_that_spells_a_control_token_matches_the_token(client: Client) -> None:
+    """It is not in the text, where a string could match it; the id is what comes."""
+    ask = {"tier": T, "temperature": 0.0, "max_new_tokens": 60}
+    own = client.generate("What is 2 + 3?", **ask)
+    assert StopReason.END_OF_TEXT is own.finished.stop_reason
+    stopped = client.generate("What is 2 + 3?", stop=["<|im_end|>"], ignore_eos=True, **ask)
+    assert StopReason.STOP_STRING is stopped.finished.stop_reason
+    assert own.token_ids == stopped.token_ids
+
+
+def test_a_stop_token_that_no_model_has_is_refused_by_name(client: Client) -> None:
+    """Before anything is held, and as a quote refuses it."""
+    for call in (client.generate, client.quote):
+        with pytest.raises(InvalidField, match="500 is not a token of this model") as refusal:
+            call("hello", stop_token_ids=[1, 500])
+        assert "job.sampling.stop_token_ids[1]" == refusal.value.field
+    assert [EntryKind.GRANT] == [line.kind for line in client.entries()]
+
+
+def test_a_request_id_is_of_the_job_with_its_stop_tokens(client: Client) -> None:
+    """The same id with other stop tokens is another job; the same ones are answered again."""
+    ask = {"tier": T, "max_new_tokens": 4, "client_request_id": "one"}
+    first = client.generate("hello", stop_token_ids=[7], **ask)
+    assert first.token_ids == client.generate("hello", stop_token_ids=[7], **ask).token_ids
+    for other in ([], [7, 8]):
+        with pytest.raises(RequestIdConflict):
+            client.generate("hello", stop_token_ids=other, **ask)
+
+
+def test_models_say_what_ends_their_texts(client: Client) -> None:
+    """The tokens by id and spelling, from whichever file names them."""
+    for model in client.models():
+        assert [(497, "<|endoftext|>"), (499, "<|im_end|>")] == [
+            (end.id, end.text) for end in model.end_tokens
+        ]
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(client: Client) -> None:

@@ -210,6 +210,28 @@ def test_an_end_of_text_is_neither_delivered_nor_counted() -> None:
         assert (reason, count) == (bench.ended[3].reason, bench.ended[3].output_tokens)
 
 
+def test_a_stop_token_ends_as_an_end_of_text_does() -> None:
+    """Neither delivered nor counted, also where the model's own ends are ignored; it is named."""
+    plain = reference(spec(3, new=4))
+    stops = frozenset({plain[2], 10**6})
+    for eos, reason, token_id in [
+        (frozenset[int](), EndReason.STOP_TOKEN, plain[2]),
+        (stops, EndReason.EOS, None),
+    ]:
+        bench = Bench(limits(), eos=eos)
+        bench.add(3, new=4, ignore_eos=False, stop_token_ids=stops)
+        bench.add(4, new=4)
+        bench.drain()
+        assert plain[:2] == bench.tokens[3]
+        ended = bench.ended[3]
+        assert (reason, token_id, 2) == (ended.reason, ended.stop_token_id, ended.output_tokens)
+        assert 4 == bench.ended[4].output_tokens
+    bench = Bench(limits(), eos=stops)
+    bench.add(3, new=4, ignore_eos=True, stop_token_ids=stops)
+    bench.drain()
+    assert (EndReason.STOP_TOKEN, 2) == (bench.ended[3].reason, bench.ended[3].output_tokens)
+
+
 def test_an_ending_tells_when() -> None:
     """Instants follow the sequence's life, and device time adds up to the steps' time."""
     bench = Bench(limits(max_batch=1))

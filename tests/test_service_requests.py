@@ -29,6 +29,7 @@ LIMITS = LimitSettings(
     max_messages=3,
     max_stop_strings=2,
     max_stop_chars=4,
+    max_stop_token_ids=2,
     max_top_logprobs=5,
     max_new_tokens=64,
     default_new_tokens=8,
@@ -96,6 +97,7 @@ REFUSED: list[tuple[str, types_pb2.JobSpec]] = [
             "top_logprobs": (6, 2**32 - 1),
             "deadline_s": (0.0, -1.0, 60.1, math.nan, math.inf),
             "stop": (["a", "b", "c"],),
+            "stop_token_ids": ([1, 1, 1],),
         }.items()
         for value in values
     ],
@@ -214,6 +216,7 @@ SAMPLINGS = st.builds(
     seed=UINT64,
     max_new_tokens=UINT32,
     stop=st.lists(TEXTS, max_size=3),
+    stop_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=3),
     ignore_eos=maybe(st.booleans()),
     top_logprobs=UINT32,
     deadline_s=NUMBERS,

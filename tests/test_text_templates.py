@@ -451,6 +451,31 @@ def test_what_a_message_spells_is_read_as_it_was_written(name: str, data: st.Dat
     assert text == hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+TURN_ENDS = {
+    "chatml": {"<|im_end|>"},
+    "smollm2": {"<|im_end|>"},
+    "qwen2.5": {"<|im_end|>"},
+    "qwen3": {"<|im_end|>"},
+    "llama3.1": {"<|eot_id|>"},
+    "deepseek-r1": {"<｜end▁of▁sentence｜>"},
+    "mistral0.3": {"</s>"},
+    "llama2": {"</s>"},
+    # Their tokenizers name another token than the one that their templates write.
+    "phi3": {"<|endoftext|>", "<|end|>"},
+    "gemma2": {"<eos>", "<end_of_turn>"},
+    "zephyr": {"</s>"},
+    "trimming": {"<|im_end|>"},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_ends_a_turn_in_a_template_ends_a_text(name: str) -> None:
+    """The tokenizer's named token, and the one that the template writes behind an answer."""
+    tokenizer = ours(name)
+
+    assert TURN_ENDS[name] == {tokenizer.token_text(id_) for id_ in tokenizer.end_token_ids}
+
+
 THOUGHT = "<think>\nsums\n</think>\n\nIt is 4."
 
 

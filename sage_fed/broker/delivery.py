@@ -135,6 +135,7 @@ def _sequence(seq_id: int, spec: JobSpec, plan: Plan) -> SequenceSpec:
         max_new_tokens=plan.offer.max_new_tokens,
         sampling=plan.sampling,
         ignore_eos=spec.sampling.ignore_eos,
+        stop_token_ids=plan.stop_token_ids,
         priority=spec.priority,
         account=spec.account,
         # What its tokens count for between accounts: what they cost.

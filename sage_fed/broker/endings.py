@@ -5,6 +5,8 @@ Owns the translation from the scheduler's `Ended` to the client's words. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sage_fed.core import StopReason, Tier, Timing
 from sage_fed.errors import DeviceOutOfMemory, NotFinite, SageFedError, TierUnavailable
 from sage_fed.scheduler import Ended, EndReason
@@ -39,18 +41,24 @@ def failure_of(ended: Ended, tier: Tier) -> SageFedError | None:
             return None
 
 
-def stop_reason_of(asked: StopReason | None, ended: Ended | None) -> StopReason:
+def stop_reason_of(
+    asked: StopReason | None, ended: Ended | None, stop_token_ids: Collection[int] = ()
+) -> StopReason:
     """Return why a job stopped.
 
     Args:
         asked: what it was asked to stop for, if it was.
         ended: the sequence's ending; None where it never got to the executor.
+        stop_token_ids: those that the client named; any other was spelled by a stop string.
     """
     if asked in DROPS_OUTPUT:
         # Also where the sequence had ended by itself: what came after it was dropped.
         return asked
     if ended is not None and ended.reason in _NATURAL:
         return _NATURAL[ended.reason]
+    if ended is not None and ended.reason is EndReason.STOP_TOKEN:
+        named = ended.stop_token_id in stop_token_ids
+        return StopReason.STOP_TOKEN if named else StopReason.STOP_STRING
     # A shutdown ends sequences without anyone having asked this job to stop.
     return asked or StopReason.ABORTED
 

@@ -182,7 +182,9 @@ class Job:
         )
         charged_uatp = charge(plan.card, plan.route.tier, usage)
         finished = Finished(
-            stop_reason=stop_reason_of(self._delivery.stop_reason, ended),
+            stop_reason=stop_reason_of(
+                self._delivery.stop_reason, ended, self.spec.sampling.stop_token_ids
+            ),
             usage=usage,
             timing=timing_of(ended, self._arrived_s, time.monotonic()),
             price=Price(charged_uatp, hold.uatp, plan.card.version),

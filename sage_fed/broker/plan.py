@@ -63,6 +63,7 @@ class Plan:
     prompt: tuple[int, ...]
     sampling: Sampling
     tokenizer: Tokenizer
+    stop_token_ids: frozenset[int]
     card: RateCard
     offer: Offer
 
@@ -111,10 +112,11 @@ class Planner:
         """Encode a job, and price it on every tier that can be fed its prompt.
 
         Raises:
-            InvalidField: the prompt cannot be encoded, or holds an id that the model of the tier
-                it names, or of every tier, has no row for.
+            InvalidField: a stop token is none, the prompt cannot be encoded, or it holds an id
+                that the model of the tier it names, or of every tier, has no row for.
             RateLimited: the account has as much waiting to be encoded as it may.
         """
+        self._check_stop_tokens(spec)
         prompt = await self.encoder.encode(
             spec.prompt, spec.account, max_tokens=self._longest_prompt()
         )
@@ -177,6 +179,7 @@ class Planner:
             prompt=draft.prompt.ids[tier],
             sampling=resolve_sampling(draft.spec, self._executor.defaults(tier)),
             tokenizer=self.encoder.tokenizers[tier],
+            stop_token_ids=stop_token_ids(draft.spec, self.encoder.tokenizers[tier]),
             card=draft.card,
             offer=draft.offers[tier],
         )
@@ -216,6 +219,14 @@ class Planner:
                 found[tier] = _Strange(largest, ids.index(largest), num_ids)
         return found
 
+    def _check_stop_tokens(self, spec: JobSpec) -> None:
+        """Refuse ids that a tier which may serve the job does not have."""
+        fixed = spec.requested is not None and not spec.allow_downgrade
+        for tier, tokenizer in self.encoder.tokenizers.items():
+            if not fixed or tier is spec.requested:
+                ids = spec.sampling.stop_token_ids
+                tokenizer.require_ids("job.sampling.stop_token_ids", ids)
+
     def _longest_prompt(self) -> int | None:
         """Return the most tokens that any tier takes; None while one is not loaded."""
         contexts = [load.max_context_tokens for load in self.loads().values()]
@@ -248,6 +259,15 @@ def _no_row(spec: JobSpec, tier: Tier, strange: _Strange) -> InvalidField:
         f"{what} a token of the {tier.value} tier's tokenizer that its model has no row for; "
         f"its ids are 0 to {strange.num_ids - 1}",
     )
+
+
+def stop_token_ids(spec: JobSpec, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a job's text: those it names, and those its stop strings spell.
+
+    A control token is not in the text, so no string can match it there.
+    """
+    spelled = map(tokenizer.control_id, spec.sampling.stop)
+    return frozenset(spec.sampling.stop_token_ids).union(id_ for id_ in spelled if id_ is not None)
 
 
 def resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None) -> Sampling:

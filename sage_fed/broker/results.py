@@ -157,9 +157,13 @@ async def hash_payload(spec: JobSpec, workers: Workers) -> bytes:
 def payload_hash(spec: JobSpec) -> bytes:
     """Return 32 bytes that are equal for two requests exactly if they ask for the same job.
 
-    The request id itself is left out; every other field counts, the account too.
+    The request id itself is left out; every other field counts, the account too. A field that is
+    younger than the first release counts only where it says something: a request that is asked
+    again across an upgrade is the same one.
     """
     canonical = repr(replace(spec, client_request_id=""))
+    if spec.sampling.stop_token_ids:
+        canonical += f" stop_token_ids={spec.sampling.stop_token_ids}"
     return hashlib.sha256(canonical.encode()).digest()
 
 

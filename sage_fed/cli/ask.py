@@ -209,6 +209,12 @@ def ask(
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
     ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--stop-token-id", min=0, metavar="ID", help="End before this token; may be repeated."
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on when the model would end.")
     ] = False,
@@ -253,6 +259,7 @@ def ask(
             ignore_eos=ignore_eos,
             top_logprobs=logprobs,
             deadline_s=deadline,
+            stop_token_ids=tuple(stop_token_id or ()),
         ),
     )
     with reported(as_json=as_json):

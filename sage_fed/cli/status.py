@@ -19,6 +19,7 @@ from sage_fed.cli.render import (
     print_fields,
     print_json,
     print_table,
+    printable,
 )
 from sage_fed.core import CardFit, DaemonStatus, ModelStatus, TierLoad, counted
 
@@ -55,6 +56,7 @@ def models(
                     ),
                     ("  context", f"{model.max_context_tokens:,} tokens"),
                     ("  loaded in", format_seconds(model.load_s)),
+                    ("  ends with", _ends(model)),
                     ("  price", _price(model)),
                 )
             )
@@ -132,6 +134,11 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
 
 def _kernels(model: ModelStatus) -> str:
     return f", {model.kernels} kernels" if model.kernels else ""
+
+
+def _ends(model: ModelStatus) -> str:
+    """The tokens that end its text."""
+    return ", ".join(f"{printable(end.text)} ({end.id})" for end in model.end_tokens) or "-"
 
 
 def _price(model: ModelStatus) -> str:

@@ -34,6 +34,7 @@ def model_of(model: model_pb2.Model) -> core.ModelStatus:
         message=model.message,
         prefill_uatp=model.prefill_uatp,
         cached_uatp=model.cached_uatp,
+        end_tokens=tuple(core.EndToken(end.id, end.text) for end in model.end_tokens),
     )
 
 

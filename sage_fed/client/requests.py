@@ -59,6 +59,7 @@ class JobFields(TypedDict, total=False):
     ignore_eos: bool
     top_logprobs: int | None
     deadline_s: float | None
+    stop_token_ids: Sequence[int] | None
 
 
 def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
@@ -85,6 +86,7 @@ def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
         ignore_eos=given.get("ignore_eos", False),
         top_logprobs=given.get("top_logprobs"),
         deadline_s=given.get("deadline_s"),
+        stop_token_ids=tuple(given.get("stop_token_ids") or ()),
     )
     spec = JobSpec(
         account="",

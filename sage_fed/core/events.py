@@ -18,6 +18,7 @@ class StopReason(enum.Enum):
     DEADLINE = "deadline"
     ABORTED = "aborted"
     CANCELLED = "cancelled"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - a token of a text
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,9 @@ class SamplingRequest:
     ignore_eos: bool = False
     top_logprobs: int | None = None
     deadline_s: float | None = None
+    # Younger than request ids that may be asked for again: no part of the `repr`, so that a
+    # payload hash without it is the one of before.
+    stop_token_ids: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class ModelInfo:
     `graph_bytes` of the device's memory.
     `step_bytes` are the weights that one decode step reads: all but an embedding of its own.
     `kv_token_bytes` are what a step reads of the cache for each token that it attends to.
+    `end_token_ids` end a text, in ascending order.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelInfo:
     load_s: float
     capture_s: float = 0.0
     graph_bytes: int = 0
+    end_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,14 @@ class TierLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class EndToken:
+    """A token that ends a text, and how the tokenizer spells it."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """A tier's model: as configured, and as loaded (0 and "" until it is).
 
@@ -135,6 +145,7 @@ class ModelStatus:
     message: str = ""
     prefill_uatp: int = 0
     cached_uatp: int = 0
+    end_tokens: tuple[EndToken, ...] = ()
 
 
 class CardFit(enum.Enum):

@@ -192,6 +192,7 @@ async def _started(
             broker,
             cards,
             calibrator,
+            tokenizers=tokenizers,
             ledger=ledger,
             device_fallback=fallback,
             drain=lifecycle.drain,

@@ -8,12 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 import sage_fed
 from sage_fed.broker import Broker
 from sage_fed.calibrate import Calibrator
-from sage_fed.core import CalibrationEvent, CardStatus, DaemonStatus, ModelStatus, Phase, Tier
+from sage_fed.core import (
+    CalibrationEvent,
+    CardStatus,
+    DaemonStatus,
+    EndToken,
+    ModelStatus,
+    Phase,
+    Tier,
+)
 from sage_fed.daemon.cards import CardInForce
 from sage_fed.daemon.tiers import display_name
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
@@ -21,6 +29,7 @@ from sage_fed.executor import Executor
 from sage_fed.ledger import Ledger
 from sage_fed.pricing import RateCard, available_cards, is_version
 from sage_fed.settings import Settings
+from sage_fed.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +48,7 @@ class Operations:
         cards: CardInForce,
         calibrator: Calibrator,
         *,
+        tokenizers: Mapping[Tier, Tokenizer],
         ledger: Ledger,
         device_fallback: str,
         drain: Callable[[float | None], None],
@@ -48,6 +58,7 @@ class Operations:
         self._broker = broker
         self._cards = cards
         self._calibrator = calibrator
+        self._tokenizers = tokenizers
         self._ledger = ledger
         self._device_fallback = device_fallback
         self._drain = drain
@@ -133,4 +144,8 @@ class Operations:
             message=status.message,
             prefill_uatp=prices[Phase.PREFILL],
             cached_uatp=prices[Phase.CACHED],
+            end_tokens=tuple(
+                EndToken(id_, self._tokenizers[tier].token_text(id_))
+                for id_ in (info.end_token_ids if info else ())
+            ),
         )

@@ -59,6 +59,7 @@ def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetu
         max_context_tokens=own.max_context_tokens,
         num_valid_ids=tokenizer.num_valid_ids,
         unknown_ids=tokenizer.unknown_ids,
+        end_token_ids=tokenizer.end_token_ids,
         kernels=settings.kernels,
         weights_cache=settings.weights_cache,
         weights_cache_bytes=settings.weights_cache_bytes,

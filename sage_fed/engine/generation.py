@@ -1,7 +1,7 @@
 """A checkpoint's own generation defaults and end-of-text tokens.
 
-Reads `generation_config.json` where there is one; without it a model is greedy and ends where
-`config.json` says.
+Reads `generation_config.json` where there is one; without it a model is greedy. A text ends where
+that or `config.json` says: a checkpoint often forgets a token in one of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ def read_generation(directory: Path) -> tuple[GenerationDefaults, frozenset[int]
     """
     path = directory / "generation_config.json"
     generation = read_object(path) if path.is_file() else {}
-    ends = generation.get("eos_token_id")
-    if ends is None:
-        ends = read_object(directory / "config.json").get("eos_token_id")
-    return _defaults(generation), _token_ids(ends)
+    files = (generation, read_object(directory / "config.json"))
+    ends = frozenset[int]().union(*(_token_ids(file.get("eos_token_id")) for file in files))
+    return _defaults(generation), ends
 
 
 def _defaults(generation: dict[str, Any]) -> GenerationDefaults:

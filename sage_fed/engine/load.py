@@ -46,6 +46,7 @@ class EngineOptions:
     takes the model's own. `num_valid_ids` is the length of the tokenizer: ids from it on
     are padding of the vocabulary and are never drawn; None draws from the whole vocabulary.
     `unknown_ids` are those below it that the tokenizer skips, which are not drawn either.
+    `end_token_ids` are the tokenizer's, which end a text beside the checkpoint's own.
     `kernels` is "auto", or insists on "native" or "torch" ones. `weights_cache` is where
     quantised weights are kept for the next start: a directory, "auto" or "off"; all of them
     together take at most `weights_cache_bytes`.
@@ -62,6 +63,7 @@ class EngineOptions:
     max_context_tokens: int | None = None
     num_valid_ids: int | None = None
     unknown_ids: tuple[int, ...] = ()
+    end_token_ids: frozenset[int] = frozenset()
     kernels: str = "auto"
     weights_cache: str = "off"
     weights_cache_bytes: int = 32 * 2**30
@@ -95,6 +97,14 @@ def load_engine(
         context = _context(spec, options.max_context_tokens)
         num_blocks = blocks_in_budget(spec, compute, options.kv_cache_bytes, context)
         defaults, eos_token_ids = read_generation(directory)
+        if forgotten := sorted(options.end_token_ids - eos_token_ids):
+            _LOG.warning(
+                "model %s: the tokenizer or its chat template ends a text with %s, which neither "
+                "generation_config.json nor config.json names; it ends one here, too",
+                name,
+                ", ".join(map(str, forgotten)),
+            )
+        eos_token_ids |= options.end_token_ids
         valid = _valid_ids(spec, options.num_valid_ids)
         shared = shared_table(directory, tied=spec.tied_embeddings)
         for remark in _remarks(directory, spec, shared, options.num_valid_ids):
@@ -150,6 +160,7 @@ def load_engine(
             load_s=time.monotonic() - began,
             capture_s=prepared.capture_s,
             graph_bytes=prepared.graph_bytes,
+            end_token_ids=tuple(sorted(eos_token_ids)),
         ),
         forward=prepared.forward,
         device=device,

@@ -47,6 +47,7 @@ class Sequence:
     device_s: float = 0.0
     ending: EndReason | None = None
     """Why it ends once no step in flight has a chunk of it any more."""
+    stop_token_id: int | None = None
     _keys: BlockKeys = field(init=False)
     _seen: tuple[int, ...] = ()
     _seen_set: set[int] = field(default_factory=set)
@@ -202,6 +203,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             output_tokens=self.num_output,
             device_s=self.device_s,
+            stop_token_id=self.stop_token_id,
         )
 
     def _stored(self, count: int, pool: BlockPool | None) -> None:

@@ -284,6 +284,9 @@ class TierSchedule:
         self._spoiled_in_a_row = 0
         if drawn.token_id in self._eos_token_ids and not seq.spec.ignore_eos:
             return EndReason.EOS
+        if drawn.token_id in seq.spec.stop_token_ids:
+            seq.stop_token_id = drawn.token_id
+            return EndReason.STOP_TOKEN
         seq.append(drawn.token_id, now)
         delivered.append(drawn)
         return EndReason.LENGTH if seq.num_output == seq.spec.max_new_tokens else None

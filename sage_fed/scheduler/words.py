@@ -15,6 +15,7 @@ class EndReason(enum.Enum):
     """Why a sequence ended; every submitted one ends with exactly one of these."""
 
     EOS = "eos"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - a token of a text
     LENGTH = "length"
     CANCELLED = "cancelled"
     OUT_OF_MEMORY = "out_of_memory"
@@ -39,6 +40,7 @@ class SequenceSpec:
     `prompt` are token ids, at least one; `max_new_tokens` is at least 1.
     `account` is whose it is: only the same account's sequences find its blocks again, and accounts
     share the tier fairly by what was served to them, which `weights` measure.
+    `stop_token_ids` end it as the model's end tokens do, also where `ignore_eos` ignores those.
     `prefix_cache` False neither looks for known blocks nor leaves any behind.
     """
 
@@ -48,6 +50,7 @@ class SequenceSpec:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
     priority: Priority = Priority.NORMAL
     account: str = ""
     prefix_cache: bool = True
@@ -62,7 +65,8 @@ class Ended:
     delivered tokens; None where it did not come so far.
     `prompt_tokens` have their keys and values (less than the prompt's where it ended early);
     `cached_tokens` of them were found in the prefix cache, the others were fed to the model.
-    `output_tokens` were delivered (an end-of-text token is neither delivered nor counted).
+    `output_tokens` were delivered (a token that ends the text is neither delivered nor counted);
+    `stop_token_id` is the one of `stop_token_ids` that ended it.
     `device_s` is its part of its steps' time, by tokens: over all sequences it adds up to
     the time that the device was busy.
     """
@@ -78,3 +82,4 @@ class Ended:
     cached_tokens: int = 0
     output_tokens: int = 0
     device_s: float = 0.0
+    stop_token_id: int | None = None

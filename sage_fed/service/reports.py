@@ -37,6 +37,7 @@ def model_of(model: core.ModelStatus) -> model_pb2.Model:
         message=model.message,
         prefill_uatp=model.prefill_uatp,
         cached_uatp=model.cached_uatp,
+        end_tokens=[model_pb2.EndToken(id=end.id, text=end.text) for end in model.end_tokens],
     )
 
 

@@ -207,6 +207,7 @@ def _parse_sampling(sampling: types_pb2.SamplingParams, limits: LimitSettings) -
         ignore_eos=sampling.ignore_eos,
         top_logprobs=top_logprobs,
         deadline_s=deadline_s,
+        stop_token_ids=_parse_stop_token_ids(sampling, limits),
     )
 
 
@@ -215,6 +216,14 @@ def _parse_stop(sampling: types_pb2.SamplingParams, limits: LimitSettings) -> tu
     for index, text in enumerate(sampling.stop):
         _require_count(_path(f"stop[{index}]"), len(text), 1, limits.max_stop_chars, "characters")
     return tuple(sampling.stop)
+
+
+def _parse_stop_token_ids(
+    sampling: types_pb2.SamplingParams, limits: LimitSettings
+) -> tuple[int, ...]:
+    ids = sampling.stop_token_ids
+    _require_count(_path("stop_token_ids"), len(ids), 0, limits.max_stop_token_ids, "token ids")
+    return tuple(ids)
 
 
 def _path(name: str) -> str:

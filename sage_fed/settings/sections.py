@@ -136,6 +136,9 @@ class LimitSettings(Section):
     max_stop_strings: Whole = Field(
         default=16, ge=0, le=256, description="Stop strings of one request."
     )
+    max_stop_token_ids: Whole = Field(
+        default=16, ge=0, le=256, description="Stop tokens of one request."
+    )
     max_stop_chars: Whole = Field(default=128, gt=0, description="Characters of one stop string.")
     max_top_logprobs: Whole = Field(
         default=20, ge=0, description="Alternatives reported per token."

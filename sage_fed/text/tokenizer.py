@@ -164,13 +164,17 @@ class Tokenizer:
         """Refuses an empty prompt and ids without a meaning, with `InvalidField`."""
         if not token_ids:
             raise InvalidField("job.token_ids.ids", "give at least one token id")
+        self.require_ids("job.token_ids.ids", token_ids)
+
+    def require_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        """Refuses ids without a meaning, with an `InvalidField` of that field."""
         # In C: a context may have a hundred thousand, of which mostly none is wrong.
-        if min(token_ids) >= 0 and max(token_ids) < self.num_valid_ids:
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.num_valid_ids):
             return
         for i, token_id in enumerate(token_ids):
             if not 0 <= token_id < self.num_valid_ids:
                 raise InvalidField(
-                    f"job.token_ids.ids[{i}]",
+                    f"{field}[{i}]",
                     f"{token_id} is not a token of this model; ids are 0 to "
                     f"{self.num_valid_ids - 1}",
                 )

@@ -44,7 +44,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels", "prefill_uatp", "cached_uatp")
+    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels", "prefill_uatp", "cached_uatp", "end_tokens")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Model(_message.Message):
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_UATP_FIELD_NUMBER: _ClassVar[int]
     CACHED_UATP_FIELD_NUMBER: _ClassVar[int]
+    END_TOKENS_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     name: str
@@ -83,7 +84,16 @@ class Model(_message.Message):
     kernels: str
     prefill_uatp: int
     cached_uatp: int
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ..., prefill_uatp: _Optional[int] = ..., cached_uatp: _Optional[int] = ...) -> None: ...
+    end_tokens: _containers.RepeatedCompositeFieldContainer[EndToken]
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ..., prefill_uatp: _Optional[int] = ..., cached_uatp: _Optional[int] = ..., end_tokens: _Optional[_Iterable[_Union[EndToken, _Mapping]]] = ...) -> None: ...
+
+class EndToken(_message.Message):
+    __slots__ = ("id", "text")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    text: str
+    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -47,6 +47,7 @@ class StopReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STOP_REASON_DEADLINE: _ClassVar[StopReason]
     STOP_REASON_ABORTED: _ClassVar[StopReason]
     STOP_REASON_CANCELLED: _ClassVar[StopReason]
+    STOP_REASON_STOP_TOKEN: _ClassVar[StopReason]
 TIER_UNSPECIFIED: Tier
 TIER_TACTICAL: Tier
 TIER_STRATEGIC: Tier
@@ -73,6 +74,7 @@ STOP_REASON_STOP_STRING: StopReason
 STOP_REASON_DEADLINE: StopReason
 STOP_REASON_ABORTED: StopReason
 STOP_REASON_CANCELLED: StopReason
+STOP_REASON_STOP_TOKEN: StopReason
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -119,7 +121,7 @@ class JobSpec(_message.Message):
     def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., allow_downgrade: _Optional[bool] = ..., max_cost_uatp: _Optional[int] = ..., complexity: _Optional[float] = ..., priority: _Optional[_Union[Priority, str]] = ..., client_request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop", "ignore_eos", "top_logprobs", "deadline_s")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop", "ignore_eos", "top_logprobs", "deadline_s", "stop_token_ids")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +133,7 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -142,7 +145,8 @@ class SamplingParams(_message.Message):
     ignore_eos: bool
     top_logprobs: int
     deadline_s: float
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., deadline_s: _Optional[float] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "top")

@@ -320,9 +320,27 @@ def test_without_a_generation_config_a_model_is_greedy(copy: Path) -> None:
 
 
 def test_a_list_of_ends_is_read(copy: Path) -> None:
-    """Chat models have several; the generation configuration wins over the other."""
+    """Chat models have several; those of both files count, where one forgets a token.
+
+    The generation configuration used to win, as in `transformers`: a checkpoint whose own turn's
+    end it does not name then ran on to the limit, and its client paid.
+    """
     edit_json(copy / "generation_config.json", eos_token_id=[5, 9])
-    assert frozenset({5, 9}) == load(copy).eos_token_ids
+    assert frozenset({5, 7, 9}) == load(copy).eos_token_ids
+
+
+def test_what_only_the_tokenizer_ends_a_text_with_ends_it_here(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The union of the three, which the model's description shows; a disagreement is said."""
+    edit_json(copy / "generation_config.json", eos_token_id=[5])
+    engine = load(copy, end_token_ids=frozenset({5, 11}))
+    assert frozenset({5, 7, 11}) == engine.eos_token_ids
+    assert (5, 7, 11) == engine.info.end_token_ids
+    assert ["ends a text with 11, which neither" in line for line in caplog.messages] == [True]
+    caplog.clear()
+    load(copy, end_token_ids=frozenset({7}))
+    assert not caplog.messages
 
 
 def test_impossible_generation_defaults_are_named(copy: Path) -> None:
