@@ -93,6 +93,18 @@ def test_a_fresh_daemons_page_can_be_read_and_drawn() -> None:
     assert "1.2.3" in picture
     assert "not ready" in picture
     assert "first token" in picture
+    assert "the ledger takes no entries" not in picture
+
+
+def test_a_ledger_that_takes_nothing_is_in_the_heading() -> None:
+    """Every job is refused then, whatever the tiers say."""
+    metrics = Metrics(version="1.2.3")
+    metrics.money.ledger_writable(writable=False)
+    page = metrics.exposition().decode()
+    reading = reading_of(between(page, page), now_s=0.0)
+    picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
+
+    assert "the ledger takes no entries" in " ".join(picture.split())
 
 
 def plain(draw: Callable[[Console], object]) -> str:

@@ -102,9 +102,18 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def balance_at(path: Path, job: str, boot_offset_s: int) -> int:
-    """Open the books on a boot clock that is ahead by so much, and return the balance."""
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+def balance_at(path: Path, job: str, boot_offset_s: int, boot_id: Path | None = None) -> int:
+    """Open the books on a boot clock that is ahead by so much, and return the balance.
+
+    A file for the boot's id makes it another machine's.
+    """
     command = [sys.executable, "-c", PROGRAM, str(path), job]
+    if boot_id is not None:
+        mount = f'mount --bind "$0" {BOOT_ID} && exec "$@"'
+        command = [require_tool("unshare"), "-m", "sh", "-c", mount, str(boot_id), *command]
     if boot_offset_s:
         unshare = require_tool("unshare")
         command = [unshare, "--time", "--boottime", str(boot_offset_s), "--fork", "--", *command]
@@ -129,4 +138,19 @@ def test_a_boot_clock_that_jumps_pays_no_second_twice(tmp_path: Path) -> None:
     assert ahead <= back < ahead + UATP_PER_ATP
     assert back == further_back
     assert back <= ahead_again <= 3600 * UATP_PER_ATP + passed
+    assert () == check(path).violations
+
+
+def test_books_that_are_carried_between_machines_are_refilled_by_neither(tmp_path: Path) -> None:
+    """One has been up for an hour longer than the other: no move pays a second of it."""
+    path, boot_ids = tmp_path / "ledger.db", [tmp_path / "here", tmp_path / "there"]
+    for number, boot_id in enumerate(boot_ids):
+        boot_id.write_text(f"0000000{number}-aaaa-bbbb-cccc-dddddddddddd\n")
+    began_s = time.monotonic()
+    balances = [
+        balance_at(path, f"move-{move}", 3600 * (move % 2), boot_ids[move % 2]) for move in range(4)
+    ]
+    passed = int((time.monotonic() - began_s) * UATP_PER_ATP) + 1
+    assert max(balances) <= passed
+    assert sorted(balances) == balances
     assert () == check(path).violations

@@ -90,6 +90,7 @@ class Reading:
     rate_card: str
     rate_card_stale: bool
     device_fallback: bool
+    ledger_writable: bool
     tiers: tuple[TierReading, ...]
     endings_per_s: Mapping[str, float]
     cost_ratio_card: float | None
@@ -165,6 +166,8 @@ def reading_of(pages: Between, now_s: float) -> Reading:
         rate_card=page.label(f"{_P}rate_card_info", "version"),
         rate_card_stale=bool(page.total(f"{_P}rate_card_stale")),
         device_fallback=bool(page.total(f"{_P}device_fallback")),
+        # An older daemon does not say; it would have other troubles.
+        ledger_writable=page.total(f"{_P}ledger_writable") != 0,
         tiers=tuple(_tier(pages, tier.value, decisions) for tier in Tier),
         endings_per_s=_endings(pages),
         cost_ratio_card=page.total(f"{_P}cost_ratio", source="card", phase="decode"),

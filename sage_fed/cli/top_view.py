@@ -65,6 +65,8 @@ def _heading(reading: Reading, address: str) -> Text:
     heading.append("ready" if ready else "not ready", style=_GOOD if ready else _BAD)
     if reading.device_fallback:
         heading.append("  on a fallback device", style=_BAD)
+    if not reading.ledger_writable:
+        heading.append("  the ledger takes no entries", style=_BAD)
     if reading.up_s is not None:
         heading.append(f"  up {format_seconds(reading.up_s)}", style="none")
     heading.append(f"  {address}  {time.strftime('%H:%M:%S')}", style=_FAINT)

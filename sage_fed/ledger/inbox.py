@@ -109,6 +109,14 @@ class Inbox:
     async def open(self) -> None:
         """Start the writer; raises what kept it from opening."""
         self._writer.start()
+        await asyncio.wait([self._opened], timeout=self._options.commit_timeout_s)
+        if not self._opened.done():
+            log.warning(
+                "the ledger %s is not open after %.1f s: it is large, its disk hangs, or another "
+                "program has it locked",
+                self._path,
+                self._options.commit_timeout_s,
+            )
         await self._opened
 
     @property

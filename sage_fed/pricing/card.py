@@ -21,7 +21,7 @@ from sage_fed.errors import ConfigError
 from sage_fed.pricing.fingerprint import Fingerprint, read_fingerprint
 from sage_fed.pricing.measured import Measured, read_measured
 from sage_fed.pricing.reading import Reader
-from sage_fed.trusted_files import open_trusted
+from sage_fed.trusted_files import open_trusted, os_error
 
 DEFAULT_CARD = "thor-fp16-2025-11-05"
 BUNDLED_CARDS = Path(__file__).parent.parent / "cards"
@@ -169,7 +169,9 @@ def _read(path: Path) -> str:
 def _parse(path: Path) -> RateCard:
     try:
         table = tomllib.loads(_read(path))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise os_error(f"rate_card: {path}: not a readable rate card", error) from error
+    except (ValueError, RecursionError) as error:
         # ValueError: broken TOML or UTF-8, and an integer of more digits than Python reads.
         raise ConfigError(f"rate_card: {path}: not a readable rate card: {error}") from error
     reader = Reader(path, "", table)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sage_fed.systemd.plan import PORTS_FILE, Action, Installation, drop_ins_of, place_of
+from sage_fed.trusted_files import replace_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,8 @@ def carry_out(changes: Iterable[Change], root: Path) -> None:
         place = _under(root, change.path)
         if change.action in (Action.CREATE, Action.UPDATE):
             place.parent.mkdir(parents=True, exist_ok=True)
-            fresh = place.with_name(f".{place.name}.new")
-            fresh.write_text(change.content, encoding="utf-8")
             # Whoever's umask: the service's user has to read it, and there are no secrets in it.
-            fresh.chmod(0o644)
-            fresh.replace(place)
+            replace_file(place, change.content, mode=0o644)
         elif change.action is Action.REMOVE:
             place.unlink(missing_ok=True)
             _remove_empty(place.parent)

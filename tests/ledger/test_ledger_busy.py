@@ -227,6 +227,27 @@ async def test_an_opening_waits_for_a_lock(path: Path, heard: Heard) -> None:
     await ledger.close()
 
 
+async def test_an_opening_that_takes_long_is_said(
+    path: Path, heard: Heard, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits for the daemon sees for what."""
+    crashed = await opened(path, heard, busy_s=0.0)
+    await crashed.hold(request("orphan"))
+    crashed._inbox._writer.close()
+    await crashed._inbox._over.wait()
+    with locked(path) as other:
+        opening = asyncio.create_task(
+            Ledger.open(path, options=LedgerOptions(commit_timeout_s=0.01))
+        )
+        done, _ = await asyncio.wait([opening], timeout=0.2)
+        assert set() == done
+        assert "is not open after 0.0 s" in caplog.text
+        other.execute("ROLLBACK")
+        async with asyncio.timeout(WAIT_S):
+            ledger = await opening
+    await ledger.close()
+
+
 async def test_an_opening_under_a_lock_that_stays_fails_in_words(
     path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
