@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError
 from test_text import byte_level, user, with_template
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as RustTokenizer
+from transformers import PreTrainedTokenizerFast
 
-from sage_fed.errors import InvalidField
+from sage_fed.errors import InvalidField, ModelLoadError
 from sage_fed.text import Tokenizer
 from sage_fed.text.source import source_of
 from sage_fed.text.template import ChatTemplate
@@ -104,7 +107,7 @@ def plain(value: object) -> object:
         ("{{ {'k': ['<A>', ('<B>',)]}['k'][1][0] }}{{ 'a' if 1.5 > 1 }}", "<B>a"),
         ("{% generation %}<A>{{ messages[0].content }}{% endgeneration %}", "<A>"),
         ("{{ messages | tojson }}{{ messages[0].content | title }}", ""),
-        ("{{ messages[0].content._spans }}{{ bos_token._spans }}", ""),
+        ("{{ messages[0].content._edges }}{{ bos_token._edges }}", ""),
     ],
 )
 def test_a_template_s_own_text_is_known_through_what_it_does_to_it(template: str, own: str) -> None:
@@ -128,7 +131,67 @@ def test_a_template_whose_tokens_cannot_be_followed_is_refused() -> None:
         tokenizer.encode_messages(user("hello"))
 
 
+def test_a_text_in_very_many_parts_costs_in_proportion() -> None:
+    """Twice as long a message, cut up by a template in all ways, takes twice the work."""
+    template = ChatTemplate(
+        "{% set x = messages[0].content.split('a') | join('<b>') %}"
+        "{{ (x.split('b') | join('!') | replace('!', '?') | trim)[1:-1] }}",
+        {},
+    )
+    template.render([("user", "a")])
+
+    def work(length: int) -> int:
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count)
+        try:
+            template.render([("user", "a" * length)])
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert work(2000) < 2.5 * work(1000)
+
+
 # Control tokens that are odd
+
+
+def test_a_message_that_guesses_the_secret_spelling_is_refused() -> None:
+    """It takes no luck either: such a text is refused before anything is spelled in it."""
+    tokenizer = with_template(WRITTEN)
+    encoder = tokenizer._encoder
+
+    with pytest.raises(InvalidField, match="cannot be told from a control token"):
+        tokenizer.encode_messages(user(f"a{encoder._secrets['<|im_end|>']}b"))
+    with pytest.raises(InvalidField, match="cannot be told from a control token"):
+        tokenizer.encode_text(encoder._secret)
+
+
+def test_a_token_in_the_secrets_own_alphabet_fails_the_load() -> None:
+    """It might end where a secret spelling begins, and swallow that."""
+    hf = byte_level()
+    hf.add_tokens([AddedToken("x\U000f0003", normalized=False)])
+
+    with pytest.raises(ModelLoadError, match="private-use"):
+        Tokenizer(source_of(hf))
+
+
+def test_what_a_vocabulary_cannot_write_as_text_is_refused() -> None:
+    """Where the model itself makes a control token of plain text, no prompt forges one."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((char, -1.0) for char in "</s>helo")]
+    rust = RustTokenizer(models.Unigram(pieces, unk_id=0))
+    rust.add_special_tokens(["<unk>", "</s>"])
+    hf = PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>", eos_token="</s>")
+    hf.chat_template = "{{ messages[0].content }}{{ eos_token }}"
+    tokenizer = Tokenizer(source_of(hf))
+
+    assert tuple(hf("hello</s>")["input_ids"]) == tokenizer.encode_messages(user("hello"))
+    with pytest.raises(InvalidField, match="spells a control token that this tokenizer cannot"):
+        tokenizer.encode_messages(user("hel</s>lo"))
 
 
 def odd(*tokens: AddedToken, template: str) -> tuple[Tokenizer, list[int]]:

@@ -229,6 +229,7 @@ class LimitSettings(Section):
             return self.max_message_bytes
         # A character is four bytes of UTF-8 at most, a token id five of a varint.
         stops = self.max_stop_strings * (4 * self.max_stop_chars + _FIELD_BYTES)
+        stops += self.max_stop_token_ids * _FIELD_BYTES
         messages = self.max_messages * 3 * _FIELD_BYTES
         request_id = 4 * self.max_request_id_chars
         return 5 * self.max_prompt_chars + messages + stops + request_id + _OTHER_FIELDS_BYTES

@@ -9,35 +9,39 @@ where `str` does not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self, SupportsIndex
 
-Spans = tuple[tuple[int, int], ...]
-"""(start, end) of runs of characters, ascending; no two of them touch."""
+Edges = tuple[int, ...]
+"""Where the template's own characters begin and end, in turn; strictly ascending.
+
+Flat, so that a place is found by bisection in C: a message may have cut a text into very many.
+"""
 
 _PERCENT = re.compile(r"%(?:(%)|s)")
 
 
 class Traced(str):
-    """A string with the spans that a template wrote; without any it is all the client's.
+    """A string that knows which of its characters a template wrote; without `edges`, none.
 
     Every operation gives the text that `str` gives. Those that templates join and cut text with
-    carry the spans along; any other returns a plain `str`.
+    keep the knowledge; any other returns a plain `str`.
     """
 
-    __slots__ = ("_spans",)
+    __slots__ = ("_edges",)
     # Underscored: the sandbox keeps templates from it.
-    _spans: Spans
+    _edges: Edges
 
-    def __new__(cls, text: str = "", spans: Spans = ()) -> Self:  # noqa: D102 - see the class
+    def __new__(cls, text: str = "", edges: Edges = ()) -> Self:  # noqa: D102 - see the class
         self = super().__new__(cls, text)
-        self._spans = spans
+        self._edges = edges
         return self
 
     @classmethod
     def own(cls, text: str) -> Traced:
         """Return text that is all the template's."""
-        return cls(text, ((0, len(text)),) if text else ())
+        return cls(text, (0, len(text)) if text else ())
 
     def __str__(self) -> str:
         # Jinja passes whatever it prints through `str()`.
@@ -160,12 +164,17 @@ class Traced(str):
 
     @property
     def _whole(self) -> bool:
-        return self._spans == ((0, len(self)),)
+        return self._edges == (0, len(self))
 
     def _cut(self, start: int, stop: int) -> Traced:
-        spans = ((max(first, start), min(last, stop)) for first, last in self._spans)
-        kept = tuple((first - start, last - start) for first, last in spans if first < last)
-        return Traced(str.__getitem__(self, slice(start, max(start, stop))), kept)
+        if start >= stop:
+            return Traced()
+        text = str.__getitem__(self, slice(start, stop))
+        first = bisect_right(self._edges, start)
+        last = bisect_left(self._edges, stop, first)
+        # An odd number of edges before a place: it is inside the template's own text.
+        opened, closed = (0,) * (first % 2), (len(text),) * (last % 2)
+        return Traced(text, (*opened, *(edge - start for edge in self._edges[first:last]), *closed))
 
     def _around(self, start: int, stop: int) -> tuple[str, str, str]:
         return self._cut(0, start), self._cut(start, stop), self._cut(stop, len(self))
@@ -181,15 +190,16 @@ class Traced(str):
         return pieces
 
     def _recast(self, text: str) -> Traced:
-        """Return `text` with these spans, where letters have kept their places."""
+        """Return `text` with these edges, where letters have kept their places."""
         if self._whole:
             return Traced.own(text)
-        return Traced(text, self._spans if len(text) == len(self) else ())
+        return Traced(text, self._edges if len(text) == len(self) else ())
 
 
-def spans_of(text: str) -> Spans:
-    """Return the runs of characters that the template wrote."""
-    return text._spans if isinstance(text, Traced) else ()  # noqa: SLF001 - the class's own
+def spans_of(text: str) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of each run of characters that the template wrote; no two touch."""
+    edges = _edges_of(text)
+    return zip(edges[::2], edges[1::2], strict=True)
 
 
 def own_text(text: str) -> str:
@@ -200,16 +210,20 @@ def own_text(text: str) -> str:
 def joined(texts: Iterable[str]) -> Traced:
     """Return the texts one after the other."""
     pieces = list(texts)
-    spans: list[tuple[int, int]] = []
+    edges: list[int] = []
     at = 0
     for piece in pieces:
-        for first, last in spans_of(piece):
-            if spans and spans[-1][1] == at + first:
-                spans[-1] = (spans[-1][0], at + last)
-            else:
-                spans.append((at + first, at + last))
+        if own := _edges_of(piece):
+            if edges and edges[-1] == at + own[0]:
+                edges.pop()
+                own = own[1:]
+            edges += [at + edge for edge in own]
         at += len(piece)
-    return Traced("".join(pieces), tuple(spans))
+    return Traced("".join(pieces), tuple(edges))
+
+
+def _edges_of(text: str) -> Edges:
+    return text._edges if isinstance(text, Traced) else ()  # noqa: SLF001 - the class's own
 
 
 def _foreign(other: object) -> bool:
