@@ -14,23 +14,29 @@ from typing import Any
 import apsw
 import pytest
 from fake_engine import WAIT_S, FakeEngine, entered
+from hypothesis import given
+from hypothesis import strategies as st
 from surroundings import MODELS
 
-from sage_fed.broker import Broker, Encoder, JobStream, Planner
+from sage_fed.broker import Broker, Encoder, JobStream, Planner, plan
 from sage_fed.broker.output import Output
-from sage_fed.broker.results import payload_hash
+from sage_fed.broker.results import Result, most_reply_bytes, most_result_bytes, payload_hash
 from sage_fed.core import (
     UATP_PER_ATP,
     Delta,
     Event,
     Finished,
     JobSpec,
+    Logprob,
     Message,
+    Price,
     Prompt,
+    Route,
     SamplingRequest,
     Started,
     StopReason,
     Tier,
+    Timing,
     Usage,
 )
 from sage_fed.errors import (
@@ -47,13 +53,24 @@ from sage_fed.errors import (
 )
 from sage_fed.executor import Executor
 from sage_fed.executor.loader import TierSetup
-from sage_fed.ledger import AccountTerms, EntryKind, HoldRequest, Ledger, LedgerOptions, check
+from sage_fed.ledger import (
+    AccountTerms,
+    EntryKind,
+    HoldRequest,
+    Ledger,
+    LedgerOptions,
+    Retention,
+    check,
+)
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import RateCard, charge
 from sage_fed.router import RoutingPolicy
 from sage_fed.scheduler import TokenWeights
+from sage_fed.service import replies
+from sage_fed.settings import LimitSettings
 from sage_fed.steps import Step
 from sage_fed.text import Tokenizer
+from sage_fed.v1 import inference_pb2
 from sage_fed.workers import Workers
 
 GRANTED_UATP = 10_000 * UATP_PER_ATP
@@ -138,14 +155,21 @@ def finished_of(events: list[Event]) -> Finished:
 
 @contextlib.asynccontextmanager
 async def rig(
-    tmp_path: Path, *, max_waiting: int = 8, hold_ttl_s: float = 600, max_account_jobs: int = 0
+    tmp_path: Path,
+    *,
+    max_waiting: int = 8,
+    hold_ttl_s: float = 600,
+    max_account_jobs: int = 0,
+    retention: Retention | None = None,
 ) -> AsyncIterator[Rig]:
     """Serve both tiers with fake engines until the block is left; then all is settled."""
     path = tmp_path / "ledger.db"
     deaths: list[BaseException] = []
     metrics = Metrics()
     ledger = await Ledger.open(
-        path, options=LedgerOptions(answer_timeout_s=WAIT_S), on_death=deaths.append
+        path,
+        options=LedgerOptions(retention or Retention(), answer_timeout_s=WAIT_S),
+        on_death=deaths.append,
     )
     for account in ("local", "robot"):
         await ledger.ensure_account(
@@ -804,3 +828,91 @@ def _output(events: list[Event]) -> tuple[str, tuple[int, ...]]:
     deltas = [event for event in events if isinstance(event, Delta)]
     ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
     return "".join(delta.text for delta in deltas), ids
+
+
+LOGPROBS = {"top_logprobs": 20}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({}, "job.sampling.max_new_tokens"), ({"sampling": LOGPROBS}, "job.sampling.top_logprobs")],
+)
+async def test_an_answer_that_one_reply_cannot_have_is_refused_before_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], field: str
+) -> None:
+    """By the field that makes it so large; as a stream the same job runs."""
+    async with rig(tmp_path) as r:
+        monkeypatch.setattr(plan, "MAX_REPLY_BYTES", 5000)
+        with pytest.raises(InvalidField, match="one reply may have; stream it") as refusal:
+            await r.submit(job(new=50, one_reply=True, **fields))
+        assert field == refusal.value.field
+        assert 0 == check(r.path).folded_entries
+        assert 50 == finished_of(await r.run(job(new=50, **fields))).usage.output_tokens
+        await r.run(job(new=1, one_reply=True))
+        await r.settled()
+
+
+async def test_an_answer_that_could_not_be_kept_is_refused_before_it_is_held(
+    tmp_path: Path,
+) -> None:
+    """Where it has a request id, which would have to answer a repeat; without one it runs."""
+    kept = Retention(one_result_bytes=6000)
+    async with rig(tmp_path, retention=kept) as r:
+        with pytest.raises(InvalidField, match="is kept for a client_request_id") as refusal:
+            await r.submit(job(new=100, client_request_id="one"))
+        assert "job.sampling.max_new_tokens" == refusal.value.field
+        assert 0 == check(r.path).folded_entries
+        await r.run(job(new=100))
+        first = await r.run(job(new=4, client_request_id="one"))
+        again = await r.run(job(new=4, client_request_id="one"))
+        assert finished_of(first).usage == finished_of(again).usage
+        await r.settled()
+
+
+@given(
+    text=st.text(max_size=60),
+    num_tokens=st.integers(1, 40),
+    top=st.none() | st.integers(0, 5),
+    logprob=st.floats(allow_nan=False, allow_infinity=False),
+    token_id=st.integers(0, 2**32 - 1),
+)
+def test_what_an_answer_can_take_at_most_is_never_less_than_it_does(
+    text: str, num_tokens: int, top: int | None, logprob: float, token_id: int
+) -> None:
+    """As one reply and as it is kept; whatever its text, its ids and its numbers are."""
+    tops = () if top is None else ((token_id, logprob),) * top
+    logprobs = () if top is None else (Logprob(token_id, logprob, tops),) * num_tokens
+    output = Delta(text * num_tokens, (token_id,) * num_tokens, logprobs, num_tokens)
+    route = Route(Tier.STRATEGIC, "downgrade_deadline", requested=Tier.STRATEGIC)
+    started = Started("job-" + "f" * 16, route, 2**53, 10**6, 2**64 - 1, 10**6)
+    finished = Finished(
+        StopReason.STOP_STRING,
+        Usage(10**6, 10**6, 10**6),
+        Timing(*([1 / 3] * 6)),
+        Price(2**53, 2**53, "x" * 64),
+        balance_uatp=2**53,
+    )
+    spec = job(new=num_tokens, sampling={"top_logprobs": top})
+    text_bytes = len(text.encode())
+    reply = inference_pb2.GenerateResponse(
+        started=replies.started_of(started),
+        text=output.text,
+        token_ids=output.token_ids,
+        logprobs=replies.logprobs_of(output.logprobs),
+        finished=replies.finished_of(finished),
+    )
+    kept = Result(started, output, finished).to_bytes()
+
+    assert reply.ByteSize() <= most_reply_bytes(spec, num_tokens, text_bytes)
+    assert len(kept) <= most_result_bytes(spec, num_tokens, text_bytes)
+    assert spec == replace(spec, one_reply=True)
+    assert payload_hash(spec) == payload_hash(replace(spec, one_reply=True))
+
+
+def test_the_default_limits_refuse_nothing_for_its_size() -> None:
+    """Longest answers with all log-probabilities, of a vocabulary whose longest entry is long."""
+    limits = LimitSettings()
+    spec = job(sampling={"top_logprobs": limits.max_top_logprobs})
+    longest = 3 * 128
+    assert plan.MAX_REPLY_BYTES > most_reply_bytes(spec, limits.max_new_tokens, longest)
+    assert Retention().one_result_bytes > most_result_bytes(spec, limits.max_new_tokens, longest)

@@ -84,6 +84,7 @@ async def take_hold(
         decision_s = time.perf_counter() - began_s
         if isinstance(decision, Refusal):
             raise refusal_error(decision, spec.account)
+        planner.require_bounded(draft, decision.tier, ledger.max_result_bytes)
         return HoldRequest(
             job_id=job_id,
             account=spec.account,

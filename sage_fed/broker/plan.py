@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from sage_fed.broker.encoding import Encoded, Encoder
+from sage_fed.broker.results import most_reply_bytes, most_result_bytes
 from sage_fed.core import (
     Budget,
     GenerationDefaults,
@@ -36,6 +37,9 @@ from sage_fed.router import RouteRequest, RoutingPolicy, estimate_s, refuse_unre
 from sage_fed.text import Tokenizer
 
 _T = TypeVar("_T")
+
+MAX_REPLY_BYTES = 4 * 2**20
+"""What a gRPC client takes that was not told otherwise."""
 
 _ENOUGH_UATP = 2**63 - 1
 """A balance that every job can be paid from."""
@@ -160,6 +164,28 @@ class Planner:
             )
         )
 
+    def require_bounded(self, draft: Draft, tier: Tier, max_result_bytes: int) -> None:
+        """Refuse an answer that its client could not take, or that could not be kept for a repeat.
+
+        By what it can take at most, because it is charged when it is known.
+
+        Raises:
+            InvalidField: it could be too large.
+        """
+        spec, most = draft.spec, draft.offers[tier].max_new_tokens
+        text_bytes = self.encoder.tokenizers[tier].most_text_bytes
+        reply_bytes = most_reply_bytes(spec, most, text_bytes)
+        if spec.one_reply and reply_bytes > MAX_REPLY_BYTES:
+            raise _too_large(
+                spec, most, reply_bytes, MAX_REPLY_BYTES, "one reply may have; stream it, or ask"
+            )
+        result_bytes = most_result_bytes(spec, most, text_bytes)
+        if spec.client_request_id and result_bytes > max_result_bytes:
+            raise _too_large(
+                spec, most, result_bytes, max_result_bytes,
+                "is kept for a client_request_id; leave that out, or ask",
+            )  # fmt: skip
+
     def hopeless(self, draft: Draft, loads: Mapping[Tier, TierLoad]) -> Refusal | None:
         """Return the refusal that no balance could change; None where it depends on that.
 
@@ -282,6 +308,15 @@ def resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None) -> Samp
         # 63 bits: a client that reads JSON numbers as int64 can send it back.
         seed=_given(asked.seed, secrets.randbits(63)),
         top_logprobs=asked.top_logprobs,
+    )
+
+
+def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> InvalidField:
+    field = "max_new_tokens" if spec.sampling.top_logprobs is None else "top_logprobs"
+    return InvalidField(
+        f"job.sampling.{field}",
+        f"{most} tokens can take {size / 2**20:.1f} MiB, more than the {limit / 2**20:g} MiB that "
+        f"{what} for less",
     )
 
 

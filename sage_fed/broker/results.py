@@ -36,6 +36,9 @@ _ONE_DOCUMENT = 1
 
 _LINE_TOKENS = 32
 
+_OTHER_BYTES = 4096
+"""More than all of an answer takes that does not grow with it."""
+
 _INLINE_SIZE = 1024
 """Numbers and characters that take a millisecond at most; more goes to a thread."""
 
@@ -152,6 +155,30 @@ async def hash_payload(spec: JobSpec, workers: Workers) -> bytes:
     if size <= _INLINE_SIZE * _BYTES_PER_SIZE:
         return payload_hash(spec)
     return await workers.run(spec.account, size // _BYTES_PER_SIZE, lambda: payload_hash(spec))
+
+
+def most_reply_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
+    """Return what the answer as one message can take at most.
+
+    A token is its text, an id of five bytes, and each of its log-probabilities an id, a double and
+    their tags.
+    """
+    return _OTHER_BYTES + max_new_tokens * (most_text_bytes + 5 + 20 * _num_logprobs(spec))
+
+
+def most_result_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
+    """Return what the answer can take at most as it is kept for a repeat.
+
+    JSON escapes a byte of text in six, writes an id in 11 characters and a log-probability with
+    its id in 40.
+    """
+    return _OTHER_BYTES + max_new_tokens * (6 * most_text_bytes + 11 + 40 * _num_logprobs(spec))
+
+
+def _num_logprobs(spec: JobSpec) -> int:
+    """Return how many log-probabilities each token of an answer comes with."""
+    top = spec.sampling.top_logprobs
+    return 0 if top is None else 1 + top
 
 
 def payload_hash(spec: JobSpec) -> bytes:

@@ -89,6 +89,8 @@ class JobSpec:
     call_deadline_s: float | None = field(default=None, compare=False, repr=False)
     # The caller's trace; for the same reason no part of the identity.
     trace: TraceContext | None = field(default=None, compare=False, repr=False)
+    # Whether the answer is to be one message, which has a limit; neither part of the identity.
+    one_reply: bool = field(default=False, compare=False, repr=False)
 
     @property
     def deadline_s(self) -> float | None:

@@ -34,7 +34,8 @@ ENDS = (
     (
         "entries: there is one of the number {0}, after the last, {1}",
         """
-        SELECT max(entry_id), last_entry_id FROM entry, book HAVING max(entry_id) > last_entry_id
+        SELECT newest, last_entry_id FROM book, (SELECT max(entry_id) AS newest FROM entry)
+        WHERE newest > last_entry_id
         """,
     ),
     (

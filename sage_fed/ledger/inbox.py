@@ -84,7 +84,7 @@ class Inbox:
     def __init__(
         self, path: Path, *, clock: Clock, options: LedgerOptions, listeners: Listeners
     ) -> None:
-        self._options = options
+        self.options = options
         self._listeners = listeners
         self._loop = asyncio.get_running_loop()
         self._tickets = itertools.count()
@@ -109,13 +109,13 @@ class Inbox:
     async def open(self) -> None:
         """Start the writer; raises what kept it from opening."""
         self._writer.start()
-        await asyncio.wait([self._opened], timeout=self._options.commit_timeout_s)
+        await asyncio.wait([self._opened], timeout=self.options.commit_timeout_s)
         if not self._opened.done():
             log.warning(
                 "the ledger %s is not open after %.1f s: it is large, its disk hangs, or another "
                 "program has it locked",
                 self._path,
-                self._options.commit_timeout_s,
+                self.options.commit_timeout_s,
             )
         await self._opened
 
@@ -143,7 +143,7 @@ class Inbox:
         while True:
             await asyncio.sleep(_LOOK_S)
             busy_s = self._writer.busy_s
-            if busy_s > self._options.commit_timeout_s and not self._hangs:
+            if busy_s > self.options.commit_timeout_s and not self._hangs:
                 self._hangs = True
                 log.critical(
                     "the ledger has waited for %.1f s for its disk, which holds %s; jobs are "
@@ -169,11 +169,11 @@ class Inbox:
                 "the ledger's disk does not answer, so nothing was held or charged; ask again soon",
                 RETRY_S,
             )
-        if refusable and len(self._waiting) >= self._options.inbox_limit:
+        if refusable and len(self._waiting) >= self.options.inbox_limit:
             raise QueueFull("the ledger is busy; try again", retry_after_s=0.1)
         answer = self.send(operation, owed=owed)
         # Not `asyncio.timeout`, which costs as much as all the rest of asking.
-        deadline = self._loop.call_later(self._options.answer_timeout_s, _give_up, answer)
+        deadline = self._loop.call_later(self.options.answer_timeout_s, _give_up, answer)
         try:
             return cast("T", await answer)
         finally:
@@ -205,7 +205,7 @@ class Inbox:
             self._down = "the ledger is closed"
             self._writer.close()
         try:
-            async with asyncio.timeout(self._options.answer_timeout_s):
+            async with asyncio.timeout(self.options.answer_timeout_s):
                 await self._over.wait()
         except TimeoutError:
             raise LedgerUnusable(

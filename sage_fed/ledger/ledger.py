@@ -121,6 +121,11 @@ class Ledger:
         return self._inbox.recovery
 
     @property
+    def max_result_bytes(self) -> int:
+        """How large a result may be to be kept for a repeat."""
+        return self._inbox.options.retention.one_result_bytes
+
+    @property
     def alive(self) -> bool:
         """Whether operations are being taken."""
         return self._inbox.alive

@@ -143,6 +143,7 @@ class InferenceService:
             account=call.caller.account,
             call_remaining_s=call.deadline_s,
             trace=call.trace,
+            one_reply=isinstance(request, inference_pb2.GenerateRequest),
         )
 
 

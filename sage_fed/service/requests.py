@@ -51,11 +51,12 @@ def parse_job(
     account: str,
     call_remaining_s: float | None = None,
     trace: TraceContext | None = None,
+    one_reply: bool = False,
 ) -> JobSpec:
     """Return the job that the message describes, paid for by `account`.
 
     `call_remaining_s` is what is left of the gRPC call's own deadline; None is "no deadline".
-    `trace` is the caller's, if it has one.
+    `trace` is the caller's, if it has one; `one_reply` says that the answer is one message.
     """
     if job.HasField("max_cost_uatp") and job.max_cost_uatp < 0:
         raise InvalidField("job.max_cost_uatp", "must not be negative")
@@ -75,6 +76,7 @@ def parse_job(
         sampling=_parse_sampling(job.sampling, limits),
         call_deadline_s=_call_deadline_s(call_remaining_s, limits),
         trace=trace,
+        one_reply=one_reply,
     )
 
 

@@ -139,6 +139,11 @@ class Tokenizer:
         """A decoder for one stream of ids."""
         return ByteDecoder(self) if self._byte_level else WindowDecoder(self)
 
+    @property
+    def most_text_bytes(self) -> int:
+        """Bytes of UTF-8 that one token can add to a text at most."""
+        return self._length.most_text_bytes
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a byte-level token adds to the text; empty for special and meaningless ids."""
         known = self._bytes.get(token_id)

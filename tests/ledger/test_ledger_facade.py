@@ -272,11 +272,11 @@ async def test_a_writer_that_does_not_answer_is_down_and_the_late_hold_voided(pa
     await ledger.ensure_account("ann", TERMS)
     gate = Gate(ledger)
     await gate.entered()
-    patient, ledger._inbox._options = ledger._inbox._options, LedgerOptions(answer_timeout_s=0.0)
+    patient, ledger._inbox.options = ledger._inbox.options, LedgerOptions(answer_timeout_s=0.0)
 
     with pytest.raises(LedgerDown, match="does not answer"):
         await ledger.hold(request("late"))
-    ledger._inbox._options = patient
+    ledger._inbox.options = patient
     await gate.open()
     await ledger.expire_due()  # behind it in the inbox
 
