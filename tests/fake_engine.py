@@ -112,7 +112,11 @@ class FakeEngine:
         self.newest: dict[int, int] = {}
 
     def shut(self) -> None:
-        """Let no step pass from now on but those that `let_pass` allows."""
+        """Let no step pass from now on but those that `let_pass` allows.
+
+        The engine is idle. `entered` forgets the steps before: who waits means one behind the gate.
+        """
+        self.entered = threading.Semaphore(0)
         self.gate = threading.Semaphore(0)
 
     def let_pass(self, num_steps: int = 1) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import hmac
 import logging
+import math
 import pickle
 import stat
 from pathlib import Path
@@ -199,6 +201,25 @@ def test_a_tokens_file_names_accounts_and_roles(tmp_path: Path) -> None:
     assert Register(expected) == read_register(path, accounts)
 
 
+def test_what_a_file_says_of_an_end_counts(tmp_path: Path) -> None:
+    """For tokens and for certificates; without one there is none."""
+    ends = "expires = 2027-01-31T00:00:00Z\n"
+    someone = 'account = "robot"\n'
+    text = "".join(
+        f"[[{kind}]]\n{proof}\n{someone}{more}"
+        for kind, proof, more in (
+            ("token", f'sha256 = "{digest("a")}"', ends),
+            ("token", f'sha256 = "{digest("b")}"', ""),
+            ("certificate", 'identity = "dns:arm.fleet"', ends),
+            ("certificate", 'identity = "dns:leg.fleet"', ""),
+        )
+    )
+    register = read_register(tokens_file(tmp_path, text), {})
+    end_s = dt.datetime(2027, 1, 31, tzinfo=dt.UTC).timestamp()
+    assert [end_s, math.inf] == [token.expires_s for token in register.tokens]
+    assert [end_s, math.inf] == [shown.expires_s for shown in register.certificates]
+
+
 GOOD = f'sha256 = "{digest("a")}"\naccount = "robot"\n'
 
 
@@ -213,6 +234,8 @@ GOOD = f'sha256 = "{digest("a")}"\naccount = "robot"\n'
         ('[[token]]\nsha256 = "plain-token"\naccount = "robot"\n', "token 1: sha256 must be"),
         (f'[[token]]\nsha256 = "{digest("a")}"\n', "token 1: account must be"),
         ("[[token]]\n" + GOOD + "[[token]]\n" + GOOD, "token 2: sha256 appears twice"),
+        ("[[token]]\n" + GOOD + "created = 1\n", "token 1: created must be a text or a time"),
+        ("[[token]]\n" + GOOD + "name = 1\n", "token 1: name must be a text or a time"),
         ("[tokens]\n" + GOOD, "unknown key tokens"),
         ("[token]\n" + GOOD, "must be a list of [[token]] tables"),
         ("token = [1]\n", "must be a list of [[token]] tables"),

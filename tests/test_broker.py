@@ -68,7 +68,7 @@ from sage_fed.router import RoutingPolicy
 from sage_fed.scheduler import TokenWeights
 from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
-from sage_fed.steps import Step
+from sage_fed.steps import Drawn, Step
 from sage_fed.text import Tokenizer
 from sage_fed.v1 import inference_pb2
 from sage_fed.workers import Workers
@@ -431,6 +431,10 @@ async def test_a_job_that_waits_is_aborted_for_nothing(tmp_path: Path) -> None:
         await entered(engine)
         waiting = await r.submit(job(new=2))
         (_, second) = sorted(r.broker.running(), key=lambda running: -running.age_s)
+        assert ("local", Tier.TACTICAL, 5, 0, 5 * 50_000 + 2 * 1_000_000) == (
+            second.account, second.tier, second.prompt_tokens, second.output_tokens,
+            second.held_uatp,
+        )  # fmt: skip
         assert r.broker.abort(second.job_id)
         engine.let_pass(10)
         finished = finished_of(await read(waiting))
@@ -782,6 +786,45 @@ async def test_a_reader_that_sleeps_gets_one_delta_with_everything(tmp_path: Pat
         slow = await read(stream)
         assert [Started, Delta, Finished] == [type(event) for event in slow]
         assert _output(fast) == _output(slow)
+
+
+async def test_a_quote_names_each_tier_with_its_price(tmp_path: Path) -> None:
+    """Worst cases by the card, and which of them the balance covers."""
+    async with rig(tmp_path) as r:
+        quote = await r.broker.quote(job(new=2000))
+        assert [
+            (Tier.TACTICAL, 5 * 50_000 + 2000 * 1_000_000, True),
+            (Tier.STRATEGIC, 5 * 329_500 + 2000 * 6_590_000, False),
+        ] == [(tier.tier, tier.worst_case_uatp, tier.affordable) for tier in quote.tiers]
+
+
+@pytest.mark.parametrize("requested", [None, Tier.TACTICAL])
+@pytest.mark.parametrize("logprobs", [(), (Logprob(7, -0.5, ((7, -0.5), (8, -1.5))),)])
+def test_a_kept_result_reads_back_as_it_was(
+    requested: Tier | None, logprobs: tuple[Logprob, ...]
+) -> None:
+    """Also of a job that left the tier to the daemon; it is marked as replayed."""
+    started = Started("job-1", Route(Tier.TACTICAL, "auto_simple", requested), 9, 3, 2**63, 16)
+    output = Delta("Grüß\n", (7,), logprobs, 1)
+    finished = Finished(
+        StopReason.CANCELLED, Usage(3, 1, 1), Timing(0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+        Price(5, 9, "card"), 100,
+    )  # fmt: skip
+    again = Result.from_bytes(Result(started, output, finished).to_bytes())
+    assert Result(replace(started, replayed=True), output, finished) == again
+
+
+@pytest.mark.parametrize("stop", [(), ("no such text",)])
+def test_each_log_probability_is_delivered_once(stop: tuple[str, ...]) -> None:
+    """A delta has those of its own tokens, with stop strings to look for or without."""
+    output = Output(Tokenizer.load(MODELS / "demo-tactical").decoder(), stop)
+    drawn = [Drawn(0, token_id, Logprob(token_id, -1.0)) for token_id in range(20, 26)]
+    deltas = [output.push(drawn[:1])[0], output.push(drawn[1:4])[0], output.push(drawn[4:])[0]]
+    assert [[20], [21, 22, 23], [24, 25]] == [
+        [entry.token_id for entry in delta.logprobs] for delta in deltas
+    ]
+    assert [1, 4, 6] == [delta.output_tokens for delta in deltas]
+    assert tuple(token.logprob for token in drawn) == output.whole().logprobs
 
 
 async def test_a_quote_does_not_take_its_own_calls_deadline_for_the_jobs(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sage_fed.core import MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
 from sage_fed.pricing import Fingerprint, Measured, RateCard, card_text, own_cards
+from sage_fed.pricing.card import Basis
 from sage_fed.pricing.reading import Reader
 
 INFO = ModelInfo(
@@ -57,6 +58,34 @@ def test_a_card_that_was_written_reads_back_as_the_same(tmp_path: Path) -> None:
         MEASURED, conditions={**MEASURED.conditions, "cpu frequency (MHz)": '2600 "boost"'}
     )
     assert replace(CARD, measured=expected) == card
+
+
+def test_each_price_keeps_its_spread(tmp_path: Path) -> None:
+    """One that was measured once has none; a card without a warning reads back without one."""
+    rates = dict(CARD.lines[Tier.TACTICAL])
+    rates[Phase.DECODE] = replace(rates[Phase.DECODE], basis=Basis.MEASURED, spread=0.7)
+    rates[Phase.PREFILL] = replace(rates[Phase.PREFILL], basis=Basis.MEASURED, spread=0.5)
+    rates[Phase.VERIFY] = replace(rates[Phase.VERIFY], basis=Basis.MEASURED, spread=None)
+    rates[Phase.DRAFT] = replace(rates[Phase.DRAFT], basis=Basis.MEASURED, spread=0.9)
+    card = replace(
+        CARD,
+        lines={**CARD.lines, Tier.TACTICAL: rates},
+        measured=replace(MEASURED, warning="", conditions={}, spread=0.6),
+    )
+    again = RateCard.load(saved(tmp_path, card_text(card)))
+    assert card == again
+    # Half is still a figure; a drafted token's price is the decoded one's, and said once.
+    assert "tactical decode ±70%, the ratio ±60%" == again.doubts()
+
+
+def test_a_card_is_found_by_the_path_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by one that is only a name in the working directory."""
+    saved(tmp_path, card_text(CARD))
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.toml", "./own.toml", tmp_path / "own.toml", str(tmp_path / "own.toml")):
+        assert "own" == RateCard.load(name).version
 
 
 def test_an_older_cards_single_round_has_no_spread(tmp_path: Path) -> None:

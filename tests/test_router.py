@@ -231,6 +231,15 @@ def test_a_budget_refusal_says_when_the_refill_covers_it(
     assert retry_after_s == refusal.retry_after_s
 
 
+def test_a_deadline_refusal_says_how_long_it_would_take() -> None:
+    """The estimate is the one that was compared: 20 prompt tokens and 100 of 10 ms."""
+    refusal = route(Case(STRATEGIC, deadline_s=0.5).request())
+
+    assert isinstance(refusal, Refusal)
+    assert 1.02 == refusal.estimate_s
+    assert 1.02 == refusal_error(refusal, "alice").estimate_s
+
+
 def test_a_floor_refusal_waits_until_the_balance_is_above_the_floor() -> None:
     """Covering the job is not enough: the balance has to leave the floor as well."""
     refusal = route(Case(STRATEGIC, budget=LOW, max_new_tokens=1).request())
@@ -392,6 +401,27 @@ def test_every_request_gets_one_of_the_possible_decisions(request: RouteRequest)
     assert key in set(possible_decisions())
     if isinstance(decision, Refusal):
         assert refusal_error(decision, "alice").message
+
+
+def test_only_what_can_be_is_a_label() -> None:
+    """Money is no way up, a prompt that is too long no reason to go down, nor a floor to refuse."""
+    decisions = set(possible_decisions())
+    assert (None, STRATEGIC, Reason.AUTO_QUEUE) in decisions
+    assert (None, TACTICAL, Reason.AUTO_BUDGET) in decisions
+    assert (STRATEGIC, None, Reason.BELOW_FLOOR) in decisions
+    never = {
+        (None, STRATEGIC, Reason.AUTO_BUDGET),
+        (None, STRATEGIC, Reason.AUTO_FLOOR),
+        (None, STRATEGIC, Reason.AUTO_MAX_COST),
+        (TACTICAL, None, Reason.BELOW_FLOOR),
+        (TACTICAL, STRATEGIC, Reason.EXPLICIT),
+        (TACTICAL, TACTICAL, Reason.DOWNGRADE_QUEUE),
+    }
+    assert set() == decisions & never
+    seen = {(case.requested, tier, reason) for case, tier, reason in ROUTES} | {
+        (case.requested, None, reason) for case, reason, _ in REFUSALS
+    }
+    assert set() == seen - decisions
 
 
 @given(ANY)

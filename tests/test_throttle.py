@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -54,6 +55,24 @@ def test_a_long_message_is_several_calls() -> None:
     throttle.count("one")
     throttle.count_message("one", 2**30)
     throttle.count_message("free", 2**30)
+
+
+def test_what_costs_more_waits_longer() -> None:
+    """Each further call needs a place of its own, and one comes free in a minute's part."""
+    throttle = Throttle(lambda _: 6)
+    for _ in range(6):
+        throttle.count("robot")
+
+    def told_s(refused: Callable[[], None]) -> float:
+        with pytest.raises(RateLimited) as raised:
+            refused()
+        assert raised.value.retry_after_s is not None
+        return raised.value.retry_after_s
+
+    one_s = told_s(lambda: throttle.count("robot"))
+    four_s = told_s(lambda: throttle.count_message("robot", 5 * CALL_BYTES))
+    # The clock goes on between the two, by less than a place.
+    assert 3 * 10 - 9 < four_s - one_s <= 3 * 10
 
 
 async def test_the_size_of_a_message_counts(tmp_path: Path) -> None:
