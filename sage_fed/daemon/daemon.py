@@ -236,7 +236,9 @@ async def _started(
         await executor.start()
         await bound.server.start()
         stack.push_async_callback(bound.server.stop, 0.0)
-        stack.enter_context(announced(settings.state_dir, bound.address, metrics_address))
+        await stack.enter_async_context(
+            announced(settings.state_dir, bound.address, metrics_address)
+        )
         laps.done("listen")
         readiness.answering()
         _keep_what_is_here()

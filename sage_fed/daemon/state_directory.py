@@ -6,9 +6,10 @@ Owns the file `endpoint.json` in it. Fails with `ConfigError`, which names the s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from sage_fed.settings import Address, UnixSocket
@@ -33,14 +34,16 @@ def prepare(state_dir: Path) -> None:
     make_directory("state_dir", state_dir)
 
 
-@contextlib.contextmanager
-def announced(state_dir: Path, listen: Address | UnixSocket, metrics: Address) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def announced(
+    state_dir: Path, listen: Address | UnixSocket, metrics: Address
+) -> AsyncIterator[None]:
     """Say where we listen while we do."""
     endpoint = state_dir / ENDPOINT_FILE
+    where = json.dumps({"listen": str(listen), "metrics": str(metrics)})
     try:
-        replace_file(
-            endpoint, json.dumps({"listen": str(listen), "metrics": str(metrics)}), mode=0o644
-        )
+        # In a thread, as it is synced, and calls are answered already.
+        await asyncio.to_thread(replace_file, endpoint, where, mode=0o644)
     except OSError as error:
         raise os_error(f"state_dir: cannot write {endpoint}", error) from None
     try:
