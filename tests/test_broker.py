@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from surroundings import MODELS
 
 from sage_fed.broker import Broker, Encoder, JobStream, Planner, plan
+from sage_fed.broker.job import Job
 from sage_fed.broker.output import Output
 from sage_fed.broker.results import Result, most_reply_bytes, most_result_bytes, payload_hash
 from sage_fed.core import (
@@ -40,6 +42,7 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import (
+    CannotAfford,
     DeadlineInfeasible,
     DeviceOutOfMemory,
     HoldClosed,
@@ -959,3 +962,29 @@ def test_the_default_limits_refuse_nothing_for_its_size() -> None:
     longest = 3 * 128
     assert plan.MAX_REPLY_BYTES > most_reply_bytes(spec, limits.max_new_tokens, longest)
     assert Retention().one_result_bytes > most_result_bytes(spec, limits.max_new_tokens, longest)
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["served", "refused"])
+async def test_a_job_leaves_nothing_to_the_garbage_collector(
+    tmp_path: Path, *, refused: bool
+) -> None:
+    """What it had is freed when it ends: a collection stops the loop for all that there is."""
+    async with rig(tmp_path) as r:
+        kinds = (Job, JobSpec, JobStream)
+
+        async def once() -> None:
+            with contextlib.suppress(CannotAfford):
+                await r.run(job(new=4, max_cost_uatp=1) if refused else job(new=4))
+            await r.settled()
+
+        await once()
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            await once()
+            gc.collect()
+            ours = [type(found).__name__ for found in gc.garbage if isinstance(found, kinds)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert [] == ours

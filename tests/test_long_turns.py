@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from service_harness import FINISHED, ROUTE, STARTED, WAIT_S, ScriptedJobs, serv
 
 from sage_fed.broker.results import Result, hash_payload, payload_hash, read_result, write_result
 from sage_fed.core import Delta, JobSpec, Logprob, Message, Prompt, SamplingRequest
-from sage_fed.errors import InvalidField
+from sage_fed.errors import InvalidField, QueueFull, SageFedError
 from sage_fed.executor.live import LiveStreams
 from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.service.fields import MAX_FIELDS, require_few_fields
@@ -258,3 +259,34 @@ async def test_what_has_come_is_handed_over_before_all_end() -> None:
     assert {5} == {given[0] for given in streams}
     assert [2] * 100 == [len(given) for given in streams]
     assert 0 == len(live)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff\xff"], ids=["refused", "malformed"])
+async def test_a_refused_call_leaves_nothing_large_to_the_garbage_collector(
+    tmp_path: Path, raw: bytes
+) -> None:
+    """A request may be a megabyte, and a flood of them would wait for a collection."""
+    jobs = ScriptedJobs(refusals=[QueueFull("full", 1.0) for _ in range(4)])
+    request = (
+        raw or inference_pb2.GenerateRequest(job=types_pb2.JobSpec(text="?")).SerializeToString()
+    )
+    async with serving(tmp_path, jobs=jobs) as harness:
+        call = harness.channel.unary_unary("/sage_fed.v1.InferenceService/Generate")
+
+        async def ask() -> None:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(request, timeout=WAIT_S)
+
+        await ask()
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for _ in range(3):  # gRPC holds the last one until the next
+                await ask()
+            gc.collect()
+            kinds = (inference_pb2.GenerateRequest, SageFedError)
+            ours = [f"{type(found)}" for found in gc.garbage if isinstance(found, kinds)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert [] == ours

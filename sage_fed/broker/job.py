@@ -117,6 +117,10 @@ class Job:
             raise
         except Exception as error:  # noqa: BLE001 - the job's last line of defence: it must end
             self._fail(self._internal(error))
+        finally:
+            # There is nothing left to stop; and a job that its stream leads back to would be the
+            # garbage collector's, which stops the loop the longer the more it has to look through.
+            self.stream.on_cancel = self._on_left
 
     async def _run(self) -> None:
         draft = await self._planner.draft(self.spec, self._arrived_s)
@@ -159,7 +163,8 @@ class Job:
         if not isinstance(error, RateLimited):  # counted as a call that its account may not make
             self._metrics.jobs.failed(tier, error, total_s, self._wasted, self._device_s)
         self._trace(error)
-        self.stream.end(error)
+        # Its frames lead back to the job: see `run`.
+        self.stream.end(error.with_traceback(None))
 
     async def _work(self, plan: Plan, started: Started) -> Ended | None:
         """Have the tokens delivered; None where the sequence never got to the executor."""

@@ -34,13 +34,15 @@ class JobStream:
     """
 
     def __init__(self, on_cancel: Callable[[], None], pace: Pace) -> None:
-        self._on_cancel = on_cancel
+        self.on_cancel = on_cancel
+        """Called when the reader leaves, each time."""
         self._pace = pace
         self._resting = False
         self._waiter: asyncio.Future[None] | None = None
         self._started: Started | None = None
         self._deltas: list[Delta] = []
         self._ending: Finished | SageFedError | None = None
+        self._ended = False
         self.away_since_s = 0.0
         """When the reader went off with an event (`time.monotonic()`); 0 while it waits here."""
 
@@ -49,7 +51,7 @@ class JobStream:
         self._pace.leave(self)
         # A handler that hangs in its last write keeps the stream, but not what nobody will read.
         self._deltas.clear()
-        self._on_cancel()
+        self.on_cancel()
 
     @property
     def job_id(self) -> str:
@@ -69,27 +71,28 @@ class JobStream:
     @property
     def ended(self) -> bool:
         """Whether the ending is written (it may not have been read yet)."""
-        return self._ending is not None
+        return self._ended
 
     def start(self, started: Started) -> None:
         """Write the first event."""
         assert self._started is None
-        assert self._ending is None
+        assert not self._ended
         self._started = started
         self._wake()
 
     def push(self, delta: Delta) -> None:
         """Write output; merged with whatever the reader has not taken yet."""
         assert self._started is not None
-        assert self._ending is None
+        assert not self._ended
         self._deltas.append(delta)
         if not self._resting:
             self._wake()
 
     def end(self, ending: Finished | SageFedError) -> None:
         """Write the one ending."""
-        assert self._ending is None, "a job ends exactly once"
+        assert not self._ended, "a job ends exactly once"
         self._ending = ending
+        self._ended = True
         self._wake()
 
     async def admitted(self) -> None:
@@ -98,10 +101,10 @@ class JobStream:
         Raises:
             SageFedError: the job was refused instead.
         """
-        while self._started is None and self._ending is None:
+        while self._started is None and not self._ended:
             await self._wait()
-        if self._started is None and isinstance(self._ending, SageFedError):
-            raise self._ending
+        if self._started is None:
+            self._raise_error()
 
     async def answer(self) -> tuple[Started, Delta, Finished]:
         """Wait for the whole answer, for a reader who has no use for its parts.
@@ -111,11 +114,11 @@ class JobStream:
         """
         await self.admitted()
         self._resting = True
-        while self._ending is None:
+        while not self._ended:
             await self._wait()
-        if isinstance(self._ending, SageFedError):
-            raise self._ending
+        self._raise_error()
         assert self._started is not None
+        assert isinstance(self._ending, Finished)
         return self._started, merge(self._deltas), self._ending
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -127,21 +130,34 @@ class JobStream:
         next_s = 0.0
         while True:
             self.away_since_s = 0.0
-            if self._ending is None and self._deltas:
+            if not self._ended and self._deltas:
                 await self._rest(next_s - time.monotonic())
             if self._deltas:
                 deltas, self._deltas = self._deltas, []
                 self.away_since_s = time.monotonic()
                 next_s = self.away_since_s + self._pace.interval_s
                 yield merge(deltas)
-            elif isinstance(self._ending, SageFedError):
-                raise self._ending
-            elif self._ending is not None:
+            elif self._ended:
+                self._raise_error()
+                assert isinstance(self._ending, Finished)
                 self.away_since_s = time.monotonic()
                 yield self._ending
                 return
             else:
                 await self._wait()
+
+    def _raise_error(self) -> None:
+        """Raise the error that ended the job, if one did, and keep it no more.
+
+        Its frames lead back here, with all that the call had in hand: garbage that only a
+        collection would find.
+        """
+        if isinstance(error := self._ending, SageFedError):
+            self._ending = None
+            try:
+                raise error
+            finally:
+                del error
 
     async def _rest(self, rest_s: float) -> None:
         """Let deltas gather for a while; the job's ending is not kept waiting."""

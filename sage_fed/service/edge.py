@@ -205,14 +205,20 @@ class Edge:
 
         # gRPC's stream of requests stays unused: what it reads, it reads when it likes.
         async def untraced(_: object, context: Context) -> None:
-            await handle(context, None, _headers(context))
+            try:
+                await handle(context, None, _headers(context))
+            except grpc.aio.AbortError as aborted:
+                raise _bare(aborted)  # noqa: B904 - it is the same one
 
         async def traced(_: object, context: Context) -> None:
             assert tracing is not None
             headers = _headers(context)
-            with tracing.call(name, _trace_of(headers)) as span:
-                await handle(context, span, headers)
-                span.ended("OK")
+            try:
+                with tracing.call(name, _trace_of(headers)) as span:
+                    await handle(context, span, headers)
+                    span.ended("OK")
+            except grpc.aio.AbortError as aborted:
+                raise _bare(aborted)  # noqa: B904 - it is the same one
 
         # A single reply is written like a stream of one: gRPC's own way of sending it logs a
         # traceback where the connection breaks meanwhile.
@@ -298,6 +304,16 @@ async def end(context: Context, error: BaseException, traced: TracedCall | None 
         await context.abort(status.code, status.details, status.trailing_metadata)
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
+
+
+def _bare(aborted: grpc.aio.AbortError) -> grpc.aio.AbortError:
+    """Return what ends an aborted call without its frames, and without the error before it.
+
+    gRPC keeps it with the call, which the frames lead back to: a request of a megabyte would be
+    garbage that only a collection finds.
+    """
+    aborted.__context__ = None
+    return aborted.with_traceback(None)
 
 
 def _headers(context: Context) -> Headers:
