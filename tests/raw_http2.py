@@ -26,8 +26,12 @@ class RawClient:
     """One HTTP/2 connection; `window` is what each stream may send unread, until it is widened."""
 
     def __init__(self, address: str, *, window: int = 65_535, token: str | None = None) -> None:
-        host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=WAIT_S)
+        if address.startswith("/"):
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(address)
+        else:
+            host, _, port = address.rpartition(":")
+            self.socket = socket.create_connection((host, int(port)), timeout=WAIT_S)
         self.http2 = h2.connection.H2Connection(
             h2.config.H2Configuration(client_side=True, header_encoding="utf-8")
         )
@@ -62,7 +66,7 @@ class RawClient:
     @property
     def name(self) -> str:
         """The connection's name at the server."""
-        host, port = self.socket.getsockname()
+        host, port = self.socket.getsockname()[:2]
         return f"ipv4:{host}:{port}"
 
     def open(self, method: str, *, headers: Iterable[tuple[str, str]] = ()) -> int:

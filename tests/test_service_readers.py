@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,10 @@ from sage_fed.core import OpenReply, Tier, TierState
 from sage_fed.errors import RateLimited
 from sage_fed.ledger import AccountTerms
 from sage_fed.service import calls as calls_module
-from sage_fed.service.calls import Turns
-from sage_fed.service.server import WINDOW_BYTES
-from sage_fed.settings import LimitSettings
+from sage_fed.service.calls import STRANGERS_OF_CONNECTION, Turns
+from sage_fed.service.connections import Connections, host_of
+from sage_fed.service.server import OWN_FILES, WINDOW_BYTES, connections_within
+from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 ADMIN = "admin-token"
@@ -281,6 +285,108 @@ async def test_one_address_has_so_many_connections_and_no_more(tmp_path: Path) -
         for client in first:
             stream = client.call(STATUS, b"")
             assert 0 == (await in_thread(lambda c=client, s=stream: c.status(s)))[0]
+
+
+async def test_who_only_knocks_loses_the_connection(tmp_path: Path) -> None:
+    """What it had sent behind is not even refused; one that carries a caller keeps it."""
+    async with serving(tmp_path, anonymous=None) as harness:
+        async with raw(harness) as client:
+            for _ in range(100):
+                client.open(QUOTE)
+            await in_thread(lambda: client.until(lambda: client.closed))
+        assert STRANGERS_OF_CONNECTION <= len(harness.denied) < 100
+        async with raw(harness) as client:
+            for _ in range(STRANGERS_OF_CONNECTION - 1):
+                client.open(QUOTE)
+            who = client.open(STREAM, headers=[("authorization", "Bearer robot-token")])
+            for _ in range(STRANGERS_OF_CONNECTION):
+                client.open(QUOTE)
+            client.send(who, framed(JOB), end=True)
+            assert 0 == (await in_thread(lambda: client.status(who)))[0]
+
+
+def test_connections_are_looked_at_without_a_descriptor_to_spare() -> None:
+    """A full table is when it matters most; the look neither needs nor breaks anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as stack:
+        port = listening.getsockname()[1]
+        peer = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        accepted = stack.enter_context(listening.accept()[0])
+        connections = Connections(max_per_address=4)
+        connections.follow(Address("127.0.0.1", port))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (accepted.fileno() + 64, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+            assert [] == list(connections.scan())
+            name = f"ipv4:127.0.0.1:{peer.getsockname()[1]}"
+            assert [name] == list(connections.names())
+            assert not connections.close(name), "it takes a descriptor to close one"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected", "asked"),
+    [
+        (65536, 65536, 1024, None),
+        (1024, 65536, 1024, 1024 + OWN_FILES),
+        (1024, resource.RLIM_INFINITY, 1024, 1024 + OWN_FILES),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1024, None),
+        (1024, 1024, 1024 - OWN_FILES, 1024),
+        (256, 600, 300, 600),
+    ],
+)
+def test_connections_leave_descriptors_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, expected: int, asked: int | None
+) -> None:
+    """More are asked for where the system allows it; else there are fewer connections."""
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, to: set_to.append(to))
+    assert expected == connections_within(LimitSettings())
+    assert ([] if asked is None else [(asked, hard)]) == set_to
+
+
+@pytest.mark.parametrize(
+    ("listen", "connect", "host"),
+    [
+        ("[::1]:0", "::1", "::1"),
+        ("[::]:0", "127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1:0", "127.0.0.1", "127.0.0.1"),
+    ],
+)
+async def test_a_connection_is_named_as_grpc_names_it(
+    tmp_path: Path, listen: str, connect: str, host: str
+) -> None:
+    """Whatever the address looks like, an operator's word closes it."""
+    patient = LimitSettings(write_timeout_s=3600)
+    async with serving(tmp_path, listen=Address.parse(listen), limits=patient) as harness:
+        port = Address.parse(harness.address).port
+        client = await in_thread(lambda: RawClient(f"{connect}:{port}", window=0))
+        with client:
+            client.call(STREAM, JOB)
+            await until(lambda: unread(harness))
+            (seen,) = unread(harness)
+            assert host == host_of(seen.connection)
+            assert harness.bound.calls.close_connection(seen.connection)
+            await in_thread(lambda: client.until(lambda: client.closed))
+
+
+async def test_a_unix_sockets_calls_are_ended_and_counted(tmp_path: Path) -> None:
+    """Its connections have no names: what is unread ends for us, and stays its account's."""
+    path = tmp_path / "daemon.sock"
+    async with serving(tmp_path, listen=UnixSocket(str(path)), limits=SHORT) as harness:
+        client = await in_thread(lambda: RawClient(str(path), window=0))
+        with client:
+            client.call(STREAM, JOB)
+            await until(lambda: [True] == [reply.ended for reply in unread(harness)])
+            (seen,) = unread(harness)
+            assert "unix" == host_of(seen.connection)
+            assert not harness.bound.calls.close_connection(seen.connection)
+            assert 1 == harness.bound.calls.num_connections
+            assert harness.jobs.streams[0].cancelled.is_set()
 
 
 async def test_connections_are_bounded_in_all(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ DENIALS = (
     "unread_bytes",
 )
 CALLS_ENDED = ("receive", "write", "pressure", "unread", "operator")
-CONNECTIONS_CLOSED = ("per_address", "unread", "operator")
+CONNECTIONS_CLOSED = ("per_address", "unread", "strangers", "operator")
 WATCHED = ("tokens", "certificate")
 DONE, BROKEN = "done", "failed"
 
@@ -52,7 +52,8 @@ class DoorSeries:
         )
         self.connections_closed = make.counter(
             "connections_closed_total",
-            "Connections that were closed: too many of one address, too much unread, an operator.",
+            "Connections that were closed: too many of one address, too much unread, nothing but "
+            "calls of nobody who may call, or by an operator.",
             "why",
         )
         self.open_calls = make.gauge("open_calls", "Calls in progress.")

@@ -46,6 +46,9 @@ UNREAD_OF_CONNECTION = 16
 UNREAD_BYTES_OF_CONNECTION = 4 * 2**20
 """Ended replies that a connection with other calls may keep; beyond it, it is closed."""
 
+STRANGERS_OF_CONNECTION = 32
+"""Calls in a row of nobody who may call, after which a connection that has no others is closed."""
+
 _RETRY_S = 1.0
 
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined] # stubs lack it
@@ -290,6 +293,7 @@ class OpenCalls:
         self._open: dict[str, OpenCall] = {}
         self._accounts: Counter[str] = Counter()
         self._unread: dict[str, _Unread] = {}
+        self._strangers: Counter[str] = Counter()
         self._ids = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         overall = max(limits.max_receiving_bytes // limits.largest_message_bytes, 1)
@@ -316,9 +320,25 @@ class OpenCalls:
         if not operator:
             self._require_room(owner)
         call = OpenCall(f"call-{next(self._ids)}", owner, context, method, self._turns)
+        if self._strangers and account is not None:
+            self._strangers.pop(call.connection, None)
         self._open[call.call_id] = call
         self._accounts[owner] += 1
         return call
+
+    def refused(self, connection: str) -> None:
+        """Count a call of nobody who may call; who only knocks loses the connection.
+
+        Each refusal costs as much as a small call. Those of a connection that is closed cost
+        nothing any more, however many it had sent.
+        """
+        self._strangers[connection] += 1
+        if self._strangers[connection] < STRANGERS_OF_CONNECTION:
+            return
+        del self._strangers[connection]
+        # A proxy's connection carries others, too.
+        if all(call.connection != connection for call in self._open.values()):
+            self._close(connection, "strangers")
 
     def leave(self, call: OpenCall) -> None:
         """Forget a call that is over."""
@@ -379,6 +399,9 @@ class OpenCalls:
         closed = await asyncio.to_thread(self._connections.scan)
         for _ in closed:
             self._closed("per_address")
+        self._strangers &= Counter(
+            dict.fromkeys(self._connections.names(), STRANGERS_OF_CONNECTION)
+        )
         now = time.monotonic()
         owners: defaultdict[str, _Unread] = defaultdict(_Unread)
         lost: defaultdict[str, _Unread] = defaultdict(_Unread)

@@ -12,11 +12,14 @@ Does not know calls. Fails never: a connection that is gone is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import socket
 import stat
+import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import unquote
 
@@ -34,6 +37,7 @@ class Connections:
 
     def __init__(self, max_per_address: int) -> None:
         self._max_per_address = max_per_address
+        self._lock = threading.Lock()
         self._listen: Address | UnixSocket | None = None
         self._foreign: set[tuple[int, int]] = set()
         self._known: dict[tuple[int, int], str] = {}
@@ -47,11 +51,20 @@ class Connections:
         """How many there were at the last look."""
         return len(self._known)
 
+    def names(self) -> Iterable[str]:
+        """Return the names of those that there were at the last look."""
+        return tuple(self._known.values())
+
     def scan(self) -> Sequence[str]:
         """Look at the open sockets and close what an address has too many of; return those.
 
-        Asks the kernel for each one that is new; called by one thread at a time.
+        May run in any thread.
         """
+        with self._lock:
+            self._look()
+            return self._close_surplus()
+
+    def _look(self) -> None:
         files = _open_files()
         # In the order of their arrival, as far as it was seen: the newest go first.
         known = {file: name for file, name in self._known.items() if file in files}
@@ -62,14 +75,17 @@ class Connections:
             else:
                 known[file] = name
         self._known, self._foreign = known, foreign
-        return self._close_surplus()
 
     def close(self, name: str) -> bool:
         """End a connection; False where there is none of that name."""
         if name.startswith("unix:"):
             return False
-        found = [file for file, known in tuple(self._known.items()) if known == name]
-        return sum(self._shut(file, name) for file in found) > 0
+        with self._lock:
+            if name not in self._known.values():
+                # Made since the last look.
+                self._look()
+            found = [file for file, known in self._known.items() if known == name]
+            return sum(self._shut(file, name) for file in found) > 0
 
     def _close_surplus(self) -> Sequence[str]:
         of_host: defaultdict[str, list[tuple[tuple[int, int], str]]] = defaultdict(list)
@@ -149,7 +165,14 @@ def _plain(host: str) -> str:
 def _open_files() -> set[tuple[int, int]]:
     """Return the process's open sockets: the descriptor, which is used again, and the inode."""
     found = set()
-    for name in os.listdir(_FILES):  # noqa: PTH208 - names are all it takes, twice a second
+    try:
+        names = os.listdir(_FILES)  # noqa: PTH208 - names are all it takes, twice a second
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        # There is no descriptor left to look with, so all of them are in use.
+        names = list(map(str, range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])))
+    for name in names:
         try:
             status = os.fstat(int(name))
         except OSError:

@@ -30,7 +30,7 @@ from grpc_status import rpc_status
 
 from sage_fed.auth import Authenticator, Throttle, require_role
 from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
-from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError
+from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError, Unauthenticated
 from sage_fed.service.calls import OpenCall, OpenCalls
 from sage_fed.service.fields import require_few_fields
 from sage_fed.service.rules import OPEN, RULES
@@ -256,6 +256,8 @@ class Edge:
                 self._throttle.count(caller.account)
         except SageFedError as error:
             self._denied(context, error)
+            if isinstance(error, Unauthenticated):
+                self._calls.refused(context.peer())
             raise
         return caller
 

@@ -7,7 +7,9 @@ Fails with `Occupied` where the address cannot be bound.
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import resource
 import socket
 import stat
 from collections.abc import Callable
@@ -43,11 +45,17 @@ WINDOW_BYTES = 16 * 1024
 """What a stream may send before its request is read, and so what one that waits costs. A longer
 request takes one round trip more."""
 
+OWN_FILES = 512
+"""Descriptors that are kept for all but connections: models, the ledger, metrics, threads."""
+
 KEEPALIVE_S = 30.0
 """A client that vanished without a word is noticed this long after, and its jobs end."""
 
 MIN_PING_INTERVAL_S = 10.0
 """A client that pings more often than this is disconnected."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ async def build_server(
     Raises:
         Occupied: the address is taken, not this machine's, or not allowed.
     """
-    server = grpc.aio.server(options=server_options(limits))
+    server = grpc.aio.server(options=server_options(limits, connections_within(limits)))
     connections = Connections(limits.max_connections_per_address)
     calls = OpenCalls(limits, connections, metrics)
     edge = Edge(
@@ -117,7 +125,28 @@ async def build_server(
     return BoundServer(server, address, watch, calls)
 
 
-def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
+def connections_within(limits: LimitSettings) -> int:
+    """Return how many connections there are descriptors for; asks for as many as it takes.
+
+    Without a descriptor to spare the ledger, the metrics and the next checkpoint could not open
+    their files, for as long as clients hold theirs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.max_connections + OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return limits.max_connections
+    room = max(soft - OWN_FILES, soft // 2)
+    _log.warning(
+        "limits.max_connections is %d, and %d open files (ulimit -n) have room for %d",
+        limits.max_connections, soft, room,
+    )  # fmt: skip
+    return room
+
+
+def server_options(limits: LimitSettings, max_connections: int) -> tuple[tuple[str, int], ...]:
     """Return gRPC's channel arguments."""
     return (
         # Without it a second daemon would share the port, and steal every other client.
@@ -129,7 +158,7 @@ def server_options(limits: LimitSettings) -> tuple[tuple[str, int], ...]:
         # Fixed: gRPC would widen it to megabytes for a fast client, read or unread.
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.server_handshake_timeout_ms", int(limits.receive_timeout_s * 1000)),
         ("grpc.max_connection_idle_ms", int(limits.idle_connection_s * 1000)),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
