@@ -274,17 +274,37 @@ async def test_unread_pages_of_the_books_are_few(tmp_path: Path) -> None:
             assert len(unread(harness)) <= calls_module.TURNS_OF_CONNECTION
 
 
-async def test_one_address_has_so_many_connections_and_no_more(tmp_path: Path) -> None:
-    """The newest go; those that were there serve on."""
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_one_address_has_so_many_connections_and_no_more(tmp_path: Path, host: str) -> None:
+    """The newest go, further ones are not answered until one is free; the others serve on."""
     limits = LimitSettings(max_connections_per_address=3)
-    async with serving(tmp_path, limits=limits) as harness, contextlib.AsyncExitStack() as stack:
-        first = [await stack.enter_async_context(raw(harness)) for _ in range(3)]
+    async with (
+        serving(tmp_path, limits=limits, listen=Address(host, 0)) as harness,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        address = f"{host}:{Address.parse(harness.address).port}"
+
+        async def connect() -> RawClient:
+            return stack.enter_context(await in_thread(lambda: RawClient(address)))
+
+        first = [await connect() for _ in range(5)]
         await until(lambda: harness.bound.calls.num_connections == 3)
-        late = await stack.enter_async_context(raw(harness))
-        await in_thread(lambda: late.until(lambda: late.closed))
         for client in first:
             stream = client.call(STATUS, b"")
-            assert 0 == (await in_thread(lambda c=client, s=stream: c.status(s)))[0]
+            with contextlib.suppress(AssertionError):
+                await in_thread(lambda c=client, s=stream: c.status(s))
+        assert 2 == sum(client.closed for client in first)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        late = stack.enter_context(socket.socket(family))
+        late.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            late.connect((host, Address.parse(harness.address).port))
+        late.close()
+        next(client for client in first if not client.closed).socket.close()
+        await until(lambda: harness.bound.calls.num_connections == 2)
+        again = await connect()
+        stream = again.call(STATUS, b"")
+        assert 0 == (await in_thread(lambda: again.status(stream)))[0]
 
 
 async def test_who_only_knocks_loses_the_connection(tmp_path: Path) -> None:

@@ -262,6 +262,24 @@ def routing() -> list[Panel]:
             ),
             stacked=True,
         ),
+        lines(
+            "Calls and connections",
+            "What is open now, and the replies that have waited for their readers for a second.",
+            COUNT,
+            gauge("open_calls", "", "calls"),
+            gauge("connections", "", "connections"),
+            gauge("unread_replies", "", "unread"),
+            span=6,
+        ),
+        lines(
+            "Thrown out",
+            "Calls refused by their headers, calls ended for a slow peer, connections closed; why.",
+            PER_S,
+            rate("calls_denied_total", "reason", "denied: {{reason}}"),
+            rate("calls_ended_total", "why", "ended: {{why}}"),
+            rate("connections_closed_total", "why", "closed: {{why}}"),
+            span=6,
+        ),
     ]
 
 

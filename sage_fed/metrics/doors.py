@@ -58,6 +58,10 @@ class DoorSeries:
         )
         self.open_calls = make.gauge("open_calls", "Calls in progress.")
         self.connections = make.gauge("connections", "Connections to the gRPC port.")
+        self.full_addresses = make.gauge(
+            "full_addresses",
+            "Addresses that have as many connections as they may; further ones are not answered.",
+        )
         self.unread_replies = make.gauge(
             "unread_replies", "Replies that have waited for their readers for a second or longer."
         )
@@ -92,12 +96,15 @@ class DoorMetrics:
         """Counts a connection that was closed."""
         self._series.connections_closed.labels(why).inc()
 
-    def calls_seen(self, *, calls: int, unread: int, unread_bytes: int, connections: int) -> None:
+    def calls_seen(
+        self, *, calls: int, unread: int, unread_bytes: int, connections: int, full_addresses: int
+    ) -> None:
         """Shows what is open now."""
         self._series.open_calls.set(calls)
         self._series.unread_replies.set(unread)
         self._series.unread_bytes.set(unread_bytes)
         self._series.connections.set(connections)
+        self._series.full_addresses.set(full_addresses)
 
     def reloaded(self, file: str, *, failed: bool = False) -> None:
         """Tells that a changed file ("tokens" or "certificate") was read again, and how it went."""

@@ -32,7 +32,11 @@ from sage_fed.service.status import status_of
 from sage_fed.settings import LimitSettings
 
 SWEEP_S = 0.5
-"""Between two looks at what waits for peers."""
+"""Between two looks at what waits for peers, and at the connections."""
+
+CROWDED_S = 0.05
+"""Between two looks at the connections while one address has too many, or all have half of what
+there may be: what is closed later than it can be made again keeps others out."""
 
 UNREAD_S = 1.0
 """A reply that has waited so long for its reader is unread. One that is on its way is not."""
@@ -65,7 +69,9 @@ class CallMetrics(Protocol):
     def connection_closed(self, why: str) -> None:
         """Count a connection that was closed."""
 
-    def calls_seen(self, *, calls: int, unread: int, unread_bytes: int, connections: int) -> None:
+    def calls_seen(
+        self, *, calls: int, unread: int, unread_bytes: int, connections: int, full_addresses: int
+    ) -> None:
         """Show what is open now."""
 
 
@@ -390,15 +396,24 @@ class OpenCalls:
 
     async def run(self) -> None:
         """Look after calls and connections for as long as the server does."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            await self.sweep()
+        async with asyncio.TaskGroup() as looks:
+            looks.create_task(self._look_at_connections())
+            while True:
+                await asyncio.sleep(SWEEP_S)
+                self._sweep()
 
-    async def sweep(self) -> None:
+    async def _look_at_connections(self) -> None:
+        pause_s = SWEEP_S
+        while True:
+            await asyncio.sleep(pause_s)
+            closed = await asyncio.to_thread(self._connections.scan)
+            for _ in closed:
+                self._closed("per_address")
+            crowded = closed or 2 * self._connections.num_open >= self._limits.max_connections
+            pause_s = CROWDED_S if crowded else SWEEP_S
+
+    def _sweep(self) -> None:
         """Look once: end what takes too long, and close what holds too much."""
-        closed = await asyncio.to_thread(self._connections.scan)
-        for _ in closed:
-            self._closed("per_address")
         self._strangers &= Counter(
             dict.fromkeys(self._connections.names(), STRANGERS_OF_CONNECTION)
         )
@@ -431,6 +446,7 @@ class OpenCalls:
                 unread=sum(len(unread.calls) for unread in owners.values()),
                 unread_bytes=sum(unread.num_bytes for unread in owners.values()),
                 connections=self._connections.num_open,
+                full_addresses=self._connections.num_full,
             )
 
     def _require_room(self, owner: str) -> None:

@@ -191,7 +191,7 @@ class LimitSettings(Section):
         default=1024, gt=0, le=1_000_000, description="Connections, of all addresses."
     )
     max_connections_per_address: Whole = Field(
-        default=256, gt=0, description="Connections of one address; the newest are closed."
+        default=256, gt=0, description="Connections of one address; one more is not answered."
     )
     max_connection_calls: Whole = Field(
         default=512, gt=0, le=2**31 - 1, description="Calls that one connection carries at once."
