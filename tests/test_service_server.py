@@ -27,6 +27,7 @@ from sage_fed.service import catalogue, server
 from sage_fed.service.server import MAX_METADATA_BYTES, build_server
 from sage_fed.settings import Address, LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
+from sage_fed.workers import Workers
 
 E = TypeVar("E", bound=h2.events.Event)
 
@@ -36,7 +37,10 @@ QUOTE = "/sage_fed.v1.InferenceService/Quote"
 async def test_a_taken_port_fails_the_start_by_name(tmp_path: Path) -> None:
     """A second daemon does not share the port: it says which setting to change."""
     async with serving(tmp_path) as harness:
-        with pytest.raises(ConfigError, match=rf"^listen: cannot bind {harness.address};"):
+        with (
+            contextlib.closing(Workers(max_calls=1, max_size=1)) as workers,
+            pytest.raises(ConfigError, match=rf"^listen: cannot bind {harness.address};"),
+        ):
             await build_server(
                 Address.parse(harness.address),
                 authenticator=Authenticator(TOKENS, None),
@@ -44,6 +48,7 @@ async def test_a_taken_port_fails_the_start_by_name(tmp_path: Path) -> None:
                 jobs=ScriptedJobs(),
                 books=harness.ledger,
                 operations=ScriptedOperations(),
+                workers=workers,
             )
 
 

@@ -50,8 +50,8 @@ UNREAD_OF_CONNECTION = 16
 UNREAD_BYTES_OF_CONNECTION = 4 * 2**20
 """Ended replies that a connection with other calls may keep; beyond it, it is closed."""
 
-STRANGERS_OF_CONNECTION = 32
-"""Calls in a row of nobody who may call, after which a connection that has no others is closed."""
+STRANGERS_OF_CONNECTION = 64
+"""Calls of nobody who may call, between two looks, for which a connection without others goes."""
 
 _RETRY_S = 1.0
 
@@ -326,8 +326,6 @@ class OpenCalls:
         if not operator:
             self._require_room(owner)
         call = OpenCall(f"call-{next(self._ids)}", owner, context, method, self._turns)
-        if self._strangers and account is not None:
-            self._strangers.pop(call.connection, None)
         self._open[call.call_id] = call
         self._accounts[owner] += 1
         return call
@@ -414,9 +412,7 @@ class OpenCalls:
 
     def _sweep(self) -> None:
         """Look once: end what takes too long, and close what holds too much."""
-        self._strangers &= Counter(
-            dict.fromkeys(self._connections.names(), STRANGERS_OF_CONNECTION)
-        )
+        self._strangers.clear()
         now = time.monotonic()
         owners: defaultdict[str, _Unread] = defaultdict(_Unread)
         lost: defaultdict[str, _Unread] = defaultdict(_Unread)
