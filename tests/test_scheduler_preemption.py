@@ -74,17 +74,20 @@ def test_priority_is_no_claim_against_another_account() -> None:
 
 
 def test_an_account_that_is_far_behind_interrupts() -> None:
-    """After `preempt_after_s`, and once its job would not even make up for the difference."""
-    bench = Bench(max_batch=2, step_s=1.0, preempt_after_s=5.0)
-    busy(bench, of("a", 0, new=100), of("a", 1, new=100), steps=1)
+    """After `preempt_after_s`, and once its job would not even make up for the difference.
+
+    With one place nobody has more than a share of them, so only what was served counts.
+    """
+    bench = Bench(max_batch=1, step_s=1.0, preempt_after_s=5.0)
+    busy(bench, of("a", 0, new=100), steps=1)
     bench.add(of("b", 2, prompt=10, new=10))
-    for _ in range(14):
+    for _ in range(28):
         bench.step()
         served = {name: a.served for name, a in bench.schedule._line._accounts.items()}
         if 2 in bench.running:
             break
         assert served["a"] - served["b"] <= 22 or bench.now < 6.0
-    assert {0, 2} == bench.running
+    assert {2} == bench.running
     bench.run()
     assert 1 == bench.preempted
 

@@ -22,7 +22,7 @@ smaller one behind it: a long prompt would otherwise wait for ever.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from sage_fed.scheduler.sequence import Sequence
@@ -59,6 +59,16 @@ class Line:
         for account in self._waiting.values():
             yield from account.waiting
 
+    @property
+    def num_accounts(self) -> int:
+        """Accounts that have sequences here, waiting or running."""
+        return sum(account.live > 0 for account in self._accounts.values())
+
+    @property
+    def served(self) -> dict[str, int]:
+        """What each account was served, in uATP, as far as it is remembered."""
+        return {name: account.served for name, account in self._accounts.items()}
+
     def find(self, seq_id: int) -> Sequence | None:
         """Return the waiting sequence of that id."""
         return next((seq for seq in self if seq.spec.seq_id == seq_id), None)
@@ -76,11 +86,14 @@ class Line:
         """Queue a sequence that was interrupted; it keeps its rank."""
         self._queue(seq, now)
 
-    def head(self, now: float) -> Sequence | None:
-        """Return who starts next."""
-        if not self._waiting:
+    def head(self, now: float, passed: Collection[str] = ()) -> Sequence | None:
+        """Return who starts next; nobody of the accounts that are `passed` over."""
+        waiting = self._waiting
+        if passed:
+            waiting = {name: account for name, account in waiting.items() if name not in passed}
+        if not waiting:
             return None
-        first = min(self._waiting.values(), key=lambda account: self._claim(account, now))
+        first = min(waiting.values(), key=lambda account: self._claim(account, now))
         return first.waiting[0]
 
     def start(self, seq: Sequence, now: float) -> None:

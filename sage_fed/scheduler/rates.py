@@ -13,6 +13,9 @@ from collections import deque
 _WINDOW = 64
 """Steps that a figure looks back on: about a second of tactical decoding."""
 
+_NEWEST = 0.1
+"""The newest step's weight in what a step of so many rows takes."""
+
 
 class StepRates:
     """Step times of one tier, in seconds, and prefill speed, in tokens per second."""
@@ -23,6 +26,9 @@ class StepRates:
         """The same, in ascending order."""
         self._prefill: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._prefill_tokens_per_s: float | None = None
+        self._by_rows: dict[int, float] = {}
+        self._rows: list[int] = []
+        """The numbers of rows that have been seen, in ascending order."""
 
     def record(self, *, num_tokens: int, prefills: bool, elapsed_s: float) -> None:
         """Note a completed step of `num_tokens` tokens, with prompt tokens among them or not."""
@@ -35,6 +41,31 @@ class StepRates:
             del self._by_time[bisect_left(self._by_time, self._decode_s.popleft())]
         self._decode_s.append(elapsed_s)
         insort(self._by_time, elapsed_s)
+        known_s = self._by_rows.get(num_tokens)
+        if known_s is None:
+            insort(self._rows, num_tokens)
+            known_s = elapsed_s
+        self._by_rows[num_tokens] = known_s + _NEWEST * (elapsed_s - known_s)
+
+    def decode_s(self, num_rows: int) -> float | None:
+        """Return what a step takes that decodes so many sequences; None where nothing is measured.
+
+        Between measured numbers on the line between them; beyond them rather too much than too
+        little: above, in proportion, and below, what the least has taken.
+        """
+        if (known_s := self._by_rows.get(num_rows)) is not None:
+            return known_s
+        if not self._rows:
+            return None
+        place = bisect_left(self._rows, num_rows)
+        if place == 0:
+            return self._by_rows[self._rows[0]]
+        below = self._rows[place - 1]
+        below_s = self._by_rows[below]
+        if place == len(self._rows):
+            return below_s * num_rows / below
+        above = self._rows[place]
+        return below_s + (self._by_rows[above] - below_s) * (num_rows - below) / (above - below)
 
     @property
     def decode_step_s(self) -> float | None:

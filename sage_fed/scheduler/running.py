@@ -11,11 +11,15 @@ index, so its reader notices a pause and nothing else.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
+
 from sage_fed.scheduler.blocks import BlockPool
 from sage_fed.scheduler.limits import TierLimits
 from sage_fed.scheduler.line import Line
 from sage_fed.scheduler.preemption import make_way, weakest
 from sage_fed.scheduler.sequence import Sequence
+from sage_fed.scheduler.shares import PlaceShares
 
 
 class Running:
@@ -26,6 +30,13 @@ class Running:
         self._line = line
         self._pool = pool
         self._limits = limits
+        self._places = PlaceShares(limits.max_batch)
+        self._claimant: int | None = None
+        """Whom others have been interrupted for: it starts next, whoever was served less."""
+
+    def num_by_account(self) -> Counter[str]:
+        """Count the running sequences of each account."""
+        return Counter(seq.spec.account for seq in self.by_id.values())
 
     def make_room(self, now: float, *, in_flight: bool) -> int | None:
         """Interrupt whoever has to be, and return how many.
@@ -48,20 +59,41 @@ class Running:
             return None
         for seq in victims:
             self._interrupt(seq, now)
+        if victims:
+            self._claimant = head.spec.seq_id
         return num_interrupted + len(victims)
 
-    def start_head(self, now: float) -> Sequence | None:
-        """Start the first in line, if there is a place and there are blocks for it."""
-        if len(self.by_id) >= self._limits.max_batch or not (seq := self._line.head(now)):
+    def start_head(self, now: float, accounts: Collection[str] | None = None) -> Sequence | None:
+        """Start the first in line, if there is a place and there are blocks for it.
+
+        Accounts whose places are kept for others are passed over. With `accounts` the first is
+        not started where it is of another account that runs already: the step is not for it.
+        """
+        free = self._limits.max_batch - len(self.by_id)
+        if free <= 0 or not self._line:
             return None
+        held = self.num_by_account()
+        seq = None if self._claimant is None else self._line.find(self._claimant)
+        if seq is None:
+            self._claimant = None
+            served = self._line.served
+            kept_from = [a for a in held if free <= self._places.kept_from(a, held, served, now)]
+            seq = self._line.head(now, kept_from)
+            if seq is None:
+                return None
+            other = accounts is not None and seq.spec.account not in accounts
+            if other and held[seq.spec.account]:
+                return None
         shared = seq.find(self._pool) if self._limits.prefix_cache else ()
         num_own = self._limits.blocks_to_start(seq) - len(shared)
         if not self._pool.fits(num_own, shared):
             return None
+        self._claimant = None
         self._line.start(seq, now)
         self._pool.share(shared)
         seq.begin(shared, self._pool.take(num_own), now)
         self.by_id[seq.spec.seq_id] = seq
+        self._places.started(seq.spec.account, held[seq.spec.account] + 1, now)
         return seq
 
     def leave(self, seq: Sequence) -> None:

@@ -11,7 +11,7 @@ wastes that row, and ends, giving its blocks back, when the step has landed.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from sage_fed.core import Tier
@@ -23,6 +23,7 @@ from sage_fed.scheduler.line import Line
 from sage_fed.scheduler.rates import StepRates
 from sage_fed.scheduler.running import Running
 from sage_fed.scheduler.sequence import Sequence
+from sage_fed.scheduler.shares import StepShares
 from sage_fed.scheduler.words import Ended, EndReason, SequenceSpec
 from sage_fed.steps import NO_TOKEN, Chunk, Drawn, Step
 
@@ -58,6 +59,7 @@ class TierSchedule:
         self._eos_token_ids = eos_token_ids
         self._line = Line(ageing_s=limits.ageing_s, overdue_s=limits.overdue_s)
         self._running = Running(self._line, self.pool, limits)
+        self._shares = StepShares()
         self._added = 0
         self._pipelined = pipelined
         self._flying: deque[Flying] = deque()
@@ -149,6 +151,7 @@ class TierSchedule:
 
         At most `prefill_limit` prompt tokens; sequences start in line while some of the limit, a
         place in the batch and their blocks are left, less those that the prefix cache has.
+        Where accounts have fallen behind because of others' rows, it is a step of theirs only.
         None where what is in flight has to land first.
         """
         assert self.has_work
@@ -161,11 +164,14 @@ class TierSchedule:
         chunks: list[Chunk] = []
         members: list[Sequence] = []
         left = max(1, min(prefill_limit, self.limits.prefill_chunk_tokens))
+        accounts = self._shares.next_accounts(self._accounts_to_feed())
         for seq in self._running.by_id.values():
+            if accounts is not None and seq.spec.account not in accounts:
+                continue
             if not seq.done and (seq.decodes or left):
                 left -= self._feed(seq, left, chunks, flying)
                 members.append(seq)
-        while left and (started := self._running.start_head(now)):
+        while left and (started := self._running.start_head(now, accounts)):
             if self.limits.prefix_cache and started.spec.prefix_cache:
                 flying.num_queried += len(started.token_ids)
                 flying.num_hit += started.num_stored
@@ -193,6 +199,7 @@ class TierSchedule:
         self.rates.record(
             num_tokens=step.num_tokens, prefills=flying.num_prefill > 0, elapsed_s=elapsed_s
         )
+        self._share(flying, elapsed_s)
         delivered: list[Drawn] = []
         for seq, chunk in zip(flying.members, step.chunks, strict=True):
             token = by_id.get(chunk.seq_id)
@@ -249,6 +256,29 @@ class TierSchedule:
         num_prefill = len(chunk.token_ids) if prefills else 0
         flying.num_prefill += num_prefill
         return num_prefill
+
+    def _accounts_to_feed(self) -> set[str]:
+        """Return the accounts with running sequences that have something to be fed."""
+        return {seq.spec.account for seq in self._running.by_id.values() if not seq.done}
+
+    def _share(self, flying: Flying, elapsed_s: float) -> None:
+        """Note whom a step has served, and what theirs alone would have taken."""
+        present = {seq.spec.account for seq in self._running.by_id.values()}
+        if len(present) < 2:
+            self._shares.stepped(elapsed_s, present, {})
+            return
+        decoding: Counter[str] = Counter()
+        prefilling: Counter[str] = Counter()
+        for seq, chunk in zip(flying.members, flying.step.chunks, strict=True):
+            decoding[seq.spec.account] += 1
+            prefilling[seq.spec.account] += len(chunk.token_ids) - 1
+        speed = self.rates.prefill_tokens_per_s
+        alone_s: dict[str, float | None] = {}
+        for account, rows in decoding.items():
+            row_s = self.rates.decode_s(rows)
+            more_s = prefilling[account] / speed if speed else None if prefilling[account] else 0.0
+            alone_s[account] = None if row_s is None or more_s is None else row_s + more_s
+        self._shares.stepped(elapsed_s, present, alone_s)
 
     def _land(self, step: Step, elapsed_s: float) -> Flying:
         """Take a step, which is the oldest or was never launched, out of the air."""
