@@ -486,28 +486,35 @@ def drip(target: Target, phase: Phase) -> None:
 
 
 def connect(target: Target, phase: Phase) -> None:
-    """4,000 connections without a call: every second greets, and none says any more."""
+    """4,000 connections without a call: every second greets, and none says any more.
+
+    For those that are hung up on others come, at `RETRIES_PER_S`.
+    """
     held: set[socket.socket] = set()
     selector = selectors.DefaultSelector()
-    connect_at, built_up_by = 0.0, time.monotonic() + IN_PLACE_S
+    made, began_s = 0, time.monotonic()
     while not phase.over:
-        now = time.monotonic()
-        wanted = min(4000 - len(held), 20) if now >= connect_at else 0
-        for number in range(wanted):
+        elapsed_s = time.monotonic() - began_s
+        allowed = 4000 + int(elapsed_s * RETRIES_PER_S) - made
+        wanted = min(4000 - len(held), allowed, 20)
+        for _ in range(wanted):
+            made += 1
             one = _connected(target.address, phase)
-            if one is None or _hung_up(one, _PREFACE if number % 2 else b""):
-                connect_at = now + 0.1
+            if one is None:
                 break
+            if _hung_up(one, _PREFACE if made % 2 else b""):
+                phase.endings["HUNG UP"] += 1
+                one.close()
+                continue
             held.add(one)
             selector.register(one, selectors.EVENT_READ, one)
-        for key, _ in selector.select(0.0 if wanted else 0.02):
+        for key, _ in selector.select(0.0 if wanted == 20 else 0.01):
             if _hung_up(key.data, b""):
                 phase.endings["HUNG UP"] += 1
                 selector.unregister(key.data)
                 held.discard(key.data)
                 key.data.close()
-                connect_at = max(connect_at, now + 1 / RETRIES_PER_S)
-        if len(held) == 4000 or connect_at > now or now > built_up_by:
+        if wanted < 20 or elapsed_s > IN_PLACE_S:
             phase.in_place()
     phase.endings["HELD AT THE END"] = len(held)
     for one in held:
