@@ -190,6 +190,22 @@ def test_the_budget(shell: Shell) -> None:
     assert re.search(r"^spent +[\d,.]+ ATP \(as ADP\)$", output, re.MULTILINE)
 
 
+def test_a_stop_token_ends_the_answer_before_it(shell: Shell) -> None:
+    """`--stop-token-id` may be repeated; an id that the model lacks is refused by its field."""
+    ask = ("ask", "tell", "--tier", "tactical", "--temperature", "0", "--ignore-eos")
+    whole = shell.json(*ask, "--max-new-tokens", "12")["token_ids"]
+    assert isinstance(whole, list)
+    stop = whole[5]
+    body = shell.json(
+        *ask, "--max-new-tokens", "12", "--stop-token-id", "0", "--stop-token-id", str(stop)
+    )
+    assert whole[: whole.index(stop)] == body["token_ids"]
+    assert "stop_token" == body["finished"]["stop_reason"]  # type: ignore[index]
+    refused = shell.run(*ask, "--stop-token-id", "500")
+    assert 2 == refused.exit_code
+    assert "job.sampling.stop_token_ids[0]: 500 is not a token of this model" in refused.stderr
+
+
 def test_models_and_status(shell: Shell) -> None:
     """Both tiers with their models, ready, and the ratio of their prices."""
     listed = shell.json("models")["models"]
