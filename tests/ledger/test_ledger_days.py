@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
@@ -28,7 +28,8 @@ from sage_fed.ledger import (
     lock,
     schema,
 )
-from sage_fed.ledger.check import audit
+from sage_fed.ledger.check import audit, end_violations, num_folded
+from sage_fed.ledger.clock import Now
 from sage_fed.ledger.days import DAY_NS, STEP_ENTRIES
 from sage_fed.ledger.store import readable
 from sage_fed.ledger.words import NS_PER_S, BudgetChange
@@ -169,6 +170,59 @@ def test_a_step_is_small_whatever_there_is(desk: Desk) -> None:
     assert (0, True) == changes[0]
     assert max(entries for entries, _ in changes) <= STEP_ENTRIES + 2
     assert (2 + 3 * STEP_ENTRIES, False) == (sum(entries for entries, _ in changes), changes[-1][1])
+
+
+def steps_of_the_writer(num_jobs: int) -> dict[str, int]:
+    """SQLite's own instructions for each operation, in books with so many settled jobs."""
+    desk = Desk(Retention(keep_s=1.0, entries_s=10 * DAY_S, all_results_bytes=100))
+    desk.account("ann", balance=10**6, capacity=10**7, refill=3)
+    desk.account("bob", balance=10**6)
+    for number in range(num_jobs):
+        job(desk, f"job-{number}", rid=f"r{number}")
+    desk.hold("open", 10)
+    counts, steps = {}, [0]
+
+    def count() -> bool:
+        steps[0] += 1
+        return False
+
+    def measure(name: str, operation: Callable[[Now], object]) -> None:
+        steps[0] = 0
+        with desk.db:
+            operation(desk.clock.now())
+        counts[name] = steps[0]
+
+    books, request = desk.books, HoldRequest("new", "ann", 5, "card", "tactical")
+    asked = HoldRequest("asked", "ann", 5, "card", "tactical", client_request_id="new")
+    again = HoldRequest("again", "bob", 5, "card", "tactical", client_request_id="again")
+    desk.db.set_progress_handler(count, 1)
+    measure("hold", lambda now: books.hold(request, now))
+    measure("hold with an id", lambda now: books.hold(asked, now))
+    measure("settle", lambda now: books.settle("new", 2, "length", None, now))
+    measure("settle with an id", lambda now: books.settle("asked", 2, "length", b"a", now))
+    measure("void", lambda now: books.void(books.hold(again, now).job_id, "left", now))
+    measure("expire", books.expire_due)
+    measure("tidy results", lambda now: books.tidy(now, 0))
+    desk.clock.advance(2.0)
+    measure("forget ids", lambda now: books.tidy(now, 0))
+    desk.clock.advance(11 * DAY_S)
+    measure("fold", lambda now: books.days.fold(now, 0.0, 0))
+    measure("keep marks", books.accounts.keep_marks)
+    measure("set budget", lambda now: books.accounts.set_budget("ann", BudgetChange(5), now))
+    measure("start", lambda now: (end_violations(desk.db), num_folded(desk.db), books.recover(now)))
+    desk.db.set_progress_handler(None)
+    desk.db.close()
+    return counts
+
+
+def test_nothing_on_the_writer_takes_longer_for_more_jobs() -> None:
+    """Ten times as many are as many instructions, but for the depth of a tree; a start, too."""
+    few, many_jobs = steps_of_the_writer(300), steps_of_the_writer(3000)
+    longer = {
+        name: (few[name], many_jobs[name]) for name in few if few[name] * 1.5 < many_jobs[name]
+    }
+    assert {} == longer
+    assert min(few.values()) > 10
 
 
 def test_results_make_room_in_small_steps() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import apsw
 import pytest
+from small_disks import small_tmpfs
 
 from sage_fed.core import Budget
 from sage_fed.errors import (
@@ -267,10 +268,6 @@ async def test_a_full_disk_is_said_in_words(
     assert any(f"no space left on {path.parent}" in line for line in caplog.messages)
 
 
-def no_space(path: Path) -> None:
-    beside(path, ".lock").symlink_to("/dev/full")
-
-
 def pipe(path: Path) -> None:
     os.mkfifo(path)
 
@@ -284,7 +281,6 @@ def folder(path: Path) -> None:
     [
         (pipe, ConfigError, "is not a file"),
         (folder, ConfigError, "is not a file"),
-        (no_space, LedgerUnusable, "no space left on"),
     ],
 )
 async def test_what_cannot_be_a_ledger_is_refused_in_words(
@@ -295,6 +291,15 @@ async def test_what_cannot_be_a_ledger_is_refused_in_words(
 
     with pytest.raises(kind, match=words):
         await Ledger.open(path)
+
+
+async def test_a_disk_without_room_for_new_books_is_said_in_words(tmp_path: Path) -> None:
+    """And leaves nothing that looks like books."""
+    with small_tmpfs(tmp_path / "disk", "64k") as disk:
+        disk.fill()
+        with pytest.raises(LedgerUnusable, match="no space left on"):
+            await Ledger.open(disk.path / "ledger.db")
+        assert not (disk.path / "ledger.db").exists()
 
 
 async def test_a_file_whose_mode_cannot_be_changed_is_refused_in_words(

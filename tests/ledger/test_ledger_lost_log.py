@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
 import pytest
 from killed_ledger import live_and_be_killed
+from small_disks import Disk, small_tmpfs
 
 from sage_fed.errors import LedgerCorrupt
 from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check, lock
@@ -264,15 +265,20 @@ async def test_a_lock_that_somebody_else_wrote_is_refused_in_words(path: Path) -
             await look()
 
 
-def test_a_disk_that_takes_nothing_leaves_what_is_remembered(tmp_path: Path) -> None:
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with small_tmpfs(tmp_path / "disk", "64k") as disk:
+        yield disk
+
+
+def test_a_disk_that_takes_nothing_leaves_what_is_remembered(disk: Disk) -> None:
     """An earlier entry is remembered then, which is true too; the books are not kept from going on.
 
     But where nothing is remembered yet, there must be room for it.
     """
-    path = tmp_path / "ledger.db"
-    beside(path, ".lock").symlink_to("/dev/full")
+    disk.fill()
 
-    with lock.held(path) as held:
+    with lock.held(disk.path / "ledger.db") as held:
         held.acknowledge(5)
         assert held.acknowledged() is None
         with pytest.raises(OSError, match=os.strerror(28)):
