@@ -10,7 +10,7 @@ from fake_engine import WAIT_S
 from service_harness import DELTAS, FINISHED, STARTED
 
 from sage_fed.broker.mailbox import JobStream, merge
-from sage_fed.broker.pace import Pace
+from sage_fed.broker.pace import AWAY_S, COUNT_S, Pace
 from sage_fed.core import Delta, Event
 from sage_fed.errors import DeviceBusy
 
@@ -128,3 +128,57 @@ async def test_whoever_waits_for_a_whole_answer_gets_the_error_instead() -> None
     stream.end(DeviceBusy("later", 1.0))
     with pytest.raises(DeviceBusy):
         await asyncio.wait_for(answer, WAIT_S)
+
+
+async def test_who_takes_nothing_has_no_share_of_the_messages() -> None:
+    """A reader that went off with a message is counted for a second, and again when it is back."""
+    now = 1000.0
+    pace = Pace(100, lambda: now)
+    away, there = Peer(), Peer()
+    pace.join(away)
+    pace.join(there)
+    assert pace.interval_s == pytest.approx(0.02)
+    away.away_since_s = now
+    now += AWAY_S - COUNT_S
+    assert pace.interval_s == pytest.approx(0.02)
+    now += COUNT_S
+    assert pace.interval_s == pytest.approx(0.01)
+    away.away_since_s = 0.0
+    now += COUNT_S
+    assert pace.interval_s == pytest.approx(0.02)
+    there.away_since_s = away.away_since_s = now
+    now += AWAY_S
+    assert pace.interval_s == 0
+    pace.leave(there)
+    pace.leave(away)
+    assert pace.interval_s == 0
+
+
+async def test_a_reader_is_away_from_an_event_to_the_next() -> None:
+    """What is kept for it meanwhile is known, and let go where it leaves for good."""
+    stream = opened()
+    events = aiter(stream)
+    assert stream.away_since_s == 0
+    assert await take(events) == STARTED
+    assert stream.away_since_s > 0
+    coming = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    assert stream.away_since_s == 0
+    for delta in DELTAS:
+        stream.push(delta)
+    await coming
+    assert stream.away_since_s > 0
+    assert (0, STARTED.job_id) == (stream.kept_bytes, stream.job_id)
+    plain, rich = Delta("a", (1,), (), 5), Delta("b", (2, 3), (DELTAS[0].logprobs[0],) * 2, 7)
+    stream.push(plain)
+    few = stream.kept_bytes
+    stream.push(rich)
+    assert stream.kept_bytes > 3 * few > 0
+    stream.cancel()
+    assert stream.kept_bytes == 0
+
+
+class Peer:
+    """A stream, as far as the pace looks at it."""
+
+    away_since_s = 0.0

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 from daemon_process import DaemonProcess
+from raw_http2 import RawClient
 from typer.testing import CliRunner, Result
+from waiting import until
 
 from sage_fed.cli.app import build_app
 from sage_fed.cli.exits import ExitCode
 from sage_fed.core import Tier
+from sage_fed.v1 import inference_pb2, types_pb2
 
 QUESTION = "What is 2 plus 3?"
 
@@ -240,6 +243,36 @@ def test_a_new_account(shell: Shell) -> None:
         body["account"], body["balance_uatp"], body["capacity_uatp"], body["refill_uatp_per_s"],
         body["strategic_floor_uatp"],
     )  # fmt: skip
+
+
+def test_what_is_not_read_is_shown_and_ended_by_name(shell: Shell) -> None:
+    """The call, the account, the connection; each name that is shown can be ended."""
+    stream = "/sage_fed.v1.InferenceService/GenerateStream"
+    job = types_pb2.JobSpec(text="hello", tier=types_pb2.TIER_TACTICAL)
+    body = inference_pb2.GenerateStreamRequest(job=job).SerializeToString()
+    with RawClient(shell.daemon.address, window=0) as client:
+        client.widen(client.call("/grpc.health.v1.Health/Watch", b""))
+        client.call(stream, body)
+
+        def unread() -> list[dict[str, object]]:
+            shown: list[dict[str, object]] = json.loads(shell.admin("load", "--json").stdout)[
+                "unread"
+            ]
+            return [reply for reply in shown if reply["connection"] == client.name]
+
+        until(lambda: bool(unread()))
+        (reply,) = unread()
+        assert ("local", stream.removeprefix("/")) == (reply["account"], reply["method"])
+        table = shell.admin("load").stdout
+        assert all(str(reply[name]) in table for name in ("call_id", "job_id", "connection"))
+        assert "1 reply unread" in table
+        # The job has ended by itself: it is its unread answer that the job's name ends now.
+        assert 0 == shell.admin("abort", str(reply["job_id"])).exit_code
+        until(lambda: unread()[0]["ended"] is True)
+        assert 0 == shell.admin("abort", str(reply["call_id"])).exit_code
+        assert 0 == shell.admin("abort", client.name).exit_code
+        client.until(lambda: client.closed)
+        assert 1 == shell.admin("abort", client.name).exit_code
 
 
 def test_aborting_what_does_not_run(shell: Shell) -> None:
