@@ -107,6 +107,22 @@ def test_a_ledger_that_takes_nothing_is_in_the_heading() -> None:
     assert "the ledger takes no entries" in " ".join(picture.split())
 
 
+def test_the_event_loops_lag_and_its_part_of_a_core_are_shown() -> None:
+    """Both from what the loop itself counts between two looks."""
+    metrics = Metrics(version="1.2.3")
+    before = metrics.exposition().decode()
+    for _ in range(100):
+        metrics.loop._lag.observe(0.02)
+    metrics.loop._cpu.inc(1.0)
+    page = metrics.exposition().decode()
+    reading = reading_of(between(before, page), now_s=0.0)
+    picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
+    assert (0.025, 0.5) == (pytest.approx(reading.loop_lag_p99_s, abs=0.001), reading.loop_share)
+    (line,) = (line for line in picture.splitlines() if "event loop" in line)
+    assert "24.9 ms" in line
+    assert "50%" in line
+
+
 def plain(draw: Callable[[Console], object]) -> str:
     output = io.StringIO()
     draw(Console(file=output, width=WIDTH))

@@ -97,6 +97,8 @@ class Reading:
     cost_ratio_live: float | None
     denied_atp_per_s: float | None
     commit_p99_s: float | None
+    loop_lag_p99_s: float | None
+    loop_share: float | None
     memory_available_bytes: float | None
     daemon_bytes: float | None
     gpu_power_watts: float | None
@@ -174,6 +176,8 @@ def reading_of(pages: Between, now_s: float) -> Reading:
         cost_ratio_live=live,
         denied_atp_per_s=pages.rate(f"{_P}atp_denied_total"),
         commit_p99_s=pages.quantile(0.99, f"{_P}ledger_commit_seconds"),
+        loop_lag_p99_s=pages.quantile(0.99, f"{_P}event_loop_lag_seconds"),
+        loop_share=pages.rate(f"{_P}event_loop_cpu_seconds_total"),
         memory_available_bytes=page.total(f"{_P}memory_available_bytes"),
         daemon_bytes=page.total("process_resident_memory_bytes"),
         gpu_power_watts=page.total(f"{_P}gpu_power_watts"),

@@ -122,6 +122,7 @@ def _both(reading: Reading, width: int) -> Text:
         ("calls", f"{_count(reading.open_calls)} on {_count(reading.connections)} connections"),
         ("  unread", f"{_count(reading.unread_replies)}, {_bytes(reading.unread_bytes)}"),
         ("ledger, p99", _seconds(reading.commit_p99_s)),
+        ("event loop, p99 late", f"{_seconds(reading.loop_lag_p99_s)}, {_bar(reading.loop_share)}"),
         ("memory", f"{left} left, daemon {own}"),
     ]
     if reading.gpu_power_watts is not None:
