@@ -293,6 +293,7 @@ class Harness:
     operations: ScriptedOperations
     channel: grpc.aio.Channel
     denied: list[str]
+    workers: Workers
 
 
 @contextlib.asynccontextmanager
@@ -333,7 +334,7 @@ async def serving(
     looking = asyncio.ensure_future(bound.calls.run())
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Harness(address, bound, jobs, ledger, operations, channel, denied)
+            yield Harness(address, bound, jobs, ledger, operations, channel, denied, workers)
     finally:
         looking.cancel()
         await bound.server.stop(None)
