@@ -888,7 +888,7 @@ async def test_an_answer_that_one_reply_cannot_have_is_refused_before_it_is_held
 ) -> None:
     """By the field that makes it so large; as a stream the same job runs."""
     async with rig(tmp_path) as r:
-        monkeypatch.setattr(plan, "MAX_REPLY_BYTES", 5000)
+        monkeypatch.setattr(plan, "MAX_REPLY_BYTES", 4500)
         with pytest.raises(InvalidField, match="one reply may have; stream it") as refusal:
             await r.submit(job(new=50, one_reply=True, **fields))
         assert field == refusal.value.field
@@ -959,7 +959,7 @@ def test_the_default_limits_refuse_nothing_for_its_size() -> None:
     """Longest answers with all log-probabilities, of a vocabulary whose longest entry is long."""
     limits = LimitSettings()
     spec = job(sampling={"top_logprobs": limits.max_top_logprobs})
-    longest = 3 * 128
+    longest = 256
     assert plan.MAX_REPLY_BYTES > most_reply_bytes(spec, limits.max_new_tokens, longest)
     assert Retention().one_result_bytes > most_result_bytes(spec, limits.max_new_tokens, longest)
 

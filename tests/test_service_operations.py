@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from service_harness import (
     in_thread,
     serving,
 )
+from typer.testing import CliRunner
 
+from sage_fed.cli.app import build_app
 from sage_fed.client import Client, LoadReport
 from sage_fed.client.answers import EntryPage
 from sage_fed.client.failures import error_of
@@ -280,6 +283,30 @@ async def test_pages_end_with_the_days(tmp_path: Path, page_size: int) -> None:
     assert [2, 1] == entries
     assert days[::-1] == found
     assert (2, 2) == (len(lines.entries), len(lines.days))
+
+
+async def test_the_command_line_shows_the_days(tmp_path: Path) -> None:
+    """Behind the entries, for people; for programs beside them."""
+    async with serving(tmp_path) as harness:
+        await hold(harness, 0)
+        await harness.ledger.void("job-0", "test")
+        await hold(harness, 1)
+
+        def ask(*more: str) -> str:
+            shell = CliRunner(env={"SAGE_FED_ADDRESS": harness.address})
+            return shell.invoke(build_app(), ["ledger", *more]).stdout
+
+        output, body = await in_thread(ask), json.loads(await in_thread(lambda: ask("--json")))
+
+    *_, title, header, line = output.strip().splitlines()
+    assert "older entries, and holds that were given back, by the day (UTC):" == title
+    assert ["day", "entries", "granted", "spent", "jobs", "given", "back", "expired"] == (
+        header.split()
+    )
+    assert ["2", "0.00", "0.00", "0", "1", "0"] == line.split()[1:]
+    assert [4, 1] == [entry["entry_id"] for entry in body["entries"]]
+    (day,) = body["days"]
+    assert (line.split()[0], 1) == (day["date"], day["voided_jobs"])
 
 
 async def test_models_and_status_arrive_whole(tmp_path: Path) -> None:

@@ -437,3 +437,44 @@ def test_only_a_possible_prefix_is_held_back(stops: list[str], pieces: list[str]
 def test_without_stop_strings_nothing_is_held_back() -> None:
     """The matcher of an ordinary job is transparent."""
     assert ("hello", False) == StopMatcher(()).push("hello")
+
+
+@pytest.mark.parametrize("kind", ["bundled", "byte level", "byte fallback"])
+def test_no_token_adds_more_text_than_is_said(tmp_path: Path, kind: str) -> None:
+    """Each one alone, as a stream decodes it, with what is left at its end."""
+    if kind == "bundled":
+        tokenizer = Tokenizer.load(BUNDLED)
+    else:
+        tokenizer = _of_long_entries(tmp_path, byte_level=kind == "byte level")
+    adds = []
+    for token_id in range(tokenizer.num_valid_ids):
+        decoder = tokenizer.decoder()
+        adds.append(len((decoder.push([token_id]) + decoder.finish()).encode()))
+    assert max(adds) <= tokenizer.most_text_bytes <= max(3, 3 * max(adds))
+
+
+def _of_long_entries(folder: Path, *, byte_level: bool) -> Tokenizer:
+    """A vocabulary with long entries: of text, and where it has any, of broken characters."""
+    if byte_level:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        entries = [*alphabet, "x" * 40, "\u00e4" * 12]
+        rust = RustTokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, []))
+        rust.decoder = decoders.ByteLevel()
+    else:
+        entries = [
+            "<unk>",
+            *(f"<0x{byte:02X}>" for byte in range(256)),
+            "\u2581" * 16,
+            "\U0001f4a9" * 5,
+        ]
+        rust = RustTokenizer(
+            models.BPE(
+                {entry: i for i, entry in enumerate(entries)}, [], unk_token="<unk>",
+                byte_fallback=True,
+            )
+        )  # fmt: skip
+        rust.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=rust).save_pretrained(folder)
+    return Tokenizer.load(folder)

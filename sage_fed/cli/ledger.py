@@ -134,7 +134,7 @@ def back_up_books(
 
 def _print_days(days: Sequence[Day]) -> None:
     print_table(
-        ("day", "entries", "granted", "spent", "charged", "given back", "expired"),
+        ("day", "entries", "granted", "spent", "jobs", "given back", "expired"),
         [
             (
                 _date(day),
@@ -147,7 +147,7 @@ def _print_days(days: Sequence[Day]) -> None:
             )
             for day in days
         ],
-        right=("entries", "granted", "spent", "charged", "given back", "expired"),
+        right=("entries", "granted", "spent", "jobs", "given back", "expired"),
     )
 
 

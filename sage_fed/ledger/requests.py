@@ -32,7 +32,7 @@ class Retention:
 
     keep_s: float = 24 * 3600.0
     entries_s: float = 30 * 86_400.0
-    one_result_bytes: int = 16 * 2**20
+    one_result_bytes: int = 32 * 2**20
     all_results_bytes: int = 256 * 2**20
 
 

@@ -35,13 +35,9 @@ class LengthBound:
             and all(map(_keeps_length, normalizers))
             and all(map(_leaves_nothing_out, _parts(backend.pre_tokenizer, "pretokenizers")))
         )
-        longest = _longest_token(backend, in_bytes=self._bytes)
-        self.longest = longest if sound else 0
+        self.longest = _longest_token(backend, in_bytes=self._bytes) if sound else 0
         """Bytes (or characters, without a byte-level vocabulary) of the longest token; 0 is
         unknown."""
-        # Of bytes that make no character each becomes U+FFFD, which has three.
-        self.most_text_bytes = longest * (3 if self._bytes else 4)
-        """Bytes of UTF-8 that one token can add to a text at most."""
 
     def least_tokens(self, text: str) -> int:
         """Return a number of tokens that `text` has or exceeds; 0 where nothing is known."""

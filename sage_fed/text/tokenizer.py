@@ -66,6 +66,8 @@ class Tokenizer:
         self.num_valid_ids = num_ids(self._rust)
         self.unknown_ids = unknown_ids(self._rust, self.num_valid_ids)
         self._length = LengthBound(self._rust)
+        self.most_text_bytes = self._find_most_text_bytes()
+        """Bytes of UTF-8 that one token can add to a text at most."""
         self._source = source
         self._template = ChatTemplate(source.template, source.named) if source.template else None
         probes = self._probes()
@@ -139,11 +141,6 @@ class Tokenizer:
         """A decoder for one stream of ids."""
         return ByteDecoder(self) if self._byte_level else WindowDecoder(self)
 
-    @property
-    def most_text_bytes(self) -> int:
-        """Bytes of UTF-8 that one token can add to a text at most."""
-        return self._length.most_text_bytes
-
     def token_bytes(self, token_id: int) -> bytes:
         """What a byte-level token adds to the text; empty for special and meaningless ids."""
         known = self._bytes.get(token_id)
@@ -160,6 +157,20 @@ class Tokenizer:
             return bytes(self._byte_of[char] for char in token)
         except KeyError:
             return token.encode()
+
+    def _find_most_text_bytes(self) -> int:
+        spelled = self._rust.get_vocab(with_added_tokens=False)
+        added = self._rust.get_added_tokens_decoder().values()
+        most = max((len(token.content.encode()) for token in added), default=0)
+        # A byte that makes no character becomes U+FFFD, which has three.
+        if not self._byte_level:
+            return max(3, most, max((len(token.encode()) for token in spelled), default=0))
+        longest = max(map(len, spelled), default=0)
+        for token in spelled:
+            if 3 * len(token) > longest:
+                text = bytes(self._byte_of.get(char, 0) for char in token).decode(errors="replace")
+                most = max(most, len(text.encode()))
+        return max(3, most)
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves this token out."""
