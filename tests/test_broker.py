@@ -72,7 +72,7 @@ from sage_fed.scheduler import TokenWeights
 from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import Drawn, Step
-from sage_fed.text import Tokenizer
+from sage_fed.text import Tokenizer, write_padded_tokenizer
 from sage_fed.v1 import inference_pb2
 from sage_fed.workers import Workers
 
@@ -531,6 +531,26 @@ def test_a_new_field_leaves_the_payload_hashes_of_before() -> None:
     before = "8f988fe9d3301fdd4a7392e76097ec09d703a159ae8608798ce71e2565eecab2"
     assert before == payload_hash(spec).hex()
     assert 4 == len(hashes)
+
+
+async def test_a_stop_token_is_of_every_tier_that_may_serve(tmp_path: Path) -> None:
+    """An id that only one tier's vocabulary has is for jobs that name that tier and stay there."""
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    write_padded_tokenizer(MODELS / "demo-tactical", larger, 600)
+    async with rig(tmp_path) as r:
+        encoder = r.broker._planner.encoder
+        encoder.tokenizers = {**encoder.tokenizers, Tier.STRATEGIC: Tokenizer.load(larger)}
+        sampling = {"stop_token_ids": (1, 550)}
+        await r.run(job(requested=Tier.STRATEGIC, sampling=sampling))
+        for fields in (
+            {"requested": Tier.TACTICAL},
+            {"requested": None},
+            {"requested": Tier.STRATEGIC, "allow_downgrade": True},
+        ):
+            with pytest.raises(InvalidField) as refusal:
+                await r.run(job(sampling=sampling, **fields))
+            assert "job.sampling.stop_token_ids[1]" == refusal.value.field
 
 
 async def test_a_job_is_charged_by_the_card_that_it_was_held_by(tmp_path: Path) -> None:

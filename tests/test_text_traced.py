@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError
 from test_text import byte_level, user, with_template
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -127,6 +127,22 @@ def test_a_template_whose_tokens_cannot_be_followed_is_refused() -> None:
     """Where control tokens come out of an operation that nobody follows, no prompt is guessed."""
     tokenizer = with_template("{{ '%-15s' % bos_token }}{{ messages[0].content }}")
 
+    with pytest.raises(InvalidField, match="cannot be told from a message's text; send token_ids"):
+        tokenizer.encode_messages(user("hello"))
+
+
+def test_a_tokenizer_that_loses_the_secret_spelling_is_refused_for_chats_only() -> None:
+    """It loads, and takes token ids; a conversation is refused instead of being misread."""
+    hf = byte_level()
+    # Control tokens that are found in normalised text, of which private characters are cleaned.
+    hf.backend_tokenizer.normalizer = normalizers.BertNormalizer(clean_text=True, lowercase=False)
+    hf.add_special_tokens(
+        {"extra_special_tokens": [AddedToken("<|odd|>", special=True, normalized=True)]}
+    )
+    hf.chat_template = "<|odd|>{{ messages[0].content }}"
+    tokenizer = Tokenizer(source_of(hf))
+
+    tokenizer.validate_ids((0,))
     with pytest.raises(InvalidField, match="cannot be told from a message's text; send token_ids"):
         tokenizer.encode_messages(user("hello"))
 

@@ -201,8 +201,8 @@ class Tokenizer:
         if not self._followed:
             raise InvalidField(
                 "job.chat",
-                "this model's chat template writes control tokens in a way that cannot be told "
-                "from a message's text; send token_ids",
+                "this model's chat template or tokenizer makes control tokens in a way that cannot "
+                "be told from a message's text; send token_ids",
             )
         if not messages:
             raise InvalidField("job.chat.messages", "give at least one message")
@@ -237,7 +237,10 @@ class Tokenizer:
     def _encodes_as_it_is(self, text: Traced) -> bool:
         """Whether the encoder finds every control token that the tokenizer itself finds."""
         (plain,) = self._rust.encode_batch_fast([str.__str__(text)], add_special_tokens=False)
-        return tuple(plain.ids) == self._encoder.encode(text)
+        try:
+            return tuple(plain.ids) == self._encoder.encode(text)
+        except InvalidField:
+            return False
 
     def _find_end_tokens(self, probes: Sequence[Traced]) -> frozenset[int]:
         """The named token, and the control token that the template writes behind an answer."""
