@@ -11,7 +11,6 @@ do ends with `Unreadable`, and the writer, whose file it is, is asked then.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
@@ -123,7 +122,8 @@ class Reader:
             line = self._lines.get(account)
             if line is None:
                 return
-            with contextlib.suppress(ValueError):
+            # Looked for first: the error that removes nothing would spell out the whole answer.
+            if waiting in line:
                 line.remove(waiting)
             if not line:
                 del self._lines[account]

@@ -225,3 +225,30 @@ async def test_closing_leaves_no_reader_behind(path: Path) -> None:
     assert not ledger._reader._thread.is_alive()
     with pytest.raises(LedgerDown):
         await ledger.budget("ann")
+
+
+async def test_an_answer_is_never_spelled_out(ledger: Ledger) -> None:
+    """Nor while more of its account's reads wait: the text of a page takes the loop long."""
+    spelled: list[str] = []
+
+    class Answer:
+        def __repr__(self) -> str:
+            spelled.append("an answer")
+            return "an answer"
+
+    def read(_books: Books, _now: Now) -> Answer:
+        return Answer()
+
+    before = LongRead(ledger)
+    await before.entered()
+    first = asyncio.create_task(ledger._reader.ask("ann", read))
+    await asyncio.sleep(0)
+    behind = LongRead(ledger)
+    await asyncio.sleep(0)
+    last = asyncio.create_task(ledger._reader.ask("ann", read))
+    await asyncio.sleep(0)
+    await before.end()
+    await first
+    await behind.end()
+    await last
+    assert [] == spelled
