@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from surroundings import MODELS
 
 from sage_fed.broker import Broker, Encoder, JobStream, Planner, plan
+from sage_fed.broker.endings import timing_of
 from sage_fed.broker.job import Job
 from sage_fed.broker.output import Output
+from sage_fed.broker.plan import resolve_sampling
 from sage_fed.broker.results import Result, most_reply_bytes, most_result_bytes, payload_hash
 from sage_fed.core import (
     UATP_PER_ATP,
@@ -68,7 +70,7 @@ from sage_fed.ledger import (
 from sage_fed.metrics import Metrics
 from sage_fed.pricing import RateCard, charge
 from sage_fed.router import RoutingPolicy
-from sage_fed.scheduler import TokenWeights
+from sage_fed.scheduler import Ended, EndReason, TokenWeights
 from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import Drawn, Step
@@ -848,6 +850,45 @@ def test_each_log_probability_is_delivered_once(stop: tuple[str, ...]) -> None:
     ]
     assert [1, 4, 6] == [delta.output_tokens for delta in deltas]
     assert tuple(token.logprob for token in drawn) == output.whole().logprobs
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(5, 16), (500, 12), (511, 1)])
+async def test_a_job_that_does_not_say_gets_what_fits(
+    tmp_path: Path, prompt: int, new: int
+) -> None:
+    """The default, or the rest of the context where that is less; and a seed to repeat it by."""
+    async with rig(tmp_path) as r:
+        asked = job(prompt=Prompt(token_ids=(9,) * prompt), sampling={"max_new_tokens": None})
+        quote = await r.broker.quote(asked)
+        assert ("explicit", new) == (quote.decision.reason, quote.max_new_tokens)
+        seeds = {resolve_sampling(replace(asked, sampling=SamplingRequest()), None).seed}
+        seeds |= {resolve_sampling(replace(asked, sampling=SamplingRequest()), None).seed}
+        assert 2 == len(seeds)
+        assert all(0 <= seed < 2**63 for seed in seeds)
+        full = replace(asked, prompt=Prompt(token_ids=(9,) * 512))
+        assert "prompt_too_long" == (await r.broker.quote(full)).decision.reason
+
+
+@pytest.mark.parametrize(
+    ("reached", "timing"),
+    [
+        (
+            {"started_s": 12.0, "first_token_s": 15.0, "last_token_s": 19.0},
+            Timing(1.0, 3.0, 4.0, 5.0, 20.0, 0.5),
+        ),
+        ({"started_s": 12.0}, Timing(1.0, 0.0, 0.0, 0.0, 20.0, 0.5)),
+        ({}, Timing(14.0, 0.0, 0.0, 0.0, 20.0, 0.5)),
+    ],
+)
+def test_a_jobs_times_are_what_it_came_to(reached: dict[str, float], timing: Timing) -> None:
+    """Queue, prompt, tokens, first token and all of it, each from where it begins."""
+    ended = Ended(1, EndReason.LENGTH, submitted_s=11.0, ended_s=25.0, device_s=0.5, **reached)
+    assert timing == timing_of(ended, arrived_s=10.0, now=30.0)
+
+
+def test_a_job_that_never_ran_took_only_its_waiting() -> None:
+    """Nothing is known but when it came and when it was over."""
+    assert Timing(0.0, 0.0, 0.0, 0.0, 20.0) == timing_of(None, arrived_s=10.0, now=30.0)
 
 
 async def test_a_quote_does_not_take_its_own_calls_deadline_for_the_jobs(tmp_path: Path) -> None:
