@@ -18,6 +18,7 @@ bench/results/mutants.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -60,7 +61,9 @@ def main(packages: list[str], sample: int, seed: int, children: int, output: Pat
     left = [name for name in chosen if made[name] is None]
     print(f"{len(made)} mutants, {len(chosen)} chosen, {len(left)} to try", flush=True)
     if left:
-        mutmut("run", "--max-children", str(children), *left, check=False)
+        # Interrupted, it reports what was tried; mutmut begins with those that are quickly tried.
+        with contextlib.suppress(KeyboardInterrupt):
+            mutmut("run", "--max-children", str(children), *left, check=False)
     result = summary(chosen)
     result |= {"sample": sample or None, "seed": seed if sample else None, "made": len(made)}
     result["took_s"] = round(time.monotonic() - began_s)

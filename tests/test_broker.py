@@ -865,8 +865,9 @@ async def test_a_job_that_does_not_say_gets_what_fits(
         seeds |= {resolve_sampling(replace(asked, sampling=SamplingRequest()), None).seed}
         assert 2 == len(seeds)
         assert all(0 <= seed < 2**63 for seed in seeds)
-        full = replace(asked, prompt=Prompt(token_ids=(9,) * 512))
-        assert "prompt_too_long" == (await r.broker.quote(full)).decision.reason
+        full = await r.broker.quote(replace(asked, prompt=Prompt(token_ids=(9,) * 600)))
+        # Never less than one: a negative number of tokens would have a negative price.
+        assert ("prompt_too_long", 1) == (full.decision.reason, full.max_new_tokens)
 
 
 @pytest.mark.parametrize(

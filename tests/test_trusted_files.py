@@ -120,6 +120,25 @@ def test_a_machine_without_room_is_no_setting(number: int, kind: type[Exception]
     assert kind is type(os_error("it", OSError(number, os.strerror(number))))
 
 
+def test_a_link_that_is_planted_again_meanwhile_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the removal of what stood there and the making of the file: a race that loses."""
+    treasure, place = tmp_path / "treasure", tmp_path / "file"
+    treasure.write_text("treasure")
+    unlink = Path.unlink
+
+    def race(path: Path, *, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        path.symlink_to(treasure)
+
+    monkeypatch.setattr(Path, "unlink", race)
+    with pytest.raises(FileExistsError):
+        replace_file(place, "secret")
+    assert "treasure" == treasure.read_text()
+    assert not place.exists()
+
+
 @pytest.mark.parametrize("name", ["file", ".file.new"])
 def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
     """Planted at the file's name or where it is made: replaced; what it leads to is untouched."""
