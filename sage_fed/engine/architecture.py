@@ -21,6 +21,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _MAY_BE_ZERO = frozenset(
     {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 )
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
 _NO_WINDOW = 2**63
 """What a window of null reads as."""
 
@@ -67,7 +68,7 @@ def read_spec(directory: Path) -> ModelSpec:
     architecture, config = read_configuration(directory)
     traits = SUPPORTED[architecture]
     activation = config.text("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in {"silu", "swish"}:
         raise ModelLoadError(f"{architecture}: activation {activation!r}; only 'silu' is supported")
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
@@ -94,7 +95,7 @@ def read_spec(directory: Path) -> ModelSpec:
         qk_norm=traits.qk_norm,
         tied_embeddings=config.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(config, traits, num_layers),
-        remarks=remarks,
+        remarks=(*remarks, *config.foreign()),
     )
 
 
@@ -183,16 +184,30 @@ def _rope_remarks(rope: RopeSpec, unread: list[str]) -> Iterator[str]:
 
 
 def _sliding_window(config: Configuration, traits: Traits, num_layers: int) -> int | None:
-    """Return the length of the window that some layer attends in, if any does."""
+    """Return the length of the window that some layer attends in, if any does.
+
+    Llama's code has no windows, but the cache of `transformers` makes one for any architecture
+    whose file names it: what it generates and what it computes at once differ from there on.
+    """
     silent = not config.has("sliding_window")
     window = traits.sliding_window if silent else config.integer("sliding_window", _NO_WINDOW)
-    if traits.sliding_window is None or window in (None, _NO_WINDOW):
-        return None
-    if traits.windowed_by_flag and not config.flag("use_sliding_window"):
-        return None
+    if window == _NO_WINDOW or (traits.windowed_by_flag and not config.flag("use_sliding_window")):
+        window = None
     layer_types = config.listed("layer_types")
     if layer_types is None:
         # The first `max_window_layers` attend to everything.
         full = config.integer("max_window_layers", 28, low=0) if traits.windowed_by_flag else 0
         return window if full < num_layers else None
-    return window if "sliding_attention" in layer_types else None
+    if strange := {str(kind) for kind in layer_types} - _LAYER_TYPES:
+        raise ModelLoadError(f"config.json: layers of type {', '.join(sorted(strange))}")
+    if len(layer_types) != num_layers:
+        raise ModelLoadError(f"config.json: {len(layer_types)} layer_types of {num_layers} layers")
+    sliding = "sliding_attention" in layer_types
+    if sliding and window is None:
+        raise ModelLoadError(
+            "config.json: layer_types has sliding_attention, and there is no window: "
+            "sliding_window is null, or use_sliding_window is not set"
+        )
+    # Mistral's code has one window for all layers, whatever their types say.
+    every = traits.sliding_window is not None and not traits.windowed_by_flag
+    return window if sliding or every else None

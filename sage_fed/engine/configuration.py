@@ -9,7 +9,7 @@ Fails with a `ModelLoadError` that names the key.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +71,41 @@ SUPPORTED: dict[str, Traits] = {
 }
 
 
+_REFUSED: Mapping[str, tuple[object, str]] = {
+    # Keys that change what a model computes, or which weights it has, and that the engine does not
+    # follow: the value that changes nothing, and what any other is.
+    "transformers_weights": (None, "names other files as the weights"),
+    "per_layer_config": (None, "gives layers shapes of their own"),
+    "is_encoder_decoder": (False, "is that of an encoder with its decoder"),
+    "text_config": (None, "is that of a model of more than text"),
+    "chunk_size_feed_forward": (0, "cuts the feed-forward layers"),
+    # `transformers` reads these in any architecture: its masks the first, its cache the others.
+    "is_causal": (True, "has every token see those behind it"),
+    "attention_chunk_size": (None, "attends chunk by chunk"),
+    "kv_sharing_modes": (None, "shares the cache between layers"),
+}
+
+_FOREIGN: Mapping[str, object] = {
+    # Keys by which other architectures change what they compute, and the value that changes
+    # nothing; the code of those in `SUPPORTED` reads none of them, in `transformers` as here.
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "clip_qkv": None,
+    "embedding_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "moe_intermediate_size": None,
+    "no_rope_layers": None,
+    "num_experts": None,
+    "num_local_experts": None,
+    "qk_layernorm": False,
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1.0,
+    "use_qk_norm": False,
+}
+
+
 class Configuration:
     """The values of one `config.json`; what is absent or null reads as the default given."""
 
@@ -109,6 +144,13 @@ class Configuration:
         if value is not None and not isinstance(value, list):
             raise ModelLoadError(f"config.json: {key} is not a list")
         return value
+
+    def foreign(self) -> Iterator[str]:
+        """Say which values are meant for another architecture than the file names."""
+        for key, neutral in _FOREIGN.items():
+            value = self._raw.get(key)
+            if value is not None and value != neutral:
+                yield f"config.json: {key} is {value!r}, which this architecture does not read"
 
     def rope(self) -> dict[str, Any]:
         """Return the rotary parameters, of new files and of old; `rope_theta` is there."""
@@ -164,7 +206,11 @@ def read_configuration(directory: Path) -> tuple[str, Configuration]:
             weights that are quantised already.
     """
     raw = read_object(directory / "config.json")
-    named = raw.get("architectures") or [raw.get("model_type") or "none"]
+    named = raw.get("architectures")
+    if not named:  # then `transformers` goes by the type of model
+        model_type = raw.get("model_type")
+        by_type = {traits.model_type: name for name, traits in SUPPORTED.items()}
+        named = [by_type.get(str(model_type), model_type or "none")]
     architecture = str(named[0]) if isinstance(named, list) else str(named)
     if architecture not in SUPPORTED:
         raise ModelLoadError(
@@ -181,4 +227,9 @@ def read_configuration(directory: Path) -> tuple[str, Configuration]:
         raise ModelLoadError(
             f"config.json: model_type {raw.get('model_type')!r} is not that of {architecture}"
         )
+    for key, (neutral, what) in _REFUSED.items():
+        if (value := raw.get(key)) is not None and value != neutral:
+            raise ModelLoadError(
+                f"{architecture}: config.json {what} ({key}), which is not supported"
+            )
     return architecture, Configuration(raw)

@@ -23,7 +23,7 @@ from sage_fed.engine.devices import resolve_device
 from sage_fed.engine.engine import Engine
 from sage_fed.engine.filling import load_weights, weights_cache
 from sage_fed.engine.formats import Formats, choose_formats
-from sage_fed.engine.generation import read_generation
+from sage_fed.engine.generation import read_generation, unread_generation
 from sage_fed.engine.graphs import GraphCapture
 from sage_fed.engine.kv_cache import KVCache, blocks_in_budget, bytes_per_token
 from sage_fed.engine.precision import precision_of
@@ -217,6 +217,7 @@ def _remarks(
 ) -> Iterator[str]:
     """Say where the checkpoint's files disagree, and what is made of it."""
     yield from spec.remarks
+    yield from unread_generation(directory)
     if num_valid_ids is not None and num_valid_ids > spec.vocab_size:
         first, last = spec.vocab_size, num_valid_ids - 1
         yield (

@@ -409,3 +409,16 @@ def _suppressed(source: Checkpoint, prompt: tuple[int, ...], ids: set[int]) -> t
         suppress_tokens=sorted(ids),
     )
     return tuple(answer[0, len(prompt) :].tolist())
+
+
+def test_ways_to_generate_that_are_not_followed_are_said(
+    copy: Path, said: Callable[[], str]
+) -> None:
+    """What the checkpoint's maker wanted, and the engine does not have; neutral values are not."""
+    edit_json(copy / "generation_config.json", num_beams=1, no_repeat_ngram_size=3, typical_p=0.9)
+
+    load(copy)
+
+    assert "no_repeat_ngram_size is set" in said()
+    assert "typical_p is set" in said()
+    assert "num_beams" not in said()

@@ -300,7 +300,10 @@ def test_bf16_is_served_in_half_the_memory(checkpoint: Checkpoints) -> None:
             {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.1},
             GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1),
         ),
-        ({"do_sample": True}, GenerationDefaults(temperature=1.0)),
+        # Transformers' own default, which it uses where the file names none.
+        ({"do_sample": True}, GenerationDefaults(temperature=1.0, top_k=50)),
+        ({"do_sample": True, "top_k": None}, GenerationDefaults(temperature=1.0, top_k=50)),
+        ({"do_sample": True, "top_k": 0}, GenerationDefaults(temperature=1.0)),
         ({"repetition_penalty": 1.1}, GenerationDefaults(repetition_penalty=1.1)),
     ],
 )
