@@ -89,7 +89,8 @@ class Broker:
     async def submit(self, spec: JobSpec, arrived: float) -> JobStream:
         """Accept a job; returns once its hold is durable.
 
-        Cancelled while it waits, it cancels the job: the caller has no stream to cancel yet.
+        Cancelled while it waits, it cancels the job, whose caller has no stream to cancel yet, and
+        returns when that has ended.
 
         Args:
             spec: what is asked for.
@@ -137,6 +138,8 @@ class Broker:
             await job.stream.admitted()
         except asyncio.CancelledError:
             job.stop(StopReason.CANCELLED)
+            # Until its hold is given back: who gives up at once is to pay at least with time.
+            await asyncio.wait((task,))
             raise
         finally:
             if spec.requested is not None:

@@ -150,12 +150,14 @@ class Edge:
 
         async def work(open_call: OpenCall, call: Call | None) -> None:
             request = await self._request(request_class, open_call, call, counts=counts)
-            open_call.done()
             # Closed now, and not when it is garbage, where a write was cancelled or refused.
             # The first write sends the response headers; a refusal before it leaves the RPC
             # retryable.
             async with contextlib.aclosing(method(request, call)) as replies:
                 async for reply in replies:
+                    if open_call.holds_turn:
+                        # What else it writes is bounded as what is unread.
+                        open_call.done()
                     await open_call.write(reply.SerializeToString())
 
         return self._serve(path, work, tracing)

@@ -122,9 +122,13 @@ class InferenceService:
         spec: JobSpec,
         call: Call,
     ) -> EventStream:
-        call.open_call.done()
-        with _named_as_in(request.job):
-            stream = await self._jobs.submit(spec, call.arrived)
+        # The turn lasts until the job is admitted, or what was begun for it is undone: calls that
+        # are given up as soon as they are made would otherwise be bounded by nothing.
+        try:
+            with _named_as_in(request.job):
+                stream = await self._jobs.submit(spec, call.arrived)
+        finally:
+            call.open_call.done()
         call.open_call.keep(stream)
         return stream
 
