@@ -21,6 +21,7 @@ from sage_fed.cli import scrape
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client
 from sage_fed.core import StopReason, Tier
+from sage_fed.service.calls import UNREAD_OF_CONNECTION
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 SETTINGS = (
@@ -89,7 +90,8 @@ def test_answers_that_nobody_reads_refuse_nobody_else(daemon: DaemonProcess, tok
             assert serves(daemon, token)
         client.until(lambda: client.closed)
     until(lambda: series(daemon, "sage_fed_unread_replies ") == 0)
-    assert series(daemon, 'sage_fed_calls_ended_total{why="unread"}') >= 511 - 64
+    # How many it takes depends on how many were unread at one look; the rest goes with them.
+    assert series(daemon, 'sage_fed_calls_ended_total{why="unread"}') > UNREAD_OF_CONNECTION
     assert 1 == series(daemon, 'sage_fed_connections_closed_total{why="unread"}')
 
 

@@ -179,7 +179,7 @@ class LimitSettings(Section):
         "ended, and its next calls refused.",
     )
     max_account_unread_bytes: Size = Field(
-        default=32 * 2**20, gt=0, description="What they, and the answers behind them, may take."
+        default=64 * 2**20, gt=0, description="What they, and the answers behind them, may take."
     )
     max_receiving_bytes: Size = Field(
         default=128 * 2**20,
