@@ -293,7 +293,6 @@ class Harness:
     operations: ScriptedOperations
     channel: grpc.aio.Channel
     denied: list[str]
-    workers: Workers
 
 
 @contextlib.asynccontextmanager
@@ -334,7 +333,7 @@ async def serving(
     looking = asyncio.ensure_future(bound.calls.run())
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Harness(address, bound, jobs, ledger, operations, channel, denied, workers)
+            yield Harness(address, bound, jobs, ledger, operations, channel, denied)
     finally:
         looking.cancel()
         await bound.server.stop(None)
