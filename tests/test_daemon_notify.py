@@ -89,7 +89,10 @@ def test_ready_is_said_when_the_tactical_tier_serves(manager: Manager, tmp_path:
         # The start was given time for as long as it got on.
         assert "EXTEND_TIMEOUT_USEC=300000000" in manager.said
         manager.wait("WATCHDOG=1")
-        (model / "config.json").write_text(kept.read_text())
+        # The name is a file's before the waiting reader gets on: it is read more than once.
+        with (model / "config.json").open("w") as waiting:
+            kept.rename(model / "config.json")
+            waiting.write((model / "config.json").read_text())
         manager.wait("STATUS=tactical serves; strategic serves")
         daemon.process.send_signal(signal.SIGTERM)
         assert 0 == daemon.process.wait(WAIT_S)
