@@ -11,6 +11,7 @@ from fake_engine import reference, spec
 from hypothesis import given
 from scheduler_bench import Bench
 
+from sage_fed.core import Priority
 from sage_fed.scheduler import SequenceSpec
 from sage_fed.scheduler.rates import StepRates
 from sage_fed.scheduler.shares import KEPT_S, PlaceShares
@@ -85,6 +86,43 @@ def test_places_are_not_kept_for_who_was_served_more() -> None:
     assert 0 == places.kept_from("a", held, {"a": 10, "b": 11}, 1.0)
     assert 0 == places.kept_from("a", {"a": 1}, {"a": 10, "b": 10}, 1.0), "below its own share"
     assert 0 == places.kept_from("a", held, {"a": 10, "b": 10}, KEPT_S + 0.1)
+
+
+def test_nobody_makes_its_places_its_own_by_interrupting_itself() -> None:
+    """What has been interrupted as often as it may gives way all the same, once it has got on."""
+    bench = Bench(400, max_batch=4, preempt_after_s=1e9)
+    bench.add(*(of("a", i, prompt=1, new=300, priority=Priority.LOW) for i in range(4)))
+    bench.step()
+    for turn in range(2):
+        asked = [10 * (turn + 1) + i for i in range(4)]
+        bench.add(*(of("a", i, prompt=1, new=4, priority=Priority.HIGH) for i in asked))
+        while not all(i in bench.ended for i in asked):
+            bench.step()
+        bench.step()
+    assert 8 == bench.preempted
+    bench.add(of("b", 99, prompt=1, new=1))
+    for _ in range(20):
+        bench.step()
+    assert 99 in bench.ended
+    bench.run()
+    assert all(reference(bench.specs[i]) == bench.tokens[i] for i in bench.specs)
+
+
+def test_what_is_above_a_share_ends_however_often_it_gives_way() -> None:
+    """It is interrupted again only after it has got on by what its start has cost."""
+    bench = Bench(400, max_batch=2, preempt_after_s=1e9)
+    bench.add(*(of("a", i, prompt=10, new=60) for i in range(2)))
+    newest = 10
+    for _ in range(2000):
+        if {0, 1} <= bench.ended.keys():
+            break
+        if all(i in bench.ended for i in range(10, newest)):
+            bench.now += KEPT_S + 1.0  # its place is not kept for it any more
+            bench.add(of("b", newest, prompt=1, new=1))
+            newest += 1
+        bench.step()
+    assert {0, 1} <= bench.ended.keys()
+    assert bench.preempted < 2 * 2 + 8, "as many times as its length doubles"
 
 
 def test_many_rows_of_one_account_make_anothers_steps_twice_as_long_at_most() -> None:

@@ -16,6 +16,7 @@ import h2.events
 import pytest
 import waiting
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from raw_http2 import RawClient, framed
 from service_harness import (
     DELTAS,
@@ -33,7 +34,7 @@ from sage_fed.core import OpenReply, Tier, TierState
 from sage_fed.errors import RateLimited
 from sage_fed.ledger import AccountTerms
 from sage_fed.service import calls as calls_module
-from sage_fed.service.calls import STRANGERS_OF_CONNECTION, Turns
+from sage_fed.service.calls import STRANGERS_OF_CONNECTION, Turn, Turns
 from sage_fed.service.connections import Connections, host_of
 from sage_fed.service.server import OWN_FILES, WINDOW_BYTES, connections_within
 from sage_fed.settings import Address, LimitSettings, UnixSocket
@@ -271,7 +272,8 @@ async def test_unread_pages_of_the_books_are_few(tmp_path: Path) -> None:
             for _ in range(100):
                 client.call("/sage_fed.v1.BudgetService/ListEntries", body)
             await until(lambda: unread(harness))
-            assert len(unread(harness)) <= calls_module.TURNS_OF_CONNECTION
+            at_once = calls_module.WORK_OF_CONNECTION // calls_module.COST_OF_OTHERS
+            assert len(unread(harness)) <= at_once
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -468,29 +470,82 @@ async def test_a_client_that_leaves_leaves_nothing(tmp_path: Path) -> None:
         await until(lambda: harness.bound.calls.num_open == 0)
 
 
-class Peer:
-    """As much of a call as turns need."""
-
-    def __init__(self, owner: str, connection: str) -> None:
-        self.owner, self.connection = owner, connection
-        self.holds_turn = False
-        self.turn: asyncio.Future[None] | None = None
-
-
 async def test_turns_go_round_the_connections() -> None:
     """A line of one connection does not stand before the first of another."""
-    turns: Any = Turns(of_connection=2, of_account=3, overall=4)
-    one = [Peer("a", "1") for _ in range(6)]
-    two, three = [Peer("a", "2") for _ in range(2)], Peer("b", "3")
+    turns = Turns(of_connection=2, of_account=3, overall=4)
+    one = [Turn("a", "1", 1) for _ in range(6)]
+    two, three = [Turn("a", "2", 1) for _ in range(2)], Turn("b", "3", 1)
     assert [False] * 2 + [True] * 4 == [turns.take(peer) is not None for peer in one]
     assert [False, True] == [turns.take(peer) is not None for peer in two]
     assert turns.take(three) is None
     assert all(turns.in_the_way(peer) for peer in (one[0], two[0], three))
     turns.leave(one[0])
     # The account's three are one of each connection's and one more: its lines take turns.
-    assert [True, True, False] == [one[1].holds_turn, one[2].holds_turn, two[1].holds_turn]
+    assert [True, True, False] == [one[1].held, one[2].held, two[1].held]
     turns.leave(one[1])
-    assert two[1].holds_turn
+    assert two[1].held
     for peer in (*one, *two, three):
         turns.leave(peer)
-    assert turns.take(Peer("c", "4")) is None
+    assert turns.take(Turn("c", "4", 1)) is None
+
+
+async def test_a_free_call_takes_as_much_of_the_turns_as_two_jobs() -> None:
+    """And waits until there is so much of them; what it leaves is not more than it took."""
+    turns = Turns(of_connection=4, of_account=6, overall=9)
+    free, jobs = Turn("a", "1", 4), [Turn("a", "1", 2) for _ in range(2)]
+    other = Turn("a", "2", 4)
+    assert [None, None] == [turns.take(job) for job in jobs]
+    assert turns.take(free) is not None
+    assert turns.take(other) is not None
+    turns.leave(jobs[0])
+    assert [False, True] == [free.held, other.held]
+    turns.leave(other)
+    turns.leave(jobs[1])
+    assert free.held
+    turns.leave(free)
+    assert all(turns.take(Turn("a", "1", 2)) is None for _ in range(2))
+
+
+async def test_a_conversation_has_its_turn_for_a_message_and_not_for_good(tmp_path: Path) -> None:
+    """A stream of requests that goes on and on leaves the only turn to others in between."""
+    limits = LimitSettings(max_receiving_bytes=1)  # one message at a time, of everybody
+    async with serving(tmp_path, limits=limits) as harness:
+        reflection = harness.channel.stream_stream(
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+        )
+        request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+        talk = reflection(timeout=WAIT_S)
+        await talk.write(request)
+        await talk.read()
+        talking = True
+
+        async def go_on() -> None:
+            while talking:
+                await talk.write(request)
+                await talk.read()
+            await talk.done_writing()
+            assert grpc.aio.EOF is await talk.read()
+
+        going = asyncio.ensure_future(go_on())
+        health = harness.channel.unary_unary("/grpc.health.v1.Health/Check")
+        for _ in range(3):
+            await health(b"", timeout=WAIT_S)
+        talking = False
+        await going
+
+
+async def test_watchers_of_the_health_refuse_nobody_a_check(tmp_path: Path) -> None:
+    """Both ask for nobody's name, and share an address with all behind the same proxy."""
+    limits = LimitSettings(max_account_calls=3)
+    async with serving(tmp_path, limits=limits) as harness:
+        watch = harness.channel.unary_stream(WATCH)
+        watchers = [watch(b"", timeout=WAIT_S) for _ in range(4)]
+        seen = [await call.read() for call in watchers[:3]]
+        assert all(isinstance(status, bytes) for status in seen)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watchers[3].read()
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED is caught.value.code()
+        check = harness.channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert await check(b"", timeout=WAIT_S) is not None
+        for call in watchers:
+            call.cancel()

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from service_harness import WAIT_S, in_thread, serving
 
@@ -137,3 +138,20 @@ async def test_operators_and_health_are_not_counted(tmp_path: Path) -> None:
         await in_thread(operate)
         for _ in range(5):
             await harness.channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=WAIT_S)
+
+
+async def test_each_message_of_a_conversation_is_a_call(tmp_path: Path) -> None:
+    """One stream of requests is no way around the limit."""
+    async with serving(tmp_path, throttle=Throttle(lambda _: 3)) as harness:
+        reflection = harness.channel.stream_stream(
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+        )
+        request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+        talk = reflection(timeout=WAIT_S)
+        for _ in range(3):
+            await talk.write(request)
+            assert await talk.read()
+        await talk.write(request)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await talk.read()
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED is caught.value.code()

@@ -9,8 +9,9 @@ A running sequence gives way to the head of the line
   have been served less than the running one's even after the head had been served whole;
 - of another account, at once: where places (or blocks) are short, the running one's account has
   more than its even share of them, and the head's would have no more than its own.
-So nobody gains by interrupting in turn, and nothing is interrupted more than `max_preemptions`
-times, however often it is claimed.
+So nobody gains by interrupting in turn. Nothing is interrupted more than `max_preemptions` times,
+but for what is above a share: that may be again each time when it has got on by as much as it cost
+to start it anew, so that it ends, however often it is claimed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def make_way(
             (places <= 0 and claims_place and held[account] > place_share)
             or (missing > spare and claims_blocks and owned[account] > block_share)
         )
-        if limits.protects(seq) or not (has_too_much or _yields(seq, head, line, limits, now)):
+        if limits.protects(seq):
+            # Else an account could make its places its own by interrupting itself.
+            gives_way = has_too_much and seq.has_repaid
+        else:
+            gives_way = has_too_much or _yields(seq, head, line, limits, now)
+        if not gives_way:
             continue
         chosen.append(seq)
         places += 1

@@ -41,6 +41,8 @@ class Sequence:
     cached_tokens: int = 0
     preemptions: int = 0
     counted_uatp: int = 0
+    num_at_start: int = 0
+    """Its tokens when it last started."""
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -118,6 +120,7 @@ class Sequence:
     def begin(self, shared: tuple[int, ...], own: tuple[int, ...], now: float) -> None:
         """Start, or start again, in these blocks, `shared` of which are stored already."""
         self.blocks = shared + own
+        self.num_at_start = len(self.token_ids)
         self.num_stored = self.num_fed = len(shared) * BLOCK_SIZE
         if self.started_s is None:
             self.started_s = now
@@ -129,6 +132,13 @@ class Sequence:
         self.num_stored = self.num_fed = 0
         self.preemptions += 1
         return blocks
+
+    @property
+    def has_repaid(self) -> bool:
+        """Whether it has got on since its last start by as much as that has cost at most."""
+        got_on = len(self.token_ids) - self.num_at_start
+        weights = self.spec.weights
+        return got_on > 0 and got_on * weights.decode >= self.num_at_start * weights.prefill
 
     @property
     def blocks_missing(self) -> int:

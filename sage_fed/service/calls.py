@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Coroutine
@@ -41,10 +42,21 @@ there may be: what is closed later than it can be made again keeps others out.""
 UNREAD_S = 1.0
 """A reply that has waited so long for its reader is unread. One that is on its way is not."""
 
-TURNS_OF_CONNECTION = 8
-TURNS_OF_ACCOUNT = 32
-"""Requests that arrive, and short answers that are made and taken, at the same time. Others of the
-connection or the account wait for their turn, and nothing of them is read meanwhile."""
+RECEIVING_OF_CONNECTION = 8
+RECEIVING_OF_ACCOUNT = 32
+"""Requests that arrive, or have and wait, at the same time. Others of the connection or the account
+wait for their turn, and nothing of them is read meanwhile."""
+
+WORK_OF_CONNECTION = 8
+WORK_OF_ACCOUNT = 32
+COST_OF_JOB = 2
+COST_OF_OTHERS = 4
+"""What jobs that are admitted, and short answers that are made and taken, may cost at the same
+time. Jobs are paid for and share the ledger's commits; anything else is free, and a few at a time
+are as fast as many."""
+
+_WATCH = "grpc.health.v1.Health/Watch"
+_JOBS = ("sage_fed.v1.InferenceService/Generate", "sage_fed.v1.InferenceService/GenerateStream")
 
 UNREAD_OF_CONNECTION = 16
 UNREAD_BYTES_OF_CONNECTION = 4 * 2**20
@@ -90,8 +102,22 @@ class Kept(Protocol):
         """Say that nobody reads any more."""
 
 
+class Turn:
+    """One call's place among those of its connection and its account."""
+
+    __slots__ = ("connection", "cost", "held", "owner", "waiting")
+
+    def __init__(self, owner: str, connection: str, cost: int) -> None:
+        self.owner = owner
+        self.connection = connection
+        self.cost = cost
+        self.held = False
+        self.waiting: asyncio.Future[None] | None = None
+        """Done when it is its turn; None while it does not wait."""
+
+
 class Turns:
-    """Who may cost memory on behalf of a slow peer now, and who waits until another is done."""
+    """Who may cost something now, and who waits until another is done."""
 
     def __init__(self, of_connection: int, of_account: int, overall: int) -> None:
         self._of_connection = of_connection
@@ -100,98 +126,113 @@ class Turns:
         self._total = 0
         self._accounts: Counter[str] = Counter()
         self._connections: Counter[tuple[str, str]] = Counter()
-        self._waiting: dict[tuple[str, str], deque[OpenCall]] = {}
+        self._waiting: dict[tuple[str, str], deque[Turn]] = {}
 
-    def take(self, call: OpenCall) -> asyncio.Future[None] | None:
-        """Give the call its turn, or return what it has to wait for."""
-        key = (call.owner, call.connection)
-        if key not in self._waiting and self._has_room(key):
-            self._give(call)
+    def take(self, turn: Turn) -> asyncio.Future[None] | None:
+        """Give a call its turn, or return what it has to wait for."""
+        key = (turn.owner, turn.connection)
+        if key not in self._waiting and self._has_room(turn):
+            self._give(turn)
             return None
-        call.turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key, deque()).append(call)
-        return call.turn
+        turn.waiting = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, deque()).append(turn)
+        return turn.waiting
 
-    def leave(self, call: OpenCall) -> None:
+    def leave(self, turn: Turn) -> None:
         """Take the turn back, or the call out of the line; it may have had neither."""
-        key = (call.owner, call.connection)
-        if call.holds_turn:
-            call.holds_turn = False
+        key = (turn.owner, turn.connection)
+        if turn.held:
+            turn.held = False
             self._total -= 1
-            self._count_down(self._accounts, call.owner)
-            self._count_down(self._connections, key)
+            self._count_down(self._accounts, turn.owner, turn.cost)
+            self._count_down(self._connections, key, turn.cost)
             self._next()
-        elif call.turn is not None:
+        elif turn.waiting is not None:
             line = self._waiting.get(key)
             if line is not None:
                 with contextlib.suppress(ValueError):
-                    line.remove(call)
+                    line.remove(turn)
                 if not line:
                     del self._waiting[key]
-        call.turn = None
+                # Who comes behind it may cost less than it would have.
+                self._next()
+        turn.waiting = None
 
-    def in_the_way(self, call: OpenCall) -> bool:
-        """Whether others wait because this call holds its turn."""
-        if not call.holds_turn or not self._waiting:
+    def in_the_way(self, turn: Turn) -> bool:
+        """Whether others wait because this turn is held."""
+        if not turn.held or not self._waiting:
             return False
         if self._total >= self._overall:
             return True
-        key = (call.owner, call.connection)
-        if key in self._waiting and self._connections[key] >= self._of_connection:
-            return True
-        full = self._accounts[call.owner] >= self._of_account
-        return full and any(owner == call.owner for owner, _ in self._waiting)
+        # Those that wait for what this one has: its account's, or its connection's of that.
+        return any(
+            not self._account_has_room(line[0])
+            or (connection == turn.connection and not self._has_room(line[0]))
+            for (owner, connection), line in self._waiting.items()
+            if owner == turn.owner
+        )
 
     def _next(self) -> None:
         """Serve those who wait: one connection after the other, each in its order."""
         for key in tuple(self._waiting):
             if self._total >= self._overall:
                 return
-            if not self._has_room(key):
+            if not self._has_room(self._waiting[key][0]):
                 continue
             line = self._waiting.pop(key)
             while line:
-                call = line.popleft()
-                assert call.turn is not None
+                turn = line.popleft()
+                assert turn.waiting is not None
                 # One that was ended or cancelled meanwhile has not left the line itself yet.
-                if not call.turn.done():
-                    self._give(call)
-                    call.turn.set_result(None)
-                    call.turn = None
+                if not turn.waiting.done():
+                    self._give(turn)
+                    turn.waiting.set_result(None)
+                    turn.waiting = None
                     break
             if line:
                 self._waiting[key] = line  # behind the others
 
-    def _has_room(self, key: tuple[str, str]) -> bool:
+    def _has_room(self, turn: Turn) -> bool:
         return (
             self._total < self._overall
-            and self._accounts[key[0]] < self._of_account
-            and self._connections[key] < self._of_connection
+            and self._account_has_room(turn)
+            and self._connections[turn.owner, turn.connection] + turn.cost <= self._of_connection
         )
 
-    def _give(self, call: OpenCall) -> None:
-        call.holds_turn = True
+    def _account_has_room(self, turn: Turn) -> bool:
+        return self._accounts[turn.owner] + turn.cost <= self._of_account
+
+    def _give(self, turn: Turn) -> None:
+        turn.held = True
         self._total += 1
-        self._accounts[call.owner] += 1
-        self._connections[call.owner, call.connection] += 1
+        self._accounts[turn.owner] += turn.cost
+        self._connections[turn.owner, turn.connection] += turn.cost
 
     @staticmethod
-    def _count_down(counts: Counter[Any], key: object) -> None:
-        counts[key] -= 1
+    def _count_down(counts: Counter[Any], key: object, cost: int) -> None:
+        counts[key] -= cost
         if not counts[key]:
             del counts[key]
+
+
+@dataclass(frozen=True, slots=True)
+class AllTurns:
+    """Those to receive a request, which take memory, and those to work on it, which take time."""
+
+    receiving: Turns
+    working: Turns
 
 
 class OpenCall:
     """One call, from its headers until gRPC lets go of it."""
 
     __slots__ = (
-        "call_id", "connection", "context", "ended", "holds_turn", "kept", "method", "opened_s",
-        "owner", "receiving", "turn", "turns", "unread_bytes", "waiting_since_s",
+        "call_id", "connection", "context", "ended", "kept", "method", "opened_s", "owner",
+        "receiving", "to_receive", "to_work", "turns", "unread_bytes", "waiting_since_s",
     )  # fmt: skip
 
     def __init__(
-        self, call_id: str, owner: str, context: Context, method: str, turns: Turns
+        self, call_id: str, owner: str, context: Context, method: str, turns: AllTurns
     ) -> None:
         self.call_id = call_id
         self.owner = owner
@@ -200,18 +241,19 @@ class OpenCall:
         self.context = context
         self.method = method
         self.turns = turns
+        self.to_receive = Turn(owner, self.connection, 1)
+        cost = COST_OF_JOB if method in _JOBS else COST_OF_OTHERS
+        self.to_work = Turn(owner, self.connection, cost)
         self.opened_s = time.monotonic()
         self.waiting_since_s = 0.0
         """Since when it waits for its peer (`time.monotonic()`); 0 while it does not."""
         self.receiving = False
         self.unread_bytes = 0
-        self.holds_turn = False
-        self.turn: asyncio.Future[None] | None = None
         self.ended: CallEnded | None = None
         self.kept: Kept | None = None
 
     async def receive(self, *, last: bool = True) -> bytes | None:
-        """Read the next request once it is this call's turn, which it keeps; None at the end.
+        """Read the next request and wait for the turn to work on it; None at the end.
 
         Args:
             last: whether no other one may follow it.
@@ -222,12 +264,16 @@ class OpenCall:
         """
         self.receiving = True
         self.waiting_since_s = time.monotonic()
-        if not self.holds_turn and (turn := self.turns.take(self)) is not None:
+        receiving, working = self.turns.receiving, self.turns.working
+        if not self.to_receive.held and (turn := receiving.take(self.to_receive)) is not None:
             await turn
         read = await self.context.read()
         raw: bytes | None = None if read is _EOF else read
         if raw is not None and last and await self.context.read() is not _EOF:
             raise NotOneRequest("this method takes one request, and another one came after it")
+        if not self.to_work.held and (turn := working.take(self.to_work)) is not None:
+            await turn
+        receiving.leave(self.to_receive)
         self.waiting_since_s = 0.0
         self.receiving = False
         # A stream that broke looks like one that ended; its handler is cancelled a moment later.
@@ -248,8 +294,22 @@ class OpenCall:
             raise self.ended
 
     def done(self) -> None:
-        """Give the turn back: what the call does from here on is bounded by others."""
-        self.turns.leave(self)
+        """Give the turns back: what the call does from here on is bounded by others."""
+        self.turns.receiving.leave(self.to_receive)
+        self.turns.working.leave(self.to_work)
+
+    @property
+    def waits_for_turn(self) -> bool:
+        """Whether it waits for other calls, and not for its peer."""
+        return self.to_receive.waiting is not None or self.to_work.waiting is not None
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether others wait for a turn of this one, which waits for its peer."""
+        return not self.waits_for_turn and (
+            self.turns.receiving.in_the_way(self.to_receive)
+            or self.turns.working.in_the_way(self.to_work)
+        )
 
     def keep(self, stream: Kept) -> None:
         """Name the job's stream that this call reads; it ends with the call."""
@@ -303,7 +363,10 @@ class OpenCalls:
         self._ids = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         overall = max(limits.max_receiving_bytes // limits.largest_message_bytes, 1)
-        self._turns = Turns(TURNS_OF_CONNECTION, TURNS_OF_ACCOUNT, overall)
+        self._turns = AllTurns(
+            Turns(RECEIVING_OF_CONNECTION, RECEIVING_OF_ACCOUNT, overall),
+            Turns(WORK_OF_CONNECTION, WORK_OF_ACCOUNT, sys.maxsize),
+        )
 
     def enter(
         self, account: str | None, context: Context, method: str, *, operator: bool
@@ -320,7 +383,9 @@ class OpenCalls:
             RateLimited: the account has too much open, or does not read what it asks for.
         """
         if account is None:
-            owner = f"@{host_of(context.peer())}"
+            # Who watches stays for as long as they like: that is to refuse nobody a check.
+            watching = " (watching)" if method == _WATCH else ""
+            owner = f"@{host_of(context.peer())}{watching}"
         else:
             owner = f"{account} (admin)" if operator else account
         if not operator:
@@ -346,7 +411,7 @@ class OpenCalls:
 
     def leave(self, call: OpenCall) -> None:
         """Forget a call that is over."""
-        self._turns.leave(call)
+        call.done()
         del self._open[call.call_id]
         self._accounts[call.owner] -= 1
         if not self._accounts[call.owner]:
@@ -469,11 +534,11 @@ class OpenCalls:
         waited_s = now - call.waiting_since_s
         limits = self._limits
         if call.receiving and waited_s >= limits.receive_timeout_s:
-            waits = "for its turn" if call.turn is not None else "for the request to arrive"
+            waits = "for its turn" if call.waits_for_turn else "for the request to arrive"
             self._end(call, "receive", f"{limits.receive_timeout_s:g} s were spent waiting {waits}")
         elif not call.receiving and waited_s >= limits.write_timeout_s:
             self._end(call, "write", f"the reply was not read for {limits.write_timeout_s:g} s")
-        elif waited_s >= UNREAD_S and self._turns.in_the_way(call):
+        elif waited_s >= UNREAD_S and call.in_the_way:
             self._end(call, "pressure", "others waited for this call, and it for its peer")
 
     def _end_surplus(self, unread: _Unread) -> None:
@@ -500,12 +565,13 @@ class OpenCalls:
             call.kept.cancel()
         # A short answer's turn: who waits behind it is not to wait for a reader that never comes.
         if not call.receiving:
-            self._turns.leave(call)
+            call.done()
             return
-        if call.turn is not None:
-            if not call.turn.done():
-                call.turn.set_exception(call.ended)
-            return
+        for turn in (call.to_receive, call.to_work):
+            if turn.waiting is not None:
+                if not turn.waiting.done():
+                    turn.waiting.set_exception(call.ended)
+                return
         # Nothing of ours is on its way: the status goes out, and the stream with it.
         self._spawn(_abort(call))
 

@@ -57,6 +57,9 @@ class Call:
 _log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
+MAX_CONVERSATION = 256
+"""Requests of one stream; whoever asks for a whole schema needs some dozens."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 UnaryMethod = Callable[[Any, Call], Awaitable[Message]]
 StreamMethod = Callable[[Any, Call], AsyncGenerator[Message, None]]
@@ -155,7 +158,7 @@ class Edge:
             # retryable.
             async with contextlib.aclosing(method(request, call)) as replies:
                 async for reply in replies:
-                    if open_call.holds_turn:
+                    if open_call.to_work.held:
                         # What else it writes is bounded as what is unread.
                         open_call.done()
                     await open_call.write(reply.SerializeToString())
@@ -169,13 +172,25 @@ class Edge:
         method: Callable[[AsyncIterator[M], Any], AsyncGenerator[Message, None]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Serve a method that reads requests and yields replies."""
+        assert path in RULES, f"no rule names {path}"
+        counts = RULES[path] is Role.USER
 
-        async def requests(open_call: OpenCall) -> AsyncIterator[M]:
-            while (raw := await open_call.receive(last=False)) is not None:
+        async def requests(open_call: OpenCall, call: Call | None) -> AsyncIterator[M]:
+            for num_received in range(MAX_CONVERSATION):
+                raw = await open_call.receive(last=False)
+                if raw is None:
+                    return
+                # Each message is a call, and has a turn of its own.
+                if counts and call is not None:
+                    self._count_message(call.caller.account, len(raw), again=num_received > 0)
                 yield parse(request_class, raw)
+                open_call.done()  # its answer has been taken
+            raise InvalidField(
+                "request", f"a stream may have {MAX_CONVERSATION} requests; begin another one"
+            )
 
         async def work(open_call: OpenCall, call: Call | None) -> None:
-            async with contextlib.aclosing(method(requests(open_call), call)) as replies:
+            async with contextlib.aclosing(method(requests(open_call, call), call)) as replies:
                 async for reply in replies:
                     await open_call.write(reply.SerializeToString())
 
@@ -237,11 +252,16 @@ class Edge:
             self._count_message(call.caller.account, len(raw))
         return parse(request_class, raw)
 
-    def _count_message(self, account: str, num_bytes: int) -> None:
-        """Count what a message is beyond a call's: before it is parsed."""
+    def _count_message(self, account: str, num_bytes: int, *, again: bool = False) -> None:
+        """Count what a message is beyond a call's: before it is parsed.
+
+        The call itself was counted with its headers; `again` is a message after its first.
+        """
         if self._throttle is None:
             return
         try:
+            if again:
+                self._throttle.count(account)
             self._throttle.count_message(account, num_bytes)
         except RateLimited as error:
             self._on_denied(error.limit)
