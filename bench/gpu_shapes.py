@@ -275,7 +275,14 @@ def random_engine(
     with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config()))
         reading = importlib.import_module("sage_fed.engine.filling")
-        with mock.patch.object(reading, "stream_weights", fill):
+        loading = importlib.import_module("sage_fed.engine.load")
+        with (
+            mock.patch.object(reading, "stream_weights", fill),
+            # There are no files to compare embedding and head in: what the shape says holds.
+            mock.patch.object(
+                loading, "shared_table", lambda _, tied: loading.EMBEDDING if tied else None
+            ),
+        ):
             options = EngineOptions(
                 model=folder,
                 kv_cache_bytes=shape.kv_cache_bytes,

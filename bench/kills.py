@@ -78,21 +78,32 @@ def lost(path: Path, said: list[list[str]]) -> list[str]:
             row = db.execute(
                 "SELECT state, charged_uatp FROM job WHERE job_id = ?", (job_id,)
             ).fetchone()
-            if row is None or not kept(words, *row):
+            if not kept(words, row):
                 missing.append(f"{' '.join(words)}: {row}")
     return missing
 
 
-def kept(words: list[str], state: str, charged_uatp: int) -> bool:
-    """Whether a job is in the books as the last of its acknowledgements says."""
+def kept(words: list[str], row: tuple[str, int] | None) -> bool:
+    """Whether a job is in the books as the last of its acknowledgements says.
+
+    Args:
+        words: the acknowledgement.
+        row: its state and charge; a void leaves none, only a count.
+    """
     match words:
         case ["held", _]:
             return True  # its end may have been written and not been acknowledged
         case ["settled", _, price]:
-            return (state, charged_uatp) == ("settled", int(price))
+            return row == ("settled", int(price))
         case ["voided", _]:
-            return (state, charged_uatp) == ("voided", 0)
+            return row is None
     return False
+
+
+def counted_voids(path: Path) -> int:
+    """Return how many jobs the books have counted as voided."""
+    with readable(path) as db:
+        return int(db.execute("SELECT coalesce(sum(voided_jobs), 0) FROM day").get)
 
 
 def main(count: int, seed: int, output: Path | None) -> int:
@@ -100,7 +111,7 @@ def main(count: int, seed: int, output: Path | None) -> int:
     chance = random.Random(seed)
     violations: list[str] = []
     acknowledged: Counter[str] = Counter()
-    voided = jobs = entries = open_holds = 0
+    voided = jobs = entries = open_holds = said_voids = 0
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sage-fed-kills-") as folder:
         # A fork of a process that has imported everything begins to work at once.
@@ -109,12 +120,15 @@ def main(count: int, seed: int, output: Path | None) -> int:
         for life in track(range(count), "killing", console=Console(stderr=True)):
             path = Path(folder) / f"ledger-{life // LIVES}.db"
             if life % LIVES == 0:
-                open_holds = 0
+                open_holds = said_voids = 0
             said = live_and_be_killed(path, life, chance, context)
             if said[0] != ["open", str(open_holds)]:
                 violations.append(f"life {life} began with {said[0]}, not {open_holds} open holds")
             acknowledged.update(words[0] for words in said if words)
             violations += lost(path, said)
+            said_voids += sum(words[0] == "voided" for words in said if words)
+            if counted_voids(path) < said_voids:
+                violations.append(f"life {life}: {counted_voids(path)} of {said_voids} voids")
             books = check(path)
             violations += books.violations
             open_holds = books.open_holds

@@ -398,7 +398,7 @@ async def test_a_directory_that_cannot_be_written_is_refused_before_it_measures(
     (tmp_path / "file").touch()
     one, _ = calibrator(rig, tmp_path / "file")
     async with serving(rig):
-        with pytest.raises(ConfigError, match="cards_dir: cannot write into"):
+        with pytest.raises(ConfigError, match="cards_dir: cannot create"):
             await run(one)
     assert not any(engine.steps for engine in rig.engines.values())
 
