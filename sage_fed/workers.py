@@ -5,6 +5,8 @@ it (start-time fair queueing), not by the number of its calls, so that neither l
 of them hold up another account; and an account that has as much waiting as it may is refused.
 Sizes are characters, or what takes about as long as one: a microsecond.
 One of the two threads takes small work only, so that a long piece holds up no short ones.
+While jobs of others run, an account's work rests for three times as long as it took: Python's
+part of it keeps the event loop waiting, and the rest of it takes a core that a job could have.
 
 Event loop only; the work itself runs in a thread, and must not touch what the loop owns.
 Does not know what the work is. Fails with `RateLimited`, and with what the work raises.
@@ -13,7 +15,10 @@ Does not know what the work is. Fails with `RateLimited`, and with what the work
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +41,18 @@ _SIZE_PER_S = 1_000_000
 
 _SHORTEST_RETRY_S = 0.1
 
+_PART = 4
+"""An account's work takes a thread for one in so many seconds at most, while others have jobs."""
+
+_AHEAD_S = 0.02
+"""How much rest an account may owe and go on: who asks for little never waits."""
+
+_LOOK_S = 0.05
+"""Between two looks at whether others still have jobs, while an account rests for them."""
+
+_CALM_S = 0.5
+"""Others that had jobs so lately count as having some: between two jobs a client has none."""
+
 
 @dataclass(slots=True, eq=False)
 class _Piece:
@@ -45,13 +62,29 @@ class _Piece:
     size: int
     work: Callable[[], Any]
     done: asyncio.Future[Any]
+    took_s: float = 0.0
+
+    def do(self) -> Any:  # noqa: ANN401 - the work's own
+        """Do it, and note how long that took."""
+        began_s = time.monotonic()
+        try:
+            return self.work()
+        finally:
+            self.took_s = time.monotonic() - began_s
 
 
 @dataclass(slots=True)
 class _Account:
-    """What waits for one account; `served` is how far it has been served, in virtual time."""
+    """What waits for one account; `served` is how far it has been served, in virtual time.
 
+    `rested_s` is when it will have rested from what was done, `rivals_s` when others last had jobs
+    (`time.monotonic()`).
+    """
+
+    name: str
     served: int
+    rested_s: float = 0.0
+    rivals_s: float = -math.inf
     small: deque[_Piece] = field(default_factory=deque)
     large: deque[_Piece] = field(default_factory=deque)
     num_waiting: int = 0
@@ -83,6 +116,7 @@ class Workers:
         max_calls: pieces of one account that may wait where `require_room` is asked.
         max_size: their size together.
         on_refused: told of each refusal.
+        has_rivals: whether accounts other than this one have jobs now.
     """
 
     def __init__(
@@ -91,16 +125,19 @@ class Workers:
         max_calls: int,
         max_size: int,
         on_refused: Callable[[], None] = lambda: None,
+        has_rivals: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._max_calls = max_calls
         self._max_size = max_size
         self._on_refused = on_refused
+        self._has_rivals = has_rivals
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="sage-fed-worker")
         self._accounts: dict[str, _Account] = {}
         self._numbers = itertools.count()
         self._now = 0
         # Which threads have nothing to do, by whether they take small work only.
         self._idle = [True, False]
+        self._look: asyncio.TimerHandle | None = None
 
     def require_room(self, account: str, size: int) -> None:
         """Refuse a call of an account that has as much waiting as it may.
@@ -121,6 +158,8 @@ class Workers:
             return
         self._on_refused()
         busy = sum(1 for other in self._accounts.values() if other.num_waiting)
+        if self._had_rivals(known):
+            busy = max(busy, _PART)
         raise RateLimited(
             f"account {account} may have {counted(allowed, what)} waiting to be encoded",
             account=account,
@@ -138,7 +177,7 @@ class Workers:
         piece = _Piece(next(self._numbers), size, work, done)
         owner = self._accounts.get(account)
         if owner is None:
-            owner = self._accounts[account] = _Account(self._now)
+            owner = self._accounts[account] = _Account(account, self._now)
         elif not owner.num_waiting:
             # One that did not ask for a while has saved nothing up.
             owner.served = max(owner.served, self._now)
@@ -152,33 +191,61 @@ class Workers:
     def _fill(self) -> None:
         """Give every idle thread what is next for it."""
         for small_only in tuple(self._idle):
-            piece = self._take(small_only=small_only)
-            if piece is not None:
+            taken = self._take(small_only=small_only)
+            if taken is not None:
                 self._idle.remove(small_only)
-                running = asyncio.get_running_loop().run_in_executor(self._threads, piece.work)
+                owner, piece = taken
+                running = asyncio.get_running_loop().run_in_executor(self._threads, piece.do)
                 running.add_done_callback(
-                    lambda future, piece=piece, small_only=small_only: self._ended(  # type: ignore[misc]
-                        future, piece, small_only=small_only
-                    )
+                    functools.partial(self._ended, owner, piece, small_only=small_only)
                 )
 
-    def _take(self, *, small_only: bool) -> _Piece | None:
-        """Take the first piece of the account that was served least."""
-        ready = [
+    def _take(self, *, small_only: bool) -> tuple[_Account, _Piece] | None:
+        """Take the first piece of the account that was served least, of those that do not rest."""
+        waiting = [
             (owner, queues)
             for owner in self._accounts.values()
             if (queues := owner.queues(small_only=small_only))
         ]
+        ready = [found for found in waiting if not self._rests(found[0])]
         if not ready:
+            if waiting and self._look is None:
+                self._look = asyncio.get_running_loop().call_later(
+                    min(self._owed_s(owner) for owner, _ in waiting), self._look_again
+                )
             return None
         owner, queues = min(ready, key=lambda found: found[0].served)
         piece = min(queues, key=lambda queue: queue[0].number)[0]
         owner.remove(piece)
         self._now = max(self._now, owner.served)
         owner.served += piece.size + _CALL_SIZE
-        return piece
+        return owner, piece
 
-    def _ended(self, future: asyncio.Future[Any], piece: _Piece, *, small_only: bool) -> None:
+    def _rests(self, owner: _Account) -> bool:
+        return self._owed_s(owner) > 0 and self._had_rivals(owner)
+
+    def _had_rivals(self, owner: _Account) -> bool:
+        """Whether others have jobs, or had some lately."""
+        now_s = time.monotonic()
+        if self._has_rivals(owner.name):
+            owner.rivals_s = now_s
+        return now_s - owner.rivals_s < _CALM_S
+
+    @staticmethod
+    def _owed_s(owner: _Account) -> float:
+        """Return for how long it has to rest yet, up to the next look."""
+        return min(owner.rested_s - time.monotonic() - _AHEAD_S, _LOOK_S)
+
+    def _look_again(self) -> None:
+        self._look = None
+        self._fill()
+
+    def _ended(
+        self, owner: _Account, piece: _Piece, future: asyncio.Future[Any], *, small_only: bool
+    ) -> None:
+        if self._had_rivals(owner):
+            rest_s = (_PART - 1) * piece.took_s
+            owner.rested_s = max(owner.rested_s, time.monotonic()) + rest_s
         self._idle.append(small_only)
         self._idle.sort(reverse=True)  # the thread for small work takes what both could
         if not future.cancelled():
@@ -195,13 +262,18 @@ class Workers:
     def _forget(self) -> None:
         """Drop accounts about which nothing is left to know."""
         # While a thread is at work, one that was served beyond `_now` must not be served as new.
-        rests = len(self._idle) == 2
+        idle, now_s = len(self._idle) == 2, time.monotonic()
         for name, owner in tuple(self._accounts.items()):
-            if not owner.num_waiting and (rests or owner.served <= self._now):
+            if owner.num_waiting or owner.rested_s > now_s:
+                continue
+            if idle or owner.served <= self._now:
                 del self._accounts[name]
 
     def close(self) -> None:
         """End the threads, after what they do now; what still waits is not done."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:

@@ -419,6 +419,7 @@ async def test_upkeep_leaves_the_hold_of_a_job_that_runs(tmp_path: Path) -> None
         stream = await r.submit(job(new=2))
         await r.ledger.hold(HoldRequest("leaked", "local", 7, CARD.version, "tactical", ttl_s=1e-6))
         assert 1 == r.broker.num_jobs
+        assert [False, True] == [r.broker.has_rivals(name) for name in ("local", "another")]
         assert ("leaked",) == await r.ledger.expire_due(r.broker.job_ids())
         engine.let_pass(10)
         finished = finished_of(await read(stream))

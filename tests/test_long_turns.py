@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.service.fields import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import Drawn
-from sage_fed.v1 import inference_pb2, types_pb2
+from sage_fed.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from sage_fed.workers import Workers
 
 LONG = Delta(
@@ -171,6 +171,31 @@ async def test_a_long_answer_is_translated_beside_the_loop(tmp_path: Path) -> No
     assert 20 == len(reply.logprobs[949].top)
     delta = inference_pb2.GenerateStreamResponse.FromString(events[1]).delta
     assert (reply.logprobs, reply.text) == (delta.logprobs, delta.text)
+
+
+async def test_many_token_ids_are_read_in_the_turn_of_their_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its workers, which bound what they wait for; a few are read at once."""
+    sizes: list[int] = []
+    run = Workers.run
+
+    async def seen(self: Workers, account: str, size: int, work: Callable[[], object]) -> object:
+        assert "local" == account
+        sizes.append(size)
+        return await run(self, account, size, work)
+
+    monkeypatch.setattr(Workers, "run", seen)
+    ids = [i % 400 for i in range(100_000)]
+    jobs = ScriptedJobs()
+    async with serving(tmp_path, jobs=jobs) as harness:
+        for num_ids in (100, len(ids)):
+            asked = types_pb2.JobSpec(token_ids=types_pb2.TokenIds(ids=ids[:num_ids]))
+            stub = inference_pb2_grpc.InferenceServiceStub(harness.channel)
+            await stub.Quote(inference_pb2.QuoteRequest(job=asked), timeout=WAIT_S)
+            assert (num_ids > 100) == len(sizes)
+            assert tuple(ids[:num_ids]) == jobs.specs[-1].prompt.token_ids
+    assert sizes[0] > 1000
 
 
 async def test_a_long_answer_is_kept_and_replayed_beside_the_loop() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -161,3 +163,37 @@ async def test_what_the_work_raises_is_raised(rig: Rig) -> None:
     unheard.cancel()
     await asyncio.gather(unheard, return_exceptions=True)
     assert "quiet" == await rig.ask("quiet", 1)
+
+
+async def test_an_account_rests_from_its_work_while_others_have_jobs() -> None:
+    """Three times as long as it took; who has done nothing yet does not wait for that."""
+    has_rivals, took_s = functools.partial(_others, {"loud", "quiet"}), 0.1
+    order: list[str] = []
+    with Workers(max_calls=4, max_size=LARGE, has_rivals=has_rivals) as workers:
+        await workers.run("loud", 1, lambda: time.sleep(took_s))
+        ended_s = time.monotonic()
+        both = [workers.run(name, 1, lambda n=name: order.append(n)) for name in ("loud", "quiet")]  # type: ignore[misc]
+        await asyncio.wait_for(asyncio.gather(*both), WAIT_S)
+    assert ["quiet", "loud"] == order
+    assert time.monotonic() - ended_s > 2 * took_s
+
+
+async def test_an_account_rests_no_longer_than_others_have_jobs() -> None:
+    """A minute of work is no three minutes of waiting for a daemon that has nothing to do."""
+    rivals = {"quiet"}
+    has_rivals = functools.partial(_others, rivals)
+    with Workers(max_calls=4, max_size=LARGE, has_rivals=has_rivals) as workers:
+        began_s = time.monotonic()
+        await workers.run("loud", 1, lambda: time.sleep(0.02))
+        # As if it had been a minute.
+        workers._accounts["loud"].rested_s += 180.0
+        waits = asyncio.create_task(workers.run("loud", 1, lambda: "done"))
+        await asyncio.sleep(0.1)
+        assert not waits.done()
+        rivals.clear()
+        assert "done" == await asyncio.wait_for(waits, WAIT_S)
+        assert time.monotonic() - began_s < WAIT_S
+
+
+def _others(rivals: set[str], account: str) -> bool:
+    return bool(rivals - {account})

@@ -192,6 +192,10 @@ class Broker:
         """Return the jobs that will end their holds themselves, also before they hold anything."""
         return frozenset(self._jobs)
 
+    def has_rivals(self, account: str) -> bool:
+        """Whether other accounts have jobs now."""
+        return len(self._account_jobs) > (account in self._account_jobs)
+
     @property
     def num_jobs(self) -> int:
         """Jobs that were taken on and have not ended."""

@@ -163,6 +163,7 @@ async def _started(
                 max_calls=settings.limits.max_waiting_calls,
                 max_size=settings.limits.max_waiting_chars,
                 on_refused=lambda: metrics.doors.call_denied("waiting"),
+                has_rivals=lambda account: broker.has_rivals(account),  # noqa: PLW0108 - made below
             )
         )
         planner = Planner(

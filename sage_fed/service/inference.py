@@ -27,7 +27,10 @@ from sage_fed.workers import Workers
 M = TypeVar("M", bound=Message)
 
 _INLINE_SIZE = 1024
-"""Numbers that are translated in a millisecond at most; more in a thread."""
+"""What is translated in a millisecond at most; more in a thread."""
+
+_IDS_PER_SIZE = 32
+"""Token ids of a request that are read in about a microsecond."""
 
 
 class InferenceService:
@@ -52,7 +55,7 @@ class InferenceService:
         self, request: inference_pb2.GenerateRequest, call: Call
     ) -> inference_pb2.GenerateResponse:
         """Run a job and return its whole answer."""
-        spec = self._spec(request, call)
+        spec = await self._spec(request, call)
         stream = await self._submit(request, spec, call)
         try:
             started, output, finished = await stream.answer()
@@ -66,7 +69,7 @@ class InferenceService:
         self, request: inference_pb2.GenerateStreamRequest, call: Call
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse, None]:
         """Run a job and stream its events; nothing is sent before the job is accepted."""
-        spec = self._spec(request, call)
+        spec = await self._spec(request, call)
         stream = await self._submit(request, spec, call)
         event: Event | None = None
         try:
@@ -87,9 +90,9 @@ class InferenceService:
     ) -> inference_pb2.QuoteResponse:
         """Say what a job would cost at most and which route it would take."""
         with _named_as_in(request.job):
-            spec = self._spec(request, call)
-            # What waits to be encoded is bounded by the broker, and takes turns of its own.
+            # What waits for a thread is bounded there, and takes turns of its own.
             call.open_call.done()
+            spec = await self._spec(request, call)
             return replies.quote_of(await self._jobs.quote(spec))
 
     async def count_tokens(
@@ -132,7 +135,7 @@ class InferenceService:
         call.open_call.keep(stream)
         return stream
 
-    def _spec(
+    async def _spec(
         self,
         request: inference_pb2.GenerateRequest
         | inference_pb2.GenerateStreamRequest
@@ -141,7 +144,8 @@ class InferenceService:
     ) -> JobSpec:
         # An absent job reads as an empty one, whose missing prompt is refused by name.
         job: types_pb2.JobSpec = request.job
-        return parse_job(
+        parse = functools.partial(
+            parse_job,
             job,
             self._limits,
             account=call.caller.account,
@@ -149,6 +153,12 @@ class InferenceService:
             trace=call.trace,
             one_reply=isinstance(request, inference_pb2.GenerateRequest),
         )
+        size = len(job.token_ids.ids) // _IDS_PER_SIZE
+        if size <= _INLINE_SIZE:
+            return parse()
+        account = call.caller.account
+        self._workers.require_room(account, size)
+        return await self._workers.run(account, size, parse)
 
 
 @contextlib.contextmanager
