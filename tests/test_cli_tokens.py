@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from sage_fed.auth import Authenticator, read_register
 from sage_fed.cli.app import build_app
 from sage_fed.core import Caller, Role
+from sage_fed.errors import ConfigError
 
 
 def token(tmp_path: Path, *arguments: str) -> Result:
@@ -115,6 +116,49 @@ def test_a_file_that_cannot_be_used_is_not_written_over(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert 2 == token(tmp_path, "create", "--account", "arm").exit_code
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [("x.example", "x.example"), ("x.example", "dns:X.example"), ("ip:fd00::7", "ip:fd00:0::7")],
+)
+def test_nobody_is_let_in_for_two_accounts(tmp_path: Path, first: str, again: str) -> None:
+    """The file would be one that no command can read; it stays, and the error says what to do."""
+    made(tmp_path, "--certificate", first)
+    before = (tmp_path / "tokens.toml").read_bytes()
+    done = token(tmp_path, "create", "--account", "leg", "--certificate", again)
+    assert 2 == done.exit_code, done.output
+    assert f"has {first} already, for account arm" in done.stderr
+    assert f"`sage-fed token revoke {first}`" in done.stderr
+    assert before == (tmp_path / "tokens.toml").read_bytes()
+    assert 0 == token(tmp_path, "list").exit_code
+    assert 0 == token(tmp_path, "revoke", first).exit_code
+    made(tmp_path, "--certificate", again)
+
+
+def test_a_token_is_nobody_elses(tmp_path: Path) -> None:
+    """For digests as for names, in whatever case they were written."""
+    from sage_fed.auth.editing import add  # noqa: PLC0415 - the command's own work
+
+    path = tmp_path / "tokens.toml"
+    proof = {"sha256": "AB" * 32}
+    add(path, {}, proof, account="arm", role=None, name="", expires=None)
+    with pytest.raises(ConfigError, match="token revoke abababab"):
+        add(path, {}, {"sha256": "ab" * 32}, account="leg", role=None, name="", expires=None)
+    assert 1 == len(read_register(path, {}).tokens)
+
+
+@pytest.mark.parametrize("command", [("list",), ("revoke", "x.example")])
+def test_a_file_that_has_somebody_twice_says_how_it_is_mended(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """As an editor leaves it."""
+    one = '[[certificate]]\nidentity = "x.example"\naccount = '
+    (tmp_path / "tokens.toml").write_text(f'{one}"arm"\n{one}"leg"\n')
+    done = token(tmp_path, *command)
+    assert 2 == done.exit_code
+    assert "certificate 2: identity appears twice, first for account arm" in done.stderr
+    assert "delete one of the two [[certificate]] tables" in done.stderr
 
 
 def test_two_at_once_lose_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import tomlkit
 from tomlkit.toml_document import TOMLDocument
 
-from sage_fed.auth.register import KEYS, read_register
+from sage_fed.auth.identity import parse_identity
+from sage_fed.auth.register import KEYS, parse_register, read_register
 from sage_fed.errors import ConfigError
 from sage_fed.settings import AccountSettings
 from sage_fed.trusted_files import os_error, owners_beside, replace_file
@@ -76,6 +77,7 @@ def add(
     with _changing(path, accounts) as document:
         if name and any(known.name == name for _, _, known in _entries(document, accounts)):
             raise ConfigError(f"name: {name} is taken in {path}; choose another, or revoke it")
+        _require_new(path, document, accounts, kind, proof)
         table = tomlkit.table()
         now = dt.datetime.now(dt.UTC).replace(microsecond=0)
         given = {**proof, "account": account, "role": role, "name": name or None, "created": now}
@@ -115,6 +117,30 @@ def remove(path: Path, accounts: Mapping[str, AccountSettings], wanted: str) -> 
     return entry
 
 
+def _require_new(
+    path: Path,
+    document: TOMLDocument,
+    accounts: Mapping[str, AccountSettings],
+    kind: str,
+    proof: Mapping[str, str],
+) -> None:
+    """Refuse a proof that somebody has, with the command that makes it free again."""
+    wanted = _compared(kind, proof)
+    for known_kind, number, known in _entries(document, accounts):
+        if known_kind == kind and _compared(kind, document[kind][number]) == wanted:
+            raise ConfigError(
+                f"{path} has {known.id} already, for account {known.account}; first "
+                f"`sage-fed token revoke {known.id}`"
+            )
+
+
+def _compared(kind: str, table: Mapping[str, Any]) -> object:
+    """What makes two entries the same for the reader."""
+    if kind == "token":
+        return str(table["sha256"]).lower()
+    return parse_identity(str(table["identity"])).widest
+
+
 def _entries(
     document: TOMLDocument, accounts: Mapping[str, AccountSettings]
 ) -> Iterator[tuple[str, int, Entry]]:
@@ -152,7 +178,10 @@ def _changing(path: Path, accounts: Mapping[str, AccountSettings]) -> Iterator[T
             read_register(path, accounts, optional=True, owners=owners_beside(path))
             document = _read(path)
             yield document
-            _write(path, tomlkit.dumps(document))
+            text = tomlkit.dumps(document)
+            # A file that its reader refuses could not be mended by a command any more.
+            parse_register(path, text.encode(), accounts)
+            _write(path, text)
     except OSError as error:
         raise os_error(f"{path}: cannot be written", error) from None
 

@@ -88,7 +88,7 @@ def read_register(
     try:
         with open_trusted("auth.tokens_file", path, owners) as file:
             mode = os.fstat(file.fileno()).st_mode
-            document = tomllib.load(file)
+            content = file.read()
     except FileNotFoundError as error:
         if optional:
             return Register()
@@ -97,28 +97,48 @@ def read_register(
         ) from None
     except OSError as error:
         raise os_error(f"{where}: cannot be read", error) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+    register = parse_register(path, content, accounts)
     if mode & stat.S_IROTH:
         _log.warning("%s: anyone may read it; chmod o-r keeps the digests private", where)
+    return register
+
+
+def parse_register(path: Path, content: bytes, accounts: Mapping[str, AccountSettings]) -> Register:
+    """Read what is, or is to be, in the file at `path`; see `read_register`.
+
+    Raises:
+        ConfigError: not TOML, or an entry that cannot be used; names entry and key.
+    """
+    where = f"auth.tokens_file {path}"
+    try:
+        document = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: {error}") from None
     if unknown := sorted(document.keys() - KEYS.keys()):
         raise ConfigError(
             f"{where}: unknown key {unknown[0]}; entries are [[token]] and [[certificate]] tables"
         )
     tokens: dict[bytes, Token] = {}
+    certificates: dict[Identity, Certificate] = {}
     for at, entry in _entries(where, document, "token"):
         token = _token(at, entry, accounts)
         if token.digest in tokens:
-            raise ConfigError(f"{at}: sha256 appears twice")
+            raise ConfigError(_twice(at, "token", "sha256", tokens[token.digest].caller))
         tokens[token.digest] = token
-    certificates: dict[Identity, Certificate] = {}
     for at, entry in _entries(where, document, "certificate"):
         certificate = _certificate(at, entry, accounts)
-        rule = parse_identity(certificate.identity)
+        rule = parse_identity(certificate.identity).widest
         if rule in certificates:
-            raise ConfigError(f"{at}: identity appears twice")
+            raise ConfigError(_twice(at, "certificate", "identity", certificates[rule].caller))
         certificates[rule] = certificate
     return Register(tuple(tokens.values()), tuple(certificates.values()))
+
+
+def _twice(at: str, kind: str, key: str, first: Caller) -> str:
+    return (
+        f"{at}: {key} appears twice, first for account {first.account}; delete one of the two "
+        f"[[{kind}]] tables in an editor"
+    )
 
 
 def _entries(

@@ -121,7 +121,7 @@ def names_in(context: Mapping[str, Iterable[bytes]]) -> frozenset[Identity]:
                 name = raw.decode()
                 found.add(Identity.of(kind, name))
                 if kind is NameKind.DNS or (kind is NameKind.COMMON_NAME and alone):
-                    found.add(Identity(NameKind.PLAIN, name))
+                    found.add(Identity.of(NameKind.PLAIN, name))
     return frozenset(found)
 
 
