@@ -506,6 +506,25 @@ async def test_a_free_call_takes_as_much_of_the_turns_as_two_jobs() -> None:
     assert all(turns.take(Turn("a", "1", 2)) is None for _ in range(2))
 
 
+async def test_a_free_calls_turn_rests_and_a_jobs_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free calls of one account, answered as fast as they come, are not all that is done."""
+    monkeypatch.setattr(calls_module, "REST_S", 3600.0)
+    at_once = calls_module.WORK_OF_CONNECTION // calls_module.COST_OF_OTHERS
+    async with serving(tmp_path, limits=SHORT) as harness:
+        status = harness.channel.unary_unary(STATUS)
+        for _ in range(at_once):
+            await status(b"", timeout=WAIT_S)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await status(b"", timeout=WAIT_S)
+        assert "waiting for its turn" in str(caught.value.details())
+    async with serving(tmp_path, jobs=ScriptedJobs()) as harness:
+        run = harness.channel.unary_stream(STREAM)
+        for _ in range(2 * calls_module.WORK_OF_CONNECTION):
+            assert [reply async for reply in run(JOB, timeout=WAIT_S)]
+
+
 async def test_a_conversation_has_its_turn_for_a_message_and_not_for_good(tmp_path: Path) -> None:
     """A stream of requests that goes on and on leaves the only turn to others in between."""
     limits = LimitSettings(max_receiving_bytes=1)  # one message at a time, of everybody
@@ -539,9 +558,10 @@ async def test_watchers_of_the_health_refuse_nobody_a_check(tmp_path: Path) -> N
     limits = LimitSettings(max_account_calls=3)
     async with serving(tmp_path, limits=limits) as harness:
         watch = harness.channel.unary_stream(WATCH)
-        watchers = [watch(b"", timeout=WAIT_S) for _ in range(4)]
-        seen = [await call.read() for call in watchers[:3]]
+        watchers = [watch(b"", timeout=WAIT_S) for _ in range(3)]
+        seen = [await call.read() for call in watchers]
         assert all(isinstance(status, bytes) for status in seen)
+        watchers.append(watch(b"", timeout=WAIT_S))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await watchers[3].read()
         assert grpc.StatusCode.RESOURCE_EXHAUSTED is caught.value.code()

@@ -55,6 +55,10 @@ COST_OF_OTHERS = 4
 time. Jobs are paid for and share the ledger's commits; anything else is free, and a few at a time
 are as fast as many."""
 
+REST_S = 0.005
+"""What a free call's turn rests before another has it: as fast as they are answered, they would
+take all of the event loop, whose every step for a job stands behind theirs."""
+
 _WATCH = "grpc.health.v1.Health/Watch"
 _JOBS = ("sage_fed.v1.InferenceService/Generate", "sage_fed.v1.InferenceService/GenerateStream")
 
@@ -296,7 +300,12 @@ class OpenCall:
     def done(self) -> None:
         """Give the turns back: what the call does from here on is bounded by others."""
         self.turns.receiving.leave(self.to_receive)
-        self.turns.working.leave(self.to_work)
+        turn, working = self.to_work, self.turns.working
+        if not turn.held or turn.cost <= COST_OF_JOB:
+            working.leave(turn)
+            return
+        self.to_work = Turn(turn.owner, turn.connection, turn.cost)
+        asyncio.get_running_loop().call_later(REST_S, working.leave, turn)
 
     @property
     def waits_for_turn(self) -> bool:
