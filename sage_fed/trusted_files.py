@@ -84,6 +84,19 @@ def require_trusted(
         )
 
 
+def refuse_link(what: str, path: Path) -> None:
+    """Refuse a symbolic link where a file of ours is to be, or to be made.
+
+    Raises:
+        ConfigError: it is one; names it and where it leads.
+    """
+    if path.is_symlink():
+        raise ConfigError(
+            f"{what} {path}: it is a symbolic link to {path.readlink()}, which is not followed; "
+            "put the file itself there"
+        )
+
+
 def require_trusted_directory(what: str, directory: Path) -> None:
     """Refuse a directory that somebody else may change; one that is not there yet passes.
 

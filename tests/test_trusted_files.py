@@ -21,7 +21,7 @@ from waiting import WAIT_S
 from sage_fed.auth import digest_of, new_token
 from sage_fed.auth.register import read_register
 from sage_fed.cli.paths import admin_token
-from sage_fed.errors import ConfigError, LedgerUnusable, MachineFault
+from sage_fed.errors import ConfigError, MachineFault
 from sage_fed.ledger import AccountTerms, Ledger, backup
 from sage_fed.pricing import RateCard
 from sage_fed.pricing.card import BUNDLED_CARDS
@@ -231,9 +231,34 @@ async def test_no_lock_is_made_through_a_link(tmp_path: Path) -> None:
     treasure = tmp_path / "treasure"
     treasure.write_text("")
     (tmp_path / "ledger.db.lock").symlink_to(treasure)
-    with pytest.raises(LedgerUnusable, match="symbolic links"):
+    with pytest.raises(ConfigError, match=rf"ledger.db.lock: .* link to {treasure}, which"):
         await Ledger.open(tmp_path / "ledger.db")
     assert "" == treasure.read_text()
+    assert not (tmp_path / "ledger.db").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_books_behind_a_link_are_not_opened(tmp_path: Path, there: bool) -> None:
+    """Wherever it leads; the link is named, and no lock is left that tells of books."""
+    treasure, path = tmp_path / "treasure", tmp_path / "ledger.db"
+    if there:
+        ledger = await Ledger.open(treasure)
+        await ledger.close()
+    path.symlink_to(treasure)
+    with pytest.raises(ConfigError, match=rf"ledger.db: it is a symbolic link to {treasure}"):
+        await Ledger.open(path)
+    assert not path.with_name("ledger.db.lock").exists()
+
+
+@as_root
+@pytest.mark.parametrize("name", ["ledger.db", "ledger.db.lock"])
+async def test_a_strangers_books_are_named(tmp_path: Path, name: str) -> None:
+    """The file that is theirs, and whose it is; nothing is made beside it."""
+    (tmp_path / name).write_text("mallory's")
+    os.chown(tmp_path / name, MALLORY, MALLORY)
+    with pytest.raises(ConfigError, match=rf"{tmp_path / name}: it belongs to user {MALLORY}"):
+        await Ledger.open(tmp_path / "ledger.db")
+    assert [name] == [path.name for path in tmp_path.iterdir()]  # noqa: ASYNC240
 
 
 async def test_a_backup_is_written_through_no_link(tmp_path: Path) -> None:

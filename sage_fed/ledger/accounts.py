@@ -6,6 +6,7 @@ inside the caller's transaction. Fails with `NoSuchAccount` and `InvalidField`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +36,11 @@ MARK_AGE_NS = 60 * NS_PER_S
 
 MARKS_STEP = 256
 """How many accounts one step of `keep_marks` looks at."""
+
+_TERMS = ("capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
+"""What the settings and an operator both have a word on."""
+
+_log = logging.getLogger(__name__)
 
 COLUMNS = (
     "account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
@@ -211,6 +217,13 @@ class Accounts:
                 new if old is not None and new != old else None
                 for new, old in zip(declared, before, strict=True)
             ]
+            for name, new, old in zip(_TERMS, changed, before, strict=True):
+                if new is not None and getattr(row, name) not in (old, new):
+                    _log.warning(
+                        "account %s: the settings have changed its %s, so that %d uATP replace the "
+                        "%d that an operator had set; `sage-fed admin set-budget` sets it again",
+                        account, name, new, getattr(row, name),
+                    )  # fmt: skip
             self._change(row, BudgetChange(None, *changed), now)
         self._declare(account, declared)
         return self.budget(account, now)
@@ -238,7 +251,7 @@ class Accounts:
             # A new account is the operator's in every term, an old one's only in those named.
             named = [
                 getattr(terms, name) if row is None or getattr(change, name) is not None else None
-                for name in ("capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
+                for name in _TERMS
             ]
             self._declare(account, named)
         return self.budget(account, now)

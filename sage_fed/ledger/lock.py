@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sage_fed.errors import ConfigError, LedgerCorrupt, Occupied
-from sage_fed.trusted_files import require_trusted
+from sage_fed.trusted_files import refuse_link, require_trusted
 
 MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
 
@@ -92,6 +92,7 @@ class Lock:
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[Lock]:
     """Keep every other writer of the ledger at `path` out."""
+    refuse_link("the ledger's lock", lock_path(path))
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(lock_path(path), flags, 0o600)

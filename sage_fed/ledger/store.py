@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import apsw
 from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger import lock, schema
 from sage_fed.ledger.files import OpenFiles
-from sage_fed.trusted_files import require_trusted
+from sage_fed.trusted_files import refuse_link, require_trusted
 
 BUSY_MS = 5000
 """How long an opening or a reader waits for another program that has the ledger locked."""
@@ -49,6 +51,8 @@ _PASSING = (
 """Of `IOError`, what may pass. A failed `fsync` is not among them: nobody knows what it left."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_log = logging.getLogger(__name__)
 
 
 class OpenBook:
@@ -99,7 +103,12 @@ def writable(
     A migration is undone where `prove` raises. Where the block fails the files are left as they
     are: what SQLite would tidy up may not be ours any more.
     """
-    with _typed_errors(path), lock.held(path) as held:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_typed_errors(path))
+        # First: a start that is refused leaves no lock behind, which would say that there were
+        # books. Again under the lock, which is what counts.
+        _require_trusted(path)
+        held = stack.enter_context(lock.held(path))
         if path.exists():
             _require_book(path)
             _require_trusted(path)
@@ -127,11 +136,24 @@ def writable(
                         f"after entry {held.in_book()}: it is an older copy under a newer log. Put "
                         "the files back as they were, or restore a backup"
                     )
-                schema.migrate(db, prove)
+                _migrate(path, db, version, prove)
                 held.begin(last_entry_id(db), None if logged else last_entry_id(db))
                 book = OpenBook(db, held, doubted=logged and alone is None)
                 with contextlib.closing(book):
                     yield book
+
+
+def _migrate(
+    path: Path, db: apsw.Connection, version: int, prove: Callable[[apsw.Connection], None]
+) -> None:
+    if version == len(schema.MIGRATIONS):
+        return
+    began_s = time.monotonic()
+    schema.migrate(db, prove)
+    _log.info(
+        "the ledger %s was migrated from version %d to version %d in %.1f s",
+        path, version, len(schema.MIGRATIONS), time.monotonic() - began_s,
+    )  # fmt: skip
 
 
 def _without_log(path: Path) -> int | None:
@@ -228,6 +250,7 @@ def _require_trusted(path: Path) -> None:
     """Refuse books, or a log of them, that somebody else may have changed."""
     for file in (path, path.with_name(path.name + "-wal")):
         with contextlib.suppress(FileNotFoundError):
+            refuse_link("the ledger", file)
             require_trusted("the ledger", file, file.stat())
 
 

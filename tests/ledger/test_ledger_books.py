@@ -403,6 +403,21 @@ def test_a_restart_grants_nothing_and_keeps_the_operators_terms(desk: Desk):
     assert (60, 999, 11) == _terms(capacity_changed)
 
 
+def test_the_log_says_where_settings_replace_an_operators_word(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+):
+    """It names the account and both amounts; what only the settings ever said is no news."""
+    desk.account(capacity=1000, floor=10)
+    desk.account(capacity=1100, floor=10)
+    desk.set_budget(BudgetChange(capacity_uatp=5000))
+    desk.account(capacity=1100, floor=11)
+    assert [] == caplog.messages
+    desk.account(capacity=999, floor=11)
+    (said,) = caplog.messages
+    assert said.startswith("account ann: the settings have changed its capacity_uatp")
+    assert "999 uATP replace the 5000 that an operator had set" in said
+
+
 def test_an_operators_budget_stays_when_the_account_gets_a_token(desk: Desk):
     """The settings spoke before, and have not said anything else since; no grant either."""
     terms = AccountTerms(1000, 7, 10, 100)

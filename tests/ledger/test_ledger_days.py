@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -358,6 +360,19 @@ async def test_books_of_the_version_before_are_migrated_and_right(old: Path) -> 
     report = check(old)
     assert (3, 9, 0, ()) == (report.accounts, report.jobs, report.open_holds, report.violations)
     assert report.entries == lock.acknowledged(old)
+
+
+async def test_a_migration_is_a_line_in_the_log(
+    old: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From which version to which, and how long; an opening that does none says nothing."""
+    caplog.set_level(logging.INFO, "sage_fed.ledger")
+    for _ in range(2):
+        ledger = await Ledger.open(old, clock=HandClock())
+        await ledger.close()
+    lines = [record.getMessage() for record in caplog.records if "migrated" in record.message]
+    assert 1 == len(lines)
+    assert re.search(rf"{old} was migrated from version 1 to version 2 in \d+\.\d s$", lines[0])
 
 
 async def test_migrated_books_are_folded_like_others(old: Path) -> None:
