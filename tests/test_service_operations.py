@@ -39,7 +39,6 @@ from sage_fed.errors import (
     InvalidField,
     NoSuchAccount,
     NotFound,
-    QueueFull,
     SageFedError,
     TierUnavailable,
 )
@@ -48,7 +47,6 @@ from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Now
 from sage_fed.ledger.words import MAX_TEXT, Day, Place
 from sage_fed.service.budget import MAX_PAGE_SIZE, page_token, read_page_token
-from sage_fed.service.calls import TURNS_OF_CONNECTION
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 
 ADMIN = "admin-token"
@@ -94,11 +92,11 @@ async def test_the_budget_names_the_rate_card_in_force(tmp_path: Path) -> None:
     assert "default-1" == reply.rate_card
 
 
-async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Path) -> None:
-    """As many reads wait as one account may have; the rest ask again later, and others are served.
+async def test_a_flood_of_pages_is_in_nobodys_way(tmp_path: Path) -> None:
+    """While one account's pages wait for their turn, jobs are held and settled; then all are read.
 
-    They come over several connections: of one, more would wait for their turn. Meanwhile jobs are
-    held and settled: the flood is in nobody's way.
+    That none of them is refused is new: free calls take turns before they are read, so that fewer
+    wait in the ledger than an account may have there (`ledger/test_ledger_reader.py` has that).
     """
     async with serving(tmp_path) as harness:
         await harness.ledger.ensure_account("robot", AccountTerms(1000, initial_uatp=1000))
@@ -114,15 +112,8 @@ async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Pat
         flood = [
             asyncio.ensure_future(channel.unary_unary(method)(request))
             for channel in channels
-            for _ in range(TURNS_OF_CONNECTION)
+            for _ in range(8)
         ]
-        refused: list[AioRpcError] = []
-        for ended in asyncio.as_completed(flood, timeout=WAIT_S):
-            with pytest.raises(AioRpcError) as refusal:
-                await ended
-            refused.append(refusal.value)
-            if len(refused) == len(flood) - 16:
-                break
         await hold(harness, 0)
         assert 7 == (await harness.ledger.settle("job-0", 7, "length")).charged_uatp
         others = asyncio.create_task(harness.ledger.budget("robot"))
@@ -134,11 +125,7 @@ async def test_a_flood_of_pages_is_refused_beyond_the_accounts_own(tmp_path: Pat
         for channel in channels:
             await channel.close()
 
-    assert 16 == sum(isinstance(answer, bytes) for answer in answers)
-    for refusal_error in refused:
-        error = error_of(refusal_error, harness.address)
-        assert isinstance(error, QueueFull)
-        assert 1.0 == error.retry_after_s
+    assert all(isinstance(answer, bytes) for answer in answers), "each in its turn"
 
 
 async def test_the_largest_page_fits_a_default_client(tmp_path: Path) -> None:
