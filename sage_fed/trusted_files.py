@@ -2,7 +2,8 @@
 
 Owns the one rule of whom a path is trusted from: it belongs to this process's user or to root, and
 nobody else may write it. A group may where nobody else is in it, as the group of a user's own that
-many systems give to every new file. Owns also what an error of the kernel means to a start: a path
+many systems give to every new file; never where an access control list lets others.
+Owns also what an error of the kernel means to a start: a path
 that is wrong is a setting (`ConfigError`), a machine that has no room or no working disk is not
 (`MachineFault`), and may pass.
 Knows no setting: callers say what a path is.
@@ -31,6 +32,9 @@ _WRONG_PATH = frozenset(
 )  # fmt: skip
 """What another path, another owner or another mode would mend."""
 
+_NOTHING = os.makedev(1, 3)
+"""`/dev/null`: what is written there is not what is read."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +57,12 @@ def owners_beside(path: Path) -> frozenset[int]:
 
 
 def require_trusted(
-    what: str, path: Path, status: os.stat_result, owners: Collection[int] | None = None
+    what: str,
+    path: Path,
+    status: os.stat_result,
+    owners: Collection[int] | None = None,
+    *,
+    opened: int | None = None,
 ) -> None:
     """Refuse a file or directory that somebody else may change.
 
@@ -62,12 +71,13 @@ def require_trusted(
         path: as the error names it.
         status: of what was opened, so that nobody exchanges it meanwhile.
         owners: whose it may be; None is this process's user's or root's.
+        opened: its descriptor, where it was opened.
 
     Raises:
         ConfigError: it is not to be trusted; says why and what to do.
     """
-    if stat.S_ISCHR(status.st_mode):
-        return  # a device, such as /dev/null: what is written there is not what is read
+    if stat.S_ISCHR(status.st_mode) and status.st_rdev == _NOTHING:
+        return
     if owners is None:
         owners = (os.geteuid(), 0)
     if status.st_uid not in owners:
@@ -81,6 +91,12 @@ def require_trusted(
         raise ConfigError(
             f"{what} {path}: {'anyone' if others else 'its group'} may write it "
             f"(mode {stat.S_IMODE(status.st_mode):04o}); {look}chmod go-w {path}"
+        )
+    # With a list the group's bits are its mask: they are set where it lets anybody write.
+    if status.st_mode & stat.S_IWGRP and _has_list(path if opened is None else opened):
+        raise ConfigError(
+            f"{what} {path}: its access control list may let others write it (see getfacl); "
+            f"setfacl -b {path} takes it away"
         )
 
 
@@ -150,7 +166,7 @@ def open_trusted(what: str, path: Path, owners: Collection[int] | None = None) -
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")
     try:
-        require_trusted(what, path, os.fstat(descriptor), owners)
+        require_trusted(what, path, os.fstat(descriptor), owners, opened=descriptor)
         os.set_blocking(descriptor, True)
     except BaseException:
         file.close()
@@ -199,20 +215,37 @@ def replace_file(
         raise
 
 
+def _has_list(file: Path | int) -> bool:
+    try:
+        os.getxattr(file, "system.posix_acl_access")
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
 def _own_group(status: os.stat_result) -> bool:
-    """Whether nobody is in the file's group but this process's user, and root."""
+    """Whether nobody is in the file's group but this process's user, and root.
+
+    The group has to have the user's name, or be root's: who is in another one a directory service
+    need not tell. Where neither has a name, as in a container, their numbers are the same.
+    """
     if status.st_gid not in (os.getegid(), 0):
         return False
     try:
-        mine = {pwd.getpwuid(os.geteuid()).pw_name, "root"}
+        me = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        mine = {"root"}
+        me = ""
     try:
-        members = set(grp.getgrgid(status.st_gid).gr_mem)
+        group = grp.getgrgid(status.st_gid)
+        name, members = group.gr_name, set(group.gr_mem)
     except KeyError:
-        members = set()
+        name, members = "", set()
+    if status.st_gid and (name != me or (not name and status.st_gid != os.geteuid())):
+        return False
     primary = {user.pw_name for user in pwd.getpwall() if user.pw_gid == status.st_gid}
-    return not (members | primary) - mine
+    return not (members | primary) - {me, "root"}
 
 
 def _user(uid: int) -> str:

@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 import stat
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +99,64 @@ def test_a_group_may_write_where_nobody_else_is_in_it(
     os.chown(place, 0, MALLORY)
     with pytest.raises(ConfigError, match="its group may write it"):
         open_trusted("it", place)
+
+
+@as_root
+def test_another_users_terminal_is_not(tmp_path: Path) -> None:
+    """Who owns a device says what is read there; /dev/null says nothing, whoever writes it."""
+    ours, theirs = os.openpty()
+    try:
+        place = Path(os.ttyname(theirs))
+        os.fchmod(theirs, 0o600)
+        os.chown(place, MALLORY, 0)
+        link = tmp_path / "tokens.toml"
+        link.symlink_to(place)
+        with pytest.raises(ConfigError, match=f"it belongs to user {MALLORY}"):
+            open_trusted("it", link)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    with open_trusted("it", Path("/dev/null")) as file:
+        assert b"" == file.read()
+
+
+@as_root
+def test_what_a_list_lets_others_write_is_not(place: Path) -> None:
+    """`setfacl -m u:mallory:rw`: the mode alone looks like that of a file of root's group."""
+    place.write_text("mallory's")
+    read_write, read = 6, 4
+    entries = [
+        (0x01, read_write, 2**32 - 1),
+        (0x02, read_write, MALLORY),
+        (0x04, read, 2**32 - 1),
+        (0x10, read_write, 2**32 - 1),
+        (0x20, 0, 2**32 - 1),
+    ]
+    packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(place, "system.posix_acl_access", packed)
+    except OSError as error:
+        pytest.skip(f"a file system without lists: {error.strerror}")
+    assert 0o660 == stat.S_IMODE(place.stat().st_mode)
+    with pytest.raises(ConfigError, match="access control list"):
+        open_trusted("it", place)
+
+
+@as_root
+def test_a_group_of_another_name_may_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `domain users`: a directory service need not tell who is in it."""
+    place.write_text("ours")
+    place.chmod(0o660)
+    os.chown(place, 0, MALLORY)
+    monkeypatch.setattr(os, "getegid", lambda: MALLORY)
+    for name, trusted in (("domain users", False), ("root", True)):
+        group = grp.struct_group((name, "x", MALLORY, []))
+        monkeypatch.setattr(grp, "getgrgid", lambda _, group=group: group)
+        if trusted:
+            open_trusted("it", place).close()
+            continue
+        with pytest.raises(ConfigError, match="its group may write it"):
+            open_trusted("it", place)
 
 
 def test_a_pipe_keeps_no_start_waiting(place: Path) -> None:
@@ -328,6 +387,21 @@ def test_a_planted_tokens_file_makes_nobody_an_admin(state: Path) -> None:
     assert f"tokens.toml: it belongs to user {MALLORY}" in refused(state)
     assert "root's own" == treasure.read_text()
     assert not (state / "ledger.db").exists()
+
+
+def test_a_directory_of_cards_that_others_may_write_is_refused(state: Path) -> None:
+    """Whoever can add a card says what everything costs; whether it is read at once or later."""
+    cards = state.parent / "cards"
+    cards.mkdir()
+    cards.chmod(0o777)
+    assert f"cards_dir {cards}: anyone may write it" in refused(
+        state, "--set", f"cards_dir={cards}"
+    )
+    if os.geteuid() == 0:
+        cards.chmod(0o755)
+        os.chown(cards, MALLORY, MALLORY)
+        said = refused(state, "--set", f"cards_dir={cards}", "--set", "rate_card=auto")
+        assert f"cards_dir {cards}: it belongs to user {MALLORY}" in said
 
 
 @as_root

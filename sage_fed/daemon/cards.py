@@ -19,6 +19,7 @@ from sage_fed.metrics import Metrics
 from sage_fed.pricing import Fingerprint, RateCard, own_cards
 from sage_fed.settings import AUTO_CARD, Settings
 from sage_fed.steps import StepReport
+from sage_fed.trusted_files import require_trusted_directory
 
 _log = logging.getLogger(__name__)
 
@@ -175,8 +176,10 @@ def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metric
     """Read the card that the settings name, and with `AUTO_CARD` those to choose from; blocks.
 
     Raises:
-        ConfigError: the named card is not there or cannot be read.
+        ConfigError: the named card is not there or cannot be read, or somebody else may put cards
+            into the operator's directory.
     """
+    require_trusted_directory("cards_dir", settings.own_cards_dir)
     own: tuple[RateCard, ...] = ()
     if settings.rate_card == AUTO_CARD:
         card = RateCard.load()

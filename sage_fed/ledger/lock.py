@@ -99,7 +99,8 @@ def held(path: Path) -> Iterator[Lock]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(f"the ledger's lock beside {path}: {error.strerror}") from error
     try:
-        require_trusted("the ledger's lock", lock_path(path), os.fstat(descriptor))
+        status = os.fstat(descriptor)
+        require_trusted("the ledger's lock", lock_path(path), status, opened=descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
