@@ -464,3 +464,18 @@ def test_a_users_type_checker_knows_the_keywords(tmp_path: Path) -> None:
         (line, word) for line, text in found for word in ("max_tokens", "tacticla") if word in text
     ], checked.stdout
     assert 2 == len(found), checked.stdout
+
+
+def test_a_cost_is_suggested_with_its_unit() -> None:
+    """Who means 5 ATP and writes 5 uATP would be refused everything."""
+    with pytest.raises(
+        TypeError, match=r"'max_cost_uatp'\? It is in micro-ATP: 5 ATP is 5_000_000"
+    ):
+        job_of("hi", max_cost=5)  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("ids", [17, "17"])
+def test_ids_that_are_no_sequence_are_named(ids: object) -> None:
+    """The error of Python alone says that an int cannot be iterated, and not which."""
+    with pytest.raises(TypeError, match=r"^stop_token_ids is a sequence of token ids, .* not "):
+        job_of("hi", stop_token_ids=ids)  # type: ignore[typeddict-item]

@@ -244,6 +244,26 @@ def test_an_unknown_variable_is_refused(name: str, key: str, hint: str) -> None:
     assert expected == refusal(environ={name: "1"})
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("tactical_max_batch", "tactical.max_batch"),
+        ("metrics.listen", "metrics_listen"),
+        ("metrics_port", "metrics_listen"),
+        ("metrics.port", "metrics_listen"),
+        ("port", "listen"),
+    ],
+)
+def test_a_key_that_is_nearly_spelt_right_is_named(toml: Path, given: str, meant: str) -> None:
+    """A dot for an underscore, the reverse, and what others call it; a variable as a variable."""
+    toml.write_text(f"{given} = 1\n")
+    assert f"{given} (flag): unknown key; did you mean {meant}?" == refusal({given: "1"})
+    assert f"{given} (file {toml}): unknown key; did you mean {meant}?" in refusal(config=toml)
+    name, right = (f"SAGE_FED_{key.upper().replace('.', '__')}" for key in (given, meant))
+    expected = f"{given} (environment {name}): unknown key; did you mean {right}?"
+    assert expected == refusal(environ={name: "1"})
+
+
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "\u202e", "\r", "\n", "\u2028", "\udcff"])
 def test_what_a_terminal_would_obey_is_shown_escaped(toml: Path, hostile: str) -> None:
     """A key, a variable, an account or a value of somebody else's file paints no terminal."""

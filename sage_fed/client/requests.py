@@ -66,7 +66,8 @@ def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
     """Return the message for a job; keyword arguments go with a prompt, not with a JobSpec.
 
     Raises:
-        TypeError: a keyword that no job has, keywords beside a JobSpec, or what is no prompt.
+        TypeError: a keyword that no job has, keywords beside a JobSpec, or what is no prompt, or no
+            sequence of token ids.
         InvalidField: a value that protobuf cannot carry, or a word that names nothing.
     """
     _require_known(given)
@@ -86,7 +87,7 @@ def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
         ignore_eos=given.get("ignore_eos", False),
         top_logprobs=given.get("top_logprobs"),
         deadline_s=given.get("deadline_s"),
-        stop_token_ids=tuple(given.get("stop_token_ids") or ()),
+        stop_token_ids=_stop_token_ids(given.get("stop_token_ids")),
     )
     spec = JobSpec(
         account="",
@@ -169,6 +170,8 @@ def _require_known(given: Iterable[str]) -> None:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             advice = f"did you mean '{close[0]}'?" if close else f"a job has {', '.join(names)}"
+            if "max_cost_uatp" in close:
+                advice += " It is in micro-ATP: 5 ATP is 5_000_000"
             raise TypeError(f"got an unexpected keyword argument '{name}'; {advice}")
 
 
@@ -181,6 +184,14 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     if not isinstance(stop, Sequence):
         raise InvalidField("job.sampling.stop", "must be a sequence of strings")
     return tuple(stop)
+
+
+def _stop_token_ids(ids: object) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"stop_token_ids is a sequence of token ids, such as (17,), not {ids!r}")
+    return tuple(ids)
 
 
 def _tier(tier: Tier | str | None, field: str) -> Tier | None:

@@ -15,10 +15,14 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from sage_fed.environment import ENV_PREFIX
 from sage_fed.errors import ConfigError
 
 _MOST_LINES = 10
 """Problems that one error tells; who has more has another file, or one mistake in all of them."""
+
+_PORT_WORDS = ("port", "host", "addr", "address", "bind")
+"""What other programs call a part, or all, of where they listen."""
 
 _MOST_CHOICES = 8
 """Names that fit into a line."""
@@ -72,8 +76,12 @@ def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str] | None:
     return list(section.model_fields) if section is not None else []
 
 
-def unknown_key(model: type[BaseModel], path: Sequence[str]) -> str:
-    """What to say about the first part of `path` that names no key."""
+def unknown_key(model: type[BaseModel], path: Sequence[str], origin: str) -> str:
+    """What to say about the first part of `path`, which came from `origin`, that names no key."""
+    if meant := _respelled(model, path):
+        if origin.startswith("environment "):
+            meant = ENV_PREFIX + meant.replace(".", "__").upper()
+        return f"unknown key; did you mean {meant}?"
     for depth in range(len(path)):
         known = known_keys(model, path[:depth])
         if known is not None and path[depth] not in known:
@@ -84,6 +92,24 @@ def unknown_key(model: type[BaseModel], path: Sequence[str]) -> str:
             whole = [f"{prefix}{name}" for name in known]
             return f"unknown key; {did_you_mean(f'{prefix}{path[depth]}', whole)}"
     return "a variable for the whole table is set too; set its keys one by one"
+
+
+def _respelled(model: type[BaseModel], path: Sequence[str]) -> str:
+    """The key that `path` is with a dot for an underscore, or as a port's name; "" for none."""
+    word = "_".join(path)
+    stem, _, last = word.rpartition("_")
+    listen = f"{stem}_listen".lstrip("_")
+    if last in _PORT_WORDS and listen in model.model_fields:
+        return listen
+    if len(path) == 2 and word in model.model_fields:
+        return word
+    if len(path) != 1:
+        return ""
+    for at, char in enumerate(word):
+        section, key = word[:at], word[at + 1 :]
+        if char == "_" and key in (known_keys(model, [section]) or ()):
+            return f"{section}.{key}"
+    return ""
 
 
 def _elsewhere(model: type[BaseModel], key: str, depth: int) -> str:
@@ -141,7 +167,8 @@ def _problem(details: ErrorDetails, model: type[BaseModel], origins: Mapping[str
         return f"{', '.join(f'{key} ({origin_of(key, origins)})' for key in keys)}: {message}"
     if kind == "extra_forbidden":
         key = ".".join(path)
-        return f"{key} ({origin_of(key, origins)}): {unknown_key(model, path)}"
+        origin = origin_of(key, origins)
+        return f"{key} ({origin}): {unknown_key(model, path, origin)}"
     field, rest = _field(model, path)
     key = ".".join(path[: len(path) - len(rest)])
     meaning = f" [{field.description}]" if field is not None and field.description else ""

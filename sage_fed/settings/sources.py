@@ -164,7 +164,11 @@ def _environment_layer(environ: Mapping[str, str], ignored: Collection[str]) -> 
         if not has(values, path):
             # Pydantic's source skips what it does not know, so a typo would have no effect.
             like = client_variable_like(name)
-            what = f"unknown; did you mean {like}?" if like else unknown_key(Settings, path)
+            what = (
+                f"unknown; did you mean {like}?"
+                if like
+                else unknown_key(Settings, path, f"environment {name}")
+            )
             problems.append(f"{'.'.join(path)} (environment {name}): {what}")
         origins[".".join(path)] = f"environment {name}"
     if problems:
