@@ -2,6 +2,7 @@
 
 Owns a read-only connection and the reads that wait, in one line per account; the thread takes the
 next account's oldest in turn, so no account's reads wait for more than one of each other account.
+An account whose read took long rests for as long before its next.
 An account has so many waiting at most; one more is refused with `QueueFull`.
 Each read is a transaction of its own, which sees every commit that was acknowledged before it.
 Knows no operation and decides nothing about a failing file: a read that its connection could not
@@ -34,12 +35,19 @@ _RETRY_S = 1.0
 """When an account that has too many reads waiting may ask again: some of them are done by then."""
 
 
+_SHORT_S = 0.001
+_LONGEST_REST_S = 0.05
+"""Between a read that took longer than short and the same account's next lies as long again: a page
+is made in Python, and the event loop, which wants the interpreter too, is to have half of it."""
+
+
 class Unreadable(Exception):
     """The connection could not do a read; the writer finds out what that means."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
+    account: str
     read: Read
     answer: asyncio.Future[object]
     since_s: float
@@ -70,6 +78,7 @@ class Reader:
         # The thread's own.
         self._db: apsw.Connection | None = None
         self._files: OpenFiles
+        self._rests_until_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="ledger-reads", daemon=True)
 
     def open(self) -> None:
@@ -84,7 +93,7 @@ class Reader:
         Raises what it raises, `QueueFull` where it is `refusable` and too many of the account's
         wait, `LedgerDown` where there is no answer in time, and `Unreadable`.
         """
-        waiting = _Waiting(read, self._loop.create_future(), time.perf_counter())
+        waiting = _Waiting(account, read, self._loop.create_future(), time.perf_counter())
         with self._change:
             if self._closed:
                 raise Unreadable
@@ -130,12 +139,17 @@ class Reader:
 
     def _run(self) -> None:
         while (waiting := self._next()) is not None:
+            began_s = time.perf_counter()
             try:
                 value = self._read(waiting.read)
             except Exception as error:  # noqa: BLE001 - an error that a read raises is its answer
                 self._tell(waiting, None, error)
             else:
                 self._tell(waiting, value, None)
+            ended_s = time.perf_counter()
+            if (took_s := ended_s - began_s) > _SHORT_S:
+                rest_s = min(took_s, _LONGEST_REST_S)
+                self._rests_until_s[waiting.account] = ended_s + rest_s
         self._disconnect()
 
     def _read(self, read: Read) -> object:
@@ -163,13 +177,23 @@ class Reader:
     def _next(self) -> _Waiting | None:
         """The oldest read of the account whose turn it is; None at the end."""
         with self._change:
-            while not self._lines and not self._closed:
-                self._change.wait()
-            if self._closed:
+            while not self._closed:
+                now_s = time.perf_counter()
+                rests = self._rests_until_s = {
+                    account: until_s
+                    for account, until_s in self._rests_until_s.items()
+                    if until_s > now_s
+                }
+                account = next((name for name in self._lines if name not in rests), None)
+                if account is not None:
+                    break
+                # All that wait rest, or nobody waits.
+                first_s = min((rests[name] for name in self._lines), default=None)
+                self._change.wait(None if first_s is None else first_s - now_s)
+            else:
                 return None
-            account, line = next(iter(self._lines.items()))
+            line = self._lines.pop(account)
             waiting = line.popleft()
-            del self._lines[account]
             if line:
                 self._lines[account] = line  # behind the others
             return waiting

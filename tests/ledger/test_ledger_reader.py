@@ -13,6 +13,7 @@ from ledger_fakes import HandClock
 
 from sage_fed.errors import InvalidField, LedgerDown, NoSuchAccount, QueueFull
 from sage_fed.ledger import AccountTerms, HoldReceipt, HoldRequest, Ledger, LedgerOptions
+from sage_fed.ledger import reader as reader_module
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.clock import Now
 
@@ -109,7 +110,7 @@ async def test_the_writer_is_asked_no_reads(ledger: Ledger) -> None:
 async def test_accounts_take_turns(ledger: Ledger) -> None:
     """Who asks much waits for itself: another's one read is done before its second."""
     order: list[str] = []
-    reading = LongRead(ledger)
+    reading = LongRead(ledger, "eve")
     await reading.entered()
 
     async def read(account: str, name: str) -> None:
@@ -123,6 +124,25 @@ async def test_accounts_take_turns(ledger: Ledger) -> None:
     await asyncio.gather(*asked)
 
     assert ["ann-0", "bob-0", "ann-1", "ann-2", "ann-3"] == order
+
+
+async def test_who_has_read_for_long_rests(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile another account's read is done, though it was asked later."""
+    monkeypatch.setattr(reader_module, "_SHORT_S", -1.0)
+    order: list[str] = []
+    reading = LongRead(ledger)
+    await reading.entered()
+
+    async def read(account: str, name: str) -> None:
+        await ledger.page(account, None, 1, lambda _: order.append(name))
+
+    asked = []
+    for account in ("ann", "bob"):
+        asked.append(asyncio.create_task(read(account, account)))
+        await asyncio.sleep(0)
+    await reading.end()
+    await asyncio.gather(*asked)
+    assert ["bob", "ann"] == order
 
 
 async def test_one_read_too_many_of_an_account_is_refused(ledger: Ledger) -> None:
