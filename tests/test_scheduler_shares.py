@@ -125,6 +125,16 @@ def test_what_is_above_a_share_ends_however_often_it_gives_way() -> None:
     assert bench.preempted < 2 * 2 + 8, "as many times as its length doubles"
 
 
+def test_places_are_kept_for_a_few_times_as_long_as_they_were_used() -> None:
+    """Who is there for a moment now and then does not leave places empty all the time."""
+    places = PlaceShares(4)
+    places.started("b", 2, 0.0)
+    places.left("b", 0.01, 0.01)
+    places.left("b", 0.01, 0.01)
+    assert 2 == places.kept_from("a", {"a": 2}, {}, 0.05)
+    assert 0 == places.kept_from("a", {"a": 2}, {}, 0.2)
+
+
 def test_many_rows_of_one_account_make_anothers_steps_twice_as_long_at_most() -> None:
     """And its own share of the device stays near a half, too."""
     bench = Bench(400, max_batch=36)

@@ -96,10 +96,12 @@ class Running:
         self._places.started(seq.spec.account, held[seq.spec.account] + 1, now)
         return seq
 
-    def leave(self, seq: Sequence) -> None:
+    def leave(self, seq: Sequence, now: float) -> None:
         """Free the blocks of a sequence that ends; one that only waited has none."""
         if self.by_id.pop(seq.spec.seq_id, None):
             self._pool.give_back(seq.blocks)
+            assert seq.started_s is not None, "it runs"
+            self._places.left(seq.spec.account, now - seq.started_s, now)
 
     def _grow(self, now: float, in_flight: bool) -> int | None:
         """Give each sequence the block of its next token, where it has none.

@@ -6,8 +6,8 @@ nobody else's tokens come.
 
 Places: an account has an even share of them, `max_batch` over the accounts that are there. It may
 have more while nobody asks; then what it has above its share gives way at once (`preemption`).
-What another account has just used within its share is kept for its next sequence for
-`KEPT_S`, so that short jobs in a row do not interrupt somebody each.
+What another account has just used within its share is kept for its next sequence for a
+while, so that short jobs in a row do not interrupt somebody each.
 
 Steps: each account is to get a step in `k` times what one of its own would take, with `k` the
 number of accounts or 2. An account that gets less is behind, and the next step has the sequences
@@ -24,7 +24,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 KEPT_S = 2.0
-"""For how long places wait for the account that has used them: some round trips of its client."""
+"""For how long places wait for the account that has used them, at most."""
+
+_KEPT_TIMES = 8.0
+"""And that is so many times as long as they were used: enough for the round trip of a client, and
+no more than a moment for one that was hardly there."""
 
 _LEAST_SLOWDOWN = 2
 """How many times as long others may make an account's steps, however few accounts there are."""
@@ -40,10 +44,10 @@ def even_share(whole: int, num_accounts: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Used:
-    """The most places that an account has had at once lately, and when it last had so many."""
+    """The most places that an account has had at once lately; they are kept until `until_s`."""
 
     num_places: int
-    at_s: float
+    until_s: float
 
 
 class PlaceShares:
@@ -56,8 +60,14 @@ class PlaceShares:
     def started(self, account: str, num_places: int, now: float) -> None:
         """Note that an account has come to run in so many places."""
         used = self._used.get(account)
-        if used is None or num_places >= used.num_places or now - used.at_s > KEPT_S:
-            self._used[account] = _Used(num_places, now)
+        if used is None or num_places >= used.num_places or now > used.until_s:
+            self._used[account] = _Used(num_places, now + KEPT_S)
+
+    def left(self, account: str, lasted_s: float, now: float) -> None:
+        """Note that an account has left a place, in which it has been for so long."""
+        if (used := self._used.get(account)) is not None:
+            kept_s = min(KEPT_S, _KEPT_TIMES * lasted_s)
+            self._used[account] = _Used(used.num_places, now + kept_s)
 
     def kept_from(
         self, account: str, held: Mapping[str, int], served: Mapping[str, int], now: float
@@ -67,7 +77,7 @@ class PlaceShares:
         Nor for others that were served more than it. `held` are the places that each account has
         now, `served` what it was served, where that is remembered.
         """
-        self._used = {a: used for a, used in self._used.items() if now - used.at_s <= KEPT_S}
+        self._used = {a: used for a, used in self._used.items() if now <= used.until_s}
         others = self._used.keys() - {account}
         share = even_share(self._max_batch, len(others) + 1)
         if not others or held.get(account, 0) < share:

@@ -322,6 +322,6 @@ class TierSchedule:
         return EndReason.LENGTH if seq.num_output == seq.spec.max_new_tokens else None
 
     def _end(self, seq: Sequence, reason: EndReason, now: float) -> Ended:
-        self._running.leave(seq)
+        self._running.leave(seq, now)
         self._line.end(seq)
         return seq.ended(reason, now)
