@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError
 from test_text import byte_level, user, with_template
@@ -235,6 +235,8 @@ def test_a_special_token_of_one_ordinary_character_is_a_word() -> None:
 @given(
     spelling=st.text("0123456789abcdef@#\U000f0000\u00e9<|", min_size=2, max_size=4), text=st.text()
 )
+@example("be", "")
+@example("fed", "")
 def test_no_spelling_of_a_special_token_leaks_anything(spelling: str, text: str) -> None:
     """Whatever alphabet a token is spelled in, a message is read as it was written."""
     if "\U000f0000" in spelling:

@@ -13,7 +13,7 @@ flips per call (the cause of its "Already borrowed") are never touched.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,8 +41,12 @@ _PROBES = (
 )
 """Who speaks in the conversations that show what a template writes."""
 
-_MARK = "sagefedprobe"
-"""A harmless text that no template writes and that survives trimming and changes of case."""
+_MARKS = ("sagefedprobe", "zyqxwvk", "0918273645", "\u00e4\u00f6\u00fc")
+"""Harmless texts that no template writes and that survive trimming and changes of case; the first
+that spells no added token shows what the template writes."""
+
+_TIMES = {"system": 1, "user": 2, "assistant": 3}
+"""How often a probe's message says the mark, by who speaks."""
 
 
 class Tokenizer:
@@ -70,6 +74,7 @@ class Tokenizer:
         """Bytes of UTF-8 that one token can add to a text at most."""
         self._source = source
         self._template = ChatTemplate(source.template, source.named) if source.template else None
+        self._mark = _harmless(token.content for token in added.values())
         probes = self._probes()
         unk = None if self._byte_level else source.named.get("unk_token")
         self._encoder = ControlEncoder(
@@ -222,7 +227,7 @@ class Tokenizer:
 
     def _find_left_out(self, roles: tuple[str, ...]) -> int | None:
         """The first message that the template does not show, whatever it says."""
-        marks = [f"{_MARK}{i}x" for i in range(len(roles))]
+        marks = [f"{self._mark}{i}x" for i in range(len(roles))]
         text = self._render(list(zip(roles, marks, strict=True))).lower()
         return next((i for i, mark in enumerate(marks) if mark not in text), None)
 
@@ -231,7 +236,8 @@ class Tokenizer:
         rendered: list[Traced] = []
         for roles in _PROBES if self._template is not None else ():
             with contextlib.suppress(InvalidField):
-                rendered.append(self._render([(role, _MARK + role) for role in roles]))
+                turns = [(role, self._mark * _TIMES[role]) for role in roles]
+                rendered.append(self._render(turns))
         return rendered
 
     def _encodes_as_it_is(self, text: Traced) -> bool:
@@ -247,9 +253,15 @@ class Tokenizer:
         ends = {self._source.named.get("eos_token", "")}
         for text in probes:
             for hit in self._encoder.hits(text):
-                if text[: hit.start].rstrip().lower().endswith(f"{_MARK}assistant"):
+                if text[: hit.start].rstrip().lower().endswith(self._mark * _TIMES["assistant"]):
                     ends.add(hit.token)
         return frozenset(id_ for end in ends if (id_ := self._rust.token_to_id(end)) is not None)
+
+
+def _harmless(added: Iterable[str]) -> str:
+    """Return a mark in which none of the added tokens is spelled, however often it is said."""
+    spelled = [token.lower() for token in added if token]
+    return next((m for m in _MARKS if not any(t in m * len(t) for t in spelled)), _MARKS[0])
 
 
 def _byte_alphabet() -> dict[str, int]:
