@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from fake_engine import WAIT_S
 from service_harness import DELTAS, FINISHED, STARTED
 
-from sage_fed.broker.mailbox import JobStream, merge
+from sage_fed.broker.mailbox import MOST_IN_MESSAGE, JobStream, merge, split
 from sage_fed.broker.pace import AWAY_S, COUNT_S, Pace
-from sage_fed.core import Delta, Event
+from sage_fed.core import Delta, Event, Logprob
 from sage_fed.errors import DeviceBusy
 
 NEVER = 1e-6
@@ -182,3 +183,37 @@ class Peer:
     """A stream, as far as the pace looks at it."""
 
     away_since_s = 0.0
+
+
+def long_delta(num_tokens: int, top: int) -> Delta:
+    """Output with as many alternatives for each token."""
+    best = Logprob(7, -0.5, tuple((i, -1.0) for i in range(top)))
+    return Delta("é" * 3 * num_tokens, tuple(range(num_tokens)), (best,) * num_tokens, num_tokens)
+
+
+async def test_what_a_slow_reader_finds_fits_into_messages() -> None:
+    """As many as it takes, at once, and together they say everything."""
+    stream = opened(Pace(NEVER))
+    part = long_delta(300, 20)
+    for number in range(10):
+        stream.push(replace(part, output_tokens=300 * (number + 1)))
+    stream.end(FINISHED)
+    events = [event async for event in stream]
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert 1 < len(deltas)
+    assert all(delta.size <= MOST_IN_MESSAGE for delta in deltas)
+    assert merge(deltas) == Delta(
+        part.text * 10, part.token_ids * 10, part.logprobs * 10, output_tokens=3000
+    )
+
+
+@pytest.mark.parametrize(("num_tokens", "top"), [(3, 20), (5000, 20), (70_000, 0)])
+def test_one_long_delta_is_split_into_messages(num_tokens: int, top: int) -> None:
+    """A kept result is one, whatever it was sent in before."""
+    whole = replace(long_delta(num_tokens, top), output_tokens=num_tokens + 4)
+    parts = list(split(whole))
+    assert all(part.size <= MOST_IN_MESSAGE + 2 * (top + 2) for part in parts)
+    assert whole == merge(parts)
+    assert [part.output_tokens for part in parts] == [
+        4 + len([i for part in parts[: n + 1] for i in part.token_ids]) for n in range(len(parts))
+    ]

@@ -18,7 +18,7 @@ from dataclasses import replace
 from sage_fed.broker.delivery import Delivery
 from sage_fed.broker.endings import failure_of, stop_reason_of, timing_of
 from sage_fed.broker.hold import Hold, take_hold
-from sage_fed.broker.mailbox import JobStream
+from sage_fed.broker.mailbox import JobStream, split
 from sage_fed.broker.pace import Pace
 from sage_fed.broker.plan import Plan, Planner
 from sage_fed.broker.results import Result, read_result, write_result
@@ -152,7 +152,8 @@ class Job:
         budget = await self._ledger.budget(self.spec.account, refusable=False)
         self.stream.start(result.started)
         if result.output.token_ids or result.output.text:
-            self.stream.push(result.output)
+            for part in split(result.output):
+                self.stream.push(part)
         self._metrics.jobs.replayed(result.started.route.tier)
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from sage_fed.broker.pace import Pace
 from sage_fed.core import Delta, Event, Finished, Logprob, Started
@@ -19,6 +19,10 @@ from sage_fed.errors import SageFedError
 
 SHORTEST_REST_S = 0.001
 """An event loop's timers are no finer."""
+
+MOST_IN_MESSAGE = 20_000
+"""What one delta may hold (`Delta.size`). With 128 bytes of text for each that is 3 MiB, and a gRPC
+client takes 4 unless it is told otherwise."""
 
 _TOKEN_BYTES = 150
 _LOGPROB_BYTES = 120
@@ -133,10 +137,11 @@ class JobStream:
             if not self._ended and self._deltas:
                 await self._rest(next_s - time.monotonic())
             if self._deltas:
-                deltas, self._deltas = self._deltas, []
+                delta = self._take()
                 self.away_since_s = time.monotonic()
-                next_s = self.away_since_s + self._pace.interval_s
-                yield merge(deltas)
+                # What is behind already is not to rest as well.
+                next_s = 0.0 if self._deltas else self.away_since_s + self._pace.interval_s
+                yield delta
             elif self._ended:
                 self._raise_error()
                 assert isinstance(self._ending, Finished)
@@ -145,6 +150,17 @@ class JobStream:
                 return
             else:
                 await self._wait()
+
+    def _take(self) -> Delta:
+        """Take what waits out, as far as it fits into one message."""
+        count = size = 0
+        for delta in self._deltas:
+            size += delta.size
+            if count and size > MOST_IN_MESSAGE:
+                break
+            count += 1
+        taken, self._deltas = self._deltas[:count], self._deltas[count:]
+        return merge(taken)
 
     def _raise_error(self) -> None:
         """Raise the error that ended the job, if one did, and keep it no more.
@@ -201,3 +217,23 @@ def merge(deltas: list[Delta]) -> Delta:
         logprobs=tuple(logprobs),
         output_tokens=deltas[-1].output_tokens,
     )
+
+
+def split(delta: Delta) -> Iterator[Delta]:
+    """Return deltas that say together what `delta` says, each of which fits into one message."""
+    num_parts = -(-delta.size // MOST_IN_MESSAGE)
+    if num_parts <= 1:
+        yield delta
+        return
+    before = delta.output_tokens - len(delta.token_ids)
+    for part in range(num_parts):
+        ids, logprobs, chars = (
+            slice(len(whole) * part // num_parts, len(whole) * (part + 1) // num_parts)
+            for whole in (delta.token_ids, delta.logprobs, delta.text)
+        )
+        yield Delta(
+            text=delta.text[chars],
+            token_ids=delta.token_ids[ids],
+            logprobs=delta.logprobs[logprobs],
+            output_tokens=before + ids.stop,
+        )
