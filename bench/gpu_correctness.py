@@ -39,12 +39,12 @@ from transformers import (
 )
 
 from sage_fed.core import Sampling, Tier
+from sage_fed.device import Scheduler, SequenceSpec, TierLimits
 from sage_fed.engine import PRECISIONS as PRECISION_TYPES
 from sage_fed.engine import Engine, EngineOptions, load_engine, quantise
 from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.engine.graphs import EagerCapture
-from sage_fed.scheduler import Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import BLOCK_SIZE, Drawn
 
 FP32_BOUND = 1e-4

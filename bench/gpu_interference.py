@@ -24,9 +24,8 @@ import torch
 from gpu_shapes import Plan
 
 from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine
-from sage_fed.executor import Executor, TierSetup
-from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.steps import Drawn, Flight, Step, StepKind, StepReport
 
 _WARM_UP_SHARE = 0.2

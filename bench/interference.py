@@ -41,9 +41,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine, EngineOptions, load_engine, set_cpu_threads
-from sage_fed.executor import Executor, TierSetup
-from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.steps import StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 from fake_engine import WAIT_S, Clock, FakeEngine
 
 from sage_fed.core import Tier, TierState, TierStatus
-from sage_fed.executor import Executor, Tokens, TokenStream
-from sage_fed.executor.loader import TierSetup
-from sage_fed.scheduler import Ended
+from sage_fed.device import Ended, Executor, Tokens, TokenStream
+from sage_fed.device.loader import TierSetup
 from sage_fed.steps import StepReport
 
 

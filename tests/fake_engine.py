@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sage_fed.core import GenerationDefaults, ModelInfo, Tier
+from sage_fed.device import SequenceSpec
 from sage_fed.errors import DeviceOutOfMemory
-from sage_fed.scheduler import SequenceSpec
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Drawn, Step
 
 EOS = 7

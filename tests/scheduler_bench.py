@@ -5,8 +5,8 @@ from __future__ import annotations
 from fake_engine import FakeEngine, reference
 
 from sage_fed.core import Tier
-from sage_fed.scheduler import Ended, Outcome, Scheduler, SequenceSpec, TierLimits
-from sage_fed.scheduler.tier import TierSchedule
+from sage_fed.device import Ended, Outcome, Scheduler, SequenceSpec, TierLimits
+from sage_fed.device.tier import TierSchedule
 from sage_fed.steps import Step
 
 T = Tier.TACTICAL

@@ -17,7 +17,6 @@ from typing import TypeVar
 import grpc
 
 from sage_fed.auth import Authenticator, Register, Throttle, Token
-from sage_fed.broker.mailbox import merge
 from sage_fed.core import (
     CalibrationEvent,
     CalibrationProgress,
@@ -52,6 +51,7 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import NotFound
+from sage_fed.jobs.mailbox import merge
 from sage_fed.ledger import AccountTerms, Ledger
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.service.tls import LiveCertificate

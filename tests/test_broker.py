@@ -19,12 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from surroundings import MODELS
 
-from sage_fed.broker import Broker, Encoder, JobStream, Planner, plan
-from sage_fed.broker.endings import timing_of
-from sage_fed.broker.job import Job
-from sage_fed.broker.output import Output
-from sage_fed.broker.plan import resolve_sampling
-from sage_fed.broker.results import Result, most_reply_bytes, most_result_bytes, payload_hash
+from sage_fed.cards import RateCard, charge
 from sage_fed.core import (
     UATP_PER_ATP,
     Delta,
@@ -43,6 +38,8 @@ from sage_fed.core import (
     Timing,
     Usage,
 )
+from sage_fed.device import Ended, EndReason, Executor, TokenWeights
+from sage_fed.device.loader import TierSetup
 from sage_fed.errors import (
     CannotAfford,
     DeadlineInfeasible,
@@ -56,8 +53,12 @@ from sage_fed.errors import (
     RequestIdConflict,
     TierUnavailable,
 )
-from sage_fed.executor import Executor
-from sage_fed.executor.loader import TierSetup
+from sage_fed.jobs import Broker, Encoder, JobStream, Planner, plan
+from sage_fed.jobs.endings import timing_of
+from sage_fed.jobs.job import Job
+from sage_fed.jobs.output import Output
+from sage_fed.jobs.plan import resolve_sampling
+from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hash
 from sage_fed.ledger import (
     AccountTerms,
     EntryKind,
@@ -68,9 +69,7 @@ from sage_fed.ledger import (
     check,
 )
 from sage_fed.metrics import Metrics
-from sage_fed.pricing import RateCard, charge
-from sage_fed.router import RoutingPolicy
-from sage_fed.scheduler import Ended, EndReason, TokenWeights
+from sage_fed.routing import RoutingPolicy
 from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import Drawn, Step
@@ -780,7 +779,7 @@ async def test_answers_that_nobody_reads_take_the_places_of_their_own_account(
         # Nobody has been away for long: those who come back in a moment are no obstacle.
         streams.append(await r.submit(job(new=2)))
         finished_of(await read(streams[-1]))
-        monkeypatch.setattr("sage_fed.broker.pace.AWAY_S", 0.0)
+        monkeypatch.setattr("sage_fed.jobs.pace.AWAY_S", 0.0)
         with pytest.raises(RateLimited) as full:
             await r.submit(job(new=2))
         assert ("concurrent_jobs", 18) == (full.value.limit, full.value.allowed)

@@ -10,10 +10,10 @@ import pytest
 from fake_engine import WAIT_S
 from service_harness import DELTAS, FINISHED, STARTED
 
-from sage_fed.broker.mailbox import MOST_IN_MESSAGE, JobStream, merge, split
-from sage_fed.broker.pace import AWAY_S, COUNT_S, Pace
 from sage_fed.core import Delta, Event, Logprob
 from sage_fed.errors import DeviceBusy
+from sage_fed.jobs.mailbox import MOST_IN_MESSAGE, JobStream, merge, split
+from sage_fed.jobs.pace import AWAY_S, COUNT_S, Pace
 
 NEVER = 1e-6
 """Messages a second: nobody's second delta is due while a test runs."""

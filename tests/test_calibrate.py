@@ -23,6 +23,7 @@ from sage_fed.calibrate.derive import prices, warning_of
 from sage_fed.calibrate.plan import interleaved, points_of, reference_of
 from sage_fed.calibrate.samples import median_error, spread_of
 from sage_fed.calibrate.store import save_card, stem_of
+from sage_fed.cards import Basis, RateCard
 from sage_fed.core import (
     CalibrationProgress,
     CalibrationResult,
@@ -30,14 +31,13 @@ from sage_fed.core import (
     Phase,
     Tier,
 )
+from sage_fed.device import TierLimits
 from sage_fed.errors import (
     CalibrationRunning,
     ConfigError,
     DeviceOutOfMemory,
     TierUnavailable,
 )
-from sage_fed.pricing import Basis, RateCard
-from sage_fed.scheduler import TierLimits
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -11,6 +11,7 @@ from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
 from waiting import until
 
+from sage_fed.cards import DEFAULT_CARD, RateCard, card_text
 from sage_fed.client import Client
 from sage_fed.core import (
     CalibrationProgress,
@@ -21,7 +22,6 @@ from sage_fed.core import (
     Tier,
 )
 from sage_fed.errors import CalibrationRunning, Forbidden, InvalidField, NotFound
-from sage_fed.pricing import DEFAULT_CARD, RateCard, card_text
 
 
 @pytest.fixture(scope="module")

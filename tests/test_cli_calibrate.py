@@ -13,10 +13,10 @@ from service_harness import CARD, POINTS, RESULT, Harness, in_thread, serving
 from test_pricing_cards import MEASURED as CARD_MEASURED
 from typer.testing import CliRunner, Result
 
+from sage_fed.cards import RateCard, card_text
 from sage_fed.cli.app import build_app
 from sage_fed.core import Phase, Tier
 from sage_fed.errors import CalibrationRunning
-from sage_fed.pricing import RateCard, card_text
 
 CARD_FILE = replace(RateCard.load(), version="mine-1")
 MEASURED = replace(RESULT, card=card_text(CARD_FILE), points=POINTS)

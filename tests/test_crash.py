@@ -19,6 +19,7 @@ import apsw
 from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
 
+from sage_fed.cards import RateCard, charge
 from sage_fed.client import Client
 from sage_fed.core import (
     UATP_PER_ATP,
@@ -34,7 +35,6 @@ from sage_fed.core import (
 from sage_fed.errors import SageFedError
 from sage_fed.ledger import check
 from sage_fed.ledger.words import Entry, EntryKind
-from sage_fed.pricing import RateCard, charge
 
 WAIT_S = 60.0
 """A deadline that only a hung daemon meets."""

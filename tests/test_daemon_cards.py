@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 from test_pricing_cards import CARD, INFO, MEASURED
 
-from sage_fed.core import CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
-from sage_fed.daemon.cards import CardInForce
-from sage_fed.metrics import Metrics
-from sage_fed.pricing import (
+from sage_fed.cards import (
     DEFAULT_CARD,
     MAX_SPREAD,
     Basis,
@@ -23,6 +20,9 @@ from sage_fed.pricing import (
     card_text,
     own_cards,
 )
+from sage_fed.core import CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
+from sage_fed.daemon.cards import CardInForce
+from sage_fed.metrics import Metrics
 
 SHIPPED = RateCard.load()
 

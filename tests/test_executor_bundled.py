@@ -12,10 +12,9 @@ from executor_rig import read
 from surroundings import MODELS
 
 from sage_fed.core import Sampling, Tier, TierState, TierStatus
+from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup, Tokens, TokenStream
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.graphs import EagerCapture
-from sage_fed.executor import Executor, TierSetup, Tokens, TokenStream
-from sage_fed.scheduler import Ended, EndReason, SequenceSpec
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step, StepReport
 
 DEADLINE_S = 90.0

@@ -9,9 +9,8 @@ from executor_rig import Rig, read, serving
 from fake_engine import FakeEngine, FakeFlight, out_of_memory_once, reference, spec
 
 from sage_fed.core import Tier, TierState
-from sage_fed.executor import Tokens
-from sage_fed.executor.flights import Flights
-from sage_fed.scheduler import EndReason
+from sage_fed.device import EndReason, Tokens
+from sage_fed.device.flights import Flights
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -10,11 +10,10 @@ import pytest
 from fake_engine import WAIT_S, Clock, FakeEngine, entered, reference, spec
 
 from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.device import EndReason, Executor, TierSetup, Tokens, TokenStream
+from sage_fed.device import executor as executor_module
+from sage_fed.device.inbox import Inbox, Submit
 from sage_fed.errors import ModelLoadError, QueueFull, TierUnavailable
-from sage_fed.executor import Executor, TierSetup, Tokens, TokenStream
-from sage_fed.executor import executor as executor_module
-from sage_fed.executor.inbox import Inbox, Submit
-from sage_fed.scheduler import EndReason
 from sage_fed.steps import StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -10,8 +10,7 @@ from executor_rig import Rig, read, serving
 from fake_engine import out_of_memory_once, reference, spec
 
 from sage_fed.core import Tier, TierState
-from sage_fed.executor import Executor, Tokens
-from sage_fed.scheduler import Ended, EndReason
+from sage_fed.device import Ended, EndReason, Executor, Tokens
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -9,8 +9,8 @@ from executor_rig import Rig, read, serving
 from fake_engine import WAIT_S, FakeEngine, entered, spec
 
 from sage_fed.core import Sampling, Tier, TierState
+from sage_fed.device import Executor
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory, TierUnavailable
-from sage_fed.executor import Executor
 from sage_fed.steps import Chunk, Draw, Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

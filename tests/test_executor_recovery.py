@@ -13,10 +13,9 @@ from executor_rig import read
 from fake_engine import WAIT_S, FakeEngine, reference, spec
 
 from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.device import EndReason, Executor, Heartbeat, TierSetup
+from sage_fed.device.recovery import MOST_S, SOUND_S, BackOff, Stall
 from sage_fed.errors import DeviceLost, ModelLoadError, TierUnavailable
-from sage_fed.executor import Executor, Heartbeat, TierSetup
-from sage_fed.executor.recovery import MOST_S, SOUND_S, BackOff, Stall
-from sage_fed.scheduler import EndReason
 from sage_fed.steps import NO_TOKEN, Drawn, Step, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

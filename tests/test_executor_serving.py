@@ -11,10 +11,9 @@ from executor_rig import Rig, read, serving
 from fake_engine import WAIT_S, entered, reference, spec
 
 from sage_fed.core import Tier, TierState
+from sage_fed.device import Ended, EndReason, Tokens
+from sage_fed.device.handover import Parcel
 from sage_fed.errors import DeviceOutOfMemory, InvalidField, QueueFull, TierUnavailable
-from sage_fed.executor import Tokens
-from sage_fed.executor.handover import Parcel
-from sage_fed.scheduler import Ended, EndReason
 from sage_fed.steps import Step, StepKind, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -22,15 +22,14 @@ FLOORS: dict[str, int] = {
     "text": 1,
     "workers": 1,
     "engine": 1,
-    "scheduler": 1,
-    "pricing": 1,
-    "router": 1,
+    "cards": 1,
+    "routing": 1,
     "ledger": 1,
     "metrics": 1,
     "tracing": 1,
     "systemd": 1,
-    "executor": 2,
-    "broker": 2,
+    "device": 2,
+    "jobs": 2,
     "calibrate": 2,
     "inertia": 2,
     "service": 3,
@@ -82,8 +81,8 @@ SIDEWAYS: set[tuple[str, str]] = {
     ("settings", "trusted_files"),
     ("steps", "errors"),
     ("trusted_files", "errors"),
-    ("broker", "executor"),  # the broker runs jobs on the executor
-    ("calibrate", "executor"),  # a calibration times steps on it
+    ("jobs", "device"),  # jobs run on the device
+    ("calibrate", "device"),  # a calibration times steps on it
     ("service", "auth"),
     ("daemon", "auth"),
     ("daemon", "service"),

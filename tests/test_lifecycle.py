@@ -23,6 +23,7 @@ from forked_daemon import ForkedProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from surroundings import MODELS
 
+from sage_fed.cards import RateCard, charge
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving
 from sage_fed.core import UATP_PER_ATP, Delta, Event, Finished, Started, StopReason, Tier
@@ -34,7 +35,6 @@ from sage_fed.errors import (
     TierUnavailable,
 )
 from sage_fed.ledger import check
-from sage_fed.pricing import RateCard, charge
 
 WAIT_S = 60.0
 """A deadline that only a hung daemon meets."""

@@ -18,11 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from service_harness import FINISHED, ROUTE, STARTED, WAIT_S, ScriptedJobs, serving
 
-from sage_fed.broker.results import Result, hash_payload, payload_hash, read_result, write_result
 from sage_fed.core import Delta, JobSpec, Logprob, Message, Prompt, SamplingRequest
+from sage_fed.device import Ended, EndReason, SequenceSpec
+from sage_fed.device.live import LiveStreams
 from sage_fed.errors import InvalidField, QueueFull, SageFedError
-from sage_fed.executor.live import LiveStreams
-from sage_fed.scheduler import Ended, EndReason, SequenceSpec
+from sage_fed.jobs.results import Result, hash_payload, payload_hash, read_result, write_result
 from sage_fed.service.fields import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import Drawn

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from surroundings import require_tool
 from waiting import until
 
+from sage_fed.cards import RateCard
 from sage_fed.core import (
     Finished,
     ModelInfo,
@@ -50,8 +51,7 @@ from sage_fed.metrics.loop import LoopMetrics
 from sage_fed.metrics.scrape import available_memory_bytes
 from sage_fed.metrics.series import Factory
 from sage_fed.metrics.server import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
-from sage_fed.pricing import RateCard
-from sage_fed.router import possible_decisions
+from sage_fed.routing import possible_decisions
 from sage_fed.steps import StepKind, StepReport
 
 TACTICAL, STRATEGIC = Tier.TACTICAL, Tier.STRATEGIC

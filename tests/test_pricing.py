@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_fed.core import UATP_PER_ATP, Phase, Tier, Usage
-from sage_fed.errors import ConfigError
-from sage_fed.pricing import (
+from sage_fed.cards import (
     BUNDLED_CARDS,
     DEFAULT_CARD,
     Basis,
@@ -20,6 +18,8 @@ from sage_fed.pricing import (
     quote,
     worst_case,
 )
+from sage_fed.core import UATP_PER_ATP, Phase, Tier, Usage
+from sage_fed.errors import ConfigError
 
 CARD = RateCard.load()
 TOKENS = st.integers(0, 200_000)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sage_fed.cards import Fingerprint, Measured, RateCard, card_text, own_cards
+from sage_fed.cards.card import Basis
+from sage_fed.cards.reading import Reader
 from sage_fed.core import MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
-from sage_fed.pricing import Fingerprint, Measured, RateCard, card_text, own_cards
-from sage_fed.pricing.card import Basis
-from sage_fed.pricing.reading import Reader
 
 INFO = ModelInfo(
     name="a", revision="", architecture="Qwen2ForCausalLM", parameters=494_000_000,

@@ -17,7 +17,7 @@ from sage_fed.errors import (
     QueueFull,
     TierUnavailable,
 )
-from sage_fed.router import (
+from sage_fed.routing import (
     Reason,
     RouteRequest,
     RoutingPolicy,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_fed.core import Tier
-from sage_fed.scheduler import Scheduler, TierLimits
-from sage_fed.scheduler.interleave import Interleave, shared_chunk_tokens
-from sage_fed.scheduler.rates import StepRates
+from sage_fed.device import Scheduler, TierLimits
+from sage_fed.device.interleave import Interleave, shared_chunk_tokens
+from sage_fed.device.rates import StepRates
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

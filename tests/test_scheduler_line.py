@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from scheduler_bench import Bench
 
 from sage_fed.core import Priority
+from sage_fed.device import SequenceSpec, TokenWeights
 from sage_fed.errors import QueueFull
-from sage_fed.scheduler import SequenceSpec, TokenWeights
 
 
 def of(account: str, seq_id: int, **fields: object) -> SequenceSpec:

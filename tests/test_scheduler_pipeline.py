@@ -7,7 +7,7 @@ from fake_engine import FakeEngine, reference, spec
 from scheduler_bench import Bench, T
 
 from sage_fed.core import Priority, Sampling, Tier
-from sage_fed.scheduler import EndReason, Scheduler, TierLimits
+from sage_fed.device import EndReason, Scheduler, TierLimits
 from sage_fed.steps import PENDING, Step
 
 S = Tier.STRATEGIC

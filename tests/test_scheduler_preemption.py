@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from scheduler_bench import Bench
 
 from sage_fed.core import Priority, Sampling
-from sage_fed.scheduler import EndReason, SequenceSpec, TokenWeights
+from sage_fed.device import EndReason, SequenceSpec, TokenWeights
 from sage_fed.steps import BLOCK_SIZE
 
 LOW, HIGH = {"priority": Priority.LOW}, {"priority": Priority.HIGH}

@@ -12,8 +12,8 @@ from hypothesis import given
 from scheduler_bench import Bench, T
 
 from sage_fed.core import Sampling
-from sage_fed.scheduler import BlockPool, EndReason, SequenceSpec, TierLimits
-from sage_fed.scheduler.prefix import BlockKeys
+from sage_fed.device import BlockPool, EndReason, SequenceSpec, TierLimits
+from sage_fed.device.prefix import BlockKeys
 from sage_fed.steps import BLOCK_SIZE, NO_TOKEN
 
 

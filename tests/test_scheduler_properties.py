@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.device import Ended, EndReason, Outcome, Scheduler, SequenceSpec, TierLimits
 from sage_fed.errors import InvalidField, QueueFull
-from sage_fed.scheduler import Ended, EndReason, Outcome, Scheduler, SequenceSpec, TierLimits
 from sage_fed.steps import Step
 
 LIMITS = TierLimits(

@@ -12,9 +12,9 @@ from hypothesis import given
 from scheduler_bench import Bench
 
 from sage_fed.core import Priority
-from sage_fed.scheduler import SequenceSpec
-from sage_fed.scheduler.rates import StepRates
-from sage_fed.scheduler.shares import KEPT_S, PlaceShares
+from sage_fed.device import SequenceSpec
+from sage_fed.device.rates import StepRates
+from sage_fed.device.shares import KEPT_S, PlaceShares
 
 
 def of(account: str, seq_id: int, **fields: object) -> SequenceSpec:

@@ -6,8 +6,8 @@ import pytest
 from fake_engine import FakeEngine, reference, spec
 
 from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.device import BlockPool, Ended, EndReason, Scheduler, TierLimits, blocks_for
 from sage_fed.errors import InvalidField, QueueFull, TierUnavailable
-from sage_fed.scheduler import BlockPool, Ended, EndReason, Scheduler, TierLimits, blocks_for
 from sage_fed.steps import Step
 
 T = Tier.TACTICAL

@@ -13,7 +13,7 @@ import pytest
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.daemon.readiness import status_line
 from sage_fed.daemon.watchdog import Pulse
-from sage_fed.executor import Heartbeat
+from sage_fed.device import Heartbeat
 from sage_fed.systemd import ServiceManager
 
 

@@ -23,6 +23,7 @@ from sage_fed.calibrate.plot import plot_of
 from sage_fed.calibrate.report import report_of
 from sage_fed.calibrate.samples import median_error, spread_of
 from sage_fed.calibrate.store import delete_card, prepare_directory, save_card, stem_of
+from sage_fed.cards import Fingerprint, Measured, RateCard
 from sage_fed.core import (
     CalibrationEvent,
     CalibrationProgress,
@@ -31,9 +32,8 @@ from sage_fed.core import (
     Tier,
     TierState,
 )
+from sage_fed.device import Executor
 from sage_fed.errors import CalibrationRunning, TierUnavailable
-from sage_fed.executor import Executor
-from sage_fed.pricing import Fingerprint, Measured, RateCard
 
 
 @dataclass(frozen=True, slots=True)

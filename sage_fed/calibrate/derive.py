@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from types import MappingProxyType
 
+from sage_fed.cards import Basis, Rate
 from sage_fed.core import UATP_PER_ATP, MeasuredPoint, Phase, Tier
-from sage_fed.pricing import Basis, Rate
 
 NOISY = 0.03
 """A relative spread above which the machine was not quiet enough for the price."""

@@ -20,9 +20,8 @@ from statistics import mean, median
 from sage_fed.calibrate.plan import Point, interleaved, points_of, reference_of
 from sage_fed.calibrate.samples import Samples
 from sage_fed.core import CalibrationProgress, MeasuredPoint, Tier
+from sage_fed.device import Executor, TierLimits
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory
-from sage_fed.executor import Executor
-from sage_fed.scheduler import TierLimits
 from sage_fed.steps import Step
 
 _log = logging.getLogger(__name__)

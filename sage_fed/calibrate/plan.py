@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from sage_fed.core import Phase, Sampling, Tier
-from sage_fed.scheduler import TierLimits, blocks_for
+from sage_fed.device import TierLimits, blocks_for
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
 
 SHORT_TOKENS = 40

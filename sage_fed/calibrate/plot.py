@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape
 
+from sage_fed.cards import RateCard
 from sage_fed.core import MeasuredPoint, Phase, Tier
-from sage_fed.pricing import RateCard
 
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 210, 50, 50

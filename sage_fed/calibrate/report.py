@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sage_fed.cards import Rate, RateCard
 from sage_fed.core import MeasuredPoint, Phase, Tier
-from sage_fed.pricing import Rate, RateCard
 
 
 def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from sage_fed.cards import RateCard, available_cards, card_text
 from sage_fed.errors import ConfigError
-from sage_fed.pricing import RateCard, available_cards, card_text
 from sage_fed.trusted_files import make_directory
 
 _LONGEST_STEM = 48

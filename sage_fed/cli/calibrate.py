@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from sage_fed.cards import MAX_SPREAD
 from sage_fed.cli import options
 from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import reported
@@ -29,7 +30,6 @@ from sage_fed.core import (
     Tier,
 )
 from sage_fed.errors import ConfigError
-from sage_fed.pricing import MAX_SPREAD
 
 
 @connected

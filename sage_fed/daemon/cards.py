@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import sage_fed
 from sage_fed.calibrate import Site
+from sage_fed.cards import Fingerprint, RateCard, own_cards
 from sage_fed.core import CardFit, CardStatus, ModelInfo, Phase, Tier, TierState, TierStatus
 from sage_fed.engine import DeviceDescription
 from sage_fed.metrics import Metrics
-from sage_fed.pricing import Fingerprint, RateCard, own_cards
 from sage_fed.settings import AUTO_CARD, Settings
 from sage_fed.steps import StepReport
 from sage_fed.trusted_files import require_trusted_directory
@@ -28,7 +28,7 @@ _SHOWN = 2
 
 
 class CardInForce:
-    """Satisfies `sage_fed.executor.ExecutorObserver`; `use` hears of every new card.
+    """Satisfies `sage_fed.device.ExecutorObserver`; `use` hears of every new card.
 
     Args:
         setting: as configured; `AUTO_CARD` chooses by fingerprint.

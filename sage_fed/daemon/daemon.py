@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import uvloop
 
 from sage_fed.auth import mint_admin_token
-from sage_fed.broker import Broker, Encoder, Planner
 from sage_fed.calibrate import Calibrator
 from sage_fed.core import Tier, counted
 from sage_fed.daemon.books import open_accounts, open_ledger
@@ -33,11 +32,12 @@ from sage_fed.daemon.state_directory import announced, prepare, require_own
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.daemon.watchdog import keep_watch
 from sage_fed.daemon.watched import build_metrics, expose, page_url, start_watching
+from sage_fed.device import Executor
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import SageFedError
-from sage_fed.executor import Executor
+from sage_fed.jobs import Broker, Encoder, Planner
 from sage_fed.metrics import Snapshot
-from sage_fed.router import RoutingPolicy
+from sage_fed.routing import RoutingPolicy
 from sage_fed.service.server import BoundServer, build_server
 from sage_fed.settings import Address, Settings
 from sage_fed.systemd import ServiceManager

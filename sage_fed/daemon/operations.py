@@ -11,8 +11,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 
 import sage_fed
-from sage_fed.broker import Broker
 from sage_fed.calibrate import Calibrator
+from sage_fed.cards import RateCard, available_cards, is_version
 from sage_fed.core import (
     CalibrationEvent,
     CardStatus,
@@ -24,10 +24,10 @@ from sage_fed.core import (
 )
 from sage_fed.daemon.cards import CardInForce
 from sage_fed.daemon.tiers import display_name
+from sage_fed.device import Executor
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
-from sage_fed.executor import Executor
+from sage_fed.jobs import Broker
 from sage_fed.ledger import Ledger
-from sage_fed.pricing import RateCard, available_cards, is_version
 from sage_fed.settings import Settings
 from sage_fed.text import Tokenizer
 

@@ -52,7 +52,7 @@ class Laps:
 
 
 class Readiness:
-    """Satisfies `sage_fed.executor.ExecutorObserver`."""
+    """Satisfies `sage_fed.device.ExecutorObserver`."""
 
     def __init__(
         self,

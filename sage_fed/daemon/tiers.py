@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sage_fed.core import Tier, resolve_model
+from sage_fed.device import TierSetup
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.errors import ConfigError
-from sage_fed.executor import TierSetup
 from sage_fed.settings import Settings, TierSettings
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
 

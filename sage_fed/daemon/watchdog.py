@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from sage_fed.executor import Heartbeat
+from sage_fed.device import Heartbeat
 from sage_fed.systemd import ServiceManager
 
 _log = logging.getLogger(__name__)

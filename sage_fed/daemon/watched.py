@@ -9,13 +9,13 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 
 import sage_fed
+from sage_fed.cards import RateCard
 from sage_fed.core import Phase, Tier
 from sage_fed.daemon.tiers import display_name
 from sage_fed.engine import DeviceDescription
 from sage_fed.errors import Occupied
 from sage_fed.metrics import Metrics, MetricsServer, PageDoor
-from sage_fed.pricing import RateCard
-from sage_fed.router import possible_decisions
+from sage_fed.routing import possible_decisions
 from sage_fed.settings import Address, Settings
 from sage_fed.tracing import Tracing, start_tracing
 

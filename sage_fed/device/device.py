@@ -1,0 +1,310 @@
+"""The one thread that touches the device: takes messages, runs steps, hands results over.
+
+Owns the engines and the scheduler. Knows nothing of the event loop but the hand-over.
+An engine that raises anything but DeviceOutOfMemory is broken, as is one whose model gives no
+numbers any more: its tier's sequences end FAILED, its memory is freed, and the other tier goes on
+until somebody brings a new engine. If the thread itself fails, or the device is lost for this
+process, its last word says so and the event loop ends every stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from sage_fed.core import Tier, TierLoad, TierState, TierStatus
+from sage_fed.device import Ended, EndReason, Outcome, Scheduler
+from sage_fed.device.flights import Flights
+from sage_fed.device.handover import Handover, Opened
+from sage_fed.device.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
+from sage_fed.device.loader import close_engine
+from sage_fed.device.probe import Probe, ProbeDesk
+from sage_fed.errors import DeviceLost, DeviceOutOfMemory, SageFedError
+from sage_fed.steps import Engine, Step, StepKind, StepReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life for a watchdog: `busy` and no new `last_progress_s` means stuck.
+
+    `last_progress_s` is on the executor's monotonic clock.
+    """
+
+    steps_done: int
+    last_progress_s: float
+    busy: bool
+
+
+class DeviceThread:
+    """The thread "sage-fed-device"; `loads` and `heartbeat` are swapped whole for any reader."""
+
+    def __init__(
+        self,
+        *,
+        inbox: Inbox,
+        handover: Handover,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+    ) -> None:
+        self.exited: Future[None] = Future()
+        self.loads: Mapping[Tier, TierLoad] = {}
+        self.heartbeat = Heartbeat(0, clock(), busy=False)
+        self._inbox = inbox
+        self._handover = handover
+        self._scheduler = scheduler
+        self._probes = ProbeDesk(scheduler, self._publish)
+        self._clock = clock
+        self._engines: dict[Tier, Engine] = {}
+        self._flights = Flights(clock)
+        self._steps_done = 0
+        self._thread = threading.Thread(target=self._main, name="sage-fed-device", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def _main(self) -> None:
+        reason = EndReason.FAILED
+        try:
+            reason = self._serve()
+        except BaseException:
+            # The last line of defence: report and die. Streams are ended by `closed` below.
+            logger.exception("the device's thread died")
+        finally:
+            self._beat(busy=False)
+            self._leave(reason)
+            self.exited.set_result(None)
+
+    def _serve(self) -> EndReason:
+        while True:
+            ended: list[Ended] = []
+            messages = self._inbox.take(wait=not self._busy)
+            for message in messages:
+                ended += self._handle(message)
+            if any(isinstance(message, Stop) for message in messages):
+                # Only now: an engine that came with the same messages has to be closed too.
+                if paused := self._flights.paused:
+                    self._fly(paused, None)
+                while self._flights:
+                    self._land()
+                self._end_all(ended)
+                return EndReason.SHUTDOWN
+            self._beat(busy=True)
+            if self._scheduler.has_work:
+                self._probes.step_aside()
+            step = self._scheduler.next_step(self._clock())
+            # Before the endings are told and before the step takes its time: who reads the load
+            # after an ending finds its blocks free, and places in the queue are free at once.
+            # Where nothing came and nobody waits, building a step has changed none of it.
+            if messages or any(load.waiting for load in self.loads.values()):
+                self._publish()
+            if ended:
+                self._handover.put(ended=ended)
+            # Only now, with the step that follows ready to run.
+            self._handover.send()
+            if step is not None:
+                self._fly(step, self._scheduler.pause_after_s(step))
+            elif not self._flights and self._probes.has_work:
+                self._run_probe()
+            # While a step is on the device, the next is built and launched behind it.
+            if self._flights and (step is None or self._flights.full):
+                self._land()
+            busy = self._busy
+            if self._flights or not busy:
+                # Nothing waits for this thread: the device is at work, or there is no work.
+                self._handover.send()
+            self._beat(busy=busy)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._flights) or self._scheduler.has_work or self._probes.has_work
+
+    def _handle(self, message: Message) -> tuple[Ended, ...]:
+        if isinstance(message, Submit):
+            try:
+                self._scheduler.add(message.spec, message.submitted_s)
+            except SageFedError:
+                # The tier failed while the sequence was under way.
+                seq_id, submitted_s = message.spec.seq_id, message.submitted_s
+                return (Ended(seq_id, EndReason.FAILED, submitted_s, ended_s=self._clock()),)
+        elif isinstance(message, Cancel):
+            return self._scheduler.cancel(message.seq_id, self._clock())
+        elif isinstance(message, OpenTier):
+            self._open(message)
+        elif isinstance(message, Probe):
+            self._probes.add(message)
+        return ()
+
+    def _open(self, message: OpenTier) -> None:
+        tier, engine = message.tier, message.engine
+        self._engines[tier] = engine
+        self._scheduler.open_tier(
+            tier,
+            message.limits,
+            engine.eos_token_ids,
+            pipelined=engine.pipelined,
+            num_parts=engine.num_parts,
+        )
+        self._handover.put(
+            status=TierStatus(tier, TierState.READY, 1.0, engine.info),
+            opened=Opened(message.limits, engine.defaults),
+        )
+
+    def _fly(self, step: Step, pause_after_s: float | None) -> None:
+        """Launch a step, or resume it; the time that it pauses is the other tier's."""
+        resumed = step is self._flights.paused
+        begun_s = self._clock() - (self._flights.paused_s if resumed else 0.0)
+        try:
+            if resumed:
+                self._flights.resume(pause_after_s)
+            else:
+                self._flights.launch(self._engines[step.tier], step, pause_after_s)
+            if step is self._flights.paused:
+                self._scheduler.paused(step, self._flights.paused_s)
+        except DeviceOutOfMemory:
+            self._give_way(step, self._clock() - begun_s)
+        except DeviceLost:
+            raise
+        except Exception:  # an engine may break in any way; only its own tier goes with it
+            logger.exception("the %s tier's engine is broken", step.tier.value)
+            self._break(step, self._clock() - begun_s)
+
+    def _land(self) -> None:
+        """Take in the oldest step in flight and hand over what came of it."""
+        step, begun_s = self._flights.next_to_land, self._clock()
+        try:
+            drawn, elapsed_s = self._flights.land()
+            outcome = self._scheduler.complete(step, drawn, now=self._clock(), elapsed_s=elapsed_s)
+        except DeviceOutOfMemory:
+            self._give_way(step, self._clock() - begun_s)
+        except DeviceLost:
+            raise
+        except Exception:  # as above
+            logger.exception("the %s tier's engine is broken", step.tier.value)
+            self._break(step, self._clock() - begun_s)
+        else:
+            self._tell(step, outcome, elapsed_s)
+            if self._scheduler.unsound(step.tier):
+                logger.error("the %s tier's model gives no numbers any more", step.tier.value)
+                ended = self._scheduler.close_tier(step.tier, EndReason.FAILED, self._clock())
+                self._give_up(step.tier, ended)
+
+    def _give_way(self, step: Step, elapsed_s: float) -> None:
+        """End as few sequences as possible after a step that did not fit."""
+        logger.warning("a step of the %s tier did not fit the device", step.tier.value)
+        outcome = self._scheduler.out_of_memory(step, now=self._clock(), elapsed_s=elapsed_s)
+        self._tell(step, outcome, elapsed_s, memory_short=True)
+
+    def _tell(
+        self, step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool = False
+    ) -> None:
+        self._steps_done += 1
+        self._publish(step.tier)
+        self._handover.put(
+            drawn=outcome.drawn,
+            ended=outcome.ended,
+            report=_report(step, outcome, elapsed_s, memory_short=memory_short),
+        )
+
+    def _run_probe(self) -> None:
+        """Run one step that serves nobody; nothing of it is reported but its time."""
+        step = self._probes.next_step()
+        if step is None:
+            return
+        begun_s = self._clock()
+        try:
+            self._flights.launch(self._engines[step.tier], step)
+            _, elapsed_s = self._flights.land()
+        except DeviceOutOfMemory as error:
+            self._probes.fail(error)
+        except DeviceLost:
+            raise
+        except Exception:  # as for live work
+            logger.exception("the %s tier's engine is broken", step.tier.value)
+            self._break(step, self._clock() - begun_s)
+        else:
+            self._steps_done += 1
+            self._probes.note(elapsed_s)
+
+    def _break(self, step: Step, elapsed_s: float) -> None:
+        """Give up the tier whose engine raised in this step."""
+        self._give_up(
+            step.tier, self._scheduler.broken(step, now=self._clock(), elapsed_s=elapsed_s)
+        )
+
+    def _give_up(self, tier: Tier, ended: tuple[Ended, ...]) -> None:
+        """Say that a tier has failed, which the scheduler knows already, and free its engine."""
+        engine = self._engines.pop(tier)
+        self._flights.drop(tier)
+        info = engine.info
+        self._publish()
+        message = "the engine failed; the daemon's log has the details"
+        self._handover.put(
+            ended=ended, status=TierStatus(tier, TierState.FAILED, 0.0, info, message)
+        )
+        self._handover.send()
+        self._probes.close_tier(tier, "failed")
+        close_engine(engine)
+
+    def _end_all(self, ended: list[Ended]) -> None:
+        now = self._clock()
+        for tier in self._engines:
+            ended += self._scheduler.close_tier(tier, EndReason.SHUTDOWN, now)
+        self._handover.put(ended=ended)
+
+    def _leave(self, reason: EndReason) -> None:
+        unread = self._inbox.close()
+        try:
+            # Before the engines are closed, which may take long: readers are waiting.
+            self._handover.put(closed=reason)
+            self._handover.send()
+        except RuntimeError:
+            logger.exception("the event loop closed before the executor was stopped")
+        for message in unread:
+            if isinstance(message, OpenTier):
+                close_engine(message.engine)
+            elif isinstance(message, Probe):
+                self._probes.add(message)
+        self._probes.close()
+        for engine in self._engines.values():
+            close_engine(engine)
+
+    def _publish(self, *tiers: Tier) -> None:
+        """Show what these tiers are doing, or all that are served."""
+        loads = {tier: load for tier, load in self.loads.items() if tier in self._engines}
+        for tier in tiers or self._engines:
+            load = self._scheduler.load(tier)
+            assert load is not None
+            loads[tier] = load
+            self._inbox.note_waiting(tier, load.waiting, load.retry_after_s)
+        self.loads = loads
+
+    def _beat(self, *, busy: bool) -> None:
+        self.heartbeat = Heartbeat(self._steps_done, self._clock(), busy)
+
+
+def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool) -> StepReport:
+    num_decode = step.num_tokens - outcome.num_prefill_tokens
+    if not outcome.num_prefill_tokens:
+        kind = StepKind.DECODE
+    else:
+        kind = StepKind.MIXED if num_decode else StepKind.PREFILL
+    return StepReport(
+        tier=step.tier,
+        kind=kind,
+        num_steps=1,
+        num_prefill_tokens=outcome.num_prefill_tokens,
+        num_decode_tokens=num_decode,
+        num_sequences=len(step.chunks),
+        elapsed_s=elapsed_s,
+        out_of_memory=memory_short,
+        num_context_tokens=step.num_context_tokens,
+        num_queried_tokens=outcome.num_queried_tokens,
+        num_hit_tokens=outcome.num_hit_tokens,
+        num_preempted=outcome.num_preempted,
+    )

@@ -1,0 +1,180 @@
+"""Who starts next: fair between accounts by ATP served, by priority and age within one.
+
+Owns the waiting sequences and each account's counter of what it was served. Knows no blocks,
+no batch and no clock: `now` is given.
+
+Between accounts: the one that was served least goes first (the virtual token counter of Sheng
+et al., "Fairness in Serving Large Language Models", OSDI 2024, with prices as weights). The
+prompt counts when a sequence starts, each output token when it is delivered. An account that
+comes back is lifted to the least counter of those that are here: nobody saves up by waiting.
+A debt is remembered as long as it exceeds that least counter.
+
+Within an account a sequence ranks by the time it was submitted, less `ageing_s` for each level of
+priority. So an account's priorities order its own work and cost nobody else anything.
+
+The bound: an account of which nothing started for `overdue_s` while it waited goes before every
+account that has waited less, whatever the counters say. From then on at most one sequence of each
+other account that waits at that moment starts before its own first one; within the account only
+what was submitted at most `2 * ageing_s` later can pass. The first in line is never passed by a
+smaller one behind it: a long prompt would otherwise wait for ever.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from sage_fed.device.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class _Account:
+    """`served` is what it was served; `live` its sequences, waiting (in rank) and running."""
+
+    served: int
+    live: int = 0
+    waiting: list[Sequence] = field(default_factory=list)
+    waits_since: float = 0.0
+
+
+class Line:
+    """The sequences of one tier that wait, and the accounts of those and of the running ones."""
+
+    def __init__(self, *, ageing_s: float, overdue_s: float) -> None:
+        self._ageing_s = ageing_s
+        self._overdue_s = overdue_s
+        self._accounts: dict[str, _Account] = {}
+        self._waiting: dict[str, _Account] = {}
+        self._length = 0
+        self.prefill_left = 0
+        """Tokens that the waiting sequences have yet to be fed."""
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Those that wait, account by account."""
+        for account in self._waiting.values():
+            yield from account.waiting
+
+    @property
+    def num_accounts(self) -> int:
+        """Accounts that have sequences here, waiting or running."""
+        return sum(account.live > 0 for account in self._accounts.values())
+
+    @property
+    def served(self) -> dict[str, int]:
+        """What each account was served, in uATP, as far as it is remembered."""
+        return {name: account.served for name, account in self._accounts.items()}
+
+    def find(self, seq_id: int) -> Sequence | None:
+        """Return the waiting sequence of that id."""
+        return next((seq for seq in self if seq.spec.seq_id == seq_id), None)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence."""
+        name = seq.spec.account
+        account = self._accounts.setdefault(name, _Account(0))
+        if not account.live:
+            account.served = max(account.served, self._least_served())
+        account.live += 1
+        self._queue(seq, seq.submitted_s)
+
+    def put_back(self, seq: Sequence, now: float) -> None:
+        """Queue a sequence that was interrupted; it keeps its rank."""
+        self._queue(seq, now)
+
+    def head(self, now: float, passed: Collection[str] = ()) -> Sequence | None:
+        """Return who starts next; nobody of the accounts that are `passed` over."""
+        waiting = self._waiting
+        if passed:
+            waiting = {name: account for name, account in waiting.items() if name not in passed}
+        if not waiting:
+            return None
+        first = min(waiting.values(), key=lambda account: self._claim(account, now))
+        return first.waiting[0]
+
+    def start(self, seq: Sequence, now: float) -> None:
+        """Take a sequence, which is the first of its account, out of the line to run."""
+        account = self._dequeue(seq)
+        account.waits_since = now
+        self.count(seq)
+
+    def count(self, seq: Sequence) -> None:
+        """Count what a running sequence was served by now, and its whole prompt."""
+        self._count(seq, seq.promised_uatp)
+
+    def end(self, seq: Sequence) -> None:
+        """Forget a sequence that waited or ran; its account only paid for what was done."""
+        name = seq.spec.account
+        account = self._accounts[name]
+        if seq in account.waiting:
+            self._dequeue(seq)
+        self._count(seq, seq.served_uatp)
+        account.live -= 1
+        if not account.live:
+            self._forget_debts()
+
+    def outranks(self, seq: Sequence, other: Sequence) -> bool:
+        """Whether `seq` has the higher priority and goes before `other` of the same account."""
+        higher = seq.spec.priority > other.spec.priority
+        return higher and self._rank(seq) < self._rank(other)
+
+    def lead_uatp(self, seq: Sequence, other: Sequence) -> int:
+        """Return by how much `other`'s account was served more than `seq`'s."""
+        return self._accounts[other.spec.account].served - self._accounts[seq.spec.account].served
+
+    def waits_since(self, seq: Sequence) -> float:
+        """Return since when nothing of a waiting sequence's account has started."""
+        return max(self._accounts[seq.spec.account].waits_since, seq.submitted_s)
+
+    def weakness(self, seq: Sequence) -> tuple[int, float, int]:
+        """Return a key that grows with the claims of others: the weakest is interrupted first."""
+        return (self._accounts[seq.spec.account].served, *self._rank(seq))
+
+    def _claim(self, account: _Account, now: float) -> tuple[bool, float, float, int]:
+        head = account.waiting[0]
+        if now - account.waits_since >= self._overdue_s:
+            return (False, account.waits_since, 0.0, head.order)
+        return (True, account.served, head.submitted_s, head.order)
+
+    def _rank(self, seq: Sequence) -> tuple[float, int]:
+        return (seq.submitted_s - seq.spec.priority * self._ageing_s, seq.order)
+
+    def _queue(self, seq: Sequence, since: float) -> None:
+        name = seq.spec.account
+        account = self._accounts[name]
+        if not account.waiting:
+            account.waits_since = since
+            self._waiting[name] = account
+        insort(account.waiting, seq, key=self._rank)
+        self._length += 1
+        self.prefill_left += seq.prefill_left
+
+    def _dequeue(self, seq: Sequence) -> _Account:
+        account = self._accounts[seq.spec.account]
+        account.waiting.remove(seq)
+        if not account.waiting:
+            del self._waiting[seq.spec.account]
+        self._length -= 1
+        self.prefill_left -= seq.prefill_left
+        return account
+
+    def _count(self, seq: Sequence, uatp: int) -> None:
+        self._accounts[seq.spec.account].served += uatp - seq.counted_uatp
+        seq.counted_uatp = uatp
+
+    def _least_served(self) -> int:
+        return min((a.served for a in self._accounts.values() if a.live), default=0)
+
+    def _forget_debts(self) -> None:
+        """Drop the absent accounts that would be lifted above their counter if they came back."""
+        least = self._least_served()
+        nobody = not any(account.live for account in self._accounts.values())
+        self._accounts = {
+            name: account
+            for name, account in self._accounts.items()
+            if account.live or (not nobody and account.served > least)
+        }

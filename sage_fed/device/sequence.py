@@ -1,0 +1,238 @@
+"""One sequence: what was asked for, how far it is, and how it ended.
+
+Owns a sequence's tokens, its position, its blocks and its account of device time.
+Knows nothing of other sequences, of queues or of the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sage_fed.device.blocks import BlockPool, blocks_for
+from sage_fed.device.prefix import BlockKeys
+from sage_fed.device.words import Ended, EndReason, SequenceSpec
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence between `add` and its ending; `order` is its place among all that were added.
+
+    `token_ids` are the prompt and what was delivered; the first `num_stored` of them have their
+    keys and values in `blocks`. `num_fed` tokens were handed to the device, in `num_flights` steps
+    that have not landed, which will draw the `num_pending` tokens that follow.
+
+    A sequence that is interrupted loses its blocks and feeds all of its tokens again, for which
+    nobody is charged: `prompt_done` and `cached_tokens` only say how its prompt was reached first.
+    `counted_uatp` is what its account was counted for it.
+    """
+
+    spec: SequenceSpec
+    submitted_s: float
+    order: int
+    token_ids: list[int] = field(init=False)
+    blocks: tuple[int, ...] = ()
+    num_stored: int = 0
+    num_fed: int = 0
+    num_pending: int = 0
+    num_flights: int = 0
+    num_output: int = 0
+    prompt_done: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    counted_uatp: int = 0
+    num_at_start: int = 0
+    """Its tokens when it last started."""
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    device_s: float = 0.0
+    ending: EndReason | None = None
+    """Why it ends once no step in flight has a chunk of it any more."""
+    stop_token_id: int | None = None
+    _keys: BlockKeys = field(init=False)
+    _seen: tuple[int, ...] = ()
+    _seen_set: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.spec.prompt)
+        self._keys = BlockKeys(self.spec.account)
+        if self.spec.sampling.repetition_penalty != 1.0:
+            self._seen = tuple(dict.fromkeys(self.spec.prompt))
+            self._seen_set.update(self._seen)
+
+    @property
+    def num_drawn(self) -> int:
+        """Output tokens that were drawn, or will be by a step in flight."""
+        return self.num_output + self.num_pending
+
+    @property
+    def length(self) -> int:
+        """Its tokens, with those that steps in flight will draw."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all but its newest token, which was drawn, has been fed."""
+        # Asked several times a token: written out, without a property of a property.
+        pending = self.num_pending
+        drawn = self.num_output + pending
+        return drawn > 0 and self.num_fed + 1 == len(self.token_ids) + pending
+
+    @property
+    def prefill_left(self) -> int:
+        """Tokens that have to be fed to the model before the next draw, beyond a newest one."""
+        return 0 if self.decodes else self.length - self.num_fed
+
+    @property
+    def done(self) -> bool:
+        """Whether it is fed nothing more, whatever the steps in flight bring."""
+        return self.ending is not None or self.num_drawn >= self.spec.max_new_tokens
+
+    @property
+    def needs_landing(self) -> bool:
+        """Whether its next draw depends on a token that only the device knows yet."""
+        return self.num_pending > 0 and self.spec.sampling.repetition_penalty != 1.0
+
+    @property
+    def served_uatp(self) -> int:
+        """What it was served: tokens computed, found and delivered, by their weights."""
+        weights = self.spec.weights
+        computed = self.prompt_done - self.cached_tokens
+        return (
+            computed * weights.prefill
+            + self.cached_tokens * weights.cached
+            + self.num_output * weights.decode
+        )
+
+    @property
+    def promised_uatp(self) -> int:
+        """What it will have been served once its whole prompt is, and nothing more."""
+        left = len(self.spec.prompt) - self.prompt_done
+        return self.served_uatp + left * self.spec.weights.prefill
+
+    @property
+    def worst_uatp(self) -> int:
+        """What it can be served at most."""
+        weights = self.spec.weights
+        return len(self.spec.prompt) * weights.prefill + self.spec.max_new_tokens * weights.decode
+
+    def begin(self, shared: tuple[int, ...], own: tuple[int, ...], now: float) -> None:
+        """Start, or start again, in these blocks, `shared` of which are stored already."""
+        self.blocks = shared + own
+        self.num_at_start = len(self.token_ids)
+        self.num_stored = self.num_fed = len(shared) * BLOCK_SIZE
+        if self.started_s is None:
+            self.started_s = now
+
+    def interrupt(self) -> tuple[int, ...]:
+        """Stop, to start again later; returns its blocks, which it loses."""
+        assert not self.num_flights, "the device may still write to its blocks"
+        blocks, self.blocks = self.blocks, ()
+        self.num_stored = self.num_fed = 0
+        self.preemptions += 1
+        return blocks
+
+    @property
+    def has_repaid(self) -> bool:
+        """Whether it has got on since its last start by as much as that has cost at most."""
+        got_on = len(self.token_ids) - self.num_at_start
+        weights = self.spec.weights
+        return got_on > 0 and got_on * weights.decode >= self.num_at_start * weights.prefill
+
+    @property
+    def blocks_missing(self) -> int:
+        """Blocks that it needs for its next token and does not have."""
+        return 0 if self.done else blocks_for(self.length) - len(self.blocks)
+
+    def next_chunk(self, prefill_limit: int) -> Chunk:
+        """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill."""
+        start, length = self.num_fed, self.length
+        # A newest token is one, whatever the limit.
+        end = length if self.decodes else min(length, start + prefill_limit)
+        assert start < end
+        known = tuple(self.token_ids[start:end])
+        return Chunk(
+            seq_id=self.spec.seq_id,
+            start=start,
+            token_ids=known or (PENDING,),
+            blocks=self.blocks,
+            draw=Draw(self.spec.sampling, self.num_drawn, self._seen) if end == length else None,
+        )
+
+    def launch(self, chunk: Chunk) -> None:
+        """Note that a chunk is in a step in flight."""
+        self.num_fed += len(chunk.token_ids)
+        self.num_pending += chunk.draw is not None
+        self.num_flights += 1
+
+    def land(self, chunk: Chunk, pool: BlockPool | None) -> None:
+        """Note that a chunk's step has landed; blocks that it filled go public in `pool`."""
+        self.num_flights -= 1
+        self.num_pending -= chunk.draw is not None
+        if self.num_stored + len(chunk.token_ids) > len(self.token_ids):
+            return  # it was fed a token that ended it or was dropped: what was stored means nothing
+        self._stored(len(chunk.token_ids), pool)
+
+    def fall_back(self, chunk: Chunk) -> None:
+        """Note that a chunk's step came to nothing; it will be fed again."""
+        self.num_flights -= 1
+        self.num_fed -= len(chunk.token_ids)
+        self.num_pending -= chunk.draw is not None
+
+    def find(self, pool: BlockPool) -> tuple[int, ...]:
+        """Return the blocks of its beginning that are stored already.
+
+        Never all of it: the last token has to be fed, because its logits are wanted.
+        """
+        if not self.spec.prefix_cache:
+            return ()
+        whole = (len(self.token_ids) - 1) // BLOCK_SIZE
+        return pool.find(self._keys.of(index, self.token_ids) for index in range(whole))
+
+    def append(self, token_id: int, now: float) -> None:
+        """Note a drawn token that is delivered."""
+        self.token_ids.append(token_id)
+        self.num_output += 1
+        if self.first_token_s is None:
+            self.first_token_s = now
+        self.last_token_s = now
+        self._note_seen(token_id)
+
+    def ended(self, reason: EndReason, now: float) -> Ended:
+        """Return the ending as it looks at `now`."""
+        return Ended(
+            seq_id=self.spec.seq_id,
+            reason=reason,
+            submitted_s=self.submitted_s,
+            started_s=self.started_s,
+            first_token_s=self.first_token_s,
+            last_token_s=self.last_token_s,
+            ended_s=now,
+            prompt_tokens=self.prompt_done,
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.num_output,
+            device_s=self.device_s,
+            stop_token_id=self.stop_token_id,
+        )
+
+    def _stored(self, count: int, pool: BlockPool | None) -> None:
+        first = self.num_stored // BLOCK_SIZE
+        if self.prompt_done < len(self.spec.prompt):
+            # What it began with beyond what it had ever reached was found, not computed.
+            found = min(self.num_stored, len(self.spec.prompt))
+            self.cached_tokens += max(found - self.prompt_done, 0)
+            reached = min(self.num_stored + count, len(self.spec.prompt))
+            self.prompt_done = max(self.prompt_done, reached)
+        self.num_stored += count
+        last = self.num_stored // BLOCK_SIZE
+        if first < last and pool is not None and self.spec.prefix_cache:
+            for index in range(first, last):
+                pool.publish(self.blocks[index], self._keys.of(index, self.token_ids))
+
+    def _note_seen(self, token_id: int) -> None:
+        # Kept as a tuple of distinct ids that grows rarely, because each step's Draw holds it.
+        if self.spec.sampling.repetition_penalty == 1.0 or token_id in self._seen_set:
+            return
+        self._seen_set.add(token_id)
+        self._seen = (*self._seen, token_id)
