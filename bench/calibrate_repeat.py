@@ -30,7 +30,7 @@ from typing import Any
 import report
 
 from sage_fed.client import Client
-from sage_fed.core import CalibrationProgress, CalibrationResult, Phase, Tier, TierState
+from sage_fed.core import TIER_ROLES, CalibrationProgress, CalibrationResult, Phase, Tier, TierState
 from sage_fed.errors import SageFedError
 
 START_S = 600.0
@@ -49,9 +49,9 @@ def daemon(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
             settings.append(f"cpu_threads={options.threads}")
         for tier, model in ((Tier.TACTICAL, options.tactical), (Tier.STRATEGIC, options.strategic)):
             if model:
-                settings.append(f"{tier.value}.model={Path(model).absolute()}")
-                settings.append(f"{tier.value}.precision={options.precision}")
-                settings.append(f"{tier.value}.kv_cache_bytes={options.kv_cache}")
+                settings.append(f"{tier.name}.model={Path(model).absolute()}")
+                settings.append(f"{tier.name}.precision={options.precision}")
+                settings.append(f"{tier.name}.kv_cache_bytes={options.kv_cache}")
         arguments = [argument for one in settings for argument in ("--set", one)]
         command = [sys.executable, "-m", "sage_fed.cli", "serve", "--profile", "demo", *arguments]
         log = Path(folder) / "daemon.log"
@@ -102,7 +102,7 @@ def row(result: CalibrationResult) -> dict[str, Any]:
         "stated_spread": result.cost_ratio_spread,
         "took_s": result.took_s,
         "load_1min": round(os.getloadavg()[0], 2),
-        **{f"{tier.value}_step_s": token_s(result, tier, Phase.DECODE) for tier in Tier},
+        **{f"{tier.name}_step_s": token_s(result, tier, Phase.DECODE) for tier in TIER_ROLES},
         "prefill_ratio": token_s(result, Tier.STRATEGIC, Phase.PREFILL)
         / token_s(result, Tier.TACTICAL, Phase.PREFILL),
     }

@@ -21,7 +21,7 @@ from gpu_interference import Load
 from lean_client import LeanClient, Reply, Run
 
 from sage_fed.cli import scrape
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
 from sage_fed.v1 import types_pb2 as types
@@ -41,7 +41,7 @@ class Clients:
     """One lean client, in a process of its own, for each tier."""
 
     def __init__(self, address: str, valid_ids: int) -> None:
-        self._lean = {tier: LeanClient(address) for tier in Tier}
+        self._lean = {tier: LeanClient(address) for tier in TIER_ROLES}
         self._valid_ids = valid_ids
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Clients:
         window = begun + _WARM_UP_SHARE * seconds, begun + seconds
         length_s = window[1] - window[0]
         rows = {
-            load.tier.value: {
+            load.tier.name: {
                 "streams": load.streams,
                 "requests": len(run.replies),
                 "tokens_per_s": sum(tokens_within(r, window) for r in run.replies) / length_s,
@@ -67,9 +67,9 @@ class Clients:
         }
         for load, run in zip(loads, runs, strict=True):
             if len(run.replies) == _MOST_REQUESTS:
-                raise RuntimeError(f"the {load.tier.value} load ran out of requests")
+                raise RuntimeError(f"the {load.tier.name} load ran out of requests")
             if any(tokens_of(reply) != load.new_tokens for reply in run.replies):
-                raise RuntimeError(f"a {load.tier.value} request ended before its last token")
+                raise RuntimeError(f"a {load.tier.name} request ended before its last token")
         return rows
 
     def _one(self, seconds: float, load: Load, requests: list[bytes]) -> Run:
@@ -123,14 +123,14 @@ async def cancel_storm(
 def percentiles_between(before: str, after: str) -> dict[str, dict[str, Any]]:
     """p50 and p99 of each tier's latencies, as the daemon's histograms have them."""
     return {
-        tier.value: {
+        tier.name: {
             name: {
                 f"p{round(100 * share)}": quantile(_buckets(before, after, series, tier), share)
                 for share in (0.5, 0.99)
             }
             for name, series in HISTOGRAMS.items()
         }
-        for tier in Tier
+        for tier in TIER_ROLES
     }
 
 
@@ -152,11 +152,11 @@ def _buckets(before: str, after: str, series: str, tier: Tier) -> list[tuple[flo
     counts: dict[float, float] = {}
     for page, sign in ((before, -1), (after, 1)):
         for sample in scrape.samples(page):
-            if sample.name == f"{series}_bucket" and sample.labels.get("tier") == tier.value:
+            if sample.name == f"{series}_bucket" and sample.labels.get("tier") == tier.name:
                 bound = float(sample.labels["le"])
                 counts[bound] = counts.get(bound, 0.0) + sign * sample.value
     if not counts:
-        raise RuntimeError(f"not on the metrics page: {series} of tier {tier.value}")
+        raise RuntimeError(f"not on the metrics page: {series} of tier {tier.name}")
     return sorted(counts.items())
 
 

@@ -23,7 +23,7 @@ from gpu_checkpoints import Checkpoints, Skipped
 from gpu_interference import mixed
 from gpu_shapes import Plan, Shape
 
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 
 if TYPE_CHECKING:
     from sage_fed.cli.demo_daemon import Endpoint
@@ -97,13 +97,13 @@ def _flags(
     }
     for tier, shape in shapes.items():
         values |= {
-            f"{tier.value}.model": paths[tier],
-            f"{tier.value}.precision": plan.precision,
-            f"{tier.value}.kv_cache_bytes": shape.kv_cache_bytes,
-            f"{tier.value}.max_context_tokens": shape.max_context,
-            f"{tier.value}.max_batch": max(plan.batches),
-            f"{tier.value}.max_waiting": _MAX_STREAMS,
-            f"{tier.value}.prefill_chunk_tokens": 512,
+            f"{tier.name}.model": paths[tier],
+            f"{tier.name}.precision": plan.precision,
+            f"{tier.name}.kv_cache_bytes": shape.kv_cache_bytes,
+            f"{tier.name}.max_context_tokens": shape.max_context,
+            f"{tier.name}.max_batch": max(plan.batches),
+            f"{tier.name}.max_waiting": _MAX_STREAMS,
+            f"{tier.name}.prefill_chunk_tokens": 512,
         }
     settings = (part for key, value in values.items() for part in ("--set", f"{key}={value}"))
     return ("--device", device, "--log-level", "warning", *settings)
@@ -122,9 +122,9 @@ def _drive(
     from sage_fed.cli import scrape  # noqa: PLC0415
     from sage_fed.client.health import wait_serving  # noqa: PLC0415
 
-    for tier in Tier:
-        if not wait_serving(endpoint.listen, tier.value, _START_S):
-            raise RuntimeError(f"the {tier.value} tier does not serve")
+    for tier in TIER_ROLES:
+        if not wait_serving(endpoint.listen, tier.name, _START_S):
+            raise RuntimeError(f"the {tier.name} tier does not serve")
     found: dict[str, Any] = {"ready_at": time.perf_counter(), "mixed": {}, "cut": []}
     valid_ids = min(plan.tactical.valid_ids, plan.strategic.valid_ids)
     clients = Clients(endpoint.listen, valid_ids)
@@ -151,8 +151,8 @@ def _drive(
     found["left_over"] = asyncio.run(settle(endpoint, state))
     page = scrape.fetch(endpoint.metrics_url)
     found["model_memory_bytes"] = {
-        tier.value: scrape.total(page, "sage_fed_model_memory_bytes", tier=tier.value)
-        for tier in Tier
+        tier.name: scrape.total(page, "sage_fed_model_memory_bytes", tier=tier.name)
+        for tier in TIER_ROLES
     }
     if left() < _CALIBRATION_S and plan.daemon_s > 1.0:
         found["cut"].append("calibration")

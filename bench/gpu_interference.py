@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from gpu_shapes import Plan
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine
 from sage_fed.steps import Drawn, Flight, Step, StepKind, StepReport
@@ -128,7 +128,7 @@ class Scene:
                 for tier in setups:
                     status = await executor.loaded(tier)
                     if status.state is not TierState.READY:
-                        raise RuntimeError(f"the {tier.value} tier is {status}")
+                        raise RuntimeError(f"the {tier.name} tier is {status}")
                 now = time.perf_counter()
                 seen.from_s = now + _WARM_UP_SHARE * seconds
                 seen.until_s = now + seconds
@@ -171,7 +171,7 @@ class Scene:
                 if now > seen.until_s:
                     executor.cancel(spec.seq_id)
             if got.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
-                raise RuntimeError(f"a {load.tier.value} sequence ended {got.reason.value}")
+                raise RuntimeError(f"a {load.tier.name} sequence ended {got.reason.value}")
 
 
 def mixed(streams: int, plan: Plan) -> tuple[Load, ...]:
@@ -214,14 +214,13 @@ def interference(
             break
         seen = asyncio.run(scene.run(mixed(streams, plan), plan.mixed_alone_s))
         by_streams[str(streams)] = {
-            tier.value: tokens / (seen.until_s - seen.from_s)
-            for tier, tokens in seen.tokens.items()
+            tier.name: tokens / (seen.until_s - seen.from_s) for tier, tokens in seen.tokens.items()
         }
     found = {name: summary(parts) for name, parts in samples.items()}
     return {
         "rounds": len(samples["together"]),
         "loads": {
-            load.tier.value: {
+            load.tier.name: {
                 "streams": load.streams, "prompt_tokens": load.prompt_tokens,
                 "new_tokens": load.new_tokens,
             }
@@ -238,7 +237,7 @@ def summary(parts: Sequence[Seen]) -> dict[str, Any]:
     """One scene over its rounds."""
     wall_s = sum(seen.until_s - seen.from_s for seen in parts)
     tiers = {}
-    for tier in Tier:
+    for tier in TIER_ROLES:
         gaps = [s for seen in parts for s in seen.gap_s[tier]]
         if not gaps:
             continue
@@ -246,13 +245,13 @@ def summary(parts: Sequence[Seen]) -> dict[str, Any]:
             kind.value: percentiles([s for seen in parts for s in seen.step_s[tier, kind]])
             for kind in StepKind
         }
-        tiers[tier.value] = {
+        tiers[tier.name] = {
             "tokens_per_s": sum(seen.tokens[tier] for seen in parts) / wall_s,
             "inter_token_s": percentiles(gaps),
             "first_token_s": percentiles([s for seen in parts for s in seen.first_s[tier]]),
         }
         if device_s := sum(seen.device_s[tier] for seen in parts):  # only an executor reports it
-            tiers[tier.value] |= {
+            tiers[tier.name] |= {
                 "step_s": {kind: times for kind, times in steps.items() if times["n"]},
                 "device_share": device_s / wall_s,
             }
@@ -287,10 +286,10 @@ async def _run_apart(pair: Sequence[Scene], loads: Sequence[Load], seconds: floa
 
 def cost(found: dict[str, dict[str, Any]], scene: str) -> dict[str, float | None]:
     """How much slower and how much less, together against alone; None where nothing was seen."""
-    tier = Tier.TACTICAL.value
+    tier = Tier.TACTICAL.name
     alone, together = found["tactical_alone"].get(tier), found[scene].get(tier)
-    deep_alone = found["strategic_alone"].get(Tier.STRATEGIC.value)
-    deep_together = found[scene].get(Tier.STRATEGIC.value)
+    deep_alone = found["strategic_alone"].get(Tier.STRATEGIC.name)
+    deep_together = found[scene].get(Tier.STRATEGIC.name)
     rows: dict[str, float | None] = {}
     for name in ("inter_token_s", "first_token_s"):
         for point in ("p50", "p99"):

@@ -38,14 +38,14 @@ def peers(
     tiers: dict[str, Any] = {}
     for tier, shape in ((Tier.TACTICAL, plan.tactical), (Tier.STRATEGIC, plan.strategic)):
         if left() <= 0:
-            cut.append(tier.value)
+            cut.append(tier.name)
             continue
         engine, _ = random_engine(
             shape, str(device), "bf16", 1, max_batch=max(plan.peer_batches), kernels=kernels
         )
         model = _model(shape, device)
         try:
-            tiers[tier.value] = _tier(engine, model, plan, left, cut)
+            tiers[tier.name] = _tier(engine, model, plan, left, cut)
         finally:
             engine.close()
             del model

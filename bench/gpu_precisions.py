@@ -22,7 +22,7 @@ import torch
 from gpu_shapes import Filling, Plan, Shape, random_engine
 from gpu_speed import Left, Sequences, decode_point, fill, fit, ratios
 
-from sage_fed.core import Sampling, Tier
+from sage_fed.core import TIER_ROLES, Sampling, Tier
 from sage_fed.engine import Engine
 from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.steps import Chunk, Draw, Step
@@ -43,7 +43,7 @@ def precisions(plan: Plan, device: torch.device, kernels: str, left: Left) -> di
         decode: list[dict[str, Any]] = []
         for tier, shape in ((Tier.STRATEGIC, plan.strategic), (Tier.TACTICAL, plan.tactical)):
             if left() <= 0:
-                cut.append(f"{precision} {tier.value}")
+                cut.append(f"{precision} {tier.name}")
                 continue
             build = partial(random_engine, device=str(device), precision=precision, kernels=kernels)
             try:
@@ -55,11 +55,13 @@ def precisions(plan: Plan, device: torch.device, kernels: str, left: Left) -> di
             else:
                 pair.insert(0, sequences)
                 decode += row["decode"]
-            rows.setdefault(precision, {})[tier.value] = row
+            rows.setdefault(precision, {})[tier.name] = row
         if len(pair) == 2:
             rows[precision]["fit"] = fit(pair, decode)
             rows[precision]["ratio"] = ratios(decode, ("batch", "context"))
-    measured = [row for tiers in rows.values() for row in (tiers.get(t.value) for t in Tier) if row]
+    measured = [
+        row for tiers in rows.values() for row in (tiers.get(t.value) for t in TIER_ROLES) if row
+    ]
     return {
         "ok": all(row["equal"] for row in measured),
         "read_limit_bytes_per_s": read,
@@ -125,12 +127,12 @@ def _speedups(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Times of bf16 over each other precision's, at batch 1."""
     found: dict[str, dict[str, float]] = {}
     for precision in rows:
-        for tier in Tier:
+        for tier in TIER_ROLES:
             base, own = (
-                _batch_1(rows.get(name, {}).get(tier.value)) for name in ("bf16", precision)
+                _batch_1(rows.get(name, {}).get(tier.name)) for name in ("bf16", precision)
             )
             if base and own and precision != "bf16":
-                found.setdefault(precision, {})[tier.value] = base / own
+                found.setdefault(precision, {})[tier.name] = base / own
     return found
 
 

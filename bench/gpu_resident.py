@@ -47,7 +47,7 @@ def resident(
     once = answers[Tier.TACTICAL]
     again = ragged(engines[Tier.TACTICAL], prompts[Tier.TACTICAL], 64, sampling)
     models = {
-        tier.value: {
+        tier.name: {
             **asdict(engine.info),
             "kv_tokens": engine.num_blocks * BLOCK_SIZE,
             "filled": asdict(fillings[tier]),

@@ -97,14 +97,14 @@ def speed(
     for start, tokens in _prefill_points(plan):
         for s in pair:
             if left() <= 0:
-                cut.append(f"prefill {s.tier.value} {start}+{tokens}")
+                cut.append(f"prefill {s.tier.name} {start}+{tokens}")
                 continue
             timed = times(s, s.prefill(0, start, tokens), plan)
             needed = s.shape.prefill_flops(tokens, start)
             rate = needed / timed["median_s"]
             prefill.append(
                 {
-                    "tier": s.tier.value, "cached": start, "tokens": tokens, **timed,
+                    "tier": s.tier.name, "cached": start, "tokens": tokens, **timed,
                     "tokens_per_s": tokens / timed["median_s"], "flops": needed,
                     "share_of_matrix_rate": rate / flops,
                 }
@@ -114,7 +114,7 @@ def speed(
         for batch in plan.batches:
             for s in pair:
                 if left() <= 0:
-                    cut.append(f"decode {s.tier.value} {batch}x{context}")
+                    cut.append(f"decode {s.tier.name} {batch}x{context}")
                     continue
                 decode.append(decode_point(s, batch, context, plan, read))
     return {
@@ -135,7 +135,7 @@ def decode_point(s: Sequences, batch: int, context: int, plan: Plan, read: float
     timed = times(s, s.decode(lengths), plan)
     nbytes = s.engine.info.step_bytes + sum(lengths) * s.kv_bytes_per_token
     return {
-        "tier": s.tier.value, "batch": batch, "context": context, **timed,
+        "tier": s.tier.name, "batch": batch, "context": context, **timed,
         "tokens_per_s": batch / timed["median_s"], "bytes": round(nbytes),
         "share_of_read_limit": nbytes / read / timed["median_s"],
         "share_in_flight": nbytes / read / (timed["in_flight_s"] or timed["median_s"]),
@@ -186,7 +186,7 @@ def launches(s: Sequences, plan: Plan, device: torch.device) -> dict[str, Any]:
     timed = times(empty, empty.decode([32]), plan)
     engine.close()
     found = {
-        "tier": s.tier.value,
+        "tier": s.tier.name,
         "layers": s.shape.layers,
         "hollow_step": timed,
         "per_layer_s": timed["median_s"] / s.shape.layers,
@@ -234,8 +234,7 @@ def fit(pair: Sequence[Sequences], decode: Sequence[dict[str, Any]]) -> dict[str
     if len(first) < 2:
         return None
     (l1, b1, t1), (l2, b2, t2) = (
-        (s.shape.layers, first[s.tier.value]["bytes"], first[s.tier.value]["median_s"])
-        for s in pair
+        (s.shape.layers, first[s.tier.name]["bytes"], first[s.tier.name]["median_s"]) for s in pair
     )
     determinant = l1 * b2 - l2 * b1
     if determinant == 0:
@@ -251,11 +250,11 @@ def ratios(rows: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[s
     """Strategic over tactical time at each point that both were measured at."""
     phase = "decode" if "batch" in keys else "prefill"
     work = "bytes" if phase == "decode" else "flops"
-    tactical = {tuple(r[k] for k in keys): r for r in rows if r["tier"] == Tier.TACTICAL.value}
+    tactical = {tuple(r[k] for k in keys): r for r in rows if r["tier"] == Tier.TACTICAL.name}
     found = []
     for row in rows:
         other = tactical.get(tuple(row[k] for k in keys))
-        if row["tier"] == Tier.TACTICAL.value or other is None:
+        if row["tier"] == Tier.TACTICAL.name or other is None:
             continue
         found.append(
             {

@@ -157,7 +157,7 @@ class Stage:
                 for tier in group:
                     status = await executor.loaded(tier)
                     if status.state is not TierState.READY:
-                        raise RuntimeError(f"the {tier.value} tier is {status}")
+                        raise RuntimeError(f"the {tier.name} tier is {status}")
                     executors[tier] = executor
             seen.from_s = time.monotonic() + WARM_UP_SHARE * seconds
             seen.until_s = time.monotonic() + seconds
@@ -189,7 +189,7 @@ class Stage:
                 last = now
             stop.cancel()
             if got.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
-                raise RuntimeError(f"a {load.tier.value} sequence ended {got.reason.value}")
+                raise RuntimeError(f"a {load.tier.name} sequence ended {got.reason.value}")
 
 
 def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) 
         for scene in scenes:
             seen = asyncio.run(stage.play(scene, seconds))
             for load in scene.loads:
-                found[scene.name][load.tier.value].append(seen.figures(load.tier))
+                found[scene.name][load.tier.name].append(seen.figures(load.tier))
     return {
         name: {tier: _over_rounds(rows) for tier, rows in tiers.items()}
         for name, tiers in found.items()
@@ -293,7 +293,7 @@ def _engine(model: Path, tier: Tier, args: argparse.Namespace, load: Load) -> En
     )
     engine = load_engine(options, lambda _: None)
     if engine.num_blocks * 16 < tokens * load.streams:
-        raise SystemExit(f"--kv-mib {args.kv_mib} does not hold the {tier.value} tier's streams")
+        raise SystemExit(f"--kv-mib {args.kv_mib} does not hold the {tier.name} tier's streams")
     return engine
 
 
@@ -343,7 +343,7 @@ def main() -> None:
     show(found, ratios)
     result = {
         "models": {
-            tier.value: {
+            tier.name: {
                 "name": engine.info.name, "parameters": engine.info.parameters,
                 "precision": engine.info.precision, "kernels": engine.info.kernels,
                 "device": engine.info.device,
@@ -351,7 +351,7 @@ def main() -> None:
             for tier, engine in engines.items()
         },
         "loads": {
-            load.tier.value: {
+            load.tier.name: {
                 "streams": load.streams, "prompt_tokens": load.prompt_tokens,
                 "new_tokens": load.new_tokens,
             }

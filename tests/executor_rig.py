@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fake_engine import WAIT_S, Clock, FakeEngine
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import Ended, Executor, Tokens, TokenStream
 from sage_fed.device.loader import TierSetup
 from sage_fed.steps import StepReport
@@ -44,11 +44,11 @@ class Rig:
         self.clock = Clock()
         self.engines = {
             tier: FakeEngine(clock=self.clock, pipelined=pipelined, num_parts=num_parts)
-            for tier in Tier
+            for tier in TIER_ROLES
         }
         self.observer = Observer()
         self.executor = Executor(
-            {tier: TierSetup(self._loader(tier), **setup) for tier in Tier},
+            {tier: TierSetup(self._loader(tier), **setup) for tier in TIER_ROLES},
             observers=[self.observer],
             reload_s=reload_s,
             clock=self.clock,
@@ -67,7 +67,7 @@ class Rig:
 async def serving(rig: Rig) -> AsyncIterator[Executor]:
     """Serve both tiers until the block is left; then nothing is left running."""
     await rig.executor.start()
-    for tier in Tier:
+    for tier in TIER_ROLES:
         assert TierState.READY is (await rig.executor.loaded(tier)).state
     try:
         async with asyncio.timeout(WAIT_S):

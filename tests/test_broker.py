@@ -21,6 +21,7 @@ from surroundings import MODELS
 
 from sage_fed.cards import RateCard, charge
 from sage_fed.core import (
+    TIER_ROLES,
     UATP_PER_ATP,
     Delta,
     Event,
@@ -124,7 +125,7 @@ class Rig:
             while self.executor.num_live:  # noqa: ASYNC110 - the executor tells nobody
                 await asyncio.sleep(0)
         assert () == self.broker.running()
-        for tier in Tier:
+        for tier in TIER_ROLES:
             assert 0 == self.executor.load(tier).kv_tokens_used
         if self.ledger.alive:
             assert 0 == await self.ledger.held_total_uatp()
@@ -179,20 +180,20 @@ async def rig(
         await ledger.ensure_account(
             account, AccountTerms(capacity_uatp=GRANTED_UATP, initial_uatp=GRANTED_UATP)
         )
-    engines = {tier: FakeEngine() for tier in Tier}
+    engines = {tier: FakeEngine() for tier in TIER_ROLES}
 
     def loader(tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
         return lambda _progress: engines[tier]
 
     executor = Executor(
-        {tier: TierSetup(loader(tier), max_waiting=max_waiting) for tier in Tier},
+        {tier: TierSetup(loader(tier), max_waiting=max_waiting) for tier in TIER_ROLES},
         observers=[metrics.engines],
     )
     tokenizer = Tokenizer.load(MODELS / "demo-tactical")
     with Workers(max_calls=512, max_size=4_000_000) as workers:
         async with asyncio.timeout(2 * WAIT_S), asyncio.TaskGroup() as tasks:
             await executor.start()
-            for tier in Tier:
+            for tier in TIER_ROLES:
                 await executor.loaded(tier)
             planner = Planner(
                 Encoder(dict.fromkeys(Tier, tokenizer), workers),

@@ -25,6 +25,7 @@ from sage_fed.calibrate.samples import median_error, spread_of
 from sage_fed.calibrate.store import save_card, stem_of
 from sage_fed.cards import Basis, RateCard
 from sage_fed.core import (
+    TIER_ROLES,
     CalibrationProgress,
     CalibrationResult,
     MeasuredPoint,
@@ -102,7 +103,7 @@ def point(tier: Tier, phase: Phase, tokens: int, step_s: float, context: int) ->
 def measurements(draw: st.DrawFn) -> tuple[MeasuredPoint, ...]:
     """Any times whatever, sensible or not: noise must not make a price that a card refuses."""
     points = []
-    for tier in Tier:
+    for tier in TIER_ROLES:
         points += [
             point(tier, Phase.DECODE, 1, draw(SECONDS), 40),
             *(point(tier, Phase.PREFILL, n, draw(SECONDS), 0) for n in (32, 128)),
@@ -125,7 +126,7 @@ def test_prices_are_a_card_whatever_was_timed(
     lines = prices(points, ratio, READ_S, 0.01)
     assert 1_000_000 == lines[T][Phase.DECODE].uatp
     assert ratio * 1e6 - 1e-5 <= lines[S][Phase.DECODE].uatp <= ratio * 1e6 + 1
-    for tier in Tier:
+    for tier in TIER_ROLES:
         assert 1 <= lines[tier][Phase.CACHED].uatp <= lines[tier][Phase.PREFILL].uatp
         assert lines[tier][Phase.DRAFT].uatp == lines[tier][Phase.DECODE].uatp
         assert all(rate.uatp >= 1 and rate.source for rate in lines[tier].values())
@@ -139,7 +140,7 @@ def test_a_slower_clock_changes_no_price(
     slower = tuple(replace(one, step_s=one.step_s * factor) for one in points)
     before = prices(points, ratio, READ_S, 0.01)
     after = prices(slower, ratio, {tier: value * factor for tier, value in READ_S.items()}, 0.01)
-    for tier in Tier:
+    for tier in TIER_ROLES:
         for phase in Phase:
             a, b = before[tier][phase].uatp, after[tier][phase].uatp
             assert abs(a - b) <= 1 + 1e-9 * a
@@ -159,18 +160,18 @@ def test_a_job_pays_for_the_steps_that_it_takes() -> None:
         )
     )
     lines = prices(points, 6.0, READ_S, 0.01)
-    assert (1_000_000, 6_000_000) == tuple(lines[tier][Phase.DECODE].uatp for tier in Tier)
-    assert (20_000, 120_000) == tuple(lines[tier][Phase.PREFILL].uatp for tier in Tier)
-    assert (2_000, 12_000) == tuple(lines[tier][Phase.CACHED].uatp for tier in Tier)
-    assert (300_000, 1_800_000) == tuple(lines[tier][Phase.VERIFY].uatp for tier in Tier)
-    assert {Basis.MEASURED} == {rate.basis for tier in Tier for rate in lines[tier].values()}
+    assert (1_000_000, 6_000_000) == tuple(lines[tier][Phase.DECODE].uatp for tier in TIER_ROLES)
+    assert (20_000, 120_000) == tuple(lines[tier][Phase.PREFILL].uatp for tier in TIER_ROLES)
+    assert (2_000, 12_000) == tuple(lines[tier][Phase.CACHED].uatp for tier in TIER_ROLES)
+    assert (300_000, 1_800_000) == tuple(lines[tier][Phase.VERIFY].uatp for tier in TIER_ROLES)
+    assert {Basis.MEASURED} == {rate.basis for tier in TIER_ROLES for rate in lines[tier].values()}
 
 
 def priced(*, spread: float | None = 0.01, outlier: float = 1.0) -> tuple[MeasuredPoint, ...]:
     """Each token of a prompt adds a fiftieth of a step; `outlier` lengthens the longest one."""
     return tuple(
         replace(point(tier, phase, tokens, 0.01 * scale, context), spread=spread)
-        for tier in Tier
+        for tier in TIER_ROLES
         for phase, tokens, context, scale in (
             (Phase.DECODE, 1, 40, 1.0),
             *((Phase.PREFILL, n, 0, 1 + (n - 1) / 50) for n in (32, 128, 256)),
@@ -191,12 +192,12 @@ def test_every_price_has_a_spread_and_those_above_the_limit_are_named() -> None:
     """A quiet machine is not warned of; a noisy ratio concerns the strategic decode price only."""
     quiet = prices(priced(spread=0.0001), 6.0, READ_S, 0.0001)
     assert "" == warning_of(quiet)
-    assert all(rate.spread is not None for tier in Tier for rate in quiet[tier].values())
+    assert all(rate.spread is not None for tier in TIER_ROLES for rate in quiet[tier].values())
     noisy = warning_of(prices(priced(spread=0.0001), 6.0, READ_S, 0.25))
     assert "not a quiet machine (spread above 3%: strategic decode ±25.0%)" in noisy
     for word in ("prefill", "cached", "decode", "verify"):
         loud = warning_of(prices(priced(spread=0.2), 6.0, READ_S, 0.25))
-        assert all(f"{tier.value} {word} ±" in loud for tier in Tier)
+        assert all(f"{tier.name} {word} ±" in loud for tier in TIER_ROLES)
 
 
 def test_a_price_of_one_round_has_no_spread_and_is_named() -> None:
@@ -294,7 +295,7 @@ async def test_what_sets_a_price_is_timed_three_times_without_a_budget(tmp_path:
     card = RateCard.load(result.version, tmp_path)
     assert card.measured is not None
     assert result.points == card.measured.points
-    assert all(card.lines[tier][Phase.PREFILL].spread is not None for tier in Tier)
+    assert all(card.lines[tier][Phase.PREFILL].spread is not None for tier in TIER_ROLES)
 
 
 async def test_the_report_and_the_plot_are_beside_the_card(tmp_path: Path) -> None:

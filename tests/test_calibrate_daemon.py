@@ -14,6 +14,7 @@ from waiting import until
 from sage_fed.cards import DEFAULT_CARD, RateCard, card_text
 from sage_fed.client import Client
 from sage_fed.core import (
+    TIER_ROLES,
     CalibrationProgress,
     CalibrationResult,
     CardFit,
@@ -53,7 +54,7 @@ def result(daemon: DaemonProcess) -> CalibrationResult:
     with Client(daemon.address, daemon.admin_token) as operator, Client(daemon.address) as client:
         events = operator.calibrate(quick=True)
         assert isinstance(next(events), CalibrationProgress)
-        for tier in Tier:
+        for tier in TIER_ROLES:
             answer = client.generate("What is 12 plus 30?", tier=tier, max_new_tokens=8)
             assert answer.finished.stop_reason in {StopReason.END_OF_TEXT, StopReason.LENGTH}
         with pytest.raises(CalibrationRunning):
@@ -95,7 +96,7 @@ def test_the_card_names_what_it_was_measured_on(
     assert card.measured is not None
     assert {"sage-fed", "torch", "os", "tactical.max_batch"} <= card.measured.conditions.keys()
     assert card.measured.read_bandwidth_bytes_per_s > 0
-    assert all(card.measured.load_s[tier] > 0 for tier in Tier)
+    assert all(card.measured.load_s[tier] > 0 for tier in TIER_ROLES)
 
 
 def test_it_costs_nobody_anything(

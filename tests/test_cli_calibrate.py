@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from sage_fed.cards import RateCard, card_text
 from sage_fed.cli.app import build_app
-from sage_fed.core import Phase, Tier
+from sage_fed.core import TIER_ROLES, Phase, Tier
 from sage_fed.errors import CalibrationRunning
 
 CARD_FILE = replace(RateCard.load(), version="mine-1")
@@ -115,7 +115,7 @@ async def test_a_program_gets_one_object(tmp_path: Path) -> None:
     assert [(False, True)] == harness.operations.calibrated
     body = json.loads(result.stdout)
     assert ("mine-1", 5.25, True) == (body["version"], body["cost_ratio"], body["adopted"])
-    assert {tier.value for tier in Tier} == body["prices_atp"].keys()
+    assert {tier.name for tier in TIER_ROLES} == body["prices_atp"].keys()
     assert {phase.value for phase in Phase} == body["prices_atp"]["tactical"].keys()
     assert len(POINTS) == len(body["points"])
     assert "plot" not in body

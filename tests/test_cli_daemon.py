@@ -18,7 +18,7 @@ from waiting import until
 
 from sage_fed.cli.app import build_app
 from sage_fed.cli.exits import ExitCode
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES
 from sage_fed.v1 import inference_pb2, types_pb2
 
 QUESTION = "What is 2 plus 3?"
@@ -213,7 +213,7 @@ def test_models_and_status(shell: Shell) -> None:
     """Both tiers with their models, ready, and the ratio of their prices."""
     listed = shell.json("models")["models"]
     assert isinstance(listed, list)
-    assert [tier.value for tier in Tier] == [model["tier"] for model in listed]
+    assert [tier.name for tier in TIER_ROLES] == [model["tier"] for model in listed]
     assert {"Qwen2ForCausalLM"} == {model["architecture"] for model in listed}
     status = shell.json("status")
     assert 6.59 == status["cost_ratio"]

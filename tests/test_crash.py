@@ -22,6 +22,7 @@ from forked_daemon import ForkedProcess
 from sage_fed.cards import RateCard, charge
 from sage_fed.client import Client
 from sage_fed.core import (
+    TIER_ROLES,
     UATP_PER_ATP,
     Budget,
     Delta,
@@ -75,7 +76,7 @@ class Clients:
             self.events[event] = threading.Semaphore(0)
         self._threads = [
             threading.Thread(target=self._run, args=(tier,))
-            for tier, _ in zip(itertools.cycle(Tier), range(NUM_STREAMS), strict=False)
+            for tier, _ in zip(itertools.cycle(TIER_ROLES), range(NUM_STREAMS), strict=False)
         ]
         for thread in self._threads:
             thread.start()

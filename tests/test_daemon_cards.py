@@ -20,7 +20,7 @@ from sage_fed.cards import (
     card_text,
     own_cards,
 )
-from sage_fed.core import CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
 from sage_fed.daemon.cards import CardInForce
 from sage_fed.metrics import Metrics
 
@@ -32,7 +32,7 @@ def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
 
 
 def measured(version: str, day: int = 1, **model: object) -> RateCard:
-    models = {tier: replace(INFO, **model) for tier in Tier}  # type: ignore[arg-type]
+    models = {tier: replace(INFO, **model) for tier in TIER_ROLES}  # type: ignore[arg-type]
     at = dt.datetime(2026, 11, day, tzinfo=dt.UTC)
     return replace(
         CARD,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sage_fed
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.daemon.tiers import load_tokenizers, tier_setup
 from sage_fed.errors import ConfigError
 from sage_fed.settings import Settings, load_settings
@@ -39,7 +39,7 @@ async def test_a_tiers_settings_reach_its_scheduler(tmp_path: Path) -> None:
     flags = {"tactical__prefix_cache": "false", "tactical__kv_overcommit": "2.5"}
     given = settings(tmp_path, tactical__max_batch="3", **flags)
     tokenizers = await load_tokenizers(given)
-    chosen, default = (tier_setup(given, tier, tokenizers[tier]) for tier in Tier)
+    chosen, default = (tier_setup(given, tier, tokenizers[tier]) for tier in TIER_ROLES)
     assert (3, False, 2.5) == (chosen.max_batch, chosen.prefix_cache, chosen.kv_overcommit)
     assert (32, True, 1.0) == (default.max_batch, default.prefix_cache, default.kv_overcommit)
 
@@ -50,7 +50,7 @@ async def test_a_quantised_tier_keeps_its_weights_where_it_is_told(tmp_path: Pat
     flags = {"tactical__precision": "int4", "kernels": "torch", "weights_cache": str(place)}
     given = settings(tmp_path, **flags)
     tokenizers = await load_tokenizers(given)
-    tactical, strategic = (tier_setup(given, tier, tokenizers[tier]) for tier in Tier)
+    tactical, strategic = (tier_setup(given, tier, tokenizers[tier]) for tier in TIER_ROLES)
     info = tactical.load(lambda _: None).info
     assert ("int4", "torch") == (info.precision, info.kernels)
     assert 1 == len(list(place.glob("*.safetensors")))
@@ -90,10 +90,10 @@ async def test_an_end_token_that_only_the_tokenizer_knows_ends_a_text(tmp_path: 
 async def test_equal_files_in_two_places_are_read_once(tmp_path: Path) -> None:
     """A tokenizer is the same by what its files say, wherever they are and whatever is beside."""
     bundled = Path(sage_fed.__file__).parent / "models" / "demo-tactical"
-    for tier in Tier:
-        shutil.copytree(bundled, tmp_path / tier.value)
+    for tier in TIER_ROLES:
+        shutil.copytree(bundled, tmp_path / tier.name)
     (tmp_path / "strategic" / "README.md").write_text("a copy")
-    given = {f"{tier.value}__model": str(tmp_path / tier.value) for tier in Tier}
+    given = {f"{tier.name}__model": str(tmp_path / tier.name) for tier in TIER_ROLES}
 
     tokenizers = await load_tokenizers(settings(tmp_path, **given))
 

@@ -25,6 +25,7 @@ from sage_fed.client import Answer, Client
 from sage_fed.client.replies import event_of
 from sage_fed.client.requests import job_of
 from sage_fed.core import (
+    TIER_ROLES,
     UATP_PER_ATP,
     Budget,
     Delta,
@@ -204,7 +205,7 @@ def gather(events: Iterator[Event]) -> tuple[Started, str, tuple[int, ...], Fini
     return started, "".join(delta.text for delta in deltas), ids, finished, len(deltas)
 
 
-@pytest.mark.parametrize("tier", list(Tier))
+@pytest.mark.parametrize("tier", list(TIER_ROLES))
 def test_quote_hold_and_charge_are_the_cards(client: Client, tier: Tier) -> None:
     """The worst case that is quoted is what is held; the charge is the card's for the usage."""
     ask = {"tier": tier, "max_new_tokens": 40, "seed": 5, "temperature": 0.0}
@@ -229,7 +230,7 @@ def test_quote_hold_and_charge_are_the_cards(client: Client, tier: Tier) -> None
     assert client.budget().balance_uatp == finished.balance_uatp
 
 
-@pytest.mark.parametrize("tier", list(Tier))
+@pytest.mark.parametrize("tier", list(TIER_ROLES))
 def test_a_prompt_asked_again_is_cheaper(served: Served, client: Client, tier: Tier) -> None:
     """The same answer at the cached price for the prompt's full blocks; not for a stranger."""
     system = Message("system", "Answer in one word, and never in two. " * 3)
@@ -245,11 +246,11 @@ def test_a_prompt_asked_again_is_cheaper(served: Served, client: Client, tier: T
     with Client(served.daemon.address, served.new_account()[1]) as stranger:
         assert 0 == stranger.generate(chat, **ask).finished.usage.cached_tokens
     samples = served.metrics()
-    labels = (tier.value,)
+    labels = (tier.name,)
     hit = samples["sage_fed_prefix_cache_hit_tokens_total", labels]
     assert second.finished.usage.cached_tokens <= hit
     assert hit < samples["sage_fed_prefix_cache_queried_tokens_total", labels]
-    assert 0 < samples["sage_fed_kv_cache_tokens", ("cached", tier.value)]
+    assert 0 < samples["sage_fed_kv_cache_tokens", ("cached", tier.name)]
 
 
 def test_a_quote_has_no_effect(client: Client) -> None:
@@ -259,7 +260,7 @@ def test_a_quote_has_no_effect(client: Client) -> None:
     assert before == (client.budget(), client.entries())
 
 
-@pytest.mark.parametrize("tier", list(Tier))
+@pytest.mark.parametrize("tier", list(TIER_ROLES))
 def test_a_cancelled_stream_pays_for_what_it_got(
     served: Served, client: Client, tier: Tier
 ) -> None:
@@ -629,7 +630,8 @@ def test_many_clients_never_overspend_a_small_budget(
     served.admin.set_budget(account[0], balance_uatp=small_uatp)
     choose = random.Random(32)
     plans = [
-        [(choose.choice([None, *Tier]), choose.randint(1, 24)) for _ in range(6)] for _ in range(32)
+        [(choose.choice([None, *TIER_ROLES]), choose.randint(1, 24)) for _ in range(6)]
+        for _ in range(32)
     ]
 
     def run(plan: list[tuple[Tier | None, int]]) -> tuple[list[Answer], int]:
@@ -652,7 +654,7 @@ def test_many_clients_never_overspend_a_small_budget(
         done = list(pool.map(run, plans))
     answers = [answer for some, _ in done for answer in some]
     assert 0 < sum(refusals for _, refusals in done)
-    assert set(Tier) == {answer.started.route.tier for answer in answers}
+    assert set(TIER_ROLES) == {answer.started.route.tier for answer in answers}
     for answer in answers:
         price = answer.finished.price
         assert by_hand(answer.started.route.tier, answer.finished) == price.charged_uatp
@@ -710,10 +712,10 @@ def test_metrics_say_what_the_answers_and_the_books_say(served: Served, client: 
         if name == "sage_fed_requests_total" and labels[:2] == ("cannot_afford", "refused")
     )
     assert 1 == refused
-    charged_atp = sum(after["sage_fed_atp_charged_total", (tier.value,)] for tier in Tier)
+    charged_atp = sum(after["sage_fed_atp_charged_total", (tier.name,)] for tier in TIER_ROLES)
     assert served.discharged_uatp() == round(charged_atp * UATP_PER_ATP)
-    reserved_atp = sum(after["sage_fed_atp_reserved_total", (tier.value,)] for tier in Tier)
-    refunded_atp = sum(after["sage_fed_atp_refunded_total", (tier.value,)] for tier in Tier)
+    reserved_atp = sum(after["sage_fed_atp_reserved_total", (tier.name,)] for tier in TIER_ROLES)
+    refunded_atp = sum(after["sage_fed_atp_refunded_total", (tier.name,)] for tier in TIER_ROLES)
     assert reserved_atp == pytest.approx(charged_atp + refunded_atp)
 
 

@@ -11,7 +11,7 @@ import pytest
 from executor_rig import read
 from surroundings import MODELS
 
-from sage_fed.core import Sampling, Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Sampling, Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup, Tokens, TokenStream
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.graphs import EagerCapture
@@ -22,14 +22,14 @@ VOCAB = 490
 
 
 def options(tier: Tier) -> EngineOptions:
-    directory = MODELS / f"demo-{tier.value}"
+    directory = MODELS / f"demo-{tier.name}"
     return EngineOptions(str(directory), kv_cache_bytes=16 << 20, max_context_tokens=256)
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[Tier, Engine]:
     """One engine a tier that never sees more than one sequence."""
-    return {tier: load_engine(options(tier), lambda _fraction: None) for tier in Tier}
+    return {tier: load_engine(options(tier), lambda _fraction: None) for tier in TIER_ROLES}
 
 
 def sequential(engine: Engine, spec: SequenceSpec) -> list[int]:
@@ -59,7 +59,7 @@ def traffic(chance: random.Random, count: int) -> list[SequenceSpec]:
     return [
         SequenceSpec(
             seq_id,
-            chance.choice(list(Tier)),
+            chance.choice(list(TIER_ROLES)),
             tuple(chance.randrange(VOCAB) for _ in range(chance.randint(1, 90))),
             chance.randint(1, 24),
             chance.choice(samplings),
@@ -116,7 +116,7 @@ async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_ba
     executor = Executor(
         {
             tier: TierSetup(loading(tier), max_batch=max_batch, prefill_chunk_tokens=48)
-            for tier in Tier
+            for tier in TIER_ROLES
         },
         observers=[company],
     )
@@ -124,7 +124,7 @@ async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_ba
     gone: set[int] = set()
     readers: list[asyncio.Task[tuple[list[int], Ended]]] = []
     async with asyncio.timeout(DEADLINE_S):
-        for tier in Tier:
+        for tier in TIER_ROLES:
             assert TierState.READY is (await executor.loaded(tier)).state
         for spec in asked:
             stream = executor.submit(spec)
@@ -136,7 +136,7 @@ async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_ba
             if chance.random() < 0.3:
                 await company.moves(readers)
         results = await asyncio.gather(*readers)
-    loads = [executor.load(tier) for tier in Tier]
+    loads = [executor.load(tier) for tier in TIER_ROLES]
     await executor.stop(0.0)
     for spec, (tokens, ended) in zip(asked, results, strict=True):
         expected = sequential(alone[spec.tier], spec)
@@ -162,11 +162,14 @@ async def test_two_steps_in_flight_change_no_token(alone: dict[Tier, Engine]) ->
         return load
 
     executor = Executor(
-        {tier: TierSetup(pipelined(tier), max_batch=5, prefill_chunk_tokens=48) for tier in Tier}
+        {
+            tier: TierSetup(pipelined(tier), max_batch=5, prefill_chunk_tokens=48)
+            for tier in TIER_ROLES
+        }
     )
     await executor.start()
     async with asyncio.timeout(DEADLINE_S):
-        for tier in Tier:
+        for tier in TIER_ROLES:
             assert TierState.READY is (await executor.loaded(tier)).state
             assert engines[tier].pipelined
         streams = [executor.submit(spec) for spec in asked]
@@ -175,7 +178,7 @@ async def test_two_steps_in_flight_change_no_token(alone: dict[Tier, Engine]) ->
             for i, stream in enumerate(streams)
         ]
         results = await asyncio.gather(*readers)
-    loads = [executor.load(tier) for tier in Tier]
+    loads = [executor.load(tier) for tier in TIER_ROLES]
     await executor.stop(0.0)
     for i, (spec, (tokens, ended)) in enumerate(zip(asked, results, strict=True)):
         expected = sequential(alone[spec.tier], spec)
@@ -186,7 +189,7 @@ async def test_two_steps_in_flight_change_no_token(alone: dict[Tier, Engine]) ->
     assert [(0, 0, 0)] * 2 == [(o.running, o.waiting, o.kv_tokens_used) for o in loads]
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 async def test_a_prompt_found_again_gives_the_same_tokens(
     alone: dict[Tier, Engine], tier: Tier
 ) -> None:
@@ -210,7 +213,7 @@ async def test_a_prompt_found_again_gives_the_same_tokens(
     assert [0, 64, 64, 64, 64, 64] == [ended.cached_tokens for _, ended in results]
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 async def test_an_interruption_changes_no_token(alone: dict[Tier, Engine], tier: Tier) -> None:
     """Recomputed keys and values continue every kind of sampling where it was."""
     chance = random.Random(8)
@@ -232,7 +235,7 @@ async def test_an_interruption_changes_no_token(alone: dict[Tier, Engine], tier:
         for seq_id in range(8)
     ]
     watch = Company()
-    small = replace(options(tier), kv_cache_bytes=(20 if tier is Tier.TACTICAL else 80) * 16384)
+    small = replace(options(tier), kv_cache_bytes=(20 if tier == Tier.TACTICAL else 80) * 16384)
     setup = TierSetup(
         lambda progress: load_engine(small, progress), prefill_chunk_tokens=37, kv_overcommit=8.0
     )

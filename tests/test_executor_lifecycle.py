@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from fake_engine import WAIT_S, Clock, FakeEngine, entered, reference, spec
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, TierSetup, Tokens, TokenStream
 from sage_fed.device import executor as executor_module
 from sage_fed.device.inbox import Inbox, Submit
@@ -176,7 +176,7 @@ def gated() -> FakeEngine:
 async def started(tactical: FakeEngine, strategic: FakeEngine) -> Executor:
     executor = build(at_once(tactical), at_once(strategic))
     await executor.start()
-    for tier in Tier:
+    for tier in TIER_ROLES:
         await executor.loaded(tier)
     return executor
 
@@ -262,7 +262,7 @@ async def test_a_thread_that_dies_says_so() -> None:
     delivered = [len(await tokens_of(stream)) for stream in streams]
     assert delivered == [stream.ended.output_tokens for stream in streams if stream.ended]
     assert sum(delivered) > 0
-    assert {TierState.FAILED} == {executor.status(tier).state for tier in Tier}
+    assert {TierState.FAILED} == {executor.status(tier).state for tier in TIER_ROLES}
     with pytest.raises(TierUnavailable):
         executor.submit(spec(99))
     await executor.stop(0.0)
@@ -335,7 +335,7 @@ async def test_an_engine_that_comes_to_a_dead_thread_is_closed(unread: bool) -> 
     assert EndReason.FAILED is await reason_of(stream)
     await executor.stop(0.0)
     assert late.engine.closed
-    assert {TierState.FAILED} == {executor.status(tier).state for tier in Tier}
+    assert {TierState.FAILED} == {executor.status(tier).state for tier in TIER_ROLES}
 
 
 def test_the_bound_counts_what_is_under_way() -> None:

@@ -9,7 +9,7 @@ import pytest
 from executor_rig import Rig, read, serving
 from fake_engine import out_of_memory_once, reference, spec
 
-from sage_fed.core import Tier, TierState
+from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.device import Ended, EndReason, Executor, Tokens
 from sage_fed.steps import Step
 
@@ -74,7 +74,7 @@ async def test_the_tiers_share_the_time_whatever_pauses() -> None:
     ends = [index for index, report in enumerate(reports) if report.tier is S]
     # From the end of the prompt's step to the end of the last: both have work all the time.
     shared = reports[ends[0] + 1 : ends[-1] + 1]
-    taken_s = {tier: sum(r.elapsed_s for r in shared if r.tier is tier) for tier in Tier}
+    taken_s = {tier: sum(r.elapsed_s for r in shared if r.tier is tier) for tier in TIER_ROLES}
     assert taken_s[T] == pytest.approx(taken_s[S], rel=0.1)
 
 

@@ -8,7 +8,7 @@ import pytest
 from executor_rig import Rig, read, serving
 from fake_engine import WAIT_S, FakeEngine, entered, spec
 
-from sage_fed.core import Sampling, Tier, TierState
+from sage_fed.core import TIER_ROLES, Sampling, Tier, TierState
 from sage_fed.device import Executor
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory, TierUnavailable
 from sage_fed.steps import Chunk, Draw, Step
@@ -30,7 +30,7 @@ def prepare(rig: Rig) -> None:
 
 
 def used(executor: Executor) -> list[int]:
-    return [executor.load(tier).kv_tokens_used for tier in Tier]
+    return [executor.load(tier).kv_tokens_used for tier in TIER_ROLES]
 
 
 async def all_free(executor: Executor) -> bool:

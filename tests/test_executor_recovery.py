@@ -12,7 +12,7 @@ import pytest
 from executor_rig import read
 from fake_engine import WAIT_S, FakeEngine, reference, spec
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, Heartbeat, TierSetup
 from sage_fed.device.recovery import MOST_S, SOUND_S, BackOff, Stall
 from sage_fed.errors import DeviceLost, ModelLoadError, TierUnavailable
@@ -70,7 +70,7 @@ async def serving(
     )
     await executor.start()
     watch = asyncio.create_task(executor.watch(LOOK_S))
-    for tier in Tier:
+    for tier in TIER_ROLES:
         assert TierState.READY is (await executor.loaded(tier)).state
     try:
         async with asyncio.timeout(WAIT_S):
@@ -97,7 +97,7 @@ async def test_a_tier_whose_engine_broke_is_loaded_again() -> None:
         tokens, _ = await read(executor.submit(spec(5)))
         neighbour, _ = await read(strategic)
         assert [(0, 0)] * 2 == [
-            (load.running, load.kv_tokens_used) for load in (executor.load(t) for t in Tier)
+            (load.running, load.kv_tokens_used) for load in (executor.load(t) for t in TIER_ROLES)
         ]
     assert reference(spec(5)) == tokens
     assert reference(spec(1, S, new=200)) == neighbour
@@ -130,7 +130,7 @@ async def test_a_stop_ends_the_recovery() -> None:
         {T: TierSetup(lambda _: engine), S: TierSetup(lambda _: FakeEngine())}, reload_s=3600.0
     )
     await executor.start()
-    for tier in Tier:
+    for tier in TIER_ROLES:
         await executor.loaded(tier)
     await read(executor.submit(spec(1)))
     with pytest.raises(TierUnavailable) as refused:
@@ -149,7 +149,7 @@ async def test_a_device_that_hangs_is_told_and_comes_back() -> None:
         streams = [executor.submit(spec(i, new=50)) for i in range(3)]
         streams.append(executor.submit(spec(3, S, new=50)))
         assert {EndReason.FAILED} == {(await read(stream))[1].reason for stream in streams}
-        for tier in Tier:
+        for tier in TIER_ROLES:
             assert TierState.FAILED is executor.status(tier).state
             assert executor.status(tier).retry_s
             with pytest.raises(TierUnavailable) as refused:
@@ -157,12 +157,12 @@ async def test_a_device_that_hangs_is_told_and_comes_back() -> None:
             assert refused.value.retry_after_s
         engine.let_pass(10_000)
         await watcher.wait(T, TierState.READY, times=2)
-        for tier in Tier:
+        for tier in TIER_ROLES:
             tokens, _ = await read(executor.submit(spec(10, tier)))
             assert reference(spec(10, tier)) == tokens
         assert [(0, 0, 0)] * 2 == [
             (load.running, load.waiting, load.kv_tokens_used)
-            for load in (executor.load(t) for t in Tier)
+            for load in (executor.load(t) for t in TIER_ROLES)
         ]
         assert 0 == executor.status(T).restarts
 
@@ -176,7 +176,7 @@ async def test_a_device_that_stays_away_is_given_up() -> None:
         final = await watcher.wait(S, TierState.FAILED, times=2)
         engine.let_pass(10_000)
         assert final.retry_s is None
-        assert {TierState.FAILED} == {executor.status(tier).state for tier in Tier}
+        assert {TierState.FAILED} == {executor.status(tier).state for tier in TIER_ROLES}
         with pytest.raises(TierUnavailable):
             executor.submit(spec(2, S))
 

@@ -10,7 +10,7 @@ import pytest
 from executor_rig import Rig, read, serving
 from fake_engine import WAIT_S, entered, reference, spec
 
-from sage_fed.core import Tier, TierState
+from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.device import Ended, EndReason, Tokens
 from sage_fed.device.handover import Parcel
 from sage_fed.errors import DeviceOutOfMemory, InvalidField, QueueFull, TierUnavailable
@@ -39,7 +39,7 @@ async def test_every_stream_is_what_it_would_be_alone(*, pipelined: bool, num_pa
                 gone.add(one.seq_id)
                 executor.cancel(one.seq_id)
         results = await asyncio.gather(*readers)
-        loads = [executor.load(tier) for tier in Tier]
+        loads = [executor.load(tier) for tier in TIER_ROLES]
     for one, (tokens, ended) in zip(asked, results, strict=True):
         expected = reference(one)
         assert expected[: len(tokens)] == tokens

@@ -26,7 +26,16 @@ from surroundings import MODELS
 from sage_fed.cards import RateCard, charge
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving
-from sage_fed.core import UATP_PER_ATP, Delta, Event, Finished, Started, StopReason, Tier
+from sage_fed.core import (
+    TIER_ROLES,
+    UATP_PER_ATP,
+    Delta,
+    Event,
+    Finished,
+    Started,
+    StopReason,
+    Tier,
+)
 from sage_fed.errors import (
     CannotConnect,
     LedgerBlocked,
@@ -479,7 +488,7 @@ def test_many_streams_drain_together(start: Start) -> None:
             endings.append(error)
 
     running = threading.Semaphore(0)
-    threads = [threading.Thread(target=run, args=(tier,)) for tier in Tier for _ in range(8)]
+    threads = [threading.Thread(target=run, args=(tier,)) for tier in TIER_ROLES for _ in range(8)]
     for thread in threads:
         thread.start()
     for _ in threads:

@@ -27,6 +27,7 @@ from waiting import until
 
 from sage_fed.cards import RateCard
 from sage_fed.core import (
+    TIER_ROLES,
     Finished,
     ModelInfo,
     Phase,
@@ -116,7 +117,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def exercise(metrics: Metrics) -> None:
     """One of everything, so that every series has samples."""
-    for tier in Tier:
+    for tier in TIER_ROLES:
         metrics.engines.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
         metrics.money.held(tier, 10 * ATP)
         metrics.money.settled(tier, 10 * ATP, 6 * ATP)
@@ -435,9 +436,9 @@ def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
     for state in (TierState.LOADING, TierState.READY):
         metrics.engines.tier_changed(TierStatus(TACTICAL, state, 0.5))
         assert {state.value: 1.0} == {
-            other.value: 1.0
+            other.name: 1.0
             for other in TierState
-            if value(metrics, "tier_state", tier="tactical", state=other.value)
+            if value(metrics, "tier_state", tier="tactical", state=other.name)
         }
     assert 0.5 == value(metrics, "model_load_progress_ratio", tier="tactical")
 

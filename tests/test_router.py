@@ -9,7 +9,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sage_fed.core import Budget, JobSpec, Offer, Prompt, Refusal, Route, Tier, TierLoad, TierState
+from sage_fed.core import (
+    TIER_ROLES,
+    Budget,
+    JobSpec,
+    Offer,
+    Prompt,
+    Refusal,
+    Route,
+    Tier,
+    TierLoad,
+    TierState,
+)
 from sage_fed.errors import (
     CannotAfford,
     DeadlineInfeasible,
@@ -350,13 +361,13 @@ def requests(draw: st.DrawFn) -> RouteRequest:
         job=JobSpec(
             "alice",
             Prompt(),
-            requested=draw(st.none() | st.sampled_from(Tier)),
+            requested=draw(st.none() | st.sampled_from(TIER_ROLES)),
             allow_downgrade=draw(st.booleans()),
             max_cost_uatp=draw(st.none() | AMOUNTS),
             complexity=draw(st.none() | st.floats(0, 1)),
         ),
-        offers={tier: draw(offers(tier)) for tier in draw(st.sets(st.sampled_from(Tier)))},
-        loads={tier: draw(loads(tier)) for tier in draw(st.sets(st.sampled_from(Tier)))},
+        offers={tier: draw(offers(tier)) for tier in draw(st.sets(st.sampled_from(TIER_ROLES)))},
+        loads={tier: draw(loads(tier)) for tier in draw(st.sets(st.sampled_from(TIER_ROLES)))},
         budget=Budget(
             "alice", draw(AMOUNTS), draw(AMOUNTS), 0, draw(AMOUNTS), draw(AMOUNTS), draw(AMOUNTS)
         ),
@@ -369,7 +380,7 @@ def requests(draw: st.DrawFn) -> RouteRequest:
 def hopeful_requests(draw: st.DrawFn) -> RouteRequest:
     """Requests near the feasible: both tiers there, prices as a card has them."""
     case = Case(
-        requested=draw(st.none() | st.sampled_from(Tier)),
+        requested=draw(st.none() | st.sampled_from(TIER_ROLES)),
         job={
             "allow_downgrade": draw(st.booleans()),
             "max_cost_uatp": draw(st.none() | AMOUNTS),
@@ -436,7 +447,7 @@ def test_what_is_refused_unread_would_have_been_refused(request: RouteRequest) -
         assert key in set(possible_decisions())
 
 
-@given(hopeful_requests(), st.sampled_from(Tier))
+@given(hopeful_requests(), st.sampled_from(TIER_ROLES))
 def test_a_tier_that_takes_nothing_is_seen_without_the_prompt(
     request: RouteRequest, tier: Tier
 ) -> None:
@@ -493,7 +504,7 @@ def test_more_budget_never_yields_a_lower_tier(
     )
     if isinstance(before, Route):
         assert isinstance(after, Route)
-        assert after.tier.depth >= before.tier.depth
+        assert after.tier.rank >= before.tier.rank
 
 
 @given(ANY)
@@ -509,7 +520,7 @@ def test_a_downgrade_is_allowed_and_said(request: RouteRequest) -> None:
             assert (STRATEGIC, TACTICAL) == (asked, decision.tier)
 
 
-@given(hopeful_requests(), st.sampled_from(Tier))
+@given(hopeful_requests(), st.sampled_from(TIER_ROLES))
 def test_an_explicit_tier_is_honoured_where_it_can_serve(request: RouteRequest, tier: Tier) -> None:
     """If the tier alone could take the job, it does, whatever else would be possible."""
     asked = replace(request, job=replace(request.job, requested=tier))

@@ -9,7 +9,7 @@ from fake_engine import FakeEngine, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.device import Scheduler, TierLimits
 from sage_fed.device.interleave import Interleave, shared_chunk_tokens
 from sage_fed.device.rates import StepRates
@@ -24,7 +24,7 @@ class Device:
 
     def __init__(self, share: float = 0.5) -> None:
         self.scheduler = Scheduler(tactical_share=share)
-        for tier in Tier:
+        for tier in TIER_ROLES:
             self.scheduler.open_tier(tier, LIMITS, frozenset())
         self.engine = FakeEngine(num_blocks=2000)
         self.base_s = {T: 0.010, S: 0.066}

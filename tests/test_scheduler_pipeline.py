@@ -6,7 +6,7 @@ import pytest
 from fake_engine import FakeEngine, reference, spec
 from scheduler_bench import Bench, T
 
-from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.core import TIER_ROLES, Priority, Sampling, Tier
 from sage_fed.device import EndReason, Scheduler, TierLimits
 from sage_fed.steps import PENDING, Step
 
@@ -151,7 +151,7 @@ def test_a_step_that_does_not_get_on_the_device_is_built_again() -> None:
 def test_a_strategic_step_follows_its_own_only_where_nothing_tactical_is_near() -> None:
     """A tactical request would have to wait for both."""
     scheduler = Scheduler()
-    for tier in Tier:
+    for tier in TIER_ROLES:
         scheduler.open_tier(tier, TierLimits(64, 512), frozenset(), pipelined=True)
     engine = FakeEngine(pipelined=True)
     scheduler.add(spec(0, S, new=9), 0.0)

@@ -11,7 +11,7 @@ from fake_engine import EOS, FakeEngine, reference, spec
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.core import TIER_ROLES, Priority, Sampling, Tier
 from sage_fed.device import Ended, EndReason, Outcome, Scheduler, SequenceSpec, TierLimits
 from sage_fed.errors import InvalidField, QueueFull
 from sage_fed.steps import Step
@@ -22,7 +22,7 @@ LIMITS = TierLimits(
 CROWDED = replace(
     LIMITS, kv_overcommit=4.0, ageing_s=1.0, overdue_s=5.0, preempt_after_s=0.5, max_preemptions=3
 )
-TIERS = st.sampled_from(Tier)
+TIERS = st.sampled_from(TIER_ROLES)
 
 
 class Traffic(RuleBasedStateMachine):
@@ -37,9 +37,10 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler = Scheduler()
         pipelined = self.depth > 1
         self.engines = {
-            tier: FakeEngine(num_blocks=LIMITS.num_blocks, pipelined=pipelined) for tier in Tier
+            tier: FakeEngine(num_blocks=LIMITS.num_blocks, pipelined=pipelined)
+            for tier in TIER_ROLES
         }
-        for tier in Tier:
+        for tier in TIER_ROLES:
             self.scheduler.open_tier(
                 tier,
                 self.limits,
@@ -140,7 +141,7 @@ class Traffic(RuleBasedStateMachine):
             self.flying.append(step)
             self.paused = None
         elif step is not None:
-            assert self.paused is None or step.tier is Tier.TACTICAL
+            assert self.paused is None or step.tier == Tier.TACTICAL
             self.flying.append(step)
 
     @precondition(lambda self: self.flying and self.num_parts > 1)
@@ -157,7 +158,7 @@ class Traffic(RuleBasedStateMachine):
 
     def whole_s(self, step: Step, elapsed_s: float) -> float:
         """What a step that ends now has taken with its last part."""
-        if step.tier is Tier.TACTICAL:
+        if step.tier == Tier.TACTICAL:
             return elapsed_s
         part_s, self.part_s = self.part_s, 0.0
         return part_s + elapsed_s
@@ -336,7 +337,7 @@ def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: floa
     """With endless work on both, tactical waits for one step at most and strategic for 64."""
     scheduler = Scheduler(tactical_share=share)
     engine = FakeEngine(num_blocks=1000)
-    for tier in Tier:
+    for tier in TIER_ROLES:
         scheduler.open_tier(tier, TierLimits(1000, 10_000), frozenset())
         scheduler.add(spec(tier.depth, tier, new=5000), 0.0)
     order = []
@@ -344,9 +345,9 @@ def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: floa
         step = scheduler.next_step(0.0)
         assert step is not None
         order.append(step.tier)
-        elapsed_s = tactical_s if step.tier is Tier.TACTICAL else strategic_s
+        elapsed_s = tactical_s if step.tier == Tier.TACTICAL else strategic_s
         scheduler.complete(step, engine.run(step), now=0.0, elapsed_s=elapsed_s)
-    assert order[0] is Tier.TACTICAL
-    text = "".join("t" if tier is Tier.TACTICAL else "S" for tier in order)
+    assert order[0] == Tier.TACTICAL
+    text = "".join("t" if tier == Tier.TACTICAL else "S" for tier in order)
     assert "SS" not in text
     assert "t" * 65 not in text

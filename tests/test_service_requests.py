@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import sage_fed
 from sage_fed.client.requests import job_of
-from sage_fed.core import JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
+from sage_fed.core import TIER_ROLES, JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
 from sage_fed.errors import InvalidField
 from sage_fed.service.requests import parse_count, parse_job
 from sage_fed.settings import LimitSettings
@@ -309,7 +309,7 @@ SPECS = st.builds(
             lambda ids: Prompt(token_ids=tuple(ids))
         ),
     ),
-    requested=maybe(st.sampled_from(Tier)),
+    requested=maybe(st.sampled_from(TIER_ROLES)),
     allow_downgrade=st.booleans(),
     max_cost_uatp=maybe(st.integers(0, 2**63 - 1)),
     complexity=ranged(0.0, 1.0),

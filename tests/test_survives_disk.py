@@ -19,7 +19,7 @@ from waiting import WAIT_S, until
 from sage_fed.auth import digest_of, new_token
 from sage_fed.cli import scrape
 from sage_fed.client import Client
-from sage_fed.core import UATP_PER_ATP, Delta, Event, Finished, StopReason, Tier
+from sage_fed.core import TIER_ROLES, UATP_PER_ATP, Delta, Event, Finished, StopReason, Tier
 from sage_fed.errors import LedgerBlocked, SageFedError, Unauthenticated
 from sage_fed.ledger import check
 
@@ -42,7 +42,7 @@ def start(disk: Disk, log: Path, *, ready: bool = True) -> DaemonProcess:
     (state / "daemon.log").unlink(missing_ok=True)
     (state / "daemon.log").symlink_to(log)
     log.touch()
-    tiers = tuple(tier.value for tier in Tier) if ready else ()
+    tiers = tuple(tier.name for tier in TIER_ROLES) if ready else ()
     return DaemonProcess.start(state, *SETTINGS, wait_for=tiers, launch=ForkedProcess)
 
 

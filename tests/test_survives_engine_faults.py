@@ -20,7 +20,7 @@ from waiting import WAIT_S, until
 
 from sage_fed.cli import scrape
 from sage_fed.client import Client
-from sage_fed.core import Delta, Event, Finished, StopReason, Tier
+from sage_fed.core import TIER_ROLES, Delta, Event, Finished, StopReason, Tier
 from sage_fed.errors import DeviceOutOfMemory, NotFinite, SageFedError, TierUnavailable
 from sage_fed.ledger import check
 
@@ -82,7 +82,7 @@ class Desk:
         self.orders = orders
         self.client = Client(daemon.address)
         self.channel = grpc.insecure_channel(daemon.address)
-        self.watches = {tier: Watch(self.channel, tier.value) for tier in Tier}
+        self.watches = {tier: Watch(self.channel, tier.name) for tier in TIER_ROLES}
         self.threads = ThreadPoolExecutor(16)
 
     def close(self) -> None:
@@ -134,11 +134,11 @@ class Desk:
         assert (0, charged_uatp) == (budget.held_uatp, budget.discharged_uatp)
         report = check(self.daemon.state_dir / "ledger.db")
         assert ((), 0) == (report.violations, report.open_holds)
-        for tier in Tier:
+        for tier in TIER_ROLES:
             assert StopReason.LENGTH is self.serve(tier).stop_reason
-            assert 0 == self.metric("kv_cache_tokens", tier=tier.value, state="used")
-            assert 0 == self.metric("requests_running", tier=tier.value)
-            assert 0 == self.metric("requests_waiting", tier=tier.value)
+            assert 0 == self.metric("kv_cache_tokens", tier=tier.name, state="used")
+            assert 0 == self.metric("requests_running", tier=tier.name)
+            assert 0 == self.metric("requests_waiting", tier=tier.name)
 
 
 @pytest.fixture
@@ -148,15 +148,15 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk = Desk(daemon, orders)
     yield desk
     desk.close()
-    for tier in Tier:
+    for tier in TIER_ROLES:
         orders.take_back(tier)
     daemon.stop()
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 def test_an_engine_that_raises_takes_its_tier_which_comes_back(desk: Desk, tier: Tier) -> None:
     """Its jobs end UNAVAILABLE, health says so, the other tier goes on, a new engine is loaded."""
-    (other,) = set(Tier) - {tier}
+    (other,) = set(TIER_ROLES) - {tier}
     neighbour = desk.ending(desk.stream(other, WHOLE))
     doomed = [desk.ending(desk.stream(tier, 900)) for _ in range(3)]
     desk.orders.give(tier, "error")
@@ -170,8 +170,8 @@ def test_an_engine_that_raises_takes_its_tier_which_comes_back(desk: Desk, tier:
     whole = neighbour.result(WAIT_S)
     assert isinstance(whole, Finished)
     assert (StopReason.LENGTH, WHOLE) == (whole.stop_reason, whole.usage.output_tokens)
-    assert 1 == desk.metric("engine_restarts_total", tier=tier.value)
-    assert 0 == desk.metric("engine_restarts_total", tier=other.value)
+    assert 1 == desk.metric("engine_restarts_total", tier=tier.name)
+    assert 0 == desk.metric("engine_restarts_total", tier=other.name)
     desk.assert_well(whole.price.charged_uatp)
 
 
@@ -192,15 +192,15 @@ def test_who_asks_while_a_tier_is_down_is_told_when_to_come_back(desk: Desk) -> 
     assert StopReason.LENGTH is desk.serve(T).stop_reason
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 def test_a_job_whose_numbers_break_down_fails_alone(desk: Desk, tier: Tier) -> None:
     """It ends DATA_LOSS and is not charged; its tier was never down."""
     sick = desk.ending(desk.stream(tier, 900))
     desk.orders.give(tier, "nan")
     ending = sick.result(WAIT_S)
     assert isinstance(ending, NotFinite), ending
-    assert 0 == desk.metric("engine_restarts_total", tier=tier.value)
-    assert 1 == desk.metric("requests_total", tier=tier.value, outcome="failed", code="not_finite")
+    assert 0 == desk.metric("engine_restarts_total", tier=tier.name)
+    assert 1 == desk.metric("requests_total", tier=tier.name, outcome="failed", code="not_finite")
     desk.assert_well(0)
 
 
@@ -219,10 +219,10 @@ def test_a_model_that_gives_no_numbers_any_more_is_loaded_again(desk: Desk) -> N
     desk.assert_well(whole.price.charged_uatp)
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 def test_a_job_without_memory_fails_alone(desk: Desk, tier: Tier) -> None:
     """It is tried twice, ends RESOURCE_EXHAUSTED and is not charged; its tier was never down."""
-    (other,) = set(Tier) - {tier}
+    (other,) = set(TIER_ROLES) - {tier}
     neighbour = desk.ending(desk.stream(other, WHOLE))
     sick = desk.ending(desk.stream(tier, 900))
     desk.orders.give(tier, "memory 2")
@@ -230,17 +230,17 @@ def test_a_job_without_memory_fails_alone(desk: Desk, tier: Tier) -> None:
     assert isinstance(ending, DeviceOutOfMemory), ending
     whole = neighbour.result(WAIT_S)
     assert isinstance(whole, Finished)
-    assert 2 == desk.metric("oom_total", tier=tier.value)
-    assert 0 == desk.metric("engine_restarts_total", tier=tier.value)
+    assert 2 == desk.metric("oom_total", tier=tier.name)
+    assert 0 == desk.metric("engine_restarts_total", tier=tier.name)
     desk.assert_well(whole.price.charged_uatp)
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 def test_a_device_that_hangs_lets_nobody_wait_and_may_come_back(desk: Desk, tier: Tier) -> None:
     """One thread serves both tiers, so both are down until the step comes back."""
     streams = [desk.ending(desk.stream(each, 900)) for each in (T, S, T)]
     desk.orders.give(tier, "hang")
-    for each in Tier:
+    for each in TIER_ROLES:
         desk.watches[each].wait(STEP_TIMEOUT_S + NOTICED_S, serves=False)
     for stream in streams:
         ending = stream.result(WAIT_S)
@@ -249,7 +249,7 @@ def test_a_device_that_hangs_lets_nobody_wait_and_may_come_back(desk: Desk, tier
         desk.serve(tier)
     assert refused.value.retry_after_s
     desk.orders.take_back(tier)
-    for each in Tier:
+    for each in TIER_ROLES:
         desk.watches[each].wait(WAIT_S, serves=True)
     desk.assert_well(0)
 
@@ -267,12 +267,12 @@ def test_a_device_that_hangs_for_good_ends_the_daemon(desk: Desk) -> None:
 
 def test_both_engines_at_once_come_back(desk: Desk) -> None:
     """A daemon without any tier waits for its own recovery before it gives up."""
-    streams = [desk.ending(desk.stream(tier, 900)) for tier in Tier]
-    for tier in Tier:
+    streams = [desk.ending(desk.stream(tier, 900)) for tier in TIER_ROLES]
+    for tier in TIER_ROLES:
         desk.orders.give(tier, "error")
     for stream in streams:
         assert isinstance(stream.result(WAIT_S), TierUnavailable)
-    for tier in Tier:
+    for tier in TIER_ROLES:
         desk.watches[tier].wait(NOTICED_S, serves=False)
         desk.watches[tier].wait(WAIT_S, serves=True)
     desk.assert_well(0)

@@ -18,7 +18,7 @@ from stalling_proxy import StallingProxy
 from waiting import WAIT_S, until
 
 from sage_fed.client import Client
-from sage_fed.core import StopReason, Tier
+from sage_fed.core import TIER_ROLES, StopReason
 from sage_fed.service import server
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
@@ -79,7 +79,7 @@ def nobody_runs(daemon: DaemonProcess) -> bool:
 def answers_everyone(daemon: DaemonProcess) -> None:
     """Both tiers answer a client that reads."""
     with Client(daemon.address) as client:
-        for tier in Tier:
+        for tier in TIER_ROLES:
             answer = client.generate("count", tier=tier, max_new_tokens=20, ignore_eos=True)
             assert StopReason.LENGTH is answer.finished.stop_reason
 

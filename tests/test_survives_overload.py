@@ -16,7 +16,7 @@ from sound_daemon import sound_daemon
 
 from sage_fed.cli import scrape
 from sage_fed.client import Client
-from sage_fed.core import StopReason, Tier
+from sage_fed.core import TIER_ROLES, StopReason, Tier
 from sage_fed.errors import QueueFull, RateLimited, Retryable
 
 SETTINGS = (
@@ -81,7 +81,7 @@ def counted(daemon: DaemonProcess, series: str, *labels: str) -> Counter[tuple[s
     return found
 
 
-@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize("tier", TIER_ROLES)
 def test_a_flood_is_refused_with_a_delay_and_for_nothing(daemon: DaemonProcess, tier: Tier) -> None:
     """Each job is served whole or refused; refusals hold and charge nothing and are all counted."""
     flood = Flood(daemon, tier)
@@ -95,8 +95,8 @@ def test_a_flood_is_refused_with_a_delay_and_for_nothing(daemon: DaemonProcess, 
         assert (0, flood.charged_uatp) == (budget.held_uatp, budget.discharged_uatp)
         refused = len(flood.refused)
         assert {
-            (tier.value, "finished", "length"): flood.served,
-            (tier.value, "refused", "queue_full"): refused,
+            (tier.name, "finished", "length"): flood.served,
+            (tier.name, "refused", "queue_full"): refused,
         } == counted(daemon, "requests_total", "tier", "outcome", "code")
         answer = client.generate("count", tier=tier, max_new_tokens=4, ignore_eos=True)
         assert StopReason.LENGTH is answer.finished.stop_reason

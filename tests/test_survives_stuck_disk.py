@@ -18,7 +18,7 @@ from waiting import WAIT_S, until
 
 from sage_fed.cli import scrape
 from sage_fed.client import Client
-from sage_fed.core import Finished, Tier
+from sage_fed.core import TIER_ROLES, Finished, Tier
 from sage_fed.errors import LedgerBlocked
 from sage_fed.ledger import check
 
@@ -47,7 +47,7 @@ class StuckDisk:
 
     def health(self) -> set[int]:
         """What the health service says of the daemon, of inference and of both tiers."""
-        names = ("", "sage_fed.v1.InferenceService", *(tier.value for tier in Tier))
+        names = ("", "sage_fed.v1.InferenceService", *(tier.name for tier in TIER_ROLES))
         with grpc.insecure_channel(self.daemon.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             asks = [health_pb2.HealthCheckRequest(service=name) for name in names]

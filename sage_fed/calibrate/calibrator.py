@@ -25,6 +25,7 @@ from sage_fed.calibrate.samples import median_error, spread_of
 from sage_fed.calibrate.store import delete_card, prepare_directory, save_card, stem_of
 from sage_fed.cards import Fingerprint, Measured, RateCard
 from sage_fed.core import (
+    TIER_ROLES,
     CalibrationEvent,
     CalibrationProgress,
     CalibrationResult,
@@ -72,7 +73,7 @@ class Calibrator:
             models = self._models()
             # Now, and not when minutes of measuring would be lost.
             await asyncio.to_thread(prepare_directory, self._site.cards_dir)
-            limits = {tier: self._executor.limits(tier) for tier in Tier}
+            limits = {tier: self._executor.limits(tier) for tier in TIER_ROLES}
             measurement = Measurement(
                 self._executor,
                 {tier: known for tier, known in limits.items() if known is not None},
@@ -98,11 +99,11 @@ class Calibrator:
 
     def _models(self) -> dict[Tier, ModelInfo]:
         models: dict[Tier, ModelInfo] = {}
-        for tier in Tier:
+        for tier in TIER_ROLES:
             status = self._executor.status(tier)
             if status.state is not TierState.READY or status.info is None:
                 raise TierUnavailable(
-                    f"the {tier.value} tier is {status.state.value}; both tiers are measured"
+                    f"the {tier.name} tier is {status.state.value}; both tiers are measured"
                 )
             models[tier] = status.info
         return models
@@ -148,14 +149,15 @@ def _card(
     """Return the card, under the version that it would like to have."""
     now = dt.datetime.now(dt.UTC).replace(microsecond=0)
     points, ratios = measurement.points, measurement.ratios
-    tactical = reference_point(point for point in points if point.tier is Tier.TACTICAL)
+    tactical = reference_point(point for point in points if point.tier == Tier.TACTICAL)
     bandwidth = site.read_bandwidth_bytes_per_s
-    kv_read_s = {tier: models[tier].kv_token_bytes / bandwidth for tier in Tier}
+    kv_read_s = {tier: models[tier].kv_token_bytes / bandwidth for tier in TIER_ROLES}
     names = " and ".join(
-        f"{models[tier].name} ({models[tier].precision}, {models[tier].kernels})" for tier in Tier
+        f"{models[tier].name} ({models[tier].precision}, {models[tier].kernels})"
+        for tier in TIER_ROLES
     )
     lines = prices(points, median(ratios), kv_read_s, spread_of(ratios))
-    precisions = "-".join(dict.fromkeys(models[tier].precision for tier in Tier))
+    precisions = "-".join(dict.fromkeys(models[tier].precision for tier in TIER_ROLES))
     return RateCard(
         version=stem_of(site.device, precisions, f"{now:%Y-%m-%d}"),
         title=f"{names} on {site.device}",
@@ -179,7 +181,7 @@ def _card(
             error=median_error(ratios),
             rounds=len(ratios),
             read_bandwidth_bytes_per_s=bandwidth,
-            load_s=MappingProxyType({tier: models[tier].load_s for tier in Tier}),
+            load_s=MappingProxyType({tier: models[tier].load_s for tier in TIER_ROLES}),
             conditions=MappingProxyType({**site.settings, **conditions}),
             points=points,
             warning=warning_of(lines),

@@ -15,7 +15,7 @@ from statistics import median
 from types import MappingProxyType
 
 from sage_fed.cards import Basis, Rate
-from sage_fed.core import UATP_PER_ATP, MeasuredPoint, Phase, Tier
+from sage_fed.core import TIER_ROLES, UATP_PER_ATP, MeasuredPoint, Phase, Tier
 
 NOISY = 0.03
 """A relative spread above which the machine was not quiet enough for the price."""
@@ -48,9 +48,9 @@ def prices(
     points = tuple(points)
     units = {Tier.TACTICAL: 1.0, Tier.STRATEGIC: cost_ratio}
     lines: dict[Tier, Mapping[Phase, Rate]] = {}
-    for tier in Tier:
+    for tier in TIER_ROLES:
         costs = dict(costs_of([p for p in points if p.tier is tier], kv_read_s[tier]))
-        if tier is Tier.STRATEGIC:
+        if tier == Tier.STRATEGIC:
             for phase in (Phase.DECODE, Phase.DRAFT):
                 costs[phase] = replace(costs[phase], spread=ratio_spread)
         # Within a tier by its own reference, so that the ratio is the paired one, exactly.
@@ -67,8 +67,8 @@ def prices(
 def warning_of(lines: Mapping[Tier, Mapping[Phase, Rate]]) -> str:
     """Return which measured prices are not to be relied on, and why; "" where all are."""
     rates = [
-        (f"{tier.value} {phase.value}", rate.spread)
-        for tier in Tier
+        (f"{tier.name} {phase.value}", rate.spread)
+        for tier in TIER_ROLES
         for phase, rate in lines[tier].items()
         # A drafted token's price is the decoded one's.
         if rate.basis is Basis.MEASURED and phase is not Phase.DRAFT

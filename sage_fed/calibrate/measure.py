@@ -19,7 +19,7 @@ from statistics import mean, median
 
 from sage_fed.calibrate.plan import Point, interleaved, points_of, reference_of
 from sage_fed.calibrate.samples import Samples
-from sage_fed.core import CalibrationProgress, MeasuredPoint, Tier
+from sage_fed.core import TIER_ROLES, CalibrationProgress, MeasuredPoint, Tier
 from sage_fed.device import Executor, TierLimits
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory
 from sage_fed.steps import Step
@@ -79,8 +79,8 @@ class Measurement:
         self._pace = pace
         self._clock = clock
         self._begun_s = clock()
-        self._references = {tier: reference_of(tier, limits[tier]) for tier in Tier}
-        self._points = interleaved(points_of(tier, limits[tier]) for tier in Tier)
+        self._references = {tier: reference_of(tier, limits[tier]) for tier in TIER_ROLES}
+        self._points = interleaved(points_of(tier, limits[tier]) for tier in TIER_ROLES)
         self._steps: dict[Point, Step] = {point: point.step() for point in self._points}
         self._pilot_s: dict[Point, float] = {}
         self._samples: dict[Point, Samples] = {}
@@ -94,7 +94,7 @@ class Measurement:
         """What was measured, tier by tier, in the plan's order."""
         return tuple(
             self._samples[point].measured(point)
-            for tier in Tier
+            for tier in TIER_ROLES
             for point in self._points
             if point.tier is tier and point in self._samples
         )
@@ -154,7 +154,7 @@ class Measurement:
         before the strategic steps as behind them, and leaves their ratio alone.
         """
         steps: list[Step] = []
-        spans: dict[Tier, list[slice]] = {tier: [] for tier in Tier}
+        spans: dict[Tier, list[slice]] = {tier: [] for tier in TIER_ROLES}
         for tier in (Tier.TACTICAL, Tier.STRATEGIC, Tier.TACTICAL):
             warm, repeats = self._paired(tier)
             begin = len(steps) + warm
@@ -210,7 +210,7 @@ class Measurement:
         """Likewise for one side of a pair: as long in the tactical tier as in the strategic."""
         reference = self._references[tier]
         warm, repeats = self._repeats(reference)
-        if tier is Tier.TACTICAL:
+        if tier == Tier.TACTICAL:
             other = self._references[Tier.STRATEGIC]
             side_s = sum(self._repeats(other)) * self._pilot_s[other] / 2
             wanted = math.ceil(side_s / self._pilot_s[reference])
@@ -222,7 +222,7 @@ class Measurement:
         return min(max(math.ceil(self._pace.sample_s / turn_s), 1), self._pace.max_repeats) | 1
 
     def _other(self, point: Point) -> Point:
-        other = Tier.STRATEGIC if point.tier is Tier.TACTICAL else Tier.TACTICAL
+        other = Tier.STRATEGIC if point.tier == Tier.TACTICAL else Tier.TACTICAL
         return self._references[other]
 
     def _round_cost_s(self, point: Point) -> float:

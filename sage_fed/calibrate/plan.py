@@ -39,7 +39,7 @@ class Point:
     def label(self) -> str:
         """For a person: `tactical decode x8, context 40`."""
         fed = f"x{self.batch}" if self.tokens == 1 else f"{self.tokens} tokens"
-        return f"{self.tier.value} {self.phase.value} {fed}, context {self.context_tokens}"
+        return f"{self.tier.name} {self.phase.value} {fed}, context {self.context_tokens}"
 
     @property
     def num_blocks(self) -> int:

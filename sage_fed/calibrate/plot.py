@@ -109,7 +109,7 @@ def _line(
             f'<line x1="{key_x}" y1="{key_y}" x2="{key_x + 24}" y2="{key_y}" stroke="{colour}" '
             f'stroke-width="2"{dash}/>'
         ),
-        _words(key_x + 30, key_y + 4, f"{tier.value}, context {context}"),
+        _words(key_x + 30, key_y + 4, f"{tier.name}, context {context}"),
     ]
 
 

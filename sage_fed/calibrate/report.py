@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sage_fed.cards import Rate, RateCard
-from sage_fed.core import MeasuredPoint, Phase, Tier
+from sage_fed.core import TIER_ROLES, MeasuredPoint, Phase, Tier
 
 
 def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:
@@ -34,11 +34,11 @@ def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:
         "## Prices (ATP per token)",
         "",
         *_table(
-            ("phase", *(name for tier in Tier for name in (tier.value, "spread")), "ratio"),
+            ("phase", *(name for tier in TIER_ROLES for name in (tier.name, "spread")), "ratio"),
             [
                 (
                     phase.value,
-                    *(cell for tier in Tier for cell in _price(card.lines[tier][phase])),
+                    *(cell for tier in TIER_ROLES for cell in _price(card.lines[tier][phase])),
                     f"{card.cost_ratio(phase):.2f}",
                 )
                 for phase in Phase
@@ -71,7 +71,7 @@ def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:
                 ("device", fingerprint.device),
                 ("threads", str(fingerprint.threads)),
                 ("fingerprint", fingerprint.digest),
-                *((f"{tier.value} load", f"{measured.load_s[tier]:.2f} s") for tier in Tier),
+                *((f"{tier.name} load", f"{measured.load_s[tier]:.2f} s") for tier in TIER_ROLES),
                 *measured.conditions.items(),
             ],
         ),
@@ -92,7 +92,7 @@ def point_rows(card: RateCard) -> list[tuple[str, ...]]:
     assert card.measured is not None
     return [
         (
-            point.tier.value,
+            point.tier.name,
             point.phase.value,
             str(point.batch),
             str(point.context_tokens),
@@ -115,7 +115,7 @@ def spread_text(spread: float | None) -> str:
 
 def batch_rows(points: Iterable[MeasuredPoint]) -> list[tuple[str, ...]]:
     """Return a row for each batch size that both tiers decoded at the short context."""
-    by_tier: dict[Tier, dict[int, MeasuredPoint]] = {tier: {} for tier in Tier}
+    by_tier: dict[Tier, dict[int, MeasuredPoint]] = {tier: {} for tier in TIER_ROLES}
     for point in points:
         if point.phase is Phase.DECODE:
             known = by_tier[point.tier].get(point.batch)

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from sage_fed.cards.fingerprint import Fingerprint, read_fingerprint
 from sage_fed.cards.measured import Measured, read_measured
 from sage_fed.cards.reading import Reader
-from sage_fed.core import Phase, Tier
+from sage_fed.core import TIER_ROLES, Phase, Tier
 from sage_fed.errors import ConfigError
 from sage_fed.trusted_files import open_trusted, os_error
 
@@ -94,7 +94,7 @@ class RateCard:
     def doubts(self) -> str:
         """Return which measured prices are no figures (`MAX_SPREAD`), in words; "" for none."""
         spreads = [
-            (f"{tier.value} {phase.value}", rate.spread)
+            (f"{tier.name} {phase.value}", rate.spread)
             for tier, rates in self.lines.items()
             for phase, rate in rates.items()
             # A drafted token's price is the decoded one's.
@@ -182,7 +182,7 @@ def _parse(path: Path) -> RateCard:
         device=reader.text("device"),
         software=reader.text("software"),
         provenance=reader.text("provenance"),
-        lines=MappingProxyType({tier: _rates(reader.table(tier.value)) for tier in Tier}),
+        lines=MappingProxyType({tier: _rates(reader.table(tier.name)) for tier in TIER_ROLES}),
         fingerprint=(
             read_fingerprint(reader.table("fingerprint")) if reader.has("fingerprint") else None
         ),

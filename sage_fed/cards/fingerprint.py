@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
 from sage_fed.cards.reading import Reader
-from sage_fed.core import ModelInfo, Tier
+from sage_fed.core import TIER_ROLES, ModelInfo, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Fingerprint:
                     tier: ModelPrint(
                         *(getattr(models[tier], field.name) for field in fields(ModelPrint))
                     )
-                    for tier in Tier
+                    for tier in TIER_ROLES
                 }
             ),
         )
@@ -77,7 +77,7 @@ class Fingerprint:
             "device": self.device,
             "threads": self.threads,
             "engine": self.engine,
-            **{tier.value: asdict(self.models[tier]) for tier in Tier},
+            **{tier.name: asdict(self.models[tier]) for tier in TIER_ROLES},
         }
 
 
@@ -87,7 +87,7 @@ def read_fingerprint(reader: Reader) -> Fingerprint:
         device=reader.text("device"),
         threads=reader.count("threads"),
         engine=reader.text("engine"),
-        models=MappingProxyType({tier: _model(reader.table(tier.value)) for tier in Tier}),
+        models=MappingProxyType({tier: _model(reader.table(tier.name)) for tier in TIER_ROLES}),
     )
     if reader.text("id") != fingerprint.digest:
         reader.fail("id", f"must be {fingerprint.digest}, which is what the other keys give")

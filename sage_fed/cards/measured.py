@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sage_fed.cards.reading import Reader
-from sage_fed.core import MeasuredPoint, Phase, Tier
+from sage_fed.core import TIER_ROLES, MeasuredPoint, Phase, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def read_measured(reader: Reader) -> Measured:
         error=reader.number("error"),
         rounds=reader.count("rounds", 1),
         read_bandwidth_bytes_per_s=reader.number("read_bandwidth_bytes_per_s"),
-        load_s=MappingProxyType({tier: loads.number(tier.value) for tier in Tier}),
+        load_s=MappingProxyType({tier: loads.number(tier.name) for tier in TIER_ROLES}),
         conditions=MappingProxyType(reader.table("conditions").texts()),
         points=tuple(_point(point) for point in reader.tables("points")),
         warning=reader.text("warning") if reader.has("warning") else "",
@@ -64,7 +64,7 @@ def _point(reader: Reader) -> MeasuredPoint:
     rounds = reader.count("rounds", 1)
     spread = reader.number("spread") if rounds > 1 or reader.has("spread") else None
     point = MeasuredPoint(
-        tier=reader.word("tier", Tier),
+        tier=Tier.named(reader.choice("tier", [tier.name for tier in TIER_ROLES])),
         phase=reader.word("phase", Phase),
         batch=reader.count("batch", 1),
         context_tokens=reader.count("context_tokens"),

@@ -9,6 +9,7 @@ import datetime as dt
 import enum
 import math
 import re
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal, localcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -102,11 +103,14 @@ class Reader:
 
     def word(self, key: str, words: type[E]) -> E:
         """Return the value of an enum whose values are texts."""
+        return words(self.choice(key, [word.value for word in words]))
+
+    def choice(self, key: str, known: Sequence[str]) -> str:
+        """Return one of the known texts."""
         value = self.text(key)
-        known = [word.value for word in words]
         if value not in known:
             self.fail(key, f"must be {' or '.join(f'{chr(34)}{word}{chr(34)}' for word in known)}")
-        return words(value)
+        return value
 
     def price_uatp(self, key: str) -> int:
         """A decimal of ATP as whole uATP, rounded up: the only rounding of money."""

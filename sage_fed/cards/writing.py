@@ -10,7 +10,7 @@ from decimal import Decimal
 from sage_fed.cards.card import RateCard
 from sage_fed.cards.fingerprint import Fingerprint
 from sage_fed.cards.measured import Measured
-from sage_fed.core import UATP_PER_ATP, MeasuredPoint, Phase, Tier
+from sage_fed.core import TIER_ROLES, UATP_PER_ATP, MeasuredPoint, Phase
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -28,11 +28,11 @@ def card_text(card: RateCard) -> str:
             provenance=card.provenance,
         ),
     ]
-    for tier in Tier:
+    for tier in TIER_ROLES:
         for phase in Phase:
             rate = card.lines[tier][phase]
             lines += _table(
-                f"{tier.value}.{phase.value}",
+                f"{tier.name}.{phase.value}",
                 price_atp=f"{Decimal(rate.uatp) / UATP_PER_ATP:f}",
                 basis=rate.basis.value,
                 source=rate.source,
@@ -53,10 +53,10 @@ def _fingerprint(fingerprint: Fingerprint) -> list[str]:
         threads=fingerprint.threads,
         engine=fingerprint.engine,
     )
-    for tier in Tier:
+    for tier in TIER_ROLES:
         model = fingerprint.models[tier]
         lines += _table(
-            f"fingerprint.{tier.value}",
+            f"fingerprint.{tier.name}",
             architecture=model.architecture,
             parameters=model.parameters,
             step_bytes=model.step_bytes,
@@ -81,7 +81,7 @@ def _measured(measured: Measured) -> list[str]:
         **({"warning": measured.warning} if measured.warning else {}),
     )
     lines += _table(
-        "measured.load_s", **{tier.value: seconds for tier, seconds in measured.load_s.items()}
+        "measured.load_s", **{tier.name: seconds for tier, seconds in measured.load_s.items()}
     )
     lines += _table("measured.conditions", **measured.conditions)
     for point in measured.points:
@@ -91,7 +91,7 @@ def _measured(measured: Measured) -> list[str]:
 
 def _point(point: MeasuredPoint) -> dict[str, object]:
     return {
-        "tier": point.tier.value,
+        "tier": point.tier.name,
         "phase": point.phase.value,
         "batch": point.batch,
         "context_tokens": point.context_tokens,

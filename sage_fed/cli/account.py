@@ -64,7 +64,7 @@ def _print_quote(answer: Quote) -> None:
         ("tier", "at most ATP", "affordable", "takes about"),
         [
             (
-                tier.tier.value,
+                tier.tier.name,
                 atp_number(tier.worst_case_uatp),
                 "yes" if tier.affordable else "no",
                 "-" if tier.estimated_s is None else format_seconds(tier.estimated_s),
@@ -76,7 +76,7 @@ def _print_quote(answer: Quote) -> None:
     typer.echo()
     decision = answer.decision
     if isinstance(decision, Route):
-        verdict = ("would run on", f"{decision.tier.value} ({decision.reason})")
+        verdict = ("would run on", f"{decision.tier.name} ({decision.reason})")
     else:
         verdict = ("would be refused", f"{as_options(decision.message)} ({decision.reason})")
     print_fields(

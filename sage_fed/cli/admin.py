@@ -80,7 +80,7 @@ def _print_jobs(jobs: Sequence[RunningJob]) -> None:
             (
                 job.job_id,
                 job.account,
-                job.tier.value,
+                job.tier.name,
                 job.priority.name.lower(),
                 format_seconds(job.age_s),
                 f"{job.prompt_tokens} + {job.output_tokens}",

@@ -141,8 +141,8 @@ def footer(answer: Answer, width: int) -> list[str]:
     asked = started.route.requested
     rate = format_rate(usage.output_tokens - 1, timing.decode_s)
     parts = [
-        f"{started.route.tier.value} ({started.route.reason})"
-        + (f", instead of {asked.value}" if started.route.downgraded and asked else ""),
+        f"{started.route.tier.name} ({started.route.reason})"
+        + (f", instead of {asked.name}" if started.route.downgraded and asked else ""),
         f"{usage.prompt_tokens} + {usage.output_tokens} tokens"
         + (f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""),
         f"first after {format_seconds(timing.time_to_first_token_s)}" * bool(usage.output_tokens),

@@ -181,7 +181,7 @@ class _Shown:
     def __call__(self, run: int, text: str, share: float | None) -> None:
         method, precision, tier = self._runs[run]
         done = "" if share is None else f" {share:.0%}"
-        where = f"{run + 1}/{len(self._runs)} {method.value} {precision} {tier.value}"
+        where = f"{run + 1}/{len(self._runs)} {method.value} {precision} {tier.name}"
         self._show(run / len(self._runs), f"{where}: {text}{done}")
 
 

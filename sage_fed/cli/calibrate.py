@@ -22,12 +22,12 @@ from sage_fed.cli.connection import HERE, Connection, connected
 from sage_fed.cli.exits import reported
 from sage_fed.cli.render import format_seconds, print_fields, print_json, print_table, to_plain
 from sage_fed.core import (
+    TIER_ROLES,
     CalibrationEvent,
     CalibrationProgress,
     CalibrationResult,
     MeasuredPoint,
     Phase,
-    Tier,
 )
 from sage_fed.errors import ConfigError
 
@@ -109,8 +109,8 @@ def _prices(result: CalibrationResult) -> dict[str, dict[str, str]]:
     """The card's prices as they are written, in ATP."""
     card = tomllib.loads(result.card)
     return {
-        tier.value: {phase.value: card[tier.value][phase.value]["price_atp"] for phase in Phase}
-        for tier in Tier
+        tier.name: {phase.value: card[tier.name][phase.value]["price_atp"] for phase in Phase}
+        for tier in TIER_ROLES
     }
 
 
@@ -118,8 +118,8 @@ def _spreads(result: CalibrationResult) -> dict[str, dict[str, float | None]]:
     """The relative spread of each price; None where the card has none."""
     card = tomllib.loads(result.card)
     return {
-        tier.value: {phase.value: card[tier.value][phase.value].get("spread") for phase in Phase}
-        for tier in Tier
+        tier.name: {phase.value: card[tier.name][phase.value].get("spread") for phase in Phase}
+        for tier in TIER_ROLES
     }
 
 
@@ -154,7 +154,7 @@ def _print_result(result: CalibrationResult, copies: list[str], command: str) ->
         ("ATP per token", *(phase.value for phase in Phase)),
         [
             row
-            for tier in (each.value for each in Tier)
+            for tier in (each.name for each in TIER_ROLES)
             for row in (
                 (tier, *(f"{float(price):.4f}" for price in prices[tier].values())),
                 ("  spread", *(_spread(spread) for spread in spreads[tier].values())),
@@ -191,7 +191,7 @@ def _print_result(result: CalibrationResult, copies: list[str], command: str) ->
 def _row(point: MeasuredPoint) -> tuple[str, ...]:
     beside = point.co_resident_s
     return (
-        point.tier.value,
+        point.tier.name,
         str(to_plain(point.phase)),
         str(point.batch),
         str(point.context_tokens),

@@ -131,7 +131,7 @@ def _read_line(conversation: Conversation) -> str | None:
         line = sys.stdin.readline()
         return line.strip() if line else None
     try:
-        return input(f"{conversation.tier.value}> ").strip()
+        return input(f"{conversation.tier.name}> ").strip()
     except EOFError:
         typer.echo(err=True)
         return None

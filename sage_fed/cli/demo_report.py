@@ -92,14 +92,14 @@ def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
     if len(prompt) > prompt_width:
         prompt = f"{prompt[: prompt_width - 1]}…"
     row = dict.fromkeys(_COLUMNS, "-")
-    row |= {"prompt": prompt, "asked": spec.requested.value if spec.requested else "auto"}
+    row |= {"prompt": prompt, "asked": spec.requested.name if spec.requested else "auto"}
     answer = outcome.answer
     if answer is None or answer.started is None or answer.finished is None:
         return row | {"tier: reason": outcome.refusal or outcome.failure, "ATP": "0.00"}
     route, finished = answer.started.route, answer.finished
     rate = format_rate(finished.usage.output_tokens - 1, finished.timing.decode_s)
     return row | {
-        "tier: reason": f"{route.tier.value}: {route.reason}",
+        "tier: reason": f"{route.tier.name}: {route.reason}",
         "right?": "yes" if outcome.correct else "no",
         "tokens": str(finished.usage.output_tokens),
         "first": format_seconds(finished.timing.time_to_first_token_s),

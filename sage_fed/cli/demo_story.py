@@ -29,7 +29,7 @@ from sage_fed.cli.render import printable
 from sage_fed.cli.scrape import fetch
 from sage_fed.client import Client
 from sage_fed.client.health import wait_serving
-from sage_fed.core import Tier, TierState, counted
+from sage_fed.core import TIER_ROLES, TierState, counted
 from sage_fed.errors import CannotAfford, SageFedError
 from sage_fed.ledger import check
 
@@ -87,12 +87,12 @@ def _wait_ready(daemon: DemoDaemon, console: Console) -> Endpoint:
     try:
         endpoint = daemon.endpoint(_START_S)
         with Client(endpoint.listen) as client:
-            for tier in Tier:
-                while not wait_serving(endpoint.listen, tier.value, _GLANCE_S):
+            for tier in TIER_ROLES:
+                while not wait_serving(endpoint.listen, tier.name, _GLANCE_S):
                     daemon.check()
                     _show_loading(client, progress)
                     if time.monotonic() > until:
-                        raise DaemonDied(f"{tier.value} does not serve:\n{daemon.log()}")
+                        raise DaemonDied(f"{tier.name} does not serve:\n{daemon.log()}")
             _show_loading(client, progress)
         progress.ready(endpoint.listen, endpoint.metrics)
     finally:
@@ -108,7 +108,7 @@ def _show_loading(client: Client, progress: StartProgress) -> None:
 
 def _ask(client: Client, request: DemoRequest, console: Console) -> Outcome:
     """One question, its answer as it comes, and what came of it."""
-    asked = request.spec.requested.value if request.spec.requested else "auto"
+    asked = request.spec.requested.name if request.spec.requested else "auto"
     _line(console, f"[{asked}] {request.shows}", style="bold")
     _line(console, f"  Q: {printable(request.task.prompt)}")
     console.print("  A: ", end="")

@@ -25,7 +25,7 @@ class LogProgress:
         quarter = int(share * 4)
         if quarter != self._quarters.get(tier):
             self._quarters[tier] = quarter
-            _log.info("%s: %.0f%% %s", tier.value, share * 100, text)
+            _log.info("%s: %.0f%% %s", tier.name, share * 100, text)
 
     def ready(self, listen: str, metrics_url: str) -> None:
         """Say where to connect."""

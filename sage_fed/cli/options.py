@@ -29,7 +29,7 @@ class TierChoice(enum.Enum):
     @property
     def tier(self) -> Tier | None:
         """The tier asked for; None is "you choose"."""
-        return None if self is TierChoice.AUTO else Tier(self.value)
+        return None if self is TierChoice.AUTO else Tier.named(self.value)
 
 
 def atp_amount(text: str) -> int:

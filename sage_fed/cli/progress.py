@@ -57,7 +57,7 @@ class BarProgress:
         if not self._tasks:
             self._bars.start()
         if tier not in self._tasks:
-            self._tasks[tier] = self._bars.add_task(text, total=1.0, tier=tier.value)
+            self._tasks[tier] = self._bars.add_task(text, total=1.0, tier=tier.name)
         self._bars.update(self._tasks[tier], completed=share, description=text)
 
     def ready(self, listen: str, metrics_url: str) -> None:
@@ -83,7 +83,7 @@ class LineProgress:
         if quarter == self._quarters.get(tier):
             return
         self._quarters[tier] = quarter
-        self._print(f"{tier.value}: {share:.0%} {text}")
+        self._print(f"{tier.name}: {share:.0%} {text}")
 
     def ready(self, listen: str, metrics_url: str) -> None:
         """Say where to connect."""

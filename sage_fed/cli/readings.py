@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sage_fed.cli.scrape import Sample, samples
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES
 
 _P = "sage_fed_"
 
@@ -170,7 +170,7 @@ def reading_of(pages: Between, now_s: float) -> Reading:
         device_fallback=bool(page.total(f"{_P}device_fallback")),
         # An older daemon does not say; it would have other troubles.
         ledger_writable=page.total(f"{_P}ledger_writable") != 0,
-        tiers=tuple(_tier(pages, tier.value, decisions) for tier in Tier),
+        tiers=tuple(_tier(pages, tier.name, decisions) for tier in TIER_ROLES),
         endings_per_s=_endings(pages),
         cost_ratio_card=page.total(f"{_P}cost_ratio", source="card", phase="decode"),
         cost_ratio_live=live,

@@ -20,7 +20,7 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 import typer
 
 from sage_fed.cli.streams import between_words
-from sage_fed.core import UATP_PER_ATP
+from sage_fed.core import UATP_PER_ATP, Tier
 
 _CENT = Decimal("0.01")
 _LARGEST_ATP = Decimal(2**63 - 1) / UATP_PER_ATP
@@ -97,6 +97,8 @@ def printable(text: str) -> str:
 
 def to_plain(value: object) -> object:
     """Dataclasses, enums and tuples as the dicts, strings and lists that JSON has."""
+    if isinstance(value, Tier):
+        return value.name
     if isinstance(value, enum.IntEnum):
         return value.name.lower()
     if isinstance(value, enum.Enum):

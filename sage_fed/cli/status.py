@@ -46,7 +46,7 @@ def models(
                 state += f" {model.load_progress:.0%}"
             print_fields(
                 (
-                    (model.tier.value, model.name + (f"@{model.revision}" * bool(model.revision))),
+                    (model.tier.name, model.name + (f"@{model.revision}" * bool(model.revision))),
                     ("  state", state),
                     ("  architecture", f"{model.architecture}, {model.parameters:,} parameters"),
                     ("  precision", f"{model.precision} on {model.device}{_kernels(model)}"),
@@ -117,7 +117,7 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
         ("tier", "state", "running", "waiting", "KV tokens", "cached", "step", "prefill tok/s"),
         [
             (
-                tier.tier.value,
+                tier.tier.name,
                 tier.state.value,
                 f"{tier.running}/{tier.running_limit}",
                 f"{tier.waiting}/{tier.waiting_limit}",

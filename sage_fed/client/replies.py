@@ -28,9 +28,14 @@ def word(words: type[E], names: Callable[[int], str], prefix: str, number: int) 
         raise CallFailed(message, status="UNKNOWN") from None
 
 
+class _Role(enum.Enum):
+    TACTICAL = core.Tier.TACTICAL
+    STRATEGIC = core.Tier.STRATEGIC
+
+
 def tier_of(number: int) -> core.Tier:
     """Return the tier that a reply names."""
-    return word(core.Tier, types_pb2.Tier.Name, "TIER_", number)
+    return word(_Role, types_pb2.Tier.Name, "TIER_", number).value
 
 
 def event_of(reply: inference_pb2.GenerateStreamResponse) -> core.Event:

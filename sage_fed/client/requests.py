@@ -16,7 +16,7 @@ from typing import Literal, TypedDict, TypeVar, Unpack
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 
-from sage_fed.core import JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
+from sage_fed.core import TIER_ROLES, JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
 from sage_fed.errors import InvalidField
 from sage_fed.v1 import types_pb2
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 TierName = Literal["auto", "tactical", "strategic"]
 PriorityName = Literal["low", "normal", "high"]
 
-_TIERS = {"auto": None} | {tier.value: tier for tier in Tier}
+_TIERS = {"auto": None} | {tier.name: tier for tier in TIER_ROLES}
 _PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 _BOUNDS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),

@@ -36,6 +36,7 @@ from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Phase, Price
 from sage_fed.core.plurals import counted
 from sage_fed.core.routes import Quote, Refusal, Route, RouteQuote
 from sage_fed.core.tiers import (
+    TIER_ROLES,
     CardFit,
     CardStatus,
     DaemonStatus,
@@ -52,6 +53,7 @@ from sage_fed.core.tracing import TraceContext, parse_traceparent
 
 __all__ = [
     "HEAD_BYTES",
+    "TIER_ROLES",
     "UATP_PER_ATP",
     "Budget",
     "CalibrationEvent",

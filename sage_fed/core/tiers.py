@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import ClassVar
 
 
-class Tier(enum.Enum):
-    """A role that the operator binds to a model; the order is the order of depth."""
+@dataclass(frozen=True, slots=True, order=True)
+class Tier:
+    """A role that the operator binds to a model; tiers compare by `rank`, the order of depth.
 
-    TACTICAL = "tactical"
-    STRATEGIC = "strategic"
+    `name` is what settings, cards, metrics and the wire call it. A daemon's tiers are those that
+    its settings name: code iterates over them, and knows `TACTICAL` and `STRATEGIC` only where a
+    rule is about one of the two roles.
+    """
 
-    @property
-    def depth(self) -> int:
-        """0 for tactical, 1 for strategic: what "a lower tier" compares."""
-        return 0 if self is Tier.TACTICAL else 1
+    rank: int
+    name: str
+
+    TACTICAL: ClassVar[Tier]
+    STRATEGIC: ClassVar[Tier]
+
+    @classmethod
+    def named(cls, name: str) -> Tier:
+        """Return the role of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for tier in TIER_ROLES:
+            if tier.name == name:
+                return tier
+        raise ValueError(f"{name!r} is no tier")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        # What payload hashes of requests were made of when tiers were an enumeration.
+        return f"<Tier.{self.name.upper()}: {self.name!r}>"
+
+
+Tier.TACTICAL = Tier(0, "tactical")
+Tier.STRATEGIC = Tier(1, "strategic")
+
+TIER_ROLES = (Tier.TACTICAL, Tier.STRATEGIC)
+"""The two roles that settings and the wire know by name, in the order of depth."""
 
 
 class TierState(enum.Enum):

@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 import sage_fed
 from sage_fed.calibrate import Site
 from sage_fed.cards import Fingerprint, RateCard, own_cards
-from sage_fed.core import CardFit, CardStatus, ModelInfo, Phase, Tier, TierState, TierStatus
+from sage_fed.core import (
+    TIER_ROLES,
+    CardFit,
+    CardStatus,
+    ModelInfo,
+    Phase,
+    Tier,
+    TierState,
+    TierStatus,
+)
 from sage_fed.engine import DeviceDescription
 from sage_fed.metrics import Metrics
 from sage_fed.settings import AUTO_CARD, Settings
@@ -78,7 +87,7 @@ class CardInForce:
         if self._models.get(status.tier) == status.info:
             return
         self._models[status.tier] = status.info
-        if len(self._models) == len(Tier):
+        if len(self._models) == len(TIER_ROLES):
             self._put(self._chosen())
 
     def _chosen(self) -> RateCard:
@@ -111,7 +120,7 @@ class CardInForce:
     def _put(self, card: RateCard) -> None:
         changed = card is not self.card
         self.card = card
-        if len(self._models) == len(Tier):
+        if len(self._models) == len(TIER_ROLES):
             self.fit, self.note = self._judge(card)
             if self.fit is CardFit.STALE:
                 _log.warning(
@@ -199,8 +208,8 @@ def site_of(settings: Settings, device: DeviceDescription, bandwidth: float) -> 
     """Return what a calibration is told of this daemon."""
     _, _, index = settings.device.partition("cuda:")
     tiers = {
-        f"{tier.value}.{key}": str(getattr(settings.tier(tier), key))
-        for tier in Tier
+        f"{tier.name}.{key}": str(getattr(settings.tier(tier), key))
+        for tier in TIER_ROLES
         for key in ("kv_cache_bytes", "max_context_tokens", "max_batch", "prefill_chunk_tokens")
     }
     return Site(

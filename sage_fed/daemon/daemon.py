@@ -20,7 +20,7 @@ import uvloop
 
 from sage_fed.auth import mint_admin_token
 from sage_fed.calibrate import Calibrator
-from sage_fed.core import Tier, counted
+from sage_fed.core import TIER_ROLES, counted
 from sage_fed.daemon.books import open_accounts, open_ledger
 from sage_fed.daemon.cards import card_in_force, site_of
 from sage_fed.daemon.device import on_device_at_hand
@@ -152,7 +152,7 @@ async def _started(
         await open_accounts(ledger, settings, {*settings.accounts, *doors.authenticator.accounts()})
         laps.done("ledger")
         executor = Executor(
-            {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in Tier},
+            {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in TIER_ROLES},
             observers=(metrics.engines, cards, readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
@@ -218,7 +218,7 @@ async def _started(
             tracing=tracing,
         )
         metrics.watch(
-            lambda: Snapshot({tier: executor.load(tier) for tier in Tier}, broker.running())
+            lambda: Snapshot({tier: executor.load(tier) for tier in TIER_ROLES}, broker.running())
         )
         page_door = doors.page_door()
         exposition = stack.enter_context(expose(metrics, settings.metrics_listen, page_door))

@@ -14,6 +14,7 @@ import sage_fed
 from sage_fed.calibrate import Calibrator
 from sage_fed.cards import RateCard, available_cards, is_version
 from sage_fed.core import (
+    TIER_ROLES,
     CalibrationEvent,
     CardStatus,
     DaemonStatus,
@@ -67,7 +68,7 @@ class Operations:
 
     def models(self) -> tuple[ModelStatus, ...]:
         """Return both tiers' models, whatever their state."""
-        return tuple(self._model(tier) for tier in Tier)
+        return tuple(self._model(tier) for tier in TIER_ROLES)
 
     def status(self) -> DaemonStatus:
         """Return the daemon at a glance."""
@@ -79,7 +80,7 @@ class Operations:
             device_fallback=self._device_fallback,
             rate_card=self._cards.card.version,
             cost_ratio=self._cards.card.cost_ratio(),
-            tiers=tuple(self._executor.load(tier) for tier in Tier),
+            tiers=tuple(self._executor.load(tier) for tier in TIER_ROLES),
             rate_card_fit=self._cards.fit,
             rate_card_note=self._cards.note,
             ledger_trouble=self._ledger.trouble,

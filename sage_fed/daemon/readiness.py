@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.tiers import display_name
 from sage_fed.service.health import Health
@@ -61,7 +61,7 @@ class Readiness:
         progress: StartProgress,
         manager: ServiceManager,
     ) -> None:
-        self._names = {tier: display_name(settings.tier(tier)) for tier in Tier}
+        self._names = {tier: display_name(settings.tier(tier)) for tier in TIER_ROLES}
         self._lifecycle = lifecycle
         self._progress = progress
         self._manager = manager
@@ -119,7 +119,7 @@ class Readiness:
             self._in_vain.discard(status.tier)
         if status.state is TierState.READY and status.tier not in self._loaded:
             self._loaded.add(status.tier)
-            if len(self._loaded) == len(Tier) and self._where is not None:
+            if len(self._loaded) == len(TIER_ROLES) and self._where is not None:
                 self._progress.ready(*self._where)
 
     def _failed(self, status: TierStatus, before: TierStatus | None) -> None:
@@ -129,7 +129,7 @@ class Readiness:
         one that could not be loaded again, a new process is the better hope.
         """
         if status.tier not in self._loaded:
-            self._lifecycle.fail(f"the {status.tier.value} tier did not load: {status.message}")
+            self._lifecycle.fail(f"the {status.tier.name} tier did not load: {status.message}")
             return
         if before is not None and before.state is TierState.LOADING:
             self._in_vain.add(status.tier)
@@ -163,11 +163,11 @@ class Readiness:
 
 def status_line(statuses: Iterable[TierStatus]) -> str:
     """The tiers in one line for people: `tactical serves; strategic: 41 % of the weights`."""
-    return "; ".join(map(_words, sorted(statuses, key=lambda status: status.tier.depth)))
+    return "; ".join(map(_words, sorted(statuses, key=lambda status: status.tier.rank)))
 
 
 def _words(status: TierStatus) -> str:
-    tier = status.tier.value
+    tier = status.tier.name
     if status.state is TierState.READY:
         return f"{tier} serves"
     if status.state is TierState.LOADING:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from sage_fed.core import Tier, resolve_model
+from sage_fed.core import TIER_ROLES, Tier, resolve_model
 from sage_fed.device import TierSetup
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.errors import ConfigError
@@ -31,7 +31,7 @@ async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
 def _load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
     tokenizers: dict[Tier, Tokenizer] = {}
     by_files: dict[bytes, Tokenizer] = {}
-    for tier in Tier:
+    for tier in TIER_ROLES:
         directory = locate_tokenizer(_source(settings, tier), settings.tier(tier).revision)
         # A pair's files are mostly equal: a large vocabulary takes half a second to read.
         seen = fingerprint(directory)
@@ -95,5 +95,5 @@ def _source(settings: Settings, tier: Tier) -> str | Path:
     if isinstance(source, Path):
         source = source.absolute()
         if not source.is_dir():
-            raise ConfigError(f"{tier.value}.model: there is no directory {source}")
+            raise ConfigError(f"{tier.name}.model: there is no directory {source}")
     return source

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 import sage_fed
 from sage_fed.cards import RateCard
-from sage_fed.core import Phase, Tier
+from sage_fed.core import TIER_ROLES, Phase
 from sage_fed.daemon.tiers import display_name
 from sage_fed.engine import DeviceDescription
 from sage_fed.errors import Occupied
@@ -48,7 +48,7 @@ def start_watching(
             settings.tracing.otlp_endpoint,
             sample_ratio=settings.tracing.sample_ratio,
             version=sage_fed.__version__,
-            models={tier: display_name(settings.tier(tier)) for tier in Tier},
+            models={tier: display_name(settings.tier(tier)) for tier in TIER_ROLES},
         )
     )
 

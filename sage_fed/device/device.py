@@ -16,12 +16,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from sage_fed.core import Tier, TierLoad, TierState, TierStatus
-from sage_fed.device import Ended, EndReason, Outcome, Scheduler
 from sage_fed.device.flights import Flights
+from sage_fed.device.flying import Outcome
 from sage_fed.device.handover import Handover, Opened
 from sage_fed.device.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
 from sage_fed.device.loader import close_engine
 from sage_fed.device.probe import Probe, ProbeDesk
+from sage_fed.device.scheduler import Scheduler
+from sage_fed.device.words import Ended, EndReason
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory, SageFedError
 from sage_fed.steps import Engine, Step, StepKind, StepReport
 
@@ -171,7 +173,7 @@ class DeviceThread:
         except DeviceLost:
             raise
         except Exception:  # an engine may break in any way; only its own tier goes with it
-            logger.exception("the %s tier's engine is broken", step.tier.value)
+            logger.exception("the %s tier's engine is broken", step.tier.name)
             self._break(step, self._clock() - begun_s)
 
     def _land(self) -> None:
@@ -185,18 +187,18 @@ class DeviceThread:
         except DeviceLost:
             raise
         except Exception:  # as above
-            logger.exception("the %s tier's engine is broken", step.tier.value)
+            logger.exception("the %s tier's engine is broken", step.tier.name)
             self._break(step, self._clock() - begun_s)
         else:
             self._tell(step, outcome, elapsed_s)
             if self._scheduler.unsound(step.tier):
-                logger.error("the %s tier's model gives no numbers any more", step.tier.value)
+                logger.error("the %s tier's model gives no numbers any more", step.tier.name)
                 ended = self._scheduler.close_tier(step.tier, EndReason.FAILED, self._clock())
                 self._give_up(step.tier, ended)
 
     def _give_way(self, step: Step, elapsed_s: float) -> None:
         """End as few sequences as possible after a step that did not fit."""
-        logger.warning("a step of the %s tier did not fit the device", step.tier.value)
+        logger.warning("a step of the %s tier did not fit the device", step.tier.name)
         outcome = self._scheduler.out_of_memory(step, now=self._clock(), elapsed_s=elapsed_s)
         self._tell(step, outcome, elapsed_s, memory_short=True)
 
@@ -225,7 +227,7 @@ class DeviceThread:
         except DeviceLost:
             raise
         except Exception:  # as for live work
-            logger.exception("the %s tier's engine is broken", step.tier.value)
+            logger.exception("the %s tier's engine is broken", step.tier.name)
             self._break(step, self._clock() - begun_s)
         else:
             self._steps_done += 1

@@ -17,16 +17,18 @@ from dataclasses import replace
 from typing import Protocol
 
 from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
-from sage_fed.device import EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.device.device import DeviceThread, Heartbeat
 from sage_fed.device.handover import Handover, Parcel, rest_s
 from sage_fed.device.inbox import Cancel, Inbox, Ping, Stop, Submit
+from sage_fed.device.limits import TierLimits
 from sage_fed.device.live import LiveStreams
 from sage_fed.device.loader import Loader, TierSetup
 from sage_fed.device.probe import Probe
 from sage_fed.device.recovery import FIRST_S, LOOK_S, Stall
+from sage_fed.device.scheduler import Scheduler
 from sage_fed.device.states import TierStates
 from sage_fed.device.stream import TokenStream
+from sage_fed.device.words import EndReason, SequenceSpec
 from sage_fed.errors import DeviceBusy, TierUnavailable
 from sage_fed.steps import Step, StepReport
 
@@ -73,7 +75,7 @@ class Executor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._step_timeout_s = step_timeout_s
-        self._setups = dict(sorted(tiers.items(), key=lambda item: item[0].depth))
+        self._setups = dict(sorted(tiers.items(), key=lambda item: item[0].rank))
         self._observers = tuple(observers)
         self._tactical_share = tactical_share
         self._max_stream_messages_per_s = max_stream_messages_per_s

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from sage_fed.core import GenerationDefaults, Tier, TierStatus
-from sage_fed.device import Ended, EndReason, TierLimits
+from sage_fed.device.limits import TierLimits
+from sage_fed.device.words import Ended, EndReason
 from sage_fed.steps import Drawn, StepKind, StepReport
 
 _MAX_REPORTS = 1024

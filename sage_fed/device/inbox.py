@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sage_fed.core import Tier
-from sage_fed.device import SequenceSpec, TierLimits
+from sage_fed.device.limits import TierLimits
 from sage_fed.device.probe import Probe
+from sage_fed.device.words import SequenceSpec
 from sage_fed.errors import QueueFull
 from sage_fed.steps import Engine
 
@@ -76,7 +77,7 @@ class Inbox:
         with self._changed:
             if self._waiting[tier] >= self._max_waiting[tier]:
                 retry_after_s = self._retry_after_s.get(tier) or 1.0
-                raise QueueFull.of_tier(tier.value, self._waiting[tier], retry_after_s)
+                raise QueueFull.of_tier(tier.name, self._waiting[tier], retry_after_s)
             self._waiting[tier] += 1
             self._messages.append(message)
             self._changed.notify()

@@ -60,7 +60,7 @@ class Interleave:
 
     def note(self, tier: Tier, elapsed_s: float, *, contended: bool) -> None:
         """Account for a step; `contended` says whether the other tier had work meanwhile."""
-        if tier is Tier.STRATEGIC:
+        if tier == Tier.STRATEGIC:
             owed_s = elapsed_s * self._tactical_per_strategic
             # What was paid too much, by less than a step, counts: parts are as short as that.
             paid_s = min(max(-self._tactical_due_s, 0.0), owed_s)

@@ -63,13 +63,13 @@ class TierLimits:
             raise InvalidField(
                 "prompt",
                 f"{len(spec.prompt)} tokens leave no room for output; "
-                f"the {spec.tier.value} tier holds {longest} tokens, prompt and output together",
+                f"the {spec.tier.name} tier holds {longest} tokens, prompt and output together",
             )
         if len(spec.prompt) + spec.max_new_tokens > longest:
             raise InvalidField(
                 "sampling.max_new_tokens",
                 f"at most {longest - len(spec.prompt)} fit behind this prompt; "
-                f"the {spec.tier.value} tier holds {longest} tokens, prompt and output together",
+                f"the {spec.tier.name} tier holds {longest} tokens, prompt and output together",
             )
 
     def protects(self, seq: Sequence) -> bool:

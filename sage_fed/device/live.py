@@ -12,8 +12,8 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from sage_fed.device import Ended, EndReason, SequenceSpec
 from sage_fed.device.stream import TokenStream
+from sage_fed.device.words import Ended, EndReason, SequenceSpec
 from sage_fed.steps import Drawn
 
 _STREAMS_A_TURN = 32

@@ -14,9 +14,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from sage_fed.core import Tier, TierState, TierStatus
-from sage_fed.device import TierLimits
 from sage_fed.device.handover import Handover
 from sage_fed.device.inbox import Inbox, OpenTier
+from sage_fed.device.limits import TierLimits
 from sage_fed.errors import SageFedError
 from sage_fed.steps import Engine
 
@@ -101,7 +101,7 @@ class Loader:
         except SageFedError as error:
             self._fail(tier, error.message)
         except Exception:  # a loader of foreign files may raise anything
-            logger.exception("loading the %s tier failed", tier.value)
+            logger.exception("loading the %s tier failed", tier.name)
             self._fail(tier, "loading failed; the daemon's log has the details")
         else:
             if not self._inbox.post(message):

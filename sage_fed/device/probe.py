@@ -13,7 +13,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 
 from sage_fed.core import Tier
-from sage_fed.device import Scheduler
+from sage_fed.device.scheduler import Scheduler
 from sage_fed.errors import DeviceBusy, SageFedError, TierUnavailable
 from sage_fed.steps import Step
 
@@ -114,7 +114,7 @@ class ProbeDesk:
         self._lease.pop(tier, None)
         for probe in self._probes:
             if tier in probe.num_blocks:
-                probe.end(TierUnavailable(f"the {tier.value} tier {why}"))
+                probe.end(TierUnavailable(f"the {tier.name} tier {why}"))
 
     def close(self) -> None:
         """End every probe: the device stops."""
@@ -125,7 +125,7 @@ class ProbeDesk:
         for tier, count in probe.num_blocks.items():
             blocks = self._scheduler.reserve(tier, count)
             if blocks is None:
-                self._end(DeviceBusy(f"the {tier.value} tier has no {count} free KV blocks"))
+                self._end(DeviceBusy(f"the {tier.name} tier has no {count} free KV blocks"))
                 return False
             self._lease[tier] = blocks
         self._changed()

@@ -76,7 +76,7 @@ class Scheduler:
         """
         schedule = self._tiers.get(spec.tier)
         if schedule is None:
-            raise TierUnavailable(f"the {spec.tier.value} tier is not serving")
+            raise TierUnavailable(f"the {spec.tier.name} tier is not serving")
         schedule.add(spec, submitted_s)
 
     def cancel(
@@ -117,7 +117,7 @@ class Scheduler:
             return self._paused
         schedule = self._tiers[tier]
         limit = schedule.limits.prefill_chunk_tokens
-        if tier is Tier.STRATEGIC and tactical is not None and self._tactical_near(now):
+        if tier == Tier.STRATEGIC and tactical is not None and self._tactical_near(now):
             if schedule.in_flight:
                 return None
             shared = shared_chunk_tokens(tactical.rates, schedule.rates, schedule.num_parts)
@@ -131,7 +131,7 @@ class Scheduler:
         comes in the middle of it would wait for the rest.
         """
         tactical = self._tiers.get(Tier.TACTICAL)
-        if step.tier is Tier.TACTICAL or tactical is None or self._tiers[step.tier].num_parts == 1:
+        if step.tier == Tier.TACTICAL or tactical is None or self._tiers[step.tier].num_parts == 1:
             return None
         return self._interleave.part_s(tactical.rates)
 

@@ -77,7 +77,7 @@ class TierStates:
         loading = status.state is TierState.LOADING
         failed = status.state is TierState.FAILED
         retry_s = _RETRY_LOADING_S if loading else status.retry_s if failed else None
-        raise TierUnavailable(f"the {tier.value} tier is {status.state.value}", retry_s)
+        raise TierUnavailable(f"the {tier.name} tier is {status.state.value}", retry_s)
 
     def take(self, status: TierStatus) -> float | None:
         """Take in a tier's news; returns after how many seconds it is to be loaded again.
@@ -93,13 +93,13 @@ class TierStates:
         match status.state:
             case TierState.READY if known.retry_s is not None:
                 restarts += 1
-                logger.warning("the %s tier serves again", tier.value)
+                logger.warning("the %s tier serves again", tier.name)
             case TierState.LOADING:
                 # Kept until it serves: that is how a return is known from a first start.
                 retry_s = known.retry_s
             case TierState.FAILED if tier in self.opened and not self.draining:
                 delay_s = retry_s = self._backoffs[tier].failed(self._clock())
-                logger.warning("the %s tier is loaded again in %.0f s", tier.value, delay_s)
+                logger.warning("the %s tier is loaded again in %.0f s", tier.name, delay_s)
         self._statuses[tier] = replace(status, retry_s=retry_s, restarts=restarts)
         return delay_s
 

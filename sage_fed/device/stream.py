@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sage_fed.device import Ended, SequenceSpec
+from sage_fed.device.words import Ended, SequenceSpec
 from sage_fed.steps import Drawn
 
 

@@ -120,7 +120,7 @@ class TierSchedule:
         """
         self.limits.check(spec)
         if len(self._line) >= self.limits.max_waiting:
-            raise QueueFull.of_tier(self.tier.value, len(self._line), self.retry_after_s)
+            raise QueueFull.of_tier(self.tier.name, len(self._line), self.retry_after_s)
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
         self._line.add(Sequence(spec, submitted_s, order=self._added))
         self._added += 1

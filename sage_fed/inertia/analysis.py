@@ -128,7 +128,7 @@ def _pairs(runs: Iterable[Run]) -> Iterable[tuple[Run, Run]]:
     done = {(r.method, r.precision, r.tier): r for r in runs if r.points}
     for (method, precision, tier), small in done.items():
         large = done.get((method, precision, Tier.STRATEGIC))
-        if tier is Tier.TACTICAL and large is not None:
+        if tier == Tier.TACTICAL and large is not None:
             yield small, large
 
 

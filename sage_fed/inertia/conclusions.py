@@ -208,7 +208,7 @@ def _run_pairs(findings: Findings) -> list[tuple[Run, Run]]:
     return [
         (small, done[method, precision, Tier.STRATEGIC])
         for (method, precision, tier), small in done.items()
-        if tier is Tier.TACTICAL and (method, precision, Tier.STRATEGIC) in done
+        if tier == Tier.TACTICAL and (method, precision, Tier.STRATEGIC) in done
     ]
 
 

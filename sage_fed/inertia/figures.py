@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 
 
 class Method(enum.Enum):
@@ -43,7 +43,7 @@ class Plan:
 
     def model(self, tier: Tier) -> ModelRef:
         """The tier's checkpoint."""
-        return self.tactical if tier is Tier.TACTICAL else self.strategic
+        return self.tactical if tier == Tier.TACTICAL else self.strategic
 
     @property
     def runs(self) -> tuple[tuple[Method, str, Tier], ...]:
@@ -51,7 +51,7 @@ class Plan:
         ways = [(Method.ENGINE, precision) for precision in self.precisions]
         if self.reference_precision is not None:
             ways.insert(0, (Method.REFERENCE, self.reference_precision))
-        return tuple((method, precision, tier) for method, precision in ways for tier in Tier)
+        return tuple((method, precision, tier) for method, precision in ways for tier in TIER_ROLES)
 
     @property
     def context_tokens(self) -> float:

@@ -40,7 +40,7 @@ def record(findings: Findings, analysis: Analysis) -> dict[str, Any]:
             {
                 **asdict(row),
                 "method": row.method.value,
-                "tier": row.tier.value,
+                "tier": row.tier.name,
                 "share": row.share,
             }
             for row in analysis.rooflines
@@ -57,5 +57,5 @@ def _run(run: Run) -> dict[str, Any]:
         for point in run.points
     ]
     return {
-        **asdict(run), "method": run.method.value, "tier": run.tier.value, "points": points,
+        **asdict(run), "method": run.method.value, "tier": run.tier.name, "points": points,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.inertia.analysis import Analysis, Fit
 from sage_fed.inertia.conclusions import Conclusion, conclusions, precision_answer
 from sage_fed.inertia.figures import Findings, Method, Point, Run
@@ -29,7 +29,8 @@ def worklog(findings: Findings, analysis: Analysis) -> str:
         return f"{findings.date[:10]}: size inertia of {names} on {findings.machine}: no pair ran"
     row = rows[0]
     small, large = (
-        _point(findings, row.method, row.precision, tier, row.batch).hundred_s for tier in Tier
+        _point(findings, row.method, row.precision, tier, row.batch).hundred_s
+        for tier in TIER_ROLES
     )
     return (
         f"{findings.date[:10]}: size inertia of {names} on {findings.machine}: "
@@ -68,7 +69,7 @@ def _pair(findings: Findings, analysis: Analysis, method: Method, precision: str
     yield from ("", f"## {method.value}, {precision}, batch {batch}", "")
     failed = [run for run in runs.values() if run.failure]
     for run in failed:
-        yield f"- {run.tier.value}: not measured: {run.failure}"
+        yield f"- {run.tier.name}: not measured: {run.failure}"
     done = {tier: run for tier, run in runs.items() if run.points}
     if failed and done:
         yield ""
@@ -84,7 +85,7 @@ def _pair(findings: Findings, analysis: Analysis, method: Method, precision: str
         ("peak on the host while loading", *(_size(run.peak_host_bytes) for run in done.values())),
         ("spread", *(_spread(_at(run, batch).spread) for run in done.values())),
     ]
-    yield from _table(("", *(tier.value for tier in done)), rows)
+    yield from _table(("", *(tier.name for tier in done)), rows)
     row = analysis.slowdown(method, precision, batch)
     if row is not None:
         yield ""
@@ -127,7 +128,7 @@ def _rooflines(analysis: Analysis) -> Iterator[str]:
         ("method", "precision", "tier", "batch", "MB a step", "step", "limit", "share"),
         (
             (
-                row.method.value, row.precision, row.tier.value, str(row.batch),
+                row.method.value, row.precision, row.tier.name, str(row.batch),
                 f"{row.num_bytes / 1e6:.1f}", f"{row.step_s * 1e3:.2f} ms",
                 f"{row.limit_s * 1e3:.2f} ms", f"{row.share:.0%}",
             )

@@ -34,7 +34,7 @@ def failure_of(ended: Ended, tier: Tier) -> SageFedError | None:
             )
         case EndReason.FAILED:
             return TierUnavailable(
-                f"the {tier.value} tier failed and nothing was charged; ask again soon",
+                f"the {tier.name} tier failed and nothing was charged; ask again soon",
                 _RETRY_FAILED_S,
             )
         case _:

@@ -215,7 +215,7 @@ class Planner:
         loads = self.loads()
         decision = self.decide(draft, budget, loads)
         shown = decision.tier if isinstance(decision, Route) else draft.spec.requested
-        size = draft.offers[shown or min(draft.offers, key=lambda tier: tier.depth)]
+        size = draft.offers[shown or min(draft.offers, key=lambda tier: tier.rank)]
         return Quote(
             decision=decision,
             tiers=tuple(
@@ -282,7 +282,7 @@ def _no_row(spec: JobSpec, tier: Tier, strange: _Strange) -> InvalidField:
     what = f"{strange.id} is" if sent else f"they encode to the token {strange.id}, which is"
     return InvalidField(
         field,
-        f"{what} a token of the {tier.value} tier's tokenizer that its model has no row for; "
+        f"{what} a token of the {tier.name} tier's tokenizer that its model has no row for; "
         f"its ids are 0 to {strange.num_ids - 1}",
     )
 

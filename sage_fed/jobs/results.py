@@ -63,8 +63,8 @@ class Result:
                 **asdict(self.started),
                 "route": {
                     **asdict(route),
-                    "tier": route.tier.value,
-                    "requested": route.requested.value if route.requested else None,
+                    "tier": route.tier.name,
+                    "requested": route.requested.name if route.requested else None,
                 },
             },
             "output": {"text": output.text, "output_tokens": output.output_tokens},
@@ -108,8 +108,8 @@ class Result:
             started=replace(
                 Started(
                     route=Route(
-                        tier=Tier(route.pop("tier")),
-                        requested=Tier(requested) if requested else None,
+                        tier=Tier.named(route.pop("tier")),
+                        requested=Tier.named(requested) if requested else None,
                         **route,
                     ),
                     **started,

@@ -5,7 +5,7 @@ Called on the event loop; a step costs a few dictionary look-ups and additions.
 
 from __future__ import annotations
 
-from sage_fed.core import ModelInfo, Phase, Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, ModelInfo, Phase, Tier, TierState, TierStatus
 from sage_fed.metrics.live import LiveRates
 from sage_fed.metrics.scrape import ScrapeCollector
 from sage_fed.metrics.series import EngineSeries, Factory
@@ -26,11 +26,11 @@ class EngineMetrics:
         self._live = live
         self._scrape = scrape
         self._model_labels: dict[Tier, tuple[str, ...]] = {}
-        self._restarts = dict.fromkeys(Tier, 0)
+        self._restarts = dict.fromkeys(TIER_ROLES, 0)
 
     def step_done(self, report: StepReport) -> None:
         """Counts one step, or several of a kind."""
-        series, name = self._series, report.tier.value
+        series, name = self._series, report.tier.name
         self._live.add(report)
         if report.out_of_memory:
             series.oom.labels(name).inc()
@@ -53,7 +53,7 @@ class EngineMetrics:
 
     def tier_changed(self, status: TierStatus) -> None:
         """Shows a tier's state, its progress and, once loaded, its model."""
-        name = status.tier.value
+        name = status.tier.name
         for state in TierState:
             self._series.state.labels(name, state.value).set(state is status.state)
         self._series.load_progress.labels(name).set(status.load_progress)
@@ -63,7 +63,7 @@ class EngineMetrics:
             self._show_model(status.tier, status.info)
 
     def _show_model(self, tier: Tier, info: ModelInfo) -> None:
-        series, name = self._series, tier.value
+        series, name = self._series, tier.name
         if tier in self._model_labels:
             series.model.remove(*self._model_labels[tier])
         labels = (

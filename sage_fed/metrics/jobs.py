@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from sage_fed.core import Finished, Refusal, Route, Tier, Usage
+from sage_fed.core import TIER_ROLES, Finished, Refusal, Route, Tier, Usage
 from sage_fed.errors import SageFedError
 from sage_fed.metrics.money import MoneyMetrics
 from sage_fed.metrics.series import (
@@ -41,8 +41,10 @@ class JobMetrics:
     def __init__(self, make: Factory, money: MoneyMetrics, decisions: Decisions) -> None:
         self._series = JobSeries(make)
         self._money = money
-        self._at_work = dict.fromkeys(Tier, 0)
-        self._gaps = {tier: self._series.inter_token.labels(tier.value, "false") for tier in Tier}
+        self._at_work = dict.fromkeys(TIER_ROLES, 0)
+        self._gaps = {
+            tier: self._series.inter_token.labels(tier.name, "false") for tier in TIER_ROLES
+        }
         for requested, chosen, reason in decisions:
             self._series.decisions.labels(_asked(requested), _name(chosen), str(reason))
 
@@ -73,10 +75,10 @@ class JobMetrics:
         self._at_work[tier] = after
         if before and after:
             return
-        for other in Tier:
+        for other in TIER_ROLES:
             if other is not tier:
                 label = CONTENDED[self.contended(other)]
-                self._gaps[other] = self._series.inter_token.labels(other.value, label)
+                self._gaps[other] = self._series.inter_token.labels(other.name, label)
 
     def contended(self, tier: Tier) -> bool:
         """Says whether another tier has work now."""
@@ -107,7 +109,7 @@ class JobMetrics:
             contended: whether the other tier had work when its first token came.
             exemplar: labels that lead from the buckets of its times to the job.
         """
-        series, name, timing = self._series, tier.value, finished.timing
+        series, name, timing = self._series, tier.name, finished.timing
         outcome = ABORTED if finished.stop_reason in ABORTS else FINISHED
         series.requests.labels(name, outcome, finished.stop_reason.value).inc()
         series.duration.labels(name, outcome).observe_many(timing.total_s, 1, exemplar)
@@ -142,7 +144,7 @@ class JobMetrics:
 
     def replayed(self, tier: Tier) -> None:
         """Counts a repeated request id that was answered from the books."""
-        self._series.requests.labels(tier.value, REPLAYED, REPLAYED).inc()
+        self._series.requests.labels(tier.name, REPLAYED, REPLAYED).inc()
 
     def _count_tokens(self, tier: str, outcome: str, usage: Usage) -> None:
         tokens = self._series.tokens
@@ -152,8 +154,8 @@ class JobMetrics:
 
 
 def _name(tier: Tier | None) -> str:
-    return NO_TIER if tier is None else tier.value
+    return NO_TIER if tier is None else tier.name
 
 
 def _asked(requested: Tier | None) -> str:
-    return AUTO if requested is None else requested.value
+    return AUTO if requested is None else requested.name

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from sage_fed.core import Phase, Tier
+from sage_fed.core import TIER_ROLES, Phase, Tier
 from sage_fed.steps import StepKind, StepReport
 
 _WINDOW = 512
@@ -30,7 +30,7 @@ class LiveRates:
 
     def __init__(self) -> None:
         self._reports: dict[Tier, deque[StepReport]] = {
-            tier: deque(maxlen=_WINDOW) for tier in Tier
+            tier: deque(maxlen=_WINDOW) for tier in TIER_ROLES
         }
         self._lock = threading.Lock()
 
@@ -43,7 +43,7 @@ class LiveRates:
 
     def ratio_tokens(self) -> Mapping[Phase, int]:
         """Tokens that each phase's ratio rests on: those of the tier that had fewer."""
-        recent = {tier: self._recent(tier) for tier in Tier}
+        recent = {tier: self._recent(tier) for tier in TIER_ROLES}
         return {
             Phase.PREFILL: min(sum(r.num_prefill_tokens for r in of) for of in recent.values()),
             Phase.DECODE: min(sum(r.num_decode_tokens for r in of) for of in recent.values()),

@@ -23,16 +23,16 @@ class MoneyMetrics:
 
     def held(self, tier: Tier, held_uatp: int) -> None:
         """Counts a hold."""
-        self._series.reserved.labels(tier.value).inc(held_uatp / UATP_PER_ATP)
+        self._series.reserved.labels(tier.name).inc(held_uatp / UATP_PER_ATP)
 
     def settled(self, tier: Tier, held_uatp: int, charged_uatp: int) -> None:
         """Counts a hold that ended with a price."""
-        self._series.charged.labels(tier.value).inc(charged_uatp / UATP_PER_ATP)
-        self._series.refunded.labels(tier.value).inc((held_uatp - charged_uatp) / UATP_PER_ATP)
+        self._series.charged.labels(tier.name).inc(charged_uatp / UATP_PER_ATP)
+        self._series.refunded.labels(tier.name).inc((held_uatp - charged_uatp) / UATP_PER_ATP)
 
     def voided(self, tier: Tier, released_uatp: int) -> None:
         """Counts a hold that was given back whole."""
-        self._series.refunded.labels(tier.value).inc(released_uatp / UATP_PER_ATP)
+        self._series.refunded.labels(tier.name).inc(released_uatp / UATP_PER_ATP)
 
     def balance_changed(self, account: str, balance_uatp: int) -> None:
         """Shows an account's balance, where the operator wants account names in metrics."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from sage_fed.core import UATP_PER_ATP, Phase, RunningJob, Tier, TierLoad
+from sage_fed.core import TIER_ROLES, UATP_PER_ATP, Phase, RunningJob, Tier, TierLoad
 from sage_fed.metrics.live import MIN_RATIO_TOKENS, LiveRates
 from sage_fed.metrics.series import PREFIX, TIERS
 
@@ -93,7 +93,7 @@ class ScrapeCollector(Collector):
             rate = self._live.decode_bytes_per_second(
                 tier, step_bytes=step_bytes, kv_token_bytes=kv_token_bytes
             )
-            used.append(((tier.value,), rate or 0.0))
+            used.append(((tier.name,), rate or 0.0))
         yield _family(
             "decode_bytes_per_second",
             "Weights and KV cache read per second of device time in recent decode steps.",
@@ -133,7 +133,7 @@ def available_memory_bytes(meminfo: Path = _MEMINFO) -> int | None:
 
 
 def _queues(now: Snapshot) -> Iterator[GaugeMetricFamily]:
-    loads = [(tier.value, now.loads.get(tier)) for tier in Tier]
+    loads = [(tier.name, now.loads.get(tier)) for tier in TIER_ROLES]
     yield _family(
         "requests_running",
         "Jobs in the running batch.",
@@ -180,7 +180,7 @@ def _ages(now: Snapshot) -> Iterator[GaugeMetricFamily]:
         ages = dict.fromkeys(TIERS, 0.0)
         for job in now.jobs:
             if bool(job.output_tokens) is has_output:
-                ages[job.tier.value] = max(ages[job.tier.value], job.age_s)
+                ages[job.tier.name] = max(ages[job.tier.name], job.age_s)
         yield _family(
             f"oldest_{name}_age_seconds", text, ("tier",), [((t,), age) for t, age in ages.items()]
         )
@@ -190,8 +190,8 @@ def _money(now: Snapshot) -> Iterator[GaugeMetricFamily]:
     held = dict.fromkeys(TIERS, 0)
     holds = dict.fromkeys(TIERS, 0)
     for job in now.jobs:
-        held[job.tier.value] += job.held_uatp
-        holds[job.tier.value] += 1
+        held[job.tier.name] += job.held_uatp
+        holds[job.tier.name] += 1
     yield _family(
         "atp_held",
         "ATP held now for jobs that have not ended.",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from sage_fed.core import Phase, StopReason, Tier, TierState
+from sage_fed.core import TIER_ROLES, Phase, StopReason, TierState
 from sage_fed.errors import (
     CannotAfford,
     DeadlineInfeasible,
@@ -37,7 +37,7 @@ PREFIX = "sage_fed"
 NO_TIER = "none"
 AUTO = "auto"
 OTHER = "other"
-TIERS = tuple(tier.value for tier in Tier)
+TIERS = tuple(tier.name for tier in TIER_ROLES)
 
 FINISHED, ABORTED, REFUSED, FAILED, REPLAYED = (
     "finished",

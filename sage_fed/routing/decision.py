@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from sage_fed.core import JobSpec, Refusal, Route, Tier, TierLoad
+from sage_fed.core import TIER_ROLES, JobSpec, Refusal, Route, Tier, TierLoad
 from sage_fed.routing.obstacles import Blocked, obstacle, shut
 from sage_fed.routing.words import Obstacle, Reason, RouteRequest, RoutingPolicy
 
@@ -39,7 +39,7 @@ def route(request: RouteRequest) -> Route | Refusal:
         return _with_way_out(request, blocked[1])
     blocked_too = obstacle(request, fallback)
     if blocked_too is not None:
-        return _plainer(blocked, blocked_too) if fallback.depth else _plainer(blocked_too, blocked)
+        return _plainer(blocked, blocked_too) if fallback.rank else _plainer(blocked_too, blocked)
     prefix = "downgrade" if requested else "auto"
     return Route(
         fallback,
@@ -57,8 +57,8 @@ def refuse_unread(
     It costs next to nothing: under overload most jobs are refused, and reading their prompts
     would take the time of those that are not.
     """
-    tactical, strategic = (shut(tier, loads.get(tier), policy) for tier in Tier)
-    if job.requested is Tier.TACTICAL:
+    tactical, strategic = (shut(tier, loads.get(tier), policy) for tier in TIER_ROLES)
+    if job.requested == Tier.TACTICAL:
         return tactical and tactical[1]
     if strategic is None:
         return None
@@ -76,7 +76,7 @@ def possible_decisions() -> Iterator[tuple[Tier | None, Tier | None, Reason]]:
 
     A chosen tier of None is a refusal.
     """
-    for tier in Tier:
+    for tier in TIER_ROLES:
         yield tier, tier, Reason.EXPLICIT
     yield None, Tier.TACTICAL, Reason.AUTO_SIMPLE
     yield None, Tier.STRATEGIC, Reason.AUTO_COMPLEX
@@ -87,7 +87,7 @@ def possible_decisions() -> Iterator[tuple[Tier | None, Tier | None, Reason]]:
             yield None, Tier.STRATEGIC, Reason(f"auto_{kind}")
         if kind is not Obstacle.CONTEXT:
             yield Tier.STRATEGIC, Tier.TACTICAL, Reason(f"downgrade_{kind}")
-    for requested in (None, *Tier):
+    for requested in (None, *TIER_ROLES):
         for reason in _REFUSALS:
             if (requested, reason) != (Tier.TACTICAL, Reason.BELOW_FLOOR):
                 yield requested, None, reason
@@ -110,13 +110,13 @@ def _fallback(request: RouteRequest, tier: Tier, kind: Obstacle) -> Tier | None:
     """The other tier, where the rules allow it to serve instead."""
     job = request.job
     if job.requested is None:
-        if tier is Tier.STRATEGIC:
+        if tier == Tier.STRATEGIC:
             return Tier.TACTICAL
         # Up only round an obstacle that money did not raise: with a larger budget the
         # tactical tier would be free, and more budget must not yield the lower tier.
         return None if kind.about_money else Tier.STRATEGIC
     # A job too long for the tier it names is malformed, whatever it allows.
-    if tier is Tier.STRATEGIC and job.allow_downgrade and kind is not Obstacle.CONTEXT:
+    if tier == Tier.STRATEGIC and job.allow_downgrade and kind is not Obstacle.CONTEXT:
         return Tier.TACTICAL
     return None
 

@@ -67,7 +67,7 @@ def _obstacle_of_state(request: RouteRequest, tier: Tier) -> Blocked | None:
 def _obstacle_of_money(request: RouteRequest, tier: Tier) -> Blocked | None:
     budget, max_cost_uatp = request.budget, request.job.max_cost_uatp
     offer = request.offers[tier]
-    if tier is Tier.STRATEGIC and budget.balance_uatp <= budget.strategic_floor_uatp:
+    if tier == Tier.STRATEGIC and budget.balance_uatp <= budget.strategic_floor_uatp:
         return Obstacle.FLOOR, refusals.below_floor(offer, budget)
     if max_cost_uatp is not None and offer.worst_case_uatp > max_cost_uatp:
         return Obstacle.MAX_COST, refusals.above_max_cost(offer, max_cost_uatp)

@@ -46,7 +46,7 @@ def refusal_error(refusal: Refusal, account: str) -> SageFedError:
 def too_long(offer: Offer, max_context_tokens: int) -> Refusal:
     """The prompt, or prompt and output together, exceed the tier's context."""
     room = max_context_tokens - offer.prompt_tokens
-    name = offer.tier.value
+    name = offer.tier.name
     if room < 1:
         least = "at least " if offer.unread else ""
         return Refusal(
@@ -65,7 +65,7 @@ def loading(tier: Tier, policy: RoutingPolicy) -> Refusal:
     """The tier's model is being loaded."""
     return Refusal(
         Reason.TIER_LOADING,
-        f"the {tier.value} tier is loading its model; ask again soon",
+        f"the {tier.name} tier is loading its model; ask again soon",
         policy.unavailable_retry_s,
     )
 
@@ -74,7 +74,7 @@ def unavailable(tier: Tier, state: str, policy: RoutingPolicy) -> Refusal:
     """The tier failed, is draining or does not exist here."""
     return Refusal(
         Reason.TIER_UNAVAILABLE,
-        f"the {tier.value} tier is {state} and takes no jobs; ask again later or another daemon",
+        f"the {tier.name} tier is {state} and takes no jobs; ask again later or another daemon",
         policy.unavailable_retry_s,
     )
 
@@ -83,7 +83,7 @@ def queue_full(load: TierLoad, policy: RoutingPolicy) -> Refusal:
     """The tier's queue has no place."""
     return Refusal(
         Reason.QUEUE_FULL,
-        QueueFull.of_tier(load.tier.value, load.waiting).message,
+        QueueFull.of_tier(load.tier.name, load.waiting).message,
         load.retry_after_s or policy.queue_retry_s,
     )
 
@@ -94,7 +94,7 @@ def too_slow(offer: Offer, estimate_s: float, deadline_s: float, fitting_tokens:
     return Refusal(
         Reason.DEADLINE_INFEASIBLE,
         f"{offer.max_new_tokens:,} new tokens would take about {estimate_s:.2f} s on the "
-        f"{offer.tier.value} tier and {max(deadline_s, 0.0):.2f} s are left; {advice}"
+        f"{offer.tier.name} tier and {max(deadline_s, 0.0):.2f} s are left; {advice}"
         "give it a later deadline",
         estimate_s=estimate_s,
     )
@@ -117,7 +117,7 @@ def above_max_cost(offer: Offer, max_cost_uatp: int) -> Refusal:
     """The job may not cost that much."""
     return Refusal(
         Reason.ABOVE_MAX_COST,
-        f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.value} tier, "
+        f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.name} tier, "
         f"above its max_cost_uatp of {atp(max_cost_uatp)} ATP; raise that"
         f"{_smaller(offer, max_cost_uatp)}",
         denied_uatp=offer.worst_case_uatp,
@@ -134,7 +134,7 @@ def cannot_afford(offer: Offer, budget: Budget) -> Refusal:
     )
     return Refusal(
         Reason.CANNOT_AFFORD,
-        f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.value} tier "
+        f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.name} tier "
         f"and {atp(budget.balance_uatp)} ATP are available{capacity}; "
         f"{_wait(retry_s)}have the budget raised{_smaller(offer, budget.balance_uatp)}",
         retry_s,

@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
-from sage_fed.core import Tier, TierState
+from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.errors import NotFound
 from sage_fed.service.catalogue import INFERENCE, SERVICES
 from sage_fed.service.edge import Edge
@@ -104,15 +104,15 @@ class Health:
 
 def names() -> Iterable[str]:
     """Return every name that can be asked for."""
-    return ("", *SERVICES, *(tier.value for tier in Tier))
+    return ("", *SERVICES, *(tier.name for tier in TIER_ROLES))
 
 
 def serving(states: Mapping[Tier, TierState], *, takes_jobs: bool) -> dict[str, bool]:
     """Return whether each name serves; a tier without a state does not."""
-    ready = {tier: states.get(tier) is TierState.READY and takes_jobs for tier in Tier}
+    ready = {tier: states.get(tier) is TierState.READY and takes_jobs for tier in TIER_ROLES}
     return {
         **dict.fromkeys(SERVICES, True),
         INFERENCE: any(ready.values()),
         "": ready[Tier.TACTICAL],
-        **{tier.value: ready[tier] for tier in Tier},
+        **{tier.name: ready[tier] for tier in TIER_ROLES},
     }

@@ -51,7 +51,7 @@ class ModelService:
         for model in self._operations.models():
             if model.tier is tier:
                 return model_pb2.GetModelResponse(model=reports.model_of(model))
-        raise NotFound(f"this daemon has no {tier.value} tier")
+        raise NotFound(f"this daemon has no {tier.name} tier")
 
     async def get_status(
         self,

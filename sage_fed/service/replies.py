@@ -17,7 +17,7 @@ from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 def tier_of(tier: core.Tier | None) -> str:
     """Return the name of the enum's value; None, "the daemon chooses", is TIER_AUTO."""
-    return "TIER_AUTO" if tier is None else f"TIER_{tier.name}"
+    return "TIER_AUTO" if tier is None else f"TIER_{tier.name.upper()}"
 
 
 def started_of(started: core.Started) -> inference_pb2.Started:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.settings.addresses import Address, UnixSocket
 from sage_fed.settings.doors import AccountSettings, AuthSettings, RateSettings, TlsSettings
 from sage_fed.settings.fields import (
@@ -151,7 +151,7 @@ class Settings(BaseSettings):
 
     def tier(self, tier: Tier) -> TierSettings:
         """The settings of `tier`."""
-        return self.tactical if tier is Tier.TACTICAL else self.strategic
+        return self.tactical if tier == Tier.TACTICAL else self.strategic
 
     def account_budget(self, account: str) -> BudgetSettings:
         """The budget with which `account` is opened: its own, or the common one."""
@@ -236,13 +236,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _default_fits_context(self) -> Self:
-        for tier in Tier:
+        for tier in TIER_ROLES:
             context = self.tier(tier).max_context_tokens
             if self.limits.default_new_tokens >= context:
                 raise conflict(
                     f"default_new_tokens ({self.limits.default_new_tokens}) leaves no room for a "
                     f"prompt in a context of {context} tokens",
                     "limits.default_new_tokens",
-                    f"{tier.value}.max_context_tokens",
+                    f"{tier.name}.max_context_tokens",
                 )
         return self

@@ -150,7 +150,7 @@ class Spans:
             "gen_ai.operation.name": _operation(spec),
             "gen_ai.provider.name": "sage_fed",
             "gen_ai.request.model": self._models[spec.requested] if spec.requested else "auto",
-            "sage_fed.tier.requested": spec.requested.value if spec.requested else "auto",
+            "sage_fed.tier.requested": spec.requested.name if spec.requested else "auto",
         }
         for name, value in (
             ("temperature", asked.temperature),
@@ -166,7 +166,7 @@ class Spans:
             "gen_ai.request.max_tokens": started.max_new_tokens,
             "gen_ai.response.id": started.job_id,
             "gen_ai.response.model": self._models[tier],
-            "sage_fed.tier": tier.value,
+            "sage_fed.tier": tier.name,
             "sage_fed.route.reason": str(started.route.reason),
             "sage_fed.held_atp": started.held_uatp / UATP_PER_ATP,
         }
