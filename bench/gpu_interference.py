@@ -267,7 +267,7 @@ def _apart(engines: dict[Tier, Engine], valid_ids: int, max_batch: int) -> dict[
         }
     return {
         name: [
-            Scene({tier: Resident(engines[tier], stream)}, valid_ids, 7 + tier.depth, max_batch)  # type: ignore[dict-item] # stands in for one
+            Scene({tier: Resident(engines[tier], stream)}, valid_ids, 7 + tier.rank, max_batch)  # type: ignore[dict-item] # stands in for one
             for tier, stream in streams.items()
         ]
         for name, streams in found.items()

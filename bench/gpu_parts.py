@@ -73,7 +73,7 @@ class Run:
                     shape,
                     str(self.device),
                     plan.precision,
-                    seed=tier.depth,
+                    seed=tier.rank,
                     max_batch=max(plan.batches),
                     kernels=self.kernels,
                 )

@@ -80,7 +80,7 @@ def _one(
 ) -> tuple[dict[str, Any], Sequences]:
     small = dataclasses.replace(shape, max_context=2 * _CONTEXT)
     began = time.perf_counter()
-    engine, _ = build(small, seed=tier.depth, max_batch=max(plan.precision_batches))
+    engine, _ = build(small, seed=tier.rank, max_batch=max(plan.precision_batches))
     built_s = time.perf_counter() - began
     try:
         batches = dataclasses.replace(plan, batches=plan.precision_batches)

@@ -196,7 +196,7 @@ async def rig(
             for tier in TIER_ROLES:
                 await executor.loaded(tier)
             planner = Planner(
-                Encoder(dict.fromkeys(Tier, tokenizer), workers),
+                Encoder(dict.fromkeys(TIER_ROLES, tokenizer), workers),
                 executor,
                 CARD,
                 policy=RoutingPolicy(),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sage_fed.cards import Fingerprint, Measured, RateCard, card_text, own_cards
 from sage_fed.cards.card import Basis
 from sage_fed.cards.reading import Reader
-from sage_fed.core import MeasuredPoint, ModelInfo, Phase, Tier
+from sage_fed.core import TIER_ROLES, MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
 
 INFO = ModelInfo(
@@ -21,7 +21,7 @@ INFO = ModelInfo(
     precision="bf16", kernels="native", device="cpu", weight_bytes=10**9, step_bytes=988_000_000,
     kv_cache_bytes=2**20, kv_token_bytes=12_288, load_s=1.5,
 )  # fmt: skip
-PRINT = Fingerprint.of("AMD EPYC, 2 cores", 2, "0.1.0", dict.fromkeys(Tier, INFO))
+PRINT = Fingerprint.of("AMD EPYC, 2 cores", 2, "0.1.0", dict.fromkeys(TIER_ROLES, INFO))
 POINT = MeasuredPoint(Tier.TACTICAL, Phase.DECODE, 1, 32, 1, 0.0213, 0.004, 40, 0.0215)
 MEASURED = Measured(
     at=dt.datetime(2026, 11, 23, 15, 0, tzinfo=dt.UTC),
@@ -147,7 +147,7 @@ def test_a_bad_measured_card_names_the_key(
 def test_a_fingerprint_is_the_same_wherever_it_is_taken() -> None:
     """Names, pools and load times do not change a price, so they do not change it."""
     other = replace(INFO, name="b", kv_cache_bytes=1, load_s=9.0, weight_bytes=1, revision="f" * 40)
-    again = Fingerprint.of(" AMD  EPYC, 2 cores", 2, "0.1.0", dict.fromkeys(Tier, other))
+    again = Fingerprint.of(" AMD  EPYC, 2 cores", 2, "0.1.0", dict.fromkeys(TIER_ROLES, other))
     assert (PRINT, PRINT.digest, ()) == (again, again.digest, PRINT.differences(again))
 
 

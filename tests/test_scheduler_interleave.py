@@ -46,7 +46,7 @@ class Device:
 
     def times(self, steps: int) -> dict[Tier, float]:
         """Run steps; return the device time of each tier."""
-        total = dict.fromkeys(Tier, 0.0)
+        total = dict.fromkeys(TIER_ROLES, 0.0)
         for _ in range(steps):
             step, elapsed_s = self.step()
             total[step.tier] += elapsed_s

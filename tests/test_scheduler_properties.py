@@ -339,7 +339,7 @@ def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: floa
     engine = FakeEngine(num_blocks=1000)
     for tier in TIER_ROLES:
         scheduler.open_tier(tier, TierLimits(1000, 10_000), frozenset())
-        scheduler.add(spec(tier.depth, tier, new=5000), 0.0)
+        scheduler.add(spec(tier.rank, tier, new=5000), 0.0)
     order = []
     for _ in range(300):
         step = scheduler.next_step(0.0)

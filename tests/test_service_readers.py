@@ -30,7 +30,7 @@ from service_harness import (
 )
 
 from sage_fed.client import Client
-from sage_fed.core import OpenReply, Tier, TierState
+from sage_fed.core import TIER_ROLES, OpenReply, TierState
 from sage_fed.errors import RateLimited
 from sage_fed.ledger import AccountTerms
 from sage_fed.service import calls as calls_module
@@ -253,7 +253,7 @@ async def test_a_watcher_that_does_not_read_holds_up_no_change(tmp_path: Path) -
     async with serving(tmp_path) as harness, raw(harness, window=0) as client:
         client.call(WATCH, name)
         await until(lambda: unread(harness))
-        harness.bound.health.update(dict.fromkeys(Tier, TierState.READY))
+        harness.bound.health.update(dict.fromkeys(TIER_ROLES, TierState.READY))
         check = harness.channel.unary_unary("/grpc.health.v1.Health/Check")
         said = health_pb2.HealthCheckResponse.FromString(await check(name, timeout=WAIT_S))
         assert health_pb2.HealthCheckResponse.SERVING == said.status

@@ -122,7 +122,7 @@ def prompt_of(prompt: object) -> Prompt:
 def tier_of(tier: Tier | str | None, field: str) -> str:
     """Return the name of the enum's value; `field` is the tier's name in the request."""
     known = _tier(tier, field)
-    return "TIER_AUTO" if known is None else f"TIER_{known.name}"
+    return "TIER_AUTO" if known is None else f"TIER_{known.name.upper()}"
 
 
 def chat_of(messages: Sequence[Message], path: str) -> types_pb2.ChatMessages:
