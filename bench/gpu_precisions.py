@@ -60,7 +60,7 @@ def precisions(plan: Plan, device: torch.device, kernels: str, left: Left) -> di
             rows[precision]["fit"] = fit(pair, decode)
             rows[precision]["ratio"] = ratios(decode, ("batch", "context"))
     measured = [
-        row for tiers in rows.values() for row in (tiers.get(t.value) for t in TIER_ROLES) if row
+        row for tiers in rows.values() for row in (tiers.get(t.name) for t in TIER_ROLES) if row
     ]
     return {
         "ok": all(row["equal"] for row in measured),

@@ -211,18 +211,18 @@ def compare(found: dict[str, Any]) -> dict[str, float | None]:
     rows: dict[str, float | None] = {}
     for figure in ("fed_tokens_per_s", "output_tokens_per_s"):
         rows[f"strategic_{figure}_beside_idle_kept"] = _ratio(
-            found["strategic_beside_idle"][S.value], found["strategic_alone"][S.value], figure
+            found["strategic_beside_idle"][S.name], found["strategic_alone"][S.name], figure
         )
     for name in ("together", "apart"):
         for figure in (
             "inter_token_p50_ms", "inter_token_p99_ms", "first_token_p50_ms", "first_token_p99_ms",
         ):  # fmt: skip
             rows[f"tactical_{figure[:-3]}_{name}_times"] = _ratio(
-                found[name][T.value], found["tactical_alone"][T.value], figure
+                found[name][T.name], found["tactical_alone"][T.name], figure
             )
         for figure in ("fed_tokens_per_s", "output_tokens_per_s"):
             rows[f"strategic_{figure}_{name}_kept"] = _ratio(
-                found[name][S.value], found["strategic_alone"][S.value], figure
+                found[name][S.name], found["strategic_alone"][S.name], figure
             )
     return rows
 

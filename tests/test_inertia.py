@@ -251,7 +251,7 @@ def test_the_report_shows_what_could_not_be_measured() -> None:
 
 def test_what_is_measured_is_handed_out_after_every_model() -> None:
     """An interrupted measurement keeps the models that were done, and can be reported."""
-    demo = [ModelRef(str(resolve_model(f"bundled:demo-{t.value}")), t.value) for t in TIER_ROLES]
+    demo = [ModelRef(str(resolve_model(f"bundled:demo-{t.name}")), t.value) for t in TIER_ROLES]
     plan = replace(PLAN, tactical=demo[0], strategic=demo[1], device="cpu", precisions=("fp32",))
     plan = replace(plan, reference_precision=None, prompt_tokens=4, new_tokens=2, repeats=1)
     seen: list[Findings] = []
