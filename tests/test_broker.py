@@ -54,11 +54,10 @@ from sage_fed.errors import (
     RequestIdConflict,
     TierUnavailable,
 )
-from sage_fed.jobs import Broker, Encoder, JobStream, Planner, plan
-from sage_fed.jobs.endings import timing_of
-from sage_fed.jobs.job import Job
+from sage_fed.jobs import Broker, Encoder, JobStream, Planner, admission
+from sage_fed.jobs.admission import resolve_sampling
+from sage_fed.jobs.broker import Job, timing_of
 from sage_fed.jobs.output import Output
-from sage_fed.jobs.plan import resolve_sampling
 from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hash
 from sage_fed.ledger import (
     AccountTerms,
@@ -954,7 +953,7 @@ async def test_an_answer_that_one_reply_cannot_have_is_refused_before_it_is_held
 ) -> None:
     """By the field that makes it so large; as a stream the same job runs."""
     async with rig(tmp_path) as r:
-        monkeypatch.setattr(plan, "MAX_REPLY_BYTES", 4500)
+        monkeypatch.setattr(admission, "MAX_REPLY_BYTES", 4500)
         with pytest.raises(InvalidField, match="one reply may have; stream it") as refusal:
             await r.submit(job(new=50, one_reply=True, **fields))
         assert field == refusal.value.field
@@ -1026,7 +1025,7 @@ def test_the_default_limits_refuse_nothing_for_its_size() -> None:
     limits = LimitSettings()
     spec = job(sampling={"top_logprobs": limits.max_top_logprobs})
     longest = 256
-    assert plan.MAX_REPLY_BYTES > most_reply_bytes(spec, limits.max_new_tokens, longest)
+    assert admission.MAX_REPLY_BYTES > most_reply_bytes(spec, limits.max_new_tokens, longest)
     assert Retention().one_result_bytes > most_result_bytes(spec, limits.max_new_tokens, longest)
 
 

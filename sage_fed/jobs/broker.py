@@ -1,30 +1,58 @@
 """Every accepted job, from its request to its one ending.
 
-Owns the set of running jobs and their tasks, which outlive the RPC handlers that started
-them. Does not know protobuf, SQL or torch. Fails with what admission refuses: nothing is held
-or charged for a job that was refused.
+Owns the set of running jobs, their tasks, which outlive the RPC handlers that started them, and
+the order in which money and work happen: the worst case is held before any device work, and
+whatever happens after that, the job's task settles or voids the hold.
+Does not know protobuf, SQL or torch. Fails with what admission refuses: nothing is held or charged
+for a job that was refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
-from sage_fed.core import JobSpec, Prompt, Quote, RunningJob, StopReason, Tier, counted
-from sage_fed.device import Executor
-from sage_fed.errors import QueueFull, RateLimited, SageFedError, TierUnavailable
-from sage_fed.jobs.job import Job
-from sage_fed.jobs.mailbox import JobStream
+from sage_fed.cards import charge
+from sage_fed.core import (
+    Budget,
+    Finished,
+    JobSpec,
+    Price,
+    Prompt,
+    Quote,
+    Refusal,
+    Route,
+    RunningJob,
+    Started,
+    StopReason,
+    Tier,
+    Timing,
+    Usage,
+    counted,
+)
+from sage_fed.device import Ended, EndReason, Executor
+from sage_fed.errors import (
+    DeviceOutOfMemory,
+    Internal,
+    NotFinite,
+    QueueFull,
+    RateLimited,
+    SageFedError,
+    TierUnavailable,
+)
+from sage_fed.jobs.admission import Draft, Plan, Planner
+from sage_fed.jobs.delivery import DROPS_OUTPUT, Delivery
+from sage_fed.jobs.mailbox import JobStream, split
 from sage_fed.jobs.pace import Pace, is_away
-from sage_fed.jobs.plan import Planner
-from sage_fed.jobs.results import hash_payload
-from sage_fed.ledger import Ledger
-from sage_fed.metrics import Metrics
+from sage_fed.jobs.results import Result, hash_payload, read_result, write_result
+from sage_fed.ledger import HoldRequest, Ledger, Replay
+from sage_fed.metrics import Metrics, MoneyMetrics
 from sage_fed.routing import refusal_error
 from sage_fed.tracing import Tracing
 from sage_fed.workers import Workers
@@ -302,3 +330,378 @@ class Broker:
             self._unread[job_id] = job
         if not self._jobs:
             self._empty.set()
+
+
+_log = logging.getLogger(__name__)
+
+
+class Job:
+    """One request, from its arrival (`arrived_s`, monotonic) to its ending."""
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        seq_id: int,
+        spec: JobSpec,
+        arrived_s: float,
+        planner: Planner,
+        ledger: Ledger,
+        executor: Executor,
+        metrics: Metrics,
+        workers: Workers,
+        hold_ttl_s: float,
+        tracing: Tracing | None,
+        on_left: Callable[[], None],
+        pace: Pace,
+    ) -> None:
+        self.job_id = job_id
+        self.spec = spec
+        self.stream = JobStream(on_cancel=self._reader_left, pace=pace)
+        self._on_left = on_left
+        self._arrived_s = arrived_s
+        self._planner = planner
+        self._ledger = ledger
+        self._metrics = metrics
+        self._workers = workers
+        self._hold_ttl_s = hold_ttl_s
+        self._tracing = tracing
+        self._started: Started | None = None
+        self._wasted: Usage | None = None
+        self._device_s = 0.0
+        # What a slow bucket shows: the id that the ledger, the log and the client know, too.
+        self._exemplar = {"job_id": job_id}
+        if spec.trace is not None:
+            self._exemplar["trace_id"] = spec.trace.trace_id
+        self._delivery = Delivery(
+            seq_id,
+            spec,
+            self.stream,
+            arrived_s=arrived_s,
+            executor=executor,
+            metrics=metrics.jobs,
+            exemplar=self._exemplar,
+        )
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask the job to end at the next step; the first reason counts."""
+        self._delivery.stop(reason)
+
+    def _reader_left(self) -> None:
+        self._on_left()
+        self.stop(StopReason.CANCELLED)
+
+    def describe(self, now: float) -> RunningJob | None:
+        """Return what an operator sees of it; None until it holds something."""
+        if (started := self._started) is None:
+            return None
+        return RunningJob(
+            job_id=self.job_id,
+            account=self.spec.account,
+            tier=started.route.tier,
+            priority=self.spec.priority,
+            age_s=now - self._arrived_s,
+            prompt_tokens=started.prompt_tokens,
+            output_tokens=self._delivery.num_tokens,
+            held_uatp=started.held_uatp,
+        )
+
+    async def run(self) -> None:
+        """Plan, hold, run and settle; ends the stream. Raises nothing but its own cancellation."""
+        try:
+            await self._run()
+        except SageFedError as error:
+            self._fail(error)
+        except asyncio.CancelledError:
+            self._fail(TierUnavailable("the daemon is stopping; ask another one"))
+            raise
+        except Exception as error:  # noqa: BLE001 - the job's last line of defence: it must end
+            self._fail(self._internal(error))
+        finally:
+            # There is nothing left to stop; and a job that its stream leads back to would be the
+            # garbage collector's, which stops the loop the longer the more it has to look through.
+            self.stream.on_cancel = self._on_left
+
+    async def _run(self) -> None:
+        draft = await self._planner.draft(self.spec, self._arrived_s)
+        hold = await take_hold(
+            self.job_id,
+            draft,
+            planner=self._planner,
+            ledger=self._ledger,
+            metrics=self._metrics,
+            workers=self._workers,
+            ttl_s=self._hold_ttl_s,
+        )
+        if isinstance(hold, Replay):
+            await self._replay(hold)
+            return
+        try:
+            plan = self._planner.plan(draft, hold.route)
+            started = self._started = _started(plan, hold)
+            ended = await self._work(plan, started)
+        except BaseException:
+            # Also when this task is cancelled: an open hold would only end by expiry.
+            await asyncio.shield(hold.void("failed"))
+            raise
+        await self._settle(plan, hold, started, ended)
+
+    async def _replay(self, earlier: Replay) -> None:
+        """Answer with what an earlier request of the same id got; nothing is charged."""
+        result = await read_result(earlier.result, self.spec.account, self._workers)
+        budget = await self._ledger.budget(self.spec.account, refusable=False)
+        self.stream.start(result.started)
+        if result.output.token_ids or result.output.text:
+            for part in split(result.output):
+                self.stream.push(part)
+        self._metrics.jobs.replayed(result.started.route.tier)
+        self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
+
+    def _fail(self, error: SageFedError) -> None:
+        self._log_ending(error.reason.lower())
+        tier = self._started.route.tier if self._started else self.spec.requested
+        total_s = time.monotonic() - self._arrived_s
+        if not isinstance(error, RateLimited):  # counted as a call that its account may not make
+            self._metrics.jobs.failed(tier, error, total_s, self._wasted, self._device_s)
+        self._trace(error)
+        # Its frames lead back to the job: see `run`.
+        self.stream.end(error.with_traceback(None))
+
+    async def _work(self, plan: Plan, started: Started) -> Ended | None:
+        """Have the tokens delivered; None where the sequence never got to the executor."""
+        ended = await self._delivery.run(plan, started)
+        if ended is None:
+            return None
+        self._device_s = ended.device_s
+        if (failure := failure_of(ended, plan.route.tier)) is not None:
+            self._wasted = Usage(ended.prompt_tokens, ended.cached_tokens, ended.output_tokens)
+            raise failure
+        return ended
+
+    async def _settle(self, plan: Plan, hold: Hold, started: Started, ended: Ended | None) -> None:
+        """Charge what was done, release the rest, and write the ending."""
+        output = self._delivery.whole()
+        usage = Usage(
+            prompt_tokens=ended.prompt_tokens if ended else 0,
+            cached_tokens=ended.cached_tokens if ended else 0,
+            output_tokens=output.output_tokens if output else 0,
+        )
+        charged_uatp = charge(plan.card, plan.route.tier, usage)
+        finished = Finished(
+            stop_reason=stop_reason_of(
+                self._delivery.stop_reason, ended, self.spec.sampling.stop_token_ids
+            ),
+            usage=usage,
+            timing=timing_of(ended, self._arrived_s, time.monotonic()),
+            price=Price(charged_uatp, hold.uatp, plan.card.version),
+            # Known only once settled; a replay shows the balance of its own time anyway.
+            balance_uatp=0,
+        )
+        if output is None or not charged_uatp:
+            balance_uatp = await hold.void("nothing was done")
+        else:
+            stored = None
+            if self.spec.client_request_id:
+                result = Result(started, output, finished)
+                stored = await write_result(result, self.spec.account, self._workers)
+            # Until the books say otherwise: without a settlement it was done for nobody.
+            self._wasted = usage
+            balance_uatp = await hold.settle(charged_uatp, finished.stop_reason, stored)
+        self._metrics.jobs.finished(
+            plan.route.tier,
+            finished,
+            contended=self._delivery.contended,
+            exemplar=self._exemplar,
+        )
+        self._log_ending(finished.stop_reason.value)
+        self._trace(finished)
+        if output is None:
+            self.stream.start(started)
+        self.stream.end(replace(finished, balance_uatp=balance_uatp))
+
+    def _log_ending(self, how: str) -> None:
+        """Say how it ended, under the id that its client and the ledger have; at debug only.
+
+        A line a job would cost more than the job's own bookkeeping, and a flood of refusals would
+        be a flood of lines.
+        """
+        if _log.isEnabledFor(logging.DEBUG):
+            story = {"job_id": self.job_id, "account": self.spec.account, "ending": how}
+            _log.debug("%s ended: %s", self.job_id, how, extra=story)
+
+    def _internal(self, error: Exception) -> Internal:
+        """Return what the client gets for a bug of ours; the log gets the rest."""
+        error_id = secrets.token_hex(4)
+        story = {"job_id": self.job_id, "error_id": error_id}
+        _log.error("%s: internal error %s", self.job_id, error_id, exc_info=error, extra=story)
+        return Internal(error_id)
+
+    def _trace(self, ending: Finished | SageFedError) -> None:
+        if self._tracing is not None:
+            self._tracing.job_ended(self.spec, self._started, ending)
+
+
+def _started(plan: Plan, hold: Hold) -> Started:
+    return Started(
+        job_id=hold.job_id,
+        route=plan.route,
+        held_uatp=hold.uatp,
+        prompt_tokens=len(plan.prompt),
+        seed=plan.sampling.seed,
+        max_new_tokens=plan.offer.max_new_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """`uatp` of an account, reserved for one job on its route; ends by `settle` or by `void`."""
+
+    job_id: str
+    account: str
+    route: Route
+    uatp: int
+    ledger: Ledger
+    metrics: MoneyMetrics
+
+    async def settle(self, charged_uatp: int, reason: StopReason, result: bytes | None) -> int:
+        """Charge what was done and release the rest; return the balance.
+
+        Args:
+            charged_uatp: at most what is held.
+            reason: why the job stopped, for the books.
+            result: what a repeated request of the same id is answered with, if it has one.
+        """
+        settlement = await self.ledger.settle(self.job_id, charged_uatp, reason.value, result)
+        self.metrics.balance_changed(self.account, settlement.balance_uatp)
+        self.metrics.settled(self.route.tier, self.uatp, charged_uatp)
+        return settlement.balance_uatp
+
+    async def void(self, why: str) -> int:
+        """Release all of it; return the balance."""
+        release = await self.ledger.void(self.job_id, why)
+        self.metrics.voided(self.route.tier, release.released_uatp)
+        return release.balance_uatp
+
+
+async def take_hold(
+    job_id: str,
+    draft: Draft,
+    *,
+    planner: Planner,
+    ledger: Ledger,
+    metrics: Metrics,
+    workers: Workers,
+    ttl_s: float,
+) -> Hold | Replay:
+    """Route and hold in one operation of the ledger, at the balance of that instant.
+
+    Nothing behind the ledger's answer can fail here: a hold that nobody knows of stays until it
+    expires.
+    """
+    spec = draft.spec
+    # Only told apart from another request of the same id: without one there is none.
+    payload = await hash_payload(spec, workers) if spec.client_request_id else b""
+    loads = planner.loads()
+    decision: Route | Refusal | None = None
+    decision_s = 0.0
+    if not spec.client_request_id:  # which may have been answered before, place or no place
+        began_s = time.perf_counter()
+        refusal = planner.hopeless(draft, loads)
+        if refusal is not None:
+            metrics.jobs.route_decided(spec.requested, refusal, time.perf_counter() - began_s)
+            raise refusal_error(refusal, spec.account)
+
+    def decide(budget: Budget) -> HoldRequest:
+        nonlocal decision, decision_s
+        began_s = time.perf_counter()
+        decision = planner.decide(draft, budget, loads)
+        decision_s = time.perf_counter() - began_s
+        if isinstance(decision, Refusal):
+            raise refusal_error(decision, spec.account)
+        planner.require_bounded(draft, decision.tier, ledger.max_result_bytes)
+        return HoldRequest(
+            job_id=job_id,
+            account=spec.account,
+            amount_uatp=draft.offers[decision.tier].worst_case_uatp,
+            rate_card=draft.card.version,
+            tier=decision.tier.name,
+            strategic=decision.tier == Tier.STRATEGIC,
+            client_request_id=spec.client_request_id,
+            payload_hash=payload,
+            ttl_s=ttl_s,
+        )
+
+    try:
+        held = await ledger.decide_hold(spec.account, spec.client_request_id, payload, decide)
+    finally:
+        if decision is not None:
+            metrics.jobs.route_decided(spec.requested, decision, decision_s)
+    if isinstance(held, Replay):
+        return held
+    assert isinstance(decision, Route), "what is held was decided"
+    metrics.money.held(decision.tier, held.held_uatp)
+    return Hold(job_id, spec.account, decision, held.held_uatp, ledger, metrics.money)
+
+
+_NATURAL = {EndReason.EOS: StopReason.END_OF_TEXT, EndReason.LENGTH: StopReason.LENGTH}
+
+_RETRY_FAILED_S = 5.0
+"""A tier that failed loads its model again at once; a small one serves by then."""
+
+
+def failure_of(ended: Ended, tier: Tier) -> SageFedError | None:
+    """Return the error of a sequence that the device did not bring to an end."""
+    match ended.reason:
+        case EndReason.OUT_OF_MEMORY:
+            return DeviceOutOfMemory(
+                "the device had no memory for this job; try a shorter prompt or max_new_tokens"
+            )
+        case EndReason.NOT_FINITE:
+            return NotFinite(
+                "the model's numbers overflowed for this job and nothing was charged; the same "
+                "prompt would fail again, so shorten or reword it"
+            )
+        case EndReason.FAILED:
+            return TierUnavailable(
+                f"the {tier.name} tier failed and nothing was charged; ask again soon",
+                _RETRY_FAILED_S,
+            )
+        case _:
+            return None
+
+
+def stop_reason_of(
+    asked: StopReason | None, ended: Ended | None, stop_token_ids: Collection[int] = ()
+) -> StopReason:
+    """Return why a job stopped.
+
+    Args:
+        asked: what it was asked to stop for, if it was.
+        ended: the sequence's ending; None where it never got to the executor.
+        stop_token_ids: those that the client named; any other was spelled by a stop string.
+    """
+    if asked in DROPS_OUTPUT:
+        # Also where the sequence had ended by itself: what came after it was dropped.
+        return asked
+    if ended is not None and ended.reason in _NATURAL:
+        return _NATURAL[ended.reason]
+    if ended is not None and ended.reason is EndReason.STOP_TOKEN:
+        named = ended.stop_token_id in stop_token_ids
+        return StopReason.STOP_TOKEN if named else StopReason.STOP_STRING
+    # A shutdown ends sequences without anyone having asked this job to stop.
+    return asked or StopReason.ABORTED
+
+
+def timing_of(ended: Ended | None, arrived_s: float, now: float) -> Timing:
+    """Return a job's durations; `arrived_s` and `now` are on the executor's clock."""
+    if ended is None:
+        return Timing(0.0, 0.0, 0.0, 0.0, now - arrived_s)
+    started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
+    return Timing(
+        queue_s=(ended.ended_s if started is None else started) - ended.submitted_s,
+        prefill_s=first - started if first is not None and started is not None else 0.0,
+        decode_s=last - first if last is not None and first is not None else 0.0,
+        time_to_first_token_s=first - arrived_s if first is not None else 0.0,
+        total_s=now - arrived_s,
+        device_s=ended.device_s,
+    )

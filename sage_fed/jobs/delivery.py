@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 
 from sage_fed.core import Delta, JobSpec, Phase, Started, StopReason, Tier
 from sage_fed.device import Ended, Executor, SequenceSpec, TokenStream, TokenWeights
-from sage_fed.jobs.endings import DROPS_OUTPUT
+from sage_fed.jobs.admission import Plan
 from sage_fed.jobs.mailbox import JobStream
 from sage_fed.jobs.output import Output
-from sage_fed.jobs.plan import Plan
 from sage_fed.metrics import JobMetrics
 from sage_fed.steps import Drawn
+
+DROPS_OUTPUT = (StopReason.STOP_STRING, StopReason.CANCELLED)
+"""What comes after these is not delivered: the text is complete, or its reader has left."""
 
 
 class Delivery:

@@ -1,9 +1,12 @@
 """From a request to a plan: encode, price, decide. No side effect.
 
 Owns what `Quote` shows and what a job runs with, so that a quote is for exactly the job that
-would run. Reads the tiers' load; the account's budget is handed to it, because the decision is
-made where the balance is, inside the ledger's transaction.
-Fails with `InvalidField` for a prompt that cannot be encoded; a refusal is a value.
+would run; and where a prompt is encoded: on the event loop what takes about a millisecond, in a
+thread in its account's turn what takes longer, not at all what no tier can take.
+Reads the tiers' load; the account's budget is handed to it, because the decision is made where
+the balance is, inside the ledger's transaction.
+Fails with `InvalidField` for a prompt that cannot be encoded and with `RateLimited` for an account
+that has as much waiting as it may; a refusal is a value.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from sage_fed.core import (
     GenerationDefaults,
     JobSpec,
     Offer,
+    Prompt,
     Quote,
     Refusal,
     Route,
@@ -31,10 +35,10 @@ from sage_fed.core import (
 )
 from sage_fed.device import Executor
 from sage_fed.errors import InvalidField
-from sage_fed.jobs.encoding import Encoded, Encoder
 from sage_fed.jobs.results import most_reply_bytes, most_result_bytes
 from sage_fed.routing import RouteRequest, RoutingPolicy, estimate_s, refuse_unread, route
 from sage_fed.text import Tokenizer
+from sage_fed.workers import Workers
 
 _T = TypeVar("_T")
 
@@ -322,3 +326,81 @@ def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> In
 
 def _given(value: _T | None, default: _T) -> _T:
     return default if value is None else value
+
+
+_INLINE_SIZE = 1024
+"""Encoding this much takes about a millisecond at most, whatever it is; more goes to a thread."""
+
+_MESSAGE_SIZE = 32
+"""What a message costs besides its characters: the template's loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt's size on every tier, and its ids.
+
+    `ids` is empty for an unread prompt: its `num_tokens` are the fewest that it can have, more
+    than any tier takes.
+    """
+
+    num_tokens: Mapping[Tier, int]
+    ids: Mapping[Tier, tuple[int, ...]]
+
+    @property
+    def unread(self) -> bool:
+        """Whether its length alone was enough to refuse it."""
+        return not self.ids
+
+
+class Encoder:
+    """The tokenizers of the tiers; those that share one share the work."""
+
+    def __init__(self, tokenizers: Mapping[Tier, Tokenizer], workers: Workers) -> None:
+        self.tokenizers = tokenizers
+        self._workers = workers
+        self._distinct = tuple({id(own): own for own in tokenizers.values()}.values())
+
+    async def encode(
+        self, prompt: Prompt, account: str, *, max_tokens: int | None = None
+    ) -> Encoded:
+        """Return a prompt's ids, in its account's turn.
+
+        Args:
+            prompt: what to encode.
+            account: who asks.
+            max_tokens: what certainly has more for every tokenizer is left unread.
+
+        Raises:
+            InvalidField: the template refuses the messages, or an id has no meaning.
+            RateLimited: the account has as much waiting as it may.
+        """
+        if not prompt.messages:
+            return self._as_sent(prompt.token_ids, max_tokens)
+        size = sum(len(message.content) + _MESSAGE_SIZE for message in prompt.messages)
+        if max_tokens is not None and size <= max_tokens:
+            max_tokens = None  # its length cannot say that it is too long
+        size *= len(self._distinct)
+        if size <= _INLINE_SIZE:
+            return self._encode(prompt, max_tokens)
+        self._workers.require_room(account, size)
+        return await self._workers.run(account, size, lambda: self._encode(prompt, max_tokens))
+
+    def _encode(self, prompt: Prompt, max_tokens: int | None) -> Encoded:
+        if max_tokens is not None:
+            least = {id(own): own.least_tokens(prompt.messages) for own in self._distinct}
+            if min(least.values()) > max_tokens:
+                return Encoded({tier: least[id(own)] for tier, own in self.tokenizers.items()}, {})
+        ids = {id(own): own.encode_messages(prompt.messages) for own in self._distinct}
+        return _read({tier: ids[id(own)] for tier, own in self.tokenizers.items()})
+
+    def _as_sent(self, ids: tuple[int, ...], max_tokens: int | None) -> Encoded:
+        """Take the ids that a client sends, which are checked only where a tier can take them."""
+        if max_tokens is not None and len(ids) > max_tokens:
+            return Encoded(dict.fromkeys(self.tokenizers, len(ids)), {})
+        for own in self._distinct:
+            own.validate_ids(ids)
+        return _read(dict.fromkeys(self.tokenizers, ids))
+
+
+def _read(ids: Mapping[Tier, tuple[int, ...]]) -> Encoded:
+    return Encoded({tier: len(own) for tier, own in ids.items()}, ids)
