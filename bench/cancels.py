@@ -34,7 +34,7 @@ from sage_fed.cli import scrape
 from sage_fed.cli.demo_daemon import DemoDaemon
 from sage_fed.cli.paths import ledger_file
 from sage_fed.ledger import check
-from sage_fed.ledger.store import readable
+from sage_fed.ledger.ledger_files import readable
 
 ALLOWED_S = 0.05
 """Beyond one step, from a client's leaving to the end of its job in the books."""

@@ -32,7 +32,7 @@ from rich.progress import track
 
 import sage_fed
 from sage_fed.ledger import check
-from sage_fed.ledger.store import readable
+from sage_fed.ledger.ledger_files import readable
 
 ROOT = Path(sage_fed.__file__).parents[1]
 WORKER = ROOT / "tests" / "ledger" / "ledger_crash_child.py"

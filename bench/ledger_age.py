@@ -113,7 +113,7 @@ class Audits(logging.Handler):
 async def start(path: Path, *, until_audited: bool = False) -> tuple[float, float]:
     """Seconds to open, and until everything was audited beside it, where that is waited for."""
     audits = Audits()
-    log = logging.getLogger("sage_fed.ledger.auditor")
+    log = logging.getLogger("sage_fed.ledger.check")
     log.setLevel(logging.INFO)
     log.addHandler(audits)
     began_s = time.perf_counter()

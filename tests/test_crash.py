@@ -35,7 +35,7 @@ from sage_fed.core import (
 )
 from sage_fed.errors import SageFedError
 from sage_fed.ledger import check
-from sage_fed.ledger.words import Entry, EntryKind
+from sage_fed.ledger.entries import Entry, EntryKind
 
 WAIT_S = 60.0
 """A deadline that only a hung daemon meets."""

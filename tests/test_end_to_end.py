@@ -47,7 +47,7 @@ from sage_fed.errors import (
     SageFedError,
 )
 from sage_fed.ledger import check
-from sage_fed.ledger.words import EntryKind
+from sage_fed.ledger.entries import EntryKind
 from sage_fed.v1 import inference_pb2
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -44,8 +44,7 @@ from sage_fed.errors import (
 )
 from sage_fed.ledger import AccountTerms, BudgetChange, EntryKind, HoldRequest
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.clock import Now
-from sage_fed.ledger.words import MAX_TEXT, Day, Place
+from sage_fed.ledger.entries import MAX_TEXT, Day, Now, Place
 from sage_fed.service.budget import MAX_PAGE_SIZE, page_token, read_page_token
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 

@@ -16,7 +16,7 @@ import sage_fed
 from sage_fed.core import Role, Tier, resolve_model
 from sage_fed.errors import ConfigError
 from sage_fed.ledger.books import MAX_TTL_S
-from sage_fed.ledger.words import MAX_TEXT
+from sage_fed.ledger.entries import MAX_TEXT
 from sage_fed.settings import (
     Address,
     Effective,

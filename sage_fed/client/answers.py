@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sage_fed.core import Finished, Logprob, OpenReply, RunningJob, Started, TierLoad
-from sage_fed.ledger.words import Day, Entry
+from sage_fed.ledger.entries import Day, Entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from sage_fed import core
 from sage_fed.client import replies, reports
 from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
 from sage_fed.client.requests import TierName, chat_of, filled, prompt_of, tier_of
-from sage_fed.ledger.words import BudgetChange
+from sage_fed.ledger.entries import BudgetChange
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ from sage_fed.core import (
     Quote,
     Tier,
 )
-from sage_fed.ledger.words import BudgetChange, Day, Entry
+from sage_fed.ledger.entries import BudgetChange, Day, Entry
 
 T = TypeVar("T")
 

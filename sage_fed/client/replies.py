@@ -13,7 +13,7 @@ from typing import TypeVar
 from sage_fed import core
 from sage_fed.client.answers import Answer, EntryPage, TokenCount
 from sage_fed.errors import CallFailed
-from sage_fed.ledger.words import NS_PER_S, Day, Entry, EntryKind
+from sage_fed.ledger.entries import NS_PER_S, Day, Entry, EntryKind
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 E = TypeVar("E", bound=enum.Enum)

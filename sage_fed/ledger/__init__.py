@@ -1,19 +1,14 @@
 """The crash-safe ATP ledger: double entry in SQLite, one writer thread, group commit.
 
-`ledger.py` is the facade for the event loop over its `inbox.py`, `writer.py` the thread that
-writes, `reader.py` the one that reads for clients,
-`books.py` the bookkeeping with `accounts.py`, `requests.py` and `refill.py`, `schema.py`,
-`store.py`, `files.py` and `lock.py` the file, `days.py` what is left of old entries, `check.py` the
-audit and `auditor.py` its thread, `backup.py` the copy,
-`clock.py` and `words.py` what they all speak of.
+`ledger.py` is the event loop's side: operations as coroutines, the inbox, the reading thread.
+`writer.py` is the thread that writes, `books.py` the bookkeeping on one connection, `schema.py` its
+tables, `ledger_files.py` the files and the lock, `check.py` the audit and the backup, `entries.py`
+the values that they share.
 """
 
-from sage_fed.ledger.backup import backup
-from sage_fed.ledger.check import CheckReport, check
-from sage_fed.ledger.inbox import LedgerOptions
-from sage_fed.ledger.ledger import Ledger
-from sage_fed.ledger.requests import Retention
-from sage_fed.ledger.words import (
+from sage_fed.ledger.books import Retention
+from sage_fed.ledger.check import CheckReport, backup, check
+from sage_fed.ledger.entries import (
     AccountTerms,
     BudgetChange,
     Day,
@@ -26,6 +21,7 @@ from sage_fed.ledger.words import (
     Replay,
     Settlement,
 )
+from sage_fed.ledger.ledger import Ledger, LedgerOptions
 
 __all__ = [
     "AccountTerms",

@@ -5,29 +5,69 @@ transactions: the caller opens one, and takes back an operation that raised (`wr
 Every time is an argument. A hold ends exactly once; each end first counts the refill until now,
 because what is spent makes room that earlier refill must not fill.
 Fails with the errors each method names; an `apsw` error means a bug or a broken disk.
+
+Accounts: their balances, terms and refill.
+
+Owns the `account` table and every entry's insertion (`post`). Knows no jobs or threads; runs
+inside the caller's transaction. Fails with `NoSuchAccount` and `InvalidField`.
+
+How much an account has refilled: integer arithmetic on a high-water mark.
+
+Owns the formula. Pure: no clock, no SQL, no failure.
+`rate` uATP/s over `elapsed` ns gives `rate * elapsed` billionths of a uATP; whole uATP are
+credited and the rest is carried, so that refilling often and refilling rarely give the same sum.
+
+Client request ids: which are taken, and the results kept for a repeat.
+
+Owns the `request` table. Knows no amounts; runs inside the caller's transaction.
+An id is claimed by a hold and freed when the hold is voided or expires, or is settled without a
+result. A settled one is kept for the retention; where its result is too large or had to make
+room, the id still refuses a second run, because running again would charge again.
+
+What is left of old entries: one row an account and day, into which they are folded.
+
+Owns the `day` table, which entries and jobs may go, and in which order. Knows no amounts: the
+database itself adds an entry that is deleted to its day (`schema.py`), so no sum can be lost.
+Runs inside the caller's transaction, in steps of so many rows.
+
+Entries go in the order in which they came, oldest first, a job's all together with its ending; only
+the hold of a job that has not ended, or not long ago, is passed over. So what is left is, at every
+instant, a balance to start from and everything since: `check` proves it, running balances included.
+A hold that was given back by its own job moved nothing in the end, and a client could make as many
+as it likes: it goes at once, and leaves a count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import apsw
 
 from sage_fed.core import Budget
-from sage_fed.errors import CannotAfford, HoldClosed, InvalidField, NotFound
-from sage_fed.ledger.accounts import Account, Accounts
-from sage_fed.ledger.clock import Now
-from sage_fed.ledger.days import Days, Folded
-from sage_fed.ledger.requests import Requests, Retention
-from sage_fed.ledger.words import (
+from sage_fed.errors import (
+    CannotAfford,
+    HoldClosed,
+    InvalidField,
+    NoSuchAccount,
+    NotFound,
+    RequestIdConflict,
+)
+from sage_fed.ledger.entries import (
+    MAX_LIFETIME_UATP,
+    MOVES,
     NS_PER_S,
+    AccountTerms,
+    BudgetChange,
+    Day,
     Entry,
     EntryKind,
     HoldReceipt,
     HoldRequest,
     JobState,
+    Now,
     Page,
     Place,
     Recovery,
@@ -324,3 +364,563 @@ def _require_affordable(row: Account, request: HoldRequest, now: Now) -> None:
         reason="STRATEGIC_FLOOR" if below_floor else "BALANCE",
         retry_after_s=row.retry_after_s(needed_uatp, now),
     )
+
+
+REFILL_QUANTUM_NS = NS_PER_S
+"""Refill younger than this is not written unless it is needed: at most about one entry a second."""
+
+MARK_AGE_NS = 60 * NS_PER_S
+"""Refill older than this is written by `keep_marks`, so a crash and reboot lose at most this."""
+
+MARKS_STEP = 256
+"""How many accounts one step of `keep_marks` looks at."""
+
+_TERMS = ("capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
+"""What the settings and an operator both have a word on."""
+
+log = logging.getLogger(__name__)
+
+COLUMNS = (
+    "account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
+    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One row, as of its refill mark."""
+
+    account: str
+    charged_uatp: int
+    held_uatp: int
+    discharged_uatp: int
+    capacity_uatp: int
+    refill_uatp_per_s: int
+    strategic_floor_uatp: int
+    refill_epoch: str
+    refill_ns: int
+    refill_remainder: int
+
+    def accrual(self, now: Now) -> Accrual:
+        """Refill since the mark. Held amounts count: voiding them must not pass the capacity."""
+        outstanding = self.charged_uatp + self.held_uatp
+        return accrue(
+            Mark(self.refill_epoch, self.refill_ns, self.refill_remainder),
+            now,
+            rate_uatp_per_s=self.refill_uatp_per_s,
+            room_uatp=min(
+                self.capacity_uatp - outstanding,
+                MAX_LIFETIME_UATP - outstanding - self.discharged_uatp,
+            ),
+        )
+
+    def available_uatp(self, now: Now) -> int:
+        """What may be held now, refill included."""
+        return self.charged_uatp + self.accrual(now).amount_uatp
+
+    def budget(self, now: Now) -> Budget:
+        """The books with refill counted until now."""
+        return Budget(
+            account=self.account,
+            balance_uatp=self.available_uatp(now),
+            held_uatp=self.held_uatp,
+            discharged_uatp=self.discharged_uatp,
+            capacity_uatp=self.capacity_uatp,
+            refill_uatp_per_s=self.refill_uatp_per_s,
+            strategic_floor_uatp=self.strategic_floor_uatp,
+        )
+
+    def retry_after_s(self, needed_uatp: int, now: Now) -> float | None:
+        """When refill will have covered `needed_uatp`; None where it never will."""
+        if self.refill_uatp_per_s == 0 or needed_uatp > self.capacity_uatp:
+            return None
+        accrual = self.accrual(now)
+        deficit = needed_uatp - self.charged_uatp - accrual.amount_uatp
+        assert deficit > 0, "only a refused amount has a wait"
+        return wait_s(
+            deficit, rate_uatp_per_s=self.refill_uatp_per_s, remainder=accrual.mark.remainder
+        )
+
+
+class Accounts:
+    """The `account` table on one connection."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def find(self, account: str) -> Account | None:
+        """The row, or None."""
+        row = self._db.execute(
+            f"SELECT {COLUMNS} FROM account WHERE account = ?",  # noqa: S608 - a constant
+            (account,),
+        ).fetchone()
+        return None if row is None else Account(*cast("tuple[Any, ...]", row))
+
+    def read(self, account: str) -> Account:
+        """The row; `NoSuchAccount` where there is none."""
+        row = self.find(account)
+        if row is None:
+            raise NoSuchAccount("this account has no budget; ask the operator for one")
+        return row
+
+    def budget(self, account: str, now: Now) -> Budget:
+        """The books of an account with refill counted until now, without writing it."""
+        return self.read(account).budget(now)
+
+    def post(
+        self, account: str, kind: EntryKind, amount_uatp: int, now: Now, job_id: str | None = None
+    ) -> None:
+        """Add an entry, which moves the balances; an amount of 0 moves nothing."""
+        assert amount_uatp >= 0, "an entry only ever moves forward"
+        if amount_uatp == 0:
+            return
+        self._db.execute(
+            "INSERT INTO entry (entry_id, number, time_ns, account, kind, job_id, amount_uatp, "
+            "debit, credit) SELECT last_entry_id + 1, last_number + 1, ?, account, ?, ?, ?, ?, ? "
+            "FROM book, account WHERE account = ?",
+            (now.wall_ns, kind.value, job_id, amount_uatp, *MOVES[kind], account),
+        )
+        assert self._db.changes() == 1, "the account was read before"
+
+    def write_refill(self, row: Account, now: Now, *, needed_uatp: int = 0) -> None:
+        """Write the refill since the mark, before an operation that moves this account.
+
+        Left for later where that changes no sum: the account was never full since its mark,
+        `needed_uatp` is there already, and the mark is younger than `REFILL_QUANTUM_NS`.
+        """
+        accrual = row.accrual(now)
+        if (
+            not accrual.capped
+            and needed_uatp <= row.charged_uatp
+            and accrual.elapsed_ns < REFILL_QUANTUM_NS
+            and now.epoch == row.refill_epoch
+        ):
+            return
+        self._write(row, accrual, now)
+
+    def begin_epoch(self, now: Now) -> None:
+        """Begin to count here and now for every account that was last counted on another boot."""
+        self._db.execute(
+            "UPDATE account SET refill_epoch = ?, refill_ns = ? WHERE refill_epoch <> ?",
+            (now.epoch, now.ns, now.epoch),
+        )
+
+    def keep_marks(self, now: Now, *, age_ns: int = MARK_AGE_NS, after: str = "") -> str:
+        """Write the refill of accounts whose mark is at least `age_ns` old; one step.
+
+        Looks at so many accounts behind the name `after`; the last one's name, "" at the end.
+        """
+        rows = self._db.execute(
+            f"SELECT {COLUMNS} FROM account WHERE account > ? "  # noqa: S608 - a constant
+            "ORDER BY account LIMIT ?",
+            (after, MARKS_STEP),
+        ).fetchall()
+        seen = [Account(*cast("tuple[Any, ...]", values)) for values in rows]
+        for row in seen:
+            accrual = row.accrual(now)
+            if row.refill_uatp_per_s and (
+                accrual.elapsed_ns >= age_ns or now.epoch != row.refill_epoch
+            ):
+                self._write(row, accrual, now)
+        return seen[-1].account if len(seen) == MARKS_STEP else ""
+
+    def keep_all_marks(self, now: Now) -> None:
+        """Write the refill of every account, for the end."""
+        after = self.keep_marks(now, age_ns=0)
+        while after:
+            after = self.keep_marks(now, age_ns=0, after=after)
+
+    def ensure(self, account: str, terms: AccountTerms, now: Now) -> Budget:
+        """Create the account, or apply what the settings have changed.
+
+        The last word on a term holds: the operator's, until the settings say something else of
+        it than they did when they were last applied or the operator spoke.
+        """
+        require_text("account", account)
+        for name in AccountTerms.__slots__:
+            require_amount(name, getattr(terms, name))
+        row = self.find(account)
+        declared = (terms.capacity_uatp, terms.refill_uatp_per_s, terms.strategic_floor_uatp)
+        if row is None:
+            self._create(account, BudgetChange(terms.initial_uatp, *declared), now)
+        else:
+            before = self._db.execute(
+                "SELECT declared_capacity_uatp, declared_refill_uatp_per_s, declared_floor_uatp "
+                "FROM account WHERE account = ?",
+                (account,),
+            ).fetchone()
+            assert before is not None, "the row was just read"
+            # None: an operator made it, before this program kept what the settings said then.
+            changed = [
+                new if old is not None and new != old else None
+                for new, old in zip(declared, before, strict=True)
+            ]
+            for name, new, old in zip(_TERMS, changed, before, strict=True):
+                if new is not None and getattr(row, name) not in (old, new):
+                    log.warning(
+                        "account %s: the settings have changed its %s, so that %d uATP replace the "
+                        "%d that an operator had set; `sage-fed admin set-budget` sets it again",
+                        account, name, new, getattr(row, name),
+                    )  # fmt: skip
+            self._change(row, BudgetChange(None, *changed), now)
+        self._declare(account, declared)
+        return self.budget(account, now)
+
+    def set_budget(
+        self, account: str, change: BudgetChange, now: Now, terms: AccountTerms | None = None
+    ) -> Budget:
+        """Create the account or change it; what a new one is not told is 0.
+
+        `terms` are what the settings say of the account now: over what it sets here the operator
+        has had the last word, see `ensure`.
+        Raises `InvalidField` on amounts out of range.
+        """
+        require_text("account", account)
+        for name in BudgetChange.__slots__:
+            amount = getattr(change, name)
+            if amount is not None:
+                require_amount(name, amount)
+        row = self.find(account)
+        if row is None:
+            self._create(account, change, now)
+        else:
+            self._change(row, change, now)
+        if terms is not None:
+            # A new account is the operator's in every term, an old one's only in those named.
+            named = [
+                getattr(terms, name) if row is None or getattr(change, name) is not None else None
+                for name in _TERMS
+            ]
+            self._declare(account, named)
+        return self.budget(account, now)
+
+    def _declare(self, account: str, terms: Sequence[int | None]) -> None:
+        """Remember what the settings say of capacity, refill and floor; None: as it was."""
+        self._db.execute(
+            "UPDATE account SET "
+            "declared_capacity_uatp = coalesce(?, declared_capacity_uatp), "
+            "declared_refill_uatp_per_s = coalesce(?, declared_refill_uatp_per_s), "
+            "declared_floor_uatp = coalesce(?, declared_floor_uatp) WHERE account = ?",
+            (*terms, account),
+        )
+
+    def _create(self, account: str, terms: BudgetChange, now: Now) -> None:
+        self._db.execute(
+            "INSERT INTO account (account, capacity_uatp, refill_uatp_per_s, "
+            "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder) "
+            "VALUES (?, ?, ?, ?, ?, ?, 0)",
+            (
+                account,
+                terms.capacity_uatp or 0,
+                terms.refill_uatp_per_s or 0,
+                terms.strategic_floor_uatp or 0,
+                now.epoch,
+                now.ns,
+            ),
+        )
+        self.post(account, EntryKind.GRANT, terms.balance_uatp or 0, now)
+
+    def _change(self, row: Account, change: BudgetChange, now: Now) -> None:
+        # The time until now was lived under the old terms.
+        self._write(row, row.accrual(now), now)
+        row = self.read(row.account)
+        if change.balance_uatp is not None:
+            rise_uatp = change.balance_uatp - row.charged_uatp
+            if change.balance_uatp + row.held_uatp + row.discharged_uatp > MAX_LIFETIME_UATP:
+                raise InvalidField("balance_uatp", "this account has got as much as it ever can")
+            self.post(row.account, EntryKind.GRANT, max(0, rise_uatp), now)
+            self.post(row.account, EntryKind.REVOKE, max(0, -rise_uatp), now)
+        self._db.execute(
+            "UPDATE account SET capacity_uatp = coalesce(?, capacity_uatp), "
+            "refill_uatp_per_s = coalesce(?, refill_uatp_per_s), "
+            "strategic_floor_uatp = coalesce(?, strategic_floor_uatp) WHERE account = ?",
+            (
+                change.capacity_uatp,
+                change.refill_uatp_per_s,
+                change.strategic_floor_uatp,
+                row.account,
+            ),
+        )
+
+    def _write(self, row: Account, accrual: Accrual, now: Now) -> None:
+        self.post(row.account, EntryKind.REFILL, accrual.amount_uatp, now)
+        self._db.execute(
+            "UPDATE account SET refill_epoch = ?, refill_ns = ?, refill_remainder = ? "
+            "WHERE account = ?",
+            (accrual.mark.epoch, accrual.mark.ns, accrual.mark.remainder, row.account),
+        )
+
+
+NS_PER_MS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Until when refill has been counted; `remainder` is in 1e-9 uATP, below 1e9."""
+
+    epoch: str
+    ns: int
+    remainder: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accrual:
+    """What came in since a mark, and the mark that follows.
+
+    `capped`: the account was full at some time since, so what came later is lost.
+    """
+
+    amount_uatp: int
+    mark: Mark
+    elapsed_ns: int
+    capped: bool
+
+
+def accrue(mark: Mark, now: Now, *, rate_uatp_per_s: int, room_uatp: int) -> Accrual:
+    """Count the refill since `mark`, at most `room_uatp` (below 0 counts as 0).
+
+    Within an epoch the mark never goes back, so a clock that does cannot pay twice.
+    Of another epoch nothing counts: no clock tells how long ago its mark was, and another
+    machine's uptime says nothing about it.
+    """
+    same_epoch = mark.epoch == now.epoch
+    elapsed_ns = max(0, now.ns - mark.ns) if same_epoch else 0
+    next_ns = max(mark.ns, now.ns) if same_epoch else now.ns
+    amount, remainder = divmod(rate_uatp_per_s * elapsed_ns + mark.remainder, NS_PER_S)
+    room = max(0, room_uatp)
+    capped = amount >= room
+    if capped:
+        amount, remainder = room, 0
+    return Accrual(amount, Mark(now.epoch, next_ns, remainder), elapsed_ns, capped)
+
+
+def wait_s(deficit_uatp: int, *, rate_uatp_per_s: int, remainder: int) -> float:
+    """Seconds until `deficit_uatp` > 0 more have come in at a rate > 0, rounded up to 1 ms."""
+    wait_ns = -(-(deficit_uatp * NS_PER_S - remainder) // rate_uatp_per_s)
+    return -(-wait_ns // NS_PER_MS) / 1000
+
+
+STEP_REQUESTS = 256
+STEP_BYTES = 2**20
+"""What one step forgets at most, and the result that fills it: milliseconds of the writer's."""
+
+MAX_NS = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long results are kept, and how many bytes of them, each and in all.
+
+    And how long entries are, one by one; never shorter than a request id that goes with them.
+    """
+
+    keep_s: float = 24 * 3600.0
+    entries_s: float = 30 * 86_400.0
+    one_result_bytes: int = 32 * 2**20
+    all_results_bytes: int = 256 * 2**20
+
+
+class Requests:
+    """The `request` table on one connection."""
+
+    def __init__(self, db: apsw.Connection, retention: Retention) -> None:
+        self._db = db
+        self._retention = retention
+
+    def find(self, account: str, client_request_id: str, payload_hash: bytes) -> Replay | None:
+        """The kept result, or None where the id is free (an empty one always is).
+
+        Raises `RequestIdConflict` where it was used with another payload, its job still runs,
+        or its result is no longer kept.
+        """
+        if not client_request_id:
+            return None
+        row = self._db.execute(
+            "SELECT job_id, payload_hash, settled_ns, result FROM request "
+            "WHERE account = ? AND client_request_id = ?",
+            (account, client_request_id),
+        ).fetchone()
+        if row is None:
+            return None
+        job_id, first_hash, settled_ns, result = row
+        if first_hash != payload_hash:
+            raise RequestIdConflict(
+                "client_request_id was used for another request; choose another"
+            )
+        if settled_ns is None:
+            raise RequestIdConflict(
+                "the first request with this client_request_id is still running"
+            )
+        if result is None:
+            raise RequestIdConflict(
+                "the request with this client_request_id was answered, but its result was too "
+                "large to keep; choose another"
+            )
+        return Replay(job_id, result)
+
+    def claim(self, request: HoldRequest) -> None:
+        """Take the id of a new hold; nothing where it has none."""
+        if request.client_request_id:
+            self._db.execute(
+                "INSERT INTO request (account, client_request_id, payload_hash, job_id) "
+                "VALUES (?, ?, ?, ?)",
+                (
+                    request.account,
+                    request.client_request_id,
+                    request.payload_hash,
+                    request.job_id,
+                ),
+            )
+
+    def answer(self, job_id: str, result: bytes | None, now: Now) -> None:
+        """Keep a settled job's result for repeats; without one its id is free again."""
+        if result is None:
+            self.free(job_id)
+            return
+        kept = result if len(result) <= self._retention.one_result_bytes else None
+        self._db.execute(
+            "UPDATE request SET settled_ns = ?, result = ? WHERE job_id = ?",
+            (now.wall_ns, kept, job_id),
+        )
+
+    def keeps(self, job_id: str) -> bool:
+        """Whether an id stands for this job."""
+        return bool(self._db.execute("SELECT 1 FROM request WHERE job_id = ?", (job_id,)).get)
+
+    def free(self, job_id: str) -> None:
+        """Let the id of a job be used again."""
+        self._db.execute("DELETE FROM request WHERE job_id = ?", (job_id,))
+
+    def prune(self, now: Now) -> int:
+        """Forget the oldest ids past the retention, or the oldest results above the byte limit.
+
+        One step, of so many rows and bytes; returns how many ids or results it was, 0 at the end.
+        """
+        oldest_ns = now.wall_ns - int(self._retention.keep_s * NS_PER_S)
+        past = self._step("settled_ns < ? AND settled_ns IS NOT NULL", oldest_ns, STEP_BYTES)
+        for row in past:
+            job_id = self._db.execute(
+                "DELETE FROM request WHERE rowid = ? RETURNING job_id", (row,)
+            ).get
+            # A free job has no entries that lead to it later.
+            self._db.execute("DELETE FROM job WHERE job_id = ? AND held_uatp = 0", (job_id,))
+        above_bytes = self.kept_bytes() - self._retention.all_results_bytes
+        if past or above_bytes <= 0:
+            return len(past)
+        oldest = self._step("settled_ns <= ? AND result IS NOT NULL", MAX_NS, above_bytes)
+        self._db.executemany(
+            "UPDATE request SET result = NULL WHERE rowid = ?", [(row,) for row in oldest]
+        )
+        return len(oldest)
+
+    def kept_bytes(self) -> int:
+        """What all kept results take together."""
+        return int(self._db.execute("SELECT kept_bytes FROM book").get)
+
+    def _step(self, where: str, until_ns: int, enough_bytes: int) -> list[int]:
+        """The oldest settled ids of those: as many as are a step, or make up so many bytes."""
+        found, bytes_left = [], min(enough_bytes, STEP_BYTES)
+        for row, size in self._db.execute(
+            f"SELECT rowid, coalesce(length(result), 0) FROM request WHERE {where} "  # noqa: S608
+            "ORDER BY settled_ns, rowid LIMIT ?",
+            (until_ns, STEP_REQUESTS),
+        ):
+            if bytes_left <= 0:
+                break
+            found.append(int(row))
+            bytes_left -= int(size)
+        return found
+
+
+STEP_ENTRIES = 256
+"""What one step looks at: a few milliseconds of the writer's."""
+
+DAY_NS = 86_400 * NS_PER_S
+
+MAY_FOLD = (
+    "SELECT state FROM job WHERE job_id = ? AND state <> 'held' "
+    "AND NOT EXISTS (SELECT 1 FROM request WHERE request.job_id = job.job_id)"
+)
+"""How a job ended whose entries nobody needs one by one: not open, and no request id to answer.
+
+What else has to stay gets its condition here, and in the trigger `entry_stays`.
+"""
+
+_COUNTS = {
+    JobState.SETTLED: "settled_jobs",
+    JobState.VOIDED: "voided_jobs",
+    JobState.EXPIRED: "expired_jobs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a step did: entries that went, where the next one begins, whether there may be more."""
+
+    entries: int
+    passed_id: int
+    more: bool
+
+
+class Days:
+    """The `day` table on one connection."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def fold_job(self, job_id: str, account: str, ended: JobState, ended_ns: int) -> int:
+        """Fold all that is left of a job that has ended; how many entries that were."""
+        self._db.execute("DELETE FROM entry WHERE job_id = ?", (job_id,))
+        entries = self._db.changes()
+        self._db.execute("DELETE FROM job WHERE job_id = ?", (job_id,))
+        count = _COUNTS[ended]
+        self._db.execute(
+            "INSERT INTO day (account, day, entries, charged_uatp, held_uatp, discharged_uatp, "  # noqa: S608 - a constant
+            f"{count}) VALUES (?, ?, 0, 0, 0, 0, 1) "
+            f"ON CONFLICT (account, day) DO UPDATE SET {count} = {count} + 1",
+            (account, ended_ns // DAY_NS),
+        )
+        return entries
+
+    def fold(self, now: Now, keep_s: float, passed_id: int) -> Folded:
+        """Fold the oldest entries behind `passed_id`, as far as they are older than `keep_s`.
+
+        One step; begun at 0, it passes over the holds of jobs that end later, and nothing else.
+        A clock that is behind folds nothing, and one that was ahead holds the folding up.
+        """
+        oldest_ns = now.wall_ns - int(keep_s * NS_PER_S)
+        rows = cast(
+            "list[tuple[int, int, str, str, str | None]]",
+            self._db.execute(
+                "SELECT entry_id, time_ns, account, kind, job_id FROM entry WHERE entry_id > ? "
+                "ORDER BY entry_id LIMIT ?",
+                (passed_id, STEP_ENTRIES),
+            ).fetchall(),
+        )
+        folded, gone = 0, set[str]()
+        for entry_id, time_ns, account, kind, job_id in rows:
+            if job_id in gone:  # with its ending's first entry
+                continue
+            if time_ns >= oldest_ns:
+                return Folded(folded, passed_id, more=False)
+            if job_id is None:
+                self._db.execute("DELETE FROM entry WHERE entry_id = ?", (entry_id,))
+                folded += 1
+            elif kind != "hold":
+                ended = self._db.execute(MAY_FOLD, (job_id,)).get
+                if ended is None:
+                    return Folded(folded, passed_id, more=False)
+                folded += self.fold_job(job_id, account, JobState(ended), time_ns)
+                gone.add(job_id)
+            passed_id = entry_id
+        return Folded(folded, passed_id, more=len(rows) == STEP_ENTRIES)
+
+    def read(self, account: str, before_day: int | None, limit: int) -> list[Day]:
+        """Up to `limit` days of an account before a day, newest first."""
+        rows = self._db.execute(
+            "SELECT day, entries, charged_uatp + held_uatp + discharged_uatp, discharged_uatp, "
+            "settled_jobs, voided_jobs, expired_jobs FROM day WHERE account = ? AND day < ? "
+            "ORDER BY day DESC LIMIT ?",
+            (account, 2**63 - 1 if before_day is None else before_day, limit),
+        )
+        return [Day(*row) for row in rows]

@@ -5,17 +5,42 @@ running daemon. Reports every violation in words; never repairs.
 What was folded into days counts as what it moved. `end_violations` is the part that every start
 affords, `balance_violations` the one that is done beside a running daemon where there are many
 entries, and `check` is all of it, for the command.
+
+The audit of all entries, beside the writer: what a start of many entries has no time for.
+
+Owns a thread, a connection and one snapshot of the books. Knows no repair and no verdict: whoever
+asked is told what does not balance, once, and nothing where everything does.
+
+A copy of the books as they are at one instant, taken beside a running daemon or without one.
+
+Owns the copy: whole and audited, or not there. Knows nothing of schedules, and of where copies are
+kept only that an older one is never written over.
+Fails as `check` does, with `LedgerCorrupt` where the books, or their copy, are not sound, and with
+`CannotWrite` where the copy cannot be put where it was asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
 
-from sage_fed.ledger import schema, store
-from sage_fed.ledger.words import MOVES
+from sage_fed.errors import CannotWrite, LedgerCorrupt, SageFedError
+from sage_fed.ledger import schema
+from sage_fed.ledger.entries import MOVES
+from sage_fed.ledger.ledger_files import (
+    connect_reader,
+    last_acknowledged,
+    missing_entries,
+    readable,
+)
 
 SIGNED = "sum(CASE '{book}' WHEN credit THEN amount_uatp WHEN debit THEN -amount_uatp ELSE 0 END)"
 """What entries leave in a book. One signed sum: those of each side alone could overflow."""
@@ -200,9 +225,9 @@ def check(path: Path) -> CheckReport:
 
     Raises `ConfigError` where there is none and `LedgerCorrupt` where SQLite cannot read it.
     """
-    acknowledged = store.acknowledged(path)
-    with store.readable(path) as db:
-        missing = store.missing_entries(path, db, acknowledged)
+    last = last_acknowledged(path)
+    with readable(path) as db:
+        missing = missing_entries(path, db, last)
         return CheckReport(
             accounts=int(db.execute("SELECT count(*) FROM account").get),
             jobs=int(db.execute("SELECT count(*) FROM job").get),
@@ -275,3 +300,107 @@ def _schema_violations(db: apsw.Connection) -> tuple[str, ...]:
 
 def _objects(db: apsw.Connection) -> dict[str, str]:
     return dict(db.execute("SELECT type || ' ' || name, coalesce(sql, '') FROM sqlite_schema"))
+
+
+log = logging.getLogger(__name__)
+
+_NICE = 10
+"""Everybody else's work is more urgent."""
+
+
+class Auditor:
+    """One audit; `start` it, `stop` it. `on_violations` is called on its thread."""
+
+    def __init__(self, path: Path, on_violations: Callable[[tuple[str, ...]], None]) -> None:
+        self._path = path
+        self._on_violations = on_violations
+        self._stopped = threading.Event()
+        self._db: apsw.Connection | None = None
+        self._thread = threading.Thread(target=self._run, name="ledger-audit", daemon=True)
+
+    def start(self) -> None:
+        """Begin; the books have been opened by their writer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it, wherever it is, and wait for that."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            # Again and again: an interruption between two statements is none.
+            if self._db is not None:
+                with contextlib.suppress(apsw.ConnectionClosedError):
+                    self._db.interrupt()
+            self._thread.join(0.01)
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # a kernel that allows no thread its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        began_s = time.monotonic()
+        try:
+            with contextlib.closing(connect_reader(self._path)) as db:
+                self._db = db
+                db.execute("BEGIN")
+                violations = balance_violations(db)
+        except (apsw.Error, SageFedError) as error:
+            violations = (f"they could not be audited: {error}",)
+        if self._stopped.is_set():
+            return
+        if violations:
+            self._on_violations(violations)
+        else:
+            log.info("the books balance, all entries audited in %.1f s", time.monotonic() - began_s)
+
+
+def backup(path: Path, copy: Path) -> CheckReport:
+    """Copy the ledger at `path` into the new file `copy`; what is in it, by its own audit.
+
+    It has everything that was acknowledged before the call. The writer goes on meanwhile.
+    """
+    if copy.exists() or copy.is_symlink():
+        raise CannotWrite(f"{copy} is there already, and a backup replaces none; name another file")
+    fresh = copy.with_name(copy.name + ".new")
+    try:
+        # A directory for backups may be everybody's: nothing is written through a link there.
+        fresh.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(fresh, flags, 0o600))
+        try:
+            _copy(path, fresh)
+            report = check(fresh)
+            if report.violations:
+                raise LedgerCorrupt(
+                    f"the copy of {path} was not kept: {'; '.join(report.violations)}"
+                )
+            _sync(fresh)
+            fresh.rename(copy)
+            _sync(copy.parent)
+        finally:
+            for suffix in ("", "-journal", "-wal", "-shm"):
+                fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"{copy} cannot be written: {error.strerror}") from error
+    return report
+
+
+def _copy(path: Path, fresh: Path) -> None:
+    last = last_acknowledged(path)
+    with readable(path) as db, contextlib.closing(apsw.Connection(str(fresh))) as copied:
+        if missing := missing_entries(path, db, last):
+            raise LedgerCorrupt(missing)
+        try:
+            with copied.backup("main", db, "main") as pages:
+                pages.step()
+            # One file and nothing beside it, wherever it is read.
+            copied.pragma("journal_mode", "delete")
+        except (apsw.FullError, apsw.IOError) as error:
+            raise CannotWrite(
+                f"{fresh} cannot be written, its disk is full or failing: {error}"
+            ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

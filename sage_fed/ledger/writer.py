@@ -26,13 +26,11 @@ from pathlib import Path
 import apsw
 
 from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
-from sage_fed.ledger import schema, store
-from sage_fed.ledger.auditor import Auditor
-from sage_fed.ledger.books import Books
-from sage_fed.ledger.check import balance_violations, end_violations, num_folded
-from sage_fed.ledger.clock import Clock, Now
-from sage_fed.ledger.requests import Retention
-from sage_fed.ledger.words import Recovery
+from sage_fed.ledger.books import Books, Retention
+from sage_fed.ledger.check import Auditor, balance_violations, end_violations, num_folded
+from sage_fed.ledger.entries import Clock, Now, Recovery
+from sage_fed.ledger.ledger_files import OpenBook, last_entry_id, may_pass, unusable, writable
+from sage_fed.ledger.schema import writing
 
 Operation = Callable[[Books, Now], object]
 
@@ -154,11 +152,11 @@ class Writer:
     def _run(self) -> None:
         try:
             with (
-                store.writable(self._path, self._require_balance) as book,
+                writable(self._path, self._require_balance) as book,
                 contextlib.ExitStack() as stack,
             ):
                 books = Books(book.db, self._retention)
-                with schema.writing(book.db):
+                with writing(book.db):
                     recovery = self._recover(book, books, stack)
                 self._deliver(Opened(recovery))
                 book.db.set_busy_timeout(self._busy_ms)
@@ -177,9 +175,9 @@ class Writer:
         else:
             self._deliver(Closed())
 
-    def _recover(self, book: store.OpenBook, books: Books, stack: contextlib.ExitStack) -> Recovery:
+    def _recover(self, book: OpenBook, books: Books, stack: contextlib.ExitStack) -> Recovery:
         """Prove what a start has time for, have the rest proved, and give back what was left."""
-        num_entries = store.last_entry_id(book.db) - num_folded(book.db)
+        num_entries = last_entry_id(book.db) - num_folded(book.db)
         if book.doubted or num_entries <= self._audit_entries:
             self._require_balance(book.db)
         else:
@@ -237,9 +235,9 @@ class Writer:
         try:
             committed = self._commit(db, books, group)
         except apsw.Error as error:
-            if not store.may_pass(error):
+            if not may_pass(error):
                 raise
-            refusal = store.unusable(self._path, error)
+            refusal = unusable(self._path, error)
         else:
             self._owed = []
             if blocked:
@@ -264,7 +262,7 @@ class Writer:
         try:
             return self._commit(db, books, [item], begin="BEGIN DEFERRED").answers
         except apsw.Error as error:
-            if not store.may_pass(error):
+            if not may_pass(error):
                 raise
         if item.owed:
             self._owed.append(item)

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
 from sage_fed.errors import InvalidField, NoSuchAccount
-from sage_fed.ledger.words import BudgetChange
+from sage_fed.ledger.entries import BudgetChange
 from sage_fed.service import replies, reports
 from sage_fed.service.calls import OpenCalls
 from sage_fed.service.edge import Call, Method

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 
 from sage_fed.errors import InvalidField
-from sage_fed.ledger.words import Page, Place
+from sage_fed.ledger.entries import Page, Place
 from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
 from sage_fed.service.ports import Books, Operations

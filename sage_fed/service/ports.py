@@ -24,7 +24,7 @@ from sage_fed.core import (
     Started,
     Tier,
 )
-from sage_fed.ledger.words import BudgetChange, Page, Place
+from sage_fed.ledger.entries import BudgetChange, Page, Place
 
 T = TypeVar("T")
 

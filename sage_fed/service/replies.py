@@ -11,7 +11,7 @@ import datetime as dt
 from collections.abc import Iterable
 
 from sage_fed import core
-from sage_fed.ledger.words import NS_PER_S, Day, Entry
+from sage_fed.ledger.entries import NS_PER_S, Day, Entry
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 

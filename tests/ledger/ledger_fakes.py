@@ -6,15 +6,14 @@ import apsw
 
 from sage_fed.core import Budget
 from sage_fed.ledger import schema
-from sage_fed.ledger.books import Books
-from sage_fed.ledger.clock import Now
-from sage_fed.ledger.requests import Retention
-from sage_fed.ledger.words import (
+from sage_fed.ledger.books import Books, Retention
+from sage_fed.ledger.entries import (
     NS_PER_S,
     AccountTerms,
     BudgetChange,
     HoldReceipt,
     HoldRequest,
+    Now,
     Release,
     Replay,
     Settlement,

@@ -13,10 +13,9 @@ from sage_fed.errors import (
     NotFound,
     RequestIdConflict,
 )
+from sage_fed.ledger.books import DAY_NS, Retention
 from sage_fed.ledger.check import audit
-from sage_fed.ledger.days import DAY_NS
-from sage_fed.ledger.requests import Retention
-from sage_fed.ledger.words import (
+from sage_fed.ledger.entries import (
     MAX_UATP,
     AccountTerms,
     BudgetChange,

@@ -19,7 +19,7 @@ from sage_fed.ledger import (
     Ledger,
     LedgerOptions,
     check,
-    store,
+    ledger_files,
 )
 
 WAIT_S = 20.0
@@ -256,6 +256,6 @@ async def test_an_opening_under_a_lock_that_stays_fails_in_words(
     await crashed.hold(request("orphan"))
     crashed._inbox._writer.close()
     await crashed._inbox._over.wait()
-    monkeypatch.setattr(store, "BUSY_MS", 0)
+    monkeypatch.setattr(ledger_files, "BUSY_MS", 0)
     with locked(path), pytest.raises(LedgerUnusable, match="another program has locked"):
         await Ledger.open(path)

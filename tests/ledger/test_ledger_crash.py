@@ -6,7 +6,7 @@ from pathlib import Path
 from killed_ledger import live_and_be_killed
 
 from sage_fed.ledger import Ledger, check
-from sage_fed.ledger.store import readable
+from sage_fed.ledger.ledger_files import readable
 
 KILLS = 10
 

@@ -27,14 +27,12 @@ from sage_fed.ledger import (
     Retention,
     backup,
     check,
-    lock,
     schema,
 )
+from sage_fed.ledger.books import DAY_NS, STEP_ENTRIES
 from sage_fed.ledger.check import audit, end_violations, num_folded
-from sage_fed.ledger.clock import Now
-from sage_fed.ledger.days import DAY_NS, STEP_ENTRIES
-from sage_fed.ledger.store import readable
-from sage_fed.ledger.words import NS_PER_S, BudgetChange
+from sage_fed.ledger.entries import NS_PER_S, BudgetChange, Now
+from sage_fed.ledger.ledger_files import read_acknowledged, readable
 
 V1 = Path(__file__).parents[1] / "data" / "ledger-v1" / "ledger.db"
 DAY_S = 86_400.0
@@ -268,7 +266,7 @@ async def test_what_costs_nothing_leaves_a_count(tmp_path: Path) -> None:
         [entry.entry_id for entry in page.entries],
         sum(day.voided_jobs for day in page.days),
     )
-    assert 604 == lock.acknowledged(path)
+    assert 604 == read_acknowledged(path)
 
 
 async def test_the_upkeep_folds_beside_the_traffic(tmp_path: Path) -> None:
@@ -320,7 +318,7 @@ async def test_the_books_balance_after_kill_9_while_entries_are_folded(tmp_path:
         report = check(path)
         assert () == report.violations
         open_holds = report.open_holds
-        acknowledged = lock.acknowledged(path)
+        acknowledged = read_acknowledged(path)
         assert acknowledged is not None
         assert acknowledged <= report.entries + report.folded_entries
     assert folded > 100
@@ -359,7 +357,7 @@ async def test_books_of_the_version_before_are_migrated_and_right(old: Path) -> 
     assert "void" in {entry.kind.value for entry in entries["ann"]}
     report = check(old)
     assert (3, 9, 0, ()) == (report.accounts, report.jobs, report.open_holds, report.violations)
-    assert report.entries == lock.acknowledged(old)
+    assert report.entries == read_acknowledged(old)
 
 
 async def test_a_migration_is_a_line_in_the_log(
@@ -445,7 +443,7 @@ async def test_a_start_of_many_entries_has_them_audited_beside_the_first_jobs(
     """It opens at once, and says when all was proved."""
     path = tmp_path / "ledger.db"
     await many(path)
-    caplog.set_level("INFO", "sage_fed.ledger.auditor")
+    caplog.set_level("INFO", "sage_fed.ledger.check")
 
     ledger = await Ledger.open(path, options=LARGE)
     assert 920 == (await ledger.budget("ann")).balance_uatp

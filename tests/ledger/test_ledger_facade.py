@@ -31,8 +31,7 @@ from sage_fed.ledger import (
     check,
 )
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.clock import Now
-from sage_fed.ledger.words import Place
+from sage_fed.ledger.entries import Now, Place
 
 T = TypeVar("T")
 TERMS = AccountTerms(capacity_uatp=1000, initial_uatp=1000)

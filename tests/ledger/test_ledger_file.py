@@ -21,7 +21,7 @@ from sage_fed.errors import (
 )
 from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.clock import Now
+from sage_fed.ledger.entries import Now
 
 TERMS = AccountTerms(capacity_uatp=1000, initial_uatp=1000)
 

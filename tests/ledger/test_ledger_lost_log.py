@@ -14,8 +14,8 @@ from killed_ledger import live_and_be_killed
 from small_disks import Disk, small_tmpfs
 
 from sage_fed.errors import LedgerCorrupt
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check, lock
-from sage_fed.ledger.store import last_entry_id, readable
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check
+from sage_fed.ledger.ledger_files import MARK, hold_lock, last_entry_id, read_acknowledged, readable
 
 TERMS = AccountTerms(capacity_uatp=10**9, initial_uatp=10**9)
 CHECKPOINTED_BYTES = 1000 * 4096
@@ -118,7 +118,7 @@ async def test_who_removes_the_lock_goes_on_with_what_is_left(path: Path) -> Non
 
     report = check(path)
     assert ((), 0) == (report.violations, report.open_holds)
-    assert report.entries + report.folded_entries == lock.acknowledged(path)
+    assert report.entries + report.folded_entries == read_acknowledged(path)
 
 
 def read_only_look(path: Path) -> None:
@@ -236,24 +236,24 @@ async def test_every_acknowledged_entry_is_remembered(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     ledger = await worked(path, 0, 2)
     with readable(path) as db:
-        assert (7, 7) == (last_entry_id(db), lock.acknowledged(path))
+        assert (7, 7) == (last_entry_id(db), read_acknowledged(path))
     await ledger.hold(HoldRequest("open", "ann", 10, "card", "tactical"))
-    assert 8 == lock.acknowledged(path)
+    assert 8 == read_acknowledged(path)
     await ledger.budget("ann")
-    assert 8 == lock.acknowledged(path)
+    assert 8 == read_acknowledged(path)
     await ledger.close()
-    assert 8 == lock.acknowledged(path)
+    assert 8 == read_acknowledged(path)
 
 
 async def test_a_lock_of_an_older_program_is_taken_over(path: Path) -> None:
     """It says that there was a ledger, and not how far it had got."""
-    beside(path, ".lock").write_bytes(lock.MARK)
+    beside(path, ".lock").write_bytes(MARK)
 
     ledger = await Ledger.open(path)
     await ledger.close()
 
     report = check(path)
-    assert report.entries + report.folded_entries == lock.acknowledged(path)
+    assert report.entries + report.folded_entries == read_acknowledged(path)
 
 
 async def test_a_lock_that_somebody_else_wrote_is_refused_in_words(path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_disk_that_takes_nothing_leaves_what_is_remembered(disk: Disk) -> None
     """
     disk.fill()
 
-    with lock.held(disk.path / "ledger.db") as held:
+    with hold_lock(disk.path / "ledger.db") as held:
         held.acknowledge(5)
         assert held.acknowledged() is None
         with pytest.raises(OSError, match=os.strerror(28)):

@@ -17,10 +17,9 @@ from hypothesis.stateful import (
 from ledger_fakes import Desk
 
 from sage_fed.errors import CannotAfford, HoldClosed, InvalidField, NotFound, RequestIdConflict
-from sage_fed.ledger.books import Books
+from sage_fed.ledger.books import Books, Retention
 from sage_fed.ledger.check import audit
-from sage_fed.ledger.requests import Retention
-from sage_fed.ledger.words import NS_PER_S, BudgetChange, HoldReceipt, Recovery, Replay
+from sage_fed.ledger.entries import NS_PER_S, BudgetChange, HoldReceipt, Recovery, Replay
 
 ACCOUNTS = ("ann", "bob")
 AMOUNTS = st.integers(0, 150)

@@ -13,9 +13,9 @@ from ledger_fakes import HandClock
 
 from sage_fed.errors import InvalidField, LedgerDown, NoSuchAccount, QueueFull
 from sage_fed.ledger import AccountTerms, HoldReceipt, HoldRequest, Ledger, LedgerOptions
-from sage_fed.ledger import reader as reader_module
+from sage_fed.ledger import ledger as ledger_module
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.clock import Now
+from sage_fed.ledger.entries import Now
 
 TERMS = AccountTerms(capacity_uatp=10**9, initial_uatp=10**9)
 READS = 4
@@ -128,7 +128,7 @@ async def test_accounts_take_turns(ledger: Ledger) -> None:
 
 async def test_who_has_read_for_long_rests(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile another account's read is done, though it was asked later."""
-    monkeypatch.setattr(reader_module, "_SHORT_S", -1.0)
+    monkeypatch.setattr(ledger_module, "_SHORT_S", -1.0)
     order: list[str] = []
     reading = LongRead(ledger)
     await reading.entered()

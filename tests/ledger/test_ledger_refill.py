@@ -8,9 +8,17 @@ from hypothesis import strategies as st
 from ledger_fakes import Desk
 
 from sage_fed.errors import CannotAfford
-from sage_fed.ledger.clock import BootClock, Now, ProcessClock, system_clock
-from sage_fed.ledger.refill import Mark, accrue
-from sage_fed.ledger.words import MAX_LIFETIME_UATP, MAX_UATP, NS_PER_S, BudgetChange
+from sage_fed.ledger.books import Mark, accrue
+from sage_fed.ledger.entries import (
+    MAX_LIFETIME_UATP,
+    MAX_UATP,
+    NS_PER_S,
+    BootClock,
+    BudgetChange,
+    Now,
+    ProcessClock,
+    system_clock,
+)
 
 
 @pytest.fixture

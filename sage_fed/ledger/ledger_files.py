@@ -10,23 +10,43 @@ which an older copy of that file under the newer log does not have. An opening t
 takes nothing out of the files.
 Fails with `ConfigError` where there is no ledger to open, `LedgerCorrupt` where it is damaged or
 lost, and `LedgerUnusable` where the disk or its permissions are in the way.
+
+The file beside the ledger: who may write, and how far its writers have got.
+
+Owns `<path>.lock`: the advisory lock that one process holds as long as it lives, and the lines in
+it, which say that there is a ledger, which entry of it was the last acknowledged one, and which one
+was the last when the log was begun anew, so that everything up to it is in the book itself.
+Knows no SQL.
+The numbers are written behind the commit and without a sync of its own. The death of a process
+takes nothing of them along, a power failure perhaps their last seconds, and they are never ahead of
+what is on disk: books that end before them have lost something, whoever took it.
+Fails with `Occupied` where another process writes, `ConfigError` where no lock can be made or
+somebody else may change it, and
+`LedgerCorrupt` where the lines are not ours.
+
+Whether the files that the writer has open are still the ones that people see.
+
+Owns what they were when they were opened. Knows neither SQL nor what is in them.
+A file that was removed, replaced or cut takes what is written to it along: nothing may be
+acknowledged then. Fails with `LedgerUnusable`, whose text names the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
 
-from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable
-from sage_fed.ledger import lock, schema
-from sage_fed.ledger.files import OpenFiles
+from sage_fed.errors import ConfigError, LedgerCorrupt, LedgerUnusable, Occupied
+from sage_fed.ledger import schema
 from sage_fed.trusted_files import refuse_link, require_trusted
 
 BUSY_MS = 5000
@@ -52,7 +72,7 @@ _PASSING = (
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class OpenBook:
@@ -62,7 +82,7 @@ class OpenBook:
     tell whether the two belong together.
     """
 
-    def __init__(self, db: apsw.Connection, held: lock.Lock, *, doubted: bool) -> None:
+    def __init__(self, db: apsw.Connection, held: Lock, *, doubted: bool) -> None:
         self.db = db
         self.doubted = doubted
         self._files = files_of(db)
@@ -108,7 +128,7 @@ def writable(
         # First: a start that is refused leaves no lock behind, which would say that there were
         # books. Again under the lock, which is what counts.
         _require_trusted(path)
-        held = stack.enter_context(lock.held(path))
+        held = stack.enter_context(hold_lock(path))
         if path.exists():
             _require_book(path)
             _require_trusted(path)
@@ -127,7 +147,7 @@ def writable(
             version = schema.require_known(db)
             with _untidied(db):
                 if version == 0:
-                    raise _lost(path, "is empty or damaged")
+                    raise _lost_ledger(path, "is empty or damaged")
                 if missing := missing_entries(path, db, held.acknowledged()):
                     raise LedgerCorrupt(missing)
                 if alone is not None and alone < (held.in_book() or 0):
@@ -150,7 +170,7 @@ def _migrate(
         return
     began_s = time.monotonic()
     schema.migrate(db, prove)
-    _log.info(
+    log.info(
         "the ledger %s was migrated from version %d to version %d in %.1f s",
         path, version, len(schema.MIGRATIONS), time.monotonic() - began_s,
     )  # fmt: skip
@@ -174,7 +194,7 @@ def _without_log(path: Path) -> int | None:
 def files_of(db: apsw.Connection) -> OpenFiles:
     """The files that a connection to a ledger has open, as they are now, and the lock."""
     book = Path(db.filename)
-    return OpenFiles(book, Path(db.filename_wal), Path(f"{book}-shm"), lock.lock_path(book))
+    return OpenFiles(book, Path(db.filename_wal), Path(f"{book}-shm"), lock_path(book))
 
 
 def connect_reader(path: Path) -> apsw.Connection:
@@ -192,13 +212,13 @@ def _untidied(db: apsw.Connection) -> Iterator[None]:
         raise
 
 
-def acknowledged(path: Path) -> int | None:
+def last_acknowledged(path: Path) -> int | None:
     """The last entry that a writer acknowledged, where there has been one.
 
     To be read before the snapshot that is to have it: beside a running daemon both go on.
     """
     with _typed_errors(path):
-        return lock.acknowledged(path)
+        return read_acknowledged(path)
 
 
 def last_entry_id(db: apsw.Connection) -> int:
@@ -215,7 +235,7 @@ def missing_entries(path: Path, db: apsw.Connection, acknowledged: int | None) -
         f"the ledger {path} ends at entry {last}, but entry {acknowledged} had been acknowledged: "
         f"its log {path.name}-wal was removed, cut or replaced, or {path.name} is an older copy. "
         "Put the files back as they were, or restore a backup. Only to go on without what is "
-        f"missing, remove {lock.lock_path(path)}, which remembers it"
+        f"missing, remove {lock_path(path)}, which remembers it"
     )
 
 
@@ -230,7 +250,7 @@ def readable(path: Path) -> Iterator[apsw.Connection]:
         with contextlib.closing(_connect_readonly(path)) as db:
             version = schema.require_known(db)
             if version == 0:
-                raise _lost(path, "is empty or damaged")
+                raise _lost_ledger(path, "is empty or damaged")
             if version != len(schema.MIGRATIONS):
                 raise ConfigError(
                     f"{path} has an older version; start the daemon once to migrate it"
@@ -243,7 +263,7 @@ def _require_book(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"the ledger {path} is not a file")
     if path.stat().st_size == 0:
-        raise _lost(path, "is empty or damaged")
+        raise _lost_ledger(path, "is empty or damaged")
 
 
 def _require_trusted(path: Path) -> None:
@@ -256,13 +276,13 @@ def _require_trusted(path: Path) -> None:
 
 def _require_no_book(path: Path) -> None:
     """Refuse to begin where a book has been: its mark, its log or a link to it is still there."""
-    lock_file = lock.lock_path(path)
+    lock_file = lock_path(path)
     marked = lock_file.exists() and lock_file.stat().st_size > 0
     if marked or path.is_symlink() or path.with_name(path.name + "-wal").exists():
-        raise _lost(path, "is gone, but there was one")
+        raise _lost_ledger(path, "is gone, but there was one")
 
 
-def _lost(path: Path, how: str) -> LedgerCorrupt:
+def _lost_ledger(path: Path, how: str) -> LedgerCorrupt:
     return LedgerCorrupt(
         f"the ledger {path} {how}; restore it from a copy. Only to begin new books, with every "
         f"account's first grant again, remove every {path.name}* beside it"
@@ -292,7 +312,7 @@ def _connect_readonly(path: Path) -> apsw.Connection:
     if not path.with_name(path.name + "-wal").exists():
         # Closed cleanly: everything is in the one file. Without this SQLite would make its
         # side files, which fails in a directory that the reader may not write.
-        if lock.writer_alive(path):
+        if writer_alive(path):
             raise ConfigError(f"{path} is just being opened or closed; try again")
         return apsw.Connection(f"{uri}?immutable=1", flags=flags)
     db = apsw.Connection(f"{uri}?mode=ro", flags=flags)
@@ -345,3 +365,172 @@ def _configure(db: apsw.Connection) -> None:
     db.pragma("foreign_keys", True)
     db.pragma("trusted_schema", False)
     db.pragma("journal_size_limit", 64 * 2**20)
+
+
+MARK = b"Keep this file: it keeps a second daemon out, and lost books from being begun anew.\n"
+
+_LAST = re.compile(
+    re.escape(MARK)
+    + rb"last acknowledged entry: (\d{20})\n"
+    + rb"(?:in the book without its log: (\d{20})\n)?"
+)
+
+_TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def lock_path(path: Path) -> Path:
+    """The lock of the ledger at `path`."""
+    return path.with_name(path.name + ".lock")
+
+
+class Lock:
+    """The lock, held."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._last, self._in_book = self._read() or (0, 0)
+
+    def acknowledged(self) -> int | None:
+        """The last acknowledged entry; None where there has been no ledger yet."""
+        read = self._read()
+        return None if read is None else read[0]
+
+    def in_book(self) -> int:
+        """The last entry of which it is known that the book has it without its log; or 0."""
+        return self._in_book
+
+    def begin(self, last_entry_id: int, in_book: int | None = None) -> None:
+        """Remember, durably, that there is a ledger and where it ends; see `acknowledge`."""
+        wanted = (last_entry_id, self._in_book if in_book is None else in_book)
+        if self._read() != wanted:
+            os.pwrite(self._descriptor, _text(*wanted), 0)
+            os.fsync(self._descriptor)
+        self._last, self._in_book = wanted
+
+    def acknowledge(self, last_entry_id: int, in_book: int | None = None) -> None:
+        """Remember a later end, and, where it is told, how much of it is in the book itself.
+
+        A disk that takes nothing now leaves earlier numbers, which are also true.
+        """
+        in_book = self._in_book if in_book is None else in_book
+        if last_entry_id <= self._last and in_book == self._in_book:
+            return
+        try:
+            os.pwrite(self._descriptor, _text(last_entry_id, in_book), 0)
+        except OSError as error:
+            if error.errno not in _TAKES_NOTHING:
+                raise
+        else:
+            self._last, self._in_book = last_entry_id, in_book
+
+    def _read(self) -> tuple[int, int] | None:
+        # A size first: what is no file may have an endless content.
+        if os.fstat(self._descriptor).st_size == 0:
+            return None
+        return _parse(os.pread(self._descriptor, 4096, 0), self._path)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[Lock]:
+    """Keep every other writer of the ledger at `path` out."""
+    refuse_link("the ledger's lock", lock_path(path))
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(lock_path(path), flags, 0o600)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigError(f"the ledger's lock beside {path}: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        require_trusted("the ledger's lock", lock_path(path), status, opened=descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Occupied(
+                f"the ledger {path} is open in another process; stop that daemon, or give this "
+                "one its own state directory"
+            ) from error
+        yield Lock(descriptor, lock_path(path))
+    finally:
+        # The file stays: removing it would let two processes lock two different files.
+        os.close(descriptor)
+
+
+def writer_alive(path: Path) -> bool:
+    """Whether a process holds the lock now."""
+    try:
+        descriptor = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def read_acknowledged(path: Path) -> int | None:
+    """What `Lock.acknowledged` says, without the lock and beside its holder."""
+    file = lock_path(path)
+    try:
+        while (text := file.read_bytes()) != file.read_bytes():
+            pass  # the holder wrote between the two, so half of it may be old
+    except FileNotFoundError:
+        return None
+    return _parse(text, file)[0] if text else None
+
+
+def _text(last_entry_id: int, in_book: int) -> bytes:
+    """Always as long, and within one sector: an overwriting is whole or did not happen."""
+    return MARK + b"last acknowledged entry: %020d\nin the book without its log: %020d\n" % (
+        last_entry_id,
+        in_book,
+    )
+
+
+def _parse(text: bytes, lock: Path) -> tuple[int, int]:
+    if text == MARK:
+        return 0, 0  # of a program that did not count yet
+    match = _LAST.fullmatch(text)
+    if match is None:
+        raise LedgerCorrupt(
+            f"{lock} is damaged, which remembers how far the ledger had got; put it back, or "
+            "remove it where `sage-fed ledger check` says that the books are as they should be"
+        )
+    return int(match[1]), int(match[2] or 0)
+
+
+class OpenFiles:
+    """The book, which only ever grows, and the files beside it, all just opened by their names."""
+
+    def __init__(self, book: Path, *others: Path) -> None:
+        self._book = book
+        self._opened = {path: _identity(path.stat()) for path in (book, *others)}
+        self._bytes = book.stat().st_size
+
+    def verify(self) -> None:
+        """Look at every file; a few microseconds, beside the milliseconds of a commit."""
+        for path, opened in self._opened.items():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise _lost_file(path, "removed") from None
+            if _identity(status) != opened:
+                raise _lost_file(path, "replaced")
+            if path == self._book:
+                if status.st_size < self._bytes:
+                    raise _lost_file(path, "cut short")
+                self._bytes = status.st_size
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _lost_file(path: Path, how: str) -> LedgerUnusable:
+    return LedgerUnusable(
+        f"{path} was {how} while the daemon had it open, so it writes nothing more; put the "
+        "files back from a copy, then start again"
+    )
