@@ -19,10 +19,16 @@ from hypothesis import strategies as st
 from test_executor_probe import prepare, used
 
 from sage_fed.calibrate import Calibrator, Pace, Site
-from sage_fed.calibrate.derive import prices, warning_of
-from sage_fed.calibrate.plan import interleaved, points_of, reference_of
-from sage_fed.calibrate.samples import median_error, spread_of
-from sage_fed.calibrate.store import save_card, stem_of
+from sage_fed.calibrate.calibrator import save_card, stem_of
+from sage_fed.calibrate.measurement import (
+    interleaved,
+    median_error,
+    points_of,
+    prices,
+    reference_of,
+    spread_of,
+    warning_of,
+)
 from sage_fed.cards import Basis, RateCard
 from sage_fed.core import (
     TIER_ROLES,

@@ -152,4 +152,4 @@ def test_a_library_stays_with_its_owner(path: Path) -> None:
 def test_only_the_inertia_report_imports_the_published_method() -> None:
     """Importing `generate` takes seconds: no daemon and no other command may pay for it."""
     importers = {ids(p) for p in FILES if "sage_fed.engine.reference" in imports_of(p)}
-    assert {"inertia/subjects.py"} == importers
+    assert {"inertia/experiment.py"} == importers

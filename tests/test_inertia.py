@@ -28,8 +28,7 @@ from sage_fed.inertia import (
     measure,
     record,
 )
-from sage_fed.inertia.analysis import fit
-from sage_fed.inertia.conclusions import (
+from sage_fed.inertia.analysis import (
     FAILS,
     HOLDS,
     PARTLY,
@@ -37,9 +36,10 @@ from sage_fed.inertia.conclusions import (
     UNCERTAIN,
     UNTESTED,
     conclusions,
+    fit,
     precision_answer,
 )
-from sage_fed.inertia.figures import Method
+from sage_fed.inertia.experiment import Method
 from sage_fed.settings import PRECISIONS
 
 PLAN = Plan(

@@ -46,12 +46,10 @@ from sage_fed.core import (
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
 from sage_fed.metrics import Metrics, MetricsServer, PageDoor, Snapshot
-from sage_fed.metrics.kept import Gauge, Histogram
-from sage_fed.metrics.live import LiveRates
-from sage_fed.metrics.loop import LoopMetrics
-from sage_fed.metrics.scrape import available_memory_bytes
-from sage_fed.metrics.series import Factory
-from sage_fed.metrics.server import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
+from sage_fed.metrics.collectors import LiveRates, available_memory_bytes
+from sage_fed.metrics.observers import LoopMetrics
+from sage_fed.metrics.page import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
+from sage_fed.metrics.series import Factory, Gauge, Histogram
 from sage_fed.routing import possible_decisions
 from sage_fed.steps import StepKind, StepReport
 
@@ -436,9 +434,9 @@ def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
     for state in (TierState.LOADING, TierState.READY):
         metrics.engines.tier_changed(TierStatus(TACTICAL, state, 0.5))
         assert {state.value: 1.0} == {
-            other.name: 1.0
+            other.value: 1.0
             for other in TierState
-            if value(metrics, "tier_state", tier="tactical", state=other.name)
+            if value(metrics, "tier_state", tier="tactical", state=other.value)
         }
     assert 0.5 == value(metrics, "model_load_progress_ratio", tier="tactical")
 

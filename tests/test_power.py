@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sage_fed.metrics import Metrics
-from sage_fed.metrics.power import (
+from sage_fed.metrics.collectors import (
     NvmlSensor,
     PowerCollector,
     RailSensor,

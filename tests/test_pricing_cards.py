@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_fed.cards import Fingerprint, Measured, RateCard, card_text, own_cards
-from sage_fed.cards.card import Basis
-from sage_fed.cards.reading import Reader
+from sage_fed.cards.rate_card import Basis, Reader
 from sage_fed.core import TIER_ROLES, MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
 

@@ -22,7 +22,7 @@ from waiting import WAIT_S
 from sage_fed.auth import digest_of, new_token
 from sage_fed.auth.register import read_register
 from sage_fed.cards import RateCard
-from sage_fed.cards.card import BUNDLED_CARDS
+from sage_fed.cards.rate_card import BUNDLED_CARDS
 from sage_fed.cli.paths import admin_token
 from sage_fed.errors import ConfigError, MachineFault
 from sage_fed.ledger import AccountTerms, Ledger, backup

@@ -6,6 +6,6 @@ prices of the times (pure), `conditions` reads the machine, `report` and `plot` 
 """
 
 from sage_fed.calibrate.calibrator import Calibrator, Site
-from sage_fed.calibrate.measure import FULL, QUICK, Pace
+from sage_fed.calibrate.measurement import FULL, QUICK, Pace
 
 __all__ = ["FULL", "QUICK", "Calibrator", "Pace", "Site"]

@@ -4,37 +4,72 @@ Owns that there is one at a time. Whoever closes the generator ends it, at the n
 device, and leaves nothing behind: no KV block, no file. Balances are never touched: what a
 calibration runs is nobody's job.
 Fails with `CalibrationRunning`, and as `Executor.probe` and `save_card` do.
+
+What the machine says of itself: versions, clocks, power mode, load. Every reading is optional.
+
+Owns where each reading is found. A file or a tool that is not there leaves its line out, and
+nothing of it decides a price. Blocks for as long as the slowest tool, at most `_TOOL_S` each.
+
+Writes a card and its report where `RateCard.load` finds the card.
+
+A card appears whole or not at all, and never in the place of another. Fails with `ConfigError`
+where the directory cannot be written.
+
+A measured card as a page that a person reads: Markdown, tables first.
+
+Pure. Says what was measured and what follows; the card itself is the file beside it.
+
+A measured card as a picture: device time per token over the batch, both tiers, as SVG.
+
+Pure, and drawn by hand: two lines on logarithmic axes are not worth a plotting library.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import AsyncGenerator, Callable, Mapping
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
+from xml.sax.saxutils import escape
 
-from sage_fed.calibrate.conditions import read_conditions
-from sage_fed.calibrate.derive import prices, reference_point, warning_of
-from sage_fed.calibrate.measure import FULL, QUICK, Measurement, Pace
-from sage_fed.calibrate.plot import plot_of
-from sage_fed.calibrate.report import report_of
-from sage_fed.calibrate.samples import median_error, spread_of
-from sage_fed.calibrate.store import delete_card, prepare_directory, save_card, stem_of
-from sage_fed.cards import Fingerprint, Measured, RateCard
+from sage_fed.calibrate.measurement import (
+    FULL,
+    QUICK,
+    Measurement,
+    Pace,
+    median_error,
+    prices,
+    reference_point,
+    spread_of,
+    warning_of,
+)
+from sage_fed.cards import Fingerprint, Measured, Rate, RateCard, available_cards, card_text
 from sage_fed.core import (
     TIER_ROLES,
     CalibrationEvent,
     CalibrationProgress,
     CalibrationResult,
+    MeasuredPoint,
     ModelInfo,
+    Phase,
     Tier,
     TierState,
 )
 from sage_fed.device import Executor
-from sage_fed.errors import CalibrationRunning, TierUnavailable
+from sage_fed.errors import CalibrationRunning, ConfigError, TierUnavailable
+from sage_fed.trusted_files import make_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,3 +222,407 @@ def _card(
             warning=warning_of(lines),
         ),
     )
+
+
+_TOOL_S = 5.0
+_PACKAGES = ("sage-fed", "torch", "transformers", "triton")
+_FILES = {
+    "cpu governor": "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
+    "cpu clock (kHz)": "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",
+    "cpu clock, highest (kHz)": "/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq",
+    "power profile": "/sys/firmware/acpi/platform_profile",
+    "huge pages": "/sys/kernel/mm/transparent_hugepage/enabled",
+    "nvidia driver": "/proc/driver/nvidia/version",
+    "jetson release": "/etc/nv_tegra_release",
+    "board": "/proc/device-tree/model",
+}
+_GPU_FIELDS = (
+    "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit",
+    "temperature.gpu",
+)  # fmt: skip
+
+
+def read_conditions(*, cuda_index: int | None) -> dict[str, str]:
+    """Return the readings by name; `cuda_index` None is a device that is no GPU."""
+    readings = {
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "load average": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+    }
+    for package in _PACKAGES:
+        try:
+            readings[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    for name, path in _FILES.items():
+        readings[name] = _file(path)
+    readings["cpu clock (MHz)"] = _cpu_mhz()
+    if cuda_index is not None:
+        query = f"--query-gpu={','.join(_GPU_FIELDS)}"
+        values = _tool("nvidia-smi", f"--id={cuda_index}", query, "--format=csv,noheader")
+        for field, value in zip(_GPU_FIELDS, values.split(","), strict=False):
+            readings[f"gpu {field}"] = value.strip()
+        readings["power mode"] = _tool("nvpmodel", "-q").replace("\n", " ")
+    return {name: value for name, value in readings.items() if value}
+
+
+def _cpu_mhz() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() == "cpu MHz":
+            return value.strip()
+    return ""
+
+
+def _file(path: str) -> str:
+    """The file's first line; "" where it cannot be read."""
+    lines = _lines(path)
+    return lines[0].strip("\0 \t") if lines else ""
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """A tool's output; "" where it is not there, fails or does not come back."""
+    path = shutil.which(name)
+    if path is None:
+        return ""
+    try:
+        done = subprocess.run(  # noqa: S603 - a constant command
+            [path, *arguments], capture_output=True, text=True, timeout=_TOOL_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+_LONGEST_STEM = 48
+_FRESH = ".card-"
+_BESIDE = (".md", ".svg")
+
+
+def stem_of(device: str, precisions: str, day: str) -> str:
+    """Return what a version begins with: device, precisions and day, in a card's alphabet."""
+    tail = f"-{_slug(precisions)}-{day}"
+    name = _slug(device)[: _LONGEST_STEM - len(tail)].strip("-.")
+    return f"{name or 'device'}{tail}"
+
+
+def prepare_directory(directory: Path) -> None:
+    """Create the directory and see that it can be written; `ConfigError` where it cannot."""
+    make_directory("cards_dir", directory)
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=_FRESH):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cards_dir: cannot write into {directory}: {error.strerror}") from error
+
+
+def delete_card(path: Path) -> None:
+    """Delete a card and what stands beside it."""
+    for suffix in (path.suffix, *_BESIDE):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def save_card(
+    card: RateCard, directory: Path, extras: Callable[[RateCard], dict[str, str]]
+) -> tuple[RateCard, Path]:
+    """Write the card under its version, or that with the first free number behind it.
+
+    `extras` gives the texts of files beside it, by suffix (of `_BESIDE`). Returns the card as it
+    was named. The directory is there (`prepare_directory`).
+    """
+    try:
+        taken = set(available_cards(directory))
+        numbered = (f"{card.version}-{number}" for number in itertools.count(2))
+        for version in itertools.chain([card.version], numbered):
+            if version in taken:
+                continue
+            named = replace(card, version=version)
+            path = directory / f"{version}.toml"
+            if _create(path, card_text(named)):
+                for suffix, text in extras(named).items():
+                    assert suffix in _BESIDE
+                    path.with_suffix(suffix).write_text(text, encoding="utf-8")
+                return named, path
+    except OSError as error:
+        raise ConfigError(f"cards_dir: cannot write into {directory}: {error.strerror}") from error
+    raise AssertionError("there is always a free number")
+
+
+def _create(path: Path, text: str) -> bool:
+    """Create the file with its whole text; False where it exists."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=_FRESH
+    ) as fresh:
+        fresh.write(text)
+        fresh.flush()
+        os.fsync(fresh.fileno())
+        try:
+            # A link, not a rename: that would replace what another calibration just wrote.
+            os.link(fresh.name, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def report_of(card: RateCard, left_out: Sequence[str], plot: str) -> str:
+    """Return the page; `plot` is the picture's file name, `left_out` points without a figure."""
+    measured, fingerprint = card.measured, card.fingerprint
+    assert measured is not None, "a report is of a measured card"
+    assert fingerprint is not None, "a report is of a measured card"
+    lines = [
+        f"# Rate card {card.version}",
+        "",
+        f"{card.title}, measured {measured.at:%Y-%m-%d %H:%M} UTC in {measured.took_s:.0f} s.",
+        "",
+        (
+            f"A strategic output token costs **{card.cost_ratio():.3f}** tactical ones: "
+            f"the median of {measured.rounds} paired rounds, spread ±{measured.spread:.1%} "
+            f"(half of the interquartile range), standard error ±{measured.error:.2%}."
+        ),
+        f"1 ATP is {measured.token_s * 1e3:.4g} ms of device time.",
+        *(("", f"**Warning**: {measured.warning}.") if measured.warning else ()),
+        "",
+        f"![step times]({plot})",
+        "",
+        "## Prices (ATP per token)",
+        "",
+        *_table(
+            ("phase", *(name for tier in TIER_ROLES for name in (tier.name, "spread")), "ratio"),
+            [
+                (
+                    phase.value,
+                    *(cell for tier in TIER_ROLES for cell in _price(card.lines[tier][phase])),
+                    f"{card.cost_ratio(phase):.2f}",
+                )
+                for phase in Phase
+            ],
+        ),
+        "",
+        "## What was timed",
+        "",
+        (
+            "Alone: the tier's steps one after the other. "
+            "Co-resident: a decode step of the other tier before each."
+        ),
+        (
+            "The share is of the measured read bandwidth, "
+            f"{measured.read_bandwidth_bytes_per_s / 1e9:.1f} GB/s, weights and KV cache together."
+        ),
+        "",
+        *_table(POINT_HEADINGS, point_rows(card)),
+    ]
+    if left_out:
+        lines += ["", f"Left out, for want of device memory: {', '.join(left_out)}."]
+    lines += ["", "## Batches", "", *_table(BATCH_HEADINGS, batch_rows(measured.points))]
+    lines += [
+        "",
+        "## Conditions",
+        "",
+        *_table(
+            ("what", "reading"),
+            [
+                ("device", fingerprint.device),
+                ("threads", str(fingerprint.threads)),
+                ("fingerprint", fingerprint.digest),
+                *((f"{tier.name} load", f"{measured.load_s[tier]:.2f} s") for tier in TIER_ROLES),
+                *measured.conditions.items(),
+            ],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+POINT_HEADINGS = (
+    "tier", "phase", "batch", "context", "tokens", "step", "tok/s", "share", "co-resident",
+    "spread", "rounds",
+)  # fmt: skip
+
+BATCH_HEADINGS = ("batch", "tactical tok/s", "strategic tok/s", "ratio")
+
+
+def point_rows(card: RateCard) -> list[tuple[str, ...]]:
+    """Return a row for each point; the columns are `POINT_HEADINGS`."""
+    assert card.measured is not None
+    return [
+        (
+            point.tier.name,
+            point.phase.value,
+            str(point.batch),
+            str(point.context_tokens),
+            str(point.tokens),
+            f"{point.step_s * 1e3:.3f} ms",
+            f"{1 / point.token_s:,.0f}",
+            f"{_share(card, point):.0%}",
+            "" if point.co_resident_s is None else f"{point.co_resident_s / point.step_s:.2f}x",
+            spread_text(point.spread),
+            str(point.rounds),
+        )
+        for point in card.measured.points
+    ]
+
+
+def spread_text(spread: float | None) -> str:
+    """For a person; one round has none."""
+    return "-" if spread is None else f"±{spread:.1%}"
+
+
+def batch_rows(points: Iterable[MeasuredPoint]) -> list[tuple[str, ...]]:
+    """Return a row for each batch size that both tiers decoded at the short context."""
+    by_tier: dict[Tier, dict[int, MeasuredPoint]] = {tier: {} for tier in TIER_ROLES}
+    for point in points:
+        if point.phase is Phase.DECODE:
+            known = by_tier[point.tier].get(point.batch)
+            if known is None or point.context_tokens < known.context_tokens:
+                by_tier[point.tier][point.batch] = point
+    tactical, strategic = by_tier[Tier.TACTICAL], by_tier[Tier.STRATEGIC]
+    return [
+        (
+            str(batch),
+            f"{1 / tactical[batch].token_s:,.0f}",
+            f"{1 / strategic[batch].token_s:,.0f}",
+            f"{strategic[batch].token_s / tactical[batch].token_s:.2f}",
+        )
+        for batch in sorted(tactical.keys() & strategic.keys())
+    ]
+
+
+def _price(rate: Rate) -> tuple[str, str]:
+    return f"{rate.uatp / 1e6:.6f}", spread_text(rate.spread)
+
+
+def _share(card: RateCard, point: MeasuredPoint) -> float:
+    assert card.measured is not None
+    assert card.fingerprint is not None
+    model = card.fingerprint.models[point.tier]
+    attended = point.batch * (point.context_tokens + point.tokens)
+    num_bytes = model.step_bytes + attended * model.kv_token_bytes
+    return num_bytes / point.step_s / card.measured.read_bandwidth_bytes_per_s
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(headings)} |",
+        f"|{'---|' * len(headings)}",
+        *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows),
+    ]
+
+
+_WIDTH, _HEIGHT = 720, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 210, 50, 50
+_COLOURS = {Tier.TACTICAL: "#1f77b4", Tier.STRATEGIC: "#d62728"}
+
+Curve = list[tuple[float, float]]
+
+
+def plot_of(card: RateCard) -> str:
+    """Return the picture; contexts of one tier share its colour, the longer one is dashed."""
+    assert card.measured is not None, "a plot is of a measured card"
+    curves = _curves(card.measured.points)
+    across = _Axis([x for _, curve in curves for x, _ in curve], _LEFT, _WIDTH - _RIGHT)
+    up = _Axis([y for _, curve in curves for _, y in curve], _HEIGHT - _BOTTOM, _TOP)
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+            'font-family="sans-serif" font-size="12">'
+        ),
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        _words(_LEFT, 18, card.title.removesuffix(f" on {card.device}"), size=11),
+        _words(_LEFT, 36, f"{card.device}: {card.cost_ratio():.2f} : 1 at batch 1"),
+        _words(_WIDTH / 2 - 60, _HEIGHT - 12, "sequences in the batch"),
+        (
+            f'<g transform="rotate(-90 16 {_HEIGHT / 2})">'
+            f"{_words(-40, _HEIGHT / 2, 'device ms per output token')}</g>"
+        ),
+        *_grid(across, up),
+    ]
+    for index, ((tier, context), curve) in enumerate(curves):
+        parts += _line(tier, context, [(across.at(x), up.at(y)) for x, y in curve], index, curves)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+class _Axis:
+    """A logarithmic axis from the values' least to their greatest, `begin` to `end` on paper."""
+
+    def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
+        self.low, self.high = min(values), max(values)
+        if self.low == self.high:
+            self.low, self.high = self.low / 2, self.high * 2
+        self._begin, self._end = begin, end
+
+    def at(self, value: float) -> float:
+        """Where a value is on paper."""
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self._begin + share * (self._end - self._begin)
+
+    def marks(self, base: int) -> list[float]:
+        """Round values inside the axis: powers of 2, or 1, 2 and 5 times powers of 10."""
+        steps = (1,) if base == 2 else (1, 2, 5)
+        first = math.floor(math.log(self.low, base))
+        last = math.ceil(math.log(self.high, base))
+        values = (step * float(base) ** power for power in range(first, last + 1) for step in steps)
+        return [value for value in values if self.low <= value <= self.high]
+
+
+def _curves(points: Iterable[MeasuredPoint]) -> list[tuple[tuple[Tier, int], Curve]]:
+    curves: dict[tuple[Tier, int], Curve] = {}
+    for point in points:
+        if point.phase is Phase.DECODE:
+            curve = curves.setdefault((point.tier, point.context_tokens), [])
+            curve.append((float(point.batch), point.token_s * 1e3))
+    return [(key, sorted(curve)) for key, curve in curves.items()]
+
+
+def _grid(across: _Axis, up: _Axis) -> list[str]:
+    parts = []
+    for value in across.marks(2):
+        x = across.at(value)
+        parts.append(_stroke(x, _TOP, x, _HEIGHT - _BOTTOM))
+        parts.append(_words(x - 6, _HEIGHT - _BOTTOM + 16, f"{value:g}"))
+    for value in up.marks(10):
+        y = up.at(value)
+        parts.append(_stroke(_LEFT, y, _WIDTH - _RIGHT, y))
+        parts.append(_words(_LEFT - 40, y + 4, f"{value:g}"))
+    return parts
+
+
+def _line(
+    tier: Tier,
+    context: int,
+    places: Curve,
+    index: int,
+    curves: Sequence[tuple[tuple[Tier, int], Curve]],
+) -> list[str]:
+    shortest = min(other for (owner, other), _ in curves if owner is tier)
+    dash = "" if context == shortest else ' stroke-dasharray="6 4"'
+    colour = _COLOURS[tier]
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    key_x, key_y = _WIDTH - _RIGHT + 15, _TOP + 10 + 22 * index
+    return [
+        f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>',
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places),
+        (
+            f'<line x1="{key_x}" y1="{key_y}" x2="{key_x + 24}" y2="{key_y}" stroke="{colour}" '
+            f'stroke-width="2"{dash}/>'
+        ),
+        _words(key_x + 30, key_y + 4, f"{tier.name}, context {context}"),
+    ]
+
+
+def _stroke(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#ddd"/>'
+
+
+def _words(x: float, y: float, text: str, size: int = 12) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}">{escape(text)}</text>'

@@ -5,21 +5,24 @@ upwards, when the card is read (`card`); everything after that is integer arithm
 Knows neither accounts nor routes.
 """
 
-from sage_fed.cards.card import (
+from sage_fed.cards.rate_card import (
     BUNDLED_CARDS,
     DEFAULT_CARD,
     MAX_SPREAD,
     Basis,
+    Fingerprint,
+    Measured,
+    ModelPrint,
     Rate,
     RateCard,
     available_cards,
+    card_text,
+    charge,
     is_version,
     own_cards,
+    quote,
+    worst_case,
 )
-from sage_fed.cards.charges import charge, quote, worst_case
-from sage_fed.cards.fingerprint import Fingerprint, ModelPrint
-from sage_fed.cards.measured import Measured
-from sage_fed.cards.writing import card_text
 
 __all__ = [
     "BUNDLED_CARDS",

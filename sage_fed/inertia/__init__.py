@@ -5,10 +5,8 @@ engine; `analyse` compares (pure); `markdown` and `record` write it up. It serve
 """
 
 from sage_fed.inertia.analysis import Analysis, analyse
-from sage_fed.inertia.figures import Findings, ModelRef, Plan, Point, Run
-from sage_fed.inertia.measure import measure
-from sage_fed.inertia.record import record
-from sage_fed.inertia.report import markdown
+from sage_fed.inertia.experiment import Findings, ModelRef, Plan, Point, Run, measure
+from sage_fed.inertia.inertia_report import markdown, record
 
 __all__ = [
     "Analysis",

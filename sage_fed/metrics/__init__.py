@@ -8,13 +8,9 @@ where the operator asks for them.
 Recording cannot fail; a server that cannot bind raises `OSError`.
 """
 
-from sage_fed.metrics.doors import DoorMetrics
-from sage_fed.metrics.engines import EngineMetrics
-from sage_fed.metrics.jobs import JobMetrics
-from sage_fed.metrics.metrics import Metrics
-from sage_fed.metrics.money import MoneyMetrics
-from sage_fed.metrics.scrape import Snapshot
-from sage_fed.metrics.server import MetricsServer, PageDoor
+from sage_fed.metrics.collectors import Snapshot
+from sage_fed.metrics.observers import DoorMetrics, EngineMetrics, JobMetrics, Metrics, MoneyMetrics
+from sage_fed.metrics.page import MetricsServer, PageDoor
 
 __all__ = [
     "DoorMetrics",

@@ -1,4 +1,9 @@
-"""Names, labels, buckets and help texts of every series that is counted as things happen.
+"""Prometheus metrics that find a labelled child again without building its key anew.
+
+Owns the children by the label values as they were given. A job asks for some twenty children,
+and each `labels` of the library turns every value into a string and takes a lock.
+
+Names, labels, buckets and help texts of every series that is counted as things happen.
 
 What is known in advance starts at zero: a rate over an absent series would be absent, too.
 Knows no events: the recorders beside it turn those into increments.
@@ -7,9 +12,15 @@ Knows no events: the recorders beside it turn those into increments.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
+import prometheus_client
 from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.samples import Exemplar
 
 from sage_fed.core import TIER_ROLES, Phase, StopReason, TierState
 from sage_fed.errors import (
@@ -30,8 +41,66 @@ from sage_fed.errors import (
     TierUnavailable,
     Unauthenticated,
 )
-from sage_fed.metrics.kept import Counter, Gauge, Histogram
 from sage_fed.steps import StepKind
+
+
+class _Kept(MetricWrapperBase):
+    """Remembers what `labels` returned for values that are given by position."""
+
+    def labels(self, *labelvalues: Any, **labelkwargs: Any) -> Self:  # noqa: ANN401 - as the base
+        if labelkwargs:
+            return super().labels(*labelvalues, **labelkwargs)
+        children: dict[tuple[Any, ...], Self] = self.__dict__.setdefault("_children", {})
+        child = children.get(labelvalues)
+        if child is None:
+            child = children[labelvalues] = super().labels(*labelvalues)
+        return child
+
+    def remove(self, *labelvalues: Any) -> None:  # noqa: ANN401 - as the base
+        self.__dict__.pop("_children", None)
+        super().remove(*labelvalues)
+
+    def clear(self) -> None:
+        # A child of before would go on being set, and never be scraped again.
+        self.__dict__.pop("_children", None)
+        super().clear()
+
+
+class Counter(_Kept, prometheus_client.Counter):
+    """A counter."""
+
+
+class Gauge(_Kept, prometheus_client.Gauge):
+    """A gauge."""
+
+
+class Histogram(_Kept, prometheus_client.Histogram):
+    """A histogram that finds its bucket by bisection, and takes equal observations together."""
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """Observe an amount; the library's own way looks at every bucket below it."""
+        if exemplar is None:
+            self.observe_many(amount, 1)
+        else:
+            super().observe(amount, exemplar)
+
+    def observe_many(
+        self, amount: float, count: int, exemplar: Mapping[str, str] | None = None
+    ) -> None:
+        """Observe the same amount `count` times, at the price of once.
+
+        Args:
+            amount: what was observed.
+            count: how often.
+            exemplar: labels that lead to one case of it; at most 128 characters in all.
+        """
+        self._sum.inc(amount * count)
+        # The last bucket's bound is infinite.
+        bucket = self._buckets[bisect_left(self._upper_bounds, amount)]
+        bucket.inc(count)
+        if exemplar is not None:
+            bucket.set_exemplar(Exemplar(dict(exemplar), amount, time.time()))
+
 
 PREFIX = "sage_fed"
 NO_TIER = "none"
