@@ -53,7 +53,7 @@ class Desk:
 
     def load(self, *tiers: Tier) -> None:
         """The tiers get ready, one after the other."""
-        for tier in tiers or Tier:
+        for tier in tiers or TIER_ROLES:
             self.cards.tier_changed(TierStatus(tier, TierState.LOADING, 0.5))
             self.cards.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO))
 
