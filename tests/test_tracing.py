@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.server
 import queue
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,12 @@ from sage_fed.core import (
     Usage,
     parse_traceparent,
 )
+from sage_fed.daemon.watched import start_watching
+from sage_fed.engine import DeviceDescription
 from sage_fed.errors import ConfigError, NoSuchAccount, QueueFull
-from sage_fed.tracing import start_tracing
-from sage_fed.tracing.spans import Spans
+from sage_fed.metrics import Metrics
+from sage_fed.settings import load_settings
+from sage_fed.tracing import Tracing
 from sage_fed.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -101,7 +105,7 @@ def test_no_header_is_an_error(header: str) -> None:
     parse_traceparent(header)
 
 
-# Spans, collected in memory
+# Tracing, collected in memory
 
 
 @pytest.fixture
@@ -110,8 +114,8 @@ def collected() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-def spans(collected: InMemorySpanExporter) -> Spans:
-    return Spans(SimpleSpanProcessor(collected), sample_ratio=1.0, version="1", models=MODELS)
+def spans(collected: InMemorySpanExporter) -> Tracing:
+    return Tracing(SimpleSpanProcessor(collected), sample_ratio=1.0, version="1", models=MODELS)
 
 
 def job(trace: TraceContext | None = CALLER, **changes: Any) -> JobSpec:  # noqa: ANN401
@@ -128,7 +132,7 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 
 def test_a_job_is_a_span_of_the_genai_conventions(
-    spans: Spans, collected: InMemorySpanExporter
+    spans: Tracing, collected: InMemorySpanExporter
 ) -> None:
     """Operation, models, tokens, the reason it stopped and our price, below the caller's span."""
     spans.job_ended(job(), STARTED, FINISHED)
@@ -161,7 +165,7 @@ def test_a_job_is_a_span_of_the_genai_conventions(
     } == attributes(span)
 
 
-def test_a_jobs_phases_lie_within_it(spans: Spans, collected: InMemorySpanExporter) -> None:
+def test_a_jobs_phases_lie_within_it(spans: Tracing, collected: InMemorySpanExporter) -> None:
     """Queue, prefill and decode follow each other, and end no later than the job."""
     spans.job_ended(job(), STARTED, FINISHED)
     by_name = {span.name: span for span in collected.get_finished_spans()}
@@ -183,7 +187,7 @@ def test_a_jobs_phases_lie_within_it(spans: Spans, collected: InMemorySpanExport
 
 
 def test_a_refused_job_is_an_error_with_its_reason(
-    spans: Spans, collected: InMemorySpanExporter
+    spans: Tracing, collected: InMemorySpanExporter
 ) -> None:
     """It has a type of error and no answer."""
     spans.job_ended(job(requested=Tier.TACTICAL), None, QueueFull("128 wait", 1.0))
@@ -195,7 +199,9 @@ def test_a_refused_job_is_an_error_with_its_reason(
     assert "gen_ai.response.model" not in attributes(span)
 
 
-def test_a_span_has_no_prompt_and_no_account(spans: Spans, collected: InMemorySpanExporter) -> None:
+def test_a_span_has_no_prompt_and_no_account(
+    spans: Tracing, collected: InMemorySpanExporter
+) -> None:
     """A collector is somebody else's machine: what was asked and by whom stays here."""
     spans.job_ended(job(), STARTED, FINISHED)
     spans.job_ended(job(), None, NoSuchAccount("secret-account has no budget"))
@@ -204,7 +210,7 @@ def test_a_span_has_no_prompt_and_no_account(spans: Spans, collected: InMemorySp
     assert "secret" not in told
 
 
-def test_the_callers_decision_is_honoured(spans: Spans, collected: InMemorySpanExporter) -> None:
+def test_the_callers_decision_is_honoured(spans: Tracing, collected: InMemorySpanExporter) -> None:
     """A caller that does not sample gets no spans, whatever our own share is."""
     spans.job_ended(job(TraceContext(TRACE_ID, SPAN_ID, sampled=False)), STARTED, FINISHED)
     with spans.call("x/Y", TraceContext(TRACE_ID, SPAN_ID, sampled=False)) as call:
@@ -214,7 +220,7 @@ def test_the_callers_decision_is_honoured(spans: Spans, collected: InMemorySpanE
 
 def test_our_share_is_for_callers_without_a_trace(collected: InMemorySpanExporter) -> None:
     """A share of 0 traces nobody but those who ask for it."""
-    spans = Spans(SimpleSpanProcessor(collected), sample_ratio=0.0, version="1", models=MODELS)
+    spans = Tracing(SimpleSpanProcessor(collected), sample_ratio=0.0, version="1", models=MODELS)
     spans.job_ended(job(None), STARTED, FINISHED)
     assert () == collected.get_finished_spans()
 
@@ -233,7 +239,7 @@ def test_our_share_is_for_callers_without_a_trace(collected: InMemorySpanExporte
     ],
 )
 def test_a_call_is_a_span_of_the_rpc_conventions(
-    spans: Spans, collected: InMemorySpanExporter, status: str, *, fault: bool
+    spans: Tracing, collected: InMemorySpanExporter, status: str, *, fault: bool
 ) -> None:
     """Its status is on it; only what the conventions call the server's fault is an error."""
     with spans.call("sage_fed.v1.InferenceService/Generate", CALLER) as call:
@@ -248,12 +254,22 @@ def test_a_call_is_a_span_of_the_rpc_conventions(
     assert fault is (span.status.status_code is StatusCode.ERROR)
 
 
-def test_without_the_extra_the_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_the_extra_the_setting_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It names the setting and what to install, and traces nothing silently."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "sage_fed.tracing")
+    flags = {
+        "profile": "demo",
+        "state_dir": str(tmp_path),
+        "tracing.otlp_endpoint": "http://127.0.0.1:1/",
+    }
+    settings = load_settings(flags, {}, None).settings
 
     with pytest.raises(ConfigError, match=r"tracing\.otlp_endpoint: .*sage-fed\[otel\]"):
-        start_tracing("http://127.0.0.1:1/", sample_ratio=1.0, version="1", models=MODELS)
+        async with AsyncExitStack() as stack:
+            start_watching(settings, DeviceDescription("cpu", 1), Metrics(), stack)
 
 
 # A real daemon and a real collector's door

@@ -1,23 +1,26 @@
 """How the daemon is watched: its metrics, the page that shows them, power and traces.
 
 Owns what of these follows from the settings. Does not know what happens later: the parts say so.
-Fails with `Occupied`.
+Fails with `Occupied`, and with `ConfigError` where traces are wanted and OpenTelemetry is missing.
 """
 
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 import sage_fed
 from sage_fed.cards import RateCard
 from sage_fed.core import TIER_ROLES, Phase
 from sage_fed.daemon.tiers import display_name
 from sage_fed.engine import DeviceDescription
-from sage_fed.errors import Occupied
+from sage_fed.errors import ConfigError, Occupied
 from sage_fed.metrics import Metrics, MetricsServer, PageDoor
 from sage_fed.routing import possible_decisions
 from sage_fed.settings import Address, Settings
-from sage_fed.tracing import Tracing, start_tracing
+
+if TYPE_CHECKING:
+    from sage_fed.tracing import Tracing
 
 
 def build_metrics(settings: Settings) -> Metrics:
@@ -43,6 +46,14 @@ def start_watching(
         stack.enter_context(metrics.watch_power(device.gpu_uuid))
     if settings.tracing.otlp_endpoint is None:
         return None
+    try:
+        # Only now: importing OpenTelemetry takes a tenth of a second.
+        from sage_fed.tracing import start_tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "tracing.otlp_endpoint: OpenTelemetry is not installed; "
+            "install sage-fed with its extra: sage-fed[otel]"
+        ) from error
     return stack.enter_context(
         start_tracing(
             settings.tracing.otlp_endpoint,

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from sage_fed.cards import charge
 from sage_fed.core import (
@@ -54,8 +55,10 @@ from sage_fed.jobs.results import Result, hash_payload, read_result, write_resul
 from sage_fed.ledger import HoldRequest, Ledger, Replay
 from sage_fed.metrics import Metrics, MoneyMetrics
 from sage_fed.routing import refusal_error
-from sage_fed.tracing import Tracing
 from sage_fed.workers import Workers
+
+if TYPE_CHECKING:
+    from sage_fed.tracing import Tracing
 
 _RETRY_FULL_S = 1.0
 _RETRY_DRAINING_S = 5.0

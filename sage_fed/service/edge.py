@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -36,8 +36,10 @@ from sage_fed.service.fields import require_few_fields
 from sage_fed.service.rules import OPEN, RULES
 from sage_fed.service.status import status_of
 from sage_fed.service.tls import names_in
-from sage_fed.tracing import Call as TracedCall
-from sage_fed.tracing import Tracing
+
+if TYPE_CHECKING:
+    from sage_fed.tracing import Call as TracedCall
+    from sage_fed.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2  # noqa: F401 - its schema has to be known to reflection
@@ -34,9 +35,11 @@ from sage_fed.service.ports import Books, Jobs, Operations
 from sage_fed.service.reflection import register_reflection
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
-from sage_fed.tracing import Tracing
 from sage_fed.trusted_files import os_error
 from sage_fed.workers import Workers
+
+if TYPE_CHECKING:
+    from sage_fed.tracing import Tracing
 
 MAX_METADATA_BYTES = 16 * 1024
 """All headers of one request together; ours fit into a fraction of it."""

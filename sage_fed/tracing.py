@@ -1,6 +1,12 @@
-"""The spans, by OpenTelemetry's SDK.
+"""Traces: a span for a call, one for the job below it, and one for each of the job's phases.
 
-Names and attributes follow its semantic conventions for RPC and for generative AI, both of 2025;
+Owns spans and their names, and is the only module that imports OpenTelemetry, an optional extra:
+others import this one for its types only, and the daemon when an endpoint is set. A job's spans
+are written after its end, from the times that it has anyway, so that a token costs nothing. Spans
+hold no prompts, no answers, no tokens and no accounts. A collector that does not answer costs the
+spans, which a log line says, and never a request.
+
+Names and attributes follow the semantic conventions for RPC and for generative AI, both of 2025;
 those of GenAI are still in development there. What is ours alone is under `sage_fed.`.
 """
 
@@ -31,7 +37,6 @@ from opentelemetry.util.types import AttributeValue
 
 from sage_fed.core import UATP_PER_ATP, Finished, JobSpec, Started, Tier, Timing, TraceContext
 from sage_fed.errors import SageFedError
-from sage_fed.tracing import Tracing
 
 _EXPORT_TIMEOUT_S = 5.0
 
@@ -44,22 +49,29 @@ Attributes = dict[str, AttributeValue]
 
 
 @contextlib.contextmanager
-def export_to(
+def start_tracing(
     endpoint: str, *, sample_ratio: float, version: str, models: Mapping[Tier, str]
 ) -> Iterator[Tracing]:
-    """Export to a collector while the context lasts."""
+    """Export to an OTLP/HTTP collector until the context ends, which waits for what is left.
+
+    Args:
+        endpoint: the collector's URL, with its path.
+        sample_ratio: of requests whose caller has not decided.
+        version: of the daemon.
+        models: what each tier's model is called.
+    """
     exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)
-    spans = Spans(
+    tracing = Tracing(
         BatchSpanProcessor(exporter), sample_ratio=sample_ratio, version=version, models=models
     )
     try:
-        yield spans
+        yield tracing
     finally:
-        spans.close()
+        tracing.close()
 
 
-class _Call:
-    """Satisfies `sage_fed.tracing.Call`."""
+class Call:
+    """The span of one RPC; what is traced below it belongs to `context`."""
 
     def __init__(self, span: Span) -> None:
         self._span = span
@@ -71,15 +83,15 @@ class _Call:
         )
 
     def ended(self, status: str) -> None:
-        """Says how it ended."""
+        """Record how it ended, by the name of the gRPC status."""
         self._span.set_attribute("rpc.response.status_code", status)
         if status in _SERVER_FAULTS:
             self._span.set_attribute("error.type", status)
             self._span.set_status(Status(StatusCode.ERROR))
 
 
-class Spans:
-    """Satisfies `sage_fed.tracing.Tracing`, with a tracer of its own: nothing global is touched."""
+class Tracing:
+    """Tracer of calls and jobs, touching nothing global; called on the event loop only."""
 
     def __init__(
         self,
@@ -99,8 +111,8 @@ class Spans:
         self._tracer = self._provider.get_tracer("sage_fed", version)
 
     @contextlib.contextmanager
-    def call(self, method: str, caller: TraceContext | None) -> Iterator[_Call]:
-        """Trace one RPC."""
+    def call(self, method: str, caller: TraceContext | None) -> Iterator[Call]:
+        """Trace one RPC; `method` is its full name, `caller` what the request's header says."""
         span = self._tracer.start_span(
             method,
             _below(caller),
@@ -108,14 +120,14 @@ class Spans:
             {"rpc.system.name": "grpc", "rpc.method": method},
         )
         try:
-            yield _Call(span)
+            yield Call(span)
         finally:
             span.end()
 
     def job_ended(
         self, spec: JobSpec, started: Started | None, ending: Finished | SageFedError
     ) -> None:
-        """Trace a job and its phases."""
+        """Trace a job that ends now, and its phases; `started` is None for a refused one."""
         now_ns = time.time_ns()
         timing = ending.timing if isinstance(ending, Finished) else None
         job = self._tracer.start_span(
