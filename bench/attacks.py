@@ -60,9 +60,9 @@ from stress import START_S, quantiles, wait_ready
 from stress_clients import Client, Tally
 
 from sage_fed.auth import digest_of, new_token
-from sage_fed.cli import scrape
-from sage_fed.cli.demo_daemon import DemoDaemon, Endpoint
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli import top
+from sage_fed.cli.demo import DemoDaemon, Endpoint
+from sage_fed.cli.options import ledger_file
 from sage_fed.errors import SageFedError
 from sage_fed.v1 import types_pb2 as types
 
@@ -337,7 +337,7 @@ class Scene:
             with urllib.request.urlopen(self._metrics_url, timeout=SCRAPE_S) as reply:
                 page = reply.read().decode()
             below = 0.0
-            for sample in scrape.samples(page):
+            for sample in top.samples(page):
                 if _LAG.fullmatch(sample.name):
                     # Buckets are cumulative.
                     lag[float(sample.labels["le"])] = sample.value - below

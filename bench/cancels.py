@@ -30,9 +30,9 @@ from rich.console import Console
 from stress import FLAGS, START_S, TROUBLE, quantiles, wait_ready
 from stress_clients import Client, Tally
 
-from sage_fed.cli import scrape
-from sage_fed.cli.demo_daemon import DemoDaemon
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli import top
+from sage_fed.cli.demo import DemoDaemon
+from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
 from sage_fed.ledger.ledger_files import readable
 
@@ -66,7 +66,7 @@ async def main(count: int, num_clients: int, seed: int, output: Path | None) -> 
             await storm(endpoint.listen, count, num_clients, seed, left)
             elapsed_s = time.monotonic() - began_s
             violations = await settle(endpoint, state_dir)
-            page = await asyncio.to_thread(scrape.fetch, endpoint.metrics_url)
+            page = await asyncio.to_thread(top.fetch, endpoint.metrics_url)
         finally:
             code = await asyncio.to_thread(daemon.stop, 60.0)
         if code != 0:
@@ -170,7 +170,7 @@ def stop_times(ledger: Path, left: Left) -> list[float]:
 def longest_step_s(page: str) -> float:
     """The upper bound of the slowest step's bucket, over both tiers."""
     counts: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for sample in scrape.samples(page):
+    for sample in top.samples(page):
         if sample.name == "sage_fed_engine_step_seconds_bucket":
             key = sample.labels["tier"], sample.labels["kind"]
             counts.setdefault(key, []).append((float(sample.labels["le"]), sample.value))

@@ -33,7 +33,7 @@ from lean_client import LeanClient, Run
 from rich.console import Console
 from rich.table import Table
 
-from sage_fed.cli.demo_daemon import DemoDaemon
+from sage_fed.cli.demo import DemoDaemon
 from sage_fed.settings import load_settings
 
 WAYS = ("engine", "executor", "daemon")

@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from stress import START_S, TROUBLE, wait_ready
 
-from sage_fed.cli.demo_daemon import DemoDaemon
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.demo import DemoDaemon
+from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
 from sage_fed.ledger.ledger_files import readable
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2

@@ -20,7 +20,7 @@ import grpc
 from gpu_interference import Load
 from lean_client import LeanClient, Reply, Run
 
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
@@ -151,7 +151,7 @@ def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | No
 def _buckets(before: str, after: str, series: str, tier: Tier) -> list[tuple[float, float]]:
     counts: dict[float, float] = {}
     for page, sign in ((before, -1), (after, 1)):
-        for sample in scrape.samples(page):
+        for sample in top.samples(page):
             if sample.name == f"{series}_bucket" and sample.labels.get("tier") == tier.name:
                 bound = float(sample.labels["le"])
                 counts[bound] = counts.get(bound, 0.0) + sign * sample.value

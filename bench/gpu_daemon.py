@@ -26,7 +26,7 @@ from gpu_shapes import Plan, Shape
 from sage_fed.core import TIER_ROLES, Tier
 
 if TYPE_CHECKING:
-    from sage_fed.cli.demo_daemon import Endpoint
+    from sage_fed.cli.demo import Endpoint
 
 NEEDED = (
     "apsw", "google.protobuf", "google.rpc", "grpc", "grpc_health", "grpc_reflection",
@@ -60,7 +60,7 @@ def daemon(
         raise Skipped(f"not installed: {', '.join(missing)}")
     if left() < plan.daemon_needs_s:
         raise Skipped(f"{left():.0f} s are left, and it needs {plan.daemon_needs_s:.0f}")
-    from sage_fed.cli.demo_daemon import DemoDaemon  # noqa: PLC0415 - needs the daemon's packages
+    from sage_fed.cli.demo import DemoDaemon  # noqa: PLC0415 - needs the daemon's packages
 
     shapes = {Tier.TACTICAL: plan.tactical, Tier.STRATEGIC: plan.strategic}
     models = {tier: checkpoints.of(shape, device) for tier, shape in shapes.items()}
@@ -119,7 +119,7 @@ def _drive(
     from gpu_clients import Clients, cancel_storm, percentiles_between, shares  # noqa: PLC0415
     from idle import settle  # noqa: PLC0415
 
-    from sage_fed.cli import scrape  # noqa: PLC0415
+    from sage_fed.cli import top  # noqa: PLC0415
     from sage_fed.client.health import wait_serving  # noqa: PLC0415
 
     for tier in TIER_ROLES:
@@ -133,9 +133,9 @@ def _drive(
             if left() < 2 * plan.daemon_s:
                 found["cut"].append(f"{streams} streams")
                 continue
-            before = scrape.fetch(endpoint.metrics_url)
+            before = top.fetch(endpoint.metrics_url)
             rows = clients.run(mixed(streams, plan), plan.daemon_s)
-            after = scrape.fetch(endpoint.metrics_url)
+            after = top.fetch(endpoint.metrics_url)
             for tier, seen in percentiles_between(before, after).items():
                 if tier in rows:
                     rows[tier]["by_the_daemons_metrics"] = seen
@@ -149,9 +149,9 @@ def _drive(
     cancels = cancel_storm(endpoint.listen, loads, valid_ids, plan.cancels)
     found["cancels"] = asyncio.run(cancels)
     found["left_over"] = asyncio.run(settle(endpoint, state))
-    page = scrape.fetch(endpoint.metrics_url)
+    page = top.fetch(endpoint.metrics_url)
     found["model_memory_bytes"] = {
-        tier.name: scrape.total(page, "sage_fed_model_memory_bytes", tier=tier.name)
+        tier.name: top.total(page, "sage_fed_model_memory_bytes", tier=tier.name)
         for tier in TIER_ROLES
     }
     if left() < _CALIBRATION_S and plan.daemon_s > 1.0:

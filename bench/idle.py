@@ -12,8 +12,8 @@ from pathlib import Path
 
 import grpc
 
-from sage_fed.cli import scrape
-from sage_fed.cli.demo_daemon import Endpoint
+from sage_fed.cli import top
+from sage_fed.cli.demo import Endpoint
 from sage_fed.v1 import admin_pb2, admin_pb2_grpc
 
 IDLE_SERIES = (
@@ -38,7 +38,7 @@ async def settle(endpoint: Endpoint, state_dir: Path) -> list[str]:
             load = await stub.GetLoad(
                 admin_pb2.GetLoadRequest(), timeout=SETTLE_S, metadata=metadata
             )
-            page = await asyncio.to_thread(scrape.fetch, endpoint.metrics_url)
+            page = await asyncio.to_thread(top.fetch, endpoint.metrics_url)
             left = leftovers(load, page)
             if not left or time.monotonic() > deadline:
                 return left
@@ -56,7 +56,7 @@ def leftovers(load: admin_pb2.GetLoadResponse, page: str) -> list[str]:
         amounts[f"waiting, tier {tier.tier}"] = tier.requests_waiting
         amounts[f"KV tokens used, tier {tier.tier}"] = tier.kv_tokens_used
     series: dict[str, list[float]] = {name: [] for name in IDLE_SERIES}
-    for sample in scrape.samples(page):
+    for sample in top.samples(page):
         if sample.name in series and sample.labels.get("state", "used") == "used":
             series[sample.name].append(sample.value)
     amounts |= {name: sum(values) for name, values in series.items()}

@@ -41,8 +41,8 @@ from lean_client import LeanClient
 from rich.console import Console
 from rich.table import Table
 
-from sage_fed.cli.demo_daemon import DemoDaemon
-from sage_fed.cli.scrape import fetch, total
+from sage_fed.cli.demo import DemoDaemon
+from sage_fed.cli.top import fetch, total
 from sage_fed.settings import load_settings
 from sage_fed.v1 import inference_pb2 as pb
 

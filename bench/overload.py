@@ -42,7 +42,7 @@ from idle import settle
 from rich.console import Console
 from stress import FLAGS, START_S, quantiles, wait_ready
 
-from sage_fed.cli.demo_daemon import DemoDaemon
+from sage_fed.cli.demo import DemoDaemon
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
 from sage_fed.v1 import types_pb2 as types

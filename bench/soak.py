@@ -33,8 +33,8 @@ from rich.console import Console
 from stress import FLAGS, START_S, TROUBLE, quantiles, wait_ready
 from stress_clients import Client, Tally
 
-from sage_fed.cli.demo_daemon import DemoDaemon
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.demo import DemoDaemon
+from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
 
 WARM_UP = 0.2

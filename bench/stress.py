@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from stress_clients import Client, Tally
 
-from sage_fed.cli.demo_daemon import DemoDaemon, Endpoint
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.demo import DemoDaemon, Endpoint
+from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
 
 POOR_TOKEN = "stress-poor"

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from sage_fed.cli import ask
 from sage_fed.cli.app import build_app
-from sage_fed.cli.connection import Connection
 from sage_fed.cli.exits import ConnectionBroke, ExitCode, exit_code, explain
+from sage_fed.cli.options import Connection
 from sage_fed.core import (
     Delta,
     Event,

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
-from sage_fed.cli.demo_plan import plan
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.demo import plan
+from sage_fed.cli.options import ledger_file
 from sage_fed.client import Client
 from sage_fed.errors import CannotConnect
 from sage_fed.ledger import check

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sage_fed.cli.app import build_app
-from sage_fed.cli.progress import watched_bar
+from sage_fed.cli.drawing import watched_bar
 from sage_fed.core import Message
 from sage_fed.engine import SHAPES, EngineOptions, load_engine
 from sage_fed.engine.random_checkpoint import Shape

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from sage_fed import __version__
 from sage_fed.cli.app import build_app
-from sage_fed.cli.paths import ledger_file
+from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import AccountTerms, HoldRequest, Ledger
 
 NOBODY = "127.0.0.1:1"

@@ -12,10 +12,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from sage_fed.cli import options, scrape
+from sage_fed.cli import options, top
 from sage_fed.cli.ask import Answer, footer
-from sage_fed.cli.demo_plan import plan
-from sage_fed.cli.demo_report import Outcome, print_next_steps, print_outcomes
+from sage_fed.cli.demo import Outcome, plan, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
 from sage_fed.cli.render import (
     atp_number,
@@ -205,13 +204,13 @@ def test_samples_of_a_metrics_page() -> None:
         'x_total{tier="tactical",why="a \\"b\\""} 3.0\n'
         'x_total{tier="strategic",why="c"} 4\ny 1e-05\n'
     )
-    read = list(scrape.samples(page))
+    read = list(top.samples(page))
     assert ["x_total", "x_total", "y"] == [sample.name for sample in read]
     assert 'a \\"b\\"' == read[0].labels["why"]
     assert (7.0, 4.0, 0.0) == (
-        scrape.total(page, "x_total"),
-        scrape.total(page, "x_total", tier="strategic"),
-        scrape.total(page, "z_total"),
+        top.total(page, "x_total"),
+        top.total(page, "x_total", tier="strategic"),
+        top.total(page, "z_total"),
     )
 
 

@@ -17,9 +17,8 @@ import trustme
 from daemon_process import DaemonProcess
 from rich.console import Console
 
-from sage_fed.cli.readings import Between, Page, reading_of
-from sage_fed.cli.top import Watch
-from sage_fed.cli.top_view import drawn, show_live
+from sage_fed.cli.drawing import drawn, show_live
+from sage_fed.cli.top import Between, Page, Watch, reading_of
 from sage_fed.client import Client
 from sage_fed.core import Tier
 from sage_fed.errors import CannotConnect

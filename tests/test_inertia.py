@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from sage_fed import engine
 from sage_fed.cli.app import build_app
-from sage_fed.cli.bench import REFERENCES
+from sage_fed.cli.bench_commands import REFERENCES
 from sage_fed.core import TIER_ROLES, Tier, resolve_model
 from sage_fed.engine import reference
 from sage_fed.errors import ModelLoadError

@@ -17,7 +17,7 @@ from small_disks import Disk, small_ext4, small_tmpfs
 from waiting import WAIT_S, until
 
 from sage_fed.auth import digest_of, new_token
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.client import Client
 from sage_fed.core import TIER_ROLES, UATP_PER_ATP, Delta, Event, Finished, StopReason, Tier
 from sage_fed.errors import LedgerBlocked, SageFedError, Unauthenticated
@@ -62,7 +62,7 @@ def until_blocked(client: Client) -> int:
 
 
 def writable(daemon: DaemonProcess) -> float:
-    return scrape.total(scrape.fetch(daemon.metrics_url), "sage_fed_ledger_writable")
+    return top.total(top.fetch(daemon.metrics_url), "sage_fed_ledger_writable")
 
 
 def served(client: Client) -> bool:
@@ -187,9 +187,9 @@ def test_what_a_killed_daemon_left_is_said_at_the_next_start(tmp_path: Path) -> 
     with Client(again.address) as client:
         status = client.status()
     assert (1, held_uatp) == (status.recovered_jobs, status.recovered_uatp)
-    page = scrape.fetch(again.metrics_url)
-    assert 1.0 == scrape.total(page, "sage_fed_ledger_recovered_jobs")
-    assert held_uatp / UATP_PER_ATP == scrape.total(page, "sage_fed_ledger_recovered_atp")
+    page = top.fetch(again.metrics_url)
+    assert 1.0 == top.total(page, "sage_fed_ledger_recovered_jobs")
+    assert held_uatp / UATP_PER_ATP == top.total(page, "sage_fed_ledger_recovered_atp")
     assert 0 == again.stop(WAIT_S)
     assert "did not end 1 job" in again.log.read_text()
 

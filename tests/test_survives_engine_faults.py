@@ -18,7 +18,7 @@ from faulty_engines import Orders
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from waiting import WAIT_S, until
 
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.client import Client
 from sage_fed.core import TIER_ROLES, Delta, Event, Finished, StopReason, Tier
 from sage_fed.errors import DeviceOutOfMemory, NotFinite, SageFedError, TierUnavailable
@@ -120,10 +120,10 @@ class Desk:
 
     def metric(self, name: str, **labels: str) -> float:
         """One sample of the metrics page."""
-        page = scrape.fetch(self.daemon.metrics_url)
+        page = top.fetch(self.daemon.metrics_url)
         (value,) = [
             sample.value
-            for sample in scrape.samples(page)
+            for sample in top.samples(page)
             if sample.name == f"sage_fed_{name}" and labels.items() <= sample.labels.items()
         ]
         return value

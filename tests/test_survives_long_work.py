@@ -23,7 +23,7 @@ from sound_daemon import sound_daemon
 from typer.testing import CliRunner
 from waiting import WAIT_S
 
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client
 from sage_fed.core import Tier
@@ -94,7 +94,7 @@ async def test_a_flood_of_long_counts_holds_up_nobody_else(
     limited = {"account": "local", "limit": "max_waiting_chars", "allowed": "20000000"}
     assert ("RATE_LIMITED", limited) == (info.reason, dict(info.metadata))
     assert RetryInfo.FromString(found["RetryInfo"]).retry_delay.ToMilliseconds() > 0
-    page = scrape.samples(scrape.fetch(daemon.metrics_url))
+    page = top.samples(top.fetch(daemon.metrics_url))
     counted = [
         sample.value
         for sample in page
@@ -137,4 +137,4 @@ def test_sockets_that_drip_do_not_blind_the_metrics(demo_daemon: DaemonProcess) 
             for drip in drips:
                 with contextlib.suppress(ConnectionError):  # one that had to give way
                     drip.sendall(b"G")
-            assert "sage_fed_build_info" in scrape.fetch(demo_daemon.metrics_url)
+            assert "sage_fed_build_info" in top.fetch(demo_daemon.metrics_url)

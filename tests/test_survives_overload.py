@@ -14,7 +14,7 @@ import pytest
 from daemon_process import DaemonProcess
 from sound_daemon import sound_daemon
 
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.client import Client
 from sage_fed.core import TIER_ROLES, StopReason, Tier
 from sage_fed.errors import QueueFull, RateLimited, Retryable
@@ -73,7 +73,7 @@ class Flood:
 
 def counted(daemon: DaemonProcess, series: str, *labels: str) -> Counter[tuple[str, ...]]:
     """The values of a series that are not nought, by the values of its labels."""
-    page = scrape.samples(scrape.fetch(daemon.metrics_url))
+    page = top.samples(top.fetch(daemon.metrics_url))
     found: Counter[tuple[str, ...]] = Counter()
     for sample in page:
         if sample.name == f"sage_fed_{series}" and sample.value:

@@ -17,7 +17,7 @@ from sound_daemon import sound_daemon
 from typer.testing import CliRunner
 from waiting import until
 
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client
 from sage_fed.core import StopReason, Tier
@@ -62,7 +62,7 @@ def rss(daemon: DaemonProcess) -> int:
 
 
 def series(daemon: DaemonProcess, name: str) -> float:
-    page = scrape.fetch(daemon.metrics_url)
+    page = top.fetch(daemon.metrics_url)
     (value,) = [line.split()[-1] for line in page.splitlines() if line.startswith(name)]
     return float(value)
 

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from surroundings import require_tool
 from waiting import WAIT_S, until
 
-from sage_fed.cli import scrape
+from sage_fed.cli import top
 from sage_fed.client import Client
 from sage_fed.core import TIER_ROLES, Finished, Tier
 from sage_fed.errors import LedgerBlocked
@@ -55,7 +55,7 @@ class StuckDisk:
 
     def writable(self) -> float:
         """What the metrics say of the ledger."""
-        return scrape.total(scrape.fetch(self.daemon.metrics_url), "sage_fed_ledger_writable")
+        return top.total(top.fetch(self.daemon.metrics_url), "sage_fed_ledger_writable")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from sage_fed.auth import digest_of, new_token
 from sage_fed.auth.register import read_register
 from sage_fed.cards import RateCard
 from sage_fed.cards.rate_card import BUNDLED_CARDS
-from sage_fed.cli.paths import admin_token
+from sage_fed.cli.options import admin_token
 from sage_fed.errors import ConfigError, MachineFault
 from sage_fed.ledger import AccountTerms, Ledger, backup
 from sage_fed.settings import load_settings

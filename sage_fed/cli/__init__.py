@@ -1,8 +1,8 @@
 """The command line: `sage-fed`.
 
-Owns: the entry point. `app` lists the commands, one module each: `serve`, `service`, `ask`,
-`chat`, `account`, `ledger`, `status`, `admin`, `demo`, `dev`; `options`, `render`, `streams` and
-`exits` are what they share.
+Owns: the entry point. `app` lists the commands: `ask.py` a client's, `operate.py` an operator's,
+`serve.py`, `top.py`, `demo.py` and `bench_commands.py` the others; `options`, `render`, `drawing`,
+`streams` and `exits` are what they share.
 Does not know: any command; importing this package imports nothing else.
 Fails: with the exit codes of `exits.py`.
 """

@@ -20,23 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from sage_fed import __version__
-from sage_fed.cli import (
-    account,
-    admin,
-    ask,
-    bench,
-    calibrate,
-    chat,
-    demo,
-    dev,
-    ledger,
-    options,
-    serve,
-    service,
-    status,
-    tokens,
-    top,
-)
+from sage_fed.cli import ask, bench_commands, demo, operate, options, serve, top
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
 from sage_fed.cli.streams import complain, give_up_output, is_output_failure
 
@@ -132,23 +116,23 @@ def build_app() -> typer.Typer:
         serve.serve,
         demo.demo,
         ask.ask,
-        chat.chat,
-        account.quote,
-        account.budget,
-        status.models,
-        status.status,
+        ask.chat,
+        ask.quote,
+        ask.budget,
+        operate.models,
+        operate.status,
         top.top,
-        calibrate.calibrate,
+        bench_commands.calibrate,
         serve.config,
-        service.install_service,
-        service.uninstall_service,
+        serve.install_service,
+        serve.uninstall_service,
         version,
     )
     for command in commands:
         app.command(epilog=EXIT_CODES_HELP)(command)
-    app.add_typer(ledger.ledger_app())
-    app.add_typer(admin.admin_app())
-    app.add_typer(tokens.token_app())
-    app.add_typer(bench.bench_app())
-    app.add_typer(dev.dev_app())
+    app.add_typer(operate.ledger_app())
+    app.add_typer(operate.admin_app())
+    app.add_typer(operate.token_app())
+    app.add_typer(bench_commands.bench_app())
+    app.add_typer(bench_commands.dev_app())
     return app

@@ -1,13 +1,17 @@
-"""`sage-fed ask`: one question, its answer as it comes.
+"""`ask`, `chat`, `quote` and `budget`: what a client asks of the daemon.
 
-Owns: the printing of one job's stream, shared with `chat`.
+Owns: the printing of one job's stream; a conversation's history (in this process only) and its
+slash commands; the tables of quote and budget.
 Does not know: the wire.
-Fails: exit codes of `exits.py`, 1 for an answer that was cut; an interrupted one is cancelled on
-the daemon too.
+Fails: exit codes of `exits.py`, 1 for an answer that was cut; an interrupted answer is cancelled
+on the daemon too. On a terminal a refused turn of a conversation is reported and forgotten; with
+piped input (one turn a line) any failure ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -17,29 +21,39 @@ from typing import Annotated
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.connection import HERE, Connection, connected
-from sage_fed.cli.exits import ConnectionBroke, ExitCode, reported
+from sage_fed.cli.exits import ConnectionBroke, ExitCode, as_options, explain, reported
+from sage_fed.cli.operate import card_fit
+from sage_fed.cli.options import HERE, Connection, connected
 from sage_fed.cli.render import (
+    atp_number,
     format_atp,
     format_rate,
     format_seconds,
     join_parts,
+    print_fields,
     print_json,
+    print_table,
     printable,
     to_plain,
 )
 from sage_fed.cli.streams import complain
+from sage_fed.client import Client
 from sage_fed.core import (
+    CardStatus,
     Delta,
     Event,
     Finished,
     JobSpec,
     Logprob,
+    Message,
+    Prompt,
+    Quote,
+    Route,
     SamplingRequest,
     Started,
     StopReason,
 )
-from sage_fed.errors import CannotConnect
+from sage_fed.errors import CannotConnect, SageFedError
 
 _CUTS = {
     StopReason.ABORTED: "aborted by an operator or by the daemon's stop",
@@ -288,3 +302,205 @@ def _print_answer(answer: Answer) -> None:
         others = " ".join(f"{token_id}:{logprob:.3f}" for token_id, logprob in entry.top)
         typer.echo(f"{entry.token_id:>6} {entry.logprob:8.3f}  {others}", err=True)
     show_footer(answer)
+
+
+_HELP = "/tier auto|tactical|strategic   /budget   /reset (forget)   /quit"
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What has been said, who answers next, and what a turn may take."""
+
+    tier: options.TierChoice
+    system: str | None = None
+    max_new_tokens: int | None = None
+    max_cost_uatp: int | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def job(self, question: str) -> JobSpec:
+        """The conversation so far with one more user turn at its end."""
+        head = (Message("system", self.system),) if self.system else ()
+        return options.job_spec(
+            Prompt(messages=(*head, *self.turns, Message("user", question))),
+            tier=self.tier,
+            max_cost_uatp=self.max_cost_uatp,
+            sampling=SamplingRequest(max_new_tokens=self.max_new_tokens),
+        )
+
+    def remember(self, question: str, answer: str) -> None:
+        """Keep a finished turn."""
+        self.turns += [Message("user", question), Message("assistant", answer)]
+
+
+@connected
+def chat(
+    *,
+    tier: options.TierOption = options.TierChoice.AUTO,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system message.")
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    max_cost: options.MaxCost = None,
+    daemon: Connection = HERE,
+) -> None:
+    """Talk, turn by turn.
+
+    /tier changes who answers, /budget shows the balance, /reset forgets, /quit or Ctrl-D ends.
+    Ctrl-C stops an answer. Piped input is one turn a line.
+    """
+    conversation = Conversation(tier, system, max_new_tokens, max_cost)
+    with reported():
+        daemon.call(lambda client: _talk(client, conversation))
+
+
+def _talk(client: Client, conversation: Conversation) -> None:
+    """Read lines until the input ends or /quit."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            # Its import gives `input` arrow keys and a history; not every Python has it.
+            import readline  # noqa: F401, PLC0415
+        typer.secho(_HELP, err=True, dim=True)
+    while (line := _read_line(conversation)) is not None and line != "/quit":
+        if line.startswith("/"):
+            _command(client, conversation, line)
+        elif line:
+            _turn(client, conversation, line)
+
+
+def _turn(client: Client, conversation: Conversation, question: str) -> None:
+    """One question and its answer; on a terminal Ctrl-C stops the answer, not the conversation."""
+    interactive = sys.stdin.isatty()
+    try:
+        answer = follow(client.stream(conversation.job(question)), show_text)
+    except SageFedError as error:
+        if not interactive or isinstance(error, CannotConnect):
+            raise
+        complain(explain(error))
+        return
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        typer.secho("\nstopped; this turn is forgotten", err=True, dim=True)
+        return
+    typer.echo()
+    show_footer(answer)
+    if complain_if_cut(answer) and not interactive:
+        raise typer.Exit(ExitCode.ERROR)
+    conversation.remember(question, answer.text)
+
+
+def _command(client: Client, conversation: Conversation, line: str) -> None:
+    """A line that begins with a slash."""
+    name, _, argument = line.partition(" ")
+    if name == "/tier" and argument in {choice.value for choice in options.TierChoice}:
+        conversation.tier = options.TierChoice(argument)
+        typer.echo(f"tier {argument}", err=True)
+    elif name == "/budget":
+        typer.echo(f"{format_atp(client.budget().balance_uatp)} left", err=True)
+    elif name == "/reset":
+        conversation.turns.clear()
+        typer.echo("forgotten", err=True)
+    else:
+        typer.echo(_HELP, err=True)
+
+
+def _read_line(conversation: Conversation) -> str | None:
+    """The next line, or None at the end of the input."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input(f"{conversation.tier.name}> ").strip()
+    except EOFError:
+        typer.echo(err=True)
+        return None
+
+
+@connected
+def quote(
+    words: Annotated[list[str] | None, options.PROMPT] = None,
+    *,
+    tier: options.TierOption = options.TierChoice.AUTO,
+    max_cost: options.MaxCost = None,
+    allow_downgrade: options.AllowDowngrade = False,
+    complexity: options.Complexity = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    as_json: options.AsJson = False,
+    daemon: Connection = HERE,
+) -> None:
+    """Say what a question would cost, and who would answer.
+
+    The cost is the most that it may be; nothing is spent.
+    """
+    spec = options.job_spec(
+        options.conversation(options.read_prompt(words), None),
+        tier=tier,
+        max_cost_uatp=max_cost,
+        allow_downgrade=allow_downgrade,
+        complexity=complexity,
+        sampling=SamplingRequest(max_new_tokens=max_new_tokens),
+    )
+    with reported(as_json=as_json):
+        answer = daemon.call(lambda client: client.quote(spec))
+        if as_json:
+            print_json(answer)
+        else:
+            _print_quote(answer)
+
+
+def _print_quote(answer: Quote) -> None:
+    print_table(
+        ("tier", "at most ATP", "affordable", "takes about"),
+        [
+            (
+                tier.tier.name,
+                atp_number(tier.worst_case_uatp),
+                "yes" if tier.affordable else "no",
+                "-" if tier.estimated_s is None else format_seconds(tier.estimated_s),
+            )
+            for tier in answer.tiers
+        ],
+        right=("at most ATP", "takes about"),
+    )
+    typer.echo()
+    decision = answer.decision
+    if isinstance(decision, Route):
+        verdict = ("would run on", f"{decision.tier.name} ({decision.reason})")
+    else:
+        verdict = ("would be refused", f"{as_options(decision.message)} ({decision.reason})")
+    print_fields(
+        (
+            verdict,
+            ("tokens", f"{answer.prompt_tokens} prompt + {answer.max_new_tokens} new at most"),
+            ("balance", format_atp(answer.balance_uatp)),
+            ("rate card", answer.rate_card),
+        )
+    )
+
+
+@connected
+def budget(
+    *,
+    as_json: options.AsJson = False,
+    daemon: Connection = HERE,
+) -> None:
+    """Show the account: balance, held, spent, refill."""
+    with reported(as_json=as_json):
+        books, now = daemon.call(lambda client: (client.budget(), client.status()))
+        if as_json:
+            card = CardStatus(now.rate_card, now.cost_ratio, now.rate_card_fit, now.rate_card_note)
+            plain = {field.name: getattr(books, field.name) for field in dataclasses.fields(books)}
+            print_json({**plain, "rate_card": card})
+            return
+        print_fields(
+            (
+                ("account", books.account),
+                ("balance", format_atp(books.balance_uatp)),
+                ("held", format_atp(books.held_uatp)),
+                ("spent", f"{format_atp(books.discharged_uatp)} (as ADP)"),
+                ("capacity", format_atp(books.capacity_uatp)),
+                ("refill", f"{format_atp(books.refill_uatp_per_s)}/s"),
+                ("strategic floor", format_atp(books.strategic_floor_uatp)),
+                ("rate card", f"{now.rate_card}, {card_fit(now)}"),
+            )
+        )

@@ -1,8 +1,8 @@
-"""How amounts, times and values look on a terminal and in JSON.
+"""How amounts, times and values look on a terminal, in JSON and, for a start, in the log.
 
-Owns: formatting and parsing of ATP, seconds, bytes; the JSON form of our dataclasses;
-fields under each other.
-Does not know: where a value came from.
+Owns: formatting and parsing of ATP, seconds, bytes; the JSON form of our dataclasses; fields under
+each other; a start's progress as log lines.
+Does not know: where a value came from; rich, until a table is drawn.
 Fails: `ValueError` for an amount that is no amount.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import logging
 import shutil
 import sys
 import unicodedata
@@ -128,7 +129,7 @@ def print_table(
     right: Sequence[str] = (),
 ) -> None:
     """A table on stdout; `right` names the headings whose columns are numbers."""
-    from sage_fed.cli.tables import draw  # noqa: PLC0415 - a tenth of a second that `ask` saves
+    from sage_fed.cli.drawing import draw  # noqa: PLC0415 - a tenth of a second that `ask` saves
 
     draw(headings, rows, right)
 
@@ -142,3 +143,32 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     for name, value in fields:
         for index, line in enumerate(between_words(value, width)):
             typer.echo(f"{'' if index else name:<{indent}}{line}")
+
+
+_log = logging.getLogger(__name__)
+
+
+class LogProgress:
+    """A log line for each quarter that a tier has loaded."""
+
+    def __init__(self) -> None:
+        self._quarters: dict[Tier, int] = {}
+
+    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
+        """Say where a new quarter begins."""
+        quarter = int(share * 4)
+        if quarter != self._quarters.get(tier):
+            self._quarters[tier] = quarter
+            _log.info("%s: %.0f%% %s", tier.name, share * 100, text)
+
+    def ready(self, listen: str, metrics_url: str) -> None:
+        """Say where to connect."""
+        _log.info("%s", ready_line(listen, metrics_url))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def ready_line(listen: str, metrics_url: str) -> str:
+    """The one line that says where to connect."""
+    return f"ready on {listen}, metrics on {metrics_url}"

@@ -1,9 +1,12 @@
-"""`sage-fed serve` and `sage-fed config`: the daemon, and the settings it would run with.
+"""`serve`, `config`, `install-service`: the daemon, its settings, and systemd that runs it.
 
-Owns: flags to settings, the start's progress on the terminal.
-Does not know: what a daemon is made of (`sage_fed.daemon`); torch is imported only when it starts.
-Fails: exit code 78 for settings that cannot work, 1 for a model or ledger that cannot be used;
-a service manager is told why in either case.
+Owns: flags to settings, the start's progress, what is asked before an installation, and the calls
+of systemctl.
+Does not know: what a daemon is made of (`sage_fed.daemon`; torch is imported only when it starts),
+what the service's files say (`sage_fed.systemd`).
+Fails: `serve` with exit code 78 for settings that cannot work, 1 for a model or ledger that cannot
+be used, and a service manager is told why; an installation with 1 and the file or the command that
+failed, before the next one is touched.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ import faulthandler
 import gc
 import logging
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +31,23 @@ from sage_fed.cli.exits import daemon_exit_code, explain, reported
 from sage_fed.cli.render import print_json, print_table
 from sage_fed.cli.streams import complain, leave_on_interrupt
 from sage_fed.errors import SageFedError
-from sage_fed.systemd import ServiceManager
+from sage_fed.systemd import (
+    Action,
+    Change,
+    Installation,
+    Machine,
+    ServiceManager,
+    carry_out,
+    installation,
+    place_for,
+    to_install,
+    to_uninstall,
+    unreachable,
+)
 
 if TYPE_CHECKING:
-    from sage_fed.cli.log_progress import LogProgress
-    from sage_fed.cli.progress import BarProgress
+    from sage_fed.cli.drawing import BarProgress
+    from sage_fed.cli.render import LogProgress
     from sage_fed.settings import Effective
 
 _log = logging.getLogger(__name__)
@@ -137,12 +155,11 @@ def _tell(line: str, log_format: str) -> None:
 
 def _picture(*, watched: bool) -> tuple[BarProgress | LogProgress, logging.Handler | None]:
     """What the start reports to, and the handler of log lines that belongs to it."""
-    from sage_fed.cli.log_progress import LogProgress  # noqa: PLC0415
+    from sage_fed.cli.render import LogProgress  # noqa: PLC0415
 
     if not watched:
         return LogProgress(), None
-    from sage_fed.cli.progress import BarProgress  # noqa: PLC0415 - rich, a tenth of a second
-    from sage_fed.cli.tables import stderr_console  # noqa: PLC0415
+    from sage_fed.cli.drawing import BarProgress, stderr_console  # noqa: PLC0415 - rich, 0.1 s
 
     bars = BarProgress(stderr_console())
     return bars, bars.log_handler()
@@ -206,4 +223,282 @@ def _flags(assignments: list[str] | None, **named: str | None) -> dict[str, Any]
     return {
         **options.assigned(assignments),
         **{key: value for key, value in named.items() if value is not None},
+    }
+
+
+_SYSTEMCTL_TIMEOUT_S = 3600.0
+"""A start is over when the tactical tier serves; the service manager knows when to give up."""
+
+_VERSION_TIMEOUT_S = 10.0
+
+MachineOption = Annotated[
+    Machine,
+    typer.Option(
+        "--machine", metavar="KIND", help="jetson, cuda or cpu: what the service runs on."
+    ),
+]
+Instance = Annotated[
+    str, typer.Option("--instance", metavar="NAME", help="A further one: sage-fed@NAME.")
+]
+Profile = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="Packaged settings for a new configuration; jetson-thor, qwen2.5 or demo by machine.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the files, and write none.")]
+Now = Annotated[
+    bool, typer.Option("--now", help="Enable and start it, too; not in an image (--root).")
+]
+Root = Annotated[
+    Path,
+    typer.Option("--root", metavar="DIR", help="Write below DIR, an image; nothing is started."),
+]
+Program = Annotated[
+    Path | None,
+    typer.Option("--program", metavar="FILE", help="The sage-fed that it runs; else this one."),
+]
+
+
+class ServiceUnchanged(SageFedError):
+    """An installation that could not be made; what was done before it stays."""
+
+    reason = "SERVICE_UNCHANGED"
+
+
+def install_service(
+    *,
+    machine: MachineOption,
+    instance: Instance = "",
+    profile: Profile = "",
+    now: Now = False,
+    dry_run: DryRun = False,
+    root: Root = Path("/"),
+    program: Program = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Have systemd run the daemon.
+
+    Writes the unit, what this machine adds to it, and a first configuration, which it never
+    overwrites. Again, after an upgrade, it brings the unit up to date.
+    """
+    with reported(as_json=as_json), _files_named():
+        _check_profile(profile)
+        live = root == Path("/")
+        if now and not live:
+            raise typer.BadParameter(
+                f"nothing runs in an image; have it started at boot with `systemctl --root {root} "
+                "enable UNIT`",
+                param_hint="--now",
+            )
+        version = _systemd_version()
+        if live and not version and not dry_run:
+            raise ServiceUnchanged("there is no systemctl here; --root DIR prepares an image")
+        found = program or _this_program()
+        doubt = "" if program else _doubt(found)
+        if doubt and not dry_run:
+            raise ServiceUnchanged(doubt)
+        plan = _plan(
+            machine,
+            instance,
+            profile,
+            found,
+            systemd_version=version if live else 0,
+            place=place_for(instance, root) if instance else 1,
+        )
+        changes = to_install(plan, root)
+        stale = live and any(c.action not in (Action.UNCHANGED, Action.KEEP) for c in changes)
+        commands: list[Command] = [("systemctl", "daemon-reload")] if stale else []
+        if live and now:
+            commands.append(("systemctl", "enable", plan.unit))
+            # One that runs already has to take the new unit.
+            commands.append(("systemctl", "restart" if stale else "start", plan.unit))
+        if not dry_run:
+            _do(changes, root, commands)
+    show(Outcome(plan, changes, commands, dry_run, doubt), as_json=as_json)
+    if not as_json and not now and not dry_run:
+        typer.echo(
+            f"start it:    systemctl enable --now {plan.unit}\n"
+            f"follow it:   journalctl -fu {plan.unit}\n"
+            f"configure:   {plan.left[0]}, then systemctl restart {plan.unit}"
+        )
+
+
+def uninstall_service(
+    *,
+    instance: Instance = "",
+    dry_run: DryRun = False,
+    root: Root = Path("/"),
+    as_json: options.AsJson = False,
+) -> None:
+    """Stop the service and remove its unit; the books and the configuration stay."""
+    with reported(as_json=as_json), _files_named():
+        plan = _plan(Machine.CPU, instance, "", Path("/"))
+        changes = to_uninstall(plan, root)
+        before: list[Command] = [("systemctl", "disable", "--now", plan.unit)]
+        after: list[Command] = [("systemctl", "daemon-reload")]
+        if root != Path("/") or not changes:
+            before, after = [], []
+        if not dry_run:
+            # Stopped first: what runs is drained by the unit that it was started with.
+            _do((), root, before)
+            _do(changes, root, after)
+    show(Outcome(plan, changes, before + after, dry_run, left=plan.left), as_json=as_json)
+    if not as_json:
+        typer.echo(f"left as they are: {', '.join(map(str, plan.left))}")
+
+
+def _check_profile(name: str) -> None:
+    from sage_fed.settings import profile_names  # noqa: PLC0415 - half a second
+
+    if name and name not in profile_names():
+        raise typer.BadParameter(
+            f"{name!r} is not one of {', '.join(profile_names())}", param_hint="--profile"
+        )
+
+
+def _plan(
+    machine: Machine,
+    instance: str,
+    profile: str,
+    program: Path,
+    *,
+    systemd_version: int = 0,
+    place: int = 1,
+) -> Installation:
+    try:
+        return installation(
+            machine,
+            instance=instance,
+            profile=profile,
+            program=program,
+            systemd_version=systemd_version,
+            place=place,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--instance") from None
+
+
+def _this_program() -> Path:
+    """The `sage-fed` beside the interpreter that runs us."""
+    return (Path(sys.executable).parent / "sage-fed").absolute()
+
+
+def _doubt(program: Path) -> str:
+    """Why a service could not run it with our interpreter, and what to do; "" where it could."""
+    if not program.is_file():
+        return f"there is no {program}; say with --program which one to run"
+    python = Path(sys.executable)
+    hidden = unreachable((python.absolute(), python.resolve(), program))
+    if hidden is None:
+        return ""
+    return (
+        f"a service cannot reach {hidden}: it sees no home and no /tmp, and it has a user of its "
+        "own; install sage-fed into /opt/sage-fed (deploy/install.sh does), or say with --program "
+        "which one to run"
+    )
+
+
+def _systemd_version() -> int:
+    """The version of this machine's systemd; 0 where there is none."""
+    systemctl = shutil.which("systemctl")
+    if systemctl is None:
+        return 0
+    said = subprocess.run(  # noqa: S603 - found above
+        [systemctl, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=_VERSION_TIMEOUT_S,
+        check=False,
+    ).stdout.split()
+    return int(said[1]) if len(said) > 1 and said[1].isdecimal() else 0
+
+
+@contextlib.contextmanager
+def _files_named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = "; run it with sudo" if isinstance(error, PermissionError) else ""
+        raise ServiceUnchanged(f"{error.filename}: {error.strerror}{advice}") from None
+
+
+def _do(changes: Sequence[Change], root: Path, commands: Sequence[Command]) -> None:
+    carry_out(changes, root)
+    for command in commands:
+        try:
+            done = subprocess.run(  # noqa: S603 - systemctl and a checked name
+                command, capture_output=True, text=True, timeout=_SYSTEMCTL_TIMEOUT_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ServiceUnchanged(f"{' '.join(command)}: {error}") from None
+        if done.returncode:
+            said = " ".join((done.stderr or done.stdout).split())
+            raise ServiceUnchanged(f"{' '.join(command)}: {said}")
+
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Changed files and commands that were run; with `dry_run` those that would be.
+
+    `doubt` is why the service could not run what it is told to; `left` is what stays behind.
+    """
+
+    plan: Installation
+    changes: Sequence[Change]
+    commands: Sequence[Command]
+    dry_run: bool
+    doubt: str = ""
+    left: tuple[Path, ...] = ()
+
+    @property
+    def overruled(self) -> tuple[str, ...]:
+        """Settings that a configuration which was kept may not know to be the unit's."""
+        kept = any(change.action is Action.KEEP for change in self.changes)
+        return self.plan.overruled if kept else ()
+
+
+def show(outcome: Outcome, *, as_json: bool) -> None:
+    """Print it on stdout, and the doubt on stderr."""
+    if outcome.doubt:
+        complain(f"warning: {outcome.doubt}")
+    if as_json:
+        print_json(_object(outcome))
+        return
+    rows = [(change.action.value, str(change.path)) for change in outcome.changes]
+    rows += [("run", " ".join(command)) for command in outcome.commands]
+    if not rows:
+        typer.echo(f"{outcome.plan.unit} is not installed; nothing to do")
+        return
+    print_table(("would" if outcome.dry_run else "done", ""), rows)
+    if outcome.dry_run:
+        for change in outcome.changes:
+            if change.content:
+                typer.echo(f"\n--- {change.path}\n{change.content.rstrip()}")
+    if outcome.overruled:
+        typer.echo(
+            f"{outcome.plan.left[0]} is kept; the unit sets these, and wins over it "
+            f"(`systemctl edit {outcome.plan.unit}` changes them, as Environment=SAGE_FED_...):"
+        )
+        for line in outcome.overruled:
+            typer.echo(f"  {line}")
+
+
+def _object(outcome: Outcome) -> dict[str, object]:
+    return {
+        "unit": outcome.plan.unit,
+        "dry_run": outcome.dry_run,
+        "files": [
+            {"action": change.action.value, "path": str(change.path), "content": change.content}
+            for change in outcome.changes
+        ],
+        "commands": [" ".join(command) for command in outcome.commands],
+        "left": [str(path) for path in outcome.left],
+        "overruled": list(outcome.overruled),
+        "warnings": [outcome.doubt] if outcome.doubt else [],
     }

@@ -1,0 +1,525 @@
+"""Measuring: `calibrate`, `bench inertia`, and `dev make-checkpoint` to measure with.
+
+Owns: options to a plan, progress on stderr, tables of the result, where reports are written.
+Does not know: how anything is measured (`sage_fed.calibrate`, in the daemon; `sage_fed.inertia`),
+what a checkpoint is made of (`sage_fed.engine`); torch until it runs.
+Fails: exit codes of `exits.py`; an interrupted calibration leaves nothing behind; a model that
+cannot be measured is in the report, with its reason; a checkpoint that was begun is removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sage_fed.cards import MAX_SPREAD
+from sage_fed.cli import options
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
+from sage_fed.cli.options import HERE, Connection, connected
+from sage_fed.cli.render import (
+    format_bytes,
+    format_seconds,
+    print_fields,
+    print_json,
+    print_table,
+    to_plain,
+)
+from sage_fed.cli.streams import leave_on_interrupt
+from sage_fed.core import (
+    TIER_ROLES,
+    CalibrationEvent,
+    CalibrationProgress,
+    CalibrationResult,
+    MeasuredPoint,
+    Phase,
+    resolve_model,
+)
+from sage_fed.errors import CannotWrite, ConfigError
+
+if TYPE_CHECKING:
+    from sage_fed.cli.drawing import Move
+    from sage_fed.inertia import Findings, Plan
+
+_NO_REFERENCE = "none"
+_PATHS = ("/", ".", "~")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+REFERENCES = ("fp32", "bf16", "fp16")
+"""Of the published method; here, because to ask it takes seconds of imports."""
+
+Tactical = Annotated[
+    str,
+    typer.Option("--tactical", metavar="MODEL", help="Directory, bundled:NAME, or hub id@commit."),
+]
+Strategic = Annotated[
+    str, typer.Option("--strategic", metavar="MODEL", help="The larger one, likewise.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu or cuda:N.")]
+Precisions = Annotated[
+    str, typer.Option("--precisions", metavar="LIST", help="Of this engine, such as bf16,int4.")
+]
+Reference = Annotated[
+    str,
+    typer.Option(
+        "--reference",
+        metavar="PRECISION",
+        help="Precision of transformers' generate: bf16, fp16, fp32; none leaves it out.",
+    ),
+]
+Batches = Annotated[
+    str, typer.Option("--batches", metavar="LIST", help="Batch sizes, such as 1,8.")
+]
+PromptTokens = Annotated[
+    int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Random ids of each prompt.")
+]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", min=2, metavar="N", help="Decoded after each prompt.")
+]
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        min=1,
+        metavar="N",
+        help="Of each point; the median counts. One leaves the spread unknown: no verdicts.",
+    ),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, metavar="N", help="On the CPU; 0 is torch's choice.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DIR", help="Keep report.md and inertia.json here."),
+]
+
+
+def bench_app() -> typer.Typer:
+    """The measurements."""
+    app = typer.Typer(
+        name="bench",
+        invoke_without_command=True,
+        callback=options.help_if_bare,
+        help="Measure models on this machine; the daemon should not be running.",
+        epilog=EXIT_CODES_HELP,
+    )
+    app.command(epilog=EXIT_CODES_HELP)(inertia)
+    return app
+
+
+def inertia(
+    *,
+    tactical: Tactical = "bundled:demo-tactical",
+    strategic: Strategic = "bundled:demo-strategic",
+    device: Device = "cpu",
+    precisions: Precisions = "bf16,int8,int4",
+    reference: Reference = "bf16",
+    batches: Batches = "1,8",
+    prompt_tokens: PromptTokens = 32,
+    new_tokens: NewTokens = 100,
+    repeats: Repeats = 3,
+    threads: Threads = 0,
+    output: Output = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how much slower the larger of two models is, and why.
+
+    By the published method (transformers' generate) and by this engine, at several precisions
+    and batch sizes, beside what the memory's bandwidth allows. One model is loaded at a time.
+    """
+    with leave_on_interrupt():
+        # All arguments are read before torch is, which takes seconds.
+        from sage_fed.cli.drawing import watched_bar, watched_line  # noqa: PLC0415 - rich
+        from sage_fed.settings import PRECISIONS  # noqa: PLC0415 - pydantic takes half of one
+    names = _names(precisions, PRECISIONS, "--precisions")
+    _check(reference, (*REFERENCES, _NO_REFERENCE), "--reference")
+    if not _DEVICE.fullmatch(device):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda:N", param_hint="--device")
+    sizes = _sizes(batches)
+    pair = (_found(tactical, "--tactical"), _found(strategic, "--strategic"))
+    watched_line("importing torch and transformers", as_json=as_json)
+    with leave_on_interrupt():
+        from sage_fed.engine import set_cpu_threads  # noqa: PLC0415 - torch takes seconds
+        from sage_fed.inertia import (  # noqa: PLC0415 - transformers, too
+            ModelRef,
+            Plan,
+            analyse,
+            markdown,
+            measure,
+            record,
+        )
+    plan = Plan(
+        tactical=ModelRef(*pair[0]),
+        strategic=ModelRef(*pair[1]),
+        device=device,
+        precisions=names,
+        reference_precision=None if reference == _NO_REFERENCE else reference,
+        batches=sizes,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
+    with reported(as_json=as_json):
+        set_cpu_threads(threads)
+        with watched_bar(as_json=as_json) as show:
+            findings = measure(plan, _Shown(plan, show), lambda so_far: _write(so_far, output))
+        analysis = analyse(findings)
+        if as_json:
+            print_json(record(findings, analysis))
+        else:
+            typer.echo(markdown(findings, analysis), nl=False)
+        if not analysis.slowdowns:
+            raise typer.Exit(ExitCode.ERROR)
+
+
+def _write(findings: Findings, output: Path | None) -> None:
+    """After every model: the larger ones take minutes that nobody wants to lose."""
+    from sage_fed.inertia import analyse, markdown, record  # noqa: PLC0415 - as below
+
+    if output is None:
+        return
+    analysis = analyse(findings)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.md").write_text(markdown(findings, analysis), encoding="utf-8")
+        body = json.dumps(record(findings, analysis), indent=2)
+        (output / "inertia.json").write_text(f"{body}\n")
+    except OSError as error:
+        raise CannotWrite(f"{output} cannot be written: {error.strerror}") from error
+
+
+class _Shown:
+    """The whole measurement as one bar: which run of how many, and what of it."""
+
+    def __init__(self, plan: Plan, show: Move) -> None:
+        self._runs = plan.runs
+        self._show = show
+
+    def __call__(self, run: int, text: str, share: float | None) -> None:
+        method, precision, tier = self._runs[run]
+        done = "" if share is None else f" {share:.0%}"
+        where = f"{run + 1}/{len(self._runs)} {method.value} {precision} {tier.name}"
+        self._show(run / len(self._runs), f"{where}: {text}{done}")
+
+
+def _found(given: str, option: str) -> tuple[str, str, str]:
+    """Where the checkpoint is, its name and its commit."""
+    # A directory's name may hold an @; a hub id's cannot.
+    name, _, revision = given.partition("@") if not given.startswith(_PATHS) else (given, "", "")
+    try:
+        source = resolve_model(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+    if isinstance(source, str):
+        if not revision:
+            raise typer.BadParameter(
+                f"{source} is a hub id and needs a commit: {source}@COMMIT; if it is a directory, "
+                f"write ./{source}",
+                param_hint=option,
+            )
+        return source, source, revision
+    if not source.is_dir():
+        raise typer.BadParameter(f"there is no directory {source}", param_hint=option)
+    return str(source.absolute()), source.resolve().name, ""
+
+
+def _names(given: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
+    for name in names:
+        _check(name, known, option)
+    return names
+
+
+def _check(name: str, known: tuple[str, ...], option: str) -> None:
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
+
+
+def _sizes(given: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in given.split(",")))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"{given!r} is not a list such as 1,8", param_hint="--batches")
+    return sizes
+
+
+@connected
+def calibrate(
+    *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds: seconds, not minutes; less exact.")
+    ] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Put the new card in force, until the daemon restarts.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Copies of the card, the report, the plot."),
+    ] = None,
+    state_dir: options.StateDir = None,
+    as_json: options.AsJson = False,
+    daemon: Connection = HERE,
+) -> None:
+    """Measure what a token costs here, and write a rate card.
+
+    The daemon times its own engines while no job runs; jobs that come go first.
+    It needs the operator's token, as `sage-fed admin` does.
+    """
+    from sage_fed.cli.drawing import watched_bar  # noqa: PLC0415 - a tenth of a second
+
+    with reported(as_json=as_json):
+        with watched_bar(as_json=as_json) as move:
+
+            def watch(events: Iterator[CalibrationEvent]) -> CalibrationResult:
+                for event in events:
+                    if isinstance(event, CalibrationResult):
+                        return event
+                    move(event.fraction, _text(event))
+                raise AssertionError("a calibration ends with a result or an error")
+
+            result = daemon.as_operator(state_dir).call(
+                lambda client: watch(client.calibrate(quick=quick, adopt=adopt)),
+            )
+        copies = _copy(result, output) if output else []
+        if as_json:
+            texts = ("card", "report", "plot")
+            fields = (field.name for field in dataclasses.fields(result))
+            shown = {name: getattr(result, name) for name in fields if name not in texts}
+            card = {
+                "prices_atp": _prices(result),
+                "price_spreads": _spreads(result),
+                "warning": _warning(result),
+                "sound": _sound(result),
+            }
+            print_json({**shown, **card, "copies": copies})
+        else:
+            _print_result(result, copies, _adopt_command(result.version, state_dir, daemon))
+
+
+def _text(progress: CalibrationProgress) -> str:
+    """What is measured now, and the ratio so far."""
+    parts = [progress.phase, progress.point]
+    if progress.cost_ratio is not None:
+        parts.append(f"ratio {progress.cost_ratio:.2f}")
+    return " · ".join(filter(None, parts))
+
+
+def _copy(result: CalibrationResult, directory: Path) -> list[str]:
+    """Write the three texts on this side of the wire."""
+    texts = {".toml": result.card, ".md": result.report, ".svg": result.plot}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for suffix, text in texts.items():
+            (directory / f"{result.version}{suffix}").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write into {directory}: {error.strerror}") from None
+    return [str(directory / f"{result.version}{suffix}") for suffix in texts]
+
+
+def _prices(result: CalibrationResult) -> dict[str, dict[str, str]]:
+    """The card's prices as they are written, in ATP."""
+    card = tomllib.loads(result.card)
+    return {
+        tier.name: {phase.value: card[tier.name][phase.value]["price_atp"] for phase in Phase}
+        for tier in TIER_ROLES
+    }
+
+
+def _spreads(result: CalibrationResult) -> dict[str, dict[str, float | None]]:
+    """The relative spread of each price; None where the card has none."""
+    card = tomllib.loads(result.card)
+    return {
+        tier.name: {phase.value: card[tier.name][phase.value].get("spread") for phase in Phase}
+        for tier in TIER_ROLES
+    }
+
+
+def _sound(result: CalibrationResult) -> bool:
+    """Whether `rate_card = "auto"` would take the card."""
+    spreads = [spread for prices in _spreads(result).values() for spread in prices.values()]
+    return all((spread or 0.0) <= MAX_SPREAD for spread in (*spreads, result.cost_ratio_spread))
+
+
+def _warning(result: CalibrationResult) -> str:
+    """What the card says of its own measurement."""
+    return str(tomllib.loads(result.card).get("measured", {}).get("warning", ""))
+
+
+def _adopt_command(version: str, state_dir: str | None, daemon: Connection) -> str:
+    """The command that puts the card in force, at the daemon that this one was given."""
+    words = ["sage-fed", "admin", "adopt-card", version]
+    if state_dir is not None:
+        words += ["--state-dir", state_dir]
+    return shlex.join([*words, *daemon.arguments()])
+
+
+def _print_result(result: CalibrationResult, copies: list[str], command: str) -> None:
+    print_table(
+        ("tier", "phase", "batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
+        [_row(point) for point in result.points],
+        right=("batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
+    )
+    typer.echo()
+    prices, spreads = _prices(result), _spreads(result)
+    print_table(
+        ("ATP per token", *(phase.value for phase in Phase)),
+        [
+            row
+            for tier in (each.name for each in TIER_ROLES)
+            for row in (
+                (tier, *(f"{float(price):.4f}" for price in prices[tier].values())),
+                ("  spread", *(_spread(spread) for spread in spreads[tier].values())),
+            )
+        ],
+        right=tuple(phase.value for phase in Phase),
+    )
+    typer.echo()
+    ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
+    warning = _warning(result)
+    in_force = "now, until the daemon restarts" if result.adopted else f"no; `{command}`"
+    if not _sound(result):
+        in_force += (
+            f"; rate_card = auto does not take it: a spread above {MAX_SPREAD:.0%} is of the "
+            "machine's other work; measure again when it idles"
+        )
+    elif result.adopted:
+        in_force += "; rate_card = auto keeps it"
+    else:
+        in_force += ", or rate_card = auto at a restart"
+    print_fields(
+        (
+            ("strategic : tactical", ratio),
+            *((("WARNING", warning),) if warning else ()),
+            ("took", format_seconds(result.took_s)),
+            ("rate card", result.version),
+            ("written to", f"{result.path}, with a report (.md) and a plot (.svg) beside it"),
+            *((("copies in", str(Path(copies[0]).parent)),) if copies else ()),
+            ("in force", in_force),
+        )
+    )
+
+
+def _row(point: MeasuredPoint) -> tuple[str, ...]:
+    beside = point.co_resident_s
+    return (
+        point.tier.name,
+        str(to_plain(point.phase)),
+        str(point.batch),
+        str(point.context_tokens),
+        str(point.tokens),
+        format_seconds(point.step_s),
+        f"{1 / point.token_s:,.0f}",
+        "-" if beside is None else f"{beside / point.step_s:.2f}x",
+        _spread(point.spread),
+    )
+
+
+def _spread(spread: float | None) -> str:
+    """One round has none."""
+    return "-" if spread is None else f"±{spread:.1%}"
+
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Where to; it must not be there.")]
+Like = Annotated[
+    str,
+    typer.Option("--like", metavar="SHAPE", help="qwen2.5-0.5b, -1.5b, -3b, -7b or -14b."),
+]
+Layers = Annotated[
+    int | None, typer.Option("--layers", min=1, metavar="N", help="Fewer layers, for a quick test.")
+]
+WeightType = Annotated[
+    str,
+    typer.Option("--dtype", metavar="TYPE", help="bf16, fp16 or fp32: the type of the weights."),
+]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, metavar="N", help="Another one, other weights.")
+]
+
+
+def dev_app() -> typer.Typer:
+    """The developer's commands."""
+    app = typer.Typer(
+        name="dev",
+        invoke_without_command=True,
+        callback=options.help_if_bare,
+        help="Tools for measuring and developing sage-fed itself.",
+        epilog=EXIT_CODES_HELP,
+    )
+    app.command(epilog=EXIT_CODES_HELP)(make_checkpoint)
+    return app
+
+
+def make_checkpoint(
+    directory: Directory,
+    *,
+    like: Like,
+    layers: Layers = None,
+    weight_type: WeightType = "bf16",
+    seed: Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write random weights in a real model's shape, for speed tests.
+
+    It can be served like the real one and costs the same: its tokenizer has as many ids, most
+    of them invented words. No token ends an answer, and what it says means nothing.
+    """
+    with leave_on_interrupt():
+        from sage_fed.cli.drawing import watched_bar  # noqa: PLC0415 - a tenth of a second
+        from sage_fed.engine import (  # noqa: PLC0415 - torch takes seconds to import
+            SHAPES,
+            WEIGHT_TYPES,
+            check_destination,
+            free_bytes,
+            plan_checkpoint,
+            write_checkpoint,
+        )
+        from sage_fed.text import write_padded_tokenizer  # noqa: PLC0415 - as above
+    _check(like, tuple(SHAPES), "--like")
+    _check(weight_type, WEIGHT_TYPES, "--dtype")
+    shape = SHAPES[like]
+    if layers is not None and layers > shape.layers:
+        raise typer.BadParameter(
+            f"{layers} are more than the {shape.layers} of {like}", param_hint="--layers"
+        )
+    plan = plan_checkpoint(shape, num_layers=layers, weight_type=weight_type)
+    tokenizer = Path(__file__).parent.parent / "models" / "demo-tactical"
+    with reported(as_json=as_json):
+        check_destination(plan, directory)
+        if not as_json:
+            typer.echo(
+                f"{like}: {plan.parameters:,} parameters, {format_bytes(plan.num_bytes)} in "
+                f"{len(plan.shards)} file(s); {format_bytes(free_bytes(directory))} are free",
+                err=True,
+            )
+        began_s = time.monotonic()
+        with watched_bar(as_json=as_json) as show:
+            write_checkpoint(
+                plan,
+                directory,
+                seed=seed,
+                progress=lambda done: show(done / plan.num_bytes, format_bytes(done)),
+                complete=lambda made: write_padded_tokenizer(tokenizer, made, shape.tokenizer_ids),
+            )
+        took_s = time.monotonic() - began_s
+    if as_json:
+        print_json(
+            {
+                "directory": directory,
+                "like": like,
+                "layers": plan.shape.layers,
+                "parameters": plan.parameters,
+                "num_bytes": plan.num_bytes,
+                "seconds": took_s,
+            }
+        )
+        return
+    typer.echo(f"wrote {directory} in {format_seconds(took_s)}")
