@@ -45,7 +45,7 @@ from sage_fed.engine import Engine, EngineOptions, load_engine, quantise
 from sage_fed.engine.forward import TorchForward
 from sage_fed.engine.graph_forward import GraphForward
 from sage_fed.engine.graphs import EagerCapture
-from sage_fed.steps import BLOCK_SIZE, Drawn
+from sage_fed.steps import BLOCK_SIZE, SampledToken
 
 FP32_BOUND = 1e-4
 """Relative error of all logits of a model."""
@@ -83,7 +83,7 @@ _CONTEXT = 256
 _LEAVES_AFTER = 6
 """Tokens after which sequence 2 is cancelled, while the others run."""
 
-Answers = Mapping[int, list[Drawn]]
+Answers = Mapping[int, list[SampledToken]]
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
@@ -244,7 +244,7 @@ def prompts(vocab: int) -> dict[int, tuple[int, ...]]:
 
 def ragged(
     engine: Engine, jobs: Mapping[int, tuple[int, ...]], chunk_tokens: int, sampling: Sampling
-) -> dict[int, list[Drawn]]:
+) -> dict[int, list[SampledToken]]:
     """Run all jobs, two joining every third step and one leaving early; what each was answered."""
     scheduler = Scheduler()
     limits = TierLimits(
@@ -255,7 +255,7 @@ def ragged(
     )
     scheduler.open_tier(Tier.TACTICAL, limits, frozenset())
     waiting = list(jobs.items())
-    answers: dict[int, list[Drawn]] = {job: [] for job in jobs}
+    answers: dict[int, list[SampledToken]] = {job: [] for job in jobs}
     for number in itertools.count():
         now = float(number)
         if number % 3 == 0:
@@ -296,7 +296,7 @@ def reference_logits(
     return logits[len(prompt) - 1 :].float()
 
 
-def ids(row: list[Drawn]) -> tuple[int, ...]:
+def ids(row: list[SampledToken]) -> tuple[int, ...]:
     """The tokens of one answer."""
     return tuple(d.token_id for d in row)
 

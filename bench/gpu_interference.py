@@ -26,7 +26,7 @@ from gpu_shapes import Plan
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine
-from sage_fed.steps import Drawn, Flight, Step, StepKind, StepReport
+from sage_fed.steps import InFlightStep, SampledToken, Step, StepKind, StepReport
 
 _WARM_UP_SHARE = 0.2
 _MIXED_PROMPT = 64
@@ -45,16 +45,16 @@ class Resident:
         self._engine = engine
         self._stream = stream
 
-    def launch(self, step: Step, pause_after_s: float | None = None) -> Flight:
+    def launch(self, step: Step, pause_after_s: float | None = None) -> InFlightStep:
         """Launch, on the stream where there is one."""
         if self._stream is None:
             return self._engine.launch(step, pause_after_s)
         with torch.cuda.stream(self._stream):
             return self._engine.launch(step, pause_after_s)
 
-    def run(self, step: Step) -> tuple[Drawn, ...]:
+    def run(self, step: Step) -> tuple[SampledToken, ...]:
         """Launch and land."""
-        return self.launch(step).land()
+        return self.launch(step).wait()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the engine has
         return getattr(self._engine, name)

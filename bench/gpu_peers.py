@@ -161,9 +161,9 @@ def _engine(engine: Engine, prompts: Prompts, new: int) -> None:
         ]  # fmt: skip
         flights.append(engine.launch(_step(chunks)))
         if len(flights) > 1:
-            flights.pop(0).land()
+            flights.pop(0).wait()
     while flights:
-        flights.pop(0).land()
+        flights.pop(0).wait()
 
 
 def _step(chunks: list[Chunk]) -> Step:

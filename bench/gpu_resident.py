@@ -20,7 +20,7 @@ from gpu_shapes import Filling, Plan
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine
-from sage_fed.steps import BLOCK_SIZE, Drawn
+from sage_fed.steps import BLOCK_SIZE, SampledToken
 
 _PROMPTS = (5, 40, 17, 100)
 """Tokens of each; one sequence joins late, one leaves early."""
@@ -41,7 +41,7 @@ def resident(
     shapes = {Tier.TACTICAL: plan.tactical, Tier.STRATEGIC: plan.strategic}
     prompts = {tier: _prompts(min(shape.valid_ids, shape.vocab)) for tier, shape in shapes.items()}
     sampling = Sampling(top_logprobs=1)
-    answers: dict[Tier, dict[int, list[Drawn]]] = {}
+    answers: dict[Tier, dict[int, list[SampledToken]]] = {}
     for tier, engine in engines.items():
         answers[tier] = ragged(engine, prompts[tier], 64, sampling)
     once = answers[Tier.TACTICAL]
@@ -77,7 +77,7 @@ def _prompts(num_ids: int) -> dict[int, tuple[int, ...]]:
     }
 
 
-def _verdict(answers: Mapping[int, list[Drawn]], valid_ids: int) -> dict[str, Any]:
+def _verdict(answers: Mapping[int, list[SampledToken]], valid_ids: int) -> dict[str, Any]:
     """A NaN or an infinity in any logit of a row makes its log-probability not finite."""
     drawn = [d for row in answers.values() for d in row]
     return {

@@ -167,9 +167,9 @@ def in_flight_s(s: Sequences, step: Step, repeats: int) -> float | None:
     began = time.perf_counter()
     for _ in range(repeats):
         flights.append(s.engine.launch(step))
-        flights.popleft().land()
+        flights.popleft().wait()
     taken = time.perf_counter() - began
-    flights.popleft().land()
+    flights.popleft().wait()
     return taken / repeats
 
 

@@ -23,7 +23,7 @@ The host need not know it yet. It has to be known where a draw of the same chunk
 """
 
 NO_TOKEN = -1
-"""In a `Drawn`: the logits were not all finite numbers, so that nothing can be drawn from them."""
+"""In a `SampledToken`: the logits were not all finite numbers, so that none can be sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Chunk:
 
     `start` is the position of `token_ids[0]`; every earlier position is in the cache already.
     `blocks` are the sequence's KV blocks in order, enough for `start + len(token_ids)`. Full ones
-    before `start` may be other sequences', too: nobody writes to them any more.
+    before `start` may be shared with other sequences; they are only read.
     `draw` is None where no token is wanted yet (a prompt piece that is not the last).
     """
 
@@ -76,7 +76,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SampledToken:
     """The token chosen for a chunk with a `draw`; `logprob` only where it was asked for.
 
     `token_id` is `NO_TOKEN` where the model's numbers have broken down for this sequence.
@@ -103,7 +103,7 @@ class StepReport:
     the sum of the steps' batch sizes, `elapsed_s` the device's time. `num_context_tokens` are
     the tokens in the KV cache that the steps' sequences attended to, their own included.
     The sequences that started had `num_queried_tokens`, and found `num_hit_tokens` of them in the
-    prefix cache; where it is off, nobody asks. `num_preempted` were interrupted for the steps.
+    prefix cache; where it is off, both are 0. `num_preempted` were interrupted for the steps.
     """
 
     tier: Tier
@@ -120,22 +120,22 @@ class StepReport:
     num_preempted: int = 0
 
 
-class Flight(Protocol):
-    """A launched step; one engine's flights land in the order of their launches, each once."""
+class InFlightStep(Protocol):
+    """A launched step; waited for once, in the order of the engine's launches."""
 
     @property
     def paused(self) -> bool:
-        """Whether there is more of the step to do, which nobody does until it is resumed."""
+        """Whether work is left that waits for `resume`."""
 
     def resume(self, pause_after_s: float | None) -> None:
         """Go on with a paused step as `Engine.launch` began it, and fail as that does."""
 
     @property
     def device_s(self) -> float | None:
-        """Seconds that the device took, once landed; None where it has no clock of its own."""
+        """Seconds that the device took, once waited for; None where it has no clock of its own."""
 
-    def land(self) -> tuple[Drawn, ...]:
-        """Wait for the device; one `Drawn` a chunk with a `draw`, in the chunks' order.
+    def wait(self) -> tuple[SampledToken, ...]:
+        """Wait for the device; one `SampledToken` a chunk with a `draw`, in the chunks' order.
 
         Not of a paused step.
         """
@@ -146,8 +146,8 @@ class Engine(Protocol):
 
     `launch` raises `DeviceOutOfMemory` where the step did not fit; it may then be run again,
     because all that a step leaves behind are KV entries that a repetition overwrites.
-    After any other exception, also of a flight, the engine is not used again; after `DeviceLost`
-    no engine is.
+    After any other exception, also of `InFlightStep.wait`, the engine is not used again; after
+    `DeviceLost` no engine is.
     """
 
     @property
@@ -182,15 +182,15 @@ class Engine(Protocol):
     def defaults(self) -> GenerationDefaults:
         """The checkpoint's own sampling."""
 
-    def launch(self, step: Step, pause_after_s: float | None = None) -> Flight:
+    def launch(self, step: Step, pause_after_s: float | None = None) -> InFlightStep:
         """Queue one forward pass behind those in flight; where not pipelined, run it.
 
         With `pause_after_s` run as many of its parts as that time is enough for, and one at
-        least; then the flight may be paused. Until it has landed this engine launches no other.
+        least; then the step may be paused. Until it is done this engine launches no other.
         """
 
-    def run(self, step: Step) -> tuple[Drawn, ...]:
-        """Launch and land."""
+    def run(self, step: Step) -> tuple[SampledToken, ...]:
+        """Launch and wait."""
 
     def close(self) -> None:
         """Free the device's memory."""

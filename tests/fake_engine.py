@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sage_fed.core import GenerationDefaults, ModelInfo, Tier
 from sage_fed.device import SequenceSpec
 from sage_fed.errors import DeviceOutOfMemory
-from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Drawn, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, SampledToken, Step
 
 EOS = 7
 VOCAB = 50
@@ -58,12 +58,12 @@ class Clock:
 
 
 @dataclass
-class FakeFlight:
+class FakeInFlightStep:
     """A launched step of a fake engine; `device_s` None leaves its time to the clock."""
 
     engine: FakeEngine
     step: Step
-    drawn: tuple[Drawn, ...] | None = None
+    drawn: tuple[SampledToken, ...] | None = None
     device_s: float | None = None
     parts_left: int = 0
 
@@ -76,7 +76,7 @@ class FakeFlight:
         """Do more of it."""
         self.engine.resume(self, pause_after_s)
 
-    def land(self) -> tuple[Drawn, ...]:
+    def wait(self) -> tuple[SampledToken, ...]:
         """Finish it."""
         return self.engine.land(self)
 
@@ -102,7 +102,7 @@ class FakeEngine:
     steps: list[Step] = field(default_factory=list)
     pipelined: bool = False
     num_parts: int = 1
-    flights: list[FakeFlight] = field(default_factory=list)
+    flights: list[FakeInFlightStep] = field(default_factory=list)
     closed: bool = False
     info: ModelInfo = field(default_factory=info)
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
@@ -124,16 +124,16 @@ class FakeEngine:
         assert self.gate is not None, "this engine has no gate"
         self.gate.release(num_steps)
 
-    def launch(self, step: Step, pause_after_s: float | None = None) -> FakeFlight:
+    def launch(self, step: Step, pause_after_s: float | None = None) -> FakeInFlightStep:
         """Run the step or a part of it, or leave it to its landing."""
         assert self.pipelined or not self.flights, "a flight has to land before the next"
-        flight = FakeFlight(self, step, parts_left=0 if self.pipelined else self.num_parts)
+        flight = FakeInFlightStep(self, step, parts_left=0 if self.pipelined else self.num_parts)
         self.flights.append(flight)
         if not self.pipelined:
             self.resume(flight, pause_after_s)
         return flight
 
-    def resume(self, flight: FakeFlight, pause_after_s: float | None) -> None:
+    def resume(self, flight: FakeInFlightStep, pause_after_s: float | None) -> None:
         """Go on with a step, by as many parts as there is time for."""
         assert flight.parts_left, "only a paused step is resumed"
         step = flight.step
@@ -151,16 +151,16 @@ class FakeEngine:
                 raise
         flight.parts_left -= parts
 
-    def run(self, step: Step) -> tuple[Drawn, ...]:
+    def run(self, step: Step) -> tuple[SampledToken, ...]:
         """Launch and land."""
-        return self.launch(step).land()
+        return self.launch(step).wait()
 
-    def land(self, flight: FakeFlight) -> tuple[Drawn, ...]:
+    def land(self, flight: FakeInFlightStep) -> tuple[SampledToken, ...]:
         """Do what has not been done."""
         assert self.flights.pop(0) is flight, "flights land in the order of their launches"
         return self.answer(flight.step) if flight.drawn is None else flight.drawn
 
-    def answer(self, step: Step, share: float = 1.0) -> tuple[Drawn, ...]:
+    def answer(self, step: Step, share: float = 1.0) -> tuple[SampledToken, ...]:
         """Write the KV, read it back, draw; the last `share` of the step's time passes."""
         self.entered.release()
         if self.gate is not None:
@@ -175,11 +175,11 @@ class FakeEngine:
         self.newest = {d.seq_id: d.token_id for d in drawn}
         return drawn
 
-    def _chunk(self, chunk: Chunk) -> Drawn | None:
+    def _chunk(self, chunk: Chunk) -> SampledToken | None:
         assert all(0 <= block < self.num_blocks for block in chunk.blocks)
         if chunk.token_ids[0] == PENDING and chunk.seq_id not in self.newest:
             # Behind a step that came to nothing: nonsense, like a real device's.
-            return Drawn(chunk.seq_id, 0)
+            return SampledToken(chunk.seq_id, 0)
         slots = [
             chunk.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(chunk.start + len(chunk.token_ids))
@@ -190,7 +190,7 @@ class FakeEngine:
             return None
         history = [self.cache[slot] for slot in slots]
         token_id = draw(history, chunk.draw.sampling.seed, chunk.draw.index)
-        return Drawn(chunk.seq_id, token_id)
+        return SampledToken(chunk.seq_id, token_id)
 
     def close(self) -> None:
         """Note it."""

@@ -72,7 +72,7 @@ from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
-from sage_fed.steps import Drawn, Step
+from sage_fed.steps import SampledToken, Step
 from sage_fed.text import Tokenizer, write_padded_tokenizer
 from sage_fed.v1 import inference_pb2
 from sage_fed.workers import Workers
@@ -846,7 +846,7 @@ def test_a_kept_result_reads_back_as_it_was(
 def test_each_log_probability_is_delivered_once(stop: tuple[str, ...]) -> None:
     """A delta has those of its own tokens, with stop strings to look for or without."""
     output = Output(Tokenizer.load(MODELS / "demo-tactical").decoder(), stop)
-    drawn = [Drawn(0, token_id, Logprob(token_id, -1.0)) for token_id in range(20, 26)]
+    drawn = [SampledToken(0, token_id, Logprob(token_id, -1.0)) for token_id in range(20, 26)]
     deltas = [output.push(drawn[:1])[0], output.push(drawn[1:4])[0], output.push(drawn[4:])[0]]
     assert [[20], [21, 22, 23], [24, 25]] == [
         [entry.token_id for entry in delta.logprobs] for delta in deltas

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from executor_rig import Rig, read, serving
-from fake_engine import FakeEngine, FakeFlight, out_of_memory_once, reference, spec
+from fake_engine import FakeEngine, FakeInFlightStep, out_of_memory_once, reference, spec
 
 from sage_fed.core import Tier, TierState
 from sage_fed.device import EndReason, Tokens
@@ -88,6 +88,6 @@ def test_the_device_s_own_time_counts_where_it_is_known() -> None:
     assert pytest.approx(0.01) == flights.land()[1]
     flights.launch(engine, step)
     flight = engine.flights[0]
-    assert isinstance(flight, FakeFlight)
+    assert isinstance(flight, FakeInFlightStep)
     flight.device_s = 0.5
     assert ((), 0.5) == flights.land()

@@ -16,7 +16,7 @@ from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, Heartbeat, TierSetup
 from sage_fed.device.recovery import MOST_S, SOUND_S, BackOff, Stall
 from sage_fed.errors import DeviceLost, ModelLoadError, TierUnavailable
-from sage_fed.steps import NO_TOKEN, Drawn, Step, StepReport
+from sage_fed.steps import NO_TOKEN, SampledToken, Step, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 LOOK_S = 0.01
@@ -201,10 +201,12 @@ class Spoiled(FakeEngine):
 
     spoiled: range = range(0)
 
-    def answer(self, step: Step, share: float = 1.0) -> tuple[Drawn, ...]:
+    def answer(self, step: Step, share: float = 1.0) -> tuple[SampledToken, ...]:
         """Draw, and then lose it."""
         drawn = super().answer(step, share)
-        return tuple(Drawn(d.seq_id, NO_TOKEN) if d.seq_id in self.spoiled else d for d in drawn)
+        return tuple(
+            SampledToken(d.seq_id, NO_TOKEN) if d.seq_id in self.spoiled else d for d in drawn
+        )
 
 
 @pytest.mark.parametrize("pipelined", [False, True])

@@ -11,7 +11,7 @@ from fake_engine import WAIT_S
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason
 from sage_fed.device.handover import Handover, Parcel, rest_s
-from sage_fed.steps import Drawn, StepKind, StepReport
+from sage_fed.steps import SampledToken, StepKind, StepReport
 
 LONG_S = 3600.0
 REST_S = 0.3
@@ -55,8 +55,8 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def drawn(token_id: int) -> Drawn:
-    return Drawn(seq_id=7, token_id=token_id)
+def drawn(token_id: int) -> SampledToken:
+    return SampledToken(seq_id=7, token_id=token_id)
 
 
 def report(num_prefill_tokens: int) -> StepReport:

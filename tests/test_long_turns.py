@@ -25,7 +25,7 @@ from sage_fed.errors import InvalidField, QueueFull, SageFedError
 from sage_fed.jobs.results import Result, hash_payload, payload_hash, read_result, write_result
 from sage_fed.service.fields import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
-from sage_fed.steps import Drawn
+from sage_fed.steps import SampledToken
 from sage_fed.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from sage_fed.workers import Workers
 
@@ -256,11 +256,11 @@ async def test_a_step_of_many_streams_is_handed_over_in_several_turns() -> None:
     live = LiveStreams(time.monotonic)
     streams = [stream_of(live, i) for i in range(100)]
     await asyncio.sleep(0)
-    live.take({i: [Drawn(i, 5)] for i in range(100)}, ())
+    live.take({i: [SampledToken(i, 5)] for i in range(100)}, ())
     served = [sum(map(bool, streams))]
     # Another step comes before the first is handed over; one sequence ends in it.
     ended = Ended(seq_id=99, reason=EndReason.LENGTH, submitted_s=0.0, ended_s=1.0, output_tokens=2)
-    live.take({i: [Drawn(i, 6)] for i in range(100)}, [ended])
+    live.take({i: [SampledToken(i, 6)] for i in range(100)}, [ended])
     while served[-1] < 100:
         await asyncio.sleep(0)
         served.append(sum(map(bool, streams)))
@@ -277,7 +277,7 @@ async def test_what_has_come_is_handed_over_before_all_end() -> None:
     live = LiveStreams(time.monotonic)
     streams = [stream_of(live, i) for i in range(100)]
     await asyncio.sleep(0)
-    live.take({i: [Drawn(i, 5)] for i in range(100)}, ())
+    live.take({i: [SampledToken(i, 5)] for i in range(100)}, ())
     live.end_all(EndReason.FAILED)
     for _ in range(2):
         await asyncio.sleep(0)

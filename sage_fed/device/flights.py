@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sage_fed.core import Tier
-from sage_fed.steps import Drawn, Engine, Flight, Step
+from sage_fed.steps import Engine, InFlightStep, SampledToken, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Airborne:
     """
 
     step: Step
-    flight: Flight
+    flight: InFlightStep
     launched_s: float
     overlaps: bool
     before_s: float = 0.0
@@ -81,7 +81,7 @@ class Flights:
         """Seconds that the paused step has taken so far; 0 where there is none."""
         return self._paused.before_s if self._paused else 0.0
 
-    def land(self) -> tuple[tuple[Drawn, ...], float]:
+    def land(self) -> tuple[tuple[SampledToken, ...], float]:
         """Wait for the oldest step: what it drew, and the seconds that it took.
 
         Whatever this raises, the step is not in flight any more.
@@ -89,7 +89,7 @@ class Flights:
         airborne = self._airborne.popleft()
         earlier_s = self._landed_s
         try:
-            drawn = airborne.flight.land()
+            drawn = airborne.flight.wait()
         finally:
             self._landed_s = self._clock()
         device_s = airborne.flight.device_s

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sage_fed.device.sequence import Sequence
 from sage_fed.device.words import Ended
-from sage_fed.steps import Drawn, Step
+from sage_fed.steps import SampledToken, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Outcome:
     of them there. `num_preempted` were interrupted to make room for the step.
     """
 
-    drawn: tuple[Drawn, ...] = ()
+    drawn: tuple[SampledToken, ...] = ()
     ended: tuple[Ended, ...] = ()
     num_prefill_tokens: int = 0
     num_queried_tokens: int = 0
@@ -53,7 +53,7 @@ class Flying:
         for seq, chunk in zip(self.members, self.step.chunks, strict=True):
             seq.device_s += token_s * len(chunk.token_ids)
 
-    def outcome(self, drawn: Iterable[Drawn], ended: Iterable[Ended]) -> Outcome:
+    def outcome(self, drawn: Iterable[SampledToken], ended: Iterable[Ended]) -> Outcome:
         """Return what it delivered and whom it ended, with what was decided for it."""
         return Outcome(
             drawn=tuple(drawn),

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from sage_fed.core import GenerationDefaults, Tier, TierStatus
 from sage_fed.device.limits import TierLimits
 from sage_fed.device.words import Ended, EndReason
-from sage_fed.steps import Drawn, StepKind, StepReport
+from sage_fed.steps import SampledToken, StepKind, StepReport
 
 _MAX_REPORTS = 1024
 """Step reports kept one by one; later ones are added up by tier and kind."""
@@ -57,7 +57,7 @@ class Opened:
 class Parcel:
     """Everything since the last parcel; `closed` is the thread's last word."""
 
-    drawn: dict[int, list[Drawn]] = field(default_factory=dict)
+    drawn: dict[int, list[SampledToken]] = field(default_factory=dict)
     ended: list[Ended] = field(default_factory=list)
     opened: dict[Tier, Opened] = field(default_factory=dict)
     statuses: dict[Tier, TierStatus] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Handover:
     def put(
         self,
         *,
-        drawn: Iterable[Drawn] = (),
+        drawn: Iterable[SampledToken] = (),
         ended: Iterable[Ended] = (),
         report: StepReport | None = None,
         status: TierStatus | None = None,

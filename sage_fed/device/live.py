@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sage_fed.device.stream import TokenStream
 from sage_fed.device.words import Ended, EndReason, SequenceSpec
-from sage_fed.steps import Drawn
+from sage_fed.steps import SampledToken
 
 _STREAMS_A_TURN = 32
 """A stream takes some 5 µs to hand its tokens, and its reader some 100 to write them."""
@@ -27,7 +27,7 @@ class LiveStreams:
         self._clock = clock
         self._streams: dict[int, TokenStream] = {}
         # What has come and not been handed over yet, in order.
-        self._come: dict[int, list[Drawn]] = {}
+        self._come: dict[int, list[SampledToken]] = {}
         self._ended: dict[int, Ended] = {}
         self._turn_is_due = False
 
@@ -47,7 +47,7 @@ class LiveStreams:
         stream = self._streams[spec.seq_id] = TokenStream(spec, submitted_s)
         return stream
 
-    def take(self, drawn: Mapping[int, Sequence[Drawn]], ended: Iterable[Ended]) -> None:
+    def take(self, drawn: Mapping[int, Sequence[SampledToken]], ended: Iterable[Ended]) -> None:
         """Take in the device's news; of a sequence that has ended here, they are not heard."""
         for seq_id, tokens in drawn.items():
             self._come.setdefault(seq_id, []).extend(tokens)

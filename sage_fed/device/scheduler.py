@@ -16,7 +16,7 @@ from sage_fed.device.limits import TierLimits
 from sage_fed.device.tier import TierSchedule
 from sage_fed.device.words import Ended, EndReason, SequenceSpec
 from sage_fed.errors import TierUnavailable
-from sage_fed.steps import BLOCK_SIZE, Drawn, Step
+from sage_fed.steps import BLOCK_SIZE, SampledToken, Step
 
 _TACTICAL_NEAR_S = 10.0
 """How long after its last step the tactical tier is expected to have work again soon.
@@ -141,7 +141,7 @@ class Scheduler:
         self._paused, self._noted_s = step, elapsed_s
 
     def complete(
-        self, step: Step, drawn: Iterable[Drawn], *, now: float, elapsed_s: float
+        self, step: Step, drawn: Iterable[SampledToken], *, now: float, elapsed_s: float
     ) -> Outcome:
         """Take in what a step computed; `elapsed_s` is the device's time for it."""
         outcome = self._tiers[step.tier].complete(step, drawn, now=now, elapsed_s=elapsed_s)

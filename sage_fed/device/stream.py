@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sage_fed.device.words import Ended, SequenceSpec
-from sage_fed.steps import Drawn
+from sage_fed.steps import SampledToken
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Tokens since the last `next`, at least one, in order."""
 
-    drawn: tuple[Drawn, ...]
+    drawn: tuple[SampledToken, ...]
 
 
 class TokenStream:
@@ -29,11 +29,11 @@ class TokenStream:
         self.submitted_s = submitted_s
         self.num_tokens = 0
         self.cancel_asked = False
-        self._unread: list[Drawn] = []
+        self._unread: list[SampledToken] = []
         self._ended: Ended | None = None
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
-        self._reader: Callable[[Sequence[Drawn]], None] | None = None
+        self._reader: Callable[[Sequence[SampledToken]], None] | None = None
         self._delivered: asyncio.Future[Ended] | None = None
 
     @property
@@ -56,7 +56,7 @@ class TokenStream:
         assert self._ended is not None
         return self._ended
 
-    async def deliver(self, reader: Callable[[Sequence[Drawn]], None]) -> Ended:
+    async def deliver(self, reader: Callable[[Sequence[SampledToken]], None]) -> Ended:
         """Call `reader` with tokens the moment they come, and return the ending.
 
         No task is woken for a token, which at many streams is what an event loop does most.
@@ -81,7 +81,7 @@ class TokenStream:
         assert self._ended is not None
         return self._ended
 
-    def push(self, drawn: Sequence[Drawn]) -> None:
+    def push(self, drawn: Sequence[SampledToken]) -> None:
         """Write tokens (the executor only)."""
         assert self._ended is None
         self.num_tokens += len(drawn)

@@ -25,7 +25,7 @@ from sage_fed.device.sequence import Sequence
 from sage_fed.device.shares import StepShares
 from sage_fed.device.words import Ended, EndReason, SequenceSpec
 from sage_fed.errors import QueueFull
-from sage_fed.steps import NO_TOKEN, Chunk, Drawn, Step
+from sage_fed.steps import NO_TOKEN, Chunk, SampledToken, Step
 
 _RETRY_S = 1.0
 """How soon a place may be free, where nothing has been measured."""
@@ -185,7 +185,7 @@ class TierSchedule:
         return flying.step
 
     def complete(
-        self, step: Step, drawn: Iterable[Drawn], *, now: float, elapsed_s: float
+        self, step: Step, drawn: Iterable[SampledToken], *, now: float, elapsed_s: float
     ) -> Outcome:
         """Take in what a step computed."""
         by_id = {d.seq_id: d for d in drawn}
@@ -200,7 +200,7 @@ class TierSchedule:
             num_tokens=step.num_tokens, prefills=flying.num_prefill > 0, elapsed_s=elapsed_s
         )
         self._share(flying, elapsed_s)
-        delivered: list[Drawn] = []
+        delivered: list[SampledToken] = []
         for seq, chunk in zip(flying.members, step.chunks, strict=True):
             token = by_id.get(chunk.seq_id)
             if token is not None and token.token_id == NO_TOKEN:
@@ -309,7 +309,7 @@ class TierSchedule:
             self._spoiled_in_a_row += 1
 
     def _take_token(
-        self, seq: Sequence, drawn: Drawn, delivered: list[Drawn], now: float
+        self, seq: Sequence, drawn: SampledToken, delivered: list[SampledToken], now: float
     ) -> EndReason | None:
         self._spoiled_in_a_row = 0
         if drawn.token_id in self._eos_token_ids and not seq.spec.ignore_eos:

@@ -19,7 +19,7 @@ from sage_fed.engine.forward import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
 from sage_fed.engine.staging import Landing, begin
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory
-from sage_fed.steps import PENDING, Chunk, Drawn, Step
+from sage_fed.steps import PENDING, Chunk, SampledToken, Step
 
 
 class Engine:
@@ -60,7 +60,7 @@ class Engine:
         self._device = device
         self._newest = newest
         self._unknown = torch.tensor(unknown_ids, device=device) if unknown_ids else None
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[InFlightStep] = deque()
         self._pending: Mapping[int, int] = {}
         """What `PENDING` means for each sequence of the newest step: its token or, pipelined,
         -1 - its row of `newest`."""
@@ -76,18 +76,18 @@ class Engine:
         """Into how many parts a step can be divided; see `sage_fed.steps.Engine`."""
         return self._forward.num_parts if self._forward and not self.pipelined else 1
 
-    def run(self, step: Step) -> tuple[Drawn, ...]:
-        """Run one forward pass; one `Drawn` a chunk with a `draw`, in the chunks' order.
+    def run(self, step: Step) -> tuple[SampledToken, ...]:
+        """Run one forward pass; one `SampledToken` a chunk with a `draw`, in the chunks' order.
 
         Returns when the device has finished, after one copy of the results to the host.
 
         Raises:
             DeviceOutOfMemory: the step did not fit; the cache is as good as before.
         """
-        return self.launch(step).land()
+        return self.launch(step).wait()
 
     @torch.inference_mode()
-    def launch(self, step: Step, pause_after_s: float | None = None) -> Flight:
+    def launch(self, step: Step, pause_after_s: float | None = None) -> InFlightStep:
         """Queue one forward pass, the choice of its tokens and their way to the host.
 
         Where it can be divided, it may be paused after that time; see `sage_fed.steps.Engine`.
@@ -104,13 +104,13 @@ class Engine:
         with _told_as_ours(step):
             begun = begin(self._device)
             under_way = self._forward.begin([self._resolved(chunk) for chunk in step.chunks])
-            flight = Flight(self, step, under_way, begun)
+            flight = InFlightStep(self, step, under_way, begun)
             self._advance(flight, pause_after_s)
         self._flights.append(flight)
         return flight
 
     @torch.inference_mode()
-    def resume(self, flight: Flight, pause_after_s: float | None) -> None:
+    def resume(self, flight: InFlightStep, pause_after_s: float | None) -> None:
         """Go on with a paused flight; fails as `launch` does, and then it is not in flight."""
         assert self._forward is not None, "a closed engine was asked to run"
         self._flights.remove(flight)
@@ -118,7 +118,7 @@ class Engine:
             self._advance(flight, pause_after_s)
         self._flights.append(flight)
 
-    def landed(self, flight: Flight) -> tuple[Drawn, ...]:
+    def landed(self, flight: InFlightStep) -> tuple[SampledToken, ...]:
         """What a flight drew; waits for the device, and an exception leaves the engine broken."""
         assert self._flights, "a flight lands once, and before its engine is closed"
         assert not flight.paused, "a paused flight has to be resumed"
@@ -139,7 +139,7 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _advance(self, flight: Flight, pause_after_s: float | None) -> None:
+    def _advance(self, flight: InFlightStep, pause_after_s: float | None) -> None:
         forwarded = flight.advance(pause_after_s)
         if forwarded is None:
             return
@@ -197,8 +197,8 @@ def _lost(error: Exception) -> DeviceLost:
     return DeviceLost(f"the device failed: {str(error).splitlines()[0]}")
 
 
-class Flight:
-    """A step on the device; see `sage_fed.steps.Flight`.
+class InFlightStep:
+    """A step on the device; see `sage_fed.steps.InFlightStep`.
 
     Its engine advances the pass `under_way`, which began at `begun` on the device's clock.
     """
@@ -215,7 +215,7 @@ class Flight:
         self._drawing: tuple[int, ...] = ()
         self._picked: Picked | None = None
         self._landing: Landing | None = None
-        self._drawn: tuple[Drawn, ...] | None = None
+        self._drawn: tuple[SampledToken, ...] | None = None
 
     @property
     def paused(self) -> bool:
@@ -228,10 +228,10 @@ class Flight:
         return self._landing.device_s if self._landing else None
 
     def resume(self, pause_after_s: float | None) -> None:
-        """Go on; see `sage_fed.steps.Flight`."""
+        """Go on; see `sage_fed.steps.InFlightStep`."""
         self._engine.resume(self, pause_after_s)
 
-    def land(self) -> tuple[Drawn, ...]:
+    def wait(self) -> tuple[SampledToken, ...]:
         """Wait for the device; an exception leaves the engine broken."""
         return self._engine.landed(self)
 
@@ -250,7 +250,7 @@ class Flight:
         self._picked = picked
         self._landing = Landing(picked.results if picked else None, self._begun, device)
 
-    def read(self) -> tuple[Drawn, ...]:
+    def read(self) -> tuple[SampledToken, ...]:
         """What was drawn, in the order of the step's chunks; waits for it the first time."""
         if self._drawn is None:
             assert self._landing is not None
@@ -258,6 +258,6 @@ class Flight:
             choices = self._picked.choices(results) if self._picked and results is not None else []
             rows = sorted(zip(self._drawing, self.seq_ids, choices, strict=True))
             self._drawn = tuple(
-                Drawn(seq_id, token_id, logprob) for _, seq_id, (token_id, logprob) in rows
+                SampledToken(seq_id, token_id, logprob) for _, seq_id, (token_id, logprob) in rows
             )
         return self._drawn

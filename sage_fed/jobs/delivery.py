@@ -17,7 +17,7 @@ from sage_fed.jobs.admission import Plan
 from sage_fed.jobs.mailbox import JobStream
 from sage_fed.jobs.output import Output
 from sage_fed.metrics import JobMetrics
-from sage_fed.steps import Drawn
+from sage_fed.steps import SampledToken
 
 DROPS_OUTPUT = (StopReason.STOP_STRING, StopReason.CANCELLED)
 """What comes after these is not delivered: the text is complete, or its reader has left."""
@@ -98,7 +98,7 @@ class Delivery:
     async def _deliver(self, source: TokenStream, output: Output, tier: Tier) -> Ended:
         """Pass on what the client may see, until the sequence has ended."""
 
-        def take(drawn: Sequence[Drawn]) -> None:
+        def take(drawn: Sequence[SampledToken]) -> None:
             if self.stop_reason in DROPS_OUTPUT:
                 return
             delta, matched = output.push(drawn)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sage_fed.core import Delta, Logprob
-from sage_fed.steps import Drawn
+from sage_fed.steps import SampledToken
 from sage_fed.text import IncrementalDecoder, StopMatcher
 
 
@@ -28,7 +28,7 @@ class Output:
         """Tokens delivered so far."""
         return len(self._token_ids)
 
-    def push(self, drawn: Sequence[Drawn]) -> tuple[Delta, bool]:
+    def push(self, drawn: Sequence[SampledToken]) -> tuple[Delta, bool]:
         """Return what these tokens add, and whether a stop string ended the text.
 
         Tokens behind the one that completes a stop string are dropped: never delivered, so
@@ -49,7 +49,7 @@ class Output:
                 break
         return self._delta("".join(pieces), first, first_logprob), matched
 
-    def _push_whole(self, drawn: Sequence[Drawn]) -> Delta:
+    def _push_whole(self, drawn: Sequence[SampledToken]) -> Delta:
         """Take tokens together: nothing but a stop string cares where one ends."""
         first, first_logprob = len(self._token_ids), len(self._logprobs)
         ids = [token.token_id for token in drawn]

@@ -143,7 +143,7 @@ def test_steps_in_flight_draw_what_steps_that_wait_do(checkpoint: Checkpoints) -
         chunk = Chunk(3, start, token_ids, (7, 1, 4), Draw(Sampling(), number))
         flights.append(engine.launch(Step(Tier.TACTICAL, (chunk,))))
     for flight in flights:
-        answer += [drawn.token_id for drawn in flight.land()]
+        answer += [drawn.token_id for drawn in flight.wait()]
         assert flight.device_s is not None
         assert flight.device_s > 0
     assert source.greedy(prompt, 10) == tuple(answer)

@@ -216,7 +216,7 @@ def test_a_pending_token_is_what_the_step_before_drew(
     flights = []
 
     def land() -> None:
-        for drawn in flights.pop(0).land():
+        for drawn in flights.pop(0).wait():
             answers[drawn.seq_id].append(drawn.token_id)
 
     for number in range(8):
@@ -247,7 +247,7 @@ def test_two_engines_fly_by_turns(checkpoint: Checkpoints, graphs_of: Engines) -
         chunk = Chunk(3, start, token_ids, (7, 1, 4), Draw(GREEDY, number))
         flights = {name: graphs_of(name).launch(Step(T, (chunk,))) for name in names}
         for name, flight in flights.items():
-            answers[name] += [drawn.token_id for drawn in flight.land()]
+            answers[name] += [drawn.token_id for drawn in flight.wait()]
     for name in names:
         assert checkpoint(name).greedy(prompt, 6) == tuple(answers[name])
 
@@ -261,17 +261,17 @@ def test_flights_land_once_and_in_order(checkpoint: Checkpoints) -> None:
     step = Step(T, (Chunk(0, 0, (5, 6), (0,), Draw(GREEDY, 0)),))
     first, second = engine.launch(step), engine.launch(step)
     with pytest.raises(AssertionError, match="in the order of their launches"):
-        second.land()
+        second.wait()
     plain = load_engine(options, lambda _: None)
     flight = plain.launch(step)
     with pytest.raises(AssertionError, match="has to land before the next"):
         plain.launch(step)
-    assert flight.land()
+    assert flight.wait()
     with pytest.raises(AssertionError, match="lands once"):
-        flight.land()
+        flight.wait()
     engine.close()
     with pytest.raises(AssertionError, match="before its engine is closed"):
-        first.land()
+        first.wait()
     with pytest.raises(AssertionError, match="closed engine"):
         engine.launch(step)
 

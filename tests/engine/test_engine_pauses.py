@@ -10,7 +10,7 @@ from tiny_models import Checkpoint, prompt_of
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.steps import Chunk, Draw, Drawn, Step
+from sage_fed.steps import Chunk, Draw, SampledToken, Step
 
 Checkpoints = Callable[[str], Checkpoint]
 DRAW = Draw(Sampling(), 0)
@@ -57,7 +57,7 @@ def test_a_paused_step_draws_what_a_whole_one_draws(
             assert expected == other.run(between)
             flight.resume(0.0)
         assert pauses >= paused.num_parts - 1 > 0
-        assert whole.run(step) == flight.land()
+        assert whole.run(step) == flight.wait()
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
@@ -67,9 +67,9 @@ def test_a_step_with_time_to_spare_does_not_pause(checkpoint: Checkpoints, kerne
     first, second, _ = steps_of(Tier.STRATEGIC)
     flight = loaded.launch(first, 3600.0)
     assert not flight.paused
-    assert () == flight.land()
+    assert () == flight.wait()
     flight = loaded.launch(second, 0.0)
     assert flight.paused
     flight.resume(None)
-    drawn: tuple[Drawn, ...] = flight.land()
+    drawn: tuple[SampledToken, ...] = flight.wait()
     assert [1, 3] == [d.seq_id for d in drawn]
