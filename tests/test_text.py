@@ -18,8 +18,8 @@ from sage_fed.core import Message
 from sage_fed.errors import InvalidField, ModelLoadError
 from sage_fed.text import IncrementalDecoder, StopMatcher, Tokenizer
 from sage_fed.text.decoding import WindowDecoder
-from sage_fed.text.source import source_of
 from sage_fed.text.template import ChatTemplate
+from sage_fed.text.tokenizer_files import source_of
 
 BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models" / "demo-tactical"
 CHATML = (

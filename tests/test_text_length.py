@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from sage_fed.core import Message
 from sage_fed.text import Tokenizer
-from sage_fed.text.length import LengthBound
+from sage_fed.text.tokenizer import LengthBound
 
 TOKENIZER = Tokenizer.load(MODELS / "demo-tactical")
 

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from sage_fed.core import Message
 from sage_fed.errors import ModelLoadError
 from sage_fed.text import Tokenizer, fingerprint
-from sage_fed.text.source import read_source
 from sage_fed.text.template import ChatTemplate
+from sage_fed.text.tokenizer_files import read_source
 
 # What templates in the wild do: defaults, loops with control, namespaces, tools, dates, thoughts.
 TEMPLATES = {

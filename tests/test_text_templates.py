@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sage_fed.core import Message
 from sage_fed.text import Tokenizer
-from sage_fed.text.source import source_of
+from sage_fed.text.tokenizer_files import source_of
 
 WORDS = "hello world, the quick brown fox. think user assistant system im_start INST Grüße 😀\n\n"
 

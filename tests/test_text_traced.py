@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sage_fed.errors import InvalidField, ModelLoadError
 from sage_fed.text import Tokenizer
-from sage_fed.text.source import source_of
-from sage_fed.text.template import ChatTemplate
-from sage_fed.text.traced import Traced, joined, own_text, spans_of
+from sage_fed.text.template import ChatTemplate, Traced, joined, own_text, spans_of
+from sage_fed.text.tokenizer_files import source_of
 
 # The template writes capitals and colons, the client small letters and full stops.
 OWN = st.text("AB: \n", max_size=5)

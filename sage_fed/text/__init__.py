@@ -5,11 +5,9 @@ control token. Does not know tiers, jobs or the model that consumes the ids.
 Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that cannot be encoded.
 """
 
-from sage_fed.text.decoding import IncrementalDecoder
-from sage_fed.text.padding import write_padded_tokenizer
-from sage_fed.text.source import fingerprint, locate_tokenizer
-from sage_fed.text.stopping import StopMatcher
-from sage_fed.text.tokenizer import Tokenizer
+from sage_fed.text.decoding import IncrementalDecoder, StopMatcher
+from sage_fed.text.tokenizer import Tokenizer, write_padded_tokenizer
+from sage_fed.text.tokenizer_files import fingerprint, locate_tokenizer
 
 __all__ = [
     "IncrementalDecoder",

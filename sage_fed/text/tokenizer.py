@@ -1,6 +1,10 @@
 """One checkpoint's tokenizer: conversations and text to ids, ids to text.
 
-Owns the chat template and the promise that nothing a client writes becomes a control token.
+Owns the promise that nothing a client writes becomes a control token: the encoder knows each
+control token by a secret spelling in place of its own, and only where the template wrote a token's
+own spelling is it put into its secret form, so that what a client spells stays plain text. Owns
+also the least number of tokens of a text by its length, so that a text far too long for a context
+is refused without the hundred times longer work of encoding it.
 Does not know tiers, jobs or the model that consumes the ids.
 Fails with `ModelLoadError` at load and with `InvalidField` for a prompt that cannot be encoded.
 
@@ -13,21 +17,25 @@ flips per call (the cause of its "Already borrowed") are never touched.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import json
+import re
+import secrets
+import shutil
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import tokenizers
 
 from sage_fed.core import Message
-from sage_fed.errors import InvalidField
-from sage_fed.text.control import ControlEncoder, control_tokens, num_ids, unknown_ids
+from sage_fed.errors import InvalidField, ModelLoadError
 from sage_fed.text.decoding import ByteDecoder, IncrementalDecoder, WindowDecoder
-from sage_fed.text.length import LengthBound
-from sage_fed.text.source import TokenizerSource, locate_tokenizer, read_source
-from sage_fed.text.template import ChatTemplate
-from sage_fed.text.traced import Traced, own_text
+from sage_fed.text.template import ChatTemplate, Traced, own_text, spans_of
+from sage_fed.text.tokenizer_files import TokenizerSource, locate_tokenizer, read_source
 
 ROLES = ("system", "user", "assistant")
 
@@ -47,6 +55,20 @@ that spells no added token shows what the template writes."""
 
 _TIMES = {"system": 1, "user": 2, "assistant": 3}
 """How often a probe's message says the mark, by who speaks."""
+
+_PRIVATE = 0xF0000
+"""A private-use plane of Unicode; its first characters spell the secret."""
+
+_DIGITS = 16
+_SHAPE = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)  # noqa: RUF001 - DeepSeek's full-width bars
+"""How control tokens look that a tokenizer does not declare special."""
+
+_KEEPING = frozenset({"ByteLevel", "Digits", "Punctuation", "Split", "Metaspace"})
+"""Pre-tokenizers that cut a text and leave nothing out, unless they are told to."""
+
+_FILE = "tokenizer.json"
+_COPIED = ("tokenizer_config.json", "chat_template.jinja")
+_SPACE = "\u0120"  # how byte-level vocabularies spell it
 
 
 class Tokenizer:
@@ -270,3 +292,259 @@ def _byte_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
     return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def control_tokens(backend: tokenizers.Tokenizer, templates: Iterable[str]) -> dict[str, int]:
+    """Return the spellings and ids of the tokens that no client may write.
+
+    Those are the special ones; those of the added ones that a template writes (`templates` are its
+    source, and texts of its own making) unless they are blank, as tokens for runs of spaces are;
+    and those that look like `<|this|>`. A single character that is in the vocabulary anyway is a
+    word, whatever it is declared: nobody could write it in another way.
+    """
+    written = "\n".join(templates)
+    return {
+        token.content: id_
+        for id_, token in backend.get_added_tokens_decoder().items()
+        if (
+            token.special
+            or (token.content.strip() and token.content in written)
+            or _SHAPE.fullmatch(token.content)
+        )
+        and not (len(token.content) == 1 and _is_word(backend, token.content))
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A control token in a text that the template wrote."""
+
+    start: int
+    end: int
+    token: str
+
+
+class ControlEncoder:
+    """Text to ids; thread-safe.
+
+    `control` are the spellings and ids of the control tokens, `unknown` is the id that an unknown
+    character honestly is, in a vocabulary that has no bytes.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, control: Mapping[str, int], unknown: int | None
+    ) -> None:
+        added = sorted(backend.get_added_tokens_decoder().items())
+        secret = "".join(chr(_PRIVATE + secrets.randbelow(_DIGITS)) for _ in range(_DIGITS))
+        if any(_PRIVATE <= ord(char) < _PRIVATE + 0x10000 for _, t in added for char in t.content):
+            # One that ends as the secret begins would swallow part of it.
+            raise ModelLoadError("a token of its tokenizer is spelled in private-use characters")
+        self._secret = secret
+        self._backend = _sharing_vocabulary(backend)
+        self._spelled = _alternation(control)
+        self._alone = {token.content for _, token in added if token.single_word}
+        self._secrets = {
+            content: f"{secret}{chr(_PRIVATE + _DIGITS + id_)}"
+            for id_, content in enumerate(control)
+        }
+        # New tokens get ids from here on, which are nobody else's, whatever gaps there are.
+        self._first_new = num_ids(backend)
+        gaps = self._first_new - backend.get_vocab_size(with_added_tokens=False)
+        fill = [tokenizers.AddedToken(f"{secret}{i}", normalized=False) for i in range(gaps)]
+        known = {id_: _respelled(token, self._secrets) for id_, token in added}
+        self._backend.add_tokens([*fill, *known.values()])
+        self._id_of = {
+            self._backend.token_to_id(token.content): id_ for id_, token in known.items()
+        }
+        self._control_ids = frozenset(control.values())
+        self._unknown = unknown
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids; a control token is one where the text's spans say a template wrote it.
+
+        Raises:
+            InvalidField: the vocabulary has no other way to write what a client spelled.
+        """
+        if self._secret in text:
+            raise InvalidField("job.chat", "a message cannot be told from a control token")
+        hits = self.hits(text)
+        plain = str.__str__(text)
+        pieces: list[str] = []
+        position = 0
+        for hit in hits:
+            pieces += (plain[position : hit.start], self._secrets[hit.token])
+            position = hit.end
+        pieces.append(plain[position:])
+        (encoding,) = self._backend.encode_batch_fast(["".join(pieces)], add_special_tokens=False)
+        ids: list[int] = []
+        num_control = 0
+        for raw in encoding.ids:
+            id_ = self._id_of.get(raw, raw)
+            ids.append(id_)
+            if raw not in self._id_of and id_ in self._control_ids and id_ != self._unknown:
+                raise InvalidField(
+                    "job.chat", "a message spells a control token that this tokenizer cannot escape"
+                )
+            num_control += raw in self._id_of and id_ in self._control_ids
+        if num_control != len(hits):
+            raise InvalidField("job.chat", "this model's control tokens cannot be encoded")
+        return tuple(ids)
+
+    def hits(self, text: str) -> list[Hit]:
+        """Return the control tokens that a template wrote, in order."""
+        plain = str.__str__(text)
+        return [
+            Hit(found.start(), found.end(), found[0])
+            for start, end in spans_of(text)
+            for found in self._spelled.finditer(plain, start, end)
+            if found[0] not in self._alone or _stands_alone(plain, found.start(), found.end())
+        ]
+
+
+def num_ids(backend: tokenizers.Tokenizer) -> int:
+    """Return one above the largest id; asking for the whole vocabulary takes far longer."""
+    count = int(backend.get_vocab_size(with_added_tokens=True))
+    if None not in map(backend.id_to_token, range(count)):
+        return count
+    return max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def unknown_ids(backend: tokenizers.Tokenizer, num_ids: int) -> tuple[int, ...]:
+    """Return the ids below `num_ids` that stand for no token."""
+    if num_ids == backend.get_vocab_size(with_added_tokens=True):
+        return ()
+    return tuple(id_ for id_ in range(num_ids) if backend.id_to_token(id_) is None)
+
+
+def _sharing_vocabulary(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return a tokenizer without added tokens: a copy of the vocabulary takes long to make."""
+    sibling = tokenizers.Tokenizer(backend.model)
+    sibling.normalizer = backend.normalizer
+    sibling.pre_tokenizer = backend.pre_tokenizer
+    sibling.post_processor = backend.post_processor
+    sibling.decoder = backend.decoder
+    return sibling
+
+
+def _respelled(token: tokenizers.AddedToken, spellings: Mapping[str, str]) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        spellings.get(token.content, token.content),
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
+
+
+def _is_word(backend: tokenizers.Tokenizer, char: str) -> bool:
+    """Whether the vocabulary has this character without its being an added token."""
+    plain = _sharing_vocabulary(backend).encode(char, add_special_tokens=False).ids
+    return plain == [backend.token_to_id(char)]
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether no letter, digit or underscore touches it."""
+    around = text[max(start - 1, 0) : start] + text[end : end + 1]
+    return re.search(r"\w", around) is None
+
+
+def _alternation(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest first, as the tokenizer does; nothing if empty."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+class LengthBound:
+    """The least number of tokens that a text of some length has.
+
+    A token stands for no more text than the longest entry of the vocabulary. That holds only where
+    the tokenizer neither shortens a text nor joins what it does not know; of any other nothing is
+    said, and its texts are encoded.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._bytes = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        normalizers = list(_parts(backend.normalizer, "normalizers"))
+        self._composes = any(part["type"] == "NFC" for part in normalizers)
+        added = backend.get_added_tokens_decoder().values()
+        self._swallows_spaces = any(token.lstrip or token.rstrip for token in added)
+        sound = (
+            isinstance(backend.model, tokenizers.models.BPE)
+            # What has no token is spelled in bytes, and not one token for all of it.
+            and (self._bytes or backend.model.byte_fallback)
+            and all(map(_keeps_length, normalizers))
+            and all(map(_leaves_nothing_out, _parts(backend.pre_tokenizer, "pretokenizers")))
+        )
+        self.longest = _longest_token(backend, in_bytes=self._bytes) if sound else 0
+        """Bytes (or characters, without a byte-level vocabulary) of the longest token; 0 is
+        unknown."""
+
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` has or exceeds; 0 where nothing is known."""
+        if not self.longest:
+            return 0
+        if self._composes and not unicodedata.is_normalized("NFC", text):
+            return 0  # it may become shorter
+        if self._swallows_spaces:
+            text = "".join(text.split())
+        length = len(text.encode(errors="replace")) if self._bytes else len(text)
+        return -(-length // self.longest)
+
+
+def _longest_token(backend: tokenizers.Tokenizer, *, in_bytes: bool) -> int:
+    """Return the length of the longest entry; the characters of byte-level ones are bytes."""
+    added = (token.content for token in backend.get_added_tokens_decoder().values())
+    own = max(map(len, backend.get_vocab(with_added_tokens=False)), default=0)
+    return max(own, *(len(text.encode()) if in_bytes else len(text) for text in added), 0)
+
+
+def _parts(step: Any, several: str) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - the library's
+    """Return the parts of a normalizer or pre-tokenizer, sequences taken apart."""
+    if step is None:
+        return
+    todo = [json.loads(step.__getstate__())]
+    while todo:
+        part = todo.pop()
+        if part["type"] == "Sequence":
+            todo += part[several]
+        else:
+            yield part
+
+
+def _keeps_length(normalizer: dict[str, Any]) -> bool:
+    match normalizer:
+        case {"type": "NFC" | "Prepend"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": str(found)}, "content": str(instead)}:
+            return len(instead) >= len(found)
+        case _:
+            return False
+
+
+def _leaves_nothing_out(pre_tokenizer: dict[str, Any]) -> bool:
+    removes = pre_tokenizer.get("behavior") == "Removed"
+    return pre_tokenizer["type"] in _KEEPING and not removes
+
+
+def write_padded_tokenizer(source: Path, directory: Path, num_ids: int) -> None:
+    """Write the tokenizer of `source` to `directory`, with ids up to `num_ids`.
+
+    A small tokenizer on a real shape would leave most of the head's rows out, and a speed test
+    would be too good. The invented tokens are words such as " t1234": every id that such a model
+    draws is text, and none is ever the encoding of a prompt, because no merge leads to it.
+
+    Raises:
+        ValueError: the tokenizer has more ids than that already.
+    """
+    tokenizer = json.loads((source / _FILE).read_text(encoding="utf-8"))
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    added = [token["id"] for token in tokenizer["added_tokens"]]
+    first = max(*vocabulary.values(), *added) + 1
+    if first > num_ids:
+        raise ValueError(f"the tokenizer has {first} ids, more than {num_ids}")
+    vocabulary |= {f"{_SPACE}t{number}": number for number in range(first, num_ids)}
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    (directory / _FILE).write_text(text, encoding="utf-8")
+    for name in _COPIED:
+        shutil.copy(source / name, directory / name)
