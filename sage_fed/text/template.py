@@ -52,7 +52,7 @@ class Traced(str):
     # Underscored: the sandbox keeps templates from it.
     _edges: Edges
 
-    def __new__(cls, text: str = "", edges: Edges = ()) -> Self:  # noqa: D102 - see the class
+    def __new__(cls, text: str = "", edges: Edges = ()) -> Self:
         self = super().__new__(cls, text)
         self._edges = edges
         return self

@@ -1,6 +1,6 @@
 """Random histories of the books against a model that refills at every nanosecond."""
 
-# ruff: noqa: D102 - a rule's name is its sentence
+
 
 from dataclasses import dataclass, field
 
