@@ -10,7 +10,7 @@ from fake_engine import WAIT_S, Clock, FakeEngine
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import Ended, Executor, Tokens, TokenStream
-from sage_fed.device.loader import TierSetup
+from sage_fed.device.tier_loading import TierSetup
 from sage_fed.steps import StepReport
 
 

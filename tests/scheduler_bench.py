@@ -6,7 +6,7 @@ from fake_engine import FakeEngine, reference
 
 from sage_fed.core import Tier
 from sage_fed.device import Ended, Outcome, Scheduler, SequenceSpec, TierLimits
-from sage_fed.device.tier import TierSchedule
+from sage_fed.device.tier_scheduler import TierSchedule
 from sage_fed.steps import Step
 
 T = Tier.TACTICAL

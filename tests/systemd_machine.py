@@ -40,7 +40,7 @@ import importlib.machinery, pathlib, sys, threading
 class Finder(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name != "sage_fed.device.flights":
+        if name != "sage_fed.device.device_thread":
             return None
         spec = super().find_spec(name, path, target)
         execute = spec.loader.exec_module

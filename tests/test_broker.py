@@ -40,7 +40,7 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.device import Ended, EndReason, Executor, TokenWeights
-from sage_fed.device.loader import TierSetup
+from sage_fed.device.tier_loading import TierSetup
 from sage_fed.errors import (
     CannotAfford,
     DeadlineInfeasible,

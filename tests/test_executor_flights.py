@@ -10,7 +10,7 @@ from fake_engine import FakeEngine, FakeInFlightStep, out_of_memory_once, refere
 
 from sage_fed.core import Tier, TierState
 from sage_fed.device import EndReason, Tokens
-from sage_fed.device.flights import Flights
+from sage_fed.device.device_thread import Flights
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -12,7 +12,7 @@ from fake_engine import WAIT_S, Clock, FakeEngine, entered, reference, spec
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, TierSetup, Tokens, TokenStream
 from sage_fed.device import executor as executor_module
-from sage_fed.device.inbox import Inbox, Submit
+from sage_fed.device.messages import Inbox, Submit
 from sage_fed.errors import ModelLoadError, QueueFull, TierUnavailable
 from sage_fed.steps import StepReport
 

@@ -14,7 +14,7 @@ from fake_engine import WAIT_S, FakeEngine, reference, spec
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, Heartbeat, TierSetup
-from sage_fed.device.recovery import MOST_S, SOUND_S, BackOff, Stall
+from sage_fed.device.tier_loading import MOST_S, SOUND_S, BackOff, Stall
 from sage_fed.errors import DeviceLost, ModelLoadError, TierUnavailable
 from sage_fed.steps import NO_TOKEN, SampledToken, Step, StepReport
 

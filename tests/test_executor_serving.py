@@ -12,7 +12,7 @@ from fake_engine import WAIT_S, entered, reference, spec
 
 from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.device import Ended, EndReason, Tokens
-from sage_fed.device.handover import Parcel
+from sage_fed.device.messages import Parcel
 from sage_fed.errors import DeviceOutOfMemory, InvalidField, QueueFull, TierUnavailable
 from sage_fed.steps import Step, StepKind, StepReport
 

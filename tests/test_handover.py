@@ -10,7 +10,7 @@ from fake_engine import WAIT_S
 
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason
-from sage_fed.device.handover import Handover, Parcel, rest_s
+from sage_fed.device.messages import Handover, Parcel, rest_s
 from sage_fed.steps import SampledToken, StepKind, StepReport
 
 LONG_S = 3600.0

@@ -20,7 +20,7 @@ from service_harness import FINISHED, ROUTE, STARTED, WAIT_S, ScriptedJobs, serv
 
 from sage_fed.core import Delta, JobSpec, Logprob, Message, Prompt, SamplingRequest
 from sage_fed.device import Ended, EndReason, SequenceSpec
-from sage_fed.device.live import LiveStreams
+from sage_fed.device.executor import LiveStreams
 from sage_fed.errors import InvalidField, QueueFull, SageFedError
 from sage_fed.jobs.results import Result, hash_payload, payload_hash, read_result, write_result
 from sage_fed.service.fields import MAX_FIELDS, require_few_fields

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.device import Scheduler, TierLimits
-from sage_fed.device.interleave import Interleave, shared_chunk_tokens
-from sage_fed.device.rates import StepRates
+from sage_fed.device.scheduler import Interleave, shared_chunk_tokens
+from sage_fed.device.tier_scheduler import StepRates
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

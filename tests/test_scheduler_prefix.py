@@ -13,7 +13,7 @@ from scheduler_bench import Bench, T
 
 from sage_fed.core import Sampling
 from sage_fed.device import BlockPool, EndReason, SequenceSpec, TierLimits
-from sage_fed.device.prefix import BlockKeys
+from sage_fed.device.kv_blocks import BlockKeys
 from sage_fed.steps import BLOCK_SIZE, NO_TOKEN
 
 

@@ -13,8 +13,8 @@ from scheduler_bench import Bench
 
 from sage_fed.core import Priority
 from sage_fed.device import SequenceSpec
-from sage_fed.device.rates import StepRates
-from sage_fed.device.shares import KEPT_S, PlaceShares
+from sage_fed.device.request_queue import KEPT_S, PlaceShares
+from sage_fed.device.tier_scheduler import StepRates
 
 
 def of(account: str, seq_id: int, **fields: object) -> SequenceSpec:

@@ -3,15 +3,13 @@
 Import from here: `Executor` and what it takes and gives, and the pure `Scheduler` with its words.
 """
 
-from sage_fed.device.blocks import BlockPool, blocks_for
-from sage_fed.device.device import Heartbeat
-from sage_fed.device.executor import Executor, ExecutorObserver
-from sage_fed.device.flying import Outcome
-from sage_fed.device.limits import TierLimits
-from sage_fed.device.loader import TierSetup
+from sage_fed.device.device_thread import Heartbeat
+from sage_fed.device.executor import Executor, ExecutorObserver, Tokens, TokenStream
+from sage_fed.device.kv_blocks import BlockPool, blocks_for
 from sage_fed.device.scheduler import Scheduler
-from sage_fed.device.stream import Tokens, TokenStream
-from sage_fed.device.words import Ended, EndReason, SequenceSpec, TokenWeights
+from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits, TokenWeights
+from sage_fed.device.tier_loading import TierSetup
+from sage_fed.device.tier_scheduler import Outcome
 
 __all__ = [
     "BlockPool",

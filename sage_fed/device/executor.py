@@ -4,33 +4,49 @@ Owns the live streams and the recovery: a tier whose engine broke is loaded agai
 hangs is told from a busy one. All methods run on the event loop and none of them blocks it.
 Fails with InvalidField, QueueFull or TierUnavailable before a sequence is accepted; an accepted
 one ends with exactly one `Ended`, also if the device's thread dies or does not come back.
+
+The sequences that were accepted and have not ended: one stream each.
+
+Owns them until their ending, which is the device's word, or ours where it has none to say: then
+what was delivered is all that is known. Hands a step's tokens to some streams in each turn of the
+event loop, so that however many there are, others get their turns between them.
+Event loop only. Cannot fail.
+
+One sequence's output on the event loop: tokens as they come, then exactly one ending.
+
+Owns what its reader has not taken yet: at most `max_new_tokens` tokens, whatever the reader
+does, so a slow reader merges and never stalls the device. Event loop only, one reader.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
-from sage_fed.device.device import DeviceThread, Heartbeat
-from sage_fed.device.handover import Handover, Parcel, rest_s
-from sage_fed.device.inbox import Cancel, Inbox, Ping, Stop, Submit
-from sage_fed.device.limits import TierLimits
-from sage_fed.device.live import LiveStreams
-from sage_fed.device.loader import Loader, TierSetup
-from sage_fed.device.probe import Probe
-from sage_fed.device.recovery import FIRST_S, LOOK_S, Stall
+from sage_fed.device.device_thread import DeviceThread, Heartbeat
+from sage_fed.device.messages import (
+    Cancel,
+    Handover,
+    Inbox,
+    Parcel,
+    Ping,
+    Probe,
+    Stop,
+    Submit,
+    rest_s,
+)
 from sage_fed.device.scheduler import Scheduler
-from sage_fed.device.states import TierStates
-from sage_fed.device.stream import TokenStream
-from sage_fed.device.words import EndReason, SequenceSpec
+from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
+from sage_fed.device.tier_loading import FIRST_S, LOOK_S, Loader, Stall, TierSetup, TierStates
 from sage_fed.errors import DeviceBusy, TierUnavailable
-from sage_fed.steps import Step, StepReport
+from sage_fed.steps import SampledToken, Step, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -346,3 +362,178 @@ async def _wait_for_exit(exited: Future[None], patience_s: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+_STREAMS_A_TURN = 32
+"""A stream takes some 5 µs to hand its tokens, and its reader some 100 to write them."""
+
+
+class LiveStreams:
+    """Streams by sequence id; `clock` is the executor's."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._streams: dict[int, TokenStream] = {}
+        # What has come and not been handed over yet, in order.
+        self._come: dict[int, list[SampledToken]] = {}
+        self._ended: dict[int, Ended] = {}
+        self._turn_is_due = False
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[TokenStream]:
+        """Those that live now; they may end meanwhile."""
+        return iter(tuple(self._streams.values()))
+
+    def find(self, seq_id: int) -> TokenStream | None:
+        """Return the stream of a sequence that has not ended."""
+        return self._streams.get(seq_id)
+
+    def open(self, spec: SequenceSpec, submitted_s: float) -> TokenStream:
+        """Return the stream of a sequence that was accepted."""
+        stream = self._streams[spec.seq_id] = TokenStream(spec, submitted_s)
+        return stream
+
+    def take(self, drawn: Mapping[int, Sequence[SampledToken]], ended: Iterable[Ended]) -> None:
+        """Take in the device's news; of a sequence that has ended here, they are not heard."""
+        for seq_id, tokens in drawn.items():
+            self._come.setdefault(seq_id, []).extend(tokens)
+        for ending in ended:
+            self._come.setdefault(ending.seq_id, [])
+            self._ended[ending.seq_id] = ending
+        if not self._turn_is_due:
+            self._hand_over(_STREAMS_A_TURN)
+
+    def _next_turn(self) -> None:
+        self._turn_is_due = False
+        self._hand_over(_STREAMS_A_TURN)
+
+    def _hand_over(self, most: int) -> None:
+        """Hand over what came first, and the rest in the loop's next turns."""
+        for seq_id in tuple(itertools.islice(self._come, most)):
+            tokens = self._come.pop(seq_id)
+            ending = self._ended.pop(seq_id, None)
+            stream = self._streams.get(seq_id)
+            if stream is None:
+                continue
+            if tokens:
+                stream.push(tokens)
+            if ending is not None:
+                del self._streams[seq_id]
+                stream.end(ending)
+        if self._come and not self._turn_is_due:
+            self._turn_is_due = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def end_all(self, reason: EndReason) -> None:
+        """End what the device's thread did not end itself."""
+        self._hand_over(len(self._come))
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.end(
+                Ended(
+                    seq_id=stream.spec.seq_id,
+                    reason=reason,
+                    submitted_s=stream.submitted_s,
+                    ended_s=self._clock(),
+                    output_tokens=stream.num_tokens,
+                )
+            )
+
+    async def wait_ended(self) -> None:
+        """Wait until all that live now have ended."""
+        for stream in self:
+            await stream.wait_ended()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens since the last `next`, at least one, in order."""
+
+    drawn: tuple[SampledToken, ...]
+
+
+class TokenStream:
+    """What `Executor.submit` returns; the executor writes it, one reader reads it."""
+
+    def __init__(self, spec: SequenceSpec, submitted_s: float) -> None:
+        self.spec = spec
+        self.submitted_s = submitted_s
+        self.num_tokens = 0
+        self.cancel_asked = False
+        self._unread: list[SampledToken] = []
+        self._ended: Ended | None = None
+        self._changed = asyncio.Event()
+        self._over = asyncio.Event()
+        self._reader: Callable[[Sequence[SampledToken]], None] | None = None
+        self._delivered: asyncio.Future[Ended] | None = None
+
+    @property
+    def ended(self) -> Ended | None:
+        """The ending, if it has come; tokens before it may still be unread."""
+        return self._ended
+
+    async def next(self) -> Tokens | Ended:
+        """Wait for more; the ending comes after the last token, and again if asked again.
+
+        No deadline of its own: every stream is ended whatever happens to the device, and a
+        reader with a deadline may cancel this wait without losing a token.
+        """
+        while not self._unread and self._ended is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._unread:
+            drawn, self._unread = tuple(self._unread), []
+            return Tokens(drawn)
+        assert self._ended is not None
+        return self._ended
+
+    async def deliver(self, reader: Callable[[Sequence[SampledToken]], None]) -> Ended:
+        """Call `reader` with tokens the moment they come, and return the ending.
+
+        No task is woken for a token, which at many streams is what an event loop does most.
+        What `reader` raises is raised here, and it is not called again.
+        """
+        assert self._delivered is None, "one reader"
+        unread, self._unread = self._unread, []
+        if unread:
+            reader(unread)
+        if self._ended is not None:
+            return self._ended
+        self._delivered = asyncio.get_running_loop().create_future()
+        self._reader = reader
+        try:
+            return await self._delivered
+        finally:
+            self._reader = self._delivered = None
+
+    async def wait_ended(self) -> Ended:
+        """Wait for the ending without reading."""
+        await self._over.wait()
+        assert self._ended is not None
+        return self._ended
+
+    def push(self, drawn: Sequence[SampledToken]) -> None:
+        """Write tokens (the executor only)."""
+        assert self._ended is None
+        self.num_tokens += len(drawn)
+        if self._reader is None:
+            self._unread.extend(drawn)
+            self._changed.set()
+            return
+        try:
+            self._reader(drawn)
+        except Exception as error:  # noqa: BLE001 - a reader's failure is its own, not its neighbours'
+            self._reader = None
+            if self._delivered is not None and not self._delivered.done():
+                self._delivered.set_exception(error)
+
+    def end(self, ended: Ended) -> None:
+        """Write the one ending (the executor only)."""
+        assert self._ended is None, "a sequence ends once"
+        self._ended = ended
+        self._changed.set()
+        self._over.set()
+        if self._delivered is not None and not self._delivered.done():
+            self._delivered.set_result(ended)

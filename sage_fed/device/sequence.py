@@ -1,4 +1,12 @@
-"""One sequence: what was asked for, how far it is, and how it ended.
+"""What is said of a sequence from outside: what is asked for, and how it ended.
+
+Knows neither how far a sequence is nor who else runs.
+
+A tier's bounds: what it takes on, and what can never run on it.
+
+Knows no sequence under way. Fails with InvalidField for what could never run.
+
+One sequence: what was asked for, how far it is, and how it ended.
 
 Owns a sequence's tokens, its position, its blocks and its account of device time.
 Knows nothing of other sequences, of queues or of the device.
@@ -6,12 +14,157 @@ Knows nothing of other sequences, of queues or of the device.
 
 from __future__ import annotations
 
+import enum
+import math
 from dataclasses import dataclass, field
 
-from sage_fed.device.blocks import BlockPool, blocks_for
-from sage_fed.device.prefix import BlockKeys
-from sage_fed.device.words import Ended, EndReason, SequenceSpec
+from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.device.kv_blocks import BlockKeys, BlockPool, blocks_for
+from sage_fed.errors import InvalidField
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw
+
+
+class EndReason(enum.Enum):
+    """Why a sequence ended; every submitted one ends with exactly one of these."""
+
+    EOS = "eos"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - a token of a text
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    OUT_OF_MEMORY = "out_of_memory"
+    NOT_FINITE = "not_finite"
+    FAILED = "failed"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """What a token counts for between accounts, by phase: its price in uATP, or its equal."""
+
+    prefill: int = 1
+    cached: int = 0
+    decode: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """One sequence to run; `seq_id` is unique among those that have not ended.
+
+    `prompt` are token ids, at least one; `max_new_tokens` is at least 1.
+    `account` is whose it is: only the same account's sequences find its blocks again, and accounts
+    share the tier fairly by what was served to them, which `weights` measure.
+    `stop_token_ids` end it as the model's end tokens do, also where `ignore_eos` ignores those.
+    `prefix_cache` False neither looks for known blocks nor leaves any behind.
+    """
+
+    seq_id: int
+    tier: Tier
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    priority: Priority = Priority.NORMAL
+    account: str = ""
+    prefix_cache: bool = True
+    weights: TokenWeights = TokenWeights()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence's ending. Instants (`*_s` but `device_s`) are on the executor's monotonic clock.
+
+    `started_s` is the beginning of its first step, `first_token_s` and `last_token_s` are of
+    delivered tokens; None where it did not come so far.
+    `prompt_tokens` have their keys and values (less than the prompt's where it ended early);
+    `cached_tokens` of them were found in the prefix cache, the others were fed to the model.
+    `output_tokens` were delivered (a token that ends the text is neither delivered nor counted);
+    `stop_token_id` is the one of `stop_token_ids` that ended it.
+    `device_s` is its part of its steps' time, by tokens: over all sequences it adds up to
+    the time that the device was busy.
+    """
+
+    seq_id: int
+    reason: EndReason
+    submitted_s: float
+    ended_s: float
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    device_s: float = 0.0
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TierLimits:
+    """A tier's bounds; `prefill_chunk_tokens` are prompt tokens a step, over all sequences.
+
+    `ageing_s` of waiting make up for one level of priority. An account that waits `overdue_s`
+    for a start goes before all that have waited less; one that is far behind may after
+    `preempt_after_s` interrupt others. A sequence is interrupted `max_preemptions` times at most.
+    `prefix_cache` keeps the full blocks of sequences for later ones of the same account.
+    `kv_overcommit` is by how much outputs are expected to fall short of their maximum; at 1.0
+    every sequence has the blocks of its worst case from the start.
+    `num_ids` are the token ids that the model can be fed, where it has fewer than its tokenizer.
+    """
+
+    num_blocks: int
+    max_context_tokens: int
+    max_batch: int = 16
+    max_waiting: int = 64
+    prefill_chunk_tokens: int = 512
+    ageing_s: float = 30.0
+    overdue_s: float = 60.0
+    preempt_after_s: float = 5.0
+    max_preemptions: int = 2
+    prefix_cache: bool = True
+    kv_overcommit: float = 1.0
+    num_ids: int | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV blocks hold."""
+        return self.num_blocks * BLOCK_SIZE
+
+    def check(self, spec: SequenceSpec) -> None:
+        """Refuse a sequence that could never run.
+
+        Raises:
+            InvalidField: naming the field that has to be smaller.
+        """
+        if not spec.prompt:
+            raise InvalidField("prompt", "is empty")
+        if spec.max_new_tokens < 1:
+            raise InvalidField("sampling.max_new_tokens", "has to be at least 1")
+        if self.num_ids is not None and max(spec.prompt) >= self.num_ids:
+            raise InvalidField("prompt", f"holds an id beyond the model's {self.num_ids}")
+        longest = min(self.max_context_tokens, self.kv_tokens)
+        if len(spec.prompt) >= longest:
+            raise InvalidField(
+                "prompt",
+                f"{len(spec.prompt)} tokens leave no room for output; "
+                f"the {spec.tier.name} tier holds {longest} tokens, prompt and output together",
+            )
+        if len(spec.prompt) + spec.max_new_tokens > longest:
+            raise InvalidField(
+                "sampling.max_new_tokens",
+                f"at most {longest - len(spec.prompt)} fit behind this prompt; "
+                f"the {spec.tier.name} tier holds {longest} tokens, prompt and output together",
+            )
+
+    def protects(self, seq: Sequence) -> bool:
+        """Whether a sequence has been interrupted often enough; it gets its worst case, too."""
+        return seq.preemptions >= self.max_preemptions
+
+    def blocks_to_start(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence has to have before it starts, or starts again."""
+        left = seq.spec.max_new_tokens - seq.num_output
+        if not self.protects(seq):
+            left = math.ceil(left / self.kv_overcommit)
+        return blocks_for(len(seq.token_ids) + left)
 
 
 @dataclass(slots=True, eq=False)

@@ -5,27 +5,51 @@ An engine that raises anything but DeviceOutOfMemory is broken, as is one whose 
 numbers any more: its tier's sequences end FAILED, its memory is freed, and the other tier goes on
 until somebody brings a new engine. If the thread itself fails, or the device is lost for this
 process, its last word says so and the event loop ends every stream.
+
+The steps that are on the device: launched, and not yet landed.
+
+Owns their order, which is the device's, and the time that each took. Knows no scheduler.
+Fails as the engines do, in `launch`, in `resume` or in `land`.
+
+A step's time is the device's own where it has a clock: then the steps of both tiers, one behind
+the other, are each charged what they took, and the host's work beside them costs nothing. Where
+it has none, the time is from the launch, or from the landing before it if that came later; of a
+step that paused, the time of its parts, without what ran in between.
+
+Timed steps that serve nobody: what a calibration asks of the device.
+
+Owns the probes that have not ended and the KV blocks that the first of them holds. Live work
+goes first: a probe holds blocks only while there is none, and one that was interrupted starts
+again from its first step, because what came between has changed the caches it measures.
+The device's thread only, but for `Probe`, which any thread may end, once.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sage_fed.core import Tier, TierLoad, TierState, TierStatus
-from sage_fed.device.flights import Flights
-from sage_fed.device.flying import Outcome
-from sage_fed.device.handover import Handover, Opened
-from sage_fed.device.inbox import Cancel, Inbox, Message, OpenTier, Stop, Submit
-from sage_fed.device.loader import close_engine
-from sage_fed.device.probe import Probe, ProbeDesk
+from sage_fed.device.messages import (
+    Cancel,
+    Handover,
+    Inbox,
+    Message,
+    Opened,
+    OpenTier,
+    Probe,
+    Stop,
+    Submit,
+)
 from sage_fed.device.scheduler import Scheduler
-from sage_fed.device.words import Ended, EndReason
-from sage_fed.errors import DeviceLost, DeviceOutOfMemory, SageFedError
-from sage_fed.steps import Engine, Step, StepKind, StepReport
+from sage_fed.device.sequence import Ended, EndReason
+from sage_fed.device.tier_scheduler import Outcome
+from sage_fed.errors import DeviceBusy, DeviceLost, DeviceOutOfMemory, SageFedError, TierUnavailable
+from sage_fed.steps import Engine, InFlightStep, SampledToken, Step, StepKind, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -310,3 +334,194 @@ def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: boo
         num_hit_tokens=outcome.num_hit_tokens,
         num_preempted=outcome.num_preempted,
     )
+
+
+def close_engine(engine: Engine) -> None:
+    """Close an engine for good; a broken one that does not even close is only logged."""
+    try:
+        engine.close()
+    except Exception:  # the process goes on without it
+        logger.exception("an engine did not close")
+
+
+@dataclass(frozen=True, slots=True)
+class Airborne:
+    """A step in flight; `launched_s` is when its launch, or its last part, began.
+
+    On the executor's clock. `overlaps` says that its engine may still be at work: the host can
+    use the time. `before_s` is what the parts before the last one took.
+    """
+
+    step: Step
+    flight: InFlightStep
+    launched_s: float
+    overlaps: bool
+    before_s: float = 0.0
+
+
+class Flights:
+    """Steps of any tier in the order of their launches, and one that is paused beside them."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._airborne: deque[Airborne] = deque()
+        self._paused: Airborne | None = None
+        self._landed_s = clock()
+
+    def __len__(self) -> int:
+        """How many can land."""
+        return len(self._airborne)
+
+    @property
+    def full(self) -> bool:
+        """Whether one has to land before the next launch: one waits behind another, or is done."""
+        return len(self._airborne) > 1 or not self._airborne[-1].overlaps
+
+    @property
+    def next_to_land(self) -> Step:
+        """The oldest step in flight; there is one."""
+        return self._airborne[0].step
+
+    def launch(self, engine: Engine, step: Step, pause_after_s: float | None = None) -> None:
+        """Put a step behind the others; whatever the launch raises, it is not in flight."""
+        launched_s = self._clock()
+        flight = engine.launch(step, pause_after_s)
+        self._take_off(Airborne(step, flight, launched_s, engine.pipelined))
+
+    def resume(self, pause_after_s: float | None) -> None:
+        """Go on with the paused step; whatever this raises, it is not in flight any more."""
+        paused, self._paused = self._paused, None
+        assert paused is not None
+        resumed = replace(paused, launched_s=self._clock())
+        resumed.flight.resume(pause_after_s)
+        self._take_off(resumed)
+
+    @property
+    def paused(self) -> Step | None:
+        """The step that waits to be resumed."""
+        return self._paused.step if self._paused else None
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds that the paused step has taken so far; 0 where there is none."""
+        return self._paused.before_s if self._paused else 0.0
+
+    def land(self) -> tuple[tuple[SampledToken, ...], float]:
+        """Wait for the oldest step: what it drew, and the seconds that it took.
+
+        Whatever this raises, the step is not in flight any more.
+        """
+        airborne = self._airborne.popleft()
+        earlier_s = self._landed_s
+        try:
+            drawn = airborne.flight.wait()
+        finally:
+            self._landed_s = self._clock()
+        device_s = airborne.flight.device_s
+        if device_s is None:
+            last_s = self._landed_s - max(airborne.launched_s, earlier_s)
+            device_s = airborne.before_s + last_s
+        return drawn, device_s
+
+    def drop(self, tier: Tier) -> None:
+        """Forget the flights of a tier whose engine is broken."""
+        self._airborne = deque(a for a in self._airborne if a.step.tier is not tier)
+        if self._paused and self._paused.step.tier is tier:
+            self._paused = None
+
+    def _take_off(self, airborne: Airborne) -> None:
+        if not airborne.flight.paused:
+            self._airborne.append(airborne)
+            return
+        assert self._paused is None, "one step is paused at a time"
+        part_s = self._clock() - airborne.launched_s
+        self._paused = replace(airborne, before_s=airborne.before_s + part_s)
+
+
+class ProbeDesk:
+    """The probes under way, one after the other, in the order in which they came.
+
+    `changed` is called after blocks were taken or given back, and before anyone hears of it.
+    """
+
+    def __init__(self, scheduler: Scheduler, changed: Callable[[], None]) -> None:
+        self._scheduler = scheduler
+        self._changed = changed
+        self._probes: list[Probe] = []
+        self._lease: dict[Tier, tuple[int, ...]] = {}
+        self._elapsed_s: list[float] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a probe waits for its next step; gives up those that are over."""
+        while self._probes and self._probes[0].over:
+            self.step_aside()
+            del self._probes[0]
+        return bool(self._probes)
+
+    def add(self, probe: Probe) -> None:
+        """Queue a probe."""
+        self._probes.append(probe)
+
+    def step_aside(self) -> None:
+        """Give the blocks back, for live work; the probe starts again when that is done."""
+        self._elapsed_s = []
+        if not self._lease:
+            return
+        lease, self._lease = self._lease, {}
+        for tier, blocks in lease.items():
+            self._scheduler.give_back(tier, blocks)
+        self._changed()
+
+    def next_step(self) -> Step | None:
+        """Return the next step on blocks that nobody else owns; None where no probe can run."""
+        while self.has_work:
+            if self._lease or self._take(self._probes[0]):
+                return self._placed(self._probes[0].steps[len(self._elapsed_s)])
+        return None
+
+    def note(self, elapsed_s: float) -> None:
+        """Take in the device's time of the step that `next_step` returned."""
+        self._elapsed_s.append(elapsed_s)
+        if len(self._elapsed_s) == len(self._probes[0].steps):
+            self._end(tuple(self._elapsed_s))
+
+    def fail(self, error: SageFedError) -> None:
+        """End the probe whose step failed."""
+        self._end(error)
+
+    def close_tier(self, tier: Tier, why: str) -> None:
+        """End the probes of a tier that is gone."""
+        self._lease.pop(tier, None)
+        for probe in self._probes:
+            if tier in probe.num_blocks:
+                probe.end(TierUnavailable(f"the {tier.name} tier {why}"))
+
+    def close(self) -> None:
+        """End every probe: the device stops."""
+        for probe in self._probes:
+            probe.end(TierUnavailable("the daemon is stopping"))
+
+    def _take(self, probe: Probe) -> bool:
+        for tier, count in probe.num_blocks.items():
+            blocks = self._scheduler.reserve(tier, count)
+            if blocks is None:
+                self._end(DeviceBusy(f"the {tier.name} tier has no {count} free KV blocks"))
+                return False
+            self._lease[tier] = blocks
+        self._changed()
+        return True
+
+    def _end(self, outcome: tuple[float, ...] | SageFedError) -> None:
+        self.step_aside()
+        self._probes.pop(0).end(outcome)
+
+    def _placed(self, step: Step) -> Step:
+        own = self._lease[step.tier]
+        return Step(
+            step.tier,
+            tuple(
+                replace(chunk, blocks=tuple(own[index] for index in chunk.blocks))
+                for chunk in step.chunks
+            ),
+        )

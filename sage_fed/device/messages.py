@@ -1,4 +1,10 @@
-"""What the device's thread and the loader say to the event loop, in one go.
+"""What the event loop and the loader say to the device's thread.
+
+Owns the messages under way and the count of sequences that have not started, so that the
+bound on waiting holds over both. A device's thread with nothing to do sleeps here, unpolled.
+Fails with QueueFull; a closed inbox takes nothing and says so.
+
+What the device's thread and the loader say to the event loop, in one go.
 
 Owns the parcel that the event loop has not opened yet. However many steps pass before it
 does, there is one parcel and one wake-up under way: a stalled loop is never flooded, and
@@ -16,13 +22,159 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
 
 from sage_fed.core import GenerationDefaults, Tier, TierStatus
-from sage_fed.device.limits import TierLimits
-from sage_fed.device.words import Ended, EndReason
-from sage_fed.steps import SampledToken, StepKind, StepReport
+from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
+from sage_fed.errors import QueueFull, SageFedError
+from sage_fed.steps import Engine, SampledToken, Step, StepKind, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run a sequence."""
+
+    spec: SequenceSpec
+    submitted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End a sequence at the next step boundary."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTier:
+    """Serve a tier with this engine, which is the device thread's from now on."""
+
+    tier: Tier
+    engine: Engine
+    limits: TierLimits
+
+
+MAX_STEPS = 4096
+"""Of one probe; what is longer is asked for in pieces, so that an interruption costs little."""
+
+
+class Probe:
+    """Steps to run and time, in order; `done` gets the device seconds of each.
+
+    The chunks' blocks number the probe's own blocks of their tier, from 0.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        assert 0 < len(steps) <= MAX_STEPS
+        self.steps = tuple(steps)
+        self.done: Future[tuple[float, ...]] = Future()
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or nobody waits for it any more."""
+        return self.done.done()
+
+    @property
+    def num_blocks(self) -> dict[Tier, int]:
+        """KV blocks that it needs of each tier."""
+        counts: dict[Tier, int] = {}
+        for step in self.steps:
+            highest = max(max(chunk.blocks) for chunk in step.chunks)
+            counts[step.tier] = max(counts.get(step.tier, 0), highest + 1)
+        return counts
+
+    def end(self, outcome: tuple[float, ...] | SageFedError) -> None:
+        """Write the ending, unless somebody was faster."""
+        try:
+            if isinstance(outcome, SageFedError):
+                self.done.set_exception(outcome)
+            else:
+                self.done.set_result(outcome)
+        except InvalidStateError:
+            pass
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End everything and leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Turn the loop once: whoever does so beats, also with nothing to do."""
+
+
+Message = Submit | Cancel | OpenTier | Probe | Ping | Stop
+
+
+class Inbox:
+    """Messages in order; bounded for `Submit`, by live sequences for the others."""
+
+    def __init__(self, max_waiting: Mapping[Tier, int]) -> None:
+        self._max_waiting = dict(max_waiting)
+        self._waiting = dict.fromkeys(self._max_waiting, 0)
+        self._retry_after_s: dict[Tier, float | None] = {}
+        self._messages: list[Message] = []
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def submit(self, message: Submit) -> None:
+        """Give a sequence to the device's thread.
+
+        Raises:
+            QueueFull: the tier's bound of sequences has not started yet.
+        """
+        tier = message.spec.tier
+        with self._changed:
+            if self._waiting[tier] >= self._max_waiting[tier]:
+                retry_after_s = self._retry_after_s.get(tier) or 1.0
+                raise QueueFull.of_tier(tier.name, self._waiting[tier], retry_after_s)
+            self._waiting[tier] += 1
+            self._messages.append(message)
+            self._changed.notify()
+
+    def post(self, message: Cancel | OpenTier | Probe | Ping | Stop) -> bool:
+        """Say something else; False where nobody will hear it any more."""
+        with self._changed:
+            if self._closed:
+                return False
+            if isinstance(message, Ping) and message in self._messages:
+                # A thread that hangs is asked again and again: one question is enough.
+                return True
+            self._messages.append(message)
+            self._changed.notify()
+            return True
+
+    def take(self, *, wait: bool) -> list[Message]:
+        """Return all messages, at least one where `wait` (the device's thread only)."""
+        with self._changed:
+            while wait and not self._messages:
+                # No deadline: a stop is a message too.
+                self._changed.wait()
+            messages, self._messages = self._messages, []
+            return messages
+
+    def note_waiting(self, tier: Tier, count: int, retry_after_s: float | None) -> None:
+        """Say how many of the tier's sequences wait, once all that was taken is dealt with."""
+        with self._changed:
+            under_way = sum(isinstance(m, Submit) and m.spec.tier is tier for m in self._messages)
+            self._waiting[tier] = count + under_way
+            self._retry_after_s[tier] = retry_after_s
+
+    def waiting(self, tier: Tier) -> int:
+        """Return how many sequences of the tier have not started, those under way included."""
+        with self._changed:
+            return self._waiting[tier]
+
+    def close(self) -> list[Message]:
+        """Take no more, and return what nobody dealt with."""
+        with self._changed:
+            self._closed = True
+            messages, self._messages = self._messages, []
+            return messages
+
 
 _MAX_REPORTS = 1024
 """Step reports kept one by one; later ones are added up by tier and kind."""
