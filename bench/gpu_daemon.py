@@ -120,7 +120,7 @@ def _drive(
     from idle import settle  # noqa: PLC0415
 
     from sage_fed.cli import top  # noqa: PLC0415
-    from sage_fed.client.health import wait_serving  # noqa: PLC0415
+    from sage_fed.client.channel import wait_serving  # noqa: PLC0415
 
     for tier in TIER_ROLES:
         if not wait_serving(endpoint.listen, tier.name, _START_S):

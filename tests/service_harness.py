@@ -53,7 +53,7 @@ from sage_fed.core import (
 from sage_fed.errors import NotFound
 from sage_fed.jobs.mailbox import merge
 from sage_fed.ledger import AccountTerms, Ledger
-from sage_fed.service.server import BoundServer, build_server
+from sage_fed.service.grpc_server import BoundServer, build_server
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.workers import Workers

@@ -25,7 +25,7 @@ from surroundings import MODELS
 
 from sage_fed.cards import RateCard, charge
 from sage_fed.client import Client
-from sage_fed.client.health import wait_serving
+from sage_fed.client.channel import wait_serving
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,

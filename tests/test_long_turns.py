@@ -23,7 +23,7 @@ from sage_fed.device import Ended, EndReason, SequenceSpec
 from sage_fed.device.executor import LiveStreams
 from sage_fed.errors import InvalidField, QueueFull, SageFedError
 from sage_fed.jobs.results import Result, hash_payload, payload_hash, read_result, write_result
-from sage_fed.service.fields import MAX_FIELDS, require_few_fields
+from sage_fed.service.edge import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import SampledToken
 from sage_fed.v1 import inference_pb2, inference_pb2_grpc, types_pb2

@@ -13,15 +13,15 @@ from service_harness import WAIT_S, Harness, in_thread, serving
 
 from sage_fed.client import Client
 from sage_fed.errors import Forbidden, Unauthenticated
-from sage_fed.service import catalogue
+from sage_fed.service import edge
 
 METHODS: list[MethodDescriptor] = [
     method
     for service in (
-        catalogue.INFERENCE_SERVICE,
-        catalogue.BUDGET_SERVICE,
-        catalogue.MODEL_SERVICE,
-        catalogue.ADMIN_SERVICE,
+        edge.INFERENCE_SERVICE,
+        edge.BUDGET_SERVICE,
+        edge.MODEL_SERVICE,
+        edge.ADMIN_SERVICE,
     )
     for method in service.methods
 ]
@@ -62,7 +62,7 @@ async def test_admin_rpcs_are_for_admins(tmp_path: Path, method: MethodDescripto
         garbage = b"\xff\xff\xff"
         user = await call_status(harness, method, "robot-token", garbage)
         admin = await call_status(harness, method, "admin-token", garbage)
-    for_admins = method.containing_service is catalogue.ADMIN_SERVICE
+    for_admins = method.containing_service is edge.ADMIN_SERVICE
     invalid, denied = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED
     assert (denied if for_admins else invalid, invalid) == (user, admin)
 

@@ -16,7 +16,7 @@ from service_harness import STARTED, WAIT_S, Harness, ScriptedJobs, in_thread, s
 from sage_fed import errors
 from sage_fed.client import Client
 from sage_fed.errors import SageFedError
-from sage_fed.service import edge, status
+from sage_fed.service import edge, error_status
 from sage_fed.v1 import inference_pb2, types_pb2
 
 STREAM = "/sage_fed.v1.InferenceService/GenerateStream"
@@ -139,8 +139,8 @@ def test_every_error_has_a_row_or_stays_inside() -> None:
 
     # Other parts may derive errors of their own that never travel (the CLI does).
     tree = {kind for kind in below(SageFedError) if kind.__module__ == errors.__name__}
-    assert tree - {SageFedError} == status.TABLE.keys() | inside
-    assert set() == status.TABLE.keys() & inside
+    assert tree - {SageFedError} == error_status.TABLE.keys() | inside
+    assert set() == error_status.TABLE.keys() & inside
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ async def test_a_bug_is_internal_with_an_id_and_tells_no_secrets(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bug: BaseException, method: str
 ) -> None:
     """The client gets INTERNAL and an id, also for a leaked CancelledError; the log the story."""
-    caplog.set_level(logging.ERROR, "sage_fed.service.status")
+    caplog.set_level(logging.ERROR, "sage_fed.service.error_status")
     async with serving(tmp_path, jobs=ScriptedJobs(refusals=[bug])) as harness:
         if method == QUOTE:
             call = unary(harness, QUOTE, quote_request())
@@ -211,7 +211,7 @@ async def test_a_long_text_is_cut_and_still_arrives(tmp_path: Path) -> None:
     async with serving(tmp_path, jobs=ScriptedJobs(refusals=[error])) as harness:
         call = unary(harness, QUOTE, quote_request())
         assert grpc.StatusCode.NOT_FOUND is await call.code()
-        assert status.MAX_MESSAGE_CHARS == len(await call.details())
+        assert error_status.MAX_MESSAGE_CHARS == len(await call.details())
 
 
 @pytest.mark.parametrize(
@@ -221,12 +221,12 @@ async def test_a_long_text_is_cut_and_still_arrives(tmp_path: Path) -> None:
         (-1.0, (0, 0)),
         (0.0001, (0, 1_000_000)),
         (2.5, (2, 500_000_000)),
-        (float("inf"), (int(status.MAX_RETRY_S), 0)),
+        (float("inf"), (int(error_status.MAX_RETRY_S), 0)),
     ],
 )
 def test_a_retry_delay_is_rounded_up_and_bounded(seconds: float, expected: tuple[int, int]) -> None:
     """A client that waits exactly as long as it was told never comes too early."""
-    duration = status.duration_of(seconds)
+    duration = error_status.duration_of(seconds)
     assert expected == (duration.seconds, duration.nanos)
 
 

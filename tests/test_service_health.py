@@ -12,16 +12,16 @@ from grpc_health.v1 import health_pb2
 from service_harness import WAIT_S, Harness, serving
 
 from sage_fed.core import Tier, TierState
-from sage_fed.service import catalogue
-from sage_fed.service.health import names
-from sage_fed.service.health import serving as what_serves
+from sage_fed.service import edge
+from sage_fed.service.grpc_server import names
+from sage_fed.service.grpc_server import serving as what_serves
 
 Status = health_pb2.HealthCheckResponse
 LOADING, READY, FAILED, DRAINING = (
     TierState.LOADING, TierState.READY, TierState.FAILED, TierState.DRAINING,
 )  # fmt: skip
-OTHERS = set(catalogue.SERVICES) - {catalogue.INFERENCE}
-INFERENCE = catalogue.INFERENCE
+OTHERS = set(edge.SERVICES) - {edge.INFERENCE}
+INFERENCE = edge.INFERENCE
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client, LoadReport
-from sage_fed.client.answers import EntryPage
+from sage_fed.client.client import EntryPage
 from sage_fed.client.failures import error_of
 from sage_fed.core import Budget
 from sage_fed.errors import (
@@ -45,7 +45,7 @@ from sage_fed.errors import (
 from sage_fed.ledger import AccountTerms, BudgetChange, EntryKind, HoldRequest
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.entries import MAX_TEXT, Day, Now, Place
-from sage_fed.service.budget import MAX_PAGE_SIZE, page_token, read_page_token
+from sage_fed.service.daemon_services import MAX_PAGE_SIZE, page_token, read_page_token
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 
 ADMIN = "admin-token"

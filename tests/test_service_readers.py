@@ -36,7 +36,7 @@ from sage_fed.ledger import AccountTerms
 from sage_fed.service import calls as calls_module
 from sage_fed.service.calls import STRANGERS_OF_CONNECTION, Turn, Turns
 from sage_fed.service.connections import Connections, host_of
-from sage_fed.service.server import OWN_FILES, WINDOW_BYTES, connections_within
+from sage_fed.service.grpc_server import OWN_FILES, WINDOW_BYTES, connections_within
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 

@@ -13,7 +13,7 @@ from service_harness import token as known
 
 from sage_fed.auth import Register
 from sage_fed.core import Caller, Role
-from sage_fed.service.rules import OPEN, RULES
+from sage_fed.service.edge import OPEN, RULES
 
 
 class Registered:

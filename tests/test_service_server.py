@@ -23,8 +23,8 @@ from surroundings import require_tool
 from sage_fed.auth import Authenticator
 from sage_fed.client import Client
 from sage_fed.errors import CallFailed, CannotConnect, ConfigError
-from sage_fed.service import catalogue, server
-from sage_fed.service.server import MAX_METADATA_BYTES, build_server
+from sage_fed.service import edge, grpc_server
+from sage_fed.service.grpc_server import MAX_METADATA_BYTES, build_server
 from sage_fed.settings import Address, LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
 from sage_fed.workers import Workers
@@ -119,7 +119,7 @@ async def test_a_connection_without_calls_is_asked_whether_it_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that vanished between two calls would keep its connection for ever."""
-    monkeypatch.setattr(server, "KEEPALIVE_S", 1.0)
+    monkeypatch.setattr(grpc_server, "KEEPALIVE_S", 1.0)
     async with serving(tmp_path) as harness:
 
         def pinged() -> bool:
@@ -213,7 +213,7 @@ async def test_reflection_describes_every_service(tmp_path: Path, version: str) 
         ]
         await call.done_writing()
     expected = {
-        *catalogue.SERVICES,
+        *edge.SERVICES,
         "grpc.health.v1.Health",
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",

@@ -19,7 +19,7 @@ from waiting import WAIT_S, until
 
 from sage_fed.client import Client
 from sage_fed.core import TIER_ROLES, StopReason
-from sage_fed.service import server
+from sage_fed.service import grpc_server
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
 from sage_fed.v1 import types_pb2 as types
@@ -122,7 +122,7 @@ def test_connections_that_freeze_hold_nobody_up(daemon: DaemonProcess) -> None:
 
 def impatient() -> None:
     """In the daemon's process: ask silent peers for a sign of life after 2 s instead of 30."""
-    server.KEEPALIVE_S = 2.0
+    grpc_server.KEEPALIVE_S = 2.0
 
 
 def test_a_peer_that_vanished_is_noticed(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from sage_fed.cli.render import atp_number, format_rate, format_seconds, printab
 from sage_fed.cli.streams import exit_on_signals
 from sage_fed.cli.top import fetch, samples
 from sage_fed.client import Client
-from sage_fed.client.health import wait_serving
+from sage_fed.client.channel import wait_serving
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,

@@ -8,9 +8,8 @@ judges every request.
 
 from __future__ import annotations
 
-from sage_fed.client.answers import Answer, EntryPage, LoadReport, TokenCount
-from sage_fed.client.blocking import Client
 from sage_fed.client.channel import Tls, leaves_machine
+from sage_fed.client.client import Answer, Client, EntryPage, LoadReport, TokenCount
 from sage_fed.client.requests import JobFields
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The channel: its address, encryption, options, headers and serialisation.
+"""The channel: its address, encryption, options, headers, and waiting until a daemon serves.
 
 Fails with `InvalidField` for an address, a token or a file that gRPC would choke on in its own
 words.
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import grpc
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sage_fed.client.failures import error_of
 from sage_fed.errors import InvalidField
 
 _ADDRESS = re.compile(r"(?:\[(?P<ipv6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>\d{1,5})")
@@ -124,3 +126,23 @@ def metadata_of(token: str | None) -> tuple[tuple[str, str], ...]:
 def serialize(message: Message) -> bytes:
     """Return a request as it travels."""
     return message.SerializeToString()
+
+
+def wait_serving(address: str, service: str, timeout_s: float) -> bool:
+    """Wait until `service` is SERVING; False where it is not in time.
+
+    Raises:
+        SageFedError: the server refused the question.
+    """
+    with open_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=service), timeout=timeout_s, wait_for_ready=True
+        )
+        try:
+            return any(reply.status == health_pb2.HealthCheckResponse.SERVING for reply in watch)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return False
+            raise error_of(error, address) from None
+        finally:
+            watch.cancel()

@@ -1,6 +1,8 @@
 """gRPC errors as the error tree: the daemon's table, read backwards.
 
-Owns the mapping from the reason code in ErrorInfo to the class of `errors.py`.
+Owns the mapping from the reason code in ErrorInfo to the class of `errors.py`, and the reading of
+gRPC's texts about connections, which are no interface: a text that is not known has the cause
+`UNKNOWN`, and the tests make each of the others with real servers.
 A status without our details (another server, a proxy, a broken connection) becomes
 `CannotConnect` or `CallFailed`. Never fails.
 """
@@ -8,8 +10,9 @@ A status without our details (another server, a proxy, a broken connection) beco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import grpc
@@ -23,8 +26,7 @@ from grpc_status import rpc_status
 
 from sage_fed import errors
 from sage_fed.client.channel import Tls
-from sage_fed.client.connecting import no_connection
-from sage_fed.errors import SageFedError
+from sage_fed.errors import CannotConnect, NoConnection, SageFedError
 
 
 @dataclass(slots=True)
@@ -140,3 +142,52 @@ def _unpack(details: Iterable[Any], found: _Details) -> None:
         elif detail.Is(RetryInfo.DESCRIPTOR):
             delay = RetryInfo.FromString(detail.value).retry_delay
             found.retry_after_s = delay.seconds + delay.nanos / 1e9
+
+
+_NEVER_MADE = "failed to connect to all addresses"
+"""How gRPC begins where there never was a connection; one that broke has no such words."""
+
+_TEXTS = (
+    ("Connection refused", NoConnection.NOBODY),
+    ("No such file or directory", NoConnection.NOBODY),
+    ("Hostname Verification Check failed", NoConnection.OTHER_NAME),
+    ("WRONG_VERSION_NUMBER", NoConnection.PLAIN_TEXT),
+    ("CERTIFICATE_VERIFY_FAILED", NoConnection.UNTRUSTED),
+)
+
+_WORDS: Mapping[NoConnection, str] = MappingProxyType(
+    {
+        NoConnection.NOBODY: "nobody listens there",
+        NoConnection.HUNG_UP: (
+            "it hung up before a word was said, as a daemon with TLS does on a client without"
+        ),
+        NoConnection.PLAIN_TEXT: "it does not speak TLS",
+        NoConnection.UNTRUSTED: "its certificate is not to be trusted here",
+        NoConnection.OTHER_NAME: "its certificate is for another name",
+        NoConnection.CERTIFICATE_WANTED: "it hung up on a client that shows no certificate",
+        NoConnection.CERTIFICATE_REFUSED: "it hung up on the certificate that it was shown",
+    }
+)
+
+
+def no_connection(details: str, address: str, tls: Tls | None) -> CannotConnect:
+    """Return the error for what gRPC said; `tls` is what the client tried it with."""
+    cause = _cause(details, tls)
+    why = _WORDS.get(cause)
+    message = f"cannot connect to {address}: {why}" if why else None
+    return CannotConnect(address, message, cause=cause)
+
+
+def _cause(details: str, tls: Tls | None) -> NoConnection:
+    if not details.startswith(_NEVER_MADE):
+        return NoConnection.UNKNOWN
+    for text, cause in _TEXTS:
+        if text in details:
+            return cause
+    if "Socket closed" not in details:
+        return NoConnection.UNKNOWN
+    if tls is None:
+        return NoConnection.HUNG_UP
+    if tls.certificate is None:
+        return NoConnection.CERTIFICATE_WANTED
+    return NoConnection.CERTIFICATE_REFUSED

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from sage_fed import core
-from sage_fed.client.answers import Answer, EntryPage, TokenCount
+from sage_fed.client.client import Answer, EntryPage, TokenCount
 from sage_fed.errors import CallFailed
 from sage_fed.ledger.entries import NS_PER_S, Day, Entry, EntryKind
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2

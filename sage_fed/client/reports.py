@@ -6,7 +6,7 @@ Fails with `CallFailed` on what a newer daemon says and this client has no word 
 from __future__ import annotations
 
 from sage_fed import core
-from sage_fed.client.answers import LoadReport
+from sage_fed.client.client import LoadReport
 from sage_fed.client.replies import tier_of, word
 from sage_fed.errors import CallFailed
 from sage_fed.v1 import admin_pb2, model_pb2, types_pb2

@@ -5,51 +5,59 @@ Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
 Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
 or plain plurals, as in `docs/architecture.md`.
 
-`tiers`, `money`, `callers`, `jobs`, `routes`, `events`, `calibration`, `plurals` and `tracing`
-hold them; `model_names` and `file_kinds` are rules of text and bytes that several parts share.
+`tiers`, `jobs` and `money` hold them; `naming` has rules of text that several parts share.
 Import them from here.
 """
 
 from __future__ import annotations
 
-from sage_fed.core.calibration import (
-    CalibrationEvent,
-    CalibrationProgress,
-    CalibrationResult,
-    MeasuredPoint,
-)
-from sage_fed.core.callers import Caller, Role
-from sage_fed.core.events import Delta, Event, Finished, Logprob, Started, StopReason, Timing, Usage
-from sage_fed.core.file_kinds import HEAD_BYTES, misnomer
 from sage_fed.core.jobs import (
+    Caller,
+    Delta,
+    Event,
+    Finished,
     JobSpec,
+    Logprob,
     Message,
     OpenReply,
     Priority,
     Prompt,
+    Quote,
+    Refusal,
+    Role,
+    Route,
+    RouteQuote,
     RunningJob,
     Sampling,
     SamplingRequest,
+    Started,
+    StopReason,
+    Timing,
+    TraceContext,
+    Usage,
+    parse_traceparent,
 )
-from sage_fed.core.model_names import resolve_model
-from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Phase, Price
-from sage_fed.core.plurals import counted
-from sage_fed.core.routes import Quote, Refusal, Route, RouteQuote
+from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Price
+from sage_fed.core.naming import HEAD_BYTES, counted, misnomer, resolve_model
 from sage_fed.core.tiers import (
     TIER_ROLES,
+    CalibrationEvent,
+    CalibrationProgress,
+    CalibrationResult,
     CardFit,
     CardStatus,
     DaemonStatus,
     EndToken,
     GenerationDefaults,
+    MeasuredPoint,
     ModelInfo,
     ModelStatus,
+    Phase,
     Tier,
     TierLoad,
     TierState,
     TierStatus,
 )
-from sage_fed.core.tracing import TraceContext, parse_traceparent
 
 __all__ = [
     "HEAD_BYTES",

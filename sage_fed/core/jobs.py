@@ -1,12 +1,17 @@
-"""What a client asks for, and a job that runs."""
+"""What a client asks for, who asks, the decision for a job, and what a job's client is told.
+
+A caller's trace is the W3C header `traceparent`, parsed; what is not exactly such a header is no
+trace, and never an error: a caller's tracing must not be able to fail its request.
+"""
 
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 
+from sage_fed.core.money import Price
 from sage_fed.core.tiers import Tier
-from sage_fed.core.tracing import TraceContext
 
 
 class Priority(enum.IntEnum):
@@ -130,3 +135,187 @@ class RunningJob:
     prompt_tokens: int
     output_tokens: int
     held_uatp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The decision for one job; `reason` is a stable code and a metric label."""
+
+    tier: Tier
+    reason: str
+    requested: Tier | None
+    downgraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A named "no"; `retry_after_s` None means that waiting does not help.
+
+    `estimate_s` is how long the job would take, `denied_uatp` what it could cost, where that
+    is the reason.
+    """
+
+    reason: str
+    message: str
+    retry_after_s: float | None = None
+    estimate_s: float | None = None
+    denied_uatp: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RouteQuote:
+    """One route's worst case; `estimated_s` None until the tier has been measured."""
+
+    tier: Tier
+    worst_case_uatp: int
+    affordable: bool
+    estimated_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a job would cost at most, per route, and which decision would be taken now."""
+
+    decision: Route | Refusal
+    tiers: tuple[RouteQuote, ...]
+    rate_card: str
+    prompt_tokens: int
+    max_new_tokens: int
+    balance_uatp: int
+
+
+class StopReason(enum.Enum):
+    """Why a job that delivered an ending stopped."""
+
+    END_OF_TEXT = "end_of_text"
+    LENGTH = "length"
+    STOP_STRING = "stop_string"
+    DEADLINE = "deadline"
+    ABORTED = "aborted"
+    CANCELLED = "cancelled"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - a token of a text
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of a token before temperature and filters.
+
+    `top` holds (token id, log-probability), best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one job."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Durations of one job in seconds; 0.0 for a phase that was not reached.
+
+    `device_s` is the job's part of its steps' device time: over all jobs it adds up to the time
+    that the device was busy.
+    """
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    time_to_first_token_s: float
+    total_s: float
+    device_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of a stream: the job is accepted, held and queued."""
+
+    job_id: str
+    route: Route
+    held_uatp: int
+    prompt_tokens: int
+    seed: int
+    max_new_tokens: int
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Output since the last event; `output_tokens` is cumulative."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+    output_tokens: int
+
+    @property
+    def size(self) -> int:
+        """About how many numbers it has: how long it takes to translate."""
+        alternatives = 1 + len(self.logprobs[-1].top) if self.logprobs else 0
+        return len(self.token_ids) + alternatives * len(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Last event of a stream."""
+
+    stop_reason: StopReason
+    usage: Usage
+    timing: Timing
+    price: Price
+    balance_uatp: int
+
+
+Event = Started | Delta | Finished
+
+
+class Role(enum.Enum):
+    """What a caller may do: users spend their own budget, admins operate the daemon as well.
+
+    A monitor reads the metrics, and nothing else.
+    """
+
+    USER = "user"
+    ADMIN = "admin"
+    MONITOR = "monitor"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling: the account that pays, and the role."""
+
+    account: str
+    role: Role
+
+
+# Version 00, and later ones, which may append fields: https://www.w3.org/TR/trace-context/.
+_TRACEPARENT = re.compile(
+    "(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?",
+    re.ASCII,
+)
+_SAMPLED = 0x01
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """Where in whose trace a request stands; ids in lower-case hexadecimal."""
+
+    trace_id: str
+    span_id: str
+    sampled: bool
+
+
+def parse_traceparent(header: str) -> TraceContext | None:
+    """Return the context of a `traceparent` header; None for one that is malformed."""
+    match = _TRACEPARENT.fullmatch(header)
+    if match is None or (header.startswith("00-") and len(header) != 55):
+        return None
+    trace_id, span_id, flags = match.groups()
+    return TraceContext(trace_id, span_id, sampled=bool(int(flags, 16) & _SAMPLED))

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 from sage_fed.core.tiers import Tier
 
 UATP_PER_ATP = 1_000_000
-
-
-class Phase(enum.Enum):
-    """What kind of token is priced."""
-
-    PREFILL = "prefill"
-    CACHED = "cached"
-    DECODE = "decode"
-    DRAFT = "draft"
-    VERIFY = "verify"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Tiers and their models: roles, states, what is loaded, what it is doing."""
+"""Tiers and their models: roles, states, loads, the card in force, measured points."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ Tier.STRATEGIC = Tier(1, "strategic")
 
 TIER_ROLES = (Tier.TACTICAL, Tier.STRATEGIC)
 """The two roles that settings and the wire know by name, in the order of depth."""
+
+
+class Phase(enum.Enum):
+    """What kind of token is priced."""
+
+    PREFILL = "prefill"
+    CACHED = "cached"
+    DECODE = "decode"
+    DRAFT = "draft"
+    VERIFY = "verify"
 
 
 class TierState(enum.Enum):
@@ -228,3 +238,67 @@ class DaemonStatus:
     ledger_trouble: str = ""
     recovered_jobs: int = 0
     recovered_uatp: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPoint:
+    """One kind of step: `batch` sequences of `context_tokens` each, fed `tokens` each.
+
+    `step_s` is the median over the rounds of the device's time with no other tier's step in
+    between, `co_resident_s` with one before each (None where that was not measured).
+    `spread` is half of the interquartile range of the rounds over their median; None where
+    there was one round, which says nothing of it.
+    """
+
+    tier: Tier
+    phase: Phase
+    batch: int
+    context_tokens: int
+    tokens: int
+    step_s: float
+    spread: float | None
+    rounds: int
+    co_resident_s: float | None = None
+
+    @property
+    def token_s(self) -> float:
+        """Device seconds per token fed."""
+        return self.step_s / (self.batch * self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationProgress:
+    """How far a calibration is, from 0 to 1, and what it does.
+
+    `measured` are the points whose figures changed since the last message.
+    """
+
+    phase: str
+    fraction: float
+    point: str
+    elapsed_s: float
+    cost_ratio: float | None = None
+    measured: tuple[MeasuredPoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationResult:
+    """A calibration's card and reports, as written into the daemon's cards directory.
+
+    `card` is the file's text; `report` is Markdown and `plot` SVG, beside it.
+    """
+
+    version: str
+    path: str
+    card: str
+    report: str
+    plot: str
+    cost_ratio: float
+    cost_ratio_spread: float
+    took_s: float
+    adopted: bool
+    points: tuple[MeasuredPoint, ...]
+
+
+CalibrationEvent = CalibrationProgress | CalibrationResult
+"""Progress, any number of times, and then the result."""

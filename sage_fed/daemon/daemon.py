@@ -38,7 +38,7 @@ from sage_fed.errors import SageFedError
 from sage_fed.jobs import Broker, Encoder, Planner
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
-from sage_fed.service.server import BoundServer, build_server
+from sage_fed.service.grpc_server import BoundServer, build_server
 from sage_fed.settings import Address, Settings
 from sage_fed.systemd import ServiceManager
 from sage_fed.workers import Workers

@@ -17,7 +17,7 @@ from typing import Protocol
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.daemon.lifecycle import Lifecycle
 from sage_fed.daemon.tiers import display_name
-from sage_fed.service.health import Health
+from sage_fed.service.grpc_server import Health
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
 from sage_fed.systemd import ServiceManager

@@ -29,7 +29,7 @@ from grpc_status import rpc_status
 from sage_fed.core import OpenReply, counted
 from sage_fed.errors import CallEnded, NotOneRequest, RateLimited
 from sage_fed.service.connections import Connections, host_of
-from sage_fed.service.status import status_of
+from sage_fed.service.error_status import status_of
 from sage_fed.settings import LimitSettings
 
 SWEEP_S = 0.5

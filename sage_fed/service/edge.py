@@ -1,14 +1,14 @@
-"""The one way in: the rule of the method, then the request, then the method, then one ending.
+"""How a call enters and ends: its rule, its request, its method, its one status.
 
-Owns what every RPC has in common, so that no method can forget it: the caller is known, allowed
-and counted by the headers alone, before anything of the request is received; an error becomes a
-status by the one table, and only the client's own cancellation leaves a handler as CancelledError
-(any other would leave the client waiting for a status for ever).
+Owns what every RPC has in common, so that no method can forget it: the table of who may call what;
+the caller is known, allowed and counted by the headers alone, before anything of the request is
+received; a request's fields are counted in its bytes before an object is made of any; an error
+becomes a status by the one table, and only the client's own cancellation leaves a handler as
+CancelledError (any other would leave the client waiting for a status for ever).
 To gRPC every method is a stream in and a stream out, which is the same on the wire: only so does
 our code run before the request has arrived, and read it when it may
 ([why so](../../docs/decisions/0020-headers-first.md)).
-Does not know what the methods do, nor who may call them (`rules`), nor how long they may
-take (`calls`).
+Does not know what the methods do, nor how long they may take (`calls`).
 Fails by aborting the RPC, never by raising.
 """
 
@@ -20,10 +20,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
@@ -32,10 +34,9 @@ from sage_fed.auth import Authenticator, Throttle, require_role
 from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
 from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError, Unauthenticated
 from sage_fed.service.calls import OpenCall, OpenCalls
-from sage_fed.service.fields import require_few_fields
-from sage_fed.service.rules import OPEN, RULES
-from sage_fed.service.status import status_of
+from sage_fed.service.error_status import status_of
 from sage_fed.service.tls import names_in
+from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2
 
 if TYPE_CHECKING:
     from sage_fed.tracing import Call as TracedCall
@@ -361,3 +362,137 @@ def _client_left(context: Context) -> bool:
     task = asyncio.current_task()
     assert task is not None
     return task.cancelling() > 0 or context.cancelled() or context.done()
+
+
+OPEN = None
+"""No caller is asked for."""
+
+RULES: Mapping[str, Role | None] = MappingProxyType(
+    {
+        "/sage_fed.v1.InferenceService/Generate": Role.USER,
+        "/sage_fed.v1.InferenceService/GenerateStream": Role.USER,
+        "/sage_fed.v1.InferenceService/Quote": Role.USER,
+        "/sage_fed.v1.InferenceService/CountTokens": Role.USER,
+        "/sage_fed.v1.BudgetService/GetBudget": Role.USER,
+        "/sage_fed.v1.BudgetService/ListEntries": Role.USER,
+        "/sage_fed.v1.ModelService/ListModels": Role.USER,
+        "/sage_fed.v1.ModelService/GetModel": Role.USER,
+        "/sage_fed.v1.ModelService/GetStatus": Role.USER,
+        "/sage_fed.v1.AdminService/Abort": Role.ADMIN,
+        "/sage_fed.v1.AdminService/Drain": Role.ADMIN,
+        "/sage_fed.v1.AdminService/SetBudget": Role.ADMIN,
+        "/sage_fed.v1.AdminService/GetLoad": Role.ADMIN,
+        "/sage_fed.v1.AdminService/Calibrate": Role.ADMIN,
+        "/sage_fed.v1.AdminService/AdoptRateCard": Role.ADMIN,
+        "/grpc.health.v1.Health/Check": OPEN,
+        "/grpc.health.v1.Health/List": OPEN,
+        "/grpc.health.v1.Health/Watch": OPEN,
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": Role.USER,
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.USER,
+    }
+)
+"""Full method name -> the role that it takes."""
+
+
+INFERENCE_SERVICE: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+BUDGET_SERVICE: ServiceDescriptor = budget_pb2.DESCRIPTOR.services_by_name["BudgetService"]
+MODEL_SERVICE: ServiceDescriptor = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
+ADMIN_SERVICE: ServiceDescriptor = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+
+INFERENCE: str = INFERENCE_SERVICE.full_name
+SERVICES: tuple[str, ...] = tuple(
+    service.full_name
+    for service in (INFERENCE_SERVICE, BUDGET_SERVICE, MODEL_SERVICE, ADMIN_SERVICE)
+)
+"""Full names, as gRPC tools ask for them."""
+
+
+MAX_FIELDS = 2048
+"""Of one request, those of the messages in it included; counting them takes a millisecond.
+
+A conversation of the most messages that `limits.max_messages` may allow has 1,536."""
+
+_LEAST_FIELD_BYTES = 2
+_MAX_VARINT_BYTES = 10
+_VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
+_GROUPS = (3, 4)
+_FIXED = {_FIXED64: 8, _FIXED32: 4}
+
+Inner = Mapping[int, Descriptor]
+"""Which fields of a message are messages."""
+
+
+def require_few_fields(message: Descriptor, raw: bytes) -> None:
+    """Refuse bytes of a message with more fields than any request of ours can have.
+
+    Raises:
+        InvalidField: there are more, or the bytes are no message at all.
+    """
+    if len(raw) <= MAX_FIELDS * _LEAST_FIELD_BYTES:
+        return
+    # What is still to be counted, the innermost last: where it ends, and what is in it.
+    outer: list[tuple[int, Inner]] = []
+    end, inner = len(raw), _inner(message)
+    at = count = 0
+    while True:
+        if at == end:
+            if not outer:
+                return
+            end, inner = outer.pop()
+            continue
+        count += 1
+        if count > MAX_FIELDS:
+            raise InvalidField("request", f"must have at most {MAX_FIELDS:,} fields")
+        tag, at = _varint(raw, at)
+        kind = tag & 7
+        if kind == _DELIMITED:
+            length, at = _varint(raw, at)
+            nested = inner.get(tag >> 3)
+            if nested is None:
+                at += length
+            elif at + length <= end:
+                outer.append((end, inner))
+                end, inner = at + length, _inner(nested)
+            else:
+                raise _malformed()
+        else:
+            at = _behind(raw, at, kind)
+        if at > end:
+            raise _malformed()
+
+
+@cache
+def _inner(message: Descriptor) -> Inner:
+    """Return the messages in a message; there are as many as the schema has."""
+    return {
+        field.number: field.message_type
+        for field in message.fields
+        if field.message_type is not None
+    }
+
+
+def _behind(raw: bytes, at: int, kind: int) -> int:
+    """Return the place behind a number; a group's marks have none."""
+    if kind == _VARINT:
+        return _varint(raw, at)[1]
+    if kind not in _FIXED and kind not in _GROUPS:
+        raise _malformed()
+    return at + _FIXED.get(kind, 0)
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """Return the number at a place, and the place behind it."""
+    if at < len(raw) and raw[at] < 0x80:
+        return raw[at], at + 1
+    value = shift = 0
+    for i in range(at, min(at + _MAX_VARINT_BYTES, len(raw))):
+        byte = raw[i]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, i + 1
+        shift += 7
+    raise _malformed()
+
+
+def _malformed() -> InvalidField:
+    return InvalidField("request", "not a protobuf message")

@@ -1,12 +1,57 @@
-"""What a file is that is not what its name says, as its first bytes tell.
+"""How models are named, what a file is that its name belies, and how a number of things is said.
 
+A model is a directory, a bundled model, or a repository of the hub with a commit. The rule that
+tells them apart looks at the text alone: `Qwen/Qwen2.5-7B` is the hub's wherever the daemon runs,
+also where the working directory has a folder of that name, because a revision is pinned for the
+one and says nothing of the other.
 Downloads and clones leave files of the right name and the wrong content: the pointer of a large
 file that was never fetched, an error page, nothing at all. A parser's complaint about those
 ("invalid character", "header too large") leads nowhere; these words do.
-Pure: knows no file and no path. Cannot fail.
+Knows no file. Only `resolve_model` fails, with `ValueError`.
 """
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
+
+BUNDLED_PREFIX = "bundled:"
+
+_PACKAGE = Path(__file__).parent.parent
+_PATHS = ("/", "./", "../", "~")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_BUNDLED_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
+
+
+def resolve_model(name: str | Path) -> Path | str:
+    """Where a model's files are: a directory (`Path`) or a hub id (`str`).
+
+    `bundled:NAME` is the directory `models/NAME` of the installed package; text that starts
+    with `/`, `./`, `../` or `~`, or is `.` or `..`, is a directory; `OWNER/NAME` is a hub id.
+    A `Path` is a directory already.
+
+    Raises:
+        ValueError: none of the three; the text says how each is written.
+    """
+    if isinstance(name, Path):
+        return name.expanduser()
+    if name.startswith(BUNDLED_PREFIX):
+        bundled = name.removeprefix(BUNDLED_PREFIX)
+        if _BUNDLED_NAME.fullmatch(bundled):
+            return _PACKAGE / "models" / bundled
+    elif name.startswith(_PATHS) or name in {".", ".."}:
+        try:
+            return Path(name).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{name} names no user's home: {error}") from None
+    elif _HUB_ID.fullmatch(name):
+        return name
+    written = f"; if it is a directory, write ./{name}" if name and "\0" not in name else ""
+    raise ValueError(
+        "expected a hub id (Qwen/Qwen2.5-0.5B-Instruct), a directory that starts with /, ./, ../ "
+        f"or ~, or a bundled model (bundled:demo-tactical){written}"
+    )
+
 
 HEAD_BYTES = 256
 """How much of a file `misnomer` wants to see."""
@@ -55,3 +100,8 @@ def misnomer(head: bytes, *, is_text: bool) -> str | None:
 def _has_length(head: bytes) -> bool:
     """Whether eight bytes stand before the JSON, as in every safetensors file."""
     return b"\0" in head[:8]
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """`1 job`, `1,024 jobs`; `several` where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"

@@ -1,38 +1,49 @@
 """The gRPC server: our four services, health and reflection, behind one bound port.
 
-Owns the transport's limits. The server is bound but not started when it is handed back.
+Owns the transport's limits, what SERVING means for each name of the health service, and server
+reflection (v1 and v1alpha), from which grpcurl and `buf curl` learn our schema.
+The server is bound but not started when it is handed back.
 Fails with `Occupied` where the address cannot be bound.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
 import resource
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health_pb2  # noqa: F401 - its schema has to be known to reflection
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from sage_fed.auth import Authenticator, Throttle
-from sage_fed.errors import ConfigError, Occupied, SageFedError
-from sage_fed.service import catalogue, health
-from sage_fed.service.admin import AdminService
-from sage_fed.service.budget import BudgetService
+from sage_fed.core import TIER_ROLES, Tier, TierState
+from sage_fed.errors import ConfigError, NotFound, Occupied, SageFedError
 from sage_fed.service.calls import CallMetrics, OpenCalls
 from sage_fed.service.connections import Connections
-from sage_fed.service.edge import Edge
-from sage_fed.service.health import Health
+from sage_fed.service.daemon_services import AdminService, BudgetService, ModelService
+from sage_fed.service.edge import (
+    ADMIN_SERVICE,
+    BUDGET_SERVICE,
+    INFERENCE,
+    INFERENCE_SERVICE,
+    MODEL_SERVICE,
+    SERVICES,
+    Edge,
+)
 from sage_fed.service.inference import InferenceService
-from sage_fed.service.model import ModelService
 from sage_fed.service.ports import Books, Jobs, Operations
-from sage_fed.service.reflection import register_reflection
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.trusted_files import os_error
@@ -106,19 +117,15 @@ async def build_server(
     )
     server.add_generic_rpc_handlers(
         (
-            edge.handler(
-                catalogue.INFERENCE_SERVICE, InferenceService(jobs, limits, workers).methods
-            ),
-            edge.handler(catalogue.BUDGET_SERVICE, BudgetService(books, operations).methods),
-            edge.handler(catalogue.MODEL_SERVICE, ModelService(operations).methods),
-            edge.handler(
-                catalogue.ADMIN_SERVICE, AdminService(jobs, books, operations, calls).methods
-            ),
+            edge.handler(INFERENCE_SERVICE, InferenceService(jobs, limits, workers).methods),
+            edge.handler(BUDGET_SERVICE, BudgetService(books, operations).methods),
+            edge.handler(MODEL_SERVICE, ModelService(operations).methods),
+            edge.handler(ADMIN_SERVICE, AdminService(jobs, books, operations, calls).methods),
         )
     )
     watch = Health()
     watch.register(server, edge)
-    register_reflection(server, edge, (*catalogue.SERVICES, health.SERVICE_NAME))
+    register_reflection(server, edge, (*SERVICES, SERVICE_NAME))
     address = (
         _bind_socket(server, listen)
         if isinstance(listen, UnixSocket)
@@ -238,3 +245,140 @@ def _require_unused(listen: UnixSocket) -> None:
         # EAGAIN is a listener with a full queue.
         if probe.connect_ex(listen.path) in (0, errno.EAGAIN):
             raise Occupied(f"listen: cannot bind {listen}; another daemon has it")
+
+
+SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class Health:
+    """The health service; NOT_SERVING all over until the first `update`."""
+
+    def __init__(self) -> None:
+        self._serving = dict.fromkeys(names(), False)
+        self._stopped = False
+        self._watchers: set[asyncio.Event] = set()
+
+    def register(self, server: grpc.aio.Server, edge: Edge) -> None:
+        """Add the service to a server that has not started."""
+        check, listing = health_pb2.HealthCheckRequest, health_pb2.HealthListRequest
+        path = f"/{SERVICE_NAME}/"
+        handlers = {
+            "Check": edge.answering(f"{path}Check", check, self._check),
+            "List": edge.answering(f"{path}List", listing, self._list),
+            "Watch": edge.streaming(f"{path}Watch", check, self._watch),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
+        )
+
+    def update(self, states: Mapping[Tier, TierState], *, takes_jobs: bool = True) -> None:
+        """Tell every watcher what serves now."""
+        if not self._stopped:
+            self._publish(serving(states, takes_jobs=takes_jobs))
+
+    def stop(self) -> None:
+        """Say NOT_SERVING under every name, for good: the daemon is about to go."""
+        self._stopped = True
+        self._publish(dict.fromkeys(names(), False))
+
+    async def _check(self, request: health_pb2.HealthCheckRequest, _: None) -> Message:
+        if request.service not in self._serving:
+            raise NotFound("no service of that name is known here")
+        reply: Message = health_pb2.HealthCheckResponse(status=self._status(request.service))
+        return reply
+
+    async def _list(self, _: Message, __: None) -> Message:
+        statuses = {
+            name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in names()
+        }
+        reply: Message = health_pb2.HealthListResponse(statuses=statuses)
+        return reply
+
+    async def _watch(
+        self, request: health_pb2.HealthCheckRequest, _: None
+    ) -> AsyncGenerator[Message, None]:
+        changed, last = asyncio.Event(), None
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                if (status := self._status(request.service)) != last:
+                    yield health_pb2.HealthCheckResponse(status=status)
+                    last = status
+                else:
+                    # For as long as the client watches; its connection's keepalive says whether.
+                    await changed.wait()
+        finally:
+            self._watchers.discard(changed)
+
+    def _status(self, name: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        response = health_pb2.HealthCheckResponse
+        if name not in self._serving:
+            return _UNKNOWN
+        return response.SERVING if self._serving[name] else response.NOT_SERVING
+
+    def _publish(self, statuses: Mapping[str, bool]) -> None:
+        self._serving = dict(statuses)
+        for changed in self._watchers:
+            changed.set()
+
+
+def names() -> Iterable[str]:
+    """Return every name that can be asked for."""
+    return ("", *SERVICES, *(tier.name for tier in TIER_ROLES))
+
+
+def serving(states: Mapping[Tier, TierState], *, takes_jobs: bool) -> dict[str, bool]:
+    """Return whether each name serves; a tier without a state does not."""
+    ready = {tier: states.get(tier) is TierState.READY and takes_jobs for tier in TIER_ROLES}
+    return {
+        **dict.fromkeys(SERVICES, True),
+        INFERENCE: any(ready.values()),
+        "": ready[Tier.TACTICAL],
+        **{tier.name: ready[tier] for tier in TIER_ROLES},
+    }
+
+
+V1ALPHA = "grpc.reflection.v1alpha"
+V1 = "grpc.reflection.v1"
+SERVICE = "ServerReflection"
+METHOD = "ServerReflectionInfo"
+
+
+def register_reflection(server: grpc.aio.Server, edge: Edge, services: Iterable[str]) -> None:
+    """Serve the schema of `services` (full names) and of reflection itself."""
+    pool = descriptor_pool.Default()
+    if not _known(pool, f"{V1}.{SERVICE}"):
+        pool.AddSerializedFile(v1_file().SerializeToString())
+    names = (*services, f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}")
+    servicer = reflection.aio.ReflectionServicer(names, pool)  # type: ignore[attr-defined] # stubs lack it
+    request_class, answer = reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
+    for service in (f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}"):
+        handler = edge.conversing(f"/{service}/{METHOD}", request_class, answer)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {METHOD: handler}),)
+        )
+
+
+def v1_file() -> FileDescriptorProto:
+    """Return the v1 schema: the v1alpha one, renamed."""
+    file = FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(file)
+    file.name = file.name.replace("v1alpha", "v1")
+    file.package = V1
+    for field in (field for message in file.message_type for field in message.field):
+        if field.HasField("type_name"):
+            field.type_name = field.type_name.replace(f".{V1ALPHA}.", f".{V1}.")
+    for method in file.service[0].method:
+        method.input_type = method.input_type.replace(f".{V1ALPHA}.", f".{V1}.")
+        method.output_type = method.output_type.replace(f".{V1ALPHA}.", f".{V1}.")
+    return file
+
+
+def _known(pool: descriptor_pool.DescriptorPool, symbol: str) -> bool:
+    try:
+        pool.FindFileContainingSymbol(symbol)
+    except KeyError:
+        return False
+    return True
