@@ -30,8 +30,8 @@ from typer.testing import CliRunner
 
 from sage_fed.cli.app import build_app
 from sage_fed.client import Client, LoadReport
+from sage_fed.client.channel import error_of
 from sage_fed.client.client import EntryPage
-from sage_fed.client.failures import error_of
 from sage_fed.core import Budget
 from sage_fed.errors import (
     CalibrationRunning,

@@ -19,11 +19,11 @@ from sage_fed.client import replies, reports
 from sage_fed.client.channel import (
     DEFAULT_TIMEOUT_S,
     Tls,
+    error_of,
     metadata_of,
     open_channel,
     serialize,
 )
-from sage_fed.client.failures import error_of
 from sage_fed.client.requests import (
     JobFields,
     PromptLike,
