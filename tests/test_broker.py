@@ -24,6 +24,7 @@ from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,
     Delta,
+    EntryKind,
     Event,
     Finished,
     JobSpec,
@@ -59,15 +60,7 @@ from sage_fed.jobs.admission import resolve_sampling
 from sage_fed.jobs.broker import Job, timing_of
 from sage_fed.jobs.output import Output
 from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hash
-from sage_fed.ledger import (
-    AccountTerms,
-    EntryKind,
-    HoldRequest,
-    Ledger,
-    LedgerOptions,
-    Retention,
-    check,
-)
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, LedgerOptions, Retention, check
 from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import replies

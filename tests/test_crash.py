@@ -26,6 +26,8 @@ from sage_fed.core import (
     UATP_PER_ATP,
     Budget,
     Delta,
+    Entry,
+    EntryKind,
     Event,
     Finished,
     Started,
@@ -35,7 +37,6 @@ from sage_fed.core import (
 )
 from sage_fed.errors import SageFedError
 from sage_fed.ledger import check
-from sage_fed.ledger.entries import Entry, EntryKind
 
 WAIT_S = 60.0
 """A deadline that only a hung daemon meets."""

@@ -29,6 +29,7 @@ from sage_fed.core import (
     UATP_PER_ATP,
     Budget,
     Delta,
+    EntryKind,
     Event,
     Finished,
     Message,
@@ -47,7 +48,6 @@ from sage_fed.errors import (
     SageFedError,
 )
 from sage_fed.ledger import check
-from sage_fed.ledger.entries import EntryKind
 from sage_fed.v1 import inference_pb2
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

@@ -32,7 +32,7 @@ from sage_fed.cli.app import build_app
 from sage_fed.client import Client, LoadReport
 from sage_fed.client.channel import error_of
 from sage_fed.client.client import EntryPage
-from sage_fed.core import Budget
+from sage_fed.core import Budget, BudgetChange, Day, EntryKind
 from sage_fed.errors import (
     CalibrationRunning,
     DeviceBusy,
@@ -42,9 +42,9 @@ from sage_fed.errors import (
     SageFedError,
     TierUnavailable,
 )
-from sage_fed.ledger import AccountTerms, BudgetChange, EntryKind, HoldRequest
+from sage_fed.ledger import AccountTerms, HoldRequest
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.entries import MAX_TEXT, Day, Now, Place
+from sage_fed.ledger.entries import MAX_TEXT, Now, Place
 from sage_fed.service.daemon_services import MAX_PAGE_SIZE, page_token, read_page_token
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 

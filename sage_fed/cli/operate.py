@@ -35,6 +35,7 @@ from sage_fed.cli.streams import complain
 from sage_fed.core import (
     CardFit,
     DaemonStatus,
+    Day,
     ModelStatus,
     OpenReply,
     Role,
@@ -42,7 +43,7 @@ from sage_fed.core import (
     TierLoad,
     counted,
 )
-from sage_fed.ledger import CheckReport, Day, backup, check
+from sage_fed.ledger import CheckReport, backup, check
 
 
 @connected
@@ -534,7 +535,7 @@ def _print_days(days: Sequence[Day]) -> None:
         [
             (
                 _date(day),
-                str(day.num_entries),
+                str(day.entries),
                 atp_number(day.minted_uatp),
                 atp_number(day.spent_uatp),
                 str(day.settled_jobs),

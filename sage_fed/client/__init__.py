@@ -9,8 +9,9 @@ judges every request.
 from __future__ import annotations
 
 from sage_fed.client.channel import Tls, leaves_machine
-from sage_fed.client.client import Answer, Client, EntryPage, LoadReport, TokenCount
+from sage_fed.client.client import Client
 from sage_fed.client.requests import JobFields
+from sage_fed.core import Answer, EntryPage, LoadReport, TokenCount
 
 __all__ = [
     "Answer",

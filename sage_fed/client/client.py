@@ -35,23 +35,23 @@ from sage_fed.client.requests import (
     tier_of,
 )
 from sage_fed.core import (
+    Answer,
     Budget,
+    BudgetChange,
     CalibrationEvent,
     CardStatus,
     DaemonStatus,
+    Day,
+    Entry,
+    EntryPage,
     Event,
-    Finished,
-    Logprob,
+    LoadReport,
     Message,
     ModelStatus,
-    OpenReply,
     Quote,
-    RunningJob,
-    Started,
     Tier,
-    TierLoad,
+    TokenCount,
 )
-from sage_fed.ledger.entries import BudgetChange, Day, Entry
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
 
 T = TypeVar("T")
@@ -369,49 +369,3 @@ def ask_adopt_card(version: str) -> Ask[core.CardStatus]:
     request = filled(admin_pb2.AdoptRateCardRequest(), version=version)
     reply = admin_pb2.AdoptRateCardResponse
     return Ask(f"{_ADMIN}AdoptRateCard", request, reply, reports.card_status_of)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One job's whole answer."""
-
-    started: Started
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[Logprob, ...]
-    finished: Finished
-
-
-@dataclass(frozen=True, slots=True)
-class TokenCount:
-    """A prompt's tokens, and the longest context (prompt and output) of the tier."""
-
-    prompt_tokens: int
-    max_context_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class EntryPage:
-    """Ledger entries, newest first; `next_page_token` is empty on the last page.
-
-    `days` is what is left of older ones, behind the oldest entry.
-    """
-
-    entries: tuple[Entry, ...]
-    next_page_token: str
-    days: tuple[Day, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What runs and waits now; `held_uatp` is over all accounts.
-
-    `unread` are replies that have waited for their readers for a second or longer.
-    """
-
-    tiers: tuple[TierLoad, ...]
-    jobs: tuple[RunningJob, ...]
-    held_uatp: int
-    unread: tuple[OpenReply, ...] = ()
-    open_calls: int = 0
-    connections: int = 0

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from sage_fed import core
-from sage_fed.client.client import Answer, EntryPage, TokenCount
 from sage_fed.errors import CallFailed
-from sage_fed.ledger.entries import NS_PER_S, Day, Entry, EntryKind
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 E = TypeVar("E", bound=enum.Enum)
@@ -53,9 +51,9 @@ def event_of(reply: inference_pb2.GenerateStreamResponse) -> core.Event:
             )
 
 
-def answer_of(reply: inference_pb2.GenerateResponse) -> Answer:
+def answer_of(reply: inference_pb2.GenerateResponse) -> core.Answer:
     """Return a whole answer."""
-    return Answer(
+    return core.Answer(
         started=started_of(reply.started),
         text=reply.text,
         token_ids=tuple(reply.token_ids),
@@ -157,9 +155,9 @@ def refusal_of(refusal: inference_pb2.Refusal) -> core.Refusal:
     )
 
 
-def count_of(reply: inference_pb2.CountTokensResponse) -> TokenCount:
+def count_of(reply: inference_pb2.CountTokensResponse) -> core.TokenCount:
     """Return a count."""
-    return TokenCount(reply.prompt_tokens, reply.max_context_tokens)
+    return core.TokenCount(reply.prompt_tokens, reply.max_context_tokens)
 
 
 def budget_of(budget: types_pb2.Budget) -> core.Budget:
@@ -175,13 +173,13 @@ def budget_of(budget: types_pb2.Budget) -> core.Budget:
     )
 
 
-def page_of(reply: budget_pb2.ListEntriesResponse) -> EntryPage:
+def page_of(reply: budget_pb2.ListEntriesResponse) -> core.EntryPage:
     """Return a page of entries."""
     entries = (
-        Entry(
+        core.Entry(
             entry_id=entry.entry_id,
-            time_ns=entry.time.seconds * NS_PER_S + entry.time.nanos,
-            kind=word(EntryKind, budget_pb2.EntryKind.Name, "ENTRY_KIND_", entry.kind),
+            time_ns=entry.time.seconds * 1_000_000_000 + entry.time.nanos,
+            kind=word(core.EntryKind, budget_pb2.EntryKind.Name, "ENTRY_KIND_", entry.kind),
             job_id=entry.job_id,
             amount_uatp=entry.amount_uatp,
             debit=entry.debit,
@@ -190,14 +188,14 @@ def page_of(reply: budget_pb2.ListEntriesResponse) -> EntryPage:
         )
         for entry in reply.entries
     )
-    return EntryPage(tuple(entries), reply.next_page_token, tuple(map(day_of, reply.days)))
+    return core.EntryPage(tuple(entries), reply.next_page_token, tuple(map(day_of, reply.days)))
 
 
-def day_of(reply: budget_pb2.Day) -> Day:
+def day_of(reply: budget_pb2.Day) -> core.Day:
     """Return what is left of a day."""
-    return Day(
+    return core.Day(
         day=(dt.date.fromisoformat(reply.date) - dt.date(1970, 1, 1)).days,
-        num_entries=reply.entries,
+        entries=reply.entries,
         minted_uatp=reply.minted_uatp,
         spent_uatp=reply.spent_uatp,
         settled_jobs=reply.settled_jobs,

@@ -6,7 +6,6 @@ Fails with `CallFailed` on what a newer daemon says and this client has no word 
 from __future__ import annotations
 
 from sage_fed import core
-from sage_fed.client.client import LoadReport
 from sage_fed.client.replies import tier_of, word
 from sage_fed.errors import CallFailed
 from sage_fed.v1 import admin_pb2, model_pb2, types_pb2
@@ -144,7 +143,7 @@ def point_of(point: admin_pb2.MeasuredPoint) -> core.MeasuredPoint:
     )
 
 
-def load_of(reply: admin_pb2.GetLoadResponse) -> LoadReport:
+def load_of(reply: admin_pb2.GetLoadResponse) -> core.LoadReport:
     """Return what runs and waits."""
     jobs = (
         core.RunningJob(
@@ -173,7 +172,7 @@ def load_of(reply: admin_pb2.GetLoadResponse) -> LoadReport:
         )
         for call in reply.unread
     )
-    return LoadReport(
+    return core.LoadReport(
         tiers=tuple(tier_load_of(tier) for tier in reply.tiers),
         jobs=tuple(jobs),
         held_uatp=reply.held_uatp,

@@ -12,11 +12,13 @@ Import them from here.
 from __future__ import annotations
 
 from sage_fed.core.jobs import (
+    Answer,
     Caller,
     Delta,
     Event,
     Finished,
     JobSpec,
+    LoadReport,
     Logprob,
     Message,
     OpenReply,
@@ -33,11 +35,22 @@ from sage_fed.core.jobs import (
     Started,
     StopReason,
     Timing,
+    TokenCount,
     TraceContext,
     Usage,
     parse_traceparent,
 )
-from sage_fed.core.money import UATP_PER_ATP, Budget, Offer, Price
+from sage_fed.core.money import (
+    UATP_PER_ATP,
+    Budget,
+    BudgetChange,
+    Day,
+    Entry,
+    EntryKind,
+    EntryPage,
+    Offer,
+    Price,
+)
 from sage_fed.core.naming import HEAD_BYTES, counted, misnomer, resolve_model
 from sage_fed.core.tiers import (
     TIER_ROLES,
@@ -63,7 +76,9 @@ __all__ = [
     "HEAD_BYTES",
     "TIER_ROLES",
     "UATP_PER_ATP",
+    "Answer",
     "Budget",
+    "BudgetChange",
     "CalibrationEvent",
     "CalibrationProgress",
     "CalibrationResult",
@@ -71,12 +86,17 @@ __all__ = [
     "CardFit",
     "CardStatus",
     "DaemonStatus",
+    "Day",
     "Delta",
     "EndToken",
+    "Entry",
+    "EntryKind",
+    "EntryPage",
     "Event",
     "Finished",
     "GenerationDefaults",
     "JobSpec",
+    "LoadReport",
     "Logprob",
     "MeasuredPoint",
     "Message",
@@ -103,6 +123,7 @@ __all__ = [
     "TierState",
     "TierStatus",
     "Timing",
+    "TokenCount",
     "TraceContext",
     "Usage",
     "counted",

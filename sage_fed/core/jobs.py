@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from sage_fed.core.money import Price
-from sage_fed.core.tiers import Tier
+from sage_fed.core.tiers import Tier, TierLoad
 
 
 class Priority(enum.IntEnum):
@@ -319,3 +319,37 @@ def parse_traceparent(header: str) -> TraceContext | None:
         return None
     trace_id, span_id, flags = match.groups()
     return TraceContext(trace_id, span_id, sampled=bool(int(flags, 16) & _SAMPLED))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One job's whole answer."""
+
+    started: Started
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+    finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """A prompt's tokens, and the longest context (prompt and output) of the tier."""
+
+    prompt_tokens: int
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What runs and waits now; `held_uatp` is over all accounts.
+
+    `unread` are replies that have waited for their readers for a second or longer.
+    """
+
+    tiers: tuple[TierLoad, ...]
+    jobs: tuple[RunningJob, ...]
+    held_uatp: int
+    unread: tuple[OpenReply, ...] = ()
+    open_calls: int = 0
+    connections: int = 0

@@ -1,7 +1,8 @@
-"""Amounts, phases, prices and budgets; integer uATP everywhere."""
+"""Amounts, prices, budgets and the entries of an account; integer uATP everywhere."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from sage_fed.core.tiers import Tier
@@ -54,3 +55,72 @@ class Budget:
     capacity_uatp: int
     refill_uatp_per_s: int
     strategic_floor_uatp: int
+
+
+class EntryKind(enum.Enum):
+    """Why an amount moved."""
+
+    GRANT = "grant"
+    REFILL = "refill"
+    HOLD = "hold"
+    SETTLE = "settle"
+    RELEASE = "release"
+    VOID = "void"
+    EXPIRE = "expire"
+    REVOKE = "revoke"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One immutable line: `amount_uatp` > 0 moved from book `debit` to book `credit`.
+
+    `entry_id` is counted per account; numbers that are missing are of entries that were folded.
+    `time_ns` is Unix time; `job_id` and `rate_card` are empty where there is no job.
+    """
+
+    entry_id: int
+    time_ns: int
+    kind: EntryKind
+    job_id: str
+    amount_uatp: int
+    debit: str
+    credit: str
+    rate_card: str
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What is left of an account's entries of one UTC day that were folded; `day` 0 is 1970-01-01.
+
+    They minted and spent so much, together; jobs are those that ended so on that day.
+    """
+
+    day: int
+    entries: int
+    minted_uatp: int
+    spent_uatp: int
+    settled_jobs: int
+    voided_jobs: int
+    expired_jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetChange:
+    """What an operator sets; None stays as it is. Held amounts stay held."""
+
+    balance_uatp: int | None = None
+    capacity_uatp: int | None = None
+    refill_uatp_per_s: int | None = None
+    strategic_floor_uatp: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPage:
+    """Ledger entries, newest first; `next_page_token` is empty on the last page.
+
+    `days` is what is left of older ones, behind the oldest entry.
+    """
+
+    entries: tuple[Entry, ...]
+    next_page_token: str
+    days: tuple[Day, ...] = ()

@@ -10,10 +10,6 @@ from sage_fed.ledger.books import Retention
 from sage_fed.ledger.check import CheckReport, backup, check
 from sage_fed.ledger.entries import (
     AccountTerms,
-    BudgetChange,
-    Day,
-    Entry,
-    EntryKind,
     HoldReceipt,
     HoldRequest,
     Recovery,
@@ -25,11 +21,7 @@ from sage_fed.ledger.ledger import Ledger, LedgerOptions
 
 __all__ = [
     "AccountTerms",
-    "BudgetChange",
     "CheckReport",
-    "Day",
-    "Entry",
-    "EntryKind",
     "HoldReceipt",
     "HoldRequest",
     "Ledger",

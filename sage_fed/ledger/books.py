@@ -46,7 +46,7 @@ from typing import Any, cast
 
 import apsw
 
-from sage_fed.core import Budget
+from sage_fed.core import Budget, BudgetChange, Day, Entry, EntryKind
 from sage_fed.errors import (
     CannotAfford,
     HoldClosed,
@@ -60,10 +60,6 @@ from sage_fed.ledger.entries import (
     MOVES,
     NS_PER_S,
     AccountTerms,
-    BudgetChange,
-    Day,
-    Entry,
-    EntryKind,
     HoldReceipt,
     HoldRequest,
     JobState,

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from sage_fed.core import Day, Entry, EntryKind
 from sage_fed.errors import InvalidField
 
 MAX_UATP = 2**53
@@ -36,19 +37,6 @@ MAX_TEXT = 256
 """Characters in an account's name, a job id or a client request id."""
 
 NS_PER_S = 1_000_000_000
-
-
-class EntryKind(enum.Enum):
-    """Why an amount moved."""
-
-    GRANT = "grant"
-    REFILL = "refill"
-    HOLD = "hold"
-    SETTLE = "settle"
-    RELEASE = "release"
-    VOID = "void"
-    EXPIRE = "expire"
-    REVOKE = "revoke"
 
 
 MOVES: Mapping[EntryKind, tuple[str, str]] = MappingProxyType(
@@ -76,40 +64,6 @@ class JobState(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One immutable line: `amount_uatp` > 0 moved from book `debit` to book `credit`.
-
-    `entry_id` is counted per account; numbers that are missing are of entries that were folded.
-    `time_ns` is Unix time; `job_id` and `rate_card` are empty where there is no job.
-    """
-
-    entry_id: int
-    time_ns: int
-    kind: EntryKind
-    job_id: str
-    amount_uatp: int
-    debit: str
-    credit: str
-    rate_card: str
-
-
-@dataclass(frozen=True, slots=True)
-class Day:
-    """What is left of an account's entries of one UTC day that were folded; `day` 0 is 1970-01-01.
-
-    They minted and spent so much, together; jobs are those that ended so on that day.
-    """
-
-    day: int
-    num_entries: int
-    minted_uatp: int
-    spent_uatp: int
-    settled_jobs: int
-    voided_jobs: int
-    expired_jobs: int
-
-
-@dataclass(frozen=True, slots=True)
 class Place:
     """Where a page of an account's books goes on: below an entry's number, or before a day."""
 
@@ -134,16 +88,6 @@ class AccountTerms:
     refill_uatp_per_s: int = 0
     strategic_floor_uatp: int = 0
     initial_uatp: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetChange:
-    """What an operator sets; None stays as it is. Held amounts stay held."""
-
-    balance_uatp: int | None = None
-    capacity_uatp: int | None = None
-    refill_uatp_per_s: int | None = None
-    strategic_floor_uatp: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ from typing import TypeVar, cast
 
 import apsw
 
-from sage_fed.core import Budget
+from sage_fed.core import Budget, BudgetChange, Entry
 from sage_fed.errors import (
     InvalidField,
     LedgerBlocked,
@@ -61,9 +61,7 @@ from sage_fed.errors import (
 from sage_fed.ledger.books import Books, Folded, Retention
 from sage_fed.ledger.entries import (
     AccountTerms,
-    BudgetChange,
     Clock,
-    Entry,
     HoldReceipt,
     HoldRequest,
     Now,

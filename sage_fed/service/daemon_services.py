@@ -14,8 +14,9 @@ import struct
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
+from sage_fed.core import BudgetChange
 from sage_fed.errors import InvalidField, NoSuchAccount, NotFound
-from sage_fed.ledger.entries import BudgetChange, Page, Place
+from sage_fed.ledger.entries import Page, Place
 from sage_fed.service import replies, reports
 from sage_fed.service.calls import OpenCalls
 from sage_fed.service.edge import Call, Method

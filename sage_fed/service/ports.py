@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from sage_fed.core import (
     Budget,
+    BudgetChange,
     CalibrationEvent,
     CardStatus,
     DaemonStatus,
@@ -24,7 +25,7 @@ from sage_fed.core import (
     Started,
     Tier,
 )
-from sage_fed.ledger.entries import BudgetChange, Page, Place
+from sage_fed.ledger.entries import Page, Place
 
 T = TypeVar("T")
 

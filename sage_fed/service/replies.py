@@ -11,7 +11,7 @@ import datetime as dt
 from collections.abc import Iterable
 
 from sage_fed import core
-from sage_fed.ledger.entries import NS_PER_S, Day, Entry
+from sage_fed.core import Day, Entry
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 
@@ -169,7 +169,7 @@ def day_of(day: Day) -> budget_pb2.Day:
     """Translate what is left of a day."""
     return budget_pb2.Day(
         date=str(dt.date(1970, 1, 1) + dt.timedelta(days=day.day)),
-        entries=day.num_entries,
+        entries=day.entries,
         minted_uatp=day.minted_uatp,
         spent_uatp=day.spent_uatp,
         settled_jobs=day.settled_jobs,
@@ -189,5 +189,5 @@ def entry_of(entry: Entry) -> budget_pb2.Entry:
         credit=entry.credit,
         rate_card=entry.rate_card,
     )
-    reply.time.seconds, reply.time.nanos = divmod(entry.time_ns, NS_PER_S)
+    reply.time.seconds, reply.time.nanos = divmod(entry.time_ns, 1_000_000_000)
     return reply

@@ -4,13 +4,12 @@ from typing import Any
 
 import apsw
 
-from sage_fed.core import Budget
+from sage_fed.core import Budget, BudgetChange
 from sage_fed.ledger import schema
 from sage_fed.ledger.books import Books, Retention
 from sage_fed.ledger.entries import (
     NS_PER_S,
     AccountTerms,
-    BudgetChange,
     HoldReceipt,
     HoldRequest,
     Now,

@@ -4,7 +4,7 @@ import apsw
 import pytest
 from ledger_fakes import Desk
 
-from sage_fed.core import Budget
+from sage_fed.core import Budget, BudgetChange, Day
 from sage_fed.errors import (
     CannotAfford,
     HoldClosed,
@@ -18,8 +18,6 @@ from sage_fed.ledger.check import audit
 from sage_fed.ledger.entries import (
     MAX_UATP,
     AccountTerms,
-    BudgetChange,
-    Day,
     HoldReceipt,
     Recovery,
     Release,

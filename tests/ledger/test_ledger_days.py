@@ -16,10 +16,10 @@ import waiting
 from killed_ledger import FOLDING_CHILD, live_and_be_killed
 from ledger_fakes import Desk, HandClock
 
+from sage_fed.core import BudgetChange, Day
 from sage_fed.errors import LedgerCorrupt, LedgerDown
 from sage_fed.ledger import (
     AccountTerms,
-    Day,
     HoldRequest,
     Ledger,
     LedgerOptions,
@@ -31,7 +31,7 @@ from sage_fed.ledger import (
 )
 from sage_fed.ledger.books import DAY_NS, STEP_ENTRIES
 from sage_fed.ledger.check import audit, end_violations, num_folded
-from sage_fed.ledger.entries import NS_PER_S, BudgetChange, Now
+from sage_fed.ledger.entries import NS_PER_S, Now
 from sage_fed.ledger.ledger_files import read_acknowledged, readable
 
 V1 = Path(__file__).parents[1] / "data" / "ledger-v1" / "ledger.db"

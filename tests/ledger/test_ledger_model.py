@@ -1,7 +1,5 @@
 """Random histories of the books against a model that refills at every nanosecond."""
 
-
-
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,10 +14,11 @@ from hypothesis.stateful import (
 )
 from ledger_fakes import Desk
 
+from sage_fed.core import BudgetChange
 from sage_fed.errors import CannotAfford, HoldClosed, InvalidField, NotFound, RequestIdConflict
 from sage_fed.ledger.books import Books, Retention
 from sage_fed.ledger.check import audit
-from sage_fed.ledger.entries import NS_PER_S, BudgetChange, HoldReceipt, Recovery, Replay
+from sage_fed.ledger.entries import NS_PER_S, HoldReceipt, Recovery, Replay
 
 ACCOUNTS = ("ann", "bob")
 AMOUNTS = st.integers(0, 150)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledger_fakes import Desk
 
+from sage_fed.core import BudgetChange
 from sage_fed.errors import CannotAfford
 from sage_fed.ledger.books import Mark, accrue
 from sage_fed.ledger.entries import (
@@ -14,7 +15,6 @@ from sage_fed.ledger.entries import (
     MAX_UATP,
     NS_PER_S,
     BootClock,
-    BudgetChange,
     Now,
     ProcessClock,
     system_clock,
