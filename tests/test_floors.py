@@ -49,7 +49,7 @@ OWNERS: dict[str, set[str]] = {
     "tokenizers": {"text"},
     "jinja2": {"text"},
     "apsw": {"ledger"},
-    "pydantic": {"settings"},
+    "pydantic": {"settings", "cards"},
     "pydantic_settings": {"settings"},
     "prometheus_client": {"metrics"},
     "uvicorn": {"metrics"},
@@ -61,7 +61,7 @@ OWNERS: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"cli"},
     "limits": {"auth"},
-    "tomlkit": {"auth"},
+    "tomlkit": {"auth", "cards"},
     "pythonjsonlogger": {"logs"},
 }
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_fed.cards import Fingerprint, Measured, RateCard, card_text, own_cards
-from sage_fed.cards.rate_card import Basis, Reader
+from sage_fed.cards import Basis, Fingerprint, Measured, RateCard, card_text, own_cards
 from sage_fed.core import TIER_ROLES, MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
 
@@ -126,7 +125,7 @@ def test_any_text_time_and_price_survives_the_file(
         ("parameters = 494000000", "parameters = 0", "fingerprint.tactical.parameters: must be"),
         ("took_s = 61.5", "took_s = nan", "measured.took_s: must be a number"),
         ("took_s = 61.5", "took_s = -1", "measured.took_s: must be a number"),
-        ("at = 2026-11-23T15:00:00+00:00", "at = 2026-11-23T15:00:00", "measured.at: must have an"),
+        ("at = 2026-11-23T15:00:00Z", "at = 2026-11-23T15:00:00", "measured.at: must have an"),
         ("batch = 1", "batch = 0", "measured.points[0].batch: must be"),
         ("batch = 1", "batch = 1\nx = 1", "measured.points[0].x: unknown key"),
         ("[[measured.points]]", "[measured.points]", "measured.points: must be an array"),
@@ -182,15 +181,70 @@ def test_a_hostile_card_is_passed_over_and_the_others_are_read(tmp_path: Path, t
     assert ["hostile.toml" in str(error) for error in errors] == [True]
 
 
+TIERS = (*TIER_ROLES, Tier(2, "deep"))
+
+
+def tiered(number: int) -> RateCard:
+    """A measured card of one, two or three tiers."""
+    tiers = TIERS[:number]
+    rates = CARD.lines[Tier.STRATEGIC]
+    return replace(
+        CARD,
+        lines={
+            tier: {
+                phase: replace(rate, uatp=rate.uatp << tier.rank) for phase, rate in rates.items()
+            }
+            for tier in tiers
+        },
+        fingerprint=Fingerprint.of("CPU", 2, "1", dict.fromkeys(tiers, INFO)),
+        measured=replace(
+            MEASURED,
+            load_s=dict.fromkeys(tiers, 1.5),
+            points=tuple(replace(POINT, tier=tier) for tier in tiers),
+            conditions={},
+        ),
+    )
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_card_has_as_many_tiers_as_the_daemon(tmp_path: Path, number: int) -> None:
+    """It reads back whole, and its ratio is the deepest tier's price over the lowest one's."""
+    card = tiered(number)
+    path = saved(tmp_path, card_text(card))
+    assert card == RateCard.load(path, tiers=TIERS[:number])
+    assert 2 ** (number - 1) == card.cost_ratio()
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted", "complaint"),
+    [(1, 2, "strategic: is missing"), (2, 3, "deep: is missing"), (3, 2, "deep: unknown key")],
+)
+def test_a_card_of_other_tiers_is_refused(
+    tmp_path: Path, written: int, wanted: int, complaint: str
+) -> None:
+    """A tier without prices, or prices of no tier, are named."""
+    path = saved(tmp_path, card_text(tiered(written)))
+    with pytest.raises(ConfigError, match=complaint):
+        RateCard.load(path, tiers=TIERS[:wanted])
+
+
+def test_another_number_of_tiers_is_another_fingerprint() -> None:
+    """What only one of them has is named as absent from the other."""
+    two, three = (Fingerprint.of("CPU", 2, "1", dict.fromkeys(TIERS[:n], INFO)) for n in (2, 3))
+    assert "deep.kernels is native, the card's is absent" in two.differences(three)
+    assert "deep.kernels is absent, the card's is native" in three.differences(two)
+
+
 @pytest.mark.parametrize("price", ["\u0663", "1_0", "1e-9", "0." + "1" * 100_000, "+1", " "])
-def test_a_price_is_plain_digits(price: str) -> None:
+def test_a_price_is_plain_digits(tmp_path: Path, price: str) -> None:
     """What only a lenient parser takes for a number is refused as a price, by its key."""
-    reader = Reader(Path("card.toml"), "", {"price_atp": price})
-    with pytest.raises(ConfigError, match="price_atp"):
-        reader.price_uatp("price_atp")
+    text = card_text(CARD).replace('price_atp = "1"', f'price_atp = "{price}"', 1)
+    with pytest.raises(ConfigError, match=r"tactical\.\w+\.price_atp: .* is not a decimal"):
+        RateCard.load(saved(tmp_path, text))
 
 
-def test_a_number_beyond_all_floats_is_refused() -> None:
+def test_a_number_beyond_all_floats_is_refused(tmp_path: Path) -> None:
     """An absurd whole number is a refused key, not a crash."""
-    with pytest.raises(ConfigError, match="took_s"):
-        Reader(Path("card.toml"), "", {"took_s": 10**400}).number("took_s")
+    text = card_text(CARD).replace("took_s = 61.5", f"took_s = {10**400}")
+    with pytest.raises(ConfigError, match=r"measured\.took_s: must be a number"):
+        RateCard.load(saved(tmp_path, text))

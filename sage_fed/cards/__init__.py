@@ -1,9 +1,4 @@
-"""Rate cards, quotes and charges: from token counts to exact integer prices.
-
-Owns the one place where money is rounded: a card's decimal ATP become whole uATP per token,
-upwards, when the card is read (`card`); everything after that is integer arithmetic (`charges`).
-Knows neither accounts nor routes.
-"""
+"""Rate cards, quotes and charges: from token counts to exact integer prices."""
 
 from sage_fed.cards.rate_card import (
     BUNDLED_CARDS,
@@ -21,7 +16,6 @@ from sage_fed.cards.rate_card import (
     is_version,
     own_cards,
     quote,
-    worst_case,
 )
 
 __all__ = [
@@ -40,5 +34,4 @@ __all__ = [
     "is_version",
     "own_cards",
     "quote",
-    "worst_case",
 ]
