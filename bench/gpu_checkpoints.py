@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from gpu_shapes import RandomWeights, Shape
 
-from sage_fed.engine.architecture import read_spec
 from sage_fed.engine.checkpoint import EMBEDDING
-from sage_fed.engine.formats import choose_formats
-from sage_fed.engine.precision import PRECISIONS
+from sage_fed.engine.configuration import read_spec
+from sage_fed.engine.precision import PRECISIONS, choose_formats
 from sage_fed.engine.weights import WeightsBuilder
 
 _SLACK_BYTES = 2**28

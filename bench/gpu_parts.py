@@ -51,7 +51,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """The device, which has to be there: no part falls back to another one."""
-        from sage_fed.engine.devices import resolve_device  # noqa: PLC0415
+        from sage_fed.engine.machine import resolve_device  # noqa: PLC0415
 
         return resolve_device(self.device_name)
 

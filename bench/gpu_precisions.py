@@ -24,7 +24,7 @@ from gpu_speed import Left, Sequences, decode_point, fill, fit, ratios
 
 from sage_fed.core import TIER_ROLES, Sampling, Tier
 from sage_fed.engine import Engine
-from sage_fed.engine.graph_forward import GraphForward
+from sage_fed.engine.cuda_graphs import GraphForward
 from sage_fed.steps import Chunk, Draw, Step
 
 _CONTEXT = 128

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from sage_fed.engine import PRECISIONS, Engine, EngineOptions, load_engine
-from sage_fed.engine.graphs import EagerCapture
+from sage_fed.engine.cuda_graphs import EagerCapture
 from sage_fed.engine.weights import Place
 
 MIB, GIB = 2**20, 2**30
@@ -274,7 +274,7 @@ def random_engine(
 
     with tempfile.TemporaryDirectory(prefix="sage-fed-gpu-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config()))
-        reading = importlib.import_module("sage_fed.engine.filling")
+        reading = importlib.import_module("sage_fed.engine.checkpoint")
         loading = importlib.import_module("sage_fed.engine.load")
         with (
             mock.patch.object(reading, "stream_weights", fill),

@@ -29,7 +29,7 @@ from rich.table import Table
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine, read_bandwidth_bytes_per_s
 from sage_fed.engine.native import Library, load_library
-from sage_fed.engine.native.linear import Arena, PackedFormat
+from sage_fed.engine.native.forward import Arena, PackedFormat
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
 
 SHAPES = {

@@ -27,7 +27,7 @@ from forked_daemon import ForkedProcess
 from sage_fed.core import Tier
 from sage_fed.daemon import tiers
 from sage_fed.engine import Engine, EngineOptions
-from sage_fed.engine.forward import Forward, Pass, Queued
+from sage_fed.engine.decoder import Forward, Pass, Queued
 from sage_fed.steps import Chunk
 
 PACE_S = 0.002

@@ -14,7 +14,7 @@ from surroundings import MODELS
 from sage_fed.core import TIER_ROLES, Sampling, Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup, Tokens, TokenStream
 from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.engine.graphs import EagerCapture
+from sage_fed.engine.cuda_graphs import EagerCapture
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step, StepReport
 
 DEADLINE_S = 90.0

@@ -4,15 +4,20 @@ The only part that knows torch. `load_engine` builds an `Engine`; `locate` finds
 a checkpoint, so that its tokenizer can be read from the same directory.
 """
 
-from sage_fed.engine.architecture import ModelSpec, read_spec
-from sage_fed.engine.bandwidth import read_bandwidth_bytes_per_s
 from sage_fed.engine.checkpoint import locate
-from sage_fed.engine.describe import DeviceDescription, describe_device
-from sage_fed.engine.devices import device_at_hand
+from sage_fed.engine.configuration import ModelSpec, read_spec
 from sage_fed.engine.engine import Engine
-from sage_fed.engine.footprint import begin_host_peak, host_peak_bytes, memory_used_bytes
 from sage_fed.engine.load import EngineOptions, load_engine
-from sage_fed.engine.precision import PRECISIONS
+from sage_fed.engine.machine import (
+    DeviceDescription,
+    begin_host_peak,
+    describe_device,
+    device_at_hand,
+    host_peak_bytes,
+    memory_used_bytes,
+    set_cpu_threads,
+)
+from sage_fed.engine.precision import PRECISIONS, read_bandwidth_bytes_per_s
 from sage_fed.engine.random_checkpoint import (
     SHAPES,
     WEIGHT_TYPES,
@@ -22,7 +27,6 @@ from sage_fed.engine.random_checkpoint import (
     plan_checkpoint,
     write_checkpoint,
 )
-from sage_fed.engine.threads import set_cpu_threads
 
 __all__ = [
     "PRECISIONS",

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 
 from sage_fed.core import GenerationDefaults, ModelInfo
-from sage_fed.engine.forward import Forward, Forwarded, Pass
+from sage_fed.engine.batch import Landing, begin
+from sage_fed.engine.decoder import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
-from sage_fed.engine.staging import Landing, begin
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory
 from sage_fed.steps import PENDING, Chunk, SampledToken, Step
 

@@ -9,12 +9,14 @@ and applied as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every reader of torch knows
 
-from sage_fed.engine.memory import allocate
+from sage_fed.engine.machine import allocate
+from sage_fed.engine.native import Library
 
 
 class Linear(Protocol):
@@ -79,6 +81,24 @@ class LinearFormat(Protocol):
         self, out_features: int, in_features: int, *, bias: bool, gated: bool = False
     ) -> LinearBuilder:
         """Allocate a layer on the device; `gated`: gate rows, and then as many up rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """How a model's layers and its head are stored; `kernels` names what runs them.
+
+    `native` are our own kernels, where it is them.
+    """
+
+    layers: LinearFormat
+    head: LinearFormat
+    kernels: str
+    native: Library | None = None
+
+    @property
+    def layout(self) -> str:
+        """Names the form of all stored weights."""
+        return f"{self.layers.layout}+{self.head.layout}"
 
 
 class DenseLinear:

@@ -2,14 +2,35 @@
 
 Owns the names and what each needs of a device. Knows no layer and no kernel (`formats` does).
 Fails with `ModelLoadError`: an unknown name, or a device that cannot.
+
+Which kernels run a model: the one place that decides it, and says so.
+
+Owns the choice from precision, device and what was asked for. A choice that cannot be had is an
+error; "auto" takes the fastest that is there, the model's info names it, and what keeps a CPU
+from the native ones is logged.
+Fails with `ModelLoadError`.
+
+How fast the device reads its memory: the limit that decoding is measured against.
+
+A decode step reads every weight once, so bytes per second over this figure is the share of
+what the hardware allows. Fails with `ModelLoadError` where the device is absent or full.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from sage_fed.engine.linear import DenseFormat, Formats, LinearFormat
+from sage_fed.engine.machine import allocate, resolve_device
+from sage_fed.engine.native import Library, Unavailable, load_library
+from sage_fed.engine.native.forward import Arena, PackedFormat
+from sage_fed.engine.native.library import KINDS
+from sage_fed.engine.quantised import QuantisedFormat
 from sage_fed.errors import ModelLoadError
 
 _FP8_CAPABILITY = (8, 9)  # Ada and newer multiply 8-bit floats
@@ -67,3 +88,104 @@ def precision_of(name: str, device: torch.device) -> Precision:
 
 def _has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
+_LOG = logging.getLogger(__name__)
+_NATIVE_DENSE = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+KERNELS = ("auto", "native", "torch")
+
+
+def choose_formats(precision: Precision, device: torch.device, kernels: str = "auto") -> Formats:
+    """Choose for `precision` on `device`; `kernels` is one of `KERNELS`.
+
+    Raises:
+        ModelLoadError: these kernels do not exist, or not here.
+    """
+    if kernels not in KERNELS:
+        raise ModelLoadError(f"kernels {kernels!r} is not one of {', '.join(KERNELS)}")
+    if kernels != "torch":
+        library = _native(precision, device)
+        if isinstance(library, Library):
+            return _native_formats(precision, library)
+        if kernels == "native":
+            raise ModelLoadError(f"native kernels were asked for: {library.reason}")
+        if device.type == "cpu":
+            _LOG.warning("no native kernels, torch computes instead: %s", library.reason)
+    return Formats(
+        layers=_torch_format(precision.layers, precision.compute, device),
+        head=_torch_format(precision.head, precision.compute, device),
+        kernels="torch",
+    )
+
+
+def _native(precision: Precision, device: torch.device) -> Library | Unavailable:
+    """The native kernels, compiled if need be, or why there are none."""
+    if device.type != "cpu":
+        return Unavailable(f"they are for the CPU, not {device}")
+    if precision.compute not in _NATIVE_DENSE or precision.layers not in {"dense", *KINDS}:
+        return Unavailable(f"they have no {precision.name}")
+    return load_library(torch.get_num_threads())
+
+
+def _native_formats(precision: Precision, library: Library) -> Formats:
+    dense, arena = _NATIVE_DENSE[precision.compute], Arena()
+    layers, head = (
+        PackedFormat(library, dense if kind == "dense" else kind, arena)
+        for kind in (precision.layers, precision.head)
+    )
+    return Formats(layers, head, "native", library)
+
+
+def _torch_format(kind: str, compute: torch.dtype, device: torch.device) -> LinearFormat:
+    if kind == "dense":
+        return DenseFormat(compute, device)
+    return QuantisedFormat(kind, compute, device)
+
+
+_CPU_NBYTES = 256 * 2**20
+_CUDA_NBYTES = 2**30
+"""Several times the last-level cache; on CUDA long enough to hide a launch (0.2 ms at 5 TB/s)."""
+
+_PASSES = 4
+_ROUNDS = 3
+
+
+@torch.inference_mode()
+def read_bandwidth_bytes_per_s(device_name: str) -> float:
+    """Read far more than the caches hold, with the threads that decoding has.
+
+    The passes of a round are queued one behind the other, so that the device never waits for
+    the host; the fastest round counts. Blocks for a tenth or two of a second.
+    """
+    device = resolve_device(device_name)
+    # Torch's sum over small pages reaches two thirds of what our own kernels then read.
+    native = load_library(torch.get_num_threads()) if device.type == "cpu" else None
+    nbytes = _CUDA_NBYTES if device.type == "cuda" else _CPU_NBYTES
+    try:
+        values = allocate((nbytes // 4,), torch.float32, device).fill_(1.0)
+    except (RuntimeError, MemoryError) as error:  # torch's on every device, and the host's
+        raise ModelLoadError(f"{device} has no {nbytes} bytes to measure with") from error
+    read = partial(_native_round_s, native) if isinstance(native, Library) else _round_s
+    fastest_s = min(read(values) for _ in range(_ROUNDS))
+    if device.type == "cuda":
+        del values
+        torch.cuda.empty_cache()
+    return nbytes * _PASSES / fastest_s
+
+
+def _native_round_s(library: Library, values: torch.Tensor) -> float:
+    """As long as the fastest pass, times their number: other work on the cores only adds."""
+    passes_s = []
+    for _ in range(2 * _PASSES):
+        began_s = time.perf_counter()
+        library.read(values.data_ptr(), values.nbytes)
+        passes_s.append(time.perf_counter() - began_s)
+    return _PASSES * min(passes_s)
+
+
+def _round_s(values: torch.Tensor) -> float:
+    began_s = time.perf_counter()
+    sums = [values.sum() for _ in range(_PASSES)]
+    torch.stack(sums).tolist()  # waits for the device
+    return time.perf_counter() - began_s

@@ -23,11 +23,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sage_fed.engine.architecture import ModelSpec, read_spec
+from sage_fed.engine.attention import bytes_per_token
 from sage_fed.engine.checkpoint import locate
-from sage_fed.engine.devices import resolve_device
-from sage_fed.engine.footprint import host_available_bytes
-from sage_fed.engine.kv_cache import bytes_per_token
+from sage_fed.engine.configuration import ModelSpec, read_spec
+from sage_fed.engine.machine import host_available_bytes, resolve_device
 from sage_fed.errors import DeviceOutOfMemory, ModelLoadError
 
 REFERENCE_PRECISIONS: dict[str, torch.dtype] = {

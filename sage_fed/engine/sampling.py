@@ -11,6 +11,10 @@ A row with a NaN or an infinite best has no token: `argmax` finds either, so one
 logit of each row tells, which costs one gather of as many numbers as there are rows.
 Every function works on the device and waits for nothing: settings cross to it in one copy,
 results come back in another, and `Picked.choices` reads them when they are there.
+
+Random numbers without state: a request's n-th number is a function of its seed and n.
+
+So the tokens of a request depend neither on what else is in the batch nor on restarts.
 """
 
 from __future__ import annotations
@@ -24,8 +28,7 @@ from typing import Self
 import torch
 
 from sage_fed.core import Logprob, Sampling
-from sage_fed.engine.randomness import uniform
-from sage_fed.engine.staging import Packer, Vectors
+from sage_fed.engine.batch import Packer, Vectors
 from sage_fed.steps import NO_TOKEN, Draw
 
 Choice = tuple[int, Logprob | None]
@@ -261,3 +264,24 @@ def _read_logprobs(results: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]
         best = tuple((int(i), v) for i, v in zip(ids, values, strict=True))[:count]
         choices.append((token, Logprob(token, row[1], best)))
     return choices
+
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def uniform(seed: int, index: int) -> float:
+    """The `index`-th number of `seed`, uniform over the multiples of 2^-52 in [0, 1).
+
+    Two rounds of SplitMix64's finaliser (Steele, Lea, Flood 2014), the first over the seed and
+    the second over the index, so that neighbouring seeds share no subsequence.
+    52 bits, not 53, so that `u * total < total` for every positive double `total`.
+    """
+    stream = _mix(((seed & _MASK) + _GOLDEN) & _MASK)
+    return (_mix((stream + (index + 1) * _GOLDEN) & _MASK) >> 12) * 2.0**-52
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

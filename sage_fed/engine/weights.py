@@ -3,6 +3,10 @@
 Query, key and value projections are one layer, gate and up projections another: a step of a
 small batch is bound by launches and memory traffic, so fewer and larger products are faster.
 Knows tensor names; reads no files (`checkpoint` does). Allocates everything when constructed.
+
+The first thing a token meets: its row of a table, of its own or of the head.
+
+Fails never: ids are checked where a step is laid out.
 """
 
 from __future__ import annotations
@@ -10,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
-from sage_fed.engine.architecture import ModelSpec
-from sage_fed.engine.embedding import Embedding, TableEmbedding, TiedEmbedding
-from sage_fed.engine.formats import Formats
-from sage_fed.engine.linear import Linear, LinearBuilder
-from sage_fed.engine.memory import allocate
+from sage_fed.engine.configuration import ModelSpec
+from sage_fed.engine.linear import Formats, Linear, LinearBuilder
+from sage_fed.engine.machine import allocate
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,3 +253,61 @@ def _memory_from(
 
 def _no_memory(first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG001 - vectors are not worth it
     return None
+
+
+class Embedding(Protocol):
+    """Vectors by token id."""
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of its own."""
+
+    @property
+    def num_ids(self) -> int:
+        """Ids from 0 on that have a vector."""
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Vectors [tokens, hidden_size] of int64 [tokens], freshly allocated."""
+
+
+class TableEmbedding:
+    """A table [vocab_size, hidden_size] in the compute type."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the table."""
+        return self.table.nbytes
+
+    @property
+    def num_ids(self) -> int:
+        """The whole vocabulary."""
+        return self.table.shape[0]
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table."""
+        return self.table.index_select(0, ids)
+
+
+class TiedEmbedding:
+    """The rows of a head, whatever it is stored in: there is no second copy."""
+
+    def __init__(self, head: Linear, num_ids: int) -> None:
+        self._head = head
+        self._num_ids = num_ids
+
+    @property
+    def nbytes(self) -> int:
+        """Nothing: the head has it."""
+        return 0
+
+    @property
+    def num_ids(self) -> int:
+        """The ids that the head has logits for."""
+        return self._num_ids
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the head."""
+        return self._head.rows(ids)

@@ -10,8 +10,8 @@ import pytest
 from tiny_models import CONFIGS, LLAMA3, SHAPE
 from transformers import AutoConfig
 
-from sage_fed.engine.architecture import ModelSpec, read_spec
-from sage_fed.engine.rotary import RopeSpec
+from sage_fed.engine.configuration import ModelSpec, read_spec
+from sage_fed.engine.decoder import RopeSpec
 from sage_fed.errors import ModelLoadError
 
 ARCHITECTURES = {

@@ -15,9 +15,14 @@ from tiny_models import CONFIGS, Checkpoint, prompt_of
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.engine.buckets import Bucket, Buckets
-from sage_fed.engine.graph_forward import GraphForward
-from sage_fed.engine.graphs import EagerCapture, Function, compiled_by_rows
+from sage_fed.engine.cuda_graphs import (
+    Bucket,
+    Buckets,
+    EagerCapture,
+    Function,
+    GraphForward,
+    compiled_by_rows,
+)
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, Step
 
 Checkpoints = Callable[[str], Checkpoint]

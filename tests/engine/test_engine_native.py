@@ -13,10 +13,11 @@ from tiny_models import CONFIGS, SHAPE, Checkpoint, prompt_of, save_random
 from transformers import Qwen3Config
 
 from sage_fed.core import Sampling
-from sage_fed.engine import Engine, EngineOptions, load_engine, quantise
-from sage_fed.engine.native import Library, Unavailable, build
+from sage_fed.engine import Engine, EngineOptions, load_engine, quantised
+from sage_fed.engine.native import Library, Unavailable
 from sage_fed.engine.native import forward as native_forward
-from sage_fed.engine.native.linear import Arena, PackedFormat, PackedLinear
+from sage_fed.engine.native import library as kernels
+from sage_fed.engine.native.forward import Arena, PackedFormat, PackedLinear
 from sage_fed.errors import ModelLoadError
 from sage_fed.steps import Chunk, Draw
 
@@ -89,9 +90,9 @@ def test_quantised_weights_are_the_canonical_ones(library: Library, shape: tuple
     weight[0] = 0.0
     weight[-1, : shape[1] // 2] = -0.25
     bias = torch.zeros(shape[0])
-    expected = quantise.dequantise_int8(*quantise.quantise_int8(weight))
+    expected = quantised.dequantise_int8(*quantised.quantise_int8(weight))
     assert torch.equal(expected, stored(packed(library, "int8", weight, bias)))
-    expected = quantise.dequantise_int4(*quantise.quantise_int4(weight))[:, : shape[1]]
+    expected = quantised.dequantise_int4(*quantised.quantise_int4(weight))[:, : shape[1]]
     assert torch.equal(expected, stored(packed(library, "int4", weight, bias)))
 
 
@@ -263,24 +264,24 @@ def cache(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" int one() { return 1; }')
-    monkeypatch.setattr(build, "_SOURCES", sources)
+    monkeypatch.setattr(kernels, "_SOURCES", sources)
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
     return tmp_path / "kernels"
 
 
 def test_the_second_build_is_a_find(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled once; then found, without a compiler too; a damaged file is compiled again."""
-    first = build.build_library()
-    assert isinstance(first, build.Built)
+    first = kernels.build_library()
+    assert isinstance(first, kernels.Built)
     assert first.compiled
     assert first.path.parent == cache
     assert cache.stat().st_mode & 0o077 == 0
-    assert build.build_library() == build.Built(first.path, compiled=False)
+    assert kernels.build_library() == kernels.Built(first.path, compiled=False)
     first.path.write_bytes(first.path.read_bytes()[:-1])
-    assert build.build_library() == build.Built(first.path, compiled=True)
+    assert kernels.build_library() == kernels.Built(first.path, compiled=True)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert build.build_library() == build.Built(first.path, compiled=False)
+    assert kernels.build_library() == kernels.Built(first.path, compiled=False)
 
 
 def test_old_builds_are_forgotten(cache: Path, tmp_path: Path) -> None:
@@ -289,8 +290,8 @@ def test_old_builds_are_forgotten(cache: Path, tmp_path: Path) -> None:
         (tmp_path / "sources" / "one.cpp").write_text(
             f'extern "C" int one() {{ return {version}; }}'
         )
-        newest = build.build_library()
-        assert isinstance(newest, build.Built)
+        newest = kernels.build_library()
+        assert isinstance(newest, kernels.Built)
     assert newest.path.is_file()
     assert (8, 8) == (len(list(cache.glob("*.so"))), len(list(cache.glob("*.sha256"))))
 
@@ -300,7 +301,7 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) 
     """Nothing in the cache and no compiler: a reason, not an exception."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    found = build.build_library()
+    found = kernels.build_library()
     assert isinstance(found, Unavailable)
     assert "no C++ compiler" in found.reason
 
@@ -312,7 +313,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     compiler.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 3\n")
     compiler.chmod(0o700)
     monkeypatch.setenv("CXX", str(compiler))
-    found = build.build_library()
+    found = kernels.build_library()
     assert isinstance(found, Unavailable)
     assert "broken failed with 3: this compiler is broken" in found.reason
 
@@ -321,6 +322,6 @@ def test_a_directory_that_others_may_write_to_is_refused(cache: Path) -> None:
     """Whoever could put a library there could run code as us."""
     cache.mkdir(mode=0o700)
     cache.chmod(0o770)
-    found = build.build_library()
+    found = kernels.build_library()
     assert isinstance(found, Unavailable)
     assert "0700" in found.reason

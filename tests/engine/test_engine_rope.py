@@ -14,7 +14,7 @@ from tiny_models import SHAPE, edit_json, prompt_of, save_random
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from sage_fed.engine import Engine, EngineOptions, load_engine, read_spec
-from sage_fed.engine.rotary import rotary_table
+from sage_fed.engine.decoder import rotary_table
 from sage_fed.errors import ModelLoadError
 
 HEAD_DIM = 64

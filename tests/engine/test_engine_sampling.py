@@ -22,8 +22,7 @@ from transformers import (
 
 from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.engine.randomness import uniform
-from sage_fed.engine.sampling import choose
+from sage_fed.engine.sampling import choose, uniform
 from sage_fed.steps import NO_TOKEN, Draw
 
 Checkpoints = Callable[[str], Checkpoint]

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sage_fed.engine import EngineOptions, load_engine, plan_checkpoint, write_checkpoint
 from sage_fed.engine.random_checkpoint import Shape
-from sage_fed.engine.stream import pieces_of, read_pieces
-from sage_fed.engine.tensor_file import TensorFile, header_bytes
+from sage_fed.engine.tensor_file import TensorFile, header_bytes, pieces_of, read_pieces
 from sage_fed.engine.weights import Place
 from sage_fed.errors import ModelLoadError
 

@@ -3,7 +3,6 @@
 `load_library` compiles (or finds) the kernels, or says why this machine cannot have them.
 """
 
-from sage_fed.engine.native.build import Unavailable
-from sage_fed.engine.native.library import Library, load_library
+from sage_fed.engine.native.library import Library, Unavailable, load_library
 
 __all__ = ["Library", "Unavailable", "load_library"]

@@ -1,0 +1,215 @@
+"""Which device a name stands for.
+
+A device that was named is that one or an error, never another one; only `auto` leaves the
+choice to what is there. Fails with `ModelLoadError`.
+
+How many threads one forward pass on the CPU may use: a setting of the process.
+
+Torch keeps it for the whole process, so the daemon sets it once, before any engine is loaded.
+
+Memory for weights: on the host in large pages where the kernel gives them.
+
+A gigabyte in small pages takes longer to be found page by page than to be read from the page
+cache, and every decode step walks through all of it. Fails with torch's own error, or with
+`MemoryError`, where there is not enough.
+
+How much memory models take here: the device's, and the host's while they are loaded.
+
+Fails never: what the system does not tell is None.
+
+Where the engine keeps what it can make again: compiled kernels, quantised weights.
+
+Owns the rule for the place, and that nobody else may write there: what is found there is run,
+or served. Fails with `OSError`.
+
+What the device is called, for provenance: the part of it that only torch can say.
+
+Fails with `ModelLoadError` where the device is absent.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sage_fed.errors import ConfigError, ModelLoadError
+from sage_fed.trusted_files import require_trusted
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that was asked for.
+
+    Raises:
+        ModelLoadError: it is none, or it is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelLoadError(f"device {name!r} is not a device; use cpu or cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ModelLoadError(f"device {name!r} is not supported; use cpu or cuda:N")
+    index = device.index or 0
+    if index >= (count := _cuda_devices()):
+        raise ModelLoadError(
+            f"device {name} was asked for, but {_torch_build()} sees {count} CUDA devices; "
+            "ask for cpu if that is what you want"
+        )
+    return torch.device("cuda", index)
+
+
+def device_at_hand() -> tuple[str, str]:
+    """Return the first CUDA device, or else the CPU and why; in words, "" for no reason."""
+    if _cuda_devices():
+        return "cuda:0", ""
+    return "cpu", f"{_torch_build()} sees no CUDA device"
+
+
+def _cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _torch_build() -> str:
+    cuda = torch.version.cuda
+    return f"torch ({'built without CUDA' if cuda is None else f'for CUDA {cuda}'})"
+
+
+def set_cpu_threads(num_threads: int) -> None:
+    """Use `num_threads` for one forward pass on the CPU; 0 leaves torch's own choice."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+
+
+_LARGE_NBYTES = 8 * 2**20
+"""From here on a mapping of its own pays; four large pages of 2 MiB."""
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor whose values are undefined (zeros where it is a mapping of its own)."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or nbytes < _LARGE_NBYTES or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+_PEAK_RESET = "5"  # proc(5), clear_refs: the peak resident size becomes the present one
+
+
+def memory_used_bytes(device_name: str) -> int | None:
+    """What torch has allocated on a GPU; None on the CPU.
+
+    What is resident there does not tell one model from the next: freed memory is used again, and
+    pages of a mapped file count from their first use.
+    """
+    device = resolve_device(device_name)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def host_available_bytes() -> int | None:
+    """What the host could give to a process without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(sizes[0][1]) * 1024 if sizes else None
+
+
+def begin_host_peak() -> bool:
+    """Forget the peak so far; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text(_PEAK_RESET)
+    except OSError:
+        return False
+    return True
+
+
+def host_peak_bytes() -> int | None:
+    """The most that was resident since `begin_host_peak`."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split() for line in lines if line.startswith("VmHWM:")]
+    return int(sizes[0][1]) * 1024 if sizes else None
+
+
+def default_directory(name: str) -> Path:
+    """`name` under $CACHE_DIRECTORY (systemd's), $XDG_CACHE_HOME/sage-fed or ~/.cache/sage-fed.
+
+    Raises:
+        OSError: there is no home.
+    """
+    named = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]  # systemd may list several
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(named) if named else Path(home or Path.home() / ".cache") / "sage-fed") / name
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def private(directory: Path) -> Path:
+    """The directory, made if need be, which is this user's and closed to others (0700).
+
+    Raises:
+        OSError: it cannot be made, or others may use it.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    if status.st_mode & 0o077:
+        raise PermissionError(
+            f"{directory} must belong to this user and be closed to others (0700)"
+        )
+    try:
+        require_trusted("cache", directory, status, {os.geteuid()})
+    except ConfigError as error:
+        raise PermissionError(error.message) from None
+    return directory
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDescription:
+    """`name` as its maker calls it; `threads` of one forward pass on the CPU, 0 on a GPU.
+
+    `gpu_uuid` is how the driver knows a GPU, whatever its number is here; "" for a CPU.
+    """
+
+    name: str
+    threads: int
+    gpu_uuid: str = ""
+
+
+def describe_device(device_name: str) -> DeviceDescription:
+    """Describe the device that is served from."""
+    device = resolve_device(device_name)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceDescription(properties.name, 0, f"GPU-{properties.uuid}")
+    cores = len(os.sched_getaffinity(0))
+    return DeviceDescription(f"{_cpu_name()}, {cores} CPUs", torch.get_num_threads())
+
+
+def _cpu_name() -> str:
+    """The CPU's name; boards without one in /proc/cpuinfo name themselves in the device tree."""
+    try:
+        for line in (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        ):
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+        return Path("/proc/device-tree/model").read_text().strip("\0\n ")
+    except OSError:
+        return platform.processor() or platform.machine()
