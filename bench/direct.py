@@ -17,7 +17,7 @@ from lean_client import Reply
 
 from sage_fed.client import Client
 from sage_fed.core import Message, Sampling, Tier, TierState, resolve_model
-from sage_fed.daemon.tiers import tier_setup
+from sage_fed.daemon.build import tier_setup
 from sage_fed.device import Ended, Executor, SequenceSpec
 from sage_fed.settings import Settings
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Engine, Step

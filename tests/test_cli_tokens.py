@@ -138,7 +138,7 @@ def test_nobody_is_let_in_for_two_accounts(tmp_path: Path, first: str, again: st
 
 def test_a_token_is_nobody_elses(tmp_path: Path) -> None:
     """For digests as for names, in whatever case they were written."""
-    from sage_fed.auth.editing import add  # noqa: PLC0415 - the command's own work
+    from sage_fed.auth.tokens_file import add  # noqa: PLC0415 - the command's own work
 
     path = tmp_path / "tokens.toml"
     proof = {"sha256": "AB" * 32}
@@ -163,7 +163,7 @@ def test_a_file_that_has_somebody_twice_says_how_it_is_mended(
 
 def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
     """Each change waits for the one before it."""
-    from sage_fed.auth.editing import add  # noqa: PLC0415 - the command's own work
+    from sage_fed.auth.tokens_file import add  # noqa: PLC0415 - the command's own work
 
     path = tmp_path / "tokens.toml"
 

@@ -21,7 +21,7 @@ from sage_fed.cards import (
     own_cards,
 )
 from sage_fed.core import TIER_ROLES, CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
-from sage_fed.daemon.cards import CardInForce
+from sage_fed.daemon.operations import CardInForce
 from sage_fed.metrics import Metrics
 
 SHIPPED = RateCard.load()

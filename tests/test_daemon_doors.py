@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sage_fed.daemon.doors import Followed, Signature
+from sage_fed.daemon.access import Followed, Signature
 
 OLD: Signature = ((1, 2, 3, 4), (1, 2, 3, 4))
 HALF: Signature = ((9, 2, 3, 4), (1, 2, 3, 4))

@@ -12,7 +12,7 @@ import pytest
 
 import sage_fed
 from sage_fed.core import TIER_ROLES, Tier
-from sage_fed.daemon.tiers import load_tokenizers, tier_setup
+from sage_fed.daemon.build import load_tokenizers, tier_setup
 from sage_fed.errors import ConfigError
 from sage_fed.settings import Settings, load_settings
 

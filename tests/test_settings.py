@@ -30,8 +30,7 @@ from sage_fed.settings import (
     profile_names,
     uatp_from_atp,
 )
-from sage_fed.settings.problems import validation_problems
-from sage_fed.settings.table import leaves, plain_leaves
+from sage_fed.settings.loading import leaves, plain_leaves, validation_problems
 
 DEMO = {"profile": "demo"}
 
@@ -74,7 +73,7 @@ def test_each_layer_wins_over_the_ones_below_and_says_so(toml: Path) -> None:
     assert ("1GiB", f"file {toml}") == rows["tactical.kv_cache_bytes"]
     assert ("fp32", "profile demo") == rows["tactical.precision"]
     assert ("7200.0", "default") == rows["ledger.hold_ttl_s"]
-    assert 7 == effective.settings.tier(Tier.TACTICAL).max_batch
+    assert 7 == effective.settings.tiers[Tier.TACTICAL].max_batch
 
 
 def test_an_empty_table_takes_nothing_away(toml: Path) -> None:
@@ -163,8 +162,8 @@ def test_the_demo_pair_has_room_for_64_clients() -> None:
     settings = load().settings
     for tier, layers, kv_heads in ((Tier.TACTICAL, 4, 1), (Tier.STRATEGIC, 8, 2)):
         token_bytes = 2 * layers * kv_heads * 32 * 4
-        needed = 64 * settings.tier(tier).max_context_tokens * token_bytes
-        assert needed <= settings.tier(tier).kv_cache_bytes
+        needed = 64 * settings.tiers[tier].max_context_tokens * token_bytes
+        assert needed <= settings.tiers[tier].kv_cache_bytes
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from sage_fed.core import Tier, TierState, TierStatus
-from sage_fed.daemon.readiness import status_line
-from sage_fed.daemon.watchdog import Pulse
+from sage_fed.daemon.readiness import Pulse, status_line
 from sage_fed.device import Heartbeat
 from sage_fed.systemd import ServiceManager
 

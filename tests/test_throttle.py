@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 from service_harness import WAIT_S, in_thread, serving
 
 from sage_fed.auth import Throttle
-from sage_fed.auth.throttle import CALL_BYTES
+from sage_fed.auth.authenticator import CALL_BYTES
 from sage_fed.client import Client
 from sage_fed.errors import RateLimited
 

@@ -42,7 +42,7 @@ from sage_fed.core import (
     Usage,
     parse_traceparent,
 )
-from sage_fed.daemon.watched import start_watching
+from sage_fed.daemon.build import start_watching
 from sage_fed.engine import DeviceDescription
 from sage_fed.errors import ConfigError, NoSuchAccount, QueueFull
 from sage_fed.metrics import Metrics

@@ -20,7 +20,7 @@ from small_disks import small_tmpfs
 from waiting import WAIT_S
 
 from sage_fed.auth import digest_of, new_token
-from sage_fed.auth.register import read_register
+from sage_fed.auth.tokens_file import read_register
 from sage_fed.cards import RateCard
 from sage_fed.cards.rate_card import BUNDLED_CARDS
 from sage_fed.cli.options import admin_token

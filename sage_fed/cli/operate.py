@@ -665,7 +665,7 @@ def create(
     with reported(as_json=as_json):
         settings = _settings(config_file, state_dir)
         from sage_fed.auth import digest_of, new_token, parse_identity  # noqa: PLC0415 - with the settings
-        from sage_fed.auth.editing import add  # noqa: PLC0415
+        from sage_fed.auth.tokens_file import add  # noqa: PLC0415
         from sage_fed.settings import parse_account  # noqa: PLC0415
 
         path = tokens_file or settings.tokens_file
@@ -707,7 +707,7 @@ def revoke(
     """
     with reported(as_json=as_json):
         settings = _settings(config_file, state_dir)
-        from sage_fed.auth.editing import remove  # noqa: PLC0415 - with the settings
+        from sage_fed.auth.tokens_file import remove  # noqa: PLC0415 - with the settings
 
         path = tokens_file or settings.tokens_file
         entry = remove(path, settings.accounts, wanted)
@@ -727,7 +727,7 @@ def list_tokens(
     """Show who may call; never a token."""
     with reported(as_json=as_json):
         settings = _settings(config_file, state_dir)
-        from sage_fed.auth.editing import entries  # noqa: PLC0415 - with the settings
+        from sage_fed.auth.tokens_file import entries  # noqa: PLC0415 - with the settings
 
         path = tokens_file or settings.tokens_file
         known = entries(path, settings.accounts)

@@ -4,6 +4,11 @@ Owns the order in which parts come and go: books before server, tactical before 
 jobs before executor, executor before ledger. Knows what each part is for and nothing of how
 it works. Fails with `ConfigError`, `ModelLoadError`, `LedgerCorrupt` or `LedgerUnusable` before it
 serves; after that, with an exit code.
+
+The state directory: made private at the start, and it says where the daemon listens.
+
+Owns the file `endpoint.json` in it. Fails with `ConfigError`, which names the setting, and with
+`MachineFault` where the disk takes nothing now.
 """
 
 from __future__ import annotations
@@ -11,27 +16,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvloop
 
 from sage_fed.auth import mint_admin_token
 from sage_fed.calibrate import Calibrator
 from sage_fed.core import TIER_ROLES, counted
-from sage_fed.daemon.books import open_accounts, open_ledger
-from sage_fed.daemon.cards import card_in_force, site_of
-from sage_fed.daemon.device import on_device_at_hand
-from sage_fed.daemon.doors import Doors, read_door_files, throttle_of
-from sage_fed.daemon.lifecycle import Lifecycle
-from sage_fed.daemon.operations import Operations
-from sage_fed.daemon.readiness import Laps, Readiness, StartProgress
-from sage_fed.daemon.state_directory import announced, prepare, require_own
-from sage_fed.daemon.tiers import load_tokenizers, tier_setup
-from sage_fed.daemon.watchdog import keep_watch
-from sage_fed.daemon.watched import build_metrics, expose, page_url, start_watching
+from sage_fed.daemon.access import Doors, read_door_files, throttle_of
+from sage_fed.daemon.build import (
+    build_metrics,
+    expose,
+    load_tokenizers,
+    on_device_at_hand,
+    open_accounts,
+    open_ledger,
+    page_url,
+    start_watching,
+    tier_setup,
+)
+from sage_fed.daemon.operations import Operations, card_in_force, site_of
+from sage_fed.daemon.readiness import Laps, Lifecycle, Readiness, StartProgress, keep_watch
 from sage_fed.device import Executor
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import SageFedError
@@ -39,8 +49,14 @@ from sage_fed.jobs import Broker, Encoder, Planner
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service.grpc_server import BoundServer, build_server
-from sage_fed.settings import Address, Settings
+from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.systemd import ServiceManager
+from sage_fed.trusted_files import (
+    make_directory,
+    os_error,
+    replace_file,
+    require_trusted_directory,
+)
 from sage_fed.workers import Workers
 
 _LAST_WORDS_S = 5.0
@@ -304,3 +320,35 @@ async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None
         async with asyncio.timeout(_LAST_WORDS_S):
             await parts.broker.wait_read()
     await parts.bound.server.stop(_FLUSH_S)
+
+
+ENDPOINT_FILE = "endpoint.json"
+"""Where this daemon listens; there while it serves."""
+
+
+def require_own(state_dir: Path) -> None:
+    """Refuse a directory that somebody else may change, before anything in it is believed."""
+    require_trusted_directory("state_dir", state_dir)
+
+
+def prepare(state_dir: Path) -> None:
+    """Make the directory where there is none."""
+    make_directory("state_dir", state_dir)
+
+
+@contextlib.asynccontextmanager
+async def announced(
+    state_dir: Path, listen: Address | UnixSocket, metrics: Address
+) -> AsyncIterator[None]:
+    """Say where we listen while we do."""
+    endpoint = state_dir / ENDPOINT_FILE
+    where = json.dumps({"listen": str(listen), "metrics": str(metrics)})
+    try:
+        # In a thread, as it is synced, and calls are answered already.
+        await asyncio.to_thread(replace_file, endpoint, where, mode=0o644)
+    except OSError as error:
+        raise os_error(f"state_dir: cannot write {endpoint}", error) from None
+    try:
+        yield
+    finally:
+        endpoint.unlink(missing_ok=True)

@@ -1,22 +1,24 @@
-"""What the tiers' states mean for health checks, for the start's progress and for exiting.
+"""Whether the daemon is ready, alive, and when it stops.
 
-Owns the last known state of each tier. Hears of changes from the executor, on the event loop,
-and tells the health service from a task of its own, because that one has to be awaited.
-The service manager hears that the daemon is ready when the health service says so under the name
-of the whole: when the tactical tier serves.
+Owns the last known state of each tier and what it means for health checks, for the start's
+progress and for exiting; the signals; and the rule of what counts as progress of the device's
+thread. A thread that hangs in the device cannot be ended from inside its process: the service
+manager is no longer told that we live, and restarts us.
+The manager hears that the daemon is ready when the health service says so under the name of the
+whole: when the tactical tier serves. Event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
-from sage_fed.daemon.lifecycle import Lifecycle
-from sage_fed.daemon.tiers import display_name
+from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.device import Heartbeat
 from sage_fed.service.grpc_server import Health
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
@@ -61,7 +63,7 @@ class Readiness:
         progress: StartProgress,
         manager: ServiceManager,
     ) -> None:
-        self._names = {tier: display_name(settings.tier(tier)) for tier in TIER_ROLES}
+        self._names = {tier: own.display_name for tier, own in settings.tiers.items()}
         self._lifecycle = lifecycle
         self._progress = progress
         self._manager = manager
@@ -119,7 +121,7 @@ class Readiness:
             self._in_vain.discard(status.tier)
         if status.state is TierState.READY and status.tier not in self._loaded:
             self._loaded.add(status.tier)
-            if len(self._loaded) == len(TIER_ROLES) and self._where is not None:
+            if len(self._loaded) == len(self._names) and self._where is not None:
                 self._progress.ready(*self._where)
 
     def _failed(self, status: TierStatus, before: TierStatus | None) -> None:
@@ -176,3 +178,135 @@ def _words(status: TierStatus) -> str:
     if status.state is TierState.DRAINING:
         return f"{tier} drains"
     return f"{tier} failed: {status.message}"
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Lifecycle:
+    """The daemon's stop: asked for once, then only hurried. Event loop only."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self.grace_s: float | None = None
+        self.failure = ""
+        self._stopping = asyncio.Event()
+        self._hurried = asyncio.Event()
+
+    def install_signals(self) -> None:
+        """Listen to the signals that end a daemon on the running loop."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def ignore_signals(self) -> None:
+        """Ignore them from now on: all is stopped, and a late one must not spoil the exit code.
+
+        The interpreter takes a moment to leave; a closed loop would restore the deadly default.
+        """
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+    def drain(self, grace_s: float | None = None) -> None:
+        """Ask for a stop once running jobs have ended; None is the setting's grace."""
+        if not self._stopping.is_set():
+            self.grace_s = grace_s
+            self._stopping.set()
+
+    def fail(self, why: str) -> None:
+        """Ask for a stop because a part of the daemon is gone; the exit code says so."""
+        _log.critical("stopping: %s", why)
+        self.failure = self.failure or why
+        self.exit_code = 1
+        self._stopping.set()
+        self._hurried.set()
+
+    async def wait_stopping(self) -> None:
+        """Wait until a stop is asked for."""
+        await self._stopping.wait()
+
+    async def wait_hurried(self) -> None:
+        """Wait until the stop must not wait for jobs any more."""
+        await self._hurried.wait()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self._stopping.is_set():
+            _log.info("%s: draining; send it again to stop at once", number.name)
+            self.drain()
+        elif not self._hurried.is_set():
+            _log.warning("%s again: stopping at once", number.name)
+            self.exit_code = 128 + number
+            self._hurried.set()
+
+
+_ROUNDS = 4
+"""Times that the manager is told within its own patience."""
+
+_UNWATCHED_S = 10.0
+"""Between two looks where no manager waits for one."""
+
+
+class Watched(Protocol):
+    """As much of the executor as is looked at."""
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """The device thread's last sign of life."""
+
+    def ping(self) -> None:
+        """Ask for another one."""
+
+
+class Pulse:
+    """Judges one heartbeat after the other; between two of them the thread is pinged.
+
+    A thread gets on if it has turned its loop since it was last asked to, whether it had work or
+    not, and if, while it has work, it ends a step now and then. Either may take `step_timeout_s`:
+    a step may be a long one, and nothing is heard of it before it ends.
+    """
+
+    def __init__(self, step_timeout_s: float) -> None:
+        self._step_timeout_s = step_timeout_s
+        self._asked_s: float | None = None
+        self._worked_s = 0.0
+        self._steps_done = -1
+
+    def gets_on(self, beat: Heartbeat, now_s: float) -> bool:
+        """Whether the thread gets on, as of `now_s` on the clock of the heartbeats."""
+        if self._asked_s is None or beat.last_progress_s >= self._asked_s:
+            self._asked_s = now_s
+        if not beat.busy or beat.steps_done != self._steps_done:
+            self._worked_s, self._steps_done = now_s, beat.steps_done
+        return now_s - min(self._asked_s, self._worked_s) <= self._step_timeout_s
+
+
+async def keep_watch(
+    executor: Watched,
+    manager: ServiceManager,
+    step_timeout_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Feed the manager's watchdog for as long as the device's thread gets on."""
+    pulse = Pulse(step_timeout_s)
+    interval_s = manager.watchdog_s / _ROUNDS if manager.watchdog_s else _UNWATCHED_S
+    hangs = False
+    while True:
+        beat = executor.heartbeat
+        if beat is not None:
+            hung, hangs = hangs, not pulse.gets_on(beat, clock())
+            if not hangs:
+                manager.alive()
+                if hung:
+                    _log.warning("the device's thread gets on again")
+                    manager.status("the device gets on again")
+            elif not hung:
+                _log.critical(
+                    "the device's thread has made no progress for %.0f s "
+                    "(scheduling.step_timeout_s)",
+                    step_timeout_s,
+                )
+                manager.status(f"the device hangs: no progress for {step_timeout_s:.0f} s")
+            executor.ping()
+        await asyncio.sleep(interval_s)

@@ -1,35 +1,44 @@
 """The settings of one daemon: what can be set, and where each value came from.
 
-Floor 0. `sections`, `doors` and `model` say which keys exist, `fields` how one value is read,
-`sources` lays flags over environment, file and profile (with `layers` and `credentials`),
-`problems` words a mistake, `table` prints,
-`values` and `addresses` hold the small parsers that others use too.
-Pydantic stops here: the rest of the house reads frozen values.
+Floor 0. `settings` says which keys exist and which combinations cannot work, `loading` lays flags
+over environment, file and profile, words a mistake and prints, `values` parses single values.
+Pydantic stops here: the other packages read frozen values.
 Fails with `ConfigError`, whose text names every offending key, its origin and what is allowed.
 """
 
 from __future__ import annotations
 
-from sage_fed.settings.addresses import Address, UnixSocket, parse_listen
-from sage_fed.settings.doors import AccountSettings, AuthSettings, RateSettings, TlsSettings
-from sage_fed.settings.model import AUTO_CARD, Settings
-from sage_fed.settings.sections import (
+from sage_fed.settings.loading import (
+    Effective,
+    KeyDescription,
+    describe,
+    load_settings,
+    profile_names,
+)
+from sage_fed.settings.settings import (
+    AUTO_CARD,
     PRECISIONS,
+    AccountSettings,
+    AuthSettings,
     BudgetSettings,
     LedgerSettings,
     LimitSettings,
     MetricsSettings,
+    RateSettings,
     RoutingSettings,
     SchedulingSettings,
+    Settings,
     TierSettings,
+    TlsSettings,
     TracingSettings,
 )
-from sage_fed.settings.sources import Effective, load_settings, profile_names
-from sage_fed.settings.table import KeyDescription, describe
 from sage_fed.settings.values import (
+    Address,
+    UnixSocket,
     atp_from_uatp,
     format_size,
     parse_account,
+    parse_listen,
     parse_size,
     uatp_from_atp,
 )

@@ -1,0 +1,244 @@
+"""From settings to parts: engines, tokenizers, books, metrics, traces and the device.
+
+Owns what of each part follows from the settings. Does not know when parts come and go.
+Fails with `ConfigError`, `ModelLoadError`, `LedgerCorrupt`, `LedgerUnusable` or `Occupied`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sage_fed
+from sage_fed.cards import RateCard
+from sage_fed.core import TIER_ROLES, Phase, Tier, counted, resolve_model
+from sage_fed.daemon.readiness import Lifecycle
+from sage_fed.device import TierSetup
+from sage_fed.engine import DeviceDescription, Engine, EngineOptions, device_at_hand, load_engine
+from sage_fed.errors import ConfigError, LedgerDown, Occupied, SageFedError
+from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
+from sage_fed.metrics import EngineMetrics, Metrics, MetricsServer, PageDoor
+from sage_fed.routing import possible_decisions
+from sage_fed.settings import Address, Settings, atp_from_uatp
+from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
+
+
+async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
+    """Load each tier's tokenizer, in a thread; equal ones are one object, so they work once.
+
+    Raises:
+        ConfigError: a directory that is not there.
+        ModelLoadError: a checkpoint without a usable tokenizer.
+    """
+    return await asyncio.to_thread(_load_tokenizers, settings)
+
+
+def _load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
+    tokenizers: dict[Tier, Tokenizer] = {}
+    by_files: dict[bytes, Tokenizer] = {}
+    for tier in TIER_ROLES:
+        directory = locate_tokenizer(_source(settings, tier), settings.tiers[tier].revision)
+        # A pair's files are mostly equal: a large vocabulary takes half a second to read.
+        seen = fingerprint(directory)
+        tokenizer = by_files.get(seen) if seen else None
+        if tokenizer is None:
+            tokenizer = Tokenizer.load(directory)
+            equal = (known for known in tokenizers.values() if known.encodes_like(tokenizer))
+            tokenizer = next(equal, tokenizer)
+        if seen:
+            by_files[seen] = tokenizer
+        tokenizers[tier] = tokenizer
+    return tokenizers
+
+
+def tier_setup(settings: Settings, tier: Tier, tokenizer: Tokenizer) -> TierSetup:
+    """Return how the executor gets this tier's engine, and how much it may take on."""
+    own = settings.tiers[tier]
+    options = EngineOptions(
+        model=str(_source(settings, tier)),
+        kv_cache_bytes=own.kv_cache_bytes,
+        device=settings.device,
+        precision=own.precision,
+        revision=own.revision or "",
+        name=own.display_name,
+        max_context_tokens=own.max_context_tokens,
+        num_valid_ids=tokenizer.num_valid_ids,
+        unknown_ids=tokenizer.unknown_ids,
+        end_token_ids=tokenizer.end_token_ids,
+        kernels=settings.kernels,
+        weights_cache=settings.weights_cache,
+        weights_cache_bytes=settings.weights_cache_bytes,
+        max_batch=own.max_batch,
+    )
+
+    def load(progress: Callable[[float], None]) -> Engine:
+        return load_engine(options, progress)
+
+    return TierSetup(
+        load=load,
+        max_batch=own.max_batch,
+        max_waiting=own.max_waiting,
+        prefill_chunk_tokens=own.prefill_chunk_tokens,
+        prefix_cache=own.prefix_cache,
+        kv_overcommit=own.kv_overcommit,
+    )
+
+
+def _source(settings: Settings, tier: Tier) -> str | Path:
+    """Return where a tier's files are: an absolute directory that is there, or a hub id.
+
+    Raises:
+        ConfigError: there is no such directory; the hub is not asked for a mistyped path.
+    """
+    source = resolve_model(settings.tiers[tier].model)
+    if isinstance(source, Path):
+        source = source.absolute()
+        if not source.is_dir():
+            raise ConfigError(f"{tier.name}.model: there is no directory {source}")
+    return source
+
+
+if TYPE_CHECKING:
+    from sage_fed.tracing import Tracing
+
+
+def build_metrics(settings: Settings) -> Metrics:
+    """Return every series, with what is known before anything runs."""
+    metrics = Metrics(
+        version=sage_fed.__version__,
+        decisions=possible_decisions(),
+        per_account_balance=settings.metrics.per_account_balance,
+    )
+    published = RateCard.load()
+    metrics.cost_ratios("configured", {phase: published.cost_ratio(phase) for phase in Phase})
+    return metrics
+
+
+def start_watching(
+    settings: Settings, device: DeviceDescription, metrics: Metrics, stack: AsyncExitStack
+) -> Tracing | None:
+    """Show the GPU's power, and trace if an endpoint is set, until the stack unwinds.
+
+    Entered first, so that what everything else says in its last moments is still exported.
+    """
+    if device.gpu_uuid:
+        stack.enter_context(metrics.watch_power(device.gpu_uuid))
+    if settings.tracing.otlp_endpoint is None:
+        return None
+    try:
+        # Only now: importing OpenTelemetry takes a tenth of a second.
+        from sage_fed.tracing import start_tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "tracing.otlp_endpoint: OpenTelemetry is not installed; "
+            "install sage-fed with its extra: sage-fed[otel]"
+        ) from error
+    return stack.enter_context(
+        start_tracing(
+            settings.tracing.otlp_endpoint,
+            sample_ratio=settings.tracing.sample_ratio,
+            version=sage_fed.__version__,
+            models={tier: own.display_name for tier, own in settings.tiers.items()},
+        )
+    )
+
+
+def expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
+    """Serve the page until it is closed; `Occupied` where the address cannot be had."""
+    try:
+        return metrics.serve(listen.host, listen.port, door)
+    except OSError as error:
+        raise Occupied(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
+
+
+def page_url(bound: Address, door: PageDoor) -> str:
+    """Where a person or a scraper finds the page."""
+    return f"{'http' if door.tls is None else 'https'}://{bound}/metrics"
+
+
+_log = logging.getLogger(__name__)
+
+
+async def open_ledger(
+    settings: Settings, metrics: Metrics, lifecycle: Lifecycle, accepts: Callable[[bool], None]
+) -> Ledger:
+    """Open the books in the state directory; should they fail later, the daemon stops.
+
+    `accepts` is told when they begin or cease to take entries.
+    """
+
+    def on_disk(writable: bool) -> None:
+        metrics.money.ledger_writable(writable=writable)
+        accepts(writable)
+
+    ledger = await Ledger.open(
+        settings.state_dir / "ledger.db",
+        options=LedgerOptions(
+            retention=Retention(
+                keep_s=settings.ledger.result_retention_s,
+                entries_s=settings.ledger.entry_retention_s,
+            ),
+            account_reads=settings.ledger.account_reads,
+            commit_timeout_s=settings.ledger.commit_timeout_s,
+        ),
+        terms=lambda account: _terms(settings, account),
+        on_commit=metrics.money.ledger_committed,
+        on_read=metrics.money.ledger_read,
+        on_fold=metrics.money.ledger_folded,
+        on_disk=on_disk,
+        on_death=lambda error: lifecycle.fail(f"the ledger failed: {_words(error)}"),
+    )
+    recovery = ledger.recovery
+    metrics.money.ledger_recovered(recovery.voided_jobs, recovery.voided_uatp)
+    if recovery.voided_jobs:
+        _log.warning(
+            "the daemon before this one did not end %s: %s ATP were given back, nothing charged",
+            counted(recovery.voided_jobs, "job"),
+            f"{atp_from_uatp(recovery.voided_uatp):f}",
+        )
+    return ledger
+
+
+async def open_accounts(ledger: Ledger, settings: Settings, accounts: Collection[str]) -> None:
+    """See that these accounts exist, on the terms that the settings give them now."""
+    try:
+        for account in sorted(accounts):
+            await ledger.ensure_account(account, _terms(settings, account))
+    except LedgerDown as down:
+        # A client is only told that it is down; who starts the daemon has to know why.
+        if isinstance(down.__cause__, SageFedError):
+            raise down.__cause__ from None
+        raise
+
+
+def _words(error: BaseException) -> str:
+    return error.message if isinstance(error, SageFedError) else f"{error!r}; see the log"
+
+
+def _terms(settings: Settings, account: str) -> AccountTerms:
+    budget = settings.account_budget(account)
+    return AccountTerms(
+        capacity_uatp=budget.capacity_uatp,
+        refill_uatp_per_s=budget.refill_uatp_per_s,
+        strategic_floor_uatp=budget.strategic_floor_uatp,
+        initial_uatp=budget.initial_uatp,
+    )
+
+
+def on_device_at_hand(settings: Settings, metrics: EngineMetrics) -> tuple[Settings, str]:
+    """Return the settings with the device that serves, and why it is not the one wanted."""
+    why = ""
+    if settings.device == "auto":
+        device, why = device_at_hand()
+        settings = settings.model_copy(update={"device": device})
+    metrics.device_fallback(fallen_back=bool(why))
+    if why:
+        _log.warning(
+            "%s: serving from the CPU, many times slower; device = 'cpu' if that is what you want",
+            why,
+        )
+    return settings, why
