@@ -179,7 +179,7 @@ async def rig(
 
     executor = Executor(
         {tier: TierSetup(loader(tier), max_waiting=max_waiting) for tier in TIER_ROLES},
-        observers=[metrics.engines],
+        observers=[metrics],
     )
     tokenizer = Tokenizer.load(MODELS / "demo-tactical")
     with Workers(max_calls=512, max_size=4_000_000) as workers:

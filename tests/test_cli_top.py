@@ -22,7 +22,7 @@ from sage_fed.cli.top import Between, Page, Watch, reading_of
 from sage_fed.client import Client
 from sage_fed.core import Tier
 from sage_fed.errors import CannotConnect
-from sage_fed.metrics import Metrics, PageDoor
+from sage_fed.metrics import Metrics, PageAccess
 
 WIDTH = 100
 
@@ -98,7 +98,7 @@ def test_a_fresh_daemons_page_can_be_read_and_drawn() -> None:
 def test_a_ledger_that_takes_nothing_is_in_the_heading() -> None:
     """Every job is refused then, whatever the tiers say."""
     metrics = Metrics(version="1.2.3")
-    metrics.money.ledger_writable(writable=False)
+    metrics.ledger_writable(writable=False)
     page = metrics.exposition().decode()
     reading = reading_of(between(page, page), now_s=0.0)
     picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
@@ -111,8 +111,8 @@ def test_the_event_loops_lag_and_its_part_of_a_core_are_shown() -> None:
     metrics = Metrics(version="1.2.3")
     before = metrics.exposition().decode()
     for _ in range(100):
-        metrics.loop._lag.observe(0.02)
-    metrics.loop._cpu.inc(1.0)
+        metrics._service.loop_lag.observe(0.02)
+    metrics._service.loop_cpu.inc(1.0)
     page = metrics.exposition().decode()
     reading = reading_of(between(before, page), now_s=0.0)
     picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
@@ -247,8 +247,8 @@ def test_it_looks_where_a_token_and_a_certificate_are_asked_for(tmp_path: Path) 
     def admit(headers: Sequence[str]) -> HTTPStatus:
         return HTTPStatus.OK if headers == ["Bearer monitors-token"] else HTTPStatus.UNAUTHORIZED
 
-    door = PageDoor(admit, lambda: context)
-    with Metrics(version="1.2.3").serve("127.0.0.1", 0, door) as server:
+    access = PageAccess(admit, lambda: context)
+    with Metrics(version="1.2.3").serve("127.0.0.1", 0, access) as server:
         url = f"https://127.0.0.1:{server.port}/metrics"
         arguments = ("--once", "--interval", "0.2", "--metrics", url, "--tls-ca", str(ca))
         let_in = run_top("http://unused", *arguments, "--token-file", str(bearer))

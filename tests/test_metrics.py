@@ -45,11 +45,10 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
-from sage_fed.metrics import Metrics, MetricsServer, PageDoor, Snapshot
+from sage_fed.metrics import Metrics, MetricsServer, PageAccess, Snapshot
 from sage_fed.metrics.collectors import LiveRates, available_memory_bytes
-from sage_fed.metrics.observers import LoopMetrics
 from sage_fed.metrics.page import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
-from sage_fed.metrics.series import Factory, Gauge, Histogram
+from sage_fed.metrics.series import Gauge, Histogram
 from sage_fed.routing import possible_decisions
 from sage_fed.steps import StepKind, StepReport
 
@@ -116,25 +115,23 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def exercise(metrics: Metrics) -> None:
     """One of everything, so that every series has samples."""
     for tier in TIER_ROLES:
-        metrics.engines.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
-        metrics.money.held(tier, 10 * ATP)
-        metrics.money.settled(tier, 10 * ATP, 6 * ATP)
-        metrics.money.voided(tier, ATP)
-        metrics.jobs.finished(tier, finished())
-        metrics.jobs.tokens_delivered(tier, 2, 0.02)
-        metrics.jobs.replayed(tier)
+        metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
+        metrics.hold_placed(tier, 10 * ATP)
+        metrics.hold_settled(tier, 10 * ATP, 6 * ATP)
+        metrics.hold_settled(tier, ATP, 0)
+        metrics.job_finished(tier, finished())
+        metrics.tokens_delivered(tier, 2, 0.02)
+        metrics.job_replayed(tier)
         for kind in StepKind:
-            metrics.engines.step_done(
-                report(tier, kind, 0.01, num_prefill_tokens=3, num_decode_tokens=2)
-            )
-        metrics.jobs.route_decided(tier, Route(tier, "explicit", tier), 0.0001)
-    metrics.jobs.failed(None, InvalidField("job", "bad"), 0.001)
-    metrics.money.balance_changed("alice", 5 * ATP)
-    metrics.money.ledger_committed(3, 0.002)
-    metrics.money.ledger_read(0.001)
-    metrics.money.ledger_folded(3)
-    metrics.money.rate_card("card-1")
-    metrics.engines.device_fallback(fallen_back=False)
+            metrics.step_done(report(tier, kind, 0.01, num_prefill_tokens=3, num_decode_tokens=2))
+        metrics.route_decided(tier, Route(tier, "explicit", tier), 0.0001)
+    metrics.job_failed(None, InvalidField("job", "bad"), 0.001)
+    metrics.balance_changed("alice", 5 * ATP)
+    metrics.ledger_committed(3, 0.002)
+    metrics.ledger_read(0.001)
+    metrics.ledger_folded(3)
+    metrics.rate_card("card-1")
+    metrics.device_fallback(fallen_back=False)
     card = RateCard.load()
     metrics.cost_ratios("card", {phase: card.cost_ratio(phase) for phase in Phase})
 
@@ -198,12 +195,12 @@ def labels_of(metrics: Metrics) -> set[tuple[str, frozenset[tuple[str, str]]]]:
 def test_labels_are_bounded(metrics: Metrics) -> None:
     """An error that the table does not know becomes "other"; accounts never become labels."""
     exercise(metrics)
-    metrics.jobs.failed(None, CallFailed("strange", status="X"), 0.1)
+    metrics.job_failed(None, CallFailed("strange", status="X"), 0.1)
 
     class Novel(SageFedError):
         reason = "MADE_UP_0815"
 
-    metrics.jobs.failed(TACTICAL, Novel("x"), 0.1)
+    metrics.job_failed(TACTICAL, Novel("x"), 0.1)
     text = metrics.exposition().decode()
 
     assert 1 == value(metrics, "requests_total", tier="none", outcome="refused", code="other")
@@ -214,7 +211,7 @@ def test_labels_are_bounded(metrics: Metrics) -> None:
 def test_balances_are_exported_only_on_request() -> None:
     """Account names are in the metrics where the operator wants them."""
     metrics = Metrics(per_account_balance=True)
-    metrics.money.balance_changed("alice", 5 * ATP // 2)
+    metrics.balance_changed("alice", 5 * ATP // 2)
 
     assert 2.5 == value(metrics, "atp_balance", account="alice")
 
@@ -222,10 +219,35 @@ def test_balances_are_exported_only_on_request() -> None:
 def test_two_daemons_in_one_process_do_not_clash() -> None:
     """Each has its own registry and counts for itself; the global registry stays empty of ours."""
     one, other = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
-    one.money.held(TACTICAL, ATP)
+    one.hold_placed(TACTICAL, ATP)
 
     assert 1.0 == value(one, "atp_reserved_total", tier="tactical")
     assert 0.0 == value(other, "atp_reserved_total", tier="tactical")
+
+
+TIERS = (*TIER_ROLES, Tier(2, "deep"))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_series_have_as_many_tiers_as_the_daemon(number: int) -> None:
+    """Each of them is there from the start, counts for itself, and contends with the others."""
+    tiers = TIERS[:number]
+    metrics = Metrics(tiers=tiers)
+    metrics.watch(lambda: Snapshot(jobs=tuple(running(tier, 1.0, 1, ATP) for tier in tiers)))
+    for tier in tiers:
+        metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO))
+        metrics.job_finished(tier, finished())
+        metrics.step_done(report(tier, StepKind.DECODE, 1 << tier.rank, num_decode_tokens=64))
+        with metrics.at_work(tiers[0]):
+            metrics.tokens_delivered(tier, 1, 0.01)
+            assert metrics.contended(tier) is (tier != tiers[0])
+
+    names = {tier.name for tier in tiers}
+    for family in metrics.registry.collect():
+        shown = {sample.labels["tier"] for sample in family.samples if "tier" in sample.labels}
+        assert shown in (set(), names, names | {"none"}), family.name
+    assert {1.0} == {value(metrics, "atp_held", tier=name) for name in names}
+    assert 2 ** (number - 1) == value(metrics, "cost_ratio", source="live", phase="decode")
 
 
 # Jobs and money
@@ -244,7 +266,7 @@ def test_two_daemons_in_one_process_do_not_clash() -> None:
 )
 def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outcome: str) -> None:
     """Aborted work is in every figure, under its own outcome."""
-    metrics.jobs.finished(STRATEGIC, finished(reason))
+    metrics.job_finished(STRATEGIC, finished(reason))
     tier = {"tier": "strategic"}
 
     assert 1 == value(metrics, "requests_total", **tier, outcome=outcome, code=reason.value)
@@ -260,7 +282,7 @@ def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outc
 
 def test_a_job_without_a_token_has_no_time_to_first_token(metrics: Metrics) -> None:
     """A job cancelled in the queue does not flatter the latency."""
-    metrics.jobs.finished(TACTICAL, finished(StopReason.CANCELLED, output_tokens=0))
+    metrics.job_finished(TACTICAL, finished(StopReason.CANCELLED, output_tokens=0))
 
     alone = {"tier": "tactical", "contended": "false"}
     assert 0 == value(metrics, "time_to_first_token_seconds_count", **alone)
@@ -284,7 +306,7 @@ def test_refusals_and_failures_are_told_apart(
     labels: tuple[str, str, str],
 ) -> None:
     """Our fault, or work that was done for nobody, is a failure; the rest are refusals."""
-    metrics.jobs.failed(tier, error, 0.25, usage)
+    metrics.job_failed(tier, error, 0.25, usage)
     name, outcome, code = labels
 
     assert 1 == value(metrics, "requests_total", tier=name, outcome=outcome, code=code)
@@ -295,7 +317,7 @@ def test_refusals_and_failures_are_told_apart(
 
 def test_tokens_that_come_together_share_their_gap(metrics: Metrics) -> None:
     """Four tokens in one hand-over after 80 ms are four latencies of 20 ms."""
-    metrics.jobs.tokens_delivered(TACTICAL, 4, 0.08)
+    metrics.tokens_delivered(TACTICAL, 4, 0.08)
 
     tier = {"tier": "tactical", "contended": "false"}
     assert 4 == value(metrics, "inter_token_latency_seconds_count", **tier)
@@ -307,15 +329,15 @@ def test_latency_is_told_apart_by_the_other_tiers_work(metrics: Metrics) -> None
     """What the tactical tier does while the strategic one is busy has a label of its own."""
     alone = {"tier": "tactical", "contended": "false"}
     busy = {"tier": "tactical", "contended": "true"}
-    with metrics.jobs.at_work(TACTICAL):
-        metrics.jobs.tokens_delivered(TACTICAL, 1, 0.01)
-        with metrics.jobs.at_work(STRATEGIC), metrics.jobs.at_work(STRATEGIC):
-            metrics.jobs.tokens_delivered(TACTICAL, 2, 0.04)
-            assert metrics.jobs.contended(TACTICAL)
-        metrics.jobs.tokens_delivered(TACTICAL, 1, 0.01)
-        assert metrics.jobs.contended(STRATEGIC)
-        assert not metrics.jobs.contended(TACTICAL)
-    metrics.jobs.finished(TACTICAL, finished(), contended=True)
+    with metrics.at_work(TACTICAL):
+        metrics.tokens_delivered(TACTICAL, 1, 0.01)
+        with metrics.at_work(STRATEGIC), metrics.at_work(STRATEGIC):
+            metrics.tokens_delivered(TACTICAL, 2, 0.04)
+            assert metrics.contended(TACTICAL)
+        metrics.tokens_delivered(TACTICAL, 1, 0.01)
+        assert metrics.contended(STRATEGIC)
+        assert not metrics.contended(TACTICAL)
+    metrics.job_finished(TACTICAL, finished(), contended=True)
 
     assert 2 == value(metrics, "inter_token_latency_seconds_count", **alone)
     assert 2 == value(metrics, "inter_token_latency_seconds_count", **busy)
@@ -324,15 +346,15 @@ def test_latency_is_told_apart_by_the_other_tiers_work(metrics: Metrics) -> None
 
 def test_work_ends_with_its_job_however_that_ends(metrics: Metrics) -> None:
     """A job that fails leaves nobody contended for ever."""
-    with pytest.raises(QueueFull), metrics.jobs.at_work(STRATEGIC):
+    with pytest.raises(QueueFull), metrics.at_work(STRATEGIC):
         raise QueueFull("x")
-    assert not metrics.jobs.contended(TACTICAL)
+    assert not metrics.contended(TACTICAL)
 
 
 def test_a_bucket_names_a_job_that_fell_into_it(metrics: Metrics) -> None:
     """The exemplar of a time is in its own bucket, and only where OpenMetrics is asked for."""
     job = {"job_id": "job-7", "trace_id": "ab" * 16}
-    metrics.jobs.finished(TACTICAL, finished(), exemplar=job)
+    metrics.job_finished(TACTICAL, finished(), exemplar=job)
     lines = openmetrics.generate_latest(metrics.registry).decode().splitlines()
     (named,) = [line for line in lines if "time_to_first" in line and "job-7" in line]
 
@@ -343,8 +365,8 @@ def test_a_bucket_names_a_job_that_fell_into_it(metrics: Metrics) -> None:
 
 def test_only_a_slow_gap_between_tokens_names_its_job(metrics: Metrics) -> None:
     """Tokens are many: those that nobody would ask about are not worth a name."""
-    metrics.jobs.tokens_delivered(TACTICAL, 1, 0.19, {"job_id": "job-quick"})
-    metrics.jobs.tokens_delivered(TACTICAL, 1, 0.21, {"job_id": "job-slow"})
+    metrics.tokens_delivered(TACTICAL, 1, 0.19, {"job_id": "job-quick"})
+    metrics.tokens_delivered(TACTICAL, 1, 0.21, {"job_id": "job-slow"})
     page = openmetrics.generate_latest(metrics.registry).decode()
 
     assert "job-quick" not in page
@@ -353,10 +375,10 @@ def test_only_a_slow_gap_between_tokens_names_its_job(metrics: Metrics) -> None:
 
 def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:
     """Reserved equals charged plus refunded once every hold has ended; in ATP."""
-    metrics.money.held(TACTICAL, 10 * ATP)
-    metrics.money.held(TACTICAL, 4 * ATP)
-    metrics.money.settled(TACTICAL, 10 * ATP, 5 * ATP // 2)
-    metrics.money.voided(TACTICAL, 4 * ATP)
+    metrics.hold_placed(TACTICAL, 10 * ATP)
+    metrics.hold_placed(TACTICAL, 4 * ATP)
+    metrics.hold_settled(TACTICAL, 10 * ATP, 5 * ATP // 2)
+    metrics.hold_settled(TACTICAL, 4 * ATP, 0)
 
     tier = {"tier": "tactical"}
     assert 14.0 == value(metrics, "atp_reserved_total", **tier)
@@ -366,8 +388,8 @@ def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:
 
 def test_decisions_are_counted_with_what_they_denied(metrics: Metrics) -> None:
     """Requested, chosen and reason are labels; a refusal for money adds its worst case."""
-    metrics.jobs.route_decided(None, Route(TACTICAL, "auto_simple", None), 0.0002)
-    metrics.jobs.route_decided(
+    metrics.route_decided(None, Route(TACTICAL, "auto_simple", None), 0.0002)
+    metrics.route_decided(
         STRATEGIC, Refusal("cannot_afford", "poor", denied_uatp=670 * ATP), 0.0002
     )
 
@@ -381,7 +403,7 @@ def test_decisions_are_counted_with_what_they_denied(metrics: Metrics) -> None:
 
 def test_ledger_groups_are_measured(metrics: Metrics) -> None:
     """The time to durability and the size of each group commit."""
-    metrics.money.ledger_committed(16, 0.004)
+    metrics.ledger_committed(16, 0.004)
 
     assert 0.004 == value(metrics, "ledger_commit_seconds_sum")
     assert 16 == value(metrics, "ledger_group_size_sum")
@@ -389,15 +411,15 @@ def test_ledger_groups_are_measured(metrics: Metrics) -> None:
 
 def test_folded_entries_are_counted(metrics: Metrics) -> None:
     """An operator sees that the books are tidied."""
-    metrics.money.ledger_folded(256)
-    metrics.money.ledger_folded(3)
+    metrics.ledger_folded(256)
+    metrics.ledger_folded(3)
 
     assert 259 == value(metrics, "ledger_entries_folded_total")
 
 
 def test_reads_of_the_books_are_timed(metrics: Metrics) -> None:
     """Apart from the groups: they do not wait for the writer."""
-    metrics.money.ledger_read(0.003)
+    metrics.ledger_read(0.003)
 
     assert 0.003 == value(metrics, "ledger_read_seconds_sum")
     assert 0 == value(metrics, "ledger_commit_seconds_count")
@@ -406,9 +428,8 @@ def test_reads_of_the_books_are_timed(metrics: Metrics) -> None:
 # Engines
 
 
-async def test_the_loop_counts_what_its_delay_kept_waiting() -> None:
+async def test_the_loop_counts_what_its_delay_kept_waiting(metrics: Metrics) -> None:
     """A delay is seen as often as it is long, and not once."""
-    registry = CollectorRegistry()
     late_s, now = iter([0.0, 1.0, 0.004]), [100.0]
 
     async def sleep(seconds: float) -> None:
@@ -417,12 +438,11 @@ async def test_the_loop_counts_what_its_delay_kept_waiting() -> None:
             raise asyncio.CancelledError
         now[0] += seconds + late
 
-    loop = LoopMetrics(Factory(registry), sleep=sleep, clock=lambda: now[0])
     with pytest.raises(asyncio.CancelledError):
-        await loop.watch()
+        await metrics.watch_loop(sleep=sleep, clock=lambda: now[0])
 
     def seen(bound: str) -> float | None:
-        return registry.get_sample_value("sage_fed_event_loop_lag_seconds_bucket", {"le": bound})
+        return value(metrics, "event_loop_lag_seconds_bucket", le=bound)
 
     # 0; 1, 0.95 and so on to 0.05; 0.004
     assert (1, 2, 22) == (seen("0.002"), seen("0.005"), seen("+Inf"))
@@ -432,7 +452,7 @@ async def test_the_loop_counts_what_its_delay_kept_waiting() -> None:
 def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
     """Exactly one state of a tier is 1, and it follows the tier."""
     for state in (TierState.LOADING, TierState.READY):
-        metrics.engines.tier_changed(TierStatus(TACTICAL, state, 0.5))
+        metrics.tier_changed(TierStatus(TACTICAL, state, 0.5))
         assert {state.value: 1.0} == {
             other.value: 1.0
             for other in TierState
@@ -443,12 +463,12 @@ def test_the_tier_state_is_one_of_its_values(metrics: Metrics) -> None:
 
 def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
     """A reloaded model replaces the old description instead of joining it."""
-    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
-    metrics.engines.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.tier_changed(TierStatus(STRATEGIC, TierState.READY, 1.0, INFO))
     changed = ModelInfo(
         "new", "", "LlamaForCausalLM", 10, "fp16", "torch", "cpu", 2000, 1900, 600, 8, 3.5
     )
-    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, changed))
 
     described = {
         (sample.labels["tier"], sample.labels["name"])
@@ -464,7 +484,7 @@ def test_a_loaded_model_is_described_once(metrics: Metrics) -> None:
 
 def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
     """A report of four steps is four observations, and its batch size their mean."""
-    metrics.engines.step_done(
+    metrics.step_done(
         report(TACTICAL, StepKind.DECODE, 0.04, num_steps=4, num_decode_tokens=8, num_sequences=8)
     )
     tier = {"tier": "tactical"}
@@ -478,7 +498,7 @@ def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
 def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:
     """How many were looked up, and how many of them were there."""
     for hit in (0, 32):
-        metrics.engines.step_done(
+        metrics.step_done(
             report(TACTICAL, StepKind.PREFILL, 0.1, num_queried_tokens=40, num_hit_tokens=hit)
         )
 
@@ -489,7 +509,7 @@ def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:
 
 def test_interruptions_are_counted(metrics: Metrics) -> None:
     """A step may have cost several jobs their place."""
-    metrics.engines.step_done(report(STRATEGIC, StepKind.MIXED, 0.1, num_preempted=2))
+    metrics.step_done(report(STRATEGIC, StepKind.MIXED, 0.1, num_preempted=2))
 
     assert 2 == value(metrics, "preemptions_total", tier="strategic")
     assert 0 == value(metrics, "preemptions_total", tier="tactical")
@@ -498,7 +518,7 @@ def test_interruptions_are_counted(metrics: Metrics) -> None:
 def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
     """Out of memory is a counter of its own."""
     short = StepReport(STRATEGIC, StepKind.PREFILL, 1, 0, 0, 1, 0.1, out_of_memory=True)
-    metrics.engines.step_done(short)
+    metrics.step_done(short)
 
     assert 1 == value(metrics, "oom_total", tier="strategic")
 
@@ -506,15 +526,15 @@ def test_steps_that_did_not_fit_are_counted(metrics: Metrics) -> None:
 def test_the_live_cost_ratio_needs_traffic_on_both_tiers(metrics: Metrics) -> None:
     """Device time per token, strategic over tactical; absent until both had enough tokens."""
     live = {"source": "live", "phase": "decode"}
-    metrics.engines.step_done(report(TACTICAL, StepKind.DECODE, 0.128, num_decode_tokens=128))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.128, num_decode_tokens=128))
     assert value(metrics, "cost_ratio", **live) is None
     assert 0 == value(metrics, "cost_ratio_tokens", phase="decode")
 
-    metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 0.756, num_decode_tokens=63))
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.756, num_decode_tokens=63))
     assert value(metrics, "cost_ratio", **live) is None
     assert 63 == value(metrics, "cost_ratio_tokens", phase="decode")
 
-    metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.012, num_decode_tokens=1))
     assert pytest.approx(12.0) == value(metrics, "cost_ratio", **live)
 
     assert value(metrics, "cost_ratio", source="live", phase="prefill") is None
@@ -527,7 +547,7 @@ def test_mixed_steps_are_split_by_what_their_tokens_cost(metrics: Metrics) -> No
             kind = StepKind.MIXED if prefill else StepKind.DECODE
             seconds = prefill * prefill_s + decode * decode_s
             counts = {"num_prefill_tokens": prefill, "num_decode_tokens": decode}
-            metrics.engines.step_done(report(tier, kind, seconds, **counts))
+            metrics.step_done(report(tier, kind, seconds, **counts))
 
     assert pytest.approx(6.0) == value(metrics, "cost_ratio", source="live", phase="decode")
     assert pytest.approx(3.0) == value(metrics, "cost_ratio", source="live", phase="prefill")
@@ -544,7 +564,7 @@ def test_mixed_steps_are_split_by_what_their_tokens_cost(metrics: Metrics) -> No
 )
 def test_the_phases_times_add_up_to_the_devices(steps: list[tuple[int, int, float]]) -> None:
     """Whatever was measured: each second belongs to a phase, none to two, none is negative."""
-    live = LiveRates()
+    live = LiveRates(TIER_ROLES)
     for prefill, decode, seconds in steps:
         kind = StepKind.DECODE if not prefill else StepKind.MIXED if decode else StepKind.PREFILL
         counts = {"num_prefill_tokens": prefill, "num_decode_tokens": decode}
@@ -559,10 +579,10 @@ def test_the_phases_times_add_up_to_the_devices(steps: list[tuple[int, int, floa
 
 def test_the_live_cost_ratio_follows_the_load(metrics: Metrics) -> None:
     """Old steps fade: after a thousand new ones the old speed has no weight."""
-    metrics.engines.step_done(report(TACTICAL, StepKind.DECODE, 0.064, num_decode_tokens=64))
-    metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 1.0, num_decode_tokens=1))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.064, num_decode_tokens=64))
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 1.0, num_decode_tokens=1))
     for _ in range(2000):
-        metrics.engines.step_done(report(STRATEGIC, StepKind.DECODE, 0.005, num_decode_tokens=1))
+        metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.005, num_decode_tokens=1))
 
     ratio = value(metrics, "cost_ratio", source="live", phase="decode")
     assert pytest.approx(5.0, rel=1e-3) == ratio
@@ -579,17 +599,15 @@ def test_the_cards_cost_ratios_are_shown_by_source(metrics: Metrics) -> None:
 
 def test_decode_bandwidth_counts_weights_and_kv_cache(metrics: Metrics) -> None:
     """1000 bytes of weights read 100 times a second are 100 kB/s, and each context token 8 more."""
-    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
     assert 0.0 == value(metrics, "decode_bytes_per_second", tier="tactical")
 
-    metrics.engines.step_done(
-        report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8)
-    )
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
     assert pytest.approx(100_000.0) == value(metrics, "decode_bytes_per_second", tier="tactical")
 
     # 2000 bytes of weights in the first report, 1000 and 8 x 500 of KV in the second.
     context = {"num_decode_tokens": 1, "num_context_tokens": 500}
-    metrics.engines.step_done(report(TACTICAL, StepKind.DECODE, 0.05, **context))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.05, **context))
     expected = (2000 + 1000 + 8 * 500) / 0.07
     assert pytest.approx(expected) == value(metrics, "decode_bytes_per_second", tier="tactical")
 
@@ -599,10 +617,8 @@ def test_decode_bandwidth_counts_weights_and_kv_cache(metrics: Metrics) -> None:
 
 def test_decode_bandwidth_is_shown_as_a_share_of_the_measured_one(metrics: Metrics) -> None:
     """100 kB/s of a device that reads 400 kB/s are a quarter; unmeasured, there is no share."""
-    metrics.engines.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
-    metrics.engines.step_done(
-        report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8)
-    )
+    metrics.tier_changed(TierStatus(TACTICAL, TierState.READY, 1.0, INFO))
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.02, num_steps=2, num_decode_tokens=8))
     assert "decode_bandwidth_ratio" not in metrics.exposition().decode()
 
     metrics.memory_bandwidth(400e3)
@@ -666,7 +682,7 @@ def test_available_memory_is_the_kernels_figure(tmp_path: Path) -> None:
 
 def test_the_endpoint_serves_until_it_is_closed(metrics: Metrics) -> None:
     """A scrape over HTTP gives the registry's exposition; after close nobody listens."""
-    metrics.money.held(TACTICAL, ATP)
+    metrics.hold_placed(TACTICAL, ATP)
     with metrics.serve("127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as response:
@@ -880,10 +896,10 @@ def test_a_handshake_is_part_of_the_deadline(metrics: Metrics) -> None:
     authority.issue_cert("127.0.0.1").configure_cert(context)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    door = PageDoor(tls=lambda: context)
+    access = PageAccess(tls=lambda: context)
     with ExitStack() as stack:
         server = stack.enter_context(
-            MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=3, door=door)
+            MetricsServer(metrics.registry, "127.0.0.1", 0, deadline_s=3, access=access)
         )
         clients = crowd(stack, server.port, 1)  # plain text is no handshake
         for _ in range(MAX_ADDRESS_CONNECTIONS):
@@ -997,7 +1013,7 @@ def test_equal_observations_count_as_if_one_by_one(amount: float, count: int) ->
     """The same buckets as the library's own, and the same sum up to rounding."""
     together, single = CollectorRegistry(), CollectorRegistry()
     bounds = (0.5, 1.0, 5.0)
-    Histogram("h", "H.", buckets=bounds, registry=together).observe_many(amount, count)
+    Histogram("h", "H.", buckets=bounds, registry=together).observe(amount, count=count)
     histogram = prometheus_client.Histogram("h", "H.", buckets=bounds, registry=single)
     for _ in range(count):
         histogram.observe(amount)

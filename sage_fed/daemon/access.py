@@ -25,7 +25,7 @@ from sage_fed.auth import (
 )
 from sage_fed.core import Role
 from sage_fed.errors import ConfigError, Forbidden, LedgerDown, Unauthenticated
-from sage_fed.metrics import DoorMetrics, PageDoor
+from sage_fed.metrics import Metrics, PageAccess
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Settings
 
@@ -88,7 +88,7 @@ class Doors:
         *,
         admin: Token,
         open_accounts: OpenAccounts,
-        metrics: DoorMetrics,
+        metrics: Metrics,
     ) -> None:
         self.authenticator = Authenticator.from_settings(settings, admin, files.register)
         self.certificate = files.certificate
@@ -99,14 +99,14 @@ class Doors:
         self._pems = Followed(lambda: _signature_of_pems(settings), files.pems)
         self._show_expiry()
 
-    def page_door(self) -> PageDoor:
+    def page_door(self) -> PageAccess:
         """Return who may read the metrics: on this machine anyone, beyond it a monitor."""
         tls = self.certificate.page if self.certificate is not None else None
         if self._settings.metrics_listen.is_loopback:
-            return PageDoor()
+            return PageAccess()
         if self._settings.metrics.public:
-            return PageDoor(tls=tls)
-        return PageDoor(self._admit_scrape, tls)
+            return PageAccess(tls=tls)
+        return PageAccess(self._admit_scrape, tls)
 
     def _describe(self) -> str:
         """Return in words who is let in."""

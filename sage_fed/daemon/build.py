@@ -21,7 +21,7 @@ from sage_fed.device import TierSetup
 from sage_fed.engine import DeviceDescription, Engine, EngineOptions, device_at_hand, load_engine
 from sage_fed.errors import ConfigError, LedgerDown, Occupied, SageFedError
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
-from sage_fed.metrics import EngineMetrics, Metrics, MetricsServer, PageDoor
+from sage_fed.metrics import Metrics, MetricsServer, PageAccess
 from sage_fed.routing import possible_decisions
 from sage_fed.settings import Address, Settings, atp_from_uatp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
@@ -147,7 +147,7 @@ def start_watching(
     )
 
 
-def expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
+def expose(metrics: Metrics, listen: Address, door: PageAccess) -> MetricsServer:
     """Serve the page until it is closed; `Occupied` where the address cannot be had."""
     try:
         return metrics.serve(listen.host, listen.port, door)
@@ -155,7 +155,7 @@ def expose(metrics: Metrics, listen: Address, door: PageDoor) -> MetricsServer:
         raise Occupied(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
 
 
-def page_url(bound: Address, door: PageDoor) -> str:
+def page_url(bound: Address, door: PageAccess) -> str:
     """Where a person or a scraper finds the page."""
     return f"{'http' if door.tls is None else 'https'}://{bound}/metrics"
 
@@ -172,7 +172,7 @@ async def open_ledger(
     """
 
     def on_disk(writable: bool) -> None:
-        metrics.money.ledger_writable(writable=writable)
+        metrics.ledger_writable(writable=writable)
         accepts(writable)
 
     ledger = await Ledger.open(
@@ -186,14 +186,14 @@ async def open_ledger(
             commit_timeout_s=settings.ledger.commit_timeout_s,
         ),
         terms=lambda account: _terms(settings, account),
-        on_commit=metrics.money.ledger_committed,
-        on_read=metrics.money.ledger_read,
-        on_fold=metrics.money.ledger_folded,
+        on_commit=metrics.ledger_committed,
+        on_read=metrics.ledger_read,
+        on_fold=metrics.ledger_folded,
         on_disk=on_disk,
         on_death=lambda error: lifecycle.fail(f"the ledger failed: {_words(error)}"),
     )
     recovery = ledger.recovery
-    metrics.money.ledger_recovered(recovery.voided_jobs, recovery.voided_uatp)
+    metrics.ledger_recovered(recovery.voided_jobs, recovery.voided_uatp)
     if recovery.voided_jobs:
         _log.warning(
             "the daemon before this one did not end %s: %s ATP were given back, nothing charged",
@@ -229,7 +229,7 @@ def _terms(settings: Settings, account: str) -> AccountTerms:
     )
 
 
-def on_device_at_hand(settings: Settings, metrics: EngineMetrics) -> tuple[Settings, str]:
+def on_device_at_hand(settings: Settings, metrics: Metrics) -> tuple[Settings, str]:
     """Return the settings with the device that serves, and why it is not the one wanted."""
     why = ""
     if settings.device == "auto":

@@ -138,7 +138,7 @@ async def _started(
     laps = Laps()
     set_cpu_threads(settings.cpu_threads)
     metrics = build_metrics(settings)
-    settings, fallback = await asyncio.to_thread(on_device_at_hand, settings, metrics.engines)
+    settings, fallback = await asyncio.to_thread(on_device_at_hand, settings, metrics)
     device = await asyncio.to_thread(describe_device, settings.device)
     cards = await asyncio.to_thread(card_in_force, settings, device, metrics)
     # The device and the models' files before the books: a start that fails for want of either
@@ -163,13 +163,13 @@ async def _started(
                 mint_admin_token, settings.state_dir, settings.auth.anonymous_account
             ),
             open_accounts=lambda accounts: open_accounts(ledger, settings, accounts),
-            metrics=metrics.doors,
+            metrics=metrics,
         )
         await open_accounts(ledger, settings, {*settings.accounts, *doors.authenticator.accounts()})
         laps.done("ledger")
         executor = Executor(
             {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in TIER_ROLES},
-            observers=(metrics.engines, cards, readiness),
+            observers=(metrics, cards, readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
             max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
@@ -178,7 +178,7 @@ async def _started(
             Workers(
                 max_calls=settings.limits.max_waiting_calls,
                 max_size=settings.limits.max_waiting_chars,
-                on_refused=lambda: metrics.doors.call_denied("waiting"),
+                on_refused=lambda: metrics.call_denied("waiting"),
                 has_rivals=lambda account: broker.has_rivals(account),  # noqa: PLW0108 - made below
             )
         )
@@ -229,8 +229,8 @@ async def _started(
             workers=workers,
             throttle=throttle_of(settings),
             certificate=doors.certificate,
-            on_denied=metrics.doors.call_denied,
-            metrics=metrics.doors,
+            on_denied=metrics.call_denied,
+            metrics=metrics,
             tracing=tracing,
         )
         metrics.watch(
@@ -250,7 +250,7 @@ async def _started(
             ("doors", doors.run()),
             ("calls", bound.calls.run()),
             ("device watch", executor.watch()),
-            ("loop watch", metrics.loop.watch()),
+            ("loop watch", metrics.watch_loop()),
             ("service watch", keep_watch(executor, manager, settings.scheduling.step_timeout_s)),
         ):
             task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)

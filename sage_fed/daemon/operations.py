@@ -280,7 +280,7 @@ class CardInForce:
         return CardFit.MEASURED, f"on this device, engine and pair{_warning(card)}"
 
     def _show(self) -> None:
-        self._metrics.money.rate_card(self.card.version, stale=self.fit is CardFit.STALE)
+        self._metrics.rate_card(self.card.version, stale=self.fit is CardFit.STALE)
         self._metrics.cost_ratios("card", {phase: self.card.cost_ratio(phase) for phase in Phase})
 
 

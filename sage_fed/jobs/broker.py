@@ -53,7 +53,7 @@ from sage_fed.jobs.mailbox import JobStream, split
 from sage_fed.jobs.pace import Pace, is_away
 from sage_fed.jobs.results import Result, hash_payload, read_result, write_result
 from sage_fed.ledger import HoldRequest, Ledger, Replay
-from sage_fed.metrics import Metrics, MoneyMetrics
+from sage_fed.metrics import Metrics
 from sage_fed.routing import refusal_error
 from sage_fed.workers import Workers
 
@@ -289,11 +289,11 @@ class Broker:
         refusal = self._planner.refuse_unread(spec, self._coming)
         if refusal is not None:
             elapsed_s = time.perf_counter() - began_s
-            self._metrics.jobs.route_decided(spec.requested, refusal, elapsed_s)
+            self._metrics.route_decided(spec.requested, refusal, elapsed_s)
             raise refusal_error(refusal, spec.account)
 
     def _count_refusal(self, spec: JobSpec, refusal: SageFedError, elapsed_s: float) -> None:
-        self._metrics.jobs.failed(spec.requested, refusal, elapsed_s)
+        self._metrics.job_failed(spec.requested, refusal, elapsed_s)
         if self._tracing is not None:
             self._tracing.job_ended(spec, None, refusal)
 
@@ -302,7 +302,7 @@ class Broker:
         allowed = self._max_account_jobs(account)
         if not allowed or self._account_jobs[account] + self._num_unread(account) < allowed:
             return
-        self._metrics.doors.call_denied("concurrent_jobs")
+        self._metrics.call_denied("concurrent_jobs")
         raise RateLimited(
             f"account {account} may run {counted(allowed, 'job')} at once",
             account=account,
@@ -382,7 +382,7 @@ class Job:
             self.stream,
             arrived_s=arrived_s,
             executor=executor,
-            metrics=metrics.jobs,
+            metrics=metrics,
             exemplar=self._exemplar,
         )
 
@@ -457,7 +457,7 @@ class Job:
         if result.output.token_ids or result.output.text:
             for part in split(result.output):
                 self.stream.push(part)
-        self._metrics.jobs.replayed(result.started.route.tier)
+        self._metrics.job_replayed(result.started.route.tier)
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 
     def _fail(self, error: SageFedError) -> None:
@@ -465,7 +465,7 @@ class Job:
         tier = self._started.route.tier if self._started else self.spec.requested
         total_s = time.monotonic() - self._arrived_s
         if not isinstance(error, RateLimited):  # counted as a call that its account may not make
-            self._metrics.jobs.failed(tier, error, total_s, self._wasted, self._device_s)
+            self._metrics.job_failed(tier, error, total_s, self._wasted, self._device_s)
         self._trace(error)
         # Its frames lead back to the job: see `run`.
         self.stream.end(error.with_traceback(None))
@@ -510,7 +510,7 @@ class Job:
             # Until the books say otherwise: without a settlement it was done for nobody.
             self._wasted = usage
             balance_uatp = await hold.settle(charged_uatp, finished.stop_reason, stored)
-        self._metrics.jobs.finished(
+        self._metrics.job_finished(
             plan.route.tier,
             finished,
             contended=self._delivery.contended,
@@ -564,7 +564,7 @@ class Hold:
     route: Route
     uatp: int
     ledger: Ledger
-    metrics: MoneyMetrics
+    metrics: Metrics
 
     async def settle(self, charged_uatp: int, reason: StopReason, result: bytes | None) -> int:
         """Charge what was done and release the rest; return the balance.
@@ -576,13 +576,13 @@ class Hold:
         """
         settlement = await self.ledger.settle(self.job_id, charged_uatp, reason.value, result)
         self.metrics.balance_changed(self.account, settlement.balance_uatp)
-        self.metrics.settled(self.route.tier, self.uatp, charged_uatp)
+        self.metrics.hold_settled(self.route.tier, self.uatp, charged_uatp)
         return settlement.balance_uatp
 
     async def void(self, why: str) -> int:
         """Release all of it; return the balance."""
         release = await self.ledger.void(self.job_id, why)
-        self.metrics.voided(self.route.tier, release.released_uatp)
+        self.metrics.hold_settled(self.route.tier, release.released_uatp, 0)
         return release.balance_uatp
 
 
@@ -611,7 +611,7 @@ async def take_hold(
         began_s = time.perf_counter()
         refusal = planner.hopeless(draft, loads)
         if refusal is not None:
-            metrics.jobs.route_decided(spec.requested, refusal, time.perf_counter() - began_s)
+            metrics.route_decided(spec.requested, refusal, time.perf_counter() - began_s)
             raise refusal_error(refusal, spec.account)
 
     def decide(budget: Budget) -> HoldRequest:
@@ -638,12 +638,12 @@ async def take_hold(
         held = await ledger.decide_hold(spec.account, spec.client_request_id, payload, decide)
     finally:
         if decision is not None:
-            metrics.jobs.route_decided(spec.requested, decision, decision_s)
+            metrics.route_decided(spec.requested, decision, decision_s)
     if isinstance(held, Replay):
         return held
     assert isinstance(decision, Route), "what is held was decided"
-    metrics.money.held(decision.tier, held.held_uatp)
-    return Hold(job_id, spec.account, decision, held.held_uatp, ledger, metrics.money)
+    metrics.hold_placed(decision.tier, held.held_uatp)
+    return Hold(job_id, spec.account, decision, held.held_uatp, ledger, metrics)
 
 
 _NATURAL = {EndReason.EOS: StopReason.END_OF_TEXT, EndReason.LENGTH: StopReason.LENGTH}

@@ -16,7 +16,7 @@ from sage_fed.device import Ended, Executor, SequenceSpec, TokenStream, TokenWei
 from sage_fed.jobs.admission import Plan
 from sage_fed.jobs.mailbox import JobStream
 from sage_fed.jobs.output import Output
-from sage_fed.metrics import JobMetrics
+from sage_fed.metrics import Metrics
 from sage_fed.steps import SampledToken
 
 DROPS_OUTPUT = (StopReason.STOP_STRING, StopReason.CANCELLED)
@@ -34,7 +34,7 @@ class Delivery:
         *,
         arrived_s: float,
         executor: Executor,
-        metrics: JobMetrics,
+        metrics: Metrics,
         exemplar: Mapping[str, str],
     ) -> None:
         self.stop_reason: StopReason | None = None

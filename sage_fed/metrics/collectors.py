@@ -1,24 +1,8 @@
-"""What recent steps say about speed: device time per token, and bytes read per second.
+"""Series that are computed when a page is scraped: load, ages, memory, speed, cost ratio, power.
 
-Owns a sliding window of each tier's steps. Written by the event loop, read by the scraping
-thread, under a lock that is held for one append or one copy.
-
-A step that both prefills and decodes is split: least squares over the window say what a token of
-each phase costs (seconds = p x prefill tokens + d x decode tokens), and each mixed step's time is
-divided in the proportion of its own tokens at those costs. So the phases' times add up to the
-device's, whatever the mix, and where no step is mixed they are plain means.
-
-What is read off at the moment of a scrape: queues, ages, memory, ratios.
-
-Runs in the scraping thread, so what it reads must be immutable values that their owners swap
-whole. A snapshot that raises fails the scrape, visibly.
-
-What the GPU draws, where anything says so: the driver (NVML), or a board's own sensors (hwmon).
-
-Every reading is optional. A Jetson's NVML knows no power, but its board has a sensor on the GPU's
-rail; a machine may have neither, and then there are no series. A sensor that stops answering
-leaves a gap, and is no error.
-Where nobody counts energy, a thread of ours reads the power once a second and adds it up.
+Collectors run in the scraping thread, so what they read is immutable, swapped whole by its owner,
+or under a lock. A snapshot that raises fails the scrape, visibly. Every reading of a sensor is
+optional: one that stops answering leaves a gap, and is no error.
 """
 
 from __future__ import annotations
@@ -28,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -37,8 +21,8 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sage_fed.core import TIER_ROLES, UATP_PER_ATP, Phase, RunningJob, Tier, TierLoad
-from sage_fed.metrics.series import PREFIX, TIERS
+from sage_fed.core import UATP_PER_ATP, Phase, RunningJob, Tier, TierLoad, TierState
+from sage_fed.metrics.series import PREFIX
 from sage_fed.steps import StepKind, StepReport
 
 _WINDOW = 512
@@ -47,62 +31,78 @@ _WINDOW = 512
 MIN_RATIO_TOKENS = 64
 """Tokens of a phase on each tier, among those, below which there is no ratio."""
 
+_MEMINFO = Path("/proc/meminfo")
+_HWMON = Path("/sys/class/hwmon")
+_POWER_INTERVAL_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The daemon at one instant: each tier's load, and every job that holds ATP."""
+
+    loads: Mapping[Tier, TierLoad] = field(default_factory=dict)
+    jobs: tuple[RunningJob, ...] = ()
+
 
 class LiveRates:
-    """Device seconds per token, by tier and phase, over the recent past."""
+    """Device seconds per token and bytes read per second, by tier, over the recent past.
 
-    def __init__(self) -> None:
+    Owns a sliding window of each tier's steps. The event loop writes it and the scraping thread
+    reads it, under a lock that is held for one append or one copy.
+
+    A step that both prefills and decodes is split: least squares over the window say what a token
+    of each phase costs (seconds = p x prefill tokens + d x decode tokens), and each mixed step's
+    time is divided in the proportion of its own tokens at those costs. So the phases' times add up
+    to the device's, whatever the mix, and where no step is mixed they are plain means.
+    """
+
+    def __init__(self, tiers: Sequence[Tier]) -> None:
         self._reports: dict[Tier, deque[StepReport]] = {
-            tier: deque(maxlen=_WINDOW) for tier in TIER_ROLES
+            tier: deque(maxlen=_WINDOW) for tier in tiers
         }
         self._lock = threading.Lock()
 
     def add(self, report: StepReport) -> None:
-        """Takes a report's steps in."""
+        """Add a report's steps."""
         if report.out_of_memory or not report.num_steps:
             return
         with self._lock:
             self._reports[report.tier].append(report)
 
-    def ratio_tokens(self) -> Mapping[Phase, int]:
-        """Tokens that each phase's ratio rests on: those of the tier that had fewer."""
-        recent = {tier: self._recent(tier) for tier in TIER_ROLES}
+    def seconds_per_token(self, tier: Tier) -> Mapping[Phase, float]:
+        """Return device seconds per token of the phases that the tier has had traffic in."""
+        reports = self._recent(tier)
+        seconds, tokens = _phase_seconds(reports), _phase_tokens(reports)
         return {
-            Phase.PREFILL: min(sum(r.num_prefill_tokens for r in of) for of in recent.values()),
-            Phase.DECODE: min(sum(r.num_decode_tokens for r in of) for of in recent.values()),
+            phase: seconds[phase] / tokens[phase]
+            for phase in tokens
+            if seconds[phase] > 0 and tokens[phase]
         }
 
-    def seconds_per_token(self, tier: Tier) -> Mapping[Phase, float]:
-        """Device seconds per token of the phases that the tier has had traffic in."""
-        reports = self._recent(tier)
-        prefill_s, decode_s = _phase_seconds(reports)
-        rates: dict[Phase, float] = {}
-        for phase, seconds, tokens in (
-            (Phase.PREFILL, prefill_s, sum(r.num_prefill_tokens for r in reports)),
-            (Phase.DECODE, decode_s, sum(r.num_decode_tokens for r in reports)),
-        ):
-            if seconds > 0 and tokens:
-                rates[phase] = seconds / tokens
-        return rates
+    def ratio_tokens(self) -> Mapping[Phase, int]:
+        """Return the tokens that each phase's ratio rests on: those of the tier that had fewer."""
+        low, high = (_phase_tokens(self._recent(tier)) for tier in self._compared)
+        return {phase: min(low[phase], high[phase]) for phase in low}
 
     def cost_ratios(self) -> Mapping[Phase, float]:
-        """Strategic over tactical device time per token, of phases in which both had traffic.
+        """Return the deepest tier's device time per token over the lowest one's, by phase.
 
-        Not of those in which a tier had less than `MIN_RATIO_TOKENS`: that is no figure yet.
+        Not of a phase in which one of them had less than `MIN_RATIO_TOKENS`.
         """
         tokens = self.ratio_tokens()
-        strategic = self.seconds_per_token(Tier.STRATEGIC)
-        tactical = self.seconds_per_token(Tier.TACTICAL)
+        low, high = (self.seconds_per_token(tier) for tier in self._compared)
         return {
-            phase: strategic[phase] / tactical[phase]
-            for phase in strategic.keys() & tactical
-            if tokens[phase] >= MIN_RATIO_TOKENS
+            phase: high[phase] / low[phase]
+            for phase in Phase
+            if phase in low and phase in high and tokens[phase] >= MIN_RATIO_TOKENS
         }
 
     def decode_bytes_per_second(
         self, tier: Tier, *, step_bytes: int, kv_token_bytes: int
     ) -> float | None:
-        """Bytes read by recent steps that only decode, over their time; None without any.
+        """Return bytes read by recent steps that only decode, over their time; None without any.
 
         A step reads all the weights, and the keys and values of every token it attends to.
         """
@@ -113,12 +113,24 @@ class LiveRates:
         )
         return num_bytes / seconds if seconds > 0 else None
 
+    @property
+    def _compared(self) -> tuple[Tier, Tier]:
+        return min(self._reports), max(self._reports)
+
     def _recent(self, tier: Tier) -> tuple[StepReport, ...]:
         with self._lock:
             return tuple(self._reports[tier])
 
 
-def _phase_seconds(reports: Iterable[StepReport]) -> tuple[float, float]:
+def _phase_tokens(reports: Iterable[StepReport]) -> Mapping[Phase, int]:
+    reports = tuple(reports)
+    return {
+        Phase.PREFILL: sum(report.num_prefill_tokens for report in reports),
+        Phase.DECODE: sum(report.num_decode_tokens for report in reports),
+    }
+
+
+def _phase_seconds(reports: Iterable[StepReport]) -> Mapping[Phase, float]:
     """Divide the reports' time between prefill and decode."""
     reports = tuple(reports)
     prefill_cost, decode_cost = _token_costs(reports)
@@ -131,7 +143,7 @@ def _phase_seconds(reports: Iterable[StepReport]) -> tuple[float, float]:
         if prefill + decode > 0:
             prefill_s += report.elapsed_s * prefill / (prefill + decode)
             decode_s += report.elapsed_s * decode / (prefill + decode)
-    return prefill_s, decode_s
+    return {Phase.PREFILL: prefill_s, Phase.DECODE: decode_s}
 
 
 def _token_costs(reports: Iterable[StepReport]) -> tuple[float, float]:
@@ -165,12 +177,36 @@ def _token_costs(reports: Iterable[StepReport]) -> tuple[float, float]:
 _MEMINFO = Path("/proc/meminfo")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The daemon at one instant: each tier's load, and every job that holds ATP."""
+# Name, help text, and the value of a tier's load.
+_LOADS: tuple[tuple[str, str, Callable[[TierLoad], float]], ...] = (
+    ("requests_running", "Jobs in the running batch.", lambda load: load.running),
+    ("requests_waiting", "Jobs that wait for a place in the batch.", lambda load: load.waiting),
+    (
+        "requests_waiting_limit",
+        "Waiting jobs from which on new ones are refused.",
+        lambda load: load.waiting_limit,
+    ),
+)
 
-    loads: Mapping[Tier, TierLoad] = field(default_factory=dict)
-    jobs: tuple[RunningJob, ...] = ()
+# Name, help text, and the value of a tier's jobs.
+_JOBS: tuple[tuple[str, str, Callable[[Sequence[RunningJob]], float]], ...] = (
+    (
+        "oldest_running_age_seconds",
+        "Age of the oldest job that has made a token.",
+        lambda jobs: max((job.age_s for job in jobs if job.output_tokens), default=0.0),
+    ),
+    (
+        "oldest_waiting_age_seconds",
+        "Age of the oldest job that waits for its first token.",
+        lambda jobs: max((job.age_s for job in jobs if not job.output_tokens), default=0.0),
+    ),
+    (
+        "atp_held",
+        "ATP held now for jobs that have not ended.",
+        lambda jobs: sum(job.held_uatp for job in jobs) / UATP_PER_ATP,
+    ),
+    ("ledger_holds_open", "Holds that have neither been settled nor voided.", len),
+)
 
 
 class ScrapeCollector(Collector):
@@ -182,88 +218,109 @@ class ScrapeCollector(Collector):
     bandwidth, 0 until it has been measured.
     """
 
-    def __init__(self, live: LiveRates) -> None:
+    def __init__(self, live: LiveRates, tiers: Sequence[Tier]) -> None:
         self.snapshot: Callable[[], Snapshot] = Snapshot
         self.ratios: Mapping[str, Mapping[Phase, float]] = {}
         self.read_bytes: Mapping[Tier, tuple[int, int]] = {}
         self.memory_bytes_per_s = 0.0
         self._live = live
+        self._tiers = tuple(tiers)
 
-    def describe(self) -> list[GaugeMetricFamily]:
-        """Nothing: else registering would already ask for a snapshot."""
+    def describe(self) -> list[Metric]:
+        """Return nothing: else registering would already ask for a snapshot."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """All families, in a stable order."""
-        now = self.snapshot()
-        yield from _queues(now)
-        yield from _ages(now)
-        yield from _money(now)
-        yield self._cost_ratio()
+    def collect(self) -> Iterator[Metric]:
+        """Yield all families, in a stable order."""
+        yield from self._load(self.snapshot())
+        live = self._live.cost_ratios()
+        yield _family(
+            "cost_ratio",
+            "Strategic over tactical cost of a token: priced, and live from device time of each "
+            f"tier's recent steps, where both had at least {MIN_RATIO_TOKENS} tokens of the phase.",
+            {
+                (source, phase.value): ratio
+                for source, ratios in {**self.ratios, "live": live}.items()
+                for phase, ratio in ratios.items()
+            },
+            labels=("source", "phase"),
+        )
         yield _family(
             "cost_ratio_tokens",
             "Recent tokens that the live cost ratio rests on: of the tier that had fewer.",
-            ("phase",),
-            [((phase.value,), count) for phase, count in self._live.ratio_tokens().items()],
+            {(phase.value,): count for phase, count in self._live.ratio_tokens().items()},
+            labels=("phase",),
         )
         yield from self._bandwidth()
         available = available_memory_bytes()
         if available is not None:
-            yield _family(
-                "memory_available_bytes",
-                "Memory that the kernel could give out.",
-                (),
-                [((), available)],
-            )
+            text = "Memory that the kernel could give out."
+            yield _family("memory_available_bytes", text, {(): available}, labels=())
 
-    def _cost_ratio(self) -> GaugeMetricFamily:
-        samples: list[tuple[tuple[str, ...], float]] = [
-            ((source, phase.value), ratio)
-            for source, ratios in self.ratios.items()
-            for phase, ratio in ratios.items()
-        ]
-        live = self._live.cost_ratios()
-        samples += [(("live", phase.value), live[phase]) for phase in Phase if phase in live]
-        return _family(
-            "cost_ratio",
-            "Strategic over tactical cost of a token: priced, and live from device time of each "
-            f"tier's recent steps, where both had at least {MIN_RATIO_TOKENS} tokens of the phase.",
-            ("source", "phase"),
-            samples,
+    def _load(self, now: Snapshot) -> Iterator[Metric]:
+        loads = {t: now.loads.get(t) or TierLoad(t, TierState.LOADING) for t in self._tiers}
+        jobs = {tier: [job for job in now.jobs if job.tier == tier] for tier in self._tiers}
+        for name, text, of_load in _LOADS:
+            yield _family(name, text, {(t.name,): of_load(load) for t, load in loads.items()})
+        kv_tokens: dict[tuple[str, ...], float] = {}
+        for tier, load in loads.items():
+            free = load.kv_tokens_total - load.kv_tokens_used - load.kv_tokens_cached
+            kv_tokens[tier.name, "used"] = load.kv_tokens_used
+            kv_tokens[tier.name, "cached"] = load.kv_tokens_cached
+            kv_tokens[tier.name, "free"] = free
+        yield _family(
+            "kv_cache_tokens",
+            "Tokens that the KV cache has room for: used by jobs, cached for later ones, or free.",
+            kv_tokens,
+            labels=("tier", "state"),
         )
+        for name, text, of_jobs in _JOBS:
+            yield _family(name, text, {(t.name,): of_jobs(own) for t, own in jobs.items()})
 
-    def _bandwidth(self) -> Iterator[GaugeMetricFamily]:
-        used: list[tuple[tuple[str, ...], float]] = []
-        for tier, (step_bytes, kv_token_bytes) in self.read_bytes.items():
-            rate = self._live.decode_bytes_per_second(
+    def _bandwidth(self) -> Iterator[Metric]:
+        used: dict[tuple[str, ...], float] = {
+            (tier.name,): self._live.decode_bytes_per_second(
                 tier, step_bytes=step_bytes, kv_token_bytes=kv_token_bytes
             )
-            used.append(((tier.name,), rate or 0.0))
+            or 0.0
+            for tier, (step_bytes, kv_token_bytes) in self.read_bytes.items()
+        }
         yield _family(
             "decode_bytes_per_second",
             "Weights and KV cache read per second of device time in recent decode steps.",
-            ("tier",),
             used,
         )
-        if not self.memory_bytes_per_s:
+        measured = self.memory_bytes_per_s
+        if not measured:
             return
         yield _family(
             "memory_bandwidth_bytes_per_second",
             "Read bandwidth of the device, measured at start over far more than its caches.",
-            (),
-            [((), self.memory_bytes_per_s)],
+            {(): measured},
+            labels=(),
         )
         yield _family(
             "decode_bandwidth_ratio",
             "decode_bytes_per_second over the measured bandwidth; above 1 where caches hold "
             "what is read.",
-            ("tier",),
-            [(labels, value / self.memory_bytes_per_s) for labels, value in used],
+            {labels: value / measured for labels, value in used.items()},
         )
 
 
+def _family(
+    name: str,
+    text: str,
+    samples: Mapping[tuple[str, ...], float],
+    labels: tuple[str, ...] = ("tier",),
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
+    for values, value in samples.items():
+        family.add_metric(values, value)
+    return family
+
+
 def available_memory_bytes(meminfo: Path = _MEMINFO) -> int | None:
-    """MemAvailable of the kernel; None where there is no such file.
+    """Return MemAvailable of the kernel; None where there is no such file.
 
     On unified memory this, not the device's "free", is what a model can still get.
     """
@@ -271,106 +328,16 @@ def available_memory_bytes(meminfo: Path = _MEMINFO) -> int | None:
         text = meminfo.read_text()
     except OSError:
         return None
-    for line in text.splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _queues(now: Snapshot) -> Iterator[GaugeMetricFamily]:
-    loads = [(tier.name, now.loads.get(tier)) for tier in TIER_ROLES]
-    yield _family(
-        "requests_running",
-        "Jobs in the running batch.",
-        ("tier",),
-        [((tier,), load.running if load else 0) for tier, load in loads],
-    )
-    yield _family(
-        "requests_waiting",
-        "Jobs that wait for a place in the batch.",
-        ("tier",),
-        [((tier,), load.waiting if load else 0) for tier, load in loads],
-    )
-    yield _family(
-        "requests_waiting_limit",
-        "Waiting jobs from which on new ones are refused.",
-        ("tier",),
-        [((tier,), load.waiting_limit if load else 0) for tier, load in loads],
-    )
-    yield _family(
-        "kv_cache_tokens",
-        "Tokens that the KV cache holds room for: used by jobs, cached for later ones, or free.",
-        ("tier", "state"),
-        [
-            ((tier, state), tokens)
-            for tier, load in loads
-            for state, tokens in (
-                ("used", load.kv_tokens_used if load else 0),
-                ("cached", load.kv_tokens_cached if load else 0),
-                ("free", _kv_tokens_free(load) if load else 0),
-            )
-        ],
-    )
-
-
-def _kv_tokens_free(load: TierLoad) -> int:
-    return load.kv_tokens_total - load.kv_tokens_used - load.kv_tokens_cached
-
-
-def _ages(now: Snapshot) -> Iterator[GaugeMetricFamily]:
-    for name, text, has_output in (
-        ("running", "Age of the oldest job that has made a token.", True),
-        ("waiting", "Age of the oldest job that waits for its first token.", False),
-    ):
-        ages = dict.fromkeys(TIERS, 0.0)
-        for job in now.jobs:
-            if bool(job.output_tokens) is has_output:
-                ages[job.tier.name] = max(ages[job.tier.name], job.age_s)
-        yield _family(
-            f"oldest_{name}_age_seconds", text, ("tier",), [((t,), age) for t, age in ages.items()]
-        )
-
-
-def _money(now: Snapshot) -> Iterator[GaugeMetricFamily]:
-    held = dict.fromkeys(TIERS, 0)
-    holds = dict.fromkeys(TIERS, 0)
-    for job in now.jobs:
-        held[job.tier.name] += job.held_uatp
-        holds[job.tier.name] += 1
-    yield _family(
-        "atp_held",
-        "ATP held now for jobs that have not ended.",
-        ("tier",),
-        [((tier,), uatp / UATP_PER_ATP) for tier, uatp in held.items()],
-    )
-    yield _family(
-        "ledger_holds_open",
-        "Holds that have neither been settled nor voided.",
-        ("tier",),
-        [((tier,), number) for tier, number in holds.items()],
-    )
-
-
-def _family(
-    name: str,
-    text: str,
-    labels: tuple[str, ...],
-    samples: list[tuple[tuple[str, ...], float]],
-) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, value)
-    return family
-
-
-_HWMON = Path("/sys/class/hwmon")
-_INTERVAL_S = 1.0
-
-_log = logging.getLogger(__name__)
+    figures = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    available = figures.get("MemAvailable")
+    return None if available is None else int(available.split()[0]) * 1024
 
 
 class Sensor(Protocol):
-    """One place that knows the GPU's power."""
+    """What knows the GPU's power: the driver (NVML), or a sensor of the board (hwmon).
+
+    A Jetson's NVML knows no power, but its board has a sensor on the GPU's rail.
+    """
 
     @property
     def name(self) -> str:
@@ -466,7 +433,11 @@ def _number(path: Path) -> float | None:
 
 
 class PowerCollector(Collector):
-    """The sensor's two series; `close` ends the thread that adds up, where there is one."""
+    """The sensor's two series.
+
+    Where the sensor does not count energy, a thread reads the power once a second and adds it up,
+    until `close`.
+    """
 
     def __init__(self, sensor: Sensor, clock: Callable[[], float] = time.monotonic) -> None:
         self._sensor = sensor
@@ -480,11 +451,11 @@ class PowerCollector(Collector):
             self._thread.start()
 
     def describe(self) -> list[Metric]:
-        """Nothing: else registering would already read the sensor."""
+        """Return nothing: else registering would already read the sensor."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The power now, and the energy until now."""
+        """Yield the power now, and the energy until now."""
         watts, joules = self._sensor.watts(), self._sensor.joules()
         power = GaugeMetricFamily(
             f"{PREFIX}_gpu_power_watts", "Power that the GPU draws.", labels=("sensor",)
@@ -519,5 +490,5 @@ class PowerCollector(Collector):
             self._thread.join(timeout=5)
 
     def _add_up(self) -> None:
-        while not self._closed.wait(_INTERVAL_S):
+        while not self._closed.wait(_POWER_INTERVAL_S):
             self.add_reading()

@@ -1,6 +1,6 @@
 """The HTTP endpoint that Prometheus scrapes, on an event loop and a thread of its own.
 
-Owns who may scrape (`PageDoor`) and what bounds it: a deadline for a connection as a whole, from
+Owns who may scrape (`PageAccess`) and what bounds it: a deadline for a connection as a whole, from
 its first byte to the last of the answer, and a number of connections, in all and of one address.
 Who is slow gives way to who is new, so that sockets which only hold on cannot keep a scraper out.
 Own thread, because a page takes milliseconds to write, and because a daemon whose loop stands
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PageDoor:
+class PageAccess:
     """Who may read the page, and over what.
 
     Attributes:
@@ -61,7 +61,7 @@ class PageDoor:
     tls: Callable[[], ssl.SSLContext] | None = None
 
 
-OPEN_PAGE = PageDoor()
+OPEN_PAGE = PageAccess()
 """Anyone who can connect."""
 
 
@@ -78,7 +78,7 @@ class MetricsServer:
         port: int,
         *,
         deadline_s: float = DEADLINE_S,
-        door: PageDoor = OPEN_PAGE,
+        access: PageAccess = OPEN_PAGE,
     ) -> None:
         self._socket = _bound(host, port)
         self.port = int(self._socket.getsockname()[1])
@@ -86,10 +86,10 @@ class MetricsServer:
         self._places = _Places()
 
         def connection(**given: Any) -> _Connection:  # noqa: ANN401 - uvicorn's
-            return _Connection(self._places, deadline_s, door.tls, **given)
+            return _Connection(self._places, deadline_s, access.tls, **given)
 
         config = uvicorn.Config(
-            _Page(registry, door),
+            _Page(registry, access),
             # It is called like the class that it stands for.
             http=connection,  # type: ignore[arg-type]
             ws="none",
@@ -277,11 +277,11 @@ _Answer = tuple[HTTPStatus, list[tuple[bytes, bytes]], bytes]
 
 
 class _Page:
-    """The ASGI application: the library's WSGI one, behind the door."""
+    """The ASGI application: the library's WSGI one, behind the access check."""
 
-    def __init__(self, registry: CollectorRegistry, door: PageDoor) -> None:
+    def __init__(self, registry: CollectorRegistry, access: PageAccess) -> None:
         self._write = make_wsgi_app(registry)
-        self._door = door
+        self._access = access
 
     async def __call__(self, scope: Any, receive: object, send: Callable[..., Any]) -> None:  # noqa: ANN401, ARG002 - ASGI's
         status, headers, body = self._answer(scope)
@@ -295,10 +295,10 @@ class _Page:
         except ValueError:
             return HTTPStatus.BAD_REQUEST, [_TEXT], b"no such path\n"
         if path not in _PATHS:
-            # A health probe on a path that nobody serves must not always pass.
+            # A health probe on a path that is not served must not always pass.
             return HTTPStatus.NOT_FOUND, [_TEXT], b"the metrics are at /metrics\n"
-        admitted = self._door.admit(_values(scope, b"authorization"))
-        if admitted is HTTPStatus.UNAUTHORIZED:  # which has to say how to be let in
+        admitted = self._access.admit(_values(scope, b"authorization"))
+        if admitted is HTTPStatus.UNAUTHORIZED:  # which has to say how to authenticate
             return admitted, [(b"www-authenticate", b'Bearer realm="sage-fed"')], b""
         if admitted is not HTTPStatus.OK:
             return admitted, [], b""
