@@ -24,7 +24,7 @@ from typing import Any
 
 import report
 
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, RequestKey
 
 CONCURRENCY = (1, 16, 128)
 ROUNDS = 5
@@ -53,13 +53,13 @@ async def measure(path: Path, concurrency: int, seconds: float) -> dict[str, flo
     latencies_s: list[float] = []
     ledger = await Ledger.open(path, on_commit=lambda size, _: groups.append(size))
     await ledger.ensure_account("bench", AccountTerms(2**50, initial_uatp=2**50))
-    numbers = itertools.count()
+    numbers, key = itertools.count(), RequestKey("bench")
 
     async def client(until_s: float) -> None:
         while time.perf_counter() < until_s:
             began_s = time.perf_counter()
             await ledger.hold(
-                HoldRequest(f"job-{next(numbers)}", "bench", 1000, "card", "tactical")
+                key, lambda _: HoldRequest(f"job-{next(numbers)}", 1000, "card", "tactical")
             )
             latencies_s.append(time.perf_counter() - began_s)
 

@@ -27,7 +27,7 @@ from typing import Any
 import apsw
 import report
 
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, schema
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, RequestKey, schema
 
 ACCOUNTS = 10
 STARTS = 5
@@ -132,7 +132,10 @@ async def leave_open(path: Path) -> None:
     ledger = await Ledger.open(path)
     await ledger.ensure_account("bench", AccountTerms(2**50, initial_uatp=2**50))
     for number in range(500):
-        await ledger.hold(HoldRequest(f"left-{number}", "bench", 1000, "card", "tactical"))
+        await ledger.hold(
+            RequestKey("bench"),
+            lambda _, n=number: HoldRequest(f"left-{n}", 1000, "card", "tactical"),
+        )
     os._exit(0)
 
 
@@ -149,7 +152,10 @@ async def latencies(ledger: Ledger, for_s: float, name: str) -> list[float]:
     until_s = time.perf_counter() + for_s
     while time.perf_counter() < until_s:
         began_s = time.perf_counter()
-        await ledger.hold(HoldRequest(f"{name}-{len(found)}", "bench", 1, "card", "tactical"))
+        await ledger.hold(
+            RequestKey("bench"),
+            lambda _: HoldRequest(f"{name}-{len(found)}", 1, "card", "tactical"),
+        )
         found.append(time.perf_counter() - began_s)
         await asyncio.sleep(0.002)
     return found

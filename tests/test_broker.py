@@ -15,6 +15,7 @@ from typing import Any
 import apsw
 import pytest
 from fake_engine import WAIT_S, FakeEngine, entered
+from holds import asked, entries_of
 from hypothesis import given
 from hypothesis import strategies as st
 from surroundings import MODELS
@@ -29,7 +30,6 @@ from sage_fed.core import (
     Finished,
     JobSpec,
     Logprob,
-    Message,
     Price,
     Prompt,
     Route,
@@ -59,8 +59,8 @@ from sage_fed.jobs import Broker, Encoder, JobStream, Planner, admission
 from sage_fed.jobs.admission import resolve_sampling
 from sage_fed.jobs.broker import Job, timing_of
 from sage_fed.jobs.output import Output
-from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hash
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, LedgerOptions, Retention, check
+from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hashes
+from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention, check
 from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import replies
@@ -377,7 +377,7 @@ async def test_books_that_die_end_the_job_without_a_price(tmp_path: Path) -> Non
             raise apsw.IOError
 
         with pytest.raises(LedgerDown):
-            await r.ledger._inbox.ask(disk)
+            await r.ledger._ask(disk)
         engine.let_pass(10)
         with pytest.raises(LedgerDown):
             await read(stream)
@@ -409,7 +409,7 @@ async def test_upkeep_leaves_the_hold_of_a_job_that_runs(tmp_path: Path) -> None
     async with rig(tmp_path, hold_ttl_s=1e-6) as r:
         engine = r.gate()
         stream = await r.submit(job(new=2))
-        await r.ledger.hold(HoldRequest("leaked", "local", 7, CARD.version, "tactical", ttl_s=1e-6))
+        await r.ledger.hold(*asked("leaked", "local", 7, CARD.version, "tactical", ttl_s=1e-6))
         assert 1 == r.broker.num_jobs
         assert [False, True] == [r.broker.has_rivals(name) for name in ("local", "another")]
         assert ("leaked",) == await r.ledger.expire_due(r.broker.job_ids())
@@ -511,23 +511,6 @@ async def test_the_device_stops_after_a_stop_string(tmp_path: Path) -> None:
         assert len(engine.steps) - done <= 8 + 2
 
 
-def test_a_new_field_leaves_the_payload_hashes_of_before() -> None:
-    """A request that is asked again across the upgrade is no conflict: the hash is written down."""
-    spec = JobSpec(
-        "robot",
-        Prompt(messages=(Message("user", "hello"),)),
-        client_request_id="a",
-        sampling=SamplingRequest(temperature=0.5, max_new_tokens=8, stop=("x",)),
-    )
-    hashes = {payload_hash(spec)} | {
-        payload_hash(replace(spec, sampling=replace(spec.sampling, stop_token_ids=ids)))
-        for ids in ((), (1,), (2,), (1, 2))
-    }
-    before = "8f988fe9d3301fdd4a7392e76097ec09d703a159ae8608798ce71e2565eecab2"
-    assert before == payload_hash(spec).hex()
-    assert 4 == len(hashes)
-
-
 async def test_a_stop_token_is_of_every_tier_that_may_serve(tmp_path: Path) -> None:
     """An id that only one tier's vocabulary has is for jobs that name that tier and stay there."""
     larger = tmp_path / "larger"
@@ -582,7 +565,7 @@ async def test_who_leaves_before_the_job_is_admitted_stops_it(tmp_path: Path) ->
             busy.set()
             assert free.wait(WAIT_S)
 
-        blocked = asyncio.create_task(r.ledger._inbox.ask(block))
+        blocked = asyncio.create_task(r.ledger._ask(block))
         assert await asyncio.to_thread(busy.wait, WAIT_S)
         asked = asyncio.create_task(r.submit(job(new=400)))
         while not r.broker.num_jobs:  # noqa: ASYNC110 - it tells nobody
@@ -755,7 +738,9 @@ async def test_the_last_place_is_held_for_once(tmp_path: Path) -> None:
         for stream in streams:
             finished_of(await read(stream))
         await r.settled()
-        held = [entry for entry in await r.ledger.entries("local") if entry.kind is EntryKind.HOLD]
+        held = [
+            entry for entry in await entries_of(r.ledger, "local") if entry.kind is EntryKind.HOLD
+        ]
         assert len(streams) == len(held)
 
 
@@ -1010,7 +995,7 @@ def test_what_an_answer_can_take_at_most_is_never_less_than_it_does(
     assert reply.ByteSize() <= most_reply_bytes(spec, num_tokens, text_bytes)
     assert len(kept) <= most_result_bytes(spec, num_tokens, text_bytes)
     assert spec == replace(spec, one_reply=True)
-    assert payload_hash(spec) == payload_hash(replace(spec, one_reply=True))
+    assert payload_hashes(spec) == payload_hashes(replace(spec, one_reply=True))
 
 
 def test_the_default_limits_refuse_nothing_for_its_size() -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import apsw
 import pytest
+from holds import asked
 from typer.testing import CliRunner, Result
 
 from sage_fed import __version__
 from sage_fed.cli.app import build_app
 from sage_fed.cli.options import ledger_file
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger
+from sage_fed.ledger import AccountTerms, Ledger
 
 NOBODY = "127.0.0.1:1"
 
@@ -38,7 +39,7 @@ async def write_books(state_dir: Path) -> Path:
     ledger = await Ledger.open(path)
     await ledger.ensure_account("local", AccountTerms(10**9, 0, 0, 10**8))
     for job_id in ("job-1", "job-2"):
-        await ledger.hold(HoldRequest(job_id, "local", 5_000_000, "default-1", "tactical"))
+        await ledger.hold(*asked(job_id, "local", 5_000_000, "default-1", "tactical"))
     await ledger.settle("job-1", 3_000_000, "length", b"")
     await ledger.void("job-2", "test")
     await ledger.close()

@@ -22,7 +22,8 @@ from sage_fed.core import Delta, JobSpec, Logprob, Message, Prompt, SamplingRequ
 from sage_fed.device import Ended, EndReason, SequenceSpec
 from sage_fed.device.executor import LiveStreams
 from sage_fed.errors import InvalidField, QueueFull, SageFedError
-from sage_fed.jobs.results import Result, hash_payload, payload_hash, read_result, write_result
+from sage_fed.jobs.results import Result, payload_hashes, read_result, request_key, write_result
+from sage_fed.ledger import RequestKey
 from sage_fed.service.edge import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import SampledToken
@@ -231,11 +232,12 @@ def test_what_an_earlier_version_kept_is_replayed() -> None:
 async def test_a_long_request_has_the_same_hash_wherever_it_is_made() -> None:
     """Or a retry would be taken for another job."""
     sampling = SamplingRequest()
-    long = JobSpec("robot", Prompt(messages=(Message("user", "x" * 100_000),)), sampling=sampling)
-    short = JobSpec("robot", Prompt(token_ids=(1, 2, 3)), sampling=sampling)
+    prompts = Prompt(messages=(Message("user", "x" * 100_000),)), Prompt(token_ids=(1, 2, 3))
     with Workers(max_calls=1, max_size=1) as workers:
-        for spec in (long, short):
-            assert payload_hash(spec) == await hash_payload(spec, workers)
+        for prompt in prompts:
+            spec = JobSpec("robot", prompt, client_request_id="r", sampling=sampling)
+            key = RequestKey("robot", "r", payload_hashes(spec))
+            assert key == await request_key(spec, workers)
 
 
 def stream_of(live: LiveStreams, seq_id: int) -> list[object]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc.aio import AioRpcError
+from holds import asked, entries_of
 from hypothesis import given
 from hypothesis import strategies as st
 from service_harness import (
@@ -42,7 +43,7 @@ from sage_fed.errors import (
     SageFedError,
     TierUnavailable,
 )
-from sage_fed.ledger import AccountTerms, HoldRequest
+from sage_fed.ledger import AccountTerms
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.entries import MAX_TEXT, Now, Place
 from sage_fed.service.daemon_services import MAX_PAGE_SIZE, page_token, read_page_token
@@ -53,7 +54,7 @@ ADMIN = "admin-token"
 
 async def hold(harness: Harness, number: int) -> None:
     await harness.ledger.hold(
-        HoldRequest(f"job-{number}", "local", 1_000_000 + number, "default-1", "tactical")
+        *asked(f"job-{number}", "local", 1_000_000 + number, "default-1", "tactical")
     )
 
 
@@ -134,7 +135,7 @@ async def test_the_largest_page_fits_a_default_client(tmp_path: Path) -> None:
         await harness.ledger.set_budget("local", BudgetChange(balance_uatp=2**53))
         for number in range(MAX_PAGE_SIZE):
             name = f"{longest[:-4]}{number:04}"
-            await harness.ledger.hold(HoldRequest(name, "local", 2**42, longest, "tactical"))
+            await harness.ledger.hold(*asked(name, "local", 2**42, longest, "tactical"))
         call = harness.channel.unary_unary("/sage_fed.v1.BudgetService/ListEntries")
         page = await call(budget_pb2.ListEntriesRequest(page_size=1000).SerializeToString())
 
@@ -148,7 +149,7 @@ async def test_pages_give_every_entry_once_newest_first(tmp_path: Path, page_siz
     async with serving(tmp_path) as harness:
         for number in range(6):
             await hold(harness, number)
-        expected = await harness.ledger.entries("local", None, 100)
+        expected = await entries_of(harness.ledger, "local", None, 100)
 
         def ask() -> list[object]:
             with Client(harness.address) as client:
@@ -248,7 +249,7 @@ async def test_pages_end_with_the_days(tmp_path: Path, page_size: int) -> None:
                     (day.day, day.voided_jobs),
                 )
 
-        await harness.ledger._inbox.ask(fold)
+        await harness.ledger._ask(fold)
         await hold(harness, 0)
 
         def ask() -> tuple[list[int], list[Day], EntryPage]:

@@ -85,7 +85,7 @@ def test_the_refill_does_not_follow_the_wall_clock(tmp_path: Path) -> None:
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, RequestKey
 
 async def main(path, job):
     ledger = await Ledger.open(Path(path))
@@ -93,7 +93,8 @@ async def main(path, job):
     budget = await ledger.budget("ann")
     if budget.balance_uatp:
         # Written down: what was credited stays credited.
-        await ledger.hold(HoldRequest(job, "ann", 1, "card", "tactical", ttl_s=60.0))
+        request = HoldRequest(job, 1, "card", "tactical", 60.0)
+        await ledger.hold(RequestKey("ann"), lambda _: request)
         await ledger.void(job, "test")
     print((await ledger.budget("ann")).balance_uatp)
     await ledger.close()

@@ -12,6 +12,7 @@ Import them from here.
 from __future__ import annotations
 
 from sage_fed.core.jobs import (
+    PAYLOAD_FIELDS,
     Answer,
     Caller,
     Delta,
@@ -74,6 +75,7 @@ from sage_fed.core.tiers import (
 
 __all__ = [
     "HEAD_BYTES",
+    "PAYLOAD_FIELDS",
     "TIER_ROLES",
     "UATP_PER_ATP",
     "Answer",

@@ -53,9 +53,7 @@ class SamplingRequest:
     ignore_eos: bool = False
     top_logprobs: int | None = None
     deadline_s: float | None = None
-    # Younger than request ids that may be asked for again: no part of the `repr`, so that a
-    # payload hash without it is the one of before.
-    stop_token_ids: tuple[int, ...] = field(default=(), repr=False)
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +87,46 @@ class JobSpec:
     priority: Priority = Priority.NORMAL
     client_request_id: str = ""
     sampling: SamplingRequest = field(default_factory=SamplingRequest)
-    # How long the caller's own call waits. No part of the job's identity: a repeated request
-    # has another one, and must still be recognised (`repr` feeds the payload hash).
-    call_deadline_s: float | None = field(default=None, compare=False, repr=False)
-    # The caller's trace; for the same reason no part of the identity.
-    trace: TraceContext | None = field(default=None, compare=False, repr=False)
-    # Whether the answer is to be one message, which has a limit; neither part of the identity.
-    one_reply: bool = field(default=False, compare=False, repr=False)
+    # How long the caller's own call waits, its trace, and whether the answer is to be one message,
+    # which has a limit: no part of what is asked for, so a repeated request may have others.
+    call_deadline_s: float | None = field(default=None, compare=False)
+    trace: TraceContext | None = field(default=None, compare=False)
+    one_reply: bool = field(default=False, compare=False)
 
     @property
     def deadline_s(self) -> float | None:
         """Seconds from arrival until the job is stopped: the sooner of the job's and the call's."""
         deadlines = (self.sampling.deadline_s, self.call_deadline_s)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+
+PAYLOAD_FIELDS = (
+    "account",
+    "prompt.messages",
+    "prompt.token_ids",
+    "requested",
+    "allow_downgrade",
+    "max_cost_uatp",
+    "complexity",
+    "priority",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.top_k",
+    "sampling.min_p",
+    "sampling.repetition_penalty",
+    "sampling.seed",
+    "sampling.max_new_tokens",
+    "sampling.stop",
+    "sampling.ignore_eos",
+    "sampling.top_logprobs",
+    "sampling.deadline_s",
+    "sampling.stop_token_ids",
+)
+"""The fields that say what a request asks for: two with equal ones are the same request.
+
+A field that a request leaves at its default is not hashed, so a new one may be added here without
+a new version of the hash; a name here and a default never change.
+"""
 
 
 @dataclass(frozen=True, slots=True)

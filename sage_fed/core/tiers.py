@@ -37,10 +37,6 @@ class Tier:
     def __str__(self) -> str:
         return self.name
 
-    def __repr__(self) -> str:
-        # What payload hashes of requests were made of when tiers were an enumeration.
-        return f"<Tier.{self.name.upper()}: {self.name!r}>"
-
 
 Tier.TACTICAL = Tier(0, "tactical")
 Tier.STRATEGIC = Tier(1, "strategic")

@@ -51,7 +51,7 @@ from sage_fed.jobs.admission import Draft, Plan, Planner
 from sage_fed.jobs.delivery import DROPS_OUTPUT, Delivery
 from sage_fed.jobs.mailbox import JobStream, split
 from sage_fed.jobs.pace import Pace, is_away
-from sage_fed.jobs.results import Result, hash_payload, read_result, write_result
+from sage_fed.jobs.results import Result, read_result, request_key, write_result
 from sage_fed.ledger import HoldRequest, Ledger, Replay
 from sage_fed.metrics import Metrics
 from sage_fed.routing import refusal_error
@@ -263,9 +263,7 @@ class Broker:
         """
         if not spec.client_request_id or self._planner.refuse_unread(spec, self._coming) is None:
             return False
-        earlier = await self._ledger.lookup_request(
-            spec.account, spec.client_request_id, await hash_payload(spec, self._workers)
-        )
+        earlier = await self._ledger.lookup_request(await request_key(spec, self._workers))
         return earlier is not None
 
     def _require_room(self) -> None:
@@ -602,8 +600,7 @@ async def take_hold(
     expires.
     """
     spec = draft.spec
-    # Only told apart from another request of the same id: without one there is none.
-    payload = await hash_payload(spec, workers) if spec.client_request_id else b""
+    key = await request_key(spec, workers)
     loads = planner.loads()
     decision: Route | Refusal | None = None
     decision_s = 0.0
@@ -624,18 +621,14 @@ async def take_hold(
         planner.require_bounded(draft, decision.tier, ledger.max_result_bytes)
         return HoldRequest(
             job_id=job_id,
-            account=spec.account,
             amount_uatp=draft.offers[decision.tier].worst_case_uatp,
             rate_card=draft.card.version,
             tier=decision.tier.name,
-            strategic=decision.tier == Tier.STRATEGIC,
-            client_request_id=spec.client_request_id,
-            payload_hash=payload,
             ttl_s=ttl_s,
         )
 
     try:
-        held = await ledger.decide_hold(spec.account, spec.client_request_id, payload, decide)
+        held = await ledger.hold(key, decide)
     finally:
         if decision is not None:
             metrics.route_decided(spec.requested, decision, decision_s)

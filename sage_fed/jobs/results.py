@@ -13,14 +13,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from sage_fed.core import (
+    PAYLOAD_FIELDS,
     Delta,
     Finished,
     JobSpec,
     Logprob,
+    Message,
     Price,
+    Prompt,
     Route,
     Started,
     StopReason,
@@ -28,6 +32,7 @@ from sage_fed.core import (
     Timing,
     Usage,
 )
+from sage_fed.ledger import RequestKey
 from sage_fed.workers import Workers
 
 _FORMAT = 2
@@ -148,13 +153,22 @@ async def read_result(data: bytes, account: str, workers: Workers) -> Result:
     return await workers.run(account, size, lambda: Result.from_bytes(data))
 
 
-async def hash_payload(spec: JobSpec, workers: Workers) -> bytes:
-    """Return the payload's hash, made in a thread where the prompt is long."""
+async def request_key(spec: JobSpec, workers: Workers) -> RequestKey:
+    """Return by what the ledger knows the request, hashed in a thread where the prompt is long.
+
+    Without a request id it is only whose it is.
+    """
+    if not spec.client_request_id:
+        return RequestKey(spec.account)
     prompt = spec.prompt
     size = len(prompt.token_ids) + sum(len(message.content) for message in prompt.messages)
     if size <= _INLINE_SIZE * _BYTES_PER_SIZE:
-        return payload_hash(spec)
-    return await workers.run(spec.account, size // _BYTES_PER_SIZE, lambda: payload_hash(spec))
+        hashes = payload_hashes(spec)
+    else:
+        hashes = await workers.run(
+            spec.account, size // _BYTES_PER_SIZE, lambda: payload_hashes(spec)
+        )
+    return RequestKey(spec.account, spec.client_request_id, hashes)
 
 
 def most_reply_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
@@ -181,17 +195,71 @@ def _num_logprobs(spec: JobSpec) -> int:
     return 0 if top is None else 1 + top
 
 
-def payload_hash(spec: JobSpec) -> bytes:
-    """Return 32 bytes that are equal for two requests exactly if they ask for the same job.
+def payload_hashes(spec: JobSpec) -> tuple[bytes, ...]:
+    """Return the hashes of what a request asks for, in every version, the current one first.
 
-    The request id itself is left out; every other field counts, the account too. A field that is
-    younger than the first release counts only where it says something: a request that is asked
-    again across an upgrade is the same one.
+    Each is equal for two requests exactly if they ask for the same job. The current one is a byte
+    of version and the SHA-256 of the `PAYLOAD_FIELDS` that the client named, as JSON.
     """
-    canonical = repr(replace(spec, client_request_id=""))
-    if spec.sampling.stop_token_ids:
-        canonical += f" stop_token_ids={spec.sampling.stop_token_ids}"
-    return hashlib.sha256(canonical.encode()).digest()
+    named = {
+        path: value
+        for path in PAYLOAD_FIELDS
+        if (value := attrgetter(path)(spec)) != attrgetter(path)(_NOTHING_NAMED)
+    }
+    text = json.dumps(named, default=_canonical, sort_keys=True, separators=(",", ":"))
+    current = _HASH_VERSION + hashlib.sha256(text.encode()).digest()
+    earlier = () if named.keys() - _FIELDS_1 else (_payload_hash_1(spec),)
+    return current, *earlier
+
+
+_HASH_VERSION = b"\2"
+_NOTHING_NAMED = JobSpec("", Prompt())
+
+
+def _canonical(value: object) -> object:
+    match value:
+        case Tier():
+            return value.name
+        case Message():
+            return value.role, value.content
+        case _:
+            raise AssertionError(f"{value!r} has no canonical form")
+
+
+_FIELDS_1 = frozenset(PAYLOAD_FIELDS[:20])
+"""All that the first version knew; a request that names more cannot have been kept under it."""
+
+
+def _payload_hash_1(spec: JobSpec) -> bytes:
+    """Return the hash as ledgers kept it before it had a version: 32 bytes, of the job's `repr`.
+
+    Frozen: the text is written out, whatever becomes of the classes. Ids of that time are forgotten
+    after the ledger's retention, and this may go with them.
+    """
+    prompt, sampling = spec.prompt, spec.sampling
+    messages = tuple(
+        f"Message(role={message.role!r}, content={message.content!r})"
+        for message in prompt.messages
+    )
+    listed = f"({messages[0]},)" if len(messages) == 1 else f"({', '.join(messages)})"
+    tier = spec.requested
+    requested = "None" if tier is None else f"<Tier.{tier.name.upper()}: {tier.name!r}>"
+    text = (
+        f"JobSpec(account={spec.account!r}, "
+        f"prompt=Prompt(messages={listed}, token_ids={prompt.token_ids!r}), "
+        f"requested={requested}, allow_downgrade={spec.allow_downgrade!r}, "
+        f"max_cost_uatp={spec.max_cost_uatp!r}, complexity={spec.complexity!r}, "
+        f"priority=<Priority.{spec.priority.name}: {spec.priority.value}>, client_request_id='', "
+        f"sampling=SamplingRequest(temperature={sampling.temperature!r}, top_p={sampling.top_p!r}, "
+        f"top_k={sampling.top_k!r}, min_p={sampling.min_p!r}, "
+        f"repetition_penalty={sampling.repetition_penalty!r}, seed={sampling.seed!r}, "
+        f"max_new_tokens={sampling.max_new_tokens!r}, stop={sampling.stop!r}, "
+        f"ignore_eos={sampling.ignore_eos!r}, top_logprobs={sampling.top_logprobs!r}, "
+        f"deadline_s={sampling.deadline_s!r}))"
+    )
+    if sampling.stop_token_ids:
+        text += f" stop_token_ids={sampling.stop_token_ids!r}"
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:

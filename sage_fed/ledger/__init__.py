@@ -6,18 +6,20 @@ tables, `ledger_files.py` the files and the lock, `check.py` the audit and the b
 the values that they share.
 """
 
-from sage_fed.ledger.books import Retention
 from sage_fed.ledger.check import CheckReport, backup, check
 from sage_fed.ledger.entries import (
     AccountTerms,
     HoldReceipt,
     HoldRequest,
+    LedgerOptions,
     Recovery,
     Release,
     Replay,
+    RequestKey,
+    Retention,
     Settlement,
 )
-from sage_fed.ledger.ledger import Ledger, LedgerOptions
+from sage_fed.ledger.ledger import Ledger
 
 __all__ = [
     "AccountTerms",
@@ -29,6 +31,7 @@ __all__ = [
     "Recovery",
     "Release",
     "Replay",
+    "RequestKey",
     "Retention",
     "Settlement",
     "backup",

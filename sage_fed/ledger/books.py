@@ -1,46 +1,16 @@
-"""The bookkeeping: hold, settle, void, expire, on one connection.
+"""The bookkeeping on one connection: holds and their ends, accounts, request ids, old days.
 
-Owns the `job` table and the order of an operation's entries. Knows no threads and no
-transactions: the caller opens one, and takes back an operation that raised (`writer.py`).
-Every time is an argument. A hold ends exactly once; each end first counts the refill until now,
-because what is spent makes room that earlier refill must not fill.
+Owns every row and the order of an operation's entries. Knows no threads and no transactions: the
+caller opens one, and takes back an operation that raised (`writer.py`). Every time is an argument.
+A hold ends exactly once; each end first counts the refill until now, because what is spent makes
+room that earlier refill must not fill.
 Fails with the errors each method names; an `apsw` error means a bug or a broken disk.
-
-Accounts: their balances, terms and refill.
-
-Owns the `account` table and every entry's insertion (`post`). Knows no jobs or threads; runs
-inside the caller's transaction. Fails with `NoSuchAccount` and `InvalidField`.
-
-How much an account has refilled: integer arithmetic on a high-water mark.
-
-Owns the formula. Pure: no clock, no SQL, no failure.
-`rate` uATP/s over `elapsed` ns gives `rate * elapsed` billionths of a uATP; whole uATP are
-credited and the rest is carried, so that refilling often and refilling rarely give the same sum.
-
-Client request ids: which are taken, and the results kept for a repeat.
-
-Owns the `request` table. Knows no amounts; runs inside the caller's transaction.
-An id is claimed by a hold and freed when the hold is voided or expires, or is settled without a
-result. A settled one is kept for the retention; where its result is too large or had to make
-room, the id still refuses a second run, because running again would charge again.
-
-What is left of old entries: one row an account and day, into which they are folded.
-
-Owns the `day` table, which entries and jobs may go, and in which order. Knows no amounts: the
-database itself adds an entry that is deleted to its day (`schema.py`), so no sum can be lost.
-Runs inside the caller's transaction, in steps of so many rows.
-
-Entries go in the order in which they came, oldest first, a job's all together with its ending; only
-the hold of a job that has not ended, or not long ago, is passed over. So what is left is, at every
-instant, a balance to start from and everything since: `check` proves it, running balances included.
-A hold that was given back by its own job moved nothing in the end, and a client could make as many
-as it likes: it goes at once, and leaves a count.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -69,6 +39,8 @@ from sage_fed.ledger.entries import (
     Recovery,
     Release,
     Replay,
+    RequestKey,
+    Retention,
     Settlement,
     require_amount,
     require_text,
@@ -77,8 +49,25 @@ from sage_fed.ledger.entries import (
 MAX_HASH_BYTES = 64
 MAX_TTL_S = 30 * 86400.0
 
+DAY_NS = 86_400 * NS_PER_S
+MAX_INT = 2**63 - 1
+
+REFILL_QUANTUM_NS = NS_PER_S
+"""Refill younger than this is not written unless it is needed: at most about one entry a second."""
+
+MARK_AGE_NS = 60 * NS_PER_S
+"""Refill older than this is written by `keep_marks`, so a crash and reboot lose at most this."""
+
+MARKS_STEP = 256
+STEP_ENTRIES = 256
+STEP_REQUESTS = 256
+STEP_BYTES = 2**20
+"""What one step of the upkeep looks at or forgets at most: a few milliseconds of the writer's."""
+
 _EXPIRED, _ORPHANED = _NOT_ITS_OWN = ("expired", "orphaned")
-"""How holds end that nobody ended; they stay in sight as long as what was charged."""
+"""Endings of holds that their own job did not end; they are kept as long as what was charged."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,40 +89,51 @@ class Books:
         self.requests = Requests(db, self.retention)
         self.days = Days(db)
 
-    def hold(self, request: HoldRequest, now: Now) -> HoldReceipt | Replay:
-        """Reserve a job's worst case, or hand back the result of the same earlier request.
-
-        Raises `NoSuchAccount`, `RequestIdConflict`, `CannotAfford` (`detail` says whether the
-        balance or the strategic floor is in the way) and `InvalidField`.
-        """
-        _require_sound(request)
-        row = self.accounts.read(request.account)
-        replay = self.requests.find(
-            request.account, request.client_request_id, request.payload_hash
-        )
-        return self._hold(row, request, now) if replay is None else replay
-
-    def decide_hold(
-        self,
-        account: str,
-        client_request_id: str,
-        payload_hash: bytes,
-        decide: Callable[[Budget], HoldRequest],
-        now: Now,
+    def hold(
+        self, key: RequestKey, decide: Callable[[Budget], HoldRequest], now: Now
     ) -> HoldReceipt | Replay:
         """Hold what `decide` asks for when it is shown the balance; a repeat is not asked.
 
         Deciding and holding are one operation, so no other client's hold comes between them.
-        Raises what `hold` and `decide` raise; nothing is held then.
+        Raises `NoSuchAccount`, `RequestIdConflict`, `InvalidField`, `CannotAfford` and what
+        `decide` raises; nothing is held then.
         """
-        replay = self.requests.find(account, client_request_id, payload_hash)
+        _require_sound_key(key)
+        replay = self.requests.find(key)
         if replay is not None:
             return replay
-        row = self.accounts.read(account)
-        request = decide(row.budget(now))
-        assert request.account == account, "the balance that was shown is another account's"
+        row = self.accounts.read(key.account)
+        budget = row.budget(now)
+        request = decide(budget)
         _require_sound(request)
-        return self._hold(row, request, now)
+        if request.amount_uatp > budget.balance_uatp:
+            raise CannotAfford(
+                f"the worst case of {request.amount_uatp} uATP is above the balance of "
+                f"{budget.balance_uatp}; ask for less or wait for the refill",
+                account=key.account,
+                reason="cannot_afford",
+                retry_after_s=None,
+            )
+        self._db.execute(
+            "INSERT INTO job (job_id, account, state, held_uatp, rate_card, tier, expires_ns) "
+            "VALUES (?, ?, 'held', ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                request.job_id,
+                key.account,
+                request.amount_uatp,
+                request.rate_card,
+                request.tier,
+                now.ns + int(request.ttl_s * NS_PER_S),
+            ),
+        )
+        if not self._db.changes():
+            raise InvalidField("job_id", "is in use")
+        self.accounts.write_refill(row, now, needed_uatp=request.amount_uatp)
+        self.accounts.post(key.account, EntryKind.HOLD, request.amount_uatp, now, request.job_id)
+        self.requests.claim(key, request.job_id)
+        # What is held counts as outstanding, so holding it makes no room for more refill.
+        balance_uatp = budget.balance_uatp - request.amount_uatp
+        return HoldReceipt(request.job_id, request.amount_uatp, balance_uatp)
 
     def settle(
         self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None, now: Now
@@ -145,15 +145,15 @@ class Books:
         hold was voided or has expired: then nothing is charged.
         """
         job = self._read(job_id)
+        row = self.accounts.read(job.account)
         if job.state is JobState.SETTLED:
-            balance_uatp = self._balance_uatp(job.account, now)
+            balance_uatp = row.available_uatp(now)
             return Settlement(job_id, job.held_uatp, job.charged_uatp, balance_uatp, repeated=True)
         if job.state is not JobState.HELD:
             raise HoldClosed(f"the hold of job {job_id} was {job.state.value}", how=job.state.value)
         require_amount("charged_uatp", charged_uatp)
         if charged_uatp > job.held_uatp:
             raise InvalidField("charged_uatp", f"is above the {job.held_uatp} uATP held")
-        row = self.accounts.read(job.account)
         released_uatp = job.held_uatp - charged_uatp
         self.accounts.write_refill(row, now)
         self._end(job_id, JobState.SETTLED, outcome, charged_uatp)
@@ -169,21 +169,17 @@ class Books:
     def void(self, job_id: str, reason: str, now: Now) -> Release:
         """Give a hold back whole; after it expired, or a restart gave it back, nothing changes.
 
-        Nothing came of the job, so a count is all that stays of it: whoever has it given back a
-        second time is told that there is no such job.
+        Nothing came of the job, so a count is all that stays of it: a second call for it is told
+        that there is no such job.
         Raises `NotFound`, and `HoldClosed` where the hold was settled.
         """
         job = self._read(job_id)
         if job.state is JobState.SETTLED:
             raise HoldClosed(f"the hold of job {job_id} was settled", how=job.state.value)
-        if job.state is JobState.HELD:
+        if held := job.state is JobState.HELD:
             self._give_back(job, JobState.VOIDED, EntryKind.VOID, reason, now)
-        return Release(
-            job_id,
-            job.held_uatp,
-            self._balance_uatp(job.account, now),
-            repeated=job.state is not JobState.HELD,
-        )
+        balance_uatp = self.accounts.read(job.account).available_uatp(now)
+        return Release(job_id, job.held_uatp, balance_uatp, repeated=not held)
 
     def expire_due(self, now: Now, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Give back every hold past its time to live; returns their job ids.
@@ -191,20 +187,17 @@ class Books:
         Those of jobs in `alive` stay: such a job still ends its hold itself, and its work must
         not become free because it took long.
         """
-        due = [
-            job for job in self._open("AND expires_ns <= ?", (now.ns,)) if job.job_id not in alive
-        ]
+        due = [job for job in self._open(due_ns=now.ns) if job.job_id not in alive]
         for job in due:
             self._give_back(job, JobState.EXPIRED, EntryKind.EXPIRE, _EXPIRED, now)
         return tuple(job.job_id for job in due)
 
     def recover(self, now: Now) -> Recovery:
-        """Go on with books that another process has left, perhaps on another boot or machine."""
-        self.accounts.begin_epoch(now)
-        return self.void_orphans(now)
+        """Go on with books that another process has left, perhaps on another boot or machine.
 
-    def void_orphans(self, now: Now) -> Recovery:
-        """Void every open hold: at boot nobody can be running their jobs."""
+        Refill is counted from here, and every open hold is voided: no process runs their jobs.
+        """
+        self.accounts.begin_epoch(now)
         orphans = self._open()
         for job in orphans:
             self._give_back(job, JobState.VOIDED, EntryKind.VOID, _ORPHANED, now)
@@ -220,7 +213,7 @@ class Books:
             "SELECT number, time_ns, kind, coalesce(entry.job_id, ''), amount_uatp, debit, "
             "credit, coalesce(rate_card, '') FROM entry LEFT JOIN job USING (job_id) "
             "WHERE entry.account = ? AND number < ? ORDER BY number DESC LIMIT ?",
-            (account, 2**63 - 1 if before_id is None else before_id, limit),
+            (account, MAX_INT if before_id is None else before_id, limit),
         )
         return [
             Entry(entry_id, time_ns, EntryKind(kind), *rest)
@@ -246,8 +239,7 @@ class Books:
 
     def tidy(self, now: Now, passed_id: int) -> Folded:
         """Forget what is past its retention, and fold what is old: one small step of it."""
-        forgotten = self.requests.prune(now)
-        if forgotten:
+        if self.requests.prune(now):
             return Folded(0, passed_id, more=True)
         return self.days.fold(now, max(self.retention.entries_s, self.retention.keep_s), passed_id)
 
@@ -259,57 +251,21 @@ class Books:
         """What is held now, over all accounts."""
         return int(self._db.execute("SELECT coalesce(sum(held_uatp), 0) FROM account").get)
 
-    def _hold(self, row: Account, request: HoldRequest, now: Now) -> HoldReceipt:
-        """Hold for the account of `row`, as it was just read."""
-        available_uatp = row.available_uatp(now)
-        _require_affordable(row, request, now)
-        self._db.execute(
-            "INSERT INTO job (job_id, account, state, held_uatp, rate_card, tier, expires_ns) "
-            "VALUES (?, ?, 'held', ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            (
-                request.job_id,
-                request.account,
-                request.amount_uatp,
-                request.rate_card,
-                request.tier,
-                now.ns + int(request.ttl_s * NS_PER_S),
-            ),
-        )
-        if not self._db.changes():
-            raise InvalidField("job_id", "is in use")
-        self.accounts.write_refill(row, now, needed_uatp=request.amount_uatp)
-        self.accounts.post(
-            request.account, EntryKind.HOLD, request.amount_uatp, now, request.job_id
-        )
-        self.requests.claim(request)
-        # What is held counts as outstanding, so holding it makes no room for more refill.
-        balance_uatp = available_uatp - request.amount_uatp
-        return HoldReceipt(request.job_id, request.amount_uatp, balance_uatp)
-
-    def _balance_uatp(self, account: str, now: Now) -> int:
-        return self.accounts.read(account).available_uatp(now)
-
-    def _find(self, job_id: str) -> _Job | None:
+    def _read(self, job_id: str) -> _Job:
         row = self._db.execute(
             "SELECT account, held_uatp, charged_uatp, state FROM job WHERE job_id = ?", (job_id,)
         ).fetchone()
         if row is None:
-            return None
+            raise NotFound(f"the ledger has no job {job_id}")
         account, held_uatp, charged_uatp, state = cast("tuple[Any, ...]", row)
         return _Job(job_id, account, held_uatp, charged_uatp, JobState(state))
 
-    def _read(self, job_id: str) -> _Job:
-        job = self._find(job_id)
-        if job is None:
-            raise NotFound(f"the ledger has no job {job_id}")
-        return job
-
-    def _open(self, where: str = "", bindings: tuple[int, ...] = ()) -> list[_Job]:
+    def _open(self, due_ns: int = MAX_INT) -> list[_Job]:
         # By that index or not at all: asked for in order, SQLite reads every job there ever was.
         rows = self._db.execute(
-            "SELECT job_id, account, held_uatp FROM job INDEXED BY job_open "  # noqa: S608
-            f"WHERE state = 'held' {where}",
-            bindings,
+            "SELECT job_id, account, held_uatp FROM job INDEXED BY job_open "
+            "WHERE state = 'held' AND expires_ns <= ?",
+            (due_ns,),
         ).fetchall()
         return [_Job(*row) for row in sorted(cast("list[tuple[Any, Any, Any]]", rows))]
 
@@ -331,55 +287,46 @@ class Books:
             self.days.fold_job(job.job_id, job.account, state, now.wall_ns)
 
 
+def _require_sound_key(key: RequestKey) -> None:
+    require_text("client_request_id", key.client_request_id, empty=True)
+    if any(len(known) > MAX_HASH_BYTES for known in key.payload_hashes):
+        raise InvalidField("payload_hash", f"must have at most {MAX_HASH_BYTES} bytes")
+
+
 def _require_sound(request: HoldRequest) -> None:
     require_amount("amount_uatp", request.amount_uatp)
     require_text("job_id", request.job_id)
     require_text("rate_card", request.rate_card)
-    require_text("client_request_id", request.client_request_id, empty=True)
-    if len(request.payload_hash) > MAX_HASH_BYTES:
-        raise InvalidField("payload_hash", f"must have at most {MAX_HASH_BYTES} bytes")
     if not 0 < request.ttl_s <= MAX_TTL_S:
         raise InvalidField("ttl_s", f"must be above 0 and at most {MAX_TTL_S:.0f}")
 
 
-def _require_affordable(row: Account, request: HoldRequest, now: Now) -> None:
-    available_uatp = row.available_uatp(now)
-    needed_uatp = request.amount_uatp
-    if request.strategic:
-        needed_uatp = max(needed_uatp, row.strategic_floor_uatp + 1)
-    if needed_uatp <= available_uatp:
-        return
-    below_floor = request.strategic and available_uatp <= row.strategic_floor_uatp
-    raise CannotAfford(
-        f"the balance of {available_uatp} uATP is at or below the strategic floor of "
-        f"{row.strategic_floor_uatp}; ask for tactical work or wait for the refill"
-        if below_floor
-        else f"the worst case of {request.amount_uatp} uATP is above the balance of "
-        f"{available_uatp}; ask for less or wait for the refill",
-        account=request.account,
-        reason="STRATEGIC_FLOOR" if below_floor else "BALANCE",
-        retry_after_s=row.retry_after_s(needed_uatp, now),
-    )
-
-
-REFILL_QUANTUM_NS = NS_PER_S
-"""Refill younger than this is not written unless it is needed: at most about one entry a second."""
-
-MARK_AGE_NS = 60 * NS_PER_S
-"""Refill older than this is written by `keep_marks`, so a crash and reboot lose at most this."""
-
-MARKS_STEP = 256
-"""How many accounts one step of `keep_marks` looks at."""
-
-_TERMS = ("capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
-"""What the settings and an operator both have a word on."""
-
-log = logging.getLogger(__name__)
-
-COLUMNS = (
-    "account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
-    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder"
+_ACCOUNT = (
+    "SELECT account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
+    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder FROM account "
 )
+
+_DECLARED = {
+    "capacity_uatp": "declared_capacity_uatp",
+    "refill_uatp_per_s": "declared_refill_uatp_per_s",
+    "strategic_floor_uatp": "declared_floor_uatp",
+}
+"""The terms that settings and operators both set, and where it is kept what the settings said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accrual:
+    """The refill since an account's mark, and where the mark is then.
+
+    `remainder` is in 1e-9 uATP. `capped`: the account was full at some time since, so what came
+    later is lost.
+    """
+
+    amount_uatp: int
+    ns: int
+    remainder: int
+    elapsed_ns: int
+    capped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,17 +345,32 @@ class Account:
     refill_remainder: int
 
     def accrual(self, now: Now) -> Accrual:
-        """Refill since the mark. Held amounts count: voiding them must not pass the capacity."""
-        outstanding = self.charged_uatp + self.held_uatp
-        return accrue(
-            Mark(self.refill_epoch, self.refill_ns, self.refill_remainder),
-            now,
-            rate_uatp_per_s=self.refill_uatp_per_s,
-            room_uatp=min(
-                self.capacity_uatp - outstanding,
-                MAX_LIFETIME_UATP - outstanding - self.discharged_uatp,
+        """Count the refill since the mark, up to the capacity and the lifetime limit.
+
+        A rate in uATP/s over some ns gives billionths of a uATP; whole ones are credited and the
+        rest is carried, so that refilling often and refilling rarely give the same sum.
+        Within an epoch the mark never goes back, so a clock that does cannot pay twice.
+        Of another epoch nothing counts: no clock tells how long ago its mark was, and another
+        machine's uptime says nothing about it.
+        """
+        same_epoch = self.refill_epoch == now.epoch
+        elapsed_ns = max(0, now.ns - self.refill_ns) if same_epoch else 0
+        ns = max(self.refill_ns, now.ns) if same_epoch else now.ns
+        amount_uatp, remainder = divmod(
+            self.refill_uatp_per_s * elapsed_ns + self.refill_remainder, NS_PER_S
+        )
+        # Held amounts count: voiding them must not pass the capacity.
+        outstanding_uatp = self.charged_uatp + self.held_uatp
+        room_uatp = max(
+            0,
+            min(
+                self.capacity_uatp - outstanding_uatp,
+                MAX_LIFETIME_UATP - outstanding_uatp - self.discharged_uatp,
             ),
         )
+        if amount_uatp >= room_uatp:
+            return Accrual(room_uatp, ns, 0, elapsed_ns, capped=True)
+        return Accrual(amount_uatp, ns, remainder, elapsed_ns, capped=False)
 
     def available_uatp(self, now: Now) -> int:
         """What may be held now, refill included."""
@@ -426,30 +388,16 @@ class Account:
             strategic_floor_uatp=self.strategic_floor_uatp,
         )
 
-    def retry_after_s(self, needed_uatp: int, now: Now) -> float | None:
-        """When refill will have covered `needed_uatp`; None where it never will."""
-        if self.refill_uatp_per_s == 0 or needed_uatp > self.capacity_uatp:
-            return None
-        accrual = self.accrual(now)
-        deficit = needed_uatp - self.charged_uatp - accrual.amount_uatp
-        assert deficit > 0, "only a refused amount has a wait"
-        return wait_s(
-            deficit, rate_uatp_per_s=self.refill_uatp_per_s, remainder=accrual.mark.remainder
-        )
-
 
 class Accounts:
-    """The `account` table on one connection."""
+    """The `account` table on one connection, and the insertion of every entry."""
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
 
     def find(self, account: str) -> Account | None:
         """The row, or None."""
-        row = self._db.execute(
-            f"SELECT {COLUMNS} FROM account WHERE account = ?",  # noqa: S608 - a constant
-            (account,),
-        ).fetchone()
+        row = self._db.execute(f"{_ACCOUNT} WHERE account = ?", (account,)).fetchone()
         return None if row is None else Account(*cast("tuple[Any, ...]", row))
 
     def read(self, account: str) -> Account:
@@ -507,9 +455,7 @@ class Accounts:
         Looks at so many accounts behind the name `after`; the last one's name, "" at the end.
         """
         rows = self._db.execute(
-            f"SELECT {COLUMNS} FROM account WHERE account > ? "  # noqa: S608 - a constant
-            "ORDER BY account LIMIT ?",
-            (after, MARKS_STEP),
+            f"{_ACCOUNT} WHERE account > ? ORDER BY account LIMIT ?", (after, MARKS_STEP)
         ).fetchall()
         seen = [Account(*cast("tuple[Any, ...]", values)) for values in rows]
         for row in seen:
@@ -536,30 +482,12 @@ class Accounts:
         for name in AccountTerms.__slots__:
             require_amount(name, getattr(terms, name))
         row = self.find(account)
-        declared = (terms.capacity_uatp, terms.refill_uatp_per_s, terms.strategic_floor_uatp)
+        said = {name: getattr(terms, name) for name in _DECLARED}
         if row is None:
-            self._create(account, BudgetChange(terms.initial_uatp, *declared), now)
+            self._create(account, BudgetChange(terms.initial_uatp, **said), now)
         else:
-            before = self._db.execute(
-                "SELECT declared_capacity_uatp, declared_refill_uatp_per_s, declared_floor_uatp "
-                "FROM account WHERE account = ?",
-                (account,),
-            ).fetchone()
-            assert before is not None, "the row was just read"
-            # None: an operator made it, before this program kept what the settings said then.
-            changed = [
-                new if old is not None and new != old else None
-                for new, old in zip(declared, before, strict=True)
-            ]
-            for name, new, old in zip(_TERMS, changed, before, strict=True):
-                if new is not None and getattr(row, name) not in (old, new):
-                    log.warning(
-                        "account %s: the settings have changed its %s, so that %d uATP replace the "
-                        "%d that an operator had set; `sage-fed admin set-budget` sets it again",
-                        account, name, new, getattr(row, name),
-                    )  # fmt: skip
-            self._change(row, BudgetChange(None, *changed), now)
-        self._declare(account, declared)
+            self._change(row, BudgetChange(**self._said_anew(row, said)), now)
+        self._update(account, {_DECLARED[name]: value for name, value in said.items()})
         return self.budget(account, now)
 
     def set_budget(
@@ -583,37 +511,46 @@ class Accounts:
             self._change(row, change, now)
         if terms is not None:
             # A new account is the operator's in every term, an old one's only in those named.
-            named = [
-                getattr(terms, name) if row is None or getattr(change, name) is not None else None
-                for name in _TERMS
-            ]
-            self._declare(account, named)
+            self._update(
+                account,
+                {
+                    column: getattr(terms, name)
+                    for name, column in _DECLARED.items()
+                    if row is None or getattr(change, name) is not None
+                },
+            )
         return self.budget(account, now)
 
-    def _declare(self, account: str, terms: Sequence[int | None]) -> None:
-        """Remember what the settings say of capacity, refill and floor; None: as it was."""
-        self._db.execute(
-            "UPDATE account SET "
-            "declared_capacity_uatp = coalesce(?, declared_capacity_uatp), "
-            "declared_refill_uatp_per_s = coalesce(?, declared_refill_uatp_per_s), "
-            "declared_floor_uatp = coalesce(?, declared_floor_uatp) WHERE account = ?",
-            (*terms, account),
-        )
+    def _said_anew(self, row: Account, said: Mapping[str, int]) -> dict[str, int]:
+        """The terms that the settings have changed since they were last applied."""
+        before = self._db.execute(
+            f"SELECT {', '.join(_DECLARED.values())} FROM account WHERE account = ?",  # noqa: S608
+            (row.account,),
+        ).fetchone()
+        assert before is not None, "the row was just read"
+        # None: an operator made it, before this program kept what the settings said then.
+        changed = {
+            name: said[name]
+            for name, old in zip(_DECLARED, before, strict=True)
+            if old is not None and said[name] != old
+        }
+        for name, old in zip(_DECLARED, before, strict=True):
+            if name in changed and getattr(row, name) not in (old, changed[name]):
+                log.warning(
+                    "account %s: the settings have changed its %s, so that %d uATP replace the %d "
+                    "that an operator had set; `sage-fed admin set-budget` sets it again",
+                    row.account, name, changed[name], getattr(row, name),
+                )  # fmt: skip
+        return changed
 
     def _create(self, account: str, terms: BudgetChange, now: Now) -> None:
         self._db.execute(
             "INSERT INTO account (account, capacity_uatp, refill_uatp_per_s, "
             "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder) "
-            "VALUES (?, ?, ?, ?, ?, ?, 0)",
-            (
-                account,
-                terms.capacity_uatp or 0,
-                terms.refill_uatp_per_s or 0,
-                terms.strategic_floor_uatp or 0,
-                now.epoch,
-                now.ns,
-            ),
+            "VALUES (?, 0, 0, 0, ?, ?, 0)",
+            (account, now.epoch, now.ns),
         )
+        self._set_terms(account, terms)
         self.post(account, EntryKind.GRANT, terms.balance_uatp or 0, now)
 
     def _change(self, row: Account, change: BudgetChange, now: Now) -> None:
@@ -626,120 +563,61 @@ class Accounts:
                 raise InvalidField("balance_uatp", "this account has got as much as it ever can")
             self.post(row.account, EntryKind.GRANT, max(0, rise_uatp), now)
             self.post(row.account, EntryKind.REVOKE, max(0, -rise_uatp), now)
-        self._db.execute(
-            "UPDATE account SET capacity_uatp = coalesce(?, capacity_uatp), "
-            "refill_uatp_per_s = coalesce(?, refill_uatp_per_s), "
-            "strategic_floor_uatp = coalesce(?, strategic_floor_uatp) WHERE account = ?",
-            (
-                change.capacity_uatp,
-                change.refill_uatp_per_s,
-                change.strategic_floor_uatp,
-                row.account,
-            ),
-        )
+        self._set_terms(row.account, change)
+
+    def _set_terms(self, account: str, change: BudgetChange) -> None:
+        terms = {name: getattr(change, name) for name in _DECLARED}
+        self._update(account, {name: term for name, term in terms.items() if term is not None})
 
     def _write(self, row: Account, accrual: Accrual, now: Now) -> None:
         self.post(row.account, EntryKind.REFILL, accrual.amount_uatp, now)
-        self._db.execute(
-            "UPDATE account SET refill_epoch = ?, refill_ns = ?, refill_remainder = ? "
-            "WHERE account = ?",
-            (accrual.mark.epoch, accrual.mark.ns, accrual.mark.remainder, row.account),
+        self._update(
+            row.account,
+            {
+                "refill_epoch": now.epoch,
+                "refill_ns": accrual.ns,
+                "refill_remainder": accrual.remainder,
+            },
         )
 
-
-NS_PER_MS = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Until when refill has been counted; `remainder` is in 1e-9 uATP, below 1e9."""
-
-    epoch: str
-    ns: int
-    remainder: int
-
-
-@dataclass(frozen=True, slots=True)
-class Accrual:
-    """What came in since a mark, and the mark that follows.
-
-    `capped`: the account was full at some time since, so what came later is lost.
-    """
-
-    amount_uatp: int
-    mark: Mark
-    elapsed_ns: int
-    capped: bool
-
-
-def accrue(mark: Mark, now: Now, *, rate_uatp_per_s: int, room_uatp: int) -> Accrual:
-    """Count the refill since `mark`, at most `room_uatp` (below 0 counts as 0).
-
-    Within an epoch the mark never goes back, so a clock that does cannot pay twice.
-    Of another epoch nothing counts: no clock tells how long ago its mark was, and another
-    machine's uptime says nothing about it.
-    """
-    same_epoch = mark.epoch == now.epoch
-    elapsed_ns = max(0, now.ns - mark.ns) if same_epoch else 0
-    next_ns = max(mark.ns, now.ns) if same_epoch else now.ns
-    amount, remainder = divmod(rate_uatp_per_s * elapsed_ns + mark.remainder, NS_PER_S)
-    room = max(0, room_uatp)
-    capped = amount >= room
-    if capped:
-        amount, remainder = room, 0
-    return Accrual(amount, Mark(now.epoch, next_ns, remainder), elapsed_ns, capped)
-
-
-def wait_s(deficit_uatp: int, *, rate_uatp_per_s: int, remainder: int) -> float:
-    """Seconds until `deficit_uatp` > 0 more have come in at a rate > 0, rounded up to 1 ms."""
-    wait_ns = -(-(deficit_uatp * NS_PER_S - remainder) // rate_uatp_per_s)
-    return -(-wait_ns // NS_PER_MS) / 1000
-
-
-STEP_REQUESTS = 256
-STEP_BYTES = 2**20
-"""What one step forgets at most, and the result that fills it: milliseconds of the writer's."""
-
-MAX_NS = 2**63 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """How long results are kept, and how many bytes of them, each and in all.
-
-    And how long entries are, one by one; never shorter than a request id that goes with them.
-    """
-
-    keep_s: float = 24 * 3600.0
-    entries_s: float = 30 * 86_400.0
-    one_result_bytes: int = 32 * 2**20
-    all_results_bytes: int = 256 * 2**20
+    def _update(self, account: str, values: Mapping[str, int | str]) -> None:
+        if values:
+            columns = ", ".join(f"{name} = ?" for name in values)
+            self._db.execute(
+                f"UPDATE account SET {columns} WHERE account = ?",  # noqa: S608 - columns of ours
+                (*values.values(), account),
+            )
 
 
 class Requests:
-    """The `request` table on one connection."""
+    """The `request` table: which client request ids are taken, and the results kept for a repeat.
+
+    An id is claimed by a hold and freed when the hold is voided or expires, or is settled without a
+    result. A settled one is kept for the retention; where its result is too large or had to make
+    room, the id still refuses a second run, because running again would charge again.
+    """
 
     def __init__(self, db: apsw.Connection, retention: Retention) -> None:
         self._db = db
         self._retention = retention
 
-    def find(self, account: str, client_request_id: str, payload_hash: bytes) -> Replay | None:
+    def find(self, key: RequestKey) -> Replay | None:
         """The kept result, or None where the id is free (an empty one always is).
 
         Raises `RequestIdConflict` where it was used with another payload, its job still runs,
         or its result is no longer kept.
         """
-        if not client_request_id:
+        if not key.client_request_id:
             return None
         row = self._db.execute(
             "SELECT job_id, payload_hash, settled_ns, result FROM request "
             "WHERE account = ? AND client_request_id = ?",
-            (account, client_request_id),
+            (key.account, key.client_request_id),
         ).fetchone()
         if row is None:
             return None
         job_id, first_hash, settled_ns, result = row
-        if first_hash != payload_hash:
+        if first_hash not in key.payload_hashes:
             raise RequestIdConflict(
                 "client_request_id was used for another request; choose another"
             )
@@ -754,18 +632,13 @@ class Requests:
             )
         return Replay(job_id, result)
 
-    def claim(self, request: HoldRequest) -> None:
-        """Take the id of a new hold; nothing where it has none."""
-        if request.client_request_id:
+    def claim(self, key: RequestKey, job_id: str) -> None:
+        """Take the id for a new hold; nothing where there is none."""
+        if key.client_request_id:
             self._db.execute(
                 "INSERT INTO request (account, client_request_id, payload_hash, job_id) "
                 "VALUES (?, ?, ?, ?)",
-                (
-                    request.account,
-                    request.client_request_id,
-                    request.payload_hash,
-                    request.job_id,
-                ),
+                (key.account, key.client_request_id, key.payload_hashes[0], job_id),
             )
 
     def answer(self, job_id: str, result: bytes | None, now: Now) -> None:
@@ -803,7 +676,7 @@ class Requests:
         above_bytes = self.kept_bytes() - self._retention.all_results_bytes
         if past or above_bytes <= 0:
             return len(past)
-        oldest = self._step("settled_ns <= ? AND result IS NOT NULL", MAX_NS, above_bytes)
+        oldest = self._step("settled_ns <= ? AND result IS NOT NULL", MAX_INT, above_bytes)
         self._db.executemany(
             "UPDATE request SET result = NULL WHERE rowid = ?", [(row,) for row in oldest]
         )
@@ -828,25 +701,14 @@ class Requests:
         return found
 
 
-STEP_ENTRIES = 256
-"""What one step looks at: a few milliseconds of the writer's."""
-
-DAY_NS = 86_400 * NS_PER_S
-
-MAY_FOLD = (
+_MAY_FOLD = (
     "SELECT state FROM job WHERE job_id = ? AND state <> 'held' "
     "AND NOT EXISTS (SELECT 1 FROM request WHERE request.job_id = job.job_id)"
 )
-"""How a job ended whose entries nobody needs one by one: not open, and no request id to answer.
+"""How a job ended whose entries are needed no more: not open, and no request id to answer.
 
 What else has to stay gets its condition here, and in the trigger `entry_stays`.
 """
-
-_COUNTS = {
-    JobState.SETTLED: "settled_jobs",
-    JobState.VOIDED: "voided_jobs",
-    JobState.EXPIRED: "expired_jobs",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -859,7 +721,16 @@ class Folded:
 
 
 class Days:
-    """The `day` table on one connection."""
+    """The `day` table: one row an account and day, into which old entries are folded.
+
+    The database itself adds an entry that is deleted to its day (`schema.py`), so no sum can be
+    lost. Entries go in the order in which they came, oldest first, a job's all together with its
+    ending; only the hold of a job that has not ended, or not long ago, is passed over. So what is
+    left is, at every instant, a balance to start from and everything since: `check` proves it,
+    running balances included.
+    A hold that was given back by its own job moved nothing in the end, and a client could make as
+    many as it likes: it goes at once, and leaves a count.
+    """
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
@@ -869,9 +740,9 @@ class Days:
         self._db.execute("DELETE FROM entry WHERE job_id = ?", (job_id,))
         entries = self._db.changes()
         self._db.execute("DELETE FROM job WHERE job_id = ?", (job_id,))
-        count = _COUNTS[ended]
+        count = f"{ended.value}_jobs"
         self._db.execute(
-            "INSERT INTO day (account, day, entries, charged_uatp, held_uatp, discharged_uatp, "  # noqa: S608 - a constant
+            "INSERT INTO day (account, day, entries, charged_uatp, held_uatp, discharged_uatp, "  # noqa: S608 - a column of ours
             f"{count}) VALUES (?, ?, 0, 0, 0, 0, 1) "
             f"ON CONFLICT (account, day) DO UPDATE SET {count} = {count} + 1",
             (account, ended_ns // DAY_NS),
@@ -903,7 +774,7 @@ class Days:
                 self._db.execute("DELETE FROM entry WHERE entry_id = ?", (entry_id,))
                 folded += 1
             elif kind != "hold":
-                ended = self._db.execute(MAY_FOLD, (job_id,)).get
+                ended = self._db.execute(_MAY_FOLD, (job_id,)).get
                 if ended is None:
                     return Folded(folded, passed_id, more=False)
                 folded += self.fold_job(job_id, account, JobState(ended), time_ns)
@@ -917,6 +788,6 @@ class Days:
             "SELECT day, entries, charged_uatp + held_uatp + discharged_uatp, discharged_uatp, "
             "settled_jobs, voided_jobs, expired_jobs FROM day WHERE account = ? AND day < ? "
             "ORDER BY day DESC LIMIT ?",
-            (account, 2**63 - 1 if before_day is None else before_day, limit),
+            (account, MAX_INT if before_day is None else before_day, limit),
         )
         return [Day(*row) for row in rows]

@@ -1,16 +1,7 @@
-"""The ledger's words: entries, terms, and what each operation takes and gives.
+"""The ledger's values: entries, terms, what each operation takes and gives, its options, its clock.
 
 Owns frozen values and their limits. Knows neither SQL nor threads.
 Amounts are integer uATP from 0 to `MAX_UATP`; anything else raises `InvalidField`.
-
-The two clocks of the ledger: one that refill trusts, one that people read.
-
-Owns reading them. Does not know accounts or SQL.
-Refill counts on the kernel's time since boot (suspend included) together with the boot's id,
-because the wall clock jumps: a corrected date must neither mint nor withhold ATP.
-Wall time only stamps entries and ages kept results.
-Where a platform has neither boot clock nor boot id, time counts within one process only, so
-such a machine loses the refill of its downtime instead of ever minting twice.
 """
 
 from __future__ import annotations
@@ -18,11 +9,10 @@ from __future__ import annotations
 import enum
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from sage_fed.core import Day, Entry, EntryKind
 from sage_fed.errors import InvalidField
@@ -91,23 +81,30 @@ class AccountTerms:
 
 
 @dataclass(frozen=True, slots=True)
-class HoldRequest:
-    """The worst case of one job, to be reserved before any GPU work.
+class RequestKey:
+    """Whose request it is, and by what a repeat of it is known.
 
-    `strategic` asks for the strategic floor to be respected.
-    `client_request_id` makes the request idempotent within the account; `payload_hash` tells
-    a repeated request from another one under the same id.
-    `ttl_s` is the safety net: a hold is released that long after where no living job ends it.
+    `client_request_id` makes the request idempotent within the account; "" is none.
+    `payload_hashes` say what it asks for, by every version of the hash: the first is kept, and a
+    kept one that is among them tells a repeat from another request under the same id.
+    """
+
+    account: str
+    client_request_id: str = ""
+    payload_hashes: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequest:
+    """The worst case of one job, to be reserved before any device work.
+
+    `tier` is the tier's name. A hold that no living job ends is released after `ttl_s` seconds.
     """
 
     job_id: str
-    account: str
     amount_uatp: int
     rate_card: str
     tier: str
-    strategic: bool = False
-    client_request_id: str = ""
-    payload_hash: bytes = b""
     ttl_s: float = 3600.0
 
 
@@ -157,6 +154,81 @@ class Recovery:
     voided_uatp: int
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long results are kept, and how many bytes of them, each and in all.
+
+    And how long entries are, one by one; never shorter than a request id that goes with them.
+    """
+
+    keep_s: float = 24 * 3600.0
+    entries_s: float = 30 * 86_400.0
+    one_result_bytes: int = 32 * 2**20
+    all_results_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerOptions:
+    """Limits. `inbox_limit` bounds what may be refused; the ends of open holds always fit.
+
+    `account_reads` is how many reads an account may have waiting, `busy_s` how long another program
+    that has the file locked is waited for, and `commit_timeout_s` after how long a group that is
+    not on disk counts as a disk that hangs.
+    A start audits up to `audit_entries` itself, and has more of them audited beside its first jobs.
+    """
+
+    retention: Retention = field(default_factory=Retention)
+    group_limit: int = 256
+    inbox_limit: int = 1024
+    account_reads: int = 16
+    busy_s: float = 2.0
+    commit_timeout_s: float = 5.0
+    audit_entries: int = 200_000
+    answer_timeout_s: float = 30.0
+    upkeep_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """One instant: `ns` nanoseconds since the start of `epoch`, and Unix time `wall_ns`.
+
+    Refill counts `ns` of one epoch, because the wall clock jumps: a corrected date must neither
+    mint nor withhold ATP. Wall time only stamps entries and ages kept results.
+    """
+
+    epoch: str
+    ns: int
+    wall_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """The time since the start of `epoch`, by a clock that never goes back within it."""
+
+    epoch: str
+    read_ns: Callable[[], int]
+
+    def now(self) -> Now:
+        """Return the instant of the call."""
+        return Now(self.epoch, self.read_ns(), time.time_ns())
+
+
+def system_clock(boot_id_file: Path = Path("/proc/sys/kernel/random/boot_id")) -> Clock:
+    """Return the kernel's clock since boot, suspend included, with the boot's id as its epoch.
+
+    A platform without either counts within this process only: it loses the refill of its downtime
+    instead of ever minting twice.
+    """
+    try:
+        boot_id = boot_id_file.read_text(encoding="ascii").strip()
+    except OSError:
+        boot_id = ""
+    if boot_id and hasattr(time, "CLOCK_BOOTTIME"):
+        return Clock(f"boot:{boot_id}", lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    start_ns = time.monotonic_ns()
+    return Clock(f"process:{uuid.uuid4()}", lambda: time.monotonic_ns() - start_ns)
+
+
 def require_amount(field: str, amount: int) -> None:
     """Refuse an amount that is not an integer in [0, MAX_UATP]."""
     if type(amount) is not int or not 0 <= amount <= MAX_UATP:
@@ -169,58 +241,3 @@ def require_text(field: str, text: str, *, empty: bool = False) -> None:
         raise InvalidField(field, f"must have {0 if empty else 1} to {MAX_TEXT} characters")
     if not text.isprintable():
         raise InvalidField(field, "must consist of printable characters")
-
-
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-@dataclass(frozen=True, slots=True)
-class Now:
-    """One instant: `ns` nanoseconds since the start of `epoch`, and Unix time `wall_ns`."""
-
-    epoch: str
-    ns: int
-    wall_ns: int
-
-
-class Clock(Protocol):
-    """Says what time it is; `ns` never goes back while `epoch` is the same."""
-
-    def now(self) -> Now:
-        """The instant of the call."""
-        ...
-
-
-class BootClock:
-    """Time since the kernel's boot; its epoch is the boot id."""
-
-    def __init__(self, boot_id: str) -> None:
-        self._epoch = f"boot:{boot_id}"
-
-    def now(self) -> Now:
-        """The instant of the call."""
-        ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        return Now(self._epoch, ns, time.time_ns())
-
-
-class ProcessClock:
-    """Time since this object was made; its epoch is new in each process."""
-
-    def __init__(self) -> None:
-        self._epoch = f"process:{uuid.uuid4()}"
-        self._start_ns = time.monotonic_ns()
-
-    def now(self) -> Now:
-        """The instant of the call."""
-        return Now(self._epoch, time.monotonic_ns() - self._start_ns, time.time_ns())
-
-
-def system_clock(boot_id_file: Path = BOOT_ID) -> Clock:
-    """The best clock of this platform: since boot, or else since now."""
-    try:
-        boot_id = boot_id_file.read_text(encoding="ascii").strip()
-    except OSError:
-        boot_id = ""
-    if boot_id and hasattr(time, "CLOCK_BOOTTIME"):
-        return BootClock(boot_id)
-    return ProcessClock()

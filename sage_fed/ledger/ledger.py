@@ -1,55 +1,37 @@
-"""The ledger as the event loop sees it: its operations, as coroutines.
+"""The ledger as the event loop sees it: its operations as coroutines, and the reads' own thread.
 
-Owns what each operation is to a waiter: what may be refused, what is owed, what is taken back.
-Knows no SQL and no futures (`inbox.py`). All methods belong to the loop that opened it.
+Owns what each operation is to a waiter: what may be refused, what is owed, what is taken back; the
+bounded inbox, the futures, and the ledger's life: opening, serving, closed or dead.
+Knows no SQL. All methods belong to the loop that opened it.
 An answer means that the operation is on disk. Cancelling the wait for `settle` or `void` does not
-take it back; a cancelled `hold` is voided, so that nobody's disappearance reserves ATP.
-What only reads is done beside the writer (`reader.py`), in turn with the other accounts' reads,
-and sees everything that was answered before it was asked.
+take it back; a cancelled `hold` is voided, so that a client that went away reserves no ATP.
+What only reads is done beside the writer, in turn with the other accounts' reads, and sees
+everything that was answered before it was asked.
 While its disk is full or read-only, hangs, or another program has it locked, what needs to be
 written is refused with `LedgerBlocked`, but for the ends of holds, which wait; `on_disk` is told
 when that begins and ends.
 After another failed commit or a lost file the ledger is dead: every wait ends with `LedgerDown`,
-`on_death` is told once, and only a restart, which audits the books, brings it back.
-
-The loop's end of the writer: what has been sent, and who waits for its answer.
-
-Owns the bounded inbox, the futures and the ledger's life: opening, serving, closed or dead.
-Knows no operation, only that each has one answer. Belongs to the loop that made it.
-What is `owed` waits for a disk that takes nothing now, or hangs; the rest is refused with
-`LedgerBlocked`.
-A dead writer ends every wait with `LedgerDown`, whose cause is for the operator only.
-
-The ledger's second thread: reads of the books, beside the writer and never before it.
-
-Owns a read-only connection and the reads that wait, in one line per account; the thread takes the
-next account's oldest in turn, so no account's reads wait for more than one of each other account.
-An account whose read took long rests for as long before its next.
-An account has so many waiting at most; one more is refused with `QueueFull`.
-Each read is a transaction of its own, which sees every commit that was acknowledged before it.
-Knows no operation and decides nothing about a failing file: a read that its connection could not
-do ends with `Unreadable`, and the writer, whose file it is, is asked then.
+whose cause is for the operator only, `on_death` is told once, and only a restart, which audits the
+books, brings it back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import apsw
 
-from sage_fed.core import Budget, BudgetChange, Entry
+from sage_fed.core import Budget, BudgetChange
 from sage_fed.errors import (
     InvalidField,
     LedgerBlocked,
@@ -58,28 +40,29 @@ from sage_fed.errors import (
     QueueFull,
     SageFedError,
 )
-from sage_fed.ledger.books import Books, Folded, Retention
+from sage_fed.ledger.books import Books, Folded
 from sage_fed.ledger.entries import (
     AccountTerms,
     Clock,
     HoldReceipt,
     HoldRequest,
+    LedgerOptions,
     Now,
     Page,
     Place,
     Recovery,
     Release,
     Replay,
+    RequestKey,
     Settlement,
     system_clock,
 )
 from sage_fed.ledger.ledger_files import OpenFiles, connect_reader, files_of
 from sage_fed.ledger.writer import (
     RETRY_S,
-    Closed,
     Committed,
-    Died,
     Disk,
+    Ended,
     Opened,
     Operation,
     Report,
@@ -96,7 +79,22 @@ _RESTS = 4
 _OPERATORS = ""
 """Whose turn it is for what no account asks; no account has an empty name."""
 
+_LOOK_S = 0.25
+"""Between two looks whether the disk hangs."""
+
+_READS_RETRY_S = 1.0
+"""When an account that has too many reads waiting may ask again: some of them are done by then."""
+
+_SHORT_S = 0.001
+_LONGEST_REST_S = 0.05
+"""Between a read that took longer than short and the same account's next lies as long again: a page
+is made in Python, and the event loop, which wants the interpreter too, is to have half of it."""
+
 log = logging.getLogger(__name__)
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 class Ledger:
@@ -104,18 +102,27 @@ class Ledger:
 
     def __init__(
         self,
-        inbox: Inbox,
-        reader: Reader,
-        upkeep_s: float,
-        terms: Callable[[str], AccountTerms] | None,
-        on_fold: Callable[[int], None] | None,
+        path: Path,
+        clock: Clock,
+        options: LedgerOptions,
+        terms: Callable[[str], AccountTerms | None],
+        listeners: _Listeners,
     ) -> None:
-        self._inbox = inbox
-        self._reader = reader
-        self._upkeep_s = upkeep_s
+        self._path = path
+        self._options = options
         self._terms = terms
-        self._on_fold = on_fold
+        self._listeners = listeners
+        self._loop = asyncio.get_running_loop()
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._opened: asyncio.Future[Recovery] = self._loop.create_future()
+        self._over = asyncio.Event()
+        self._down: str | None = None
+        self._cause: BaseException | None = None
+        self._refuses = False
+        self._hangs = False
         self._passed_id = 0
+        self._writer = Writer(path, clock, options, self._deliver)
+        self._reader = Reader(path, clock, options, listeners.on_read)
 
     @classmethod
     async def open(
@@ -124,12 +131,12 @@ class Ledger:
         *,
         clock: Clock | None = None,
         options: LedgerOptions | None = None,
-        terms: Callable[[str], AccountTerms] | None = None,
-        on_commit: Callable[[int, float], None] | None = None,
-        on_disk: Callable[[bool], None] | None = None,
-        on_death: Callable[[BaseException], None] | None = None,
-        on_read: Callable[[float], None] | None = None,
-        on_fold: Callable[[int], None] | None = None,
+        terms: Callable[[str], AccountTerms | None] = lambda _: None,
+        on_commit: Callable[[int, float], None] = _ignore,
+        on_disk: Callable[[bool], None] = _ignore,
+        on_death: Callable[[BaseException], None] = _ignore,
+        on_read: Callable[[float], None] = _ignore,
+        on_fold: Callable[[int], None] = _ignore,
     ) -> Ledger:
         """Open or create the books at `path`, check their balance and void orphaned holds.
 
@@ -141,312 +148,31 @@ class Ledger:
         Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
         lost) and `LedgerUnusable` (no space, no permission).
         """
-        options, clock = options or LedgerOptions(), clock or system_clock()
-        listeners = Listeners(on_commit, on_read, on_disk, on_death)
-        inbox = Inbox(path, clock=clock, options=options, listeners=listeners)
-        await inbox.open()
-        reader = Reader(
-            path,
-            clock=clock,
-            account_reads=options.account_reads,
-            answer_timeout_s=options.answer_timeout_s,
-            on_read=on_read,
-        )
-        reader.open()
-        return cls(inbox, reader, options.upkeep_s, terms, on_fold)
-
-    @property
-    def recovery(self) -> Recovery:
-        """What opening had to void."""
-        return self._inbox.recovery
-
-    @property
-    def max_result_bytes(self) -> int:
-        """How large a result may be to be kept for a repeat."""
-        return self._inbox.options.retention.one_result_bytes
-
-    @property
-    def alive(self) -> bool:
-        """Whether operations are being taken."""
-        return self._inbox.alive
-
-    @property
-    def trouble(self) -> str:
-        """Why no entry is taken now, in words for anybody; "" where entries are taken."""
-        return self._inbox.trouble
-
-    async def watch(self) -> None:
-        """Notice a disk that hangs, forever; a task of the daemon's group."""
-        await self._inbox.watch()
-
-    async def hold(self, request: HoldRequest) -> HoldReceipt | Replay:
-        """Reserve a job's worst case, durably; see `Books.hold`. Also `QueueFull`."""
-        return await self._hold(lambda books, now: books.hold(request, now))
-
-    async def decide_hold(
-        self,
-        account: str,
-        client_request_id: str,
-        payload_hash: bytes,
-        decide: Callable[[Budget], HoldRequest],
-    ) -> HoldReceipt | Replay:
-        """Hold what `decide` asks for at the balance of that instant; see `Books.decide_hold`.
-
-        `decide` is called on the ledger's thread: it must be quick and read only what it owns.
-        """
-        return await self._hold(
-            lambda books, now: books.decide_hold(
-                account, client_request_id, payload_hash, decide, now
-            )
-        )
-
-    async def _hold(
-        self, operation: Callable[[Books, Now], HoldReceipt | Replay]
-    ) -> HoldReceipt | Replay:
-        receipt: HoldReceipt | Replay | None = None
-
-        def hold(books: Books, now: Now) -> HoldReceipt | Replay:
-            nonlocal receipt
-            receipt = operation(books, now)
-            return receipt
-
-        def undo(books: Books, now: Now) -> None:
-            # Behind the hold in the same inbox, so `receipt` is known by then.
-            if isinstance(receipt, HoldReceipt):
-                books.void(receipt.job_id, "abandoned", now)
-
-        try:
-            return await self._inbox.ask(hold)
-        except LedgerBlocked:
-            raise  # nothing was held
-        except (asyncio.CancelledError, LedgerDown):
-            self._inbox.tell(undo)
-            raise
-
-    async def settle(
-        self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None = None
-    ) -> Settlement:
-        """Charge a hold's actual price, once; see `Books.settle`."""
-        return await self._inbox.ask(
-            lambda books, now: books.settle(job_id, charged_uatp, outcome, result, now),
-            refusable=False,
-            owed=True,
-        )
-
-    async def void(self, job_id: str, reason: str) -> Release:
-        """Give a hold back whole; see `Books.void`."""
-        return await self._inbox.ask(
-            lambda books, now: books.void(job_id, reason, now), refusable=False, owed=True
-        )
-
-    async def expire_due(self, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
-        """Give back holds past their time to live but those of `alive` jobs; see `Books`."""
-        return await self._inbox.ask(
-            lambda books, now: books.expire_due(now, alive), refusable=False
-        )
-
-    async def lookup_request(
-        self, account: str, client_request_id: str, payload_hash: bytes
-    ) -> Replay | None:
-        """The kept result of the same request; see `Requests.find`. `hold` looks again."""
-        return await self._read(
-            account,
-            lambda books, _: books.requests.find(account, client_request_id, payload_hash),
-        )
-
-    async def budget(self, account: str, *, refusable: bool = True) -> Budget:
-        """The account's books now, refill included; `NoSuchAccount`, and `QueueFull`."""
-        return await self._read(
-            account, lambda books, now: books.accounts.budget(account, now), refusable=refusable
-        )
-
-    async def ensure_account(self, account: str, terms: AccountTerms) -> Budget:
-        """Create an account of the settings, or apply what they changed; see `Accounts.ensure`."""
-        return await self._inbox.ask(lambda books, now: books.accounts.ensure(account, terms, now))
-
-    async def set_budget(self, account: str, change: BudgetChange) -> Budget:
-        """Create an account or change it, by an operator; see `Accounts.set_budget`."""
-        terms = self._terms(account) if self._terms is not None else None
-        return await self._inbox.ask(
-            lambda books, now: books.accounts.set_budget(account, change, now, terms)
-        )
-
-    async def entries(
-        self, account: str, before_id: int | None = None, limit: int = 50
-    ) -> list[Entry]:
-        """Up to `limit` (1 to 1000) entries of an account below that number, newest first."""
-        return await self._read(account, lambda books, _: books.entries(account, before_id, limit))
-
-    async def page(
-        self, account: str, place: Place | None, limit: int, render: Callable[[Page], T]
-    ) -> T:
-        """What `render` makes of `Books.page`, on the reader's thread: a long one takes a while."""
-        if not 1 <= limit <= MAX_PAGE:
-            raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE}")
-        if place is not None and not 0 <= place.before < 2**63:
-            raise InvalidField("page_token", "is not one that this daemon gave out")
-        return await self._read(account, lambda books, _: render(books.page(account, place, limit)))
-
-    async def held_total_uatp(self) -> int:
-        """What is held now, over all accounts; an operator's question."""
-        return await self._read(_OPERATORS, lambda books, _: books.held_total_uatp())
-
-    async def _read(
-        self, account: str, read: Callable[[Books, Now], T], *, refusable: bool = True
-    ) -> T:
-        if self._inbox.alive:
-            with contextlib.suppress(Unreadable):
-                return await self._reader.ask(account, read, refusable=refusable)
-        # Whatever is wrong with the file, its writer notices at this, and says so.
-        return await self._inbox.ask(read, refusable=refusable)
-
-    async def run_upkeep(self, alive: Callable[[], frozenset[str]]) -> None:
-        """Expire, persist refill marks and tidy, forever; a task of the daemon's group.
-
-        `alive` names the jobs that will end their holds themselves. A hold that is asked for
-        after it was called is behind the upkeep in the inbox, so none is missed.
-        """
-        while True:
-            await asyncio.sleep(self._upkeep_s)
-            try:
-                if expired := await self.expire_due(alive()):
-                    log.warning("expired %d holds that nobody ended", len(expired))
-                await self._keep_marks()
-                await self.tidy(self._upkeep_s)
-            except LedgerDown:
-                if not self.alive:
-                    raise
-                # Said already; the next round does what this one could not.
-
-    async def tidy(self, for_s: float = math.inf) -> int:
-        """Forget and fold what is past its retention, beside the traffic; the entries folded.
-
-        In steps, each an operation among the others', with a rest of several times as long, and
-        for so many seconds; what is left then is the next call's.
-        """
-        entries, step = 0, Folded(0, self._passed_id, more=True)
-        until_s = time.monotonic() + for_s
-        while step.more:
-            step, took_s = await self._inbox.ask(
-                partial(_tidied, passed_id=step.passed_id), refusable=False
-            )
-            entries += step.entries
-            if step.entries and self._on_fold is not None:
-                self._on_fold(step.entries)
-            if time.monotonic() > until_s:
-                break
-            await asyncio.sleep(took_s * _RESTS)
-        # From the front again, once it came to what is not old: holds that it passed have ended.
-        self._passed_id = step.passed_id if step.more else 0
-        return entries
-
-    async def _keep_marks(self) -> None:
-        after: str | None = ""
-        while after is not None:
-            step = partial(_marks_kept, after=after)
-            after = await self._inbox.ask(step, refusable=False) or None
-
-    async def close(self) -> None:
-        """Answer what is queued, persist refill marks and close the file; may be repeated."""
-        await self._reader.close()
-        await self._inbox.close(lambda books, now: books.accounts.keep_all_marks(now))
-
-
-def _marks_kept(books: Books, now: Now, *, after: str) -> str:
-    return books.accounts.keep_marks(now, after=after)
-
-
-def _tidied(books: Books, now: Now, *, passed_id: int) -> tuple[Folded, float]:
-    began_s = time.perf_counter()
-    return books.tidy(now, passed_id), time.perf_counter() - began_s
-
-
-_LOOK_S = 0.25
-"""Between two looks whether the disk hangs."""
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerOptions:
-    """Limits. `inbox_limit` bounds what may be refused; the ends of open holds always fit.
-
-    `account_reads` is how many reads an account may have waiting, `busy_s` how long another program
-    that has the file locked is waited for, and `commit_timeout_s` after how long a group that is
-    not on disk counts as a disk that hangs.
-    A start audits up to `audit_entries` itself, and has
-    more of them audited beside its first jobs.
-    """
-
-    retention: Retention = field(default_factory=Retention)
-    group_limit: int = 256
-    inbox_limit: int = 1024
-    account_reads: int = 16
-    busy_s: float = 2.0
-    commit_timeout_s: float = 5.0
-    audit_entries: int = 200_000
-    answer_timeout_s: float = 30.0
-    upkeep_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Listeners:
-    """Who is told, on the loop.
-
-    `on_commit(operations, latency_s)` after each group, `on_disk(writable)` when the disk begins
-    or ceases to refuse writes, `on_death(error)` once, if the thread dies, `on_read(latency_s)`
-    after each read.
-    """
-
-    on_commit: Callable[[int, float], None] | None = None
-    on_read: Callable[[float], None] | None = None
-    on_disk: Callable[[bool], None] | None = None
-    on_death: Callable[[BaseException], None] | None = None
-
-
-class Inbox:
-    """One writer's; made, `open`ed, `close`d."""
-
-    def __init__(
-        self, path: Path, *, clock: Clock, options: LedgerOptions, listeners: Listeners
-    ) -> None:
-        self.options = options
-        self._listeners = listeners
-        self._loop = asyncio.get_running_loop()
-        self._tickets = itertools.count()
-        self._waiting: dict[int, asyncio.Future[object]] = {}
-        self._opened: asyncio.Future[Recovery] = self._loop.create_future()
-        self._over = asyncio.Event()
-        self._down: str | None = None
-        self._cause: BaseException | None = None
-        self._path = path
-        self._refuses = False
-        self._hangs = False
-        self._writer = Writer(
-            path,
-            clock=clock,
-            retention=options.retention,
-            group_limit=options.group_limit,
-            busy_s=options.busy_s,
-            audit_entries=options.audit_entries,
-            deliver=self._deliver,
-        )
-
-    async def open(self) -> None:
-        """Start the writer; raises what kept it from opening."""
-        self._writer.start()
-        await asyncio.wait([self._opened], timeout=self.options.commit_timeout_s)
-        if not self._opened.done():
+        options = options or LedgerOptions()
+        listeners = _Listeners(on_commit, on_disk, on_death, on_read, on_fold)
+        ledger = cls(path, clock or system_clock(), options, terms, listeners)
+        ledger._writer.start()
+        await asyncio.wait([ledger._opened], timeout=options.commit_timeout_s)
+        if not ledger._opened.done():
             log.warning(
                 "the ledger %s is not open after %.1f s: it is large, its disk hangs, or another "
                 "program has it locked",
-                self._path,
-                self.options.commit_timeout_s,
+                path,
+                options.commit_timeout_s,
             )
-        await self._opened
+        await ledger._opened
+        ledger._reader.start()
+        return ledger
 
     @property
     def recovery(self) -> Recovery:
         """What opening had to void."""
         return self._opened.result()
+
+    @property
+    def max_result_bytes(self) -> int:
+        """How large a result may be to be kept for a repeat."""
+        return self._options.retention.one_result_bytes
 
     @property
     def alive(self) -> bool:
@@ -463,11 +189,14 @@ class Inbox:
         return "its disk is full or read-only, or another program has it" * self._refuses
 
     async def watch(self) -> None:
-        """Notice a disk that hangs, forever; that it goes on is noticed when it does."""
+        """Notice a disk that hangs, forever; a task of the daemon's group.
+
+        That it goes on is noticed when it does.
+        """
         while True:
             await asyncio.sleep(_LOOK_S)
             busy_s = self._writer.busy_s
-            if busy_s > self.options.commit_timeout_s and not self._hangs:
+            if busy_s > self._options.commit_timeout_s and not self._hangs:
                 self._hangs = True
                 log.critical(
                     "the ledger has waited for %.1f s for its disk, which holds %s; jobs are "
@@ -475,9 +204,171 @@ class Inbox:
                     busy_s,
                     self._path,
                 )
-                self._tell_of_disk()
+                self._report_disk()
 
-    async def ask(
+    async def hold(
+        self, key: RequestKey, decide: Callable[[Budget], HoldRequest]
+    ) -> HoldReceipt | Replay:
+        """Reserve what `decide` asks for at the balance of that instant; see `Books.hold`.
+
+        `decide` is called on the ledger's thread: it must be quick and read only what it owns.
+        Also raises `QueueFull`.
+        """
+        receipt: HoldReceipt | Replay | None = None
+
+        def hold(books: Books, now: Now) -> HoldReceipt | Replay:
+            nonlocal receipt
+            receipt = books.hold(key, decide, now)
+            return receipt
+
+        def undo(books: Books, now: Now) -> None:
+            # Behind the hold in the same inbox, so `receipt` is known by then.
+            if isinstance(receipt, HoldReceipt):
+                books.void(receipt.job_id, "abandoned", now)
+
+        try:
+            return await self._ask(hold)
+        except LedgerBlocked:
+            raise  # nothing was held
+        except (asyncio.CancelledError, LedgerDown):
+            self._tell(undo)
+            raise
+
+    async def settle(
+        self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None = None
+    ) -> Settlement:
+        """Charge a hold's actual price, once; see `Books.settle`."""
+        return await self._ask(
+            lambda books, now: books.settle(job_id, charged_uatp, outcome, result, now),
+            refusable=False,
+            owed=True,
+        )
+
+    async def void(self, job_id: str, reason: str) -> Release:
+        """Give a hold back whole; see `Books.void`."""
+        return await self._ask(
+            lambda books, now: books.void(job_id, reason, now), refusable=False, owed=True
+        )
+
+    async def expire_due(self, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Give back holds past their time to live but those of `alive` jobs; see `Books`."""
+        return await self._ask(lambda books, now: books.expire_due(now, alive), refusable=False)
+
+    async def lookup_request(self, key: RequestKey) -> Replay | None:
+        """The kept result of the same request; see `Requests.find`. `hold` looks again."""
+        return await self._read(key.account, lambda books, _: books.requests.find(key))
+
+    async def budget(self, account: str, *, refusable: bool = True) -> Budget:
+        """The account's books now, refill included; `NoSuchAccount`, and `QueueFull`."""
+        return await self._read(
+            account, lambda books, now: books.accounts.budget(account, now), refusable=refusable
+        )
+
+    async def ensure_account(self, account: str, terms: AccountTerms) -> Budget:
+        """Create an account of the settings, or apply what they changed; see `Accounts.ensure`."""
+        return await self._ask(lambda books, now: books.accounts.ensure(account, terms, now))
+
+    async def set_budget(self, account: str, change: BudgetChange) -> Budget:
+        """Create an account or change it, by an operator; see `Accounts.set_budget`."""
+        terms = self._terms(account)
+        return await self._ask(
+            lambda books, now: books.accounts.set_budget(account, change, now, terms)
+        )
+
+    async def page(
+        self, account: str, place: Place | None, limit: int, render: Callable[[Page], T]
+    ) -> T:
+        """What `render` makes of `Books.page`, on the reader's thread: a long one takes a while."""
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE}")
+        if place is not None and not 0 <= place.before < 2**63:
+            raise InvalidField("page_token", "is not one that this daemon gave out")
+        return await self._read(account, lambda books, _: render(books.page(account, place, limit)))
+
+    async def held_total_uatp(self) -> int:
+        """What is held now, over all accounts; an operator's question."""
+        return await self._read(_OPERATORS, lambda books, _: books.held_total_uatp())
+
+    async def run_upkeep(self, alive: Callable[[], frozenset[str]]) -> None:
+        """Expire, persist refill marks and tidy, forever; a task of the daemon's group.
+
+        `alive` names the jobs that will end their holds themselves. A hold that is asked for
+        after it was called is behind the upkeep in the inbox, so none is missed.
+        """
+        while True:
+            await asyncio.sleep(self._options.upkeep_s)
+            try:
+                if expired := await self.expire_due(alive()):
+                    log.warning("expired %d holds that no job ended", len(expired))
+                await self._keep_marks()
+                await self.tidy(self._options.upkeep_s)
+            except LedgerDown:
+                if not self.alive:
+                    raise
+                # Said already; the next round does what this one could not.
+
+    async def _keep_marks(self) -> None:
+        def keep(books: Books, now: Now) -> str:
+            return books.accounts.keep_marks(now, after=after)
+
+        after = ""
+        while after := await self._ask(keep, refusable=False):
+            pass
+
+    async def tidy(self, for_s: float = math.inf) -> int:
+        """Forget and fold what is past its retention, beside the traffic; the entries folded.
+
+        In steps, each an operation among the others', with a rest of several times as long, and
+        for so many seconds; what is left then is the next call's.
+        """
+
+        def tidy(books: Books, now: Now) -> tuple[Folded, float]:
+            began_s = time.perf_counter()
+            return books.tidy(now, step.passed_id), time.perf_counter() - began_s
+
+        entries, step = 0, Folded(0, self._passed_id, more=True)
+        until_s = time.monotonic() + for_s
+        while step.more:
+            step, took_s = await self._ask(tidy, refusable=False)
+            entries += step.entries
+            if step.entries:
+                self._listeners.on_fold(step.entries)
+            if time.monotonic() > until_s:
+                break
+            await asyncio.sleep(took_s * _RESTS)
+        # From the front again, once it came to what is not old: holds that it passed have ended.
+        self._passed_id = step.passed_id if step.more else 0
+        return entries
+
+    async def close(self) -> None:
+        """Answer what is queued, persist refill marks and close the file; may be repeated.
+
+        Raises `LedgerUnusable` where the disk does not answer: the next start goes on from there.
+        """
+        await self._reader.close()
+        if self._down is None:
+            self._tell(lambda books, now: books.accounts.keep_all_marks(now))
+            self._down = "the ledger is closed"
+            self._writer.close()
+        try:
+            async with asyncio.timeout(self._options.answer_timeout_s):
+                await self._over.wait()
+        except TimeoutError:
+            raise LedgerUnusable(
+                f"the ledger {self._path} was not closed: its disk does not answer. What was "
+                "acknowledged is there, and what was not is given back at the next start"
+            ) from None
+
+    async def _read(
+        self, account: str, read: Callable[[Books, Now], T], *, refusable: bool = True
+    ) -> T:
+        if self.alive:
+            with contextlib.suppress(Unreadable):
+                return await self._reader.ask(account, read, refusable=refusable)
+        # Whatever is wrong with the file, its writer notices at this, and says so.
+        return await self._ask(read, refusable=refusable)
+
+    async def _ask(
         self,
         operation: Callable[[Books, Now], T],
         *,
@@ -493,49 +384,25 @@ class Inbox:
                 "the ledger's disk does not answer, so nothing was held or charged; ask again soon",
                 RETRY_S,
             )
-        if refusable and len(self._waiting) >= self.options.inbox_limit:
+        if refusable and len(self._waiting) >= self._options.inbox_limit:
             raise QueueFull("the ledger is busy; try again", retry_after_s=0.1)
-        answer = self.send(operation, owed=owed)
-        # Not `asyncio.timeout`, which costs as much as all the rest of asking.
-        deadline = self._loop.call_later(self.options.answer_timeout_s, _give_up_write, answer)
-        try:
-            return cast("T", await answer)
-        finally:
-            deadline.cancel()
+        answer = self._send(operation, owed=owed)
+        return cast("T", await _answered(answer, self._options.answer_timeout_s))
 
-    def send(self, operation: Operation, *, owed: bool = False) -> asyncio.Future[object]:
+    def _send(self, operation: Operation, *, owed: bool = False) -> asyncio.Future[Any]:
         """Submit an operation; the future is its answer."""
         if self._down is not None:
             raise LedgerDown(self._down) from self._cause
-        ticket = next(self._tickets)
-        answer: asyncio.Future[object] = self._loop.create_future()
-        self._waiting[ticket] = answer
-        self._writer.submit(ticket, operation, owed=owed)
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._waiting.add(answer)
+        self._writer.submit(answer, operation, owed=owed)
         return answer
 
-    def tell(self, operation: Operation) -> None:
-        """Send an operation whose answer nobody waits for; nothing once the ledger is down."""
+    def _tell(self, operation: Operation) -> None:
+        """Send an operation whose answer has no waiter; nothing once the ledger is down."""
         if self._down is None:
             # Reads the error away: a death is reported once, by `_die`.
-            self.send(operation, owed=True).add_done_callback(asyncio.Future.exception)
-
-    async def close(self, last: Operation) -> None:
-        """Answer what is queued, do one thing more and end the writer; may be repeated.
-
-        Raises `LedgerUnusable` where the disk does not answer: the next start goes on from there.
-        """
-        if self._down is None:
-            self.tell(last)
-            self._down = "the ledger is closed"
-            self._writer.close()
-        try:
-            async with asyncio.timeout(self.options.answer_timeout_s):
-                await self._over.wait()
-        except TimeoutError:
-            raise LedgerUnusable(
-                f"the ledger {self._path} was not closed: its disk does not answer. What was "
-                "acknowledged is there, and what was not is given back at the next start"
-            ) from None
+            self._send(operation, owed=True).add_done_callback(asyncio.Future.exception)
 
     def _deliver(self, report: Report) -> None:
         """Cross from the writer's thread to the loop: once a group, not once an operation."""
@@ -550,42 +417,31 @@ class Inbox:
                 if self._hangs:
                     self._hangs = False
                     log.warning("the ledger's disk answers again, after %.1f s", latency_s)
-                    self._tell_of_disk()
+                    self._report_disk()
                 for answer in answers:
-                    self._resolve(answer.ticket, answer.value, answer.error)
-                if answers and self._listeners.on_commit is not None:
+                    self._waiting.discard(answer.waiter)
+                    _end(answer.waiter, answer.value, answer.error)
+                if answers:
                     self._listeners.on_commit(len(answers), latency_s)
             case Disk(refusal):
-                self._say_of_disk(refusal)
-            case Closed():
+                self._refuses = refusal is not None
+                if refusal is None:
+                    log.warning("the ledger takes entries again; jobs are admitted")
+                else:
+                    log.critical(
+                        "%s; jobs are refused until the ledger can be written", refusal.message
+                    )
+                self._report_disk()
+            case Ended(error):
                 self._over.set()
-                self._fail_waiting(None)
-            case Died(error):
-                self._die(error)
+                if error is not None:
+                    self._die(error)
+                self._fail_waiting(error)
 
-    def _say_of_disk(self, refusal: SageFedError | None) -> None:
-        self._refuses = refusal is not None
-        if refusal is None:
-            log.warning("the ledger takes entries again; jobs are admitted")
-        else:
-            log.critical("%s; jobs are refused until the ledger can be written", refusal.message)
-        self._tell_of_disk()
-
-    def _tell_of_disk(self) -> None:
-        if self._listeners.on_disk is not None:
-            self._listeners.on_disk(not self._refuses and not self._hangs)
-
-    def _resolve(self, ticket: int, value: object, error: BaseException | None) -> None:
-        waiting = self._waiting.pop(ticket, None)
-        if waiting is None or waiting.done():  # Nobody's, or its waiter was cancelled.
-            return
-        if error is None:
-            waiting.set_result(value)
-        else:
-            waiting.set_exception(error)
+    def _report_disk(self) -> None:
+        self._listeners.on_disk(not self._refuses and not self._hangs)
 
     def _die(self, error: BaseException) -> None:
-        self._over.set()
         if not self._opened.done():
             self._down = "the ledger did not open"
             self._opened.set_exception(error)
@@ -596,32 +452,23 @@ class Inbox:
             log.critical("the ledger died", exc_info=error)
         self._down = "the ledger has failed; the daemon must be restarted"
         self._cause = error
-        self._fail_waiting(error)
-        if self._listeners.on_death is not None:
-            self._listeners.on_death(error)
+        self._listeners.on_death(error)
 
     def _fail_waiting(self, cause: BaseException | None) -> None:
-        for ticket in tuple(self._waiting):
+        for waiter in self._waiting:
             down = LedgerDown(self._down or "")
             down.__cause__ = cause
-            self._resolve(ticket, None, down)
+            _end(waiter, None, down)
+        self._waiting.clear()
 
 
-def _give_up_write(answer: asyncio.Future[object]) -> None:
-    if not answer.done():
-        answer.set_exception(LedgerDown("the ledger does not answer; its disk may be stuck"))
-
-
-Read = Callable[[Books, Now], object]
-
-_RETRY_S = 1.0
-"""When an account that has too many reads waiting may ask again: some of them are done by then."""
-
-
-_SHORT_S = 0.001
-_LONGEST_REST_S = 0.05
-"""Between a read that took longer than short and the same account's next lies as long again: a page
-is made in Python, and the event loop, which wants the interpreter too, is to have half of it."""
+@dataclass(frozen=True, slots=True)
+class _Listeners:
+    on_commit: Callable[[int, float], None]
+    on_disk: Callable[[bool], None]
+    on_death: Callable[[BaseException], None]
+    on_read: Callable[[float], None]
+    on_fold: Callable[[int], None]
 
 
 class Unreadable(Exception):
@@ -631,32 +478,35 @@ class Unreadable(Exception):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
     account: str
-    read: Read
-    answer: asyncio.Future[object]
+    read: Operation
+    answer: asyncio.Future[Any]
     since_s: float
 
 
 class Reader:
-    """A thread; `open` it behind the writer, `ask` it, `close` it. Belongs to the loop."""
+    """The ledger's second thread: reads of the books, beside the writer and never before it.
+
+    Owns a read-only connection and the reads that wait, in one queue per account; the thread takes
+    the next account's oldest in turn, so no account's reads wait for more than one of each other
+    account. An account whose read took long rests for as long before its next.
+    An account has so many waiting at most; one more is refused with `QueueFull`.
+    Each read is a transaction of its own, which sees every commit that was acknowledged before it.
+    It decides nothing about a failing file: a read that its connection could not do ends with
+    `Unreadable`, and the writer, whose file it is, is asked then.
+    """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        clock: Clock,
-        account_reads: int,
-        answer_timeout_s: float,
-        on_read: Callable[[float], None] | None,
+        self, path: Path, clock: Clock, options: LedgerOptions, on_read: Callable[[float], None]
     ) -> None:
         self._path = path
         self._clock = clock
-        self._account_reads = account_reads
-        self._answer_timeout_s = answer_timeout_s
+        self._account_reads = options.account_reads
+        self._answer_timeout_s = options.answer_timeout_s
         self._on_read = on_read
         self._loop = asyncio.get_running_loop()
-        # Guards the lines, which the loop fills and the thread empties.
+        # Guards the queues, which the loop fills and the thread empties.
         self._change = threading.Condition()
-        self._lines: OrderedDict[str, deque[_Waiting]] = OrderedDict()
+        self._queues: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         self._closed = False
         # The thread's own.
         self._db: apsw.Connection | None = None
@@ -664,8 +514,8 @@ class Reader:
         self._rests_until_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="ledger-reads", daemon=True)
 
-    def open(self) -> None:
-        """Start; the books have been opened by their writer."""
+    def start(self) -> None:
+        """Begin; the books have been opened by their writer."""
         self._thread.start()
 
     async def ask(
@@ -680,28 +530,26 @@ class Reader:
         with self._change:
             if self._closed:
                 raise Unreadable
-            line = self._lines.setdefault(account, deque())
-            if refusable and len(line) >= self._account_reads:
+            queue = self._queues.setdefault(account, deque())
+            if refusable and len(queue) >= self._account_reads:
                 raise QueueFull(
-                    f"{len(line)} reads of this account's books wait, which is its limit; "
+                    f"{len(queue)} reads of this account's books wait, which is its limit; "
                     "ask again soon",
-                    _RETRY_S,
+                    _READS_RETRY_S,
                 )
-            line.append(waiting)
+            queue.append(waiting)
             self._change.notify()
-        deadline = self._loop.call_later(self._answer_timeout_s, _give_up, waiting.answer)
         try:
-            return cast("T", await waiting.answer)
+            return cast("T", await _answered(waiting.answer, self._answer_timeout_s))
         finally:
-            deadline.cancel()
             self._withdraw(account, waiting)
 
     async def close(self) -> None:
         """End the thread; what still waits is left to the writer. May be repeated."""
         with self._change:
             self._closed = True
-            left = [waiting for line in self._lines.values() for waiting in line]
-            self._lines.clear()
+            left = [waiting for queue in self._queues.values() for waiting in queue]
+            self._queues.clear()
             self._change.notify()
         for waiting in left:
             _end(waiting.answer, None, Unreadable())
@@ -711,46 +559,47 @@ class Reader:
     def _withdraw(self, account: str, waiting: _Waiting) -> None:
         """Take out a read whose client is gone: it must not cost the others their turn."""
         with self._change:
-            line = self._lines.get(account)
-            if line is None:
+            queue = self._queues.get(account)
+            if queue is None:
                 return
             # Looked for first: the error that removes nothing would spell out the whole answer.
-            if waiting in line:
-                line.remove(waiting)
-            if not line:
-                del self._lines[account]
+            if waiting in queue:
+                queue.remove(waiting)
+            if not queue:
+                del self._queues[account]
 
     def _run(self) -> None:
         while (waiting := self._next()) is not None:
             began_s = time.perf_counter()
+            value: object = None
+            failure: Exception | None = None
             try:
                 value = self._read(waiting.read)
             except Exception as error:  # noqa: BLE001 - an error that a read raises is its answer
-                self._tell(waiting, None, error)
-            else:
-                self._tell(waiting, value, None)
+                failure = error
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._receive, waiting, value, failure)
             ended_s = time.perf_counter()
             if (took_s := ended_s - began_s) > _SHORT_S:
                 rest_s = min(took_s, _LONGEST_REST_S)
                 self._rests_until_s[waiting.account] = ended_s + rest_s
         self._disconnect()
 
-    def _read(self, read: Read) -> object:
+    def _read(self, read: Operation) -> object:
         try:
             if self._db is None:
                 self._db = connect_reader(self._path)
                 self._files = files_of(self._db)
-            # What is read in a file that nobody can find is not what the books say.
+            # What is read in a file that is not found by its name is not what the books say.
             self._files.verify()
             self._db.execute("BEGIN")
             try:
-                value = read(Books(self._db), self._clock.now())
+                return read(Books(self._db), self._clock.now())
             finally:
                 self._db.execute("ROLLBACK")
         except (apsw.Error, LedgerUnusable, OSError) as error:
             self._disconnect()
             raise Unreadable from error
-        return value
 
     def _disconnect(self) -> None:
         if self._db is not None:
@@ -767,38 +616,41 @@ class Reader:
                     for account, until_s in self._rests_until_s.items()
                     if until_s > now_s
                 }
-                account = next((name for name in self._lines if name not in rests), None)
+                account = next((name for name in self._queues if name not in rests), None)
                 if account is not None:
-                    break
-                # All that wait rest, or nobody waits.
-                first_s = min((rests[name] for name in self._lines), default=None)
+                    queue = self._queues.pop(account)
+                    waiting = queue.popleft()
+                    if queue:
+                        self._queues[account] = queue  # behind the others
+                    return waiting
+                # All that wait rest, or none waits.
+                first_s = min((rests[name] for name in self._queues), default=None)
                 self._change.wait(None if first_s is None else first_s - now_s)
-            else:
-                return None
-            line = self._lines.pop(account)
-            waiting = line.popleft()
-            if line:
-                self._lines[account] = line  # behind the others
-            return waiting
-
-    def _tell(self, waiting: _Waiting, value: object, error: Exception | None) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._receive, waiting, value, error)
+        return None
 
     def _receive(self, waiting: _Waiting, value: object, error: Exception | None) -> None:
         _end(waiting.answer, value, error)
-        if self._on_read is not None:
-            self._on_read(time.perf_counter() - waiting.since_s)
+        self._on_read(time.perf_counter() - waiting.since_s)
 
 
-def _end(answer: asyncio.Future[object], value: object, error: Exception | None) -> None:
-    if answer.done():  # its waiter was cancelled, or gave up
+async def _answered(answer: asyncio.Future[Any], timeout_s: float) -> object:
+    """Wait for an answer of either thread; `LedgerDown` where there is none in time."""
+
+    def give_up() -> None:
+        _end(answer, None, LedgerDown("the ledger does not answer; its disk may be stuck"))
+
+    # Not `asyncio.timeout`, which costs as much as all the rest of asking.
+    deadline = answer.get_loop().call_later(timeout_s, give_up)
+    try:
+        return await answer
+    finally:
+        deadline.cancel()
+
+
+def _end(answer: asyncio.Future[Any] | None, value: object, error: BaseException | None) -> None:
+    if answer is None or answer.done():  # without a waiter, or it was cancelled or gave up
         return
     if error is None:
         answer.set_result(value)
     else:
         answer.set_exception(error)
-
-
-def _give_up(answer: asyncio.Future[object]) -> None:
-    _end(answer, None, LedgerDown("the ledger does not answer; its disk may be stuck"))

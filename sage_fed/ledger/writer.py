@@ -9,8 +9,8 @@ A disk that takes no writes, because it is full or read-only, blocks, and so doe
 that has the file locked for longer than `busy_s`: what can be refused is, with `LedgerBlocked`,
 what is owed (the end of a hold) is tried again until it is written, and reads go on. Any other
 `apsw` error or failed commit, and a lost file, ends the thread: the group is rolled back, or was
-written where nobody finds it, `Died` is the last thing said, and every unanswered operation has
-failed.
+written into a file that has lost its name, `Ended` with the error is the last report, and every
+unanswered operation has failed.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import contextlib
 import queue
 import threading
 import time
+from asyncio import Future
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import apsw
 
 from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
-from sage_fed.ledger.books import Books, Retention
+from sage_fed.ledger.books import Books
 from sage_fed.ledger.check import Auditor, balance_violations, end_violations, num_folded
-from sage_fed.ledger.entries import Clock, Now, Recovery
+from sage_fed.ledger.entries import Clock, LedgerOptions, Now, Recovery
 from sage_fed.ledger.ledger_files import OpenBook, last_entry_id, may_pass, unusable, writable
 from sage_fed.ledger.schema import writing
 
@@ -43,24 +45,24 @@ RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An operation under way; `owed` has to be done, however long the disk takes nothing.
+    """An operation under way, and its waiter, which the thread only hands back; None: it has none.
 
-    A ticket below 0 is nobody's.
+    What is `owed` has to be done, however long the disk takes nothing.
     """
 
-    ticket: int
+    waiter: Future[Any] | None
     operation: Operation
     owed: bool = False
 
 
-_PROOF = Item(-1, lambda books, _: books.prove_writable(), owed=True)
+_PROOF = Item(None, lambda books, _: books.prove_writable(), owed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The end of the operation with this ticket: a value or the error it raised."""
+    """The end of an operation: a value or the error it raised."""
 
-    ticket: int
+    waiter: Future[Any] | None
     value: object
     error: Exception | None
 
@@ -88,18 +90,13 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
-    """Every operation was answered and the file is closed."""
+class Ended:
+    """The thread is over: the file is closed, or of its last group nothing was acknowledged."""
+
+    error: BaseException | None
 
 
-@dataclass(frozen=True, slots=True)
-class Died:
-    """The thread is over; nothing of the group it had taken was acknowledged."""
-
-    error: BaseException
-
-
-Report = Opened | Committed | Disk | Closed | Died
+Report = Opened | Committed | Disk | Ended
 
 
 class Writer:
@@ -108,35 +105,29 @@ class Writer:
     def __init__(
         self,
         path: Path,
-        *,
         clock: Clock,
-        retention: Retention,
-        group_limit: int,
-        busy_s: float,
-        audit_entries: int,
+        options: LedgerOptions,
         deliver: Callable[[Report], None],
     ) -> None:
         self._path = path
         self._clock = clock
-        self._retention = retention
-        self._group_limit = group_limit
-        self._busy_ms = round(busy_s * 1000)
+        self._options = options
+        self._busy_ms = round(options.busy_s * 1000)
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._owed: list[Item] = []
         self._busy_since_s: float | None = None
-        self._audit_entries = audit_entries
         self._condemned: LedgerCorrupt | None = None
         # Daemonic: a process that ends without `close` is a crash, which the books survive.
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
     def start(self) -> None:
-        """Begin; the first report is `Opened` or `Died`."""
+        """Begin; the first report is `Opened` or `Ended`."""
         self._thread.start()
 
-    def submit(self, ticket: int, operation: Operation, *, owed: bool = False) -> None:
-        """Queue an operation; its `Answer` carries the ticket. The sender bounds the queue."""
-        self._inbox.put(Item(ticket, operation, owed))
+    def submit(self, waiter: Future[Any], operation: Operation, *, owed: bool = False) -> None:
+        """Queue an operation; its `Answer` carries the waiter. The sender bounds the queue."""
+        self._inbox.put(Item(waiter, operation, owed))
 
     @property
     def busy_s(self) -> float:
@@ -146,16 +137,17 @@ class Writer:
         return 0.0 if since_s is None else time.monotonic() - since_s
 
     def close(self) -> None:
-        """End after what is queued; the last report is `Closed` or `Died`."""
+        """End after what is queued; the last report is `Ended`."""
         self._inbox.put(None)
 
     def _run(self) -> None:
+        failure: BaseException | None = None
         try:
             with (
                 writable(self._path, self._require_balance) as book,
                 contextlib.ExitStack() as stack,
             ):
-                books = Books(book.db, self._retention)
+                books = Books(book.db, self._options.retention)
                 with writing(book.db):
                     recovery = self._recover(book, books, stack)
                 self._deliver(Opened(recovery))
@@ -165,20 +157,19 @@ class Writer:
                     self._require_no_verdict()
                     book.verify()
                     committed = self._commit_or_refuse(book.db, books, group)
-                    # An answer says that it is on disk: not in a file that nobody can find.
+                    # An answer says that it is on disk: not in a file that has lost its name.
                     book.verify()
                     book.acknowledge()
                     self._busy_since_s = None
                     self._deliver(committed)
         except BaseException as error:  # noqa: BLE001 - the thread's last line of defence
-            self._deliver(Died(error))
-        else:
-            self._deliver(Closed())
+            failure = error
+        self._deliver(Ended(failure))
 
     def _recover(self, book: OpenBook, books: Books, stack: contextlib.ExitStack) -> Recovery:
         """Prove what a start has time for, have the rest proved, and give back what was left."""
         num_entries = last_entry_id(book.db) - num_folded(book.db)
-        if book.doubted or num_entries <= self._audit_entries:
+        if book.doubted or num_entries <= self._options.audit_entries:
             self._require_balance(book.db)
         else:
             self._refuse(end_violations(book.db))
@@ -190,6 +181,10 @@ class Writer:
     def _require_balance(self, db: apsw.Connection) -> None:
         self._refuse(balance_violations(db))
 
+    def _require_no_verdict(self) -> None:
+        if self._condemned is not None:
+            raise self._condemned
+
     def _refuse(self, violations: tuple[str, ...]) -> None:
         if violations:
             raise self._unbalanced(violations)
@@ -197,14 +192,10 @@ class Writer:
     def _unbalanced(self, violations: tuple[str, ...]) -> LedgerCorrupt:
         return LedgerCorrupt(f"the books of {self._path} do not balance: {'; '.join(violations)}")
 
-    def _require_no_verdict(self) -> None:
-        if self._condemned is not None:
-            raise self._condemned
-
     def _condemn(self, violations: tuple[str, ...]) -> None:
         """Have the thread end as the start would have; called on the auditor's."""
         self._condemned = self._unbalanced(violations)
-        self._inbox.put(Item(-1, lambda _books, _now: None))
+        self._inbox.put(Item(None, lambda _books, _now: None))
 
     def _groups(self) -> Iterator[list[Item]]:
         """What waits, behind what is still owed, until the inbox is closed."""
@@ -221,7 +212,7 @@ class Writer:
         with contextlib.suppress(queue.Empty):
             while item := self._inbox.get(timeout=timeout_s):
                 group.append(item)
-                if len(group) >= self._group_limit or self._inbox.empty():
+                if len(group) >= self._options.group_limit or self._inbox.empty():
                     return False
             return True
         return False
@@ -272,7 +263,7 @@ class Writer:
             RETRY_S,
         )
         blocked.__cause__ = refusal
-        return (Answer(item.ticket, None, blocked),)
+        return (Answer(item.waiter, None, blocked),)
 
     def _commit(
         self,
@@ -314,8 +305,8 @@ def _answer_among(db: apsw.Connection, books: Books, now: Now, item: Item) -> An
 
 def _answer(books: Books, now: Now, item: Item) -> Answer:
     try:
-        return Answer(item.ticket, item.operation(books, now), None)
+        return Answer(item.waiter, item.operation(books, now), None)
     except apsw.Error:
         raise
     except Exception as error:  # noqa: BLE001 - also a bug of the caller's `decide` goes to it
-        return Answer(item.ticket, None, error)
+        return Answer(item.waiter, None, error)

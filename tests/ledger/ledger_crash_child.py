@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger
+from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, RequestKey
 
 CLIENTS = 8
 ATP = 1_000_000
@@ -25,7 +25,8 @@ async def client(ledger: Ledger, name: str) -> None:
     """Hold and settle, forever; every fifth job is voided, every seventh left open."""
     for number in itertools.count():
         job_id = f"{name}-{number}"
-        await ledger.hold(HoldRequest(job_id, "ann", 100, "card", "tactical", ttl_s=60.0))
+        request = HoldRequest(job_id, 100, "card", "tactical", ttl_s=60.0)
+        await ledger.hold(RequestKey("ann"), lambda _, request=request: request)
         say(f"held {job_id}")
         if number % 7 == 6:
             continue

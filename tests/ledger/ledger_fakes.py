@@ -3,18 +3,20 @@
 from typing import Any
 
 import apsw
+from holds import asked
 
 from sage_fed.core import Budget, BudgetChange
 from sage_fed.ledger import schema
-from sage_fed.ledger.books import Books, Retention
+from sage_fed.ledger.books import Books
 from sage_fed.ledger.entries import (
     NS_PER_S,
     AccountTerms,
     HoldReceipt,
-    HoldRequest,
     Now,
     Release,
     Replay,
+    RequestKey,
+    Retention,
     Settlement,
 )
 
@@ -76,12 +78,17 @@ class Desk:
         job_id: str,
         amount: int,
         account: str = "ann",
-        **fields: Any,  # noqa: ANN401 - HoldRequest's
+        **fields: Any,  # noqa: ANN401 - of `asked`
     ) -> HoldReceipt | Replay:
         """Hold for a tactical job on card-1."""
-        request = HoldRequest(job_id, account, amount, "card-1", "tactical", **fields)
         with self.db:
-            return self.books.hold(request, self.clock.now())
+            return self.books.hold(
+                *asked(job_id, account, amount, "card-1", **fields), self.clock.now()
+            )
+
+    def find(self, request_id: str, payload: bytes, account: str = "ann") -> Replay | None:
+        """Look a request id up."""
+        return self.books.requests.find(RequestKey(account, request_id, (payload,)))
 
     def settle(self, job_id: str, charged: int, result: bytes | None = None) -> Settlement:
         """Settle a job."""

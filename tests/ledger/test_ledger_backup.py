@@ -11,10 +11,11 @@ from pathlib import Path
 import apsw
 import pytest
 import pytest_asyncio
+from holds import Asked, asked
 from small_disks import Disk, small_tmpfs
 
 from sage_fed.errors import CannotWrite, ConfigError, LedgerCorrupt
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, backup, check
+from sage_fed.ledger import AccountTerms, Ledger, backup, check
 
 TERMS = AccountTerms(capacity_uatp=10**9, initial_uatp=10**9)
 
@@ -36,15 +37,15 @@ async def ledger(path: Path) -> AsyncIterator[Ledger]:
     """Books with a settled job and an open hold, most of them in the log."""
     made = await Ledger.open(path)
     await made.ensure_account("ann", TERMS)
-    await made.hold(request("done"))
+    await made.hold(*request("done"))
     await made.settle("done", 4, "length", b"answer")
-    await made.hold(request("running"))
+    await made.hold(*request("running"))
     yield made
     await made.close()
 
 
-def request(job_id: str) -> HoldRequest:
-    return HoldRequest(job_id, "ann", 10, "card", "tactical")
+def request(job_id: str) -> Asked:
+    return asked(job_id, "ann", 10, "card", "tactical")
 
 
 async def test_a_copy_beside_a_running_writer_has_all_that_was_acknowledged(
@@ -67,7 +68,7 @@ async def test_copies_are_whole_while_the_books_move(
 
     async def work() -> None:
         for number in range(10_000):
-            await ledger.hold(request(f"job-{number}"))
+            await ledger.hold(*request(f"job-{number}"))
             await ledger.settle(f"job-{number}", 4, "length")
 
     working = asyncio.create_task(work())

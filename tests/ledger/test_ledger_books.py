@@ -168,42 +168,18 @@ def test_unknown_accounts_and_jobs_are_named_errors(desk: Desk):
 
 
 def test_a_hold_above_the_balance_is_refused_without_a_trace(desk: Desk):
-    """The refusal says that the balance is in the way and that waiting does not help."""
+    """The refusal is the router's for a balance that does not reach, in one word."""
     desk.account(balance=100)
 
     with pytest.raises(CannotAfford) as caught:
         desk.hold("j1", 101)
 
-    assert ("BALANCE", None, "ann") == (
+    assert ("cannot_afford", None, "ann") == (
         caught.value.detail,
         caught.value.retry_after_s,
         caught.value.account,
     )
     assert [("grant", 100, "")] == desk.entries()
-
-
-@pytest.mark.parametrize(
-    ("balance", "strategic", "detail"),
-    [
-        (51, True, None),
-        (50, True, "STRATEGIC_FLOOR"),
-        (50, False, None),
-        (9, True, "STRATEGIC_FLOOR"),
-        (9, False, "BALANCE"),
-    ],
-)
-def test_strategic_holds_need_a_balance_above_the_floor(
-    desk: Desk, balance: int, strategic: bool, detail: str | None
-):
-    """At or below the floor, strategic work is refused and tactical work is not."""
-    desk.account(balance=balance, floor=50)
-
-    if detail is None:
-        assert balance - 10 == desk.hold("j1", 10, strategic=strategic).balance_uatp
-    else:
-        with pytest.raises(CannotAfford) as caught:
-            desk.hold("j1", 10, strategic=strategic)
-        assert detail == caught.value.detail
 
 
 @pytest.mark.parametrize("amount", [-1, MAX_UATP + 1, 1.0, True])
@@ -251,7 +227,7 @@ def test_a_repeated_request_gets_the_first_result(desk: Desk):
     desk.hold("j1", 60, client_request_id="r", payload_hash=b"p")
     desk.settle("j1", 45, b"answer")
 
-    looked_up = desk.books.requests.find("ann", "r", b"p")
+    looked_up = desk.find("r", b"p")
     held = desk.hold("j2", 60, client_request_id="r", payload_hash=b"p")
 
     assert Replay("j1", b"answer") == looked_up == held
@@ -308,10 +284,10 @@ def test_results_are_forgotten_after_their_retention():
 
     desk.clock.advance(10.0)
     assert 0 == desk.books.requests.prune(desk.clock.now())
-    assert Replay("j1", b"answer") == desk.books.requests.find("ann", "r", b"p")
+    assert Replay("j1", b"answer") == desk.find("r", b"p")
     desk.clock.advance_ns(1)
     assert 1 == desk.books.requests.prune(desk.clock.now())
-    assert None is desk.books.requests.find("ann", "r", b"p")
+    assert None is desk.find("r", b"p")
 
 
 def test_results_above_the_byte_limits_refuse_a_second_run():
@@ -325,11 +301,11 @@ def test_results_above_the_byte_limits_refuse_a_second_run():
 
     desk.books.requests.prune(desk.clock.now())
 
-    assert Replay("j-mid", b"x" * 8) == desk.books.requests.find("ann", "mid", b"")
-    assert Replay("j-new", b"x" * 8) == desk.books.requests.find("ann", "new", b"")
+    assert Replay("j-mid", b"x" * 8) == desk.find("mid", b"")
+    assert Replay("j-new", b"x" * 8) == desk.find("new", b"")
     for name in ("huge", "old"):
         with pytest.raises(RequestIdConflict, match="too large"):
-            desk.books.requests.find("ann", name, b"")
+            desk.find(name, b"")
 
 
 def test_one_result_above_its_limit_is_not_kept_where_there_is_room_for_all():
@@ -340,9 +316,9 @@ def test_one_result_above_its_limit_is_not_kept_where_there_is_room_for_all():
         desk.hold(f"j-{name}", 1, client_request_id=name)
         desk.settle(f"j-{name}", 1, b"x" * size)
 
-    assert Replay("j-fits", b"x" * 10) == desk.books.requests.find("ann", "fits", b"")
+    assert Replay("j-fits", b"x" * 10) == desk.find("fits", b"")
     with pytest.raises(RequestIdConflict, match="too large"):
-        desk.books.requests.find("ann", "huge", b"")
+        desk.find("huge", b"")
 
 
 def test_orphans_are_voided_and_counted(desk: Desk):
@@ -353,10 +329,10 @@ def test_orphans_are_voided_and_counted(desk: Desk):
     desk.hold("j3", 5)
     desk.settle("j3", 5)
 
-    assert Recovery(2, 30) == desk.books.void_orphans(desk.clock.now())
-    assert Recovery(0, 0) == desk.books.void_orphans(desk.clock.now())
+    assert Recovery(2, 30) == desk.books.recover(desk.clock.now())
+    assert Recovery(0, 0) == desk.books.recover(desk.clock.now())
     assert (95, 0, 5) == _sums(desk)
-    assert None is desk.books.requests.find("ann", "r", b"")
+    assert None is desk.find("r", b"")
 
 
 def test_set_budget_grants_or_revokes_and_leaves_holds(desk: Desk):

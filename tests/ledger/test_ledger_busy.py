@@ -10,12 +10,12 @@ from pathlib import Path
 
 import apsw
 import pytest
+from holds import Asked, asked
 
 from sage_fed.errors import LedgerBlocked, LedgerDown, LedgerUnusable
 from sage_fed.ledger import (
     AccountTerms,
     HoldReceipt,
-    HoldRequest,
     Ledger,
     LedgerOptions,
     check,
@@ -49,8 +49,8 @@ async def heard() -> Heard:
     return Heard()
 
 
-def request(name: str) -> HoldRequest:
-    return HoldRequest(name, "ann", 100, "card", "tactical", ttl_s=600.0)
+def request(name: str) -> Asked:
+    return asked(name, "ann", 100, "card", "tactical", ttl_s=600.0)
 
 
 async def opened(path: Path, heard: Heard, busy_s: float) -> Ledger:
@@ -95,7 +95,7 @@ async def test_a_moments_lock_is_waited_for(patient: Ledger, path: Path, heard: 
     for number in (1, 50):
         with locked(path) as other:
             names = [f"{number}-{i}" for i in range(number)]
-            holds = [asyncio.create_task(patient.hold(request(name))) for name in names]
+            holds = [asyncio.create_task(patient.hold(*request(name))) for name in names]
             # The writer stands at the lock, or will find it: either way nothing was refused.
             done, _ = await asyncio.wait(holds, timeout=0.2)
             assert set() == done
@@ -110,10 +110,10 @@ async def test_a_lock_that_stays_refuses_what_can_be_refused(
     hasty: Ledger, path: Path, heard: Heard
 ) -> None:
     """Reading goes on, the end of a hold waits for the lock, and nobody restarts anything."""
-    await hasty.hold(request("before"))
+    await hasty.hold(*request("before"))
     with locked(path):
         refused = await asyncio.gather(
-            *(hasty.hold(request(f"refused-{i}")) for i in range(20)), return_exceptions=True
+            *(hasty.hold(*request(f"refused-{i}")) for i in range(20)), return_exceptions=True
         )
         settling = asyncio.create_task(hasty.settle("before", 60, "length"))
         await asyncio.sleep(0)
@@ -128,7 +128,7 @@ async def test_a_lock_that_stays_refuses_what_can_be_refused(
     assert {LedgerBlocked} == {type(outcome) for outcome in refused}
     assert all(o.retry_after_s and "/" not in o.message for o in refused)  # type: ignore[union-attr]
     assert (60, False) == (settlement.charged_uatp, settlement.repeated)
-    assert isinstance(await hasty.hold(request("after")), HoldReceipt)
+    assert isinstance(await hasty.hold(*request("after")), HoldReceipt)
     assert ([False, True], []) == (heard.writable, heard.deaths)
     assert () == check(path).violations
 
@@ -138,7 +138,7 @@ async def test_the_log_says_who_is_in_the_way(
 ) -> None:
     """An operator looks for a full disk otherwise."""
     with locked(path), pytest.raises(LedgerBlocked):
-        await hasty.hold(request("refused"))
+        await hasty.hold(*request("refused"))
 
     assert "another program has locked the ledger" in caplog.text
 
@@ -148,7 +148,7 @@ class Hang:
 
     def __init__(self, ledger: Ledger) -> None:
         self._over = threading.Event()
-        self._answer = ledger._inbox.send(lambda *_: self._over.wait(WAIT_S))
+        self._answer = ledger._send(lambda *_: self._over.wait(WAIT_S))
 
     async def end(self) -> None:
         """Let it return."""
@@ -167,7 +167,7 @@ async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard:
     options = impatient(heard, upkeep_s=0.01, answer_timeout_s=0.1)
     ledger = await Ledger.open(path, **options)  # type: ignore[arg-type] # as above
     await ledger.ensure_account("ann", AccountTerms(10_000, 0, initial_uatp=10_000))
-    await ledger.hold(request("before"))
+    await ledger.hold(*request("before"))
     hang = Hang(ledger)
     chores = [
         asyncio.create_task(ledger.watch()),
@@ -177,7 +177,7 @@ async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard:
         await heard.changed.wait()
         assert "its disk does not answer" == ledger.trouble
         refused = await asyncio.gather(
-            *(ledger.hold(request(f"refused-{i}")) for i in range(2000)), return_exceptions=True
+            *(ledger.hold(*request(f"refused-{i}")) for i in range(2000)), return_exceptions=True
         )
         with pytest.raises(LedgerDown, match="does not answer"):
             await ledger.settle("before", 60, "length")
@@ -185,7 +185,7 @@ async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard:
         await asyncio.sleep(0.3)
         assert {LedgerBlocked} == {type(outcome) for outcome in refused}
         assert not any(chore.done() for chore in chores)
-        assert len(ledger._inbox._waiting) < 20
+        assert len(ledger._waiting) < 20
         await hang.end()
         while heard.writable[-1:] != [True]:
             heard.changed.clear()
@@ -213,9 +213,9 @@ async def test_a_close_on_a_disk_that_hangs_ends_in_words(path: Path) -> None:
 async def test_an_opening_waits_for_a_lock(path: Path, heard: Heard) -> None:
     """The holds that a crash left have to be voided, which is written."""
     crashed = await opened(path, heard, busy_s=0.0)
-    await crashed.hold(request("orphan"))
-    crashed._inbox._writer.close()
-    await crashed._inbox._over.wait()
+    await crashed.hold(*request("orphan"))
+    crashed._writer.close()
+    await crashed._over.wait()
     with locked(path) as other:
         opening = asyncio.create_task(Ledger.open(path))
         done, _ = await asyncio.wait([opening], timeout=0.2)
@@ -232,9 +232,9 @@ async def test_an_opening_that_takes_long_is_said(
 ) -> None:
     """Who waits for the daemon sees for what."""
     crashed = await opened(path, heard, busy_s=0.0)
-    await crashed.hold(request("orphan"))
-    crashed._inbox._writer.close()
-    await crashed._inbox._over.wait()
+    await crashed.hold(*request("orphan"))
+    crashed._writer.close()
+    await crashed._over.wait()
     with locked(path) as other:
         opening = asyncio.create_task(
             Ledger.open(path, options=LedgerOptions(commit_timeout_s=0.01))
@@ -253,9 +253,9 @@ async def test_an_opening_under_a_lock_that_stays_fails_in_words(
 ) -> None:
     """It is nobody's setting that is wrong: a service manager tries again."""
     crashed = await opened(path, heard, busy_s=0.0)
-    await crashed.hold(request("orphan"))
-    crashed._inbox._writer.close()
-    await crashed._inbox._over.wait()
+    await crashed.hold(*request("orphan"))
+    crashed._writer.close()
+    await crashed._over.wait()
     monkeypatch.setattr(ledger_files, "BUSY_MS", 0)
     with locked(path), pytest.raises(LedgerUnusable, match="another program has locked"):
         await Ledger.open(path)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import apsw
 import pytest
+from holds import asked
 
 from sage_fed.errors import ConfigError, LedgerCorrupt
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check
+from sage_fed.ledger import AccountTerms, Ledger, check
 
 
 @pytest.fixture
@@ -21,12 +22,12 @@ async def path(tmp_path: Path) -> AsyncIterator[Path]:
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=100))
     await ledger.ensure_account("bob", AccountTerms(1000, initial_uatp=100))
-    await ledger.hold(HoldRequest("j1", "ann", 10, "card", "tactical", client_request_id="r"))
+    await ledger.hold(*asked("j1", "ann", 10, "card", "tactical", client_request_id="r"))
     await ledger.settle("j1", 4, "length", b"answer")
-    await ledger.hold(HoldRequest("j2", "ann", 20, "card", "tactical"))
+    await ledger.hold(*asked("j2", "ann", 20, "card", "tactical"))
     await ledger.close()
     ledger = await Ledger.open(path)
-    await ledger.hold(HoldRequest("j0", "ann", 30, "card", "tactical"))
+    await ledger.hold(*asked("j0", "ann", 30, "card", "tactical"))
     await ledger.void("j0", "refused")
     await ledger.close()
     return path
@@ -54,7 +55,7 @@ async def test_sound_books_pass_open_or_closed(path: Path):
     closed = await asyncio.to_thread(check, path)
     assert files == sorted(path.parent.iterdir())
     ledger = await Ledger.open(path)
-    await ledger.hold(HoldRequest("j3", "ann", 5, "card", "tactical"))
+    await ledger.hold(*asked("j3", "ann", 5, "card", "tactical"))
     running = await asyncio.to_thread(check, path)
     await ledger.close()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import apsw
 import pytest
 import waiting
+from holds import asked, entries_of
 from killed_ledger import FOLDING_CHILD, live_and_be_killed
 from ledger_fakes import Desk, HandClock
 
@@ -20,10 +21,10 @@ from sage_fed.core import BudgetChange, Day
 from sage_fed.errors import LedgerCorrupt, LedgerDown
 from sage_fed.ledger import (
     AccountTerms,
-    HoldRequest,
     Ledger,
     LedgerOptions,
     Replay,
+    RequestKey,
     Retention,
     backup,
     check,
@@ -121,7 +122,7 @@ def test_a_request_id_that_is_kept_keeps_its_job(desk: Desk) -> None:
     assert Replay("asked", b"answer") == desk.hold("again", 10, client_request_id="r")
     desk.clock.advance_ns(1)
     assert 5 == fold(desk)
-    assert None is desk.books.requests.find("ann", "r", b"")
+    assert None is desk.find("r", b"")
 
 
 def test_a_request_id_in_its_window_stops_what_is_behind_it(desk: Desk) -> None:
@@ -192,15 +193,15 @@ def steps_of_the_writer(num_jobs: int) -> dict[str, int]:
             operation(desk.clock.now())
         counts[name] = steps[0]
 
-    books, request = desk.books, HoldRequest("new", "ann", 5, "card", "tactical")
-    asked = HoldRequest("asked", "ann", 5, "card", "tactical", client_request_id="new")
-    again = HoldRequest("again", "bob", 5, "card", "tactical", client_request_id="again")
+    books, request = desk.books, asked("new", "ann", 5, "card", "tactical")
+    named = asked("asked", "ann", 5, "card", "tactical", client_request_id="new")
+    again = asked("again", "bob", 5, "card", "tactical", client_request_id="again")
     desk.db.set_progress_handler(count, 1)
-    measure("hold", lambda now: books.hold(request, now))
-    measure("hold with an id", lambda now: books.hold(asked, now))
+    measure("hold", lambda now: books.hold(*request, now))
+    measure("hold with an id", lambda now: books.hold(*named, now))
     measure("settle", lambda now: books.settle("new", 2, "length", None, now))
     measure("settle with an id", lambda now: books.settle("asked", 2, "length", b"a", now))
-    measure("void", lambda now: books.void(books.hold(again, now).job_id, "left", now))
+    measure("void", lambda now: books.void(books.hold(*again, now).job_id, "left", now))
     measure("expire", books.expire_due)
     measure("tidy results", lambda now: books.tidy(now, 0))
     desk.clock.advance(2.0)
@@ -245,11 +246,11 @@ async def test_what_costs_nothing_leaves_a_count(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=1000))
-    await ledger.hold(HoldRequest("paid", "ann", 10, "card", "tactical"))
+    await ledger.hold(*asked("paid", "ann", 10, "card", "tactical"))
     await ledger.settle("paid", 4, "length")
     for number in range(300):
         await ledger.hold(
-            HoldRequest(f"j{number}", "ann", 10, "card", "tactical", client_request_id=f"r{number}")
+            *asked(f"j{number}", "ann", 10, "card", "tactical", client_request_id=f"r{number}")
         )
         await ledger.void(f"j{number}", "nothing was done")
     page = await ledger.page("ann", None, 1000, lambda page: page)
@@ -287,13 +288,13 @@ async def test_the_upkeep_folds_beside_the_traffic(tmp_path: Path) -> None:
     )
     await ledger.ensure_account("ann", AccountTerms(10**6, initial_uatp=10**6))
     for number in range(300):
-        await ledger.hold(HoldRequest(f"j{number}", "ann", 10, "card", "tactical"))
+        await ledger.hold(*asked(f"j{number}", "ann", 10, "card", "tactical"))
         await ledger.settle(f"j{number}", 4, "length")
     clock.advance(20)
     upkeep = asyncio.create_task(ledger.run_upkeep(frozenset))
     async with asyncio.timeout(DEADLINE_S):
         while not folded.is_set():
-            await ledger.hold(HoldRequest("meanwhile", "ann", 10, "card", "tactical"))
+            await ledger.hold(*asked("meanwhile", "ann", 10, "card", "tactical"))
             await ledger.void("meanwhile", "test")
     upkeep.cancel()
     await asyncio.wait([upkeep])
@@ -344,8 +345,9 @@ async def test_books_of_the_version_before_are_migrated_and_right(old: Path) -> 
     ledger = await Ledger.open(old, clock=HandClock())
     assert (1, 25) == (ledger.recovery.voided_jobs, ledger.recovery.voided_uatp)
     budgets = [await ledger.budget(name) for name in ("ann", "bob", "carl")]
-    replays = [await ledger.lookup_request("bob", f"r{number}", b"") for number in (1, 3)]
-    entries = {name: await ledger.entries(name) for name in ("ann", "bob", "carl")}
+    keys = [RequestKey("bob", f"r{number}", (b"",)) for number in (1, 3)]
+    replays = [await ledger.lookup_request(key) for key in keys]
+    entries = {name: await entries_of(ledger, name) for name in ("ann", "bob", "carl")}
     await ledger.close()
 
     assert [(0, 36), (0, 26), (0, 0)] == [(b.held_uatp, b.discharged_uatp) for b in budgets]
@@ -428,7 +430,7 @@ async def many(path: Path) -> None:
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=1000))
     for number in range(20):
-        await ledger.hold(HoldRequest(f"j{number}", "ann", 10, "card", "tactical"))
+        await ledger.hold(*asked(f"j{number}", "ann", 10, "card", "tactical"))
         await ledger.settle(f"j{number}", 4, "length")
     await ledger.close()
 
@@ -469,7 +471,7 @@ async def test_what_that_audit_finds_ends_the_ledger(tmp_path: Path) -> None:
     assert isinstance(death, LedgerCorrupt)
     assert "account ann: charged is 921 uATP, its entries say 920" in death.message
     with pytest.raises(LedgerDown):
-        await ledger.hold(HoldRequest("late", "ann", 10, "card", "tactical"))
+        await ledger.hold(*asked("late", "ann", 10, "card", "tactical"))
     await ledger.close()
     with pytest.raises(LedgerCorrupt, match="charged is 921"):
         await Ledger.open(path)
@@ -506,13 +508,13 @@ async def test_an_older_book_under_a_newer_log_is_refused_without_reading_the_en
     shutil.copy(path, mixed)
     ledger = await Ledger.open(path)
     for number in range(20, 40):
-        await ledger.hold(HoldRequest(f"j{number}", "ann", 10, "card", "tactical"))
+        await ledger.hold(*asked(f"j{number}", "ann", 10, "card", "tactical"))
         await ledger.settle(f"j{number}", 4, "length")
     db = apsw.Connection(str(path))
     assert 40 == db.execute("SELECT count(*) FROM job").get  # opens the log
     db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     db.close()
-    await ledger.hold(HoldRequest("last", "ann", 10, "card", "tactical"))
+    await ledger.hold(*asked("last", "ann", 10, "card", "tactical"))
     for suffix in ("-wal", ".lock"):
         shutil.copy(path.with_name(path.name + suffix), mixed.with_name(mixed.name + suffix))
     await ledger.close()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from holds import Asked, asked, entries_of
 from small_disks import Disk, small_tmpfs
 
 from sage_fed.errors import LedgerBlocked, LedgerDown, LedgerUnusable
-from sage_fed.ledger import AccountTerms, HoldReceipt, HoldRequest, Ledger, check
+from sage_fed.ledger import AccountTerms, HoldReceipt, Ledger, check
 
 ATP = 1_000_000
 WAIT_S = 20.0
@@ -54,8 +55,8 @@ async def ledger(disk: Disk, heard: Heard) -> AsyncIterator[Ledger]:
     await made.close()
 
 
-def request(name: str) -> HoldRequest:
-    return HoldRequest(name, "ann", 100, "card", "tactical", ttl_s=600.0)
+def request(name: str) -> Asked:
+    return asked(name, "ann", 100, "card", "tactical", ttl_s=600.0)
 
 
 async def fill_up(ledger: Ledger, disk: Disk) -> int:
@@ -64,7 +65,7 @@ async def fill_up(ledger: Ledger, disk: Disk) -> int:
     taken = refused = 0
     for number in range(10_000):
         try:
-            await ledger.hold(request(f"filling-{number}"))
+            await ledger.hold(*request(f"filling-{number}"))
             taken, refused = taken + 1, 0
         except LedgerBlocked:
             # A refused write may leave the log a little longer, where a smaller one then fits.
@@ -79,13 +80,13 @@ async def test_a_full_disk_refuses_holds_and_nobody_dies(
     ledger: Ledger, disk: Disk, heard: Heard
 ) -> None:
     """What was acknowledged stays, what was refused is not there, and reading goes on."""
-    await ledger.hold(request("before"))
+    await ledger.hold(*request("before"))
     number = await fill_up(ledger, disk)
     refused = await asyncio.gather(
-        *(ledger.hold(request(f"refused-{i}")) for i in range(300)), return_exceptions=True
+        *(ledger.hold(*request(f"refused-{i}")) for i in range(300)), return_exceptions=True
     )
     budget = await ledger.budget("ann")
-    entries = await ledger.entries("ann", None, 10)
+    entries = await entries_of(ledger, "ann", None, 10)
 
     assert {LedgerBlocked} == {type(outcome) for outcome in refused}
     assert all(o.retry_after_s and "/" not in o.message for o in refused)  # type: ignore[union-attr]
@@ -101,12 +102,12 @@ async def test_it_goes_on_by_itself_when_there_is_room_again(
 ) -> None:
     """Ends of holds were owed and are written once; new holds are taken; no restart."""
     for number in range(20):
-        await ledger.hold(request(f"job-{number}"))
+        await ledger.hold(*request(f"job-{number}"))
     filling = await fill_up(ledger, disk)
     settling = [asyncio.create_task(ledger.settle(f"job-{i}", 60, "length")) for i in range(10)]
     voiding = [asyncio.create_task(ledger.void(f"job-{i}", "failed")) for i in range(10, 20)]
     with pytest.raises(LedgerBlocked):
-        await ledger.hold(request("still-full"))
+        await ledger.hold(*request("still-full"))
     disk.free()
     async with asyncio.timeout(WAIT_S):
         settled = await asyncio.gather(*settling)
@@ -117,7 +118,7 @@ async def test_it_goes_on_by_itself_when_there_is_room_again(
 
     assert [60] * 10 == [settlement.charged_uatp for settlement in settled]
     assert not any(done.repeated for done in (*settled, *released))
-    assert isinstance(await ledger.hold(request("after")), HoldReceipt)
+    assert isinstance(await ledger.hold(*request("after")), HoldReceipt)
     budget = await ledger.budget("ann")
     assert (600, (filling + 1) * 100) == (budget.discharged_uatp, budget.held_uatp)
     assert () == check(disk.path / "ledger.db").violations
@@ -129,7 +130,7 @@ async def test_a_client_that_gave_up_on_a_full_disk_reserves_nothing(
 ) -> None:
     """The taking back of a cancelled hold is owed, too."""
     filling = await fill_up(ledger, disk)
-    tasks = [asyncio.create_task(ledger.hold(request(f"gone-{i}"))) for i in range(20)]
+    tasks = [asyncio.create_task(ledger.hold(*request(f"gone-{i}"))) for i in range(20)]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
@@ -138,7 +139,7 @@ async def test_a_client_that_gave_up_on_a_full_disk_reserves_nothing(
     async with asyncio.timeout(WAIT_S):
         while True:
             try:
-                await ledger.hold(request("after"))
+                await ledger.hold(*request("after"))
                 break
             except LedgerBlocked:
                 await asyncio.sleep(0.05)
@@ -151,7 +152,7 @@ async def test_what_is_owed_at_the_end_is_left_to_the_next_start(disk: Disk, hea
     path = disk.path / "ledger.db"
     ledger = await Ledger.open(path, on_disk=heard.disk, on_death=heard.deaths.append)
     await ledger.ensure_account("ann", AccountTerms(1000 * ATP, 0, initial_uatp=1000 * ATP))
-    await ledger.hold(request("job"))
+    await ledger.hold(*request("job"))
     filling = await fill_up(ledger, disk)
     settling = asyncio.create_task(ledger.settle("job", 60, "length"))
     await asyncio.sleep(0)

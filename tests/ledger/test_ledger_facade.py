@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import apsw
 import pytest
+from holds import Asked, asked, entries_of
 from ledger_fakes import HandClock
 
 from sage_fed.core import Budget
@@ -28,6 +29,7 @@ from sage_fed.ledger import (
     LedgerOptions,
     Recovery,
     Replay,
+    RequestKey,
     check,
 )
 from sage_fed.ledger.books import Books
@@ -50,8 +52,8 @@ async def ledger(path: Path) -> AsyncIterator[Ledger]:
     await opened.close()
 
 
-def request(job_id: str, amount: int = 10, account: str = "ann", rid: str = "") -> HoldRequest:
-    return HoldRequest(job_id, account, amount, "card-1", "tactical", client_request_id=rid)
+def request(job_id: str, amount: int = 10, account: str = "ann", rid: str = "") -> Asked:
+    return asked(job_id, account, amount, "card-1", "tactical", client_request_id=rid)
 
 
 class Gate:
@@ -61,7 +63,7 @@ class Gate:
         self._open = threading.Event()
         self._entered = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._pass = ledger._inbox.send(self._wait)
+        self._pass = ledger._send(self._wait)
 
     def _wait(self, _books: Books, _now: Now) -> None:
         self._loop.call_soon_threadsafe(self._entered.set)
@@ -85,16 +87,16 @@ async def started(task: asyncio.Task[T]) -> asyncio.Task[T]:
 
 async def test_a_job_is_held_settled_and_replayed(ledger: Ledger):
     """The whole life of a price through the facade."""
-    assert HoldReceipt("j1", 10, 990) == await ledger.hold(request("j1", rid="r"))
+    assert HoldReceipt("j1", 10, 990) == await ledger.hold(*request("j1", rid="r"))
     assert 10 == await ledger.held_total_uatp()
     settlement = await ledger.settle("j1", 4, "length", b"answer")
 
     assert (4, 996) == (settlement.charged_uatp, settlement.balance_uatp)
-    assert Replay("j1", b"answer") == await ledger.lookup_request("ann", "r", b"")
-    assert Replay("j1", b"answer") == await ledger.hold(request("j2", rid="r"))
-    assert None is await ledger.lookup_request("ann", "other", b"")
+    assert Replay("j1", b"answer") == await ledger.lookup_request(request("any", rid="r")[0])
+    assert Replay("j1", b"answer") == await ledger.hold(*request("j2", rid="r"))
+    assert None is await ledger.lookup_request(request("any", rid="other")[0])
     assert ["release", "settle", "hold", "grant"] == [
-        entry.kind.value for entry in await ledger.entries("ann")
+        entry.kind.value for entry in await entries_of(ledger, "ann")
     ]
     assert 0 == await ledger.tidy()
     assert () == await ledger.expire_due()
@@ -106,7 +108,7 @@ async def test_concurrent_clients_never_overspend(ledger: Ledger, path: Path):
     async def client(number: int) -> bool:
         job_id = f"j{number}"
         try:
-            await ledger.hold(request(job_id, 30))
+            await ledger.hold(*request(job_id, 30))
         except CannotAfford:
             return False
         await ledger.settle(job_id, 30, "length")
@@ -128,10 +130,10 @@ async def test_a_refused_operation_does_not_undo_its_neighbours(path: Path):
     gate = Gate(ledger)
     await gate.entered()
     waiting = asyncio.gather(
-        ledger.hold(request("a", 600)),
-        ledger.hold(request("b", 600)),
-        ledger.hold(request("c", 400)),
-        ledger.hold(request("d", account="nobody")),
+        ledger.hold(*request("a", 600)),
+        ledger.hold(*request("b", 600)),
+        ledger.hold(*request("c", 400)),
+        ledger.hold(*request("d", account="nobody")),
         ledger.settle("a", 100, "length"),
         ledger.void("c", "refused"),
         return_exceptions=True,
@@ -152,11 +154,11 @@ async def test_a_refused_operation_leaves_nothing_half_done(ledger: Ledger, path
     """Even one that fails after it has written."""
 
     def half(books: Books, now: Now) -> None:
-        books.hold(request("half"), now)
+        books.hold(*request("half"), now)
         raise InvalidField("test", "refused at the end")
 
     with pytest.raises(InvalidField):
-        await ledger._inbox.ask(half)
+        await ledger._ask(half)
 
     assert 0 == await ledger.held_total_uatp()
     assert (0, ()) == (check(path).jobs, check(path).violations)
@@ -166,26 +168,27 @@ async def test_deciding_and_holding_see_one_balance(ledger: Ledger):
     """Of two jobs that each would take all, the second decides on what the first left."""
 
     def everything(job_id: str) -> Callable[[Budget], HoldRequest]:
-        return lambda budget: request(job_id, budget.balance_uatp)
+        return lambda budget: HoldRequest(job_id, budget.balance_uatp, "card", "tactical")
 
     assert [HoldReceipt("a", 1000, 0), HoldReceipt("b", 0, 0)] == await asyncio.gather(
-        ledger.decide_hold("ann", "", b"", everything("a")),
-        ledger.decide_hold("ann", "", b"", everything("b")),
+        ledger.hold(RequestKey("ann"), everything("a")),
+        ledger.hold(RequestKey("ann"), everything("b")),
     )
 
 
 async def test_a_repeated_request_is_answered_without_deciding(ledger: Ledger):
     """The first decision stands."""
-    await ledger.hold(request("j1", rid="r"))
+    await ledger.hold(*request("j1", rid="r"))
     await ledger.settle("j1", 4, "length", b"answer")
-    asked: list[Budget] = []
+    shown: list[Budget] = []
+    key, worst_case = request("j2", rid="r")
 
     def decide(budget: Budget) -> HoldRequest:
-        asked.append(budget)
-        return request("j2")
+        shown.append(budget)
+        return worst_case(budget)
 
-    assert Replay("j1", b"answer") == await ledger.decide_hold("ann", "r", b"", decide)
-    assert [] == asked
+    assert Replay("j1", b"answer") == await ledger.hold(key, decide)
+    assert [] == shown
 
 
 async def test_a_bug_in_deciding_reaches_its_caller_only(ledger: Ledger):
@@ -195,17 +198,17 @@ async def test_a_bug_in_deciding_reaches_its_caller_only(ledger: Ledger):
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        await ledger.decide_hold("ann", "", b"", decide)
+        await ledger.hold(RequestKey("ann"), decide)
 
     assert ledger.alive
-    assert HoldReceipt("j1", 10, 990) == await ledger.hold(request("j1"))
+    assert HoldReceipt("j1", 10, 990) == await ledger.hold(*request("j1"))
 
 
 async def test_a_cancelled_hold_is_voided(ledger: Ledger, path: Path):
     """A client that goes away while its hold is being written reserves nothing."""
     gate = Gate(ledger)
     await gate.entered()
-    task = await started(asyncio.create_task(ledger.hold(request("gone"))))
+    task = await started(asyncio.create_task(ledger.hold(*request("gone"))))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -213,16 +216,16 @@ async def test_a_cancelled_hold_is_voided(ledger: Ledger, path: Path):
     await ledger.expire_due()  # behind it in the inbox
 
     assert 0 == await ledger.held_total_uatp()
-    assert ["grant"] == [entry.kind.value for entry in await ledger.entries("ann", None, 2)]
+    assert ["grant"] == [entry.kind.value for entry in await entries_of(ledger, "ann", None, 2)]
     assert 0 == check(path).jobs
 
 
 async def test_a_cancelled_second_hold_leaves_the_first_alone(ledger: Ledger):
     """Only the hold that the cancelled call itself made is given back."""
-    await ledger.hold(request("j1"))
+    await ledger.hold(*request("j1"))
     gate = Gate(ledger)
     await gate.entered()
-    task = await started(asyncio.create_task(ledger.hold(request("j1"))))
+    task = await started(asyncio.create_task(ledger.hold(*request("j1"))))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -233,7 +236,7 @@ async def test_a_cancelled_second_hold_leaves_the_first_alone(ledger: Ledger):
 
 async def test_a_cancelled_settlement_still_happens(ledger: Ledger):
     """Work that was done is charged, whoever has stopped waiting."""
-    await ledger.hold(request("j1"))
+    await ledger.hold(*request("j1"))
     gate = Gate(ledger)
     await gate.entered()
     task = await started(asyncio.create_task(ledger.settle("j1", 7, "length")))
@@ -250,13 +253,13 @@ async def test_a_full_inbox_refuses_holds_but_never_ends(path: Path):
     """Settling must not fail because others are asking."""
     ledger = await Ledger.open(path, options=LedgerOptions(inbox_limit=2))
     await ledger.ensure_account("ann", TERMS)
-    await ledger.hold(request("j1"))
+    await ledger.hold(*request("j1"))
     gate = Gate(ledger)
     await gate.entered()
-    second = await started(asyncio.create_task(ledger.hold(request("j2"))))
+    second = await started(asyncio.create_task(ledger.hold(*request("j2"))))
 
     with pytest.raises(QueueFull):
-        await ledger.hold(request("j3"))
+        await ledger.hold(*request("j3"))
     settling = await started(asyncio.create_task(ledger.settle("j1", 1, "length")))
     await gate.open()
 
@@ -271,16 +274,16 @@ async def test_a_writer_that_does_not_answer_is_down_and_the_late_hold_voided(pa
     await ledger.ensure_account("ann", TERMS)
     gate = Gate(ledger)
     await gate.entered()
-    patient, ledger._inbox.options = ledger._inbox.options, LedgerOptions(answer_timeout_s=0.0)
+    patient, ledger._options = ledger._options, LedgerOptions(answer_timeout_s=0.0)
 
     with pytest.raises(LedgerDown, match="does not answer"):
-        await ledger.hold(request("late"))
-    ledger._inbox.options = patient
+        await ledger.hold(*request("late"))
+    ledger._options = patient
     await gate.open()
     await ledger.expire_due()  # behind it in the inbox
 
     assert 0 == await ledger.held_total_uatp()
-    assert ["grant"] == [entry.kind.value for entry in await ledger.entries("ann", None, 2)]
+    assert ["grant"] == [entry.kind.value for entry in await entries_of(ledger, "ann", None, 2)]
     assert 0 == check(path).jobs
     await ledger.close()
 
@@ -305,9 +308,9 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
     gate = Gate(ledger)
     await gate.entered()
     waiting = asyncio.gather(
-        ledger.hold(request("before")),
-        ledger._inbox.ask(fault),
-        ledger.hold(request("after")),
+        ledger.hold(*request("before")),
+        ledger._ask(fault),
+        ledger.hold(*request("after")),
         return_exceptions=True,
     )
     await asyncio.sleep(0)
@@ -318,7 +321,7 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
     assert [apsw.ConstraintError] == [type(death) for death in deaths]
     assert not ledger.alive
     with pytest.raises(LedgerDown):
-        await ledger.hold(request("later"))
+        await ledger.hold(*request("later"))
     await ledger.close()
 
     reopened = await Ledger.open(path)
@@ -328,7 +331,7 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
 
 
 def hold_and_regret(books: Books, now: Now) -> None:
-    books.hold(request("regretted"), now)
+    books.hold(*request("regretted"), now)
     raise InvalidField("job", "is refused after it was held")
 
 
@@ -338,8 +341,8 @@ async def test_a_refused_operation_leaves_nothing_behind(ledger: Ledger, neighbo
     gate = Gate(ledger)
     await gate.entered()
     waiting = asyncio.gather(
-        ledger._inbox.ask(hold_and_regret),
-        *(ledger.hold(request(f"j{i}")) for i in range(neighbours)),
+        ledger._ask(hold_and_regret),
+        *(ledger.hold(*request(f"j{i}")) for i in range(neighbours)),
         return_exceptions=True,
     )
     await asyncio.sleep(0)
@@ -349,7 +352,7 @@ async def test_a_refused_operation_leaves_nothing_behind(ledger: Ledger, neighbo
     assert [InvalidField] + [HoldReceipt] * neighbours == [type(outcome) for outcome in outcomes]
     assert 10 * neighbours == await ledger.held_total_uatp()
     assert HoldReceipt("regretted", 10, 990 - 10 * neighbours) == await ledger.hold(
-        request("regretted")
+        *request("regretted")
     )
 
 
@@ -357,7 +360,7 @@ async def test_closing_answers_what_is_queued_and_refuses_the_rest(path: Path):
     """No waiter is left behind, and closing twice is closing."""
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", TERMS)
-    held = await started(asyncio.create_task(ledger.hold(request("j1"))))
+    held = await started(asyncio.create_task(ledger.hold(*request("j1"))))
 
     await ledger.close()
     await ledger.close()
@@ -393,8 +396,8 @@ async def test_upkeep_expires_holds(path: Path, caplog: pytest.LogCaptureFixture
         on_commit=lambda _size, _latency: caplog.messages and expired.set(),
     )
     await ledger.ensure_account("ann", TERMS)
-    await ledger.hold(request("j1"))
-    await ledger.hold(request("runs"))
+    await ledger.hold(*request("j1"))
+    await ledger.hold(*request("runs"))
     clock.advance(3600)
     upkeep = asyncio.create_task(ledger.run_upkeep(lambda: frozenset({"runs"})))
     async with asyncio.timeout(30):
@@ -402,7 +405,7 @@ async def test_upkeep_expires_holds(path: Path, caplog: pytest.LogCaptureFixture
     upkeep.cancel()
     await asyncio.wait([upkeep])
 
-    assert ["expired 1 holds that nobody ended"] == caplog.messages
+    assert ["expired 1 holds that no job ended"] == caplog.messages
     assert 10 == await ledger.held_total_uatp()
     await ledger.close()
 
@@ -411,8 +414,8 @@ async def test_opening_voids_orphans_and_counts_them(path: Path):
     """What a dead process had held is available again."""
     first = await Ledger.open(path)
     await first.ensure_account("ann", TERMS)
-    await first.hold(request("j1", 10))
-    await first.hold(request("j2", 20))
+    await first.hold(*request("j1", 10))
+    await first.hold(*request("j2", 20))
     await first.close()
 
     second = await Ledger.open(path)
@@ -430,7 +433,7 @@ async def test_two_daemons_cannot_have_one_ledger(ledger: Ledger, path: Path):
     with pytest.raises(ConfigError, match="open in another process"):
         await Ledger.open(path)
 
-    assert HoldReceipt("j1", 10, 990) == await ledger.hold(request("j1"))
+    assert HoldReceipt("j1", 10, 990) == await ledger.hold(*request("j1"))
 
 
 async def test_what_is_not_a_current_ledger_is_refused(path: Path):

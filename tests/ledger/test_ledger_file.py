@@ -8,6 +8,7 @@ from pathlib import Path
 
 import apsw
 import pytest
+from holds import Asked, asked
 from small_disks import small_tmpfs
 
 from sage_fed.core import Budget
@@ -36,7 +37,7 @@ async def made(path: Path) -> Path:
     """Closed books of one account that has spent."""
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", TERMS)
-    await ledger.hold(request("j1"))
+    await ledger.hold(*request("j1"))
     await ledger.settle("j1", 4, "length")
     await ledger.close()
     return path
@@ -55,8 +56,8 @@ async def running(made: Path, deaths: list[BaseException]) -> AsyncIterator[Ledg
     await ledger.close()
 
 
-def request(job_id: str, amount: int = 10) -> HoldRequest:
-    return HoldRequest(job_id, "ann", amount, "card-1", "tactical")
+def request(job_id: str, amount: int = 10) -> Asked:
+    return asked(job_id, "ann", amount, "card-1", "tactical")
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -110,7 +111,7 @@ async def test_nothing_is_acknowledged_in_a_file_that_is_lost(
     harm(beside(path, suffix))
 
     with pytest.raises(LedgerDown) as down:
-        await running.hold(request("lost"))
+        await running.hold(*request("lost"))
 
     (death,) = deaths
     assert isinstance(death, LedgerUnusable)
@@ -126,13 +127,14 @@ async def test_a_file_lost_in_the_middle_of_an_operation_acknowledges_nothing(
     running: Ledger, path: Path, harm: Callable[[Path], None]
 ) -> None:
     """Also one that was there when the group began."""
+    key, worst_case = request("lost")
 
-    def decide(_budget: Budget) -> HoldRequest:
+    def decide(budget: Budget) -> HoldRequest:
         harm(path)
-        return request("lost")
+        return worst_case(budget)
 
     with pytest.raises(LedgerDown):
-        await running.decide_hold("ann", "", b"", decide)
+        await running.hold(key, decide)
 
 
 async def test_an_idle_ledger_notices_too(
@@ -172,8 +174,8 @@ async def test_the_daemon_that_lost_its_lock_writes_nothing_more(
     beside(path, ".lock").unlink()
     second = await Ledger.open(path)
     with pytest.raises(LedgerDown):
-        await running.hold(request("first"))
-    await second.hold(request("second"))
+        await running.hold(*request("first"))
+    await second.hold(*request("second"))
     await running.close()
     await second.close()
 
@@ -262,7 +264,7 @@ async def test_a_full_disk_is_said_in_words(
         books._db.execute("CREATE TABLE more (x)")
 
     with pytest.raises(LedgerBlocked, match="takes no entries"):
-        await running._inbox.ask(fill)
+        await running._ask(fill)
 
     assert [] == deaths
     assert any(f"no space left on {path.parent}" in line for line in caplog.messages)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import apsw
 import pytest
+from holds import asked
 from killed_ledger import live_and_be_killed
 from small_disks import Disk, small_tmpfs
 
 from sage_fed.errors import LedgerCorrupt
-from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, check
+from sage_fed.ledger import AccountTerms, Ledger, check
 from sage_fed.ledger.ledger_files import MARK, hold_lock, last_entry_id, read_acknowledged, readable
 
 TERMS = AccountTerms(capacity_uatp=10**9, initial_uatp=10**9)
@@ -161,7 +162,7 @@ async def worked(path: Path, first: int, last: int) -> Ledger:
     ledger = await Ledger.open(path)
     await ledger.ensure_account("ann", TERMS)
     for number in range(first, last):
-        await ledger.hold(HoldRequest(f"job-{number}", "ann", 10, "card", "tactical"))
+        await ledger.hold(*asked(f"job-{number}", "ann", 10, "card", "tactical"))
         await ledger.settle(f"job-{number}", 4, "length")
     return ledger
 
@@ -201,7 +202,7 @@ async def test_an_older_book_under_a_newer_log_is_refused(tmp_path: Path) -> Non
     with apsw.Connection(str(path)) as db:
         db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
     db.close()
-    await ledger.hold(HoldRequest("last", "ann", 10, "card", "tactical"))
+    await ledger.hold(*asked("last", "ann", 10, "card", "tactical"))
     for suffix in ("-wal", ".lock"):
         shutil.copy(beside(path, suffix), beside(mixed, suffix))
     await ledger.close()
@@ -228,7 +229,7 @@ async def worked_on(ledger: Ledger) -> None:
     number = 100
     while True:
         number += 1
-        await ledger.hold(HoldRequest(f"job-{number}", "ann", 10, "card", "tactical"))
+        await ledger.hold(*asked(f"job-{number}", "ann", 10, "card", "tactical"))
 
 
 async def test_every_acknowledged_entry_is_remembered(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ async def test_every_acknowledged_entry_is_remembered(tmp_path: Path) -> None:
     ledger = await worked(path, 0, 2)
     with readable(path) as db:
         assert (7, 7) == (last_entry_id(db), read_acknowledged(path))
-    await ledger.hold(HoldRequest("open", "ann", 10, "card", "tactical"))
+    await ledger.hold(*asked("open", "ann", 10, "card", "tactical"))
     assert 8 == read_acknowledged(path)
     await ledger.budget("ann")
     assert 8 == read_acknowledged(path)

@@ -21,6 +21,7 @@ from sage_fed.ledger.check import audit
 from sage_fed.ledger.entries import NS_PER_S, HoldReceipt, Recovery, Replay
 
 ACCOUNTS = ("ann", "bob")
+TIERS = ("tactical", "strategic", "oracle")
 AMOUNTS = st.integers(0, 150)
 TIMES_NS = st.integers(0, 2 * NS_PER_S) | st.integers(0, 100 * NS_PER_S)
 RETENTION = Retention(keep_s=20.0, entries_s=10.0, all_results_bytes=20)
@@ -146,7 +147,7 @@ class LedgerHistory(RuleBasedStateMachine):
     def a_job_runs(self, account: str, amount: int, ns: int, fifths: int) -> None:
         """Most jobs are held, take a while and are settled, so most histories should have some."""
         jobs = len(self.model.jobs)
-        self.hold(account, amount, strategic=False, request_id="", payload=b"", ttl_s=30.0)
+        self.hold(account, amount, tier=TIERS[0], request_id="", payload=b"", ttl_s=30.0)
         self.time_passes(ns, 0)
         if len(self.model.jobs) > jobs:
             self.settle(0, fifths, b"answer")
@@ -154,7 +155,7 @@ class LedgerHistory(RuleBasedStateMachine):
     @rule(
         account=st.sampled_from(ACCOUNTS),
         amount=st.integers(0, 20) | AMOUNTS,
-        strategic=st.booleans(),
+        tier=st.sampled_from(TIERS),
         request_id=st.sampled_from(["", "r1", "r2"]),
         payload=st.sampled_from([b"p", b"q"]),
         ttl_s=st.sampled_from([1.0, 30.0]),
@@ -163,7 +164,7 @@ class LedgerHistory(RuleBasedStateMachine):
         self,
         account: str,
         amount: int,
-        strategic: bool,
+        tier: str,
         request_id: str,
         payload: bytes,
         ttl_s: float,
@@ -177,7 +178,7 @@ class LedgerHistory(RuleBasedStateMachine):
                 job_id,
                 amount,
                 account,
-                strategic=strategic,
+                tier=tier,
                 client_request_id=request_id,
                 payload_hash=payload,
                 ttl_s=ttl_s,
@@ -192,11 +193,9 @@ class LedgerHistory(RuleBasedStateMachine):
         if known is not None:
             assert Replay(known[1], known[2] or b"") == hold()
             return
-        if (strategic and books.balance <= books.floor) or books.balance < amount:
-            with pytest.raises(CannotAfford) as caught:
+        if books.balance < amount:
+            with pytest.raises(CannotAfford):
                 hold()
-            below_floor = strategic and books.balance <= books.floor
-            assert ("STRATEGIC_FLOOR" if below_floor else "BALANCE") == caught.value.detail
             return
         books.nano -= amount * NS_PER_S
         books.held += amount

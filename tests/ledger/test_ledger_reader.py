@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from holds import Asked, asked, entries_of
 from ledger_fakes import HandClock
 
 from sage_fed.errors import InvalidField, LedgerDown, NoSuchAccount, QueueFull
-from sage_fed.ledger import AccountTerms, HoldReceipt, HoldRequest, Ledger, LedgerOptions
+from sage_fed.ledger import AccountTerms, HoldReceipt, Ledger, LedgerOptions, RequestKey
 from sage_fed.ledger import ledger as ledger_module
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.entries import Now
@@ -47,8 +48,8 @@ async def ledger(path: Path, latencies_s: list[float]) -> AsyncIterator[Ledger]:
     await opened.close()
 
 
-def request(job_id: str, account: str = "bob") -> HoldRequest:
-    return HoldRequest(job_id, account, 10, "card", "tactical")
+def request(job_id: str, account: str = "bob") -> Asked:
+    return asked(job_id, account, 10, "card", "tactical")
 
 
 class LongRead:
@@ -80,7 +81,7 @@ async def test_no_read_keeps_a_job_from_its_hold_or_its_settlement(ledger: Ledge
     reading = LongRead(ledger)
     await reading.entered()
 
-    assert isinstance(await ledger.hold(request("j1")), HoldReceipt)
+    assert isinstance(await ledger.hold(*request("j1")), HoldReceipt)
     assert 4 == (await ledger.settle("j1", 4, "length")).charged_uatp
 
     await reading.end()
@@ -88,19 +89,19 @@ async def test_no_read_keeps_a_job_from_its_hold_or_its_settlement(ledger: Ledge
 
 async def test_the_writer_is_asked_no_reads(ledger: Ledger) -> None:
     """Balances, pages, request ids and an operator's sum, all with a writer that is busy."""
-    await ledger.hold(request("j1"))
+    await ledger.hold(*request("j1"))
     let_go, entered = threading.Event(), threading.Event()
 
     def busy(_books: Books, _now: Now) -> None:
         entered.set()
         assert let_go.wait(DEADLINE_S)
 
-    writing = ledger._inbox.send(busy)
+    writing = ledger._send(busy)
     assert await asyncio.to_thread(entered.wait, DEADLINE_S)
     async with asyncio.timeout(DEADLINE_S):
         assert 10 == (await ledger.budget("bob")).held_uatp
-        assert ["hold", "grant"] == [line.kind.value for line in await ledger.entries("bob")]
-        assert None is await ledger.lookup_request("bob", "r", b"")
+        assert ["hold", "grant"] == [line.kind.value for line in await entries_of(ledger, "bob")]
+        assert None is await ledger.lookup_request(RequestKey("bob", "r"))
         assert 10 == await ledger.held_total_uatp()
         assert not writing.done()
     let_go.set()
@@ -188,9 +189,11 @@ async def test_what_was_acknowledged_is_seen(ledger: Ledger) -> None:
     """A client that has its job's ending finds it in its balance and its entries."""
     spent = 0
     for number in range(50):
-        await ledger.hold(request(f"j{number}"))
+        await ledger.hold(*request(f"j{number}"))
         spent += (await ledger.settle(f"j{number}", number % 10, "length")).charged_uatp
-        budget, newest = await asyncio.gather(ledger.budget("bob"), ledger.entries("bob", None, 3))
+        budget, newest = await asyncio.gather(
+            ledger.budget("bob"), entries_of(ledger, "bob", None, 3)
+        )
         assert (spent, 0) == (budget.discharged_uatp, budget.held_uatp)
         assert f"j{number}" in {entry.job_id for entry in newest}
 
@@ -223,7 +226,7 @@ async def test_a_read_without_an_answer_ends(ledger: Ledger) -> None:
 async def test_reads_are_timed(ledger: Ledger, latencies_s: list[float]) -> None:
     """From the question to the answer, for the metrics."""
     await ledger.budget("ann")
-    await ledger.entries("ann")
+    await entries_of(ledger, "ann")
 
     assert 2 == len(latencies_s)
     assert all(latency_s > 0 for latency_s in latencies_s)
