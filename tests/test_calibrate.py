@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import datetime as dt
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -21,6 +22,7 @@ from test_executor_probe import prepare, used
 from sage_fed.calibrate import Calibrator, Pace, Site
 from sage_fed.calibrate.calibrator import save_card, stem_of
 from sage_fed.calibrate.measurement import (
+    Measurement,
     interleaved,
     median_error,
     points_of,
@@ -38,7 +40,7 @@ from sage_fed.core import (
     Phase,
     Tier,
 )
-from sage_fed.device import TierLimits
+from sage_fed.device import Executor, TierLimits
 from sage_fed.errors import (
     CalibrationRunning,
     ConfigError,
@@ -124,12 +126,17 @@ def measurements(draw: st.DrawFn) -> tuple[MeasuredPoint, ...]:
 READ_S = {T: 1e-7, S: 5e-7}
 
 
+def paired(ratio: float, spread: float) -> dict[Tier, list[float]]:
+    """Rounds of the strategic tier's ratio, with this relative spread."""
+    return {S: [ratio * (1 - spread), ratio, ratio * (1 + spread)]}
+
+
 @given(measurements(), st.floats(0.01, 1000))
 def test_prices_are_a_card_whatever_was_timed(
     points: tuple[MeasuredPoint, ...], ratio: float
 ) -> None:
     """A tactical output token is 1 ATP, the ratio is the measured one, and nothing is free."""
-    lines = prices(points, ratio, READ_S, 0.01)
+    lines = prices(points, paired(ratio, 0.01), READ_S)
     assert 1_000_000 == lines[T][Phase.DECODE].uatp
     assert ratio * 1e6 - 1e-5 <= lines[S][Phase.DECODE].uatp <= ratio * 1e6 + 1
     for tier in TIER_ROLES:
@@ -144,8 +151,8 @@ def test_a_slower_clock_changes_no_price(
 ) -> None:
     """Prices are relative: a device that takes twice as long for everything costs the same."""
     slower = tuple(replace(one, step_s=one.step_s * factor) for one in points)
-    before = prices(points, ratio, READ_S, 0.01)
-    after = prices(slower, ratio, {tier: value * factor for tier, value in READ_S.items()}, 0.01)
+    before = prices(points, paired(ratio, 0.01), READ_S)
+    after = prices(slower, paired(ratio, 0.01), {t: s * factor for t, s in READ_S.items()})
     for tier in TIER_ROLES:
         for phase in Phase:
             a, b = before[tier][phase].uatp, after[tier][phase].uatp
@@ -165,7 +172,7 @@ def test_a_job_pays_for_the_steps_that_it_takes() -> None:
             point(tier, Phase.VERIFY, 4, scale * 1.2, 40),
         )
     )
-    lines = prices(points, 6.0, READ_S, 0.01)
+    lines = prices(points, paired(6.0, 0.01), READ_S)
     assert (1_000_000, 6_000_000) == tuple(lines[tier][Phase.DECODE].uatp for tier in TIER_ROLES)
     assert (20_000, 120_000) == tuple(lines[tier][Phase.PREFILL].uatp for tier in TIER_ROLES)
     assert (2_000, 12_000) == tuple(lines[tier][Phase.CACHED].uatp for tier in TIER_ROLES)
@@ -190,25 +197,25 @@ def priced(*, spread: float | None = 0.01, outlier: float = 1.0) -> tuple[Measur
 
 def test_one_disturbed_length_does_not_make_the_prompts_price() -> None:
     """The longest prompt took half as long again: least squares would follow it."""
-    lines = prices(priced(outlier=1.5), 6.0, READ_S, 0.01)
+    lines = prices(priced(outlier=1.5), paired(6.0, 0.01), READ_S)
     assert pytest.approx(20_000, abs=1) == lines[T][Phase.PREFILL].uatp
 
 
 def test_every_price_has_a_spread_and_those_above_the_limit_are_named() -> None:
     """A quiet machine is not warned of; a noisy ratio concerns the strategic decode price only."""
-    quiet = prices(priced(spread=0.0001), 6.0, READ_S, 0.0001)
+    quiet = prices(priced(spread=0.0001), paired(6.0, 0.0001), READ_S)
     assert "" == warning_of(quiet)
     assert all(rate.spread is not None for tier in TIER_ROLES for rate in quiet[tier].values())
-    noisy = warning_of(prices(priced(spread=0.0001), 6.0, READ_S, 0.25))
+    noisy = warning_of(prices(priced(spread=0.0001), paired(6.0, 0.25), READ_S))
     assert "not a quiet machine (spread above 3%: strategic decode ±25.0%)" in noisy
     for word in ("prefill", "cached", "decode", "verify"):
-        loud = warning_of(prices(priced(spread=0.2), 6.0, READ_S, 0.25))
+        loud = warning_of(prices(priced(spread=0.2), paired(6.0, 0.25), READ_S))
         assert all(f"{tier.name} {word} ±" in loud for tier in TIER_ROLES)
 
 
 def test_a_price_of_one_round_has_no_spread_and_is_named() -> None:
     """None, not a spread of nothing, which would look like certainty."""
-    lines = prices(priced(spread=None), 6.0, READ_S, 0.01)
+    lines = prices(priced(spread=None), paired(6.0, 0.01), READ_S)
     assert lines[T][Phase.PREFILL].spread is None
     assert "one round only: tactical prefill, tactical cached, tactical decode" in warning_of(lines)
 
@@ -219,6 +226,31 @@ def test_spread_is_half_the_interquartile_range() -> None:
     assert pytest.approx(0.1) == spread_of([9.0, 11.0])
     assert pytest.approx(2.5 / 5) == spread_of([float(i) for i in range(1, 10)])
     assert median_error([1.0] * 5) == 0.0
+
+
+class Clockwork:
+    """An executor whose steps take a second for each rank, and one more."""
+
+    async def probe(self, steps: Sequence[Step], _timeout_s: float) -> tuple[float, ...]:
+        return tuple(float(step.tier.rank + 1) for step in steps)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+async def test_each_tier_is_measured_against_the_lowest(number: int) -> None:
+    """However many there are: its price is the ratio, and all are timed beside another one."""
+    tiers = (T, S, Tier(2, "deep"))[:number]
+    limits = dict.fromkeys(tiers, TierLimits(1000, 4096, max_batch=2, prefill_chunk_tokens=32))
+    pace = replace(PACE, ratios=9, sample_s=0.001)
+    measurement = Measurement(cast("Executor", Clockwork()), limits, pace, clock=lambda: 0.0)
+    progress = [one async for one in measurement.run()]
+    lines = prices(measurement.points, measurement.ratios, dict.fromkeys(tiers, 1e-9))
+
+    assert list(tiers) == list(dict.fromkeys(point.tier for point in measurement.points))
+    assert {number > 1} == {point.co_resident_s is not None for point in measurement.points}
+    assert float(number) == progress[-1].cost_ratio
+    assert [1_000_000 * (t.rank + 1) for t in tiers] == [
+        lines[tier][Phase.DECODE].uatp for tier in tiers
+    ]
 
 
 # A whole calibration
@@ -374,12 +406,10 @@ async def test_who_leaves_while_the_card_is_written_leaves_no_card(
     one, adopted = calibrator(rig, tmp_path)
     writing, left = threading.Event(), threading.Event()
 
-    def slowly(
-        card: RateCard, directory: Path, extras: Callable[[RateCard], dict[str, str]]
-    ) -> tuple[RateCard, Path]:
+    def slowly(card: RateCard, directory: Path) -> tuple[RateCard, Path]:
         writing.set()
         assert left.wait(WAIT_S)
-        return save_card(card, directory, extras)
+        return save_card(card, directory)
 
     monkeypatch.setattr("sage_fed.calibrate.calibrator.save_card", slowly)
     async with serving(rig):
@@ -484,8 +514,8 @@ def test_a_version_is_made_of_the_device(device: str, version: str | None, tmp_p
     """In the alphabet that versions have, and short enough to be numbered."""
     stem = stem_of(device, "bf16", f"{dt.date(2026, 11, 23)}")
     assert version in {None, stem}
-    named, _ = save_card(replace(RateCard.load(), version=stem), tmp_path, lambda _card: {})
-    again, path = save_card(replace(RateCard.load(), version=stem), tmp_path, lambda _card: {})
+    named, _ = save_card(replace(RateCard.load(), version=stem), tmp_path)
+    again, path = save_card(replace(RateCard.load(), version=stem), tmp_path)
     assert (stem, f"{stem}-2") == (named.version, again.version)
     assert RateCard.load(path).version == again.version
 
@@ -493,5 +523,5 @@ def test_a_version_is_made_of_the_device(device: str, version: str | None, tmp_p
 def test_a_calibration_never_takes_a_bundled_cards_name(tmp_path: Path) -> None:
     """The books name cards by version: two of one name would be refused at the next start."""
     card = RateCard.load()
-    named, _ = save_card(card, tmp_path, lambda _card: {})
+    named, _ = save_card(card, tmp_path)
     assert f"{card.version}-2" == named.version

@@ -1,25 +1,16 @@
-"""Which steps a calibration times: the points of each tier, as far as its pools allow them.
+"""What a token costs on this device: steps timed through the executor, and the prices they make.
 
-Pure. Speed does not depend on what the tokens say, so a context is blocks that nobody filled.
+Owns which steps are timed, in which order and for how long, and what a price means. The unit is
+the lowest tier's output token: 1 ATP is the device's time of one decode step of one sequence with
+a short context. A price is marginal device time, in that unit
+(docs/decisions/0006-measured-prices.md), rounded up to whole uATP, here, once.
 
-What was timed so far: one figure a round and point, their medians and their spread.
-
-Pure. A round's figure is a median already, so one step that was disturbed changes nothing.
-
-Times the points of both tiers through the executor, round by round.
-
-Owns the order and the budget of time. Every point is timed once at least (the pilot, which is
-also its warm-up), one that sets a price `_PRICE_ROUNDS` times, whatever the budget; then rounds
-go A B A B over both tiers' points. After each of them goes one round of the pair of reference
-points, so that the ratio is sampled all through the measurement and a slow minute of the machine
-meets both tiers and all points alike. What is left of the budget is the ratio's.
+Every point is timed once at least (the pilot, which is also its warm-up), one that sets a price
+`_PRICE_ROUNDS` times, whatever the budget; then rounds go A B A B over all tiers' points. After
+each point goes one round of the tiers' reference points, so that the ratios are sampled all
+through the measurement and a slow minute of the machine meets all tiers and points alike. What is
+left of the budget is the ratios'.
 Fails as `Executor.probe` does; a point that the device has no memory for is left out.
-
-From measured times to prices: a pure function, and the one place that says what a price means.
-
-The unit is the tactical output token: 1 ATP is the device's time of one decode step of one
-sequence with a short context. A price is marginal device time, in that unit
-(docs/decisions/0006-measured-prices.md). Rounded up to whole uATP, here, once.
 """
 
 from __future__ import annotations
@@ -30,23 +21,16 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from statistics import mean, median, quantiles
 from types import MappingProxyType
 
 from sage_fed.cards import Basis, Rate
-from sage_fed.core import (
-    TIER_ROLES,
-    UATP_PER_ATP,
-    CalibrationProgress,
-    MeasuredPoint,
-    Phase,
-    Sampling,
-    Tier,
-)
+from sage_fed.core import UATP_PER_ATP, CalibrationProgress, MeasuredPoint, Phase, Sampling, Tier
 from sage_fed.device import Executor, TierLimits, blocks_for
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
+
+_log = logging.getLogger(__name__)
 
 SHORT_TOKENS = 40
 """The reference context: short, and in the middle of a block, as most positions are."""
@@ -58,6 +42,255 @@ LONG_PREFILL_TOKENS = 512
 CACHED_CHUNK_TOKENS = 32
 VERIFY_TOKENS = (4, 8)
 MAX_BATCH = 64
+
+_MIN_RATIOS = 9
+"""Rounds of the reference pair below which there is no ratio to speak of."""
+
+_PRICE_ROUNDS = 3
+"""Rounds of a point below which no price is made of it: of three, one may be disturbed."""
+
+_POINTS_SHARE = 0.7
+"""Of the budget; the rest is the ratio's, which is what the prices of both tiers hang on."""
+
+_PATIENCE_S = 180.0
+"""How long one measurement may take, with the live jobs that go before it."""
+
+_LONGEST_S = 900.0
+"""And how long a calibration lasts at most, however often it is interrupted."""
+
+_WARM_STEPS = 2
+_LONG_STEP_S = 0.25
+"""A step of this length reads far more than any cache holds, and needs no warm-up of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long to measure: `sample_s` of one point in a round, `rounds` and `budget_s` of all.
+
+    `ratios` are rounds of the reference pair, made while the budget lasts; those that go with
+    the points' rounds count.
+    """
+
+    budget_s: float
+    rounds: int
+    ratios: int
+    sample_s: float
+    max_repeats: int = 400
+
+
+FULL = Pace(budget_s=120.0, rounds=8, ratios=100, sample_s=0.06)
+QUICK = Pace(budget_s=15.0, rounds=2, ratios=30, sample_s=0.03)
+
+
+@dataclass(slots=True)
+class _Timed:
+    """A point's device seconds of one step: of the pilot, and one median a round.
+
+    A round's figure is a median already, so one step that was disturbed changes nothing.
+    """
+
+    pilot_s: float
+    alone_s: list[float]
+    co_resident_s: list[float] = field(default_factory=list)
+
+    def measured(self, point: Point) -> MeasuredPoint:
+        """Return the point's figures."""
+        return MeasuredPoint(
+            tier=point.tier,
+            phase=point.phase,
+            batch=point.batch,
+            context_tokens=point.context_tokens,
+            tokens=point.tokens,
+            step_s=median(self.alone_s),
+            spread=spread_of(self.alone_s) if len(self.alone_s) > 1 else None,
+            rounds=len(self.alone_s),
+            co_resident_s=median(self.co_resident_s) if self.co_resident_s else None,
+        )
+
+
+class Measurement:
+    """One run over the tiers of `limits`; `run` first, then the figures.
+
+    `ratios` has, for each tier above the lowest, one figure a round: its reference's device time
+    over the lowest tier's. A single tier is compared with itself.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        limits: Mapping[Tier, TierLimits],
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._executor = executor
+        self._pace = pace
+        self._clock = clock
+        self._begun_s = clock()
+        tiers = sorted(limits)
+        self._references = [reference_of(tier, limits[tier]) for tier in tiers]
+        self._points = interleaved(points_of(tier, limits[tier]) for tier in tiers)
+        self._steps = {point: point.step() for point in self._points}
+        self._timed: dict[Point, _Timed] = {}
+        self._changed: dict[Point, None] = {}
+        self._done = 0
+        self.ratios: dict[Tier, list[float]] = {tier: [] for tier in tiers[1:] or tiers}
+        self.left_out: list[str] = []
+
+    @property
+    def points(self) -> tuple[MeasuredPoint, ...]:
+        """What was measured, tier by tier, in the plan's order."""
+        by_tier = sorted(self._points, key=lambda point: point.tier)
+        return tuple(self._timed[one].measured(one) for one in by_tier if one in self._timed)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the beginning."""
+        return self._clock() - self._begun_s
+
+    async def run(self) -> AsyncGenerator[CalibrationProgress, None]:
+        """Measure, and yield the progress."""
+        for point in self._points:
+            yield self._progress("warm-up", point)
+            await self._pilot(point)
+        while len(self._ratio) < _MIN_RATIOS:
+            yield self._progress("ratio", self._references[-1])
+            await self._compare()
+        try:
+            for number in range(2, _PRICE_ROUNDS + 1):
+                for point in self._points:
+                    if point.sets_a_price and point in self._timed:
+                        yield self._progress(f"prices, round {number} of {_PRICE_ROUNDS}", point)
+                        await self._alone(point)
+                        await self._compare()
+            for number in range(self._pace.rounds):
+                for point in self._points:
+                    if point in self._timed and self._has_time_for(point):
+                        yield self._progress(f"round {number + 1} of {self._pace.rounds}", point)
+                        await self._alone(point)
+                        await self._co_resident(point)
+                        await self._compare()
+                        self._done += 1
+            while len(self._ratio) < self._pace.ratios and self._affordable(
+                self._cost_s(self._comparison())
+            ):
+                yield self._progress("ratio", self._references[-1])
+                await self._compare()
+        except DeviceBusy:
+            _log.warning("live jobs took over: calibrating with the rounds that were done")
+
+    async def _pilot(self, point: Point) -> None:
+        """Warm a point up and see how long it takes; its first sample, if there is no other."""
+        try:
+            (first_s,) = await self._probe([point])
+            times = [first_s] if first_s > _LONG_STEP_S else await self._probe([point] * 3)
+        except DeviceOutOfMemory:
+            if point in self._references:
+                raise
+            self.left_out.append(point.label)
+            _log.warning("calibration: the device has no memory for %s", point.label)
+            return
+        self._timed[point] = _Timed(min(times), [median(times)])
+        self._changed[point] = None
+
+    async def _compare(self) -> None:
+        """Time the references, the lowest tier's on both sides of each other, and note the ratios.
+
+        What drifts while a round lasts (clocks, neighbours on the memory bus) drifts by as much
+        before the other tier's steps as behind them, and leaves their ratio alone.
+        """
+        blocks = self._comparison()
+        times = iter(await self._probe([p for p, warm, n in blocks for _ in range(warm + n)]))
+        figures = [median(list(itertools.islice(times, warm + n))[warm:]) for _, warm, n in blocks]
+        self._note(self._references[0], mean(figures[::2]))
+        for index, point in enumerate(self._references[1:]):
+            before_s, own_s, after_s = figures[2 * index : 2 * index + 3]
+            self._note(point, own_s)
+            self.ratios[point.tier].append(own_s / mean((before_s, after_s)))
+        if len(self._references) == 1:
+            self._ratio.append(1.0)
+
+    def _comparison(self) -> list[tuple[Point, int, int]]:
+        """Return the points of one comparison in order, each with its warm-up and its repeats."""
+        lowest, *others = ((point, *self._repeats(point)) for point in self._references)
+        if others:
+            # One side of the others: as long in the lowest tier as in the deepest.
+            point, warm, repeats = lowest
+            wanted = math.ceil(self._cost_s(others[-1:]) / 2 / self._timed[point].pilot_s)
+            lowest = point, warm, max(repeats, min(wanted, self._pace.max_repeats) | 1)
+        return [lowest, *(block for other in others for block in (other, lowest))]
+
+    async def _alone(self, point: Point) -> None:
+        """Time a point alone: all that a price is made of."""
+        warm, repeats = self._repeats(point)
+        times = await self._probe([point] * (warm + repeats))
+        self._note(point, median(times[warm:]))
+
+    async def _co_resident(self, point: Point) -> None:
+        """Time a point with another tier's reference before each step, where there is another."""
+        other = self._other(point)
+        if other is not None:
+            times = await self._probe([other, point] * self._turns(point, other))
+            self._timed[point].co_resident_s.append(median(times[1::2]))
+
+    def _note(self, point: Point, step_s: float) -> None:
+        self._timed[point].alone_s.append(step_s)
+        self._changed[point] = None
+
+    async def _probe(self, points: Sequence[Point]) -> tuple[float, ...]:
+        patience_s = min(_PATIENCE_S, _LONGEST_S - self.elapsed_s)
+        steps = [self._steps[point] for point in points]
+        return await self._executor.probe(steps, max(patience_s, 0.0))
+
+    def _repeats(self, point: Point) -> tuple[int, int]:
+        """Return how many steps warm a point up, and how many are its sample of a round."""
+        step_s = self._timed[point].pilot_s
+        wanted = math.ceil(self._pace.sample_s / step_s)
+        # Odd: the median is one of them, not between a fast and a slow one.
+        repeats = min(max(wanted, 1), self._pace.max_repeats) | 1
+        return (0, 1) if step_s > _LONG_STEP_S else (_WARM_STEPS, repeats)
+
+    def _turns(self, point: Point, other: Point) -> int:
+        turn_s = self._timed[point].pilot_s + self._timed[other].pilot_s
+        return min(max(math.ceil(self._pace.sample_s / turn_s), 1), self._pace.max_repeats) | 1
+
+    def _other(self, point: Point) -> Point | None:
+        """Return the reference that a point is timed beside: the lowest tier's, or the deepest."""
+        lowest, deepest = self._references[0], self._references[-1]
+        other = deepest if point.tier == lowest.tier else lowest
+        return None if other.tier == point.tier else other
+
+    def _has_time_for(self, point: Point) -> bool:
+        """Return whether a point's round fits into what is not kept for the ratio."""
+        blocks = [(point, *self._repeats(point)), *self._comparison()]
+        other = self._other(point)
+        if other is not None:
+            turns = self._turns(point, other)
+            blocks += [(point, 0, turns), (other, 0, turns)]
+        return self._affordable(self._cost_s(blocks), _POINTS_SHARE)
+
+    def _cost_s(self, blocks: Iterable[tuple[Point, int, int]]) -> float:
+        return sum((warm + n) * self._timed[point].pilot_s for point, warm, n in blocks)
+
+    def _affordable(self, cost_s: float, share: float = 1.0) -> bool:
+        return self.elapsed_s + cost_s <= share * self._pace.budget_s
+
+    @property
+    def _ratio(self) -> list[float]:
+        """The deepest tier's ratios: the one that is shown."""
+        return self.ratios[self._references[-1].tier]
+
+    def _progress(self, phase: str, point: Point) -> CalibrationProgress:
+        total = len(self._points) * self._pace.rounds
+        fraction = max(self._done / total, self.elapsed_s / self._pace.budget_s)
+        changed, self._changed = self._changed, {}
+        return CalibrationProgress(
+            phase=phase,
+            fraction=min(fraction, 0.99),
+            point=point.label,
+            elapsed_s=self.elapsed_s,
+            cost_ratio=median(self._ratio) if self._ratio else None,
+            measured=tuple(self._timed[one].measured(one) for one in changed),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +366,10 @@ def points_of(tier: Tier, limits: TierLimits) -> tuple[Point, ...]:
 
 
 def interleaved(tiers: Iterable[tuple[Point, ...]]) -> tuple[Point, ...]:
-    """Return A B A B: what slows the machine down for a while meets both tiers alike."""
-    return tuple(point for pair in zip_longest(*tiers) for point in pair if point is not None)
+    """Return A B A B: what slows the machine down for a while meets all tiers alike."""
+    return tuple(
+        point for pair in itertools.zip_longest(*tiers) for point in pair if point is not None
+    )
 
 
 def _batches(max_batch: int) -> list[int]:
@@ -160,28 +395,6 @@ def _long_context(limits: TierLimits) -> int:
     return long if long >= 4 * SHORT_TOKENS else 0
 
 
-@dataclass(slots=True)
-class Samples:
-    """A point's rounds, in device seconds of one step."""
-
-    alone_s: list[float] = field(default_factory=list)
-    co_resident_s: list[float] = field(default_factory=list)
-
-    def measured(self, point: Point) -> MeasuredPoint:
-        """Return the point's figures; there has been a round."""
-        return MeasuredPoint(
-            tier=point.tier,
-            phase=point.phase,
-            batch=point.batch,
-            context_tokens=point.context_tokens,
-            tokens=point.tokens,
-            step_s=median(self.alone_s),
-            spread=spread_of(self.alone_s) if len(self.alone_s) > 1 else None,
-            rounds=len(self.alone_s),
-            co_resident_s=median(self.co_resident_s) if self.co_resident_s else None,
-        )
-
-
 def spread_of(values: Sequence[float]) -> float:
     """Half of the interquartile range over the median; of the whole range below four values."""
     if len(values) < 4:
@@ -200,242 +413,6 @@ def median_error(values: Sequence[float]) -> float:
     return 1.2533 * (2 * spread_of(values) / 1.349) / math.sqrt(len(values))
 
 
-_log = logging.getLogger(__name__)
-
-_MIN_RATIOS = 9
-"""Rounds of the reference pair below which there is no ratio to speak of."""
-
-_PRICE_ROUNDS = 3
-"""Rounds of a point below which no price is made of it: of three, one may be disturbed."""
-
-_POINTS_SHARE = 0.7
-"""Of the budget; the rest is the ratio's, which is what the prices of both tiers hang on."""
-
-_PATIENCE_S = 180.0
-"""How long one measurement may take, with the live jobs that go before it."""
-
-_LONGEST_S = 900.0
-"""And how long a calibration lasts at most, however often it is interrupted."""
-
-_WARM_STEPS = 2
-_LONG_STEP_S = 0.25
-"""A step of this length reads far more than any cache holds, and needs no warm-up of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How long to measure: `sample_s` of one point in a round, `rounds` and `budget_s` of all.
-
-    `ratios` are rounds of the reference pair, made while the budget lasts; those that go with
-    the points' rounds count.
-    """
-
-    budget_s: float
-    rounds: int
-    ratios: int
-    sample_s: float
-    max_repeats: int = 400
-
-
-FULL = Pace(budget_s=120.0, rounds=8, ratios=100, sample_s=0.06)
-QUICK = Pace(budget_s=15.0, rounds=2, ratios=30, sample_s=0.03)
-
-
-class Measurement:
-    """One run over both tiers; `run` first, then the figures."""
-
-    def __init__(
-        self,
-        executor: Executor,
-        limits: Mapping[Tier, TierLimits],
-        pace: Pace,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._executor = executor
-        self._pace = pace
-        self._clock = clock
-        self._begun_s = clock()
-        self._references = {tier: reference_of(tier, limits[tier]) for tier in TIER_ROLES}
-        self._points = interleaved(points_of(tier, limits[tier]) for tier in TIER_ROLES)
-        self._steps: dict[Point, Step] = {point: point.step() for point in self._points}
-        self._pilot_s: dict[Point, float] = {}
-        self._samples: dict[Point, Samples] = {}
-        self._changed: dict[Point, None] = {}
-        self._done = 0
-        self.ratios: list[float] = []
-        self.left_out: list[str] = []
-
-    @property
-    def points(self) -> tuple[MeasuredPoint, ...]:
-        """What was measured, tier by tier, in the plan's order."""
-        return tuple(
-            self._samples[point].measured(point)
-            for tier in TIER_ROLES
-            for point in self._points
-            if point.tier is tier and point in self._samples
-        )
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._begun_s
-
-    async def run(self) -> AsyncGenerator[CalibrationProgress, None]:
-        """Measure; what is yielded is for whoever waits."""
-        for point in self._points:
-            yield self._progress("warm-up", point)
-            await self._pilot(point)
-        while len(self.ratios) < _MIN_RATIOS:
-            yield self._progress("ratio", self._references[Tier.STRATEGIC])
-            await self._pair()
-        try:
-            for number in range(2, _PRICE_ROUNDS + 1):
-                for point in self._priced:
-                    yield self._progress(f"prices, round {number} of {_PRICE_ROUNDS}", point)
-                    await self._alone(point)
-                    await self._pair()
-            for number in range(self._pace.rounds):
-                for point in self._points:
-                    if not self._has_time_for(point):
-                        continue
-                    yield self._progress(f"round {number + 1} of {self._pace.rounds}", point)
-                    await self._round(point)
-                    await self._pair()
-            while len(self.ratios) < self._pace.ratios and self._affordable(self._pair_cost_s):
-                yield self._progress("ratio", self._references[Tier.STRATEGIC])
-                await self._pair()
-        except DeviceBusy:
-            _log.warning("live jobs took over: calibrating with the rounds that were done")
-
-    async def _pilot(self, point: Point) -> None:
-        """Warm a point up and see how long it takes; its first sample, if there is no other."""
-        step = self._steps[point]
-        try:
-            (first_s,) = await self._probe([step])
-            times = [first_s] if first_s > _LONG_STEP_S else await self._probe([step] * 3)
-        except DeviceOutOfMemory:
-            if point in self._references.values():
-                raise
-            self.left_out.append(point.label)
-            _log.warning("calibration: the device has no memory for %s", point.label)
-            return
-        self._pilot_s[point] = min(times)
-        self._samples[point] = Samples([median(times)])
-        self._changed[point] = None
-
-    async def _pair(self) -> None:
-        """Time both references, the tactical one on both sides, and note this round's ratio.
-
-        What drifts while a round lasts (clocks, neighbours on the memory bus) drifts by as much
-        before the strategic steps as behind them, and leaves their ratio alone.
-        """
-        steps: list[Step] = []
-        spans: dict[Tier, list[slice]] = {tier: [] for tier in TIER_ROLES}
-        for tier in (Tier.TACTICAL, Tier.STRATEGIC, Tier.TACTICAL):
-            warm, repeats = self._paired(tier)
-            begin = len(steps) + warm
-            steps += [self._steps[self._references[tier]]] * (warm + repeats)
-            spans[tier].append(slice(begin, len(steps)))
-        times = await self._probe(steps)
-        figures = {
-            tier: mean(median(times[part]) for part in parts) for tier, parts in spans.items()
-        }
-        for tier, figure in figures.items():
-            self._samples[self._references[tier]].alone_s.append(figure)
-            self._changed[self._references[tier]] = None
-        self.ratios.append(figures[Tier.STRATEGIC] / figures[Tier.TACTICAL])
-
-    @property
-    def _priced(self) -> list[Point]:
-        return [point for point in self._points if point.sets_a_price and point in self._samples]
-
-    async def _alone(self, point: Point) -> None:
-        """Time a point alone: all that a price is made of."""
-        warm, repeats = self._repeats(point)
-        times = await self._probe([self._steps[point]] * (warm + repeats))
-        self._samples[point].alone_s.append(median(times[warm:]))
-        self._changed[point] = None
-
-    async def _round(self, point: Point) -> None:
-        """Time a point alone, then with the other tier's reference before each step."""
-        other = self._other(point)
-        warm, repeats = self._repeats(point)
-        turns = self._turns(point)
-        step = self._steps[point]
-        steps = [step] * (warm + repeats) + [self._steps[other], step] * turns
-        times = await self._probe(steps)
-        samples = self._samples[point]
-        samples.alone_s.append(median(times[warm : warm + repeats]))
-        samples.co_resident_s.append(median(times[warm + repeats + 1 :: 2]))
-        self._changed[point] = None
-        self._done += 1
-
-    async def _probe(self, steps: list[Step]) -> tuple[float, ...]:
-        patience_s = min(_PATIENCE_S, _LONGEST_S - self.elapsed_s)
-        return await self._executor.probe(steps, max(patience_s, 0.0))
-
-    def _repeats(self, point: Point) -> tuple[int, int]:
-        """How many steps warm it up, and how many are its sample of a round."""
-        step_s = self._pilot_s[point]
-        wanted = math.ceil(self._pace.sample_s / step_s)
-        # Odd: the median is one of them, not between a fast and a slow one.
-        repeats = min(max(wanted, 1), self._pace.max_repeats) | 1
-        return (0, 1) if step_s > _LONG_STEP_S else (_WARM_STEPS, repeats)
-
-    def _paired(self, tier: Tier) -> tuple[int, int]:
-        """Likewise for one side of a pair: as long in the tactical tier as in the strategic."""
-        reference = self._references[tier]
-        warm, repeats = self._repeats(reference)
-        if tier == Tier.TACTICAL:
-            other = self._references[Tier.STRATEGIC]
-            side_s = sum(self._repeats(other)) * self._pilot_s[other] / 2
-            wanted = math.ceil(side_s / self._pilot_s[reference])
-            repeats = max(repeats, min(wanted, self._pace.max_repeats) | 1)
-        return warm, repeats
-
-    def _turns(self, point: Point) -> int:
-        turn_s = self._pilot_s[point] + self._pilot_s[self._other(point)]
-        return min(max(math.ceil(self._pace.sample_s / turn_s), 1), self._pace.max_repeats) | 1
-
-    def _other(self, point: Point) -> Point:
-        other = Tier.STRATEGIC if point.tier == Tier.TACTICAL else Tier.TACTICAL
-        return self._references[other]
-
-    def _round_cost_s(self, point: Point) -> float:
-        turn_s = self._pilot_s[point] + self._pilot_s[self._other(point)]
-        return sum(self._repeats(point)) * self._pilot_s[point] + self._turns(point) * turn_s
-
-    @property
-    def _pair_cost_s(self) -> float:
-        return sum(
-            sides * sum(self._paired(tier)) * self._pilot_s[self._references[tier]]
-            for tier, sides in ((Tier.TACTICAL, 2), (Tier.STRATEGIC, 1))
-        )
-
-    def _has_time_for(self, point: Point) -> bool:
-        """Whether a point's round fits into what is not kept for the ratio."""
-        if point not in self._samples:
-            return False
-        cost_s = self._round_cost_s(point) + self._pair_cost_s
-        return self._affordable(cost_s, _POINTS_SHARE)
-
-    def _affordable(self, cost_s: float, share: float = 1.0) -> bool:
-        return self.elapsed_s + cost_s <= share * self._pace.budget_s
-
-    def _progress(self, phase: str, point: Point) -> CalibrationProgress:
-        total = len(self._points) * self._pace.rounds
-        fraction = max(self._done / total, self.elapsed_s / self._pace.budget_s)
-        changed, self._changed = self._changed, {}
-        return CalibrationProgress(
-            phase=phase,
-            fraction=min(fraction, 0.99),
-            point=point.label,
-            elapsed_s=self.elapsed_s,
-            cost_ratio=median(self.ratios) if self.ratios else None,
-            measured=tuple(self._samples[one].measured(one) for one in changed),
-        )
-
-
 NOISY = 0.03
 """A relative spread above which the machine was not quiet enough for the price."""
 
@@ -452,28 +429,28 @@ class Cost:
 
 def prices(
     points: Iterable[MeasuredPoint],
-    cost_ratio: float,
+    ratios: Mapping[Tier, Sequence[float]],
     kv_read_s: Mapping[Tier, float],
-    ratio_spread: float,
 ) -> Mapping[Tier, Mapping[Phase, Rate]]:
-    """Return a card's lines.
+    """Return a card's lines, tier by tier.
 
     Args:
-        points: of both tiers; each tier's first decode point of batch 1 is its reference.
-        cost_ratio: strategic over tactical reference, from rounds in which both were timed.
+        points: of all tiers; each tier's first decode point of batch 1 is its reference.
+        ratios: a tier's reference over the lowest tier's, from rounds in which both were timed.
         kv_read_s: seconds to read one token's keys and values once: no cached token costs less.
-        ratio_spread: of the ratio, relative: that of the strategic decode price.
     """
     points = tuple(points)
-    units = {Tier.TACTICAL: 1.0, Tier.STRATEGIC: cost_ratio}
+    lowest = min(kv_read_s)
     lines: dict[Tier, Mapping[Phase, Rate]] = {}
-    for tier in TIER_ROLES:
-        costs = dict(costs_of([p for p in points if p.tier is tier], kv_read_s[tier]))
-        if tier == Tier.STRATEGIC:
+    for tier in sorted(kv_read_s):
+        costs = dict(costs_of([p for p in points if p.tier == tier], kv_read_s[tier]))
+        unit = 1.0
+        if tier != lowest:
+            unit = median(ratios[tier])
             for phase in (Phase.DECODE, Phase.DRAFT):
-                costs[phase] = replace(costs[phase], spread=ratio_spread)
+                costs[phase] = replace(costs[phase], spread=spread_of(ratios[tier]))
         # Within a tier by its own reference, so that the ratio is the paired one, exactly.
-        atp_per_s = units[tier] / costs[Phase.DECODE].seconds
+        atp_per_s = unit / costs[Phase.DECODE].seconds
         lines[tier] = MappingProxyType(
             {
                 phase: Rate(_uatp(cost.seconds * atp_per_s), cost.basis, cost.source, cost.spread)
@@ -487,8 +464,8 @@ def warning_of(lines: Mapping[Tier, Mapping[Phase, Rate]]) -> str:
     """Return which measured prices are not to be relied on, and why; "" where all are."""
     rates = [
         (f"{tier.name} {phase.value}", rate.spread)
-        for tier in TIER_ROLES
-        for phase, rate in lines[tier].items()
+        for tier, own in lines.items()
+        for phase, rate in own.items()
         # A drafted token's price is the decoded one's.
         if rate.basis is Basis.MEASURED and phase is not Phase.DRAFT
     ]

@@ -109,6 +109,7 @@ if TYPE_CHECKING:
 def build_metrics(settings: Settings) -> Metrics:
     """Return every series, with what is known before anything runs."""
     metrics = Metrics(
+        tiers=tuple(settings.tiers),
         version=sage_fed.__version__,
         decisions=possible_decisions(),
         per_account_balance=settings.metrics.per_account_balance,

@@ -349,4 +349,5 @@ def site_of(settings: Settings, device: DeviceDescription, bandwidth: float) -> 
         read_bandwidth_bytes_per_s=bandwidth,
         settings={"device": settings.device, "cpu_threads": str(settings.cpu_threads), **tiers},
         cards_dir=settings.own_cards_dir,
+        tiers=tuple(settings.tiers),
     )
