@@ -34,7 +34,7 @@ from sage_fed.cli import top
 from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
-from sage_fed.ledger.ledger_files import readable
+from sage_fed.ledger.ledger_files import snapshot
 
 ALLOWED_S = 0.05
 """Beyond one step, from a client's leaving to the end of its job in the books."""
@@ -156,7 +156,7 @@ async def follow(call: grpc.aio.UnaryStreamCall) -> tuple[str, str]:
 
 def stop_times(ledger: Path, left: Left) -> list[float]:
     """Seconds from each client's leaving to the end of its job's hold, where it came after."""
-    with readable(ledger) as db:
+    with snapshot(ledger) as (db, _):
         ended = dict(
             db.execute(
                 "SELECT job_id, max(time_ns) FROM entry JOIN job USING (job_id) "

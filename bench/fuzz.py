@@ -36,7 +36,7 @@ from stress import START_S, TROUBLE, wait_ready
 from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
-from sage_fed.ledger.ledger_files import readable
+from sage_fed.ledger.ledger_files import snapshot
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2
 
 FLAGS = (
@@ -246,7 +246,7 @@ def main(count: int, seed: int, output: Path | None) -> int:
             tally.violations.append(f"the daemon logged an error: {log[-2000:]}")
         books = check(ledger_file(state_dir))
         tally.violations += books.violations
-        with readable(ledger_file(state_dir)) as db:
+        with snapshot(ledger_file(state_dir)) as (db, _):
             (spent,) = db.execute("SELECT coalesce(sum(discharged_uatp), 0) FROM account")
         if spent[0] != tally.charged_uatp:
             tally.violations.append(

@@ -32,7 +32,7 @@ from rich.progress import track
 
 import sage_fed
 from sage_fed.ledger import check
-from sage_fed.ledger.ledger_files import readable
+from sage_fed.ledger.ledger_files import snapshot
 
 ROOT = Path(sage_fed.__file__).parents[1]
 WORKER = ROOT / "tests" / "ledger" / "ledger_crash_child.py"
@@ -73,7 +73,7 @@ def lost(path: Path, said: list[list[str]]) -> list[str]:
     """What was acknowledged and is not in the books."""
     wanted = {words[1]: words for words in said[1:] if words}
     missing: list[str] = []
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         for job_id, words in wanted.items():
             row = db.execute(
                 "SELECT state, charged_uatp FROM job WHERE job_id = ?", (job_id,)
@@ -102,7 +102,7 @@ def kept(words: list[str], row: tuple[str, int] | None) -> bool:
 
 def counted_voids(path: Path) -> int:
     """Return how many jobs the books have counted as voided."""
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         return int(db.execute("SELECT coalesce(sum(voided_jobs), 0) FROM day").get)
 
 

@@ -244,7 +244,7 @@ async def test_pages_end_with_the_days(tmp_path: Path, page_size: int) -> None:
 
         def fold(books: Books, _now: Now) -> None:
             for day in days:
-                books._db.execute(
+                books.db.execute(
                     "INSERT INTO day VALUES ('local', ?, 2, 0, 0, 0, 0, ?, 1)",
                     (day.day, day.voided_jobs),
                 )

@@ -580,7 +580,7 @@ class Hold:
     async def void(self, why: str) -> int:
         """Release all of it; return the balance."""
         release = await self.ledger.void(self.job_id, why)
-        self.metrics.hold_settled(self.route.tier, release.released_uatp, 0)
+        self.metrics.hold_settled(self.route.tier, release.held_uatp, 0)
         return release.balance_uatp
 
 

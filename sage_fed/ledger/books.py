@@ -37,7 +37,6 @@ from sage_fed.ledger.entries import (
     Page,
     Place,
     Recovery,
-    Release,
     Replay,
     RequestKey,
     Retention,
@@ -83,7 +82,7 @@ class Books:
     """One ledger's operations; `accounts`, `requests` and `days` are its other tables."""
 
     def __init__(self, db: apsw.Connection, retention: Retention | None = None) -> None:
-        self._db = db
+        self.db = db
         self.accounts = Accounts(db)
         self.retention = retention or Retention()
         self.requests = Requests(db, self.retention)
@@ -114,7 +113,7 @@ class Books:
                 reason="cannot_afford",
                 retry_after_s=None,
             )
-        self._db.execute(
+        self.db.execute(
             "INSERT INTO job (job_id, account, state, held_uatp, rate_card, tier, expires_ns) "
             "VALUES (?, ?, 'held', ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             (
@@ -126,7 +125,7 @@ class Books:
                 now.ns + int(request.ttl_s * NS_PER_S),
             ),
         )
-        if not self._db.changes():
+        if not self.db.changes():
             raise InvalidField("job_id", "is in use")
         self.accounts.write_refill(row, now, needed_uatp=request.amount_uatp)
         self.accounts.post(key.account, EntryKind.HOLD, request.amount_uatp, now, request.job_id)
@@ -166,7 +165,7 @@ class Books:
         balance_uatp = row.available_uatp(now) + released_uatp
         return Settlement(job_id, job.held_uatp, charged_uatp, balance_uatp)
 
-    def void(self, job_id: str, reason: str, now: Now) -> Release:
+    def void(self, job_id: str, reason: str, now: Now) -> Settlement:
         """Give a hold back whole; after it expired, or a restart gave it back, nothing changes.
 
         Nothing came of the job, so a count is all that stays of it: a second call for it is told
@@ -179,7 +178,7 @@ class Books:
         if held := job.state is JobState.HELD:
             self._give_back(job, JobState.VOIDED, EntryKind.VOID, reason, now)
         balance_uatp = self.accounts.read(job.account).available_uatp(now)
-        return Release(job_id, job.held_uatp, balance_uatp, repeated=not held)
+        return Settlement(job_id, job.held_uatp, 0, balance_uatp, repeated=not held)
 
     def expire_due(self, now: Now, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Give back every hold past its time to live; returns their job ids.
@@ -209,7 +208,7 @@ class Books:
         Raises `NoSuchAccount`.
         """
         self.accounts.read(account)
-        rows = self._db.execute(
+        rows = self.db.execute(
             "SELECT number, time_ns, kind, coalesce(entry.job_id, ''), amount_uatp, debit, "
             "credit, coalesce(rate_card, '') FROM entry LEFT JOIN job USING (job_id) "
             "WHERE entry.account = ? AND number < ? ORDER BY number DESC LIMIT ?",
@@ -245,14 +244,14 @@ class Books:
 
     def prove_writable(self) -> None:
         """Write what changes nothing; fails where the disk takes no writes."""
-        self._db.pragma("user_version", self._db.pragma("user_version"))
+        self.db.pragma("user_version", self.db.pragma("user_version"))
 
     def held_total_uatp(self) -> int:
         """What is held now, over all accounts."""
-        return int(self._db.execute("SELECT coalesce(sum(held_uatp), 0) FROM account").get)
+        return int(self.db.execute("SELECT coalesce(sum(held_uatp), 0) FROM account").get)
 
     def _read(self, job_id: str) -> _Job:
-        row = self._db.execute(
+        row = self.db.execute(
             "SELECT account, held_uatp, charged_uatp, state FROM job WHERE job_id = ?", (job_id,)
         ).fetchone()
         if row is None:
@@ -262,7 +261,7 @@ class Books:
 
     def _open(self, due_ns: int = MAX_INT) -> list[_Job]:
         # By that index or not at all: asked for in order, SQLite reads every job there ever was.
-        rows = self._db.execute(
+        rows = self.db.execute(
             "SELECT job_id, account, held_uatp FROM job INDEXED BY job_open "
             "WHERE state = 'held' AND expires_ns <= ?",
             (due_ns,),
@@ -270,7 +269,7 @@ class Books:
         return [_Job(*row) for row in sorted(cast("list[tuple[Any, Any, Any]]", rows))]
 
     def _end(self, job_id: str, state: JobState, outcome: str, charged_uatp: int) -> None:
-        self._db.execute(
+        self.db.execute(
             "UPDATE job SET state = ?, outcome = ?, charged_uatp = ? WHERE job_id = ?",
             (state.value, outcome, charged_uatp, job_id),
         )

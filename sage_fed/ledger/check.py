@@ -1,22 +1,12 @@
-"""The audit: do the books balance, from the entries alone?
+"""The audit (do the books balance, from the entries alone?), and the copy that has passed it.
 
-Owns the list of what must hold. Reads only, in one transaction, so that it works beside a
-running daemon. Reports every violation in words; never repairs.
-What was folded into days counts as what it moved. `end_violations` is the part that every start
-affords, `balance_violations` the one that is done beside a running daemon where there are many
-entries, and `check` is all of it, for the command.
-
-The audit of all entries, beside the writer: what a start of many entries has no time for.
-
-Owns a thread, a connection and one snapshot of the books. Knows no repair and no verdict: whoever
-asked is told what does not balance, once, and nothing where everything does.
-
-A copy of the books as they are at one instant, taken beside a running daemon or without one.
-
-Owns the copy: whole and audited, or not there. Knows nothing of schedules, and of where copies are
-kept only that an older one is never written over.
-Fails as `check` does, with `LedgerCorrupt` where the books, or their copy, are not sound, and with
-`CannotWrite` where the copy cannot be put where it was asked for.
+Owns the list of what must hold, the thread that audits beside the writer, and the backup. Reads
+only, in one transaction, so that it works beside a running daemon. Reports every violation in
+words; never repairs. What was folded into days counts as what it moved.
+`end_violations` is the part that every start affords, `balance_violations` the one that is done
+beside a running daemon where there are many entries, and `check` is all of it, for the command.
+Fails with `ConfigError`, `LedgerCorrupt`, and with `CannotWrite` where a copy cannot be put where
+it was asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +25,12 @@ import apsw
 from sage_fed.errors import CannotWrite, LedgerCorrupt, SageFedError
 from sage_fed.ledger import schema
 from sage_fed.ledger.entries import MOVES
-from sage_fed.ledger.ledger_files import (
-    connect_reader,
-    last_acknowledged,
-    missing_entries,
-    readable,
-)
+from sage_fed.ledger.ledger_files import connect_reader, snapshot, sync
+
+_NICE = 10
+"""All other work is more urgent than an audit beside it."""
+
+log = logging.getLogger(__name__)
 
 SIGNED = "sum(CASE '{book}' WHEN credit THEN amount_uatp WHEN debit THEN -amount_uatp ELSE 0 END)"
 """What entries leave in a book. One signed sum: those of each side alone could overflow."""
@@ -225,9 +215,7 @@ def check(path: Path) -> CheckReport:
 
     Raises `ConfigError` where there is none and `LedgerCorrupt` where SQLite cannot read it.
     """
-    last = last_acknowledged(path)
-    with readable(path) as db:
-        missing = missing_entries(path, db, last)
+    with snapshot(path) as (db, missing):
         return CheckReport(
             accounts=int(db.execute("SELECT count(*) FROM account").get),
             jobs=int(db.execute("SELECT count(*) FROM job").get),
@@ -302,53 +290,46 @@ def _objects(db: apsw.Connection) -> dict[str, str]:
     return dict(db.execute("SELECT type || ' ' || name, coalesce(sql, '') FROM sqlite_schema"))
 
 
-log = logging.getLogger(__name__)
+@contextlib.contextmanager
+def auditing(path: Path, on_violations: Callable[[tuple[str, ...]], None]) -> Iterator[None]:
+    """Audit all entries while the block runs: what a start of many entries has no time for.
 
-_NICE = 10
-"""Everybody else's work is more urgent."""
+    On a thread and one snapshot of its own; the end of the block ends it, wherever it is.
+    `on_violations` is called on that thread, once, and not at all where everything balances.
+    """
+    stopped = threading.Event()
+    opened: list[apsw.Connection] = []
 
-
-class Auditor:
-    """One audit; `start` it, `stop` it. `on_violations` is called on its thread."""
-
-    def __init__(self, path: Path, on_violations: Callable[[tuple[str, ...]], None]) -> None:
-        self._path = path
-        self._on_violations = on_violations
-        self._stopped = threading.Event()
-        self._db: apsw.Connection | None = None
-        self._thread = threading.Thread(target=self._run, name="ledger-audit", daemon=True)
-
-    def start(self) -> None:
-        """Begin; the books have been opened by their writer."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End it, wherever it is, and wait for that."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            # Again and again: an interruption between two statements is none.
-            if self._db is not None:
-                with contextlib.suppress(apsw.ConnectionClosedError):
-                    self._db.interrupt()
-            self._thread.join(0.01)
-
-    def _run(self) -> None:
+    def run() -> None:
         with contextlib.suppress(OSError):  # a kernel that allows no thread its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         began_s = time.monotonic()
         try:
-            with contextlib.closing(connect_reader(self._path)) as db:
-                self._db = db
+            with contextlib.closing(connect_reader(path)) as db:
+                opened.append(db)
                 db.execute("BEGIN")
                 violations = balance_violations(db)
         except (apsw.Error, SageFedError) as error:
             violations = (f"they could not be audited: {error}",)
-        if self._stopped.is_set():
+        if stopped.is_set():
             return
         if violations:
-            self._on_violations(violations)
+            on_violations(violations)
         else:
             log.info("the books balance, all entries audited in %.1f s", time.monotonic() - began_s)
+
+    thread = threading.Thread(target=run, name="ledger-audit", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            # Again and again: an interruption between two statements is none.
+            for db in opened:
+                with contextlib.suppress(apsw.ConnectionClosedError):
+                    db.interrupt()
+            thread.join(0.01)
 
 
 def backup(path: Path, copy: Path) -> CheckReport:
@@ -371,9 +352,9 @@ def backup(path: Path, copy: Path) -> CheckReport:
                 raise LedgerCorrupt(
                     f"the copy of {path} was not kept: {'; '.join(report.violations)}"
                 )
-            _sync(fresh)
+            sync(fresh)
             fresh.rename(copy)
-            _sync(copy.parent)
+            sync(copy.parent)
         finally:
             for suffix in ("", "-journal", "-wal", "-shm"):
                 fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
@@ -383,9 +364,11 @@ def backup(path: Path, copy: Path) -> CheckReport:
 
 
 def _copy(path: Path, fresh: Path) -> None:
-    last = last_acknowledged(path)
-    with readable(path) as db, contextlib.closing(apsw.Connection(str(fresh))) as copied:
-        if missing := missing_entries(path, db, last):
+    with (
+        snapshot(path) as (db, missing),
+        contextlib.closing(apsw.Connection(str(fresh))) as copied,
+    ):
+        if missing:
             raise LedgerCorrupt(missing)
         try:
             with copied.backup("main", db, "main") as pages:
@@ -396,11 +379,3 @@ def _copy(path: Path, fresh: Path) -> None:
             raise CannotWrite(
                 f"{fresh} cannot be written, its disk is full or failing: {error}"
             ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -127,21 +127,14 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """A hold's price; `repeated` where it had been settled before, at this same price."""
+    """The end of a hold: what it was charged, 0 where it was given back whole.
+
+    `repeated` where it had ended so before, at this same price.
+    """
 
     job_id: str
     held_uatp: int
     charged_uatp: int
-    balance_uatp: int
-    repeated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A hold given back whole; `repeated` where it had been given back before."""
-
-    job_id: str
-    released_uatp: int
     balance_uatp: int
     repeated: bool = False
 

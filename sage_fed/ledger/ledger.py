@@ -51,13 +51,12 @@ from sage_fed.ledger.entries import (
     Page,
     Place,
     Recovery,
-    Release,
     Replay,
     RequestKey,
     Settlement,
     system_clock,
 )
-from sage_fed.ledger.ledger_files import OpenFiles, connect_reader, files_of
+from sage_fed.ledger.ledger_files import OpenFiles, connect_reader
 from sage_fed.ledger.writer import (
     RETRY_S,
     Committed,
@@ -244,7 +243,7 @@ class Ledger:
             owed=True,
         )
 
-    async def void(self, job_id: str, reason: str) -> Release:
+    async def void(self, job_id: str, reason: str) -> Settlement:
         """Give a hold back whole; see `Books.void`."""
         return await self._ask(
             lambda books, now: books.void(job_id, reason, now), refusable=False, owed=True
@@ -589,7 +588,7 @@ class Reader:
         try:
             if self._db is None:
                 self._db = connect_reader(self._path)
-                self._files = files_of(self._db)
+                self._files = OpenFiles(self._db)
             # What is read in a file that is not found by its name is not what the books say.
             self._files.verify()
             self._db.execute("BEGIN")

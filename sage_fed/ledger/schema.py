@@ -68,8 +68,6 @@ CREATE TABLE entry (
     'void held charged', 'expire held charged')),
   CHECK ((job_id IS NULL) = (kind IN ('grant', 'refill', 'revoke')))
 ) STRICT;
-CREATE INDEX entry_account ON entry (account);
-CREATE UNIQUE INDEX entry_once ON entry (job_id, kind) WHERE job_id IS NOT NULL;
 
 CREATE TABLE request (
   account TEXT NOT NULL REFERENCES account (account),
@@ -84,30 +82,8 @@ CREATE TABLE request (
 ) STRICT;
 CREATE INDEX request_settled ON request (settled_ns) WHERE settled_ns IS NOT NULL;
 
-CREATE TRIGGER entry_posts AFTER INSERT ON entry BEGIN
-  UPDATE account SET
-    charged_uatp = charged_uatp + iif(NEW.credit = 'charged', NEW.amount_uatp, 0)
-      - iif(NEW.debit = 'charged', NEW.amount_uatp, 0),
-    held_uatp = held_uatp + iif(NEW.credit = 'held', NEW.amount_uatp, 0)
-      - iif(NEW.debit = 'held', NEW.amount_uatp, 0),
-    discharged_uatp = discharged_uatp + iif(NEW.credit = 'discharged', NEW.amount_uatp, 0)
-  WHERE account = NEW.account;
-END;
-CREATE TRIGGER entry_no_replace BEFORE INSERT ON entry
-WHEN EXISTS (SELECT 1 FROM entry WHERE entry_id = NEW.entry_id) BEGIN
-  SELECT RAISE(ABORT, 'entries are append-only');
-END;
-CREATE TRIGGER entry_no_update BEFORE UPDATE ON entry BEGIN
-  SELECT RAISE(ABORT, 'entries are append-only');
-END;
-CREATE TRIGGER entry_no_delete BEFORE DELETE ON entry BEGIN
-  SELECT RAISE(ABORT, 'entries are append-only');
-END;
 CREATE TRIGGER job_ends_once BEFORE UPDATE ON job WHEN OLD.state <> 'held' BEGIN
   SELECT RAISE(ABORT, 'a hold ends once');
-END;
-CREATE TRIGGER job_no_delete BEFORE DELETE ON job BEGIN
-  SELECT RAISE(ABORT, 'jobs are kept');
 END;
 CREATE TRIGGER account_no_delete BEFORE DELETE ON account BEGIN
   SELECT RAISE(ABORT, 'accounts are kept');
@@ -115,13 +91,13 @@ END;
 """
 
 VERSION_2 = """
-DROP TRIGGER entry_posts;
-DROP TRIGGER entry_no_replace;
-DROP TRIGGER entry_no_update;
-DROP TRIGGER entry_no_delete;
-DROP TRIGGER job_no_delete;
-DROP INDEX entry_account;
-DROP INDEX entry_once;
+DROP TRIGGER IF EXISTS entry_posts;
+DROP TRIGGER IF EXISTS entry_no_replace;
+DROP TRIGGER IF EXISTS entry_no_update;
+DROP TRIGGER IF EXISTS entry_no_delete;
+DROP TRIGGER IF EXISTS job_no_delete;
+DROP INDEX IF EXISTS entry_account;
+DROP INDEX IF EXISTS entry_once;
 
 ALTER TABLE account ADD COLUMN
   -- How many entries the account has ever had; the number of its newest.
@@ -235,7 +211,11 @@ END;
 """
 
 MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2)
-"""`MIGRATIONS[n]` takes a file from version n to n + 1; a released one never changes."""
+"""`MIGRATIONS[n]` takes a file from version n to n + 1; what a released one makes never changes.
+
+Of version 1 only what version 2 keeps, or makes its tables of, is written here: a file that was
+made by a program of then has more triggers and indexes, and loses them.
+"""
 
 
 def require_known(db: apsw.Connection) -> int:
@@ -254,24 +234,29 @@ def require_known(db: apsw.Connection) -> int:
 
 
 @contextlib.contextmanager
-def writing(db: apsw.Connection) -> Iterator[None]:
-    """One transaction, which waits for another program's at its begin.
+def writing(db: apsw.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    """One transaction, which waits for another program's at its begin; the block may end it.
 
     Once it has read it could not: SQLite refuses a reader that begins to write beside another
     writer at once. And apsw's own `with db` would hold the interpreter's lock while it waits.
     """
-    db.execute("BEGIN IMMEDIATE")
+    db.execute(begin)
     try:
         yield
-        db.execute("COMMIT")
+        if db.in_transaction:
+            db.execute("COMMIT")
     except BaseException:
+        # A full disk has rolled back already.
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
 
 
 def last_entry_id(db: apsw.Connection) -> int:
-    """Where books of any version end."""
+    """Where books of any version end.
+
+    Ids are counted from 1 and never reused, also not of what was folded.
+    """
     counted = "SELECT last_entry_id FROM book"
     if int(db.pragma("user_version")) == 1:  # nothing was folded yet
         counted = "SELECT coalesce(max(entry_id), 0) FROM entry"

@@ -29,10 +29,10 @@ import apsw
 
 from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.check import Auditor, balance_violations, end_violations, num_folded
+from sage_fed.ledger.check import auditing, balance_violations, end_violations, num_folded
 from sage_fed.ledger.entries import Clock, LedgerOptions, Now, Recovery
-from sage_fed.ledger.ledger_files import OpenBook, last_entry_id, may_pass, unusable, writable
-from sage_fed.ledger.schema import writing
+from sage_fed.ledger.ledger_files import OpenBook, may_pass, unusable, writable
+from sage_fed.ledger.schema import last_entry_id, writing
 
 Operation = Callable[[Books, Now], object]
 
@@ -114,10 +114,9 @@ class Writer:
         self._options = options
         self._busy_ms = round(options.busy_s * 1000)
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Item | LedgerCorrupt | None] = queue.SimpleQueue()
         self._owed: list[Item] = []
         self._busy_since_s: float | None = None
-        self._condemned: LedgerCorrupt | None = None
         # Daemonic: a process that ends without `close` is a crash, which the books survive.
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
@@ -154,9 +153,8 @@ class Writer:
                 book.db.set_busy_timeout(self._busy_ms)
                 for group in self._groups():
                     self._busy_since_s = time.monotonic()
-                    self._require_no_verdict()
                     book.verify()
-                    committed = self._commit_or_refuse(book.db, books, group)
+                    committed = self._commit_or_refuse(books, group)
                     # An answer says that it is on disk: not in a file that has lost its name.
                     book.verify()
                     book.acknowledge()
@@ -171,31 +169,22 @@ class Writer:
         num_entries = last_entry_id(book.db) - num_folded(book.db)
         if book.doubted or num_entries <= self._options.audit_entries:
             self._require_balance(book.db)
+        elif violations := end_violations(book.db):
+            raise self._unbalanced(violations)
         else:
-            self._refuse(end_violations(book.db))
-            auditor = Auditor(self._path, self._condemn)
-            stack.callback(auditor.stop)
-            auditor.start()
+            stack.enter_context(auditing(self._path, self._condemn))
         return books.recover(self._clock.now())
 
     def _require_balance(self, db: apsw.Connection) -> None:
-        self._refuse(balance_violations(db))
-
-    def _require_no_verdict(self) -> None:
-        if self._condemned is not None:
-            raise self._condemned
-
-    def _refuse(self, violations: tuple[str, ...]) -> None:
-        if violations:
+        if violations := balance_violations(db):
             raise self._unbalanced(violations)
 
     def _unbalanced(self, violations: tuple[str, ...]) -> LedgerCorrupt:
         return LedgerCorrupt(f"the books of {self._path} do not balance: {'; '.join(violations)}")
 
     def _condemn(self, violations: tuple[str, ...]) -> None:
-        """Have the thread end as the start would have; called on the auditor's."""
-        self._condemned = self._unbalanced(violations)
-        self._inbox.put(Item(None, lambda _books, _now: None))
+        """Have the thread end as the start would have; called on the audit's."""
+        self._inbox.put(self._unbalanced(violations))
 
     def _groups(self) -> Iterator[list[Item]]:
         """What waits, behind what is still owed, until the inbox is closed."""
@@ -211,20 +200,22 @@ class Writer:
         timeout_s = _AGAIN_S if group else None
         with contextlib.suppress(queue.Empty):
             while item := self._inbox.get(timeout=timeout_s):
+                if isinstance(item, LedgerCorrupt):
+                    raise item
                 group.append(item)
                 if len(group) >= self._options.group_limit or self._inbox.empty():
                     return False
             return True
         return False
 
-    def _commit_or_refuse(self, db: apsw.Connection, books: Books, group: list[Item]) -> Committed:
+    def _commit_or_refuse(self, books: Books, group: list[Item]) -> Committed:
         """Commit a group; where the ledger takes nothing, as much of it as goes by itself."""
         began_s = time.perf_counter()
         blocked = bool(self._owed)
         # Another program was waited for once; meanwhile reads must not wait as long again.
-        db.set_busy_timeout(0 if blocked else self._busy_ms)
+        books.db.set_busy_timeout(0 if blocked else self._busy_ms)
         try:
-            committed = self._commit(db, books, group)
+            committed = self._commit(books, group)
         except apsw.Error as error:
             if not may_pass(error):
                 raise
@@ -238,20 +229,18 @@ class Writer:
             self._deliver(Disk(refusal))
         answers: list[Answer] = []
         self._owed = []
-        db.set_busy_timeout(0)
+        books.db.set_busy_timeout(0)
         for item in (*group, *(() if blocked else (_PROOF,))):
-            answers += self._alone(db, books, item, refusal)
+            answers += self._alone(books, item, refusal)
         if not self._owed:
             # It took everything, one by one; only the whole group did not fit.
             self._deliver(Disk(None))
         return Committed(tuple(answers), time.perf_counter() - began_s)
 
-    def _alone(
-        self, db: apsw.Connection, books: Books, item: Item, refusal: LedgerUnusable
-    ) -> tuple[Answer, ...]:
+    def _alone(self, books: Books, item: Item, refusal: LedgerUnusable) -> tuple[Answer, ...]:
         """Commit one operation, refuse it, or keep it for later."""
         try:
-            return self._commit(db, books, [item], begin="BEGIN DEFERRED").answers
+            return self._commit(books, [item], begin="BEGIN DEFERRED").answers
         except apsw.Error as error:
             if not may_pass(error):
                 raise
@@ -265,48 +254,33 @@ class Writer:
         blocked.__cause__ = refusal
         return (Answer(item.waiter, None, blocked),)
 
-    def _commit(
-        self,
-        db: apsw.Connection,
-        books: Books,
-        group: list[Item],
-        begin: str = "BEGIN IMMEDIATE",
-    ) -> Committed:
+    def _commit(self, books: Books, group: list[Item], begin: str = "BEGIN IMMEDIATE") -> Committed:
         """Commit a group or nothing of it; begun `DEFERRED`, one that only reads needs no lock."""
         began_s = time.perf_counter()
-        db.execute(begin)
-        now = self._clock.now()
-        try:
+        with writing(books.db, begin):
+            now = self._clock.now()
             if len(group) == 1:
                 # The transaction is its savepoint: two statements less, which is what a request
                 # waits for that comes alone.
-                answers: tuple[Answer, ...] = (_answer(books, now, group[0]),)
-                db.execute("ROLLBACK" if answers[0].error else "COMMIT")
+                answers: tuple[Answer, ...] = (_answer(books, now, group[0], "ROLLBACK"),)
             else:
-                answers = tuple(_answer_among(db, books, now, item) for item in group)
-                db.execute("COMMIT")
-        except BaseException:
-            # A full disk has rolled back already.
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+                answers = tuple(_answer_among(books, now, item) for item in group)
         return Committed(answers, time.perf_counter() - began_s)
 
 
-def _answer_among(db: apsw.Connection, books: Books, now: Now, item: Item) -> Answer:
+def _answer_among(books: Books, now: Now, item: Item) -> Answer:
     """Do one operation of several, which stay whatever becomes of it."""
-    db.execute("SAVEPOINT operation")
-    answer = _answer(books, now, item)
-    if answer.error is not None:
-        db.execute("ROLLBACK TO operation")
-    db.execute("RELEASE operation")
+    books.db.execute("SAVEPOINT operation")
+    answer = _answer(books, now, item, "ROLLBACK TO operation")
+    books.db.execute("RELEASE operation")
     return answer
 
 
-def _answer(books: Books, now: Now, item: Item) -> Answer:
+def _answer(books: Books, now: Now, item: Item, undo: str) -> Answer:
     try:
         return Answer(item.waiter, item.operation(books, now), None)
     except apsw.Error:
         raise
     except Exception as error:  # noqa: BLE001 - also a bug of the caller's `decide` goes to it
+        books.db.execute(undo)
         return Answer(item.waiter, None, error)

@@ -13,7 +13,6 @@ from sage_fed.ledger.entries import (
     AccountTerms,
     HoldReceipt,
     Now,
-    Release,
     Replay,
     RequestKey,
     Retention,
@@ -95,7 +94,7 @@ class Desk:
         with self.db:
             return self.books.settle(job_id, charged, "length", result, self.clock.now())
 
-    def void(self, job_id: str) -> Release:
+    def void(self, job_id: str) -> Settlement:
         """Void a job."""
         with self.db:
             return self.books.void(job_id, "refused", self.clock.now())

@@ -20,7 +20,6 @@ from sage_fed.ledger.entries import (
     AccountTerms,
     HoldReceipt,
     Recovery,
-    Release,
     Replay,
     Settlement,
 )
@@ -87,7 +86,7 @@ def test_a_void_gives_the_hold_back_once(desk: Desk):
     desk.account(balance=100)
     desk.hold("j1", 60)
 
-    assert Release("j1", 60, 100) == desk.void("j1")
+    assert Settlement("j1", 60, 0, 100) == desk.void("j1")
     with pytest.raises(NotFound):
         desk.void("j1")
     with pytest.raises(NotFound):

@@ -6,7 +6,7 @@ from pathlib import Path
 from killed_ledger import live_and_be_killed
 
 from sage_fed.ledger import Ledger, check
-from sage_fed.ledger.ledger_files import readable
+from sage_fed.ledger.ledger_files import snapshot
 
 KILLS = 10
 
@@ -33,7 +33,7 @@ async def test_the_books_balance_after_kill_9_at_any_instant(tmp_path: Path):
 
     report = check(path)
     assert (0, ()) == (report.open_holds, report.violations)
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         written = dict(db.execute("SELECT job_id, charged_uatp FROM job WHERE state = 'settled'"))
     assert settled == {job_id: written.get(job_id) for job_id in settled}
     assert len(settled) > KILLS

@@ -33,7 +33,7 @@ from sage_fed.ledger import (
 from sage_fed.ledger.books import DAY_NS, STEP_ENTRIES
 from sage_fed.ledger.check import audit, end_violations, num_folded
 from sage_fed.ledger.entries import NS_PER_S, Now
-from sage_fed.ledger.ledger_files import read_acknowledged, readable
+from sage_fed.ledger.ledger_files import read_acknowledged, snapshot
 
 V1 = Path(__file__).parents[1] / "data" / "ledger-v1" / "ledger.db"
 DAY_S = 86_400.0
@@ -522,7 +522,7 @@ async def test_an_older_book_under_a_newer_log_is_refused_without_reading_the_en
     with pytest.raises(LedgerCorrupt, match=r"ends at entry 61 without its log.*after entry 121"):
         await Ledger.open(mixed, options=LARGE)
 
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         assert 122 == db.execute("SELECT last_entry_id FROM book").get
 
 

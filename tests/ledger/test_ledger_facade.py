@@ -289,12 +289,12 @@ async def test_a_writer_that_does_not_answer_is_down_and_the_late_hold_voided(pa
 
 
 def break_commit(books: Books, _now: Now) -> None:
-    books._db.execute("PRAGMA defer_foreign_keys = ON")
-    books._db.execute("INSERT INTO request VALUES ('nobody', 'r', x'', 'no job', NULL, NULL)")
+    books.db.execute("PRAGMA defer_foreign_keys = ON")
+    books.db.execute("INSERT INTO request VALUES ('nobody', 'r', x'', 'no job', NULL, NULL)")
 
 
 def overdraw(books: Books, _now: Now) -> None:
-    books._db.execute("UPDATE account SET charged_uatp = -1")
+    books.db.execute("UPDATE account SET charged_uatp = -1")
 
 
 @pytest.mark.parametrize("fault", [break_commit, overdraw])

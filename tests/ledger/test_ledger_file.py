@@ -260,8 +260,8 @@ async def test_a_full_disk_is_said_in_words(
     """SQLite's own word for it, from a limit on the pages of the file; nobody dies of it."""
 
     def fill(books: Books, _now: Now) -> None:
-        books._db.pragma("max_page_count", 1)
-        books._db.execute("CREATE TABLE more (x)")
+        books.db.pragma("max_page_count", 1)
+        books.db.execute("CREATE TABLE more (x)")
 
     with pytest.raises(LedgerBlocked, match="takes no entries"):
         await running._ask(fill)

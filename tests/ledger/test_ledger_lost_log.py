@@ -16,7 +16,8 @@ from small_disks import Disk, small_tmpfs
 
 from sage_fed.errors import LedgerCorrupt
 from sage_fed.ledger import AccountTerms, Ledger, check
-from sage_fed.ledger.ledger_files import MARK, hold_lock, last_entry_id, read_acknowledged, readable
+from sage_fed.ledger.ledger_files import MARK, hold_lock, read_acknowledged, snapshot
+from sage_fed.ledger.schema import last_entry_id
 
 TERMS = AccountTerms(capacity_uatp=10**9, initial_uatp=10**9)
 CHECKPOINTED_BYTES = 1000 * 4096
@@ -44,7 +45,7 @@ def path(crash: Path, tmp_path: Path) -> Path:
 
 
 def settled(path: Path) -> int:
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         return int(db.execute("SELECT count(*) FROM job WHERE state = 'settled'").get)
 
 
@@ -123,7 +124,7 @@ async def test_who_removes_the_lock_goes_on_with_what_is_left(path: Path) -> Non
 
 
 def read_only_look(path: Path) -> None:
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         assert db.execute("SELECT count(*) FROM entry").get
 
 
@@ -236,7 +237,7 @@ async def test_every_acknowledged_entry_is_remembered(tmp_path: Path) -> None:
     """At once, not at the end; and what was refused is not."""
     path = tmp_path / "ledger.db"
     ledger = await worked(path, 0, 2)
-    with readable(path) as db:
+    with snapshot(path) as (db, _):
         assert (7, 7) == (last_entry_id(db), read_acknowledged(path))
     await ledger.hold(*asked("open", "ann", 10, "card", "tactical"))
     assert 8 == read_acknowledged(path)
@@ -280,7 +281,7 @@ def test_a_disk_that_takes_nothing_leaves_what_is_remembered(disk: Disk) -> None
     disk.fill()
 
     with hold_lock(disk.path / "ledger.db") as held:
-        held.acknowledge(5)
-        assert held.acknowledged() is None
+        held.acknowledge(5, 0)
+        assert 0 == held.last
         with pytest.raises(OSError, match=os.strerror(28)):
-            held.begin(5)
+            held.begin(5, 0)
