@@ -206,7 +206,7 @@ def test_samples_of_a_metrics_page() -> None:
     )
     read = list(top.samples(page))
     assert ["x_total", "x_total", "y"] == [sample.name for sample in read]
-    assert 'a \\"b\\"' == read[0].labels["why"]
+    assert 'a "b"' == read[0].labels["why"]
     assert (7.0, 4.0, 0.0) == (
         top.total(page, "x_total"),
         top.total(page, "x_total", tier="strategic"),

@@ -51,7 +51,7 @@ OWNERS: dict[str, set[str]] = {
     "apsw": {"ledger"},
     "pydantic": {"settings", "cards"},
     "pydantic_settings": {"settings"},
-    "prometheus_client": {"metrics"},
+    "prometheus_client": {"metrics", "cli"},
     "uvicorn": {"metrics"},
     "pynvml": {"metrics"},
     "opentelemetry": {"tracing"},

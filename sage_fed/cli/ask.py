@@ -15,7 +15,7 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import typer
@@ -23,7 +23,7 @@ import typer
 from sage_fed.cli import options
 from sage_fed.cli.exits import ConnectionBroke, ExitCode, as_options, explain, reported
 from sage_fed.cli.operate import card_fit
-from sage_fed.cli.options import HERE, Connection, connected
+from sage_fed.cli.options import Caller, Connection, JobOptions, OptionGroup, grouped
 from sage_fed.cli.render import (
     atp_number,
     format_atp,
@@ -31,7 +31,6 @@ from sage_fed.cli.render import (
     format_seconds,
     join_parts,
     print_fields,
-    print_json,
     print_table,
     printable,
     to_plain,
@@ -39,14 +38,15 @@ from sage_fed.cli.render import (
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client
 from sage_fed.core import (
+    Budget,
     CardStatus,
+    DaemonStatus,
     Delta,
     Event,
     Finished,
     JobSpec,
     Logprob,
     Message,
-    Prompt,
     Quote,
     Route,
     SamplingRequest,
@@ -181,29 +181,22 @@ def answer_object(answer: Answer) -> dict[str, object]:
     }
 
 
-@connected
-def ask(
-    words: Annotated[list[str] | None, options.PROMPT] = None,
-    *,
-    tier: options.TierOption = options.TierChoice.AUTO,
-    max_cost: options.MaxCost = None,
-    allow_downgrade: options.AllowDowngrade = False,
-    complexity: options.Complexity = None,
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="The system message.")
-    ] = None,
-    max_new_tokens: options.MaxNewTokens = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions(OptionGroup):
+    """How tokens are drawn and when the answer ends: the fields of `SamplingRequest`."""
+
+    max_new_tokens: options.MaxNewTokens = None
     temperature: Annotated[
         float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.")
-    ] = None,
+    ] = None
     top_p: Annotated[
         float | None,
         typer.Option("--top-p", metavar="P", help="Draw from the likeliest tokens of this sum."),
-    ] = None,
+    ] = None
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", min=0, metavar="N", help="Draw from so many tokens; 0 is all."),
-    ] = None,
+    ] = None
     min_p: Annotated[
         float | None,
         typer.Option(
@@ -211,87 +204,75 @@ def ask(
             metavar="P",
             help="Leave out what is less likely than this share of the best.",
         ),
-    ] = None,
+    ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option("--repetition-penalty", metavar="R", help="Above 1 avoids repetition."),
-    ] = None,
+    ] = None
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, metavar="N", help="Same seed, same text.")
-    ] = None,
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
-    ] = None,
-    stop_token_id: Annotated[
+    ] = None
+    stop_token_ids: Annotated[
         list[int] | None,
         typer.Option(
             "--stop-token-id", min=0, metavar="ID", help="End before this token; may be repeated."
         ),
-    ] = None,
+    ] = None
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on when the model would end.")
-    ] = False,
-    deadline: Annotated[
+    ] = False
+    deadline_s: Annotated[
         float | None, typer.Option("--deadline", metavar="SECONDS", help="Stop after this long.")
-    ] = None,
-    logprobs: Annotated[
+    ] = None
+    top_logprobs: Annotated[
         int | None,
         typer.Option(
             "--logprobs", min=0, metavar="N", help="Log-probabilities, and N alternatives each."
         ),
-    ] = None,
+    ] = None
+
+    def request(self) -> SamplingRequest:
+        """Return them as the client sends them."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {"stop": tuple(self.stop or ()), "stop_token_ids": tuple(self.stop_token_ids or ())}
+        return SamplingRequest(**given | lists)
+
+
+@grouped
+def ask(
+    words: Annotated[list[str] | None, options.PROMPT] = None,
+    *,
+    job: JobOptions,
+    system: options.System = None,
+    sampling: SamplingOptions,
     request_id: Annotated[
         str,
         typer.Option(
             "--request-id", metavar="ID", help="The same id is answered, and charged, once."
         ),
     ] = "",
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Caller,
 ) -> None:
     """Ask one question and stream the answer.
 
     Piped, stdout is the answer and nothing else; what it cost goes to a terminal's stderr.
     """
-    spec = options.job_spec(
-        options.conversation(options.read_prompt(words), system),
-        tier=tier,
-        max_cost_uatp=max_cost,
-        allow_downgrade=allow_downgrade,
-        complexity=complexity,
-        request_id=request_id,
-        sampling=SamplingRequest(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-            top_logprobs=logprobs,
-            deadline_s=deadline,
-            stop_token_ids=tuple(stop_token_id or ()),
-        ),
+    prompt = options.conversation(system, Message("user", options.read_prompt(words)))
+    spec = job.spec(prompt, sampling.request(), request_id)
+    show = _show_nothing if daemon.as_json else show_text
+    answer = daemon.report(
+        lambda client: follow(client.stream(spec), show), _print_answer, answer_object
     )
-    with reported(as_json=as_json):
-        answer = _stream(daemon, spec, _show_nothing if as_json else show_text)
-        if as_json:
-            print_json(answer_object(answer))
-        else:
-            _print_answer(answer)
-        if complain_if_cut(answer):
-            raise typer.Exit(ExitCode.ERROR)
-
-
-def _stream(daemon: Connection, spec: JobSpec, show: Callable[[str], None]) -> Answer:
-    return daemon.call(lambda client: follow(client.stream(spec), show))
+    if complain_if_cut(answer):
+        raise typer.Exit(ExitCode.ERROR)
 
 
 def _show_nothing(_text: str) -> None:
-    """`--json` prints at the end."""
+    """Wait for the end, where `--json` prints everything."""
 
 
 def _print_answer(answer: Answer) -> None:
@@ -304,51 +285,47 @@ def _print_answer(answer: Answer) -> None:
     show_footer(answer)
 
 
-_HELP = "/tier auto|tactical|strategic   /budget   /reset (forget)   /quit"
+_SLASH_COMMANDS = "/tier auto|tactical|strategic   /budget   /reset (forget)   /quit"
 
 
 @dataclass(slots=True)
 class Conversation:
     """What has been said, who answers next, and what a turn may take."""
 
-    tier: options.TierChoice
+    options: JobOptions
+    sampling: SamplingRequest
     system: str | None = None
-    max_new_tokens: int | None = None
-    max_cost_uatp: int | None = None
     turns: list[Message] = field(default_factory=list)
 
     def job(self, question: str) -> JobSpec:
         """The conversation so far with one more user turn at its end."""
-        head = (Message("system", self.system),) if self.system else ()
-        return options.job_spec(
-            Prompt(messages=(*head, *self.turns, Message("user", question))),
-            tier=self.tier,
-            max_cost_uatp=self.max_cost_uatp,
-            sampling=SamplingRequest(max_new_tokens=self.max_new_tokens),
-        )
+        prompt = options.conversation(self.system, *self.turns, Message("user", question))
+        return self.options.spec(prompt, self.sampling)
 
     def remember(self, question: str, answer: str) -> None:
         """Keep a finished turn."""
         self.turns += [Message("user", question), Message("assistant", answer)]
 
 
-@connected
+@grouped
 def chat(
     *,
     tier: options.TierOption = options.TierChoice.AUTO,
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="The system message.")
-    ] = None,
+    system: options.System = None,
     max_new_tokens: options.MaxNewTokens = None,
     max_cost: options.MaxCost = None,
-    daemon: Connection = HERE,
+    daemon: Connection,
 ) -> None:
     """Talk, turn by turn.
 
     /tier changes who answers, /budget shows the balance, /reset forgets, /quit or Ctrl-D ends.
     Ctrl-C stops an answer. Piped input is one turn a line.
     """
-    conversation = Conversation(tier, system, max_new_tokens, max_cost)
+    conversation = Conversation(
+        JobOptions(tier=tier, max_cost=max_cost),
+        SamplingRequest(max_new_tokens=max_new_tokens),
+        system,
+    )
     with reported():
         daemon.call(lambda client: _talk(client, conversation))
 
@@ -359,7 +336,7 @@ def _talk(client: Client, conversation: Conversation) -> None:
         with contextlib.suppress(ImportError):
             # Its import gives `input` arrow keys and a history; not every Python has it.
             import readline  # noqa: F401, PLC0415
-        typer.secho(_HELP, err=True, dim=True)
+        typer.secho(_SLASH_COMMANDS, err=True, dim=True)
     while (line := _read_line(conversation)) is not None and line != "/quit":
         if line.startswith("/"):
             _command(client, conversation, line)
@@ -393,7 +370,8 @@ def _command(client: Client, conversation: Conversation, line: str) -> None:
     """A line that begins with a slash."""
     name, _, argument = line.partition(" ")
     if name == "/tier" and argument in {choice.value for choice in options.TierChoice}:
-        conversation.tier = options.TierChoice(argument)
+        tier = options.TierChoice(argument)
+        conversation.options = replace(conversation.options, tier=tier)
         typer.echo(f"tier {argument}", err=True)
     elif name == "/budget":
         typer.echo(f"{format_atp(client.budget().balance_uatp)} left", err=True)
@@ -401,7 +379,7 @@ def _command(client: Client, conversation: Conversation, line: str) -> None:
         conversation.turns.clear()
         typer.echo("forgotten", err=True)
     else:
-        typer.echo(_HELP, err=True)
+        typer.echo(_SLASH_COMMANDS, err=True)
 
 
 def _read_line(conversation: Conversation) -> str | None:
@@ -410,42 +388,27 @@ def _read_line(conversation: Conversation) -> str | None:
         line = sys.stdin.readline()
         return line.strip() if line else None
     try:
-        return input(f"{conversation.tier.name}> ").strip()
+        return input(f"{conversation.options.tier.name}> ").strip()
     except EOFError:
         typer.echo(err=True)
         return None
 
 
-@connected
+@grouped
 def quote(
     words: Annotated[list[str] | None, options.PROMPT] = None,
     *,
-    tier: options.TierOption = options.TierChoice.AUTO,
-    max_cost: options.MaxCost = None,
-    allow_downgrade: options.AllowDowngrade = False,
-    complexity: options.Complexity = None,
+    job: JobOptions,
     max_new_tokens: options.MaxNewTokens = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Caller,
 ) -> None:
     """Say what a question would cost, and who would answer.
 
     The cost is the most that it may be; nothing is spent.
     """
-    spec = options.job_spec(
-        options.conversation(options.read_prompt(words), None),
-        tier=tier,
-        max_cost_uatp=max_cost,
-        allow_downgrade=allow_downgrade,
-        complexity=complexity,
-        sampling=SamplingRequest(max_new_tokens=max_new_tokens),
-    )
-    with reported(as_json=as_json):
-        answer = daemon.call(lambda client: client.quote(spec))
-        if as_json:
-            print_json(answer)
-        else:
-            _print_quote(answer)
+    prompt = options.conversation(None, Message("user", options.read_prompt(words)))
+    spec = job.spec(prompt, SamplingRequest(max_new_tokens=max_new_tokens))
+    daemon.report(lambda client: client.quote(spec), _print_quote)
 
 
 def _print_quote(answer: Quote) -> None:
@@ -478,29 +441,32 @@ def _print_quote(answer: Quote) -> None:
     )
 
 
-@connected
-def budget(
-    *,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
-) -> None:
+@grouped
+def budget(*, daemon: Caller) -> None:
     """Show the account: balance, held, spent, refill."""
-    with reported(as_json=as_json):
-        books, now = daemon.call(lambda client: (client.budget(), client.status()))
-        if as_json:
-            card = CardStatus(now.rate_card, now.cost_ratio, now.rate_card_fit, now.rate_card_note)
-            plain = {field.name: getattr(books, field.name) for field in dataclasses.fields(books)}
-            print_json({**plain, "rate_card": card})
-            return
-        print_fields(
-            (
-                ("account", books.account),
-                ("balance", format_atp(books.balance_uatp)),
-                ("held", format_atp(books.held_uatp)),
-                ("spent", f"{format_atp(books.discharged_uatp)} (as ADP)"),
-                ("capacity", format_atp(books.capacity_uatp)),
-                ("refill", f"{format_atp(books.refill_uatp_per_s)}/s"),
-                ("strategic floor", format_atp(books.strategic_floor_uatp)),
-                ("rate card", f"{now.rate_card}, {card_fit(now)}"),
-            )
+    daemon.report(
+        lambda client: (client.budget(), client.status()),
+        lambda both: _print_budget(*both),
+        lambda both: _budget_object(*both),
+    )
+
+
+def _budget_object(books: Budget, now: DaemonStatus) -> dict[str, object]:
+    fields = {field.name: getattr(books, field.name) for field in dataclasses.fields(books)}
+    card = CardStatus(now.rate_card, now.cost_ratio, now.rate_card_fit, now.rate_card_note)
+    return {**fields, "rate_card": card}
+
+
+def _print_budget(books: Budget, now: DaemonStatus) -> None:
+    print_fields(
+        (
+            ("account", books.account),
+            ("balance", format_atp(books.balance_uatp)),
+            ("held", format_atp(books.held_uatp)),
+            ("spent", f"{format_atp(books.discharged_uatp)} (as ADP)"),
+            ("capacity", format_atp(books.capacity_uatp)),
+            ("refill", f"{format_atp(books.refill_uatp_per_s)}/s"),
+            ("strategic floor", format_atp(books.strategic_floor_uatp)),
+            ("rate card", f"{now.rate_card}, {card_fit(now)}"),
         )
+    )

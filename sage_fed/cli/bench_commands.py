@@ -15,7 +15,8 @@ import re
 import shlex
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,8 +24,8 @@ import typer
 
 from sage_fed.cards import MAX_SPREAD
 from sage_fed.cli import options
-from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
-from sage_fed.cli.options import HERE, Connection, connected
+from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.options import Operator, command_group, grouped, one_of
 from sage_fed.cli.render import (
     format_bytes,
     format_seconds,
@@ -35,8 +36,6 @@ from sage_fed.cli.render import (
 )
 from sage_fed.cli.streams import leave_on_interrupt
 from sage_fed.core import (
-    TIER_ROLES,
-    CalibrationEvent,
     CalibrationProgress,
     CalibrationResult,
     MeasuredPoint,
@@ -47,6 +46,7 @@ from sage_fed.errors import CannotWrite, ConfigError
 
 if TYPE_CHECKING:
     from sage_fed.cli.drawing import Move
+    from sage_fed.client import Client
     from sage_fed.inertia import Findings, Plan
 
 _NO_REFERENCE = "none"
@@ -102,16 +102,12 @@ Output = Annotated[
 
 
 def bench_app() -> typer.Typer:
-    """The measurements."""
-    app = typer.Typer(
-        name="bench",
-        invoke_without_command=True,
-        callback=options.help_if_bare,
-        help="Measure models on this machine; the daemon should not be running.",
-        epilog=EXIT_CODES_HELP,
+    """Return the measurements."""
+    return command_group(
+        "bench",
+        "Measure models on this machine; the daemon should not be running.",
+        {"inertia": inertia},
     )
-    app.command(epilog=EXIT_CODES_HELP)(inertia)
-    return app
 
 
 def inertia(
@@ -139,7 +135,7 @@ def inertia(
         from sage_fed.cli.drawing import watched_bar, watched_line  # noqa: PLC0415 - rich
         from sage_fed.settings import PRECISIONS  # noqa: PLC0415 - pydantic takes half of one
     names = _names(precisions, PRECISIONS, "--precisions")
-    _check(reference, (*REFERENCES, _NO_REFERENCE), "--reference")
+    one_of(reference, (*REFERENCES, _NO_REFERENCE), "--reference")
     if not _DEVICE.fullmatch(device):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda:N", param_hint="--device")
     sizes = _sizes(batches)
@@ -232,14 +228,7 @@ def _found(given: str, option: str) -> tuple[str, str, str]:
 
 def _names(given: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in given.split(",")))
-    for name in names:
-        _check(name, known, option)
-    return names
-
-
-def _check(name: str, known: tuple[str, ...], option: str) -> None:
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
+    return tuple(one_of(name, known, option) for name in names)
 
 
 def _sizes(given: str) -> tuple[int, ...]:
@@ -252,7 +241,7 @@ def _sizes(given: str) -> tuple[int, ...]:
     return sizes
 
 
-@connected
+@grouped
 def calibrate(
     *,
     quick: Annotated[
@@ -265,9 +254,7 @@ def calibrate(
         Path | None,
         typer.Option("--output", metavar="DIR", help="Copies of the card, the report, the plot."),
     ] = None,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Operator,
 ) -> None:
     """Measure what a token costs here, and write a rate card.
 
@@ -276,33 +263,64 @@ def calibrate(
     """
     from sage_fed.cli.drawing import watched_bar  # noqa: PLC0415 - a tenth of a second
 
-    with reported(as_json=as_json):
-        with watched_bar(as_json=as_json) as move:
+    def measure(client: Client) -> Calibrated:
+        with watched_bar(as_json=daemon.as_json) as move:
+            for event in client.calibrate(quick=quick, adopt=adopt):
+                if isinstance(event, CalibrationResult):
+                    return Calibrated.of(event, _copy(event, output) if output else [])
+                move(event.fraction, _text(event))
+        raise AssertionError("a calibration ends with a result or an error")
 
-            def watch(events: Iterator[CalibrationEvent]) -> CalibrationResult:
-                for event in events:
-                    if isinstance(event, CalibrationResult):
-                        return event
-                    move(event.fraction, _text(event))
-                raise AssertionError("a calibration ends with a result or an error")
+    daemon.report(
+        measure, lambda done: _print_result(done, _adopt_command(done, daemon)), Calibrated.plain
+    )
 
-            result = daemon.as_operator(state_dir).call(
-                lambda client: watch(client.calibrate(quick=quick, adopt=adopt)),
-            )
-        copies = _copy(result, output) if output else []
-        if as_json:
-            texts = ("card", "report", "plot")
-            fields = (field.name for field in dataclasses.fields(result))
-            shown = {name: getattr(result, name) for name in fields if name not in texts}
-            card = {
-                "prices_atp": _prices(result),
-                "price_spreads": _spreads(result),
-                "warning": _warning(result),
-                "sound": _sound(result),
-            }
-            print_json({**shown, **card, "copies": copies})
-        else:
-            _print_result(result, copies, _adopt_command(result.version, state_dir, daemon))
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibration's result, and what its card says."""
+
+    result: CalibrationResult
+    copies: list[str]
+    prices: Mapping[str, Mapping[str, str]]
+    """By tier and phase in ATP, as they are written."""
+    spreads: Mapping[str, Mapping[str, float | None]]
+    """Relative, of each price; None where the card has none."""
+    warning: str
+    """What the card says of its own measurement."""
+
+    @classmethod
+    def of(cls, result: CalibrationResult, copies: list[str]) -> Calibrated:
+        """Read the result's card."""
+        card = tomllib.loads(result.card)
+        tiers = dict.fromkeys(point.tier.name for point in result.points)
+        return cls(
+            result,
+            copies,
+            {t: {p.value: card[t][p.value]["price_atp"] for p in Phase} for t in tiers},
+            {t: {p.value: card[t][p.value].get("spread") for p in Phase} for t in tiers},
+            str(card.get("measured", {}).get("warning", "")),
+        )
+
+    @property
+    def sound(self) -> bool:
+        """Whether `rate_card = "auto"` would take the card."""
+        spreads = [spread for prices in self.spreads.values() for spread in prices.values()]
+        spreads.append(self.result.cost_ratio_spread)
+        return all((spread or 0.0) <= MAX_SPREAD for spread in spreads)
+
+    def plain(self) -> dict[str, object]:
+        """Return it for a program, without the three texts."""
+        texts = ("card", "report", "plot")
+        names = [field.name for field in dataclasses.fields(self.result) if field.name not in texts]
+        return {
+            **{name: getattr(self.result, name) for name in names},
+            "prices_atp": self.prices,
+            "price_spreads": self.spreads,
+            "warning": self.warning,
+            "sound": self.sound,
+            "copies": self.copies,
+        }
 
 
 def _text(progress: CalibrationProgress) -> str:
@@ -325,68 +343,38 @@ def _copy(result: CalibrationResult, directory: Path) -> list[str]:
     return [str(directory / f"{result.version}{suffix}") for suffix in texts]
 
 
-def _prices(result: CalibrationResult) -> dict[str, dict[str, str]]:
-    """The card's prices as they are written, in ATP."""
-    card = tomllib.loads(result.card)
-    return {
-        tier.name: {phase.value: card[tier.name][phase.value]["price_atp"] for phase in Phase}
-        for tier in TIER_ROLES
-    }
-
-
-def _spreads(result: CalibrationResult) -> dict[str, dict[str, float | None]]:
-    """The relative spread of each price; None where the card has none."""
-    card = tomllib.loads(result.card)
-    return {
-        tier.name: {phase.value: card[tier.name][phase.value].get("spread") for phase in Phase}
-        for tier in TIER_ROLES
-    }
-
-
-def _sound(result: CalibrationResult) -> bool:
-    """Whether `rate_card = "auto"` would take the card."""
-    spreads = [spread for prices in _spreads(result).values() for spread in prices.values()]
-    return all((spread or 0.0) <= MAX_SPREAD for spread in (*spreads, result.cost_ratio_spread))
-
-
-def _warning(result: CalibrationResult) -> str:
-    """What the card says of its own measurement."""
-    return str(tomllib.loads(result.card).get("measured", {}).get("warning", ""))
-
-
-def _adopt_command(version: str, state_dir: str | None, daemon: Connection) -> str:
+def _adopt_command(done: Calibrated, daemon: Operator) -> str:
     """The command that puts the card in force, at the daemon that this one was given."""
-    words = ["sage-fed", "admin", "adopt-card", version]
-    if state_dir is not None:
-        words += ["--state-dir", state_dir]
+    words = ["sage-fed", "admin", "adopt-card", done.result.version]
+    if daemon.state_dir is not None:
+        words += ["--state-dir", daemon.state_dir]
     return shlex.join([*words, *daemon.arguments()])
 
 
-def _print_result(result: CalibrationResult, copies: list[str], command: str) -> None:
+def _print_result(done: Calibrated, command: str) -> None:
+    result = done.result
     print_table(
         ("tier", "phase", "batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
         [_row(point) for point in result.points],
         right=("batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
     )
     typer.echo()
-    prices, spreads = _prices(result), _spreads(result)
     print_table(
         ("ATP per token", *(phase.value for phase in Phase)),
         [
             row
-            for tier in (each.name for each in TIER_ROLES)
+            for tier in done.prices
             for row in (
-                (tier, *(f"{float(price):.4f}" for price in prices[tier].values())),
-                ("  spread", *(_spread(spread) for spread in spreads[tier].values())),
+                (tier, *(f"{float(price):.4f}" for price in done.prices[tier].values())),
+                ("  spread", *(_spread(spread) for spread in done.spreads[tier].values())),
             )
         ],
         right=tuple(phase.value for phase in Phase),
     )
     typer.echo()
     ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
-    warning = _warning(result)
     in_force = "now, until the daemon restarts" if result.adopted else f"no; `{command}`"
-    if not _sound(result):
+    if not done.sound:
         in_force += (
             f"; rate_card = auto does not take it: a spread above {MAX_SPREAD:.0%} is of the "
             "machine's other work; measure again when it idles"
@@ -398,11 +386,11 @@ def _print_result(result: CalibrationResult, copies: list[str], command: str) ->
     print_fields(
         (
             ("strategic : tactical", ratio),
-            *((("WARNING", warning),) if warning else ()),
+            *((("WARNING", done.warning),) if done.warning else ()),
             ("took", format_seconds(result.took_s)),
             ("rate card", result.version),
             ("written to", f"{result.path}, with a report (.md) and a plot (.svg) beside it"),
-            *((("copies in", str(Path(copies[0]).parent)),) if copies else ()),
+            *((("copies in", str(Path(done.copies[0]).parent)),) if done.copies else ()),
             ("in force", in_force),
         )
     )
@@ -446,16 +434,12 @@ Seed = Annotated[
 
 
 def dev_app() -> typer.Typer:
-    """The developer's commands."""
-    app = typer.Typer(
-        name="dev",
-        invoke_without_command=True,
-        callback=options.help_if_bare,
-        help="Tools for measuring and developing sage-fed itself.",
-        epilog=EXIT_CODES_HELP,
+    """Return the developer's commands."""
+    return command_group(
+        "dev",
+        "Tools for measuring and developing sage-fed itself.",
+        {"make-checkpoint": make_checkpoint},
     )
-    app.command(epilog=EXIT_CODES_HELP)(make_checkpoint)
-    return app
 
 
 def make_checkpoint(
@@ -483,8 +467,8 @@ def make_checkpoint(
             write_checkpoint,
         )
         from sage_fed.text import write_padded_tokenizer  # noqa: PLC0415 - as above
-    _check(like, tuple(SHAPES), "--like")
-    _check(weight_type, WEIGHT_TYPES, "--dtype")
+    one_of(like, tuple(SHAPES), "--like")
+    one_of(weight_type, WEIGHT_TYPES, "--dtype")
     shape = SHAPES[like]
     if layers is not None and layers > shape.layers:
         raise typer.BadParameter(

@@ -30,9 +30,9 @@ import typer
 from sage_fed.cli.ask import Answer, follow, footer
 from sage_fed.cli.exits import ExitCode, explain, reported
 from sage_fed.cli.options import ledger_file
-from sage_fed.cli.render import atp_number, format_rate, format_seconds, printable
+from sage_fed.cli.render import atp_number, format_rate, format_seconds, plain_line, printable
 from sage_fed.cli.streams import exit_on_signals
-from sage_fed.cli.top import fetch, samples
+from sage_fed.cli.top import fetch
 from sage_fed.client import Client
 from sage_fed.client.channel import wait_serving
 from sage_fed.core import (
@@ -55,6 +55,48 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sage_fed.cli.drawing import StartProgress
+
+_ENDPOINT = "endpoint.json"
+_POLL_S = 0.02
+_LOG_LINES = 15
+_START_S = 60.0
+_STOP_S = 30.0
+_INDENT = "     "
+_GLANCE_S = 0.2  # between two looks at the loading models
+
+
+_SEED = 659
+_MAX_NEW_TOKENS = 48
+_GREEDY = SamplingRequest(temperature=0.0, max_new_tokens=_MAX_NEW_TOKENS)
+_SAMPLED = SamplingRequest(temperature=0.7, seed=7, max_new_tokens=_MAX_NEW_TOKENS)
+
+
+_SERIES = (
+    "sage_fed_requests_total",
+    "sage_fed_route_decisions_total",
+    "sage_fed_time_to_first_token_seconds_count",
+    "sage_fed_time_to_first_token_seconds_sum",
+    "sage_fed_tokens_total",
+    "sage_fed_atp_charged_total",
+    "sage_fed_cost_ratio",
+)
+
+_COLUMNS = (
+    "prompt", "asked", "tier: reason", "right?", "tokens", "first", "tok/s", "ATP", "left",
+)  # fmt: skip
+_NUMBERS = frozenset({"tokens", "first", "tok/s", "ATP", "left"})
+_WIDE = 118  # columns of the terminal
+_WIDE_ONLY = frozenset({"asked", "first", "tok/s", "left"})
+_WIDE_PROMPT, _NARROW_PROMPT = 25, 21
+
+_WRONG = "wrong answers are expected of models this small: see sage_fed/models/MODEL_CARD.md"
+
+_ACTIVATE = ". .venv/bin/activate"
+_NEXT = (
+    "sage-fed serve --profile demo",
+    'sage-fed ask --tier strategic "What is 128 plus 345?"   # in another terminal',
+    "sage-fed ledger                                         # what it cost",
+)
 
 
 def demo(
@@ -91,9 +133,285 @@ def demo(
             raise typer.Exit(ExitCode.ERROR)
 
 
-_ENDPOINT = "endpoint.json"
-_POLL_S = 0.02
-_LOG_LINES = 15
+@dataclass(frozen=True, slots=True)
+class DemoRequest:
+    """One request, and what it is there to show."""
+
+    shows: str
+    task: Task
+    tier: Tier | None
+    sampling: SamplingRequest = _GREEDY
+    complexity: float | None = None
+    allow_downgrade: bool = False
+    max_cost_uatp: int | None = None
+    expects_refusal: bool = False
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job that is asked for."""
+        return JobSpec(
+            account="",
+            prompt=Prompt(messages=(Message("user", self.task.prompt),)),
+            requested=self.tier,
+            allow_downgrade=self.allow_downgrade,
+            max_cost_uatp=self.max_cost_uatp,
+            complexity=self.complexity,
+            sampling=self.sampling,
+        )
+
+    @property
+    def asked(self) -> str:
+        """The tier asked for, as `--tier` has it."""
+        return self.tier.name if self.tier else "auto"
+
+
+def plan() -> tuple[DemoRequest, ...]:
+    """The demo's requests, in order."""
+    hard_sum = _task("add", 4)
+    cheap = _MAX_NEW_TOKENS * 2 * UATP_PER_ATP
+    return (
+        DemoRequest("an easy one for the small model", _task("add", 1), Tier.TACTICAL),
+        DemoRequest("a hard sum on the small model", hard_sum, Tier.TACTICAL),
+        DemoRequest("the same sum on the large model", hard_sum, Tier.STRATEGIC),
+        DemoRequest("the large model, another family", _task("sort", 3), Tier.STRATEGIC),
+        DemoRequest("the daemon chooses", _task("subtract", 1), None),
+        DemoRequest("the daemon chooses, a longer prompt", _task("lookup", 4), None),
+        DemoRequest("the client hints: easy", _task("largest", 2), None, complexity=0.1),
+        DemoRequest("the client hints: hard", _task("reverse", 3), None, complexity=0.9),
+        DemoRequest("sampled, seed 7", _task("shift", 2), Tier.TACTICAL, sampling=_SAMPLED),
+        DemoRequest(
+            "a cap that only the small model meets, and leave to use it",
+            _task("pick", 3),
+            Tier.STRATEGIC,
+            allow_downgrade=True,
+            max_cost_uatp=cheap,
+        ),
+        DemoRequest(
+            "the same cap without that leave",
+            _task("pick", 3),
+            Tier.STRATEGIC,
+            max_cost_uatp=cheap,
+            expects_refusal=True,
+        ),
+    )
+
+
+def _task(family: str, grade: int) -> Task:
+    random = Random(f"{_SEED} {family} {grade}")  # noqa: S311 - a demo, not a secret
+    return generate(random, family, grade, "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one request; `failure` says what broke, "" where nothing did."""
+
+    request: DemoRequest
+    answer: Answer | None = None
+    refusal: str = ""
+    failure: str = ""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the model's answer is the task's."""
+        return self.answer is not None and is_correct(self.request.task, self.answer.text)
+
+
+def run(state_dir: Path, console: Console) -> list[str]:
+    """The story, top-down; what went wrong, in words."""
+    _title(console, "1. a daemon with two models")
+    with _running(state_dir) as daemon:
+        endpoint = _wait_ready(daemon, console)
+        _title(console, "2. questions that no model was trained on")
+        with Client(endpoint.listen) as client:
+            print_terms(client.budget(), console)
+            outcomes = [_ask(client, request, console) for request in plan()]
+        _title(console, "3. what each of them took")
+        print_outcomes(outcomes, console)
+        _title(console, f"4. what Prometheus scrapes from {endpoint.metrics_url} (a selection)")
+        failures = _show_metrics(endpoint, console)
+    _title(console, "5. the books")
+    failures += [
+        f"{outcome.request.shows}: {outcome.failure}" for outcome in outcomes if outcome.failure
+    ]
+    failures += _audit(state_dir, console)
+    if not failures:
+        _title(console, "try next")
+        print_next_steps(console)
+    return failures
+
+
+@contextlib.contextmanager
+def _running(state_dir: Path) -> Iterator[DemoDaemon]:
+    """A daemon for the time of the block; leaving it otherwise than with 0 is an error."""
+    daemon = DemoDaemon(state_dir)
+    try:
+        yield daemon
+        daemon.check()
+    except BaseException:
+        # What happened first is the story; a failed stop must not hide it.
+        with contextlib.suppress(DaemonDied):
+            daemon.stop(_STOP_S)
+        raise
+    code = daemon.stop(_STOP_S)
+    if code != 0:
+        raise DaemonDied(f"the daemon left with exit code {code}:\n{daemon.log()}")
+
+
+def _wait_ready(daemon: DemoDaemon, console: Console) -> Endpoint:
+    """Show the models load, until the health service says that both tiers serve."""
+    until = time.monotonic() + _START_S
+    from sage_fed.cli.drawing import start_progress  # noqa: PLC0415 - as all drawing
+
+    progress = start_progress(console)
+    try:
+        endpoint = daemon.endpoint(_START_S)
+        with Client(endpoint.listen) as client:
+            for tier in TIER_ROLES:
+                while not wait_serving(endpoint.listen, tier.name, _GLANCE_S):
+                    daemon.check()
+                    _show_loading(client, progress)
+                    if time.monotonic() > until:
+                        raise DaemonDied(f"{tier.name} does not serve:\n{daemon.log()}")
+            _show_loading(client, progress)
+        progress.ready(endpoint.listen, endpoint.metrics)
+    finally:
+        progress.close()
+    return endpoint
+
+
+def _show_loading(client: Client, progress: StartProgress) -> None:
+    for model in client.models():
+        share = 1.0 if model.state is TierState.READY else model.load_progress
+        progress.tier_progress(model.tier, share, model.name)
+
+
+def _ask(client: Client, request: DemoRequest, console: Console) -> Outcome:
+    """One question, its answer as it comes, and what came of it."""
+    plain_line(console, f"[{request.asked}] {request.shows}", style="bold")
+    plain_line(console, f"  Q: {printable(request.task.prompt)}")
+    console.print("  A: ", end="")
+
+    def show(text: str) -> None:
+        console.print(printable(text), end="", highlight=False, markup=False, soft_wrap=True)
+
+    try:
+        answer = follow(client.stream(request.spec), show)
+    except SageFedError as error:
+        plain_line(console, explain(error))
+        if request.expects_refusal and isinstance(error, CannotAfford):
+            return Outcome(request, refusal=f"refused: {error.detail}")
+        return Outcome(request, failure=error.message)
+    outcome = Outcome(request, answer)
+    console.print()
+    for line in footer(answer, console.width - len(_INDENT)):
+        plain_line(console, f"{_INDENT}{line}", style="dim")
+    if request.expects_refusal:
+        return Outcome(request, answer, failure="was answered, a refusal was due")
+    if answer.finished is None:
+        return Outcome(request, failure="the stream ended without Finished")
+    return outcome
+
+
+def _show_metrics(endpoint: Endpoint, console: Console) -> list[str]:
+    try:
+        print_metrics(fetch(endpoint.metrics_url), console)
+    except (OSError, http.client.HTTPException) as error:
+        return [f"metrics could not be read: {error}"]
+    return []
+
+
+def _audit(state_dir: Path, console: Console) -> list[str]:
+    """What the ledger's own audit says of the stopped daemon's books."""
+    report = check(ledger_file(state_dir))
+    found = (
+        counted(report.jobs, "job"),
+        counted(report.entries, "entry", "entries"),
+        counted(report.open_holds, "open hold"),
+    )
+    plain_line(console, ", ".join(found))
+    violations = list(report.violations)
+    if report.open_holds:
+        violations.append(f"{report.open_holds} holds are open")
+    plain_line(console, "the books do not balance" if violations else "books balance")
+    return violations
+
+
+def _title(console: Console, text: str) -> None:
+    console.print()
+    plain_line(console, text, style="bold")
+
+
+def print_terms(budget: Budget, console: Console) -> None:
+    """What the account starts with, so that the balances below can be followed."""
+    start = f"{budget.balance_uatp / UATP_PER_ATP:,.0f}"
+    refill = f"{budget.refill_uatp_per_s / UATP_PER_ATP:,g}"
+    plain_line(
+        console,
+        f"the account starts with {start} ATP and refills {refill} ATP/s; prompt tokens cost too",
+    )
+
+
+def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
+    """One row a request; a narrow terminal gets what its answers above have not told."""
+    wide = console.width >= _WIDE
+    shown = _COLUMNS if wide else tuple(name for name in _COLUMNS if name not in _WIDE_ONLY)
+    from rich.text import Text  # noqa: PLC0415 - as all drawing
+
+    from sage_fed.cli.drawing import plain_table  # noqa: PLC0415
+
+    table = plain_table(console)
+    for name in shown:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
+    for outcome in outcomes:
+        row = _row(outcome, _WIDE_PROMPT if wide else _NARROW_PROMPT)
+        table.add_row(*(Text(row[name]) for name in shown))
+    console.print(table)
+    answered = [outcome for outcome in outcomes if outcome.answer is not None]
+    right = sum(outcome.correct for outcome in answered)
+    console.print(f"\n{right} of {len(answered)} answers right", highlight=False)
+    if right < len(answered):
+        plain_line(console, _WRONG)
+
+
+def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
+    """Every column's text."""
+    task = outcome.request.task
+    prompt = printable(task.prompt).replace("\n", " ")
+    if len(prompt) > prompt_width:
+        prompt = f"{prompt[: prompt_width - 1]}…"
+    row = dict.fromkeys(_COLUMNS, "-")
+    row |= {"prompt": prompt, "asked": outcome.request.asked}
+    answer = outcome.answer
+    if answer is None or answer.started is None or answer.finished is None:
+        return row | {"tier: reason": outcome.refusal or outcome.failure, "ATP": "0.00"}
+    route, finished = answer.started.route, answer.finished
+    rate = format_rate(finished.usage.output_tokens - 1, finished.timing.decode_s)
+    return row | {
+        "tier: reason": f"{route.tier.name}: {route.reason}",
+        "right?": "yes" if outcome.correct else "no",
+        "tokens": str(finished.usage.output_tokens),
+        "first": format_seconds(finished.timing.time_to_first_token_s),
+        "tok/s": rate or "-",
+        "ATP": atp_number(finished.price.charged_uatp),
+        "left": atp_number(finished.balance_uatp),
+    }
+
+
+def print_metrics(page: str, console: Console) -> None:
+    """The series that the requests above have moved, as they are scraped."""
+    for line in page.splitlines():
+        name, value = line.partition("{")[0], line.rpartition(" ")[2]
+        # The other phases' ratios are the same on this card: one says it.
+        other_phase = 'phase="' in line and 'phase="decode"' not in line
+        if name in _SERIES and float(value) and not other_phase:
+            plain_line(console, line)
+
+
+def print_next_steps(console: Console) -> None:
+    """What to try now, and before it how to find `sage-fed` where the shell does not."""
+    preface = () if shutil.which("sage-fed") else (_ACTIVATE,)
+    for command in (*preface, *_NEXT):
+        plain_line(console, f"  {command}")
 
 
 class DaemonDied(SageFedError):
@@ -185,334 +503,3 @@ class DemoDaemon:
             raise DaemonDied(
                 f"the daemon did not leave in {deadline_s:.0f} s:\n{self.log()}"
             ) from None
-
-
-_SEED = 659
-_MAX_NEW_TOKENS = 48
-_GREEDY = SamplingRequest(temperature=0.0, max_new_tokens=_MAX_NEW_TOKENS)
-_SAMPLED = SamplingRequest(temperature=0.7, seed=7, max_new_tokens=_MAX_NEW_TOKENS)
-
-
-@dataclass(frozen=True, slots=True)
-class DemoRequest:
-    """One request, and what it is there to show."""
-
-    shows: str
-    task: Task
-    spec: JobSpec
-    expects_refusal: bool = False
-
-
-def plan() -> tuple[DemoRequest, ...]:
-    """The demo's requests, in order."""
-    hard_sum = _task("add", 4)
-    cheap = _MAX_NEW_TOKENS * 2 * UATP_PER_ATP
-    return (
-        _request("an easy one for the small model", _task("add", 1), Tier.TACTICAL),
-        _request("a hard sum on the small model", hard_sum, Tier.TACTICAL),
-        _request("the same sum on the large model", hard_sum, Tier.STRATEGIC),
-        _request("the large model, another family", _task("sort", 3), Tier.STRATEGIC),
-        _request("the daemon chooses", _task("subtract", 1), None),
-        _request("the daemon chooses, a longer prompt", _task("lookup", 4), None),
-        _request("the client hints: easy", _task("largest", 2), None, complexity=0.1),
-        _request("the client hints: hard", _task("reverse", 3), None, complexity=0.9),
-        _request("sampled, seed 7", _task("shift", 2), Tier.TACTICAL, sampling=_SAMPLED),
-        _request(
-            "a cap that only the small model meets, and leave to use it",
-            _task("pick", 3),
-            Tier.STRATEGIC,
-            allow_downgrade=True,
-            max_cost_uatp=cheap,
-        ),
-        _request(
-            "the same cap without that leave",
-            _task("pick", 3),
-            Tier.STRATEGIC,
-            max_cost_uatp=cheap,
-            expects_refusal=True,
-        ),
-    )
-
-
-def _task(family: str, grade: int) -> Task:
-    random = Random(f"{_SEED} {family} {grade}")  # noqa: S311 - a demo, not a secret
-    return generate(random, family, grade, "test")
-
-
-def _request(
-    shows: str,
-    task: Task,
-    tier: Tier | None,
-    *,
-    complexity: float | None = None,
-    allow_downgrade: bool = False,
-    max_cost_uatp: int | None = None,
-    sampling: SamplingRequest = _GREEDY,
-    expects_refusal: bool = False,
-) -> DemoRequest:
-    spec = JobSpec(
-        account="",
-        prompt=Prompt(messages=(Message("user", task.prompt),)),
-        requested=tier,
-        allow_downgrade=allow_downgrade,
-        max_cost_uatp=max_cost_uatp,
-        complexity=complexity,
-        sampling=sampling,
-    )
-    return DemoRequest(shows, task, spec, expects_refusal)
-
-
-_SERIES = (
-    "sage_fed_requests_total",
-    "sage_fed_route_decisions_total",
-    "sage_fed_time_to_first_token_seconds_count",
-    "sage_fed_time_to_first_token_seconds_sum",
-    "sage_fed_tokens_total",
-    "sage_fed_atp_charged_total",
-    "sage_fed_cost_ratio",
-)
-
-_COLUMNS = (
-    "prompt", "asked", "tier: reason", "right?", "tokens", "first", "tok/s", "ATP", "left",
-)  # fmt: skip
-_NUMBERS = frozenset({"tokens", "first", "tok/s", "ATP", "left"})
-_WIDE = 118  # columns of the terminal
-_WIDE_ONLY = frozenset({"asked", "first", "tok/s", "left"})
-_WIDE_PROMPT, _NARROW_PROMPT = 25, 21
-
-_PHASES = (None, "decode")
-
-_WRONG = "wrong answers are expected of models this small: see sage_fed/models/MODEL_CARD.md"
-
-_ACTIVATE = ". .venv/bin/activate"
-_NEXT = (
-    "sage-fed serve --profile demo",
-    'sage-fed ask --tier strategic "What is 128 plus 345?"   # in another terminal',
-    "sage-fed ledger                                         # what it cost",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one request; `failure` says what broke, "" where nothing did."""
-
-    request: DemoRequest
-    answer: Answer | None = None
-    refusal: str = ""
-    failure: str = ""
-
-    @property
-    def correct(self) -> bool:
-        """Whether the model's answer is the task's."""
-        return self.answer is not None and is_correct(self.request.task, self.answer.text)
-
-
-def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
-    """One row a request; a narrow terminal gets what its answers above have not told."""
-    wide = console.width >= _WIDE
-    shown = _COLUMNS if wide else tuple(name for name in _COLUMNS if name not in _WIDE_ONLY)
-    from rich.text import Text  # noqa: PLC0415 - as all drawing
-
-    from sage_fed.cli.drawing import plain_table  # noqa: PLC0415
-
-    table = plain_table(console)
-    for name in shown:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
-    for outcome in outcomes:
-        row = _row(outcome, _WIDE_PROMPT if wide else _NARROW_PROMPT)
-        table.add_row(*(Text(row[name]) for name in shown))
-    console.print(table)
-    answered = [outcome for outcome in outcomes if outcome.answer is not None]
-    right = sum(outcome.correct for outcome in answered)
-    console.print(f"\n{right} of {len(answered)} answers right", highlight=False)
-    if right < len(answered):
-        _plain(_WRONG, console)
-
-
-def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
-    """Every column's text."""
-    spec, task = outcome.request.spec, outcome.request.task
-    prompt = printable(task.prompt).replace("\n", " ")
-    if len(prompt) > prompt_width:
-        prompt = f"{prompt[: prompt_width - 1]}…"
-    row = dict.fromkeys(_COLUMNS, "-")
-    row |= {"prompt": prompt, "asked": spec.requested.name if spec.requested else "auto"}
-    answer = outcome.answer
-    if answer is None or answer.started is None or answer.finished is None:
-        return row | {"tier: reason": outcome.refusal or outcome.failure, "ATP": "0.00"}
-    route, finished = answer.started.route, answer.finished
-    rate = format_rate(finished.usage.output_tokens - 1, finished.timing.decode_s)
-    return row | {
-        "tier: reason": f"{route.tier.name}: {route.reason}",
-        "right?": "yes" if outcome.correct else "no",
-        "tokens": str(finished.usage.output_tokens),
-        "first": format_seconds(finished.timing.time_to_first_token_s),
-        "tok/s": rate or "-",
-        "ATP": atp_number(finished.price.charged_uatp),
-        "left": atp_number(finished.balance_uatp),
-    }
-
-
-def print_metrics(page: str, console: Console) -> None:
-    """The series that the requests above have moved, as they are scraped."""
-    for sample in samples(page):
-        # The other phases' ratios are the same on this card: one says it.
-        if sample.name in _SERIES and sample.value and sample.labels.get("phase") in _PHASES:
-            _plain(sample.line, console)
-
-
-def print_next_steps(console: Console) -> None:
-    """What to try now, and before it how to find `sage-fed` where the shell does not."""
-    preface = () if shutil.which("sage-fed") else (_ACTIVATE,)
-    for command in (*preface, *_NEXT):
-        _plain(f"  {command}", console)
-
-
-def print_terms(budget: Budget, console: Console) -> None:
-    """What the account starts with, so that the balances below can be followed."""
-    start = f"{budget.balance_uatp / UATP_PER_ATP:,.0f}"
-    refill = f"{budget.refill_uatp_per_s / UATP_PER_ATP:,g}"
-    _plain(
-        f"the account starts with {start} ATP and refills {refill} ATP/s; prompt tokens cost too",
-        console,
-    )
-
-
-def _plain(line: str, console: Console) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-_START_S = 60.0
-_STOP_S = 30.0
-_INDENT = "     "
-_GLANCE_S = 0.2  # between two looks at the loading models
-
-
-def run(state_dir: Path, console: Console) -> list[str]:
-    """The story, top-down; what went wrong, in words."""
-    _title(console, "1. a daemon with two models")
-    with _running(state_dir) as daemon:
-        endpoint = _wait_ready(daemon, console)
-        _title(console, "2. questions that no model was trained on")
-        with Client(endpoint.listen) as client:
-            print_terms(client.budget(), console)
-            outcomes = [_ask(client, request, console) for request in plan()]
-        _title(console, "3. what each of them took")
-        print_outcomes(outcomes, console)
-        _title(console, f"4. what Prometheus scrapes from {endpoint.metrics_url} (a selection)")
-        failures = _show_metrics(endpoint, console)
-    _title(console, "5. the books")
-    failures += [
-        f"{outcome.request.shows}: {outcome.failure}" for outcome in outcomes if outcome.failure
-    ]
-    failures += _audit(state_dir, console)
-    if not failures:
-        _title(console, "try next")
-        print_next_steps(console)
-    return failures
-
-
-@contextlib.contextmanager
-def _running(state_dir: Path) -> Iterator[DemoDaemon]:
-    """A daemon for the time of the block; leaving it otherwise than with 0 is an error."""
-    daemon = DemoDaemon(state_dir)
-    try:
-        yield daemon
-        daemon.check()
-    except BaseException:
-        # What happened first is the story; a failed stop must not hide it.
-        with contextlib.suppress(DaemonDied):
-            daemon.stop(_STOP_S)
-        raise
-    code = daemon.stop(_STOP_S)
-    if code != 0:
-        raise DaemonDied(f"the daemon left with exit code {code}:\n{daemon.log()}")
-
-
-def _wait_ready(daemon: DemoDaemon, console: Console) -> Endpoint:
-    """Show the models load, until the health service says that both tiers serve."""
-    until = time.monotonic() + _START_S
-    from sage_fed.cli.drawing import start_progress  # noqa: PLC0415 - as all drawing
-
-    progress = start_progress(console)
-    try:
-        endpoint = daemon.endpoint(_START_S)
-        with Client(endpoint.listen) as client:
-            for tier in TIER_ROLES:
-                while not wait_serving(endpoint.listen, tier.name, _GLANCE_S):
-                    daemon.check()
-                    _show_loading(client, progress)
-                    if time.monotonic() > until:
-                        raise DaemonDied(f"{tier.name} does not serve:\n{daemon.log()}")
-            _show_loading(client, progress)
-        progress.ready(endpoint.listen, endpoint.metrics)
-    finally:
-        progress.close()
-    return endpoint
-
-
-def _show_loading(client: Client, progress: StartProgress) -> None:
-    for model in client.models():
-        share = 1.0 if model.state is TierState.READY else model.load_progress
-        progress.tier_progress(model.tier, share, model.name)
-
-
-def _ask(client: Client, request: DemoRequest, console: Console) -> Outcome:
-    """One question, its answer as it comes, and what came of it."""
-    asked = request.spec.requested.name if request.spec.requested else "auto"
-    _line(console, f"[{asked}] {request.shows}", style="bold")
-    _line(console, f"  Q: {printable(request.task.prompt)}")
-    console.print("  A: ", end="")
-
-    def show(text: str) -> None:
-        console.print(printable(text), end="", highlight=False, markup=False, soft_wrap=True)
-
-    try:
-        answer = follow(client.stream(request.spec), show)
-    except SageFedError as error:
-        _line(console, explain(error))
-        if request.expects_refusal and isinstance(error, CannotAfford):
-            return Outcome(request, refusal=f"refused: {error.detail}")
-        return Outcome(request, failure=error.message)
-    outcome = Outcome(request, answer)
-    console.print()
-    for line in footer(answer, console.width - len(_INDENT)):
-        _line(console, f"{_INDENT}{line}", style="dim")
-    if request.expects_refusal:
-        return Outcome(request, answer, failure="was answered, a refusal was due")
-    if answer.finished is None:
-        return Outcome(request, failure="the stream ended without Finished")
-    return outcome
-
-
-def _show_metrics(endpoint: Endpoint, console: Console) -> list[str]:
-    try:
-        print_metrics(fetch(endpoint.metrics_url), console)
-    except (OSError, http.client.HTTPException) as error:
-        return [f"metrics could not be read: {error}"]
-    return []
-
-
-def _audit(state_dir: Path, console: Console) -> list[str]:
-    """What the ledger's own audit says of the stopped daemon's books."""
-    report = check(ledger_file(state_dir))
-    found = (
-        counted(report.jobs, "job"),
-        counted(report.entries, "entry", "entries"),
-        counted(report.open_holds, "open hold"),
-    )
-    _line(console, ", ".join(found))
-    violations = list(report.violations)
-    if report.open_holds:
-        violations.append(f"{report.open_holds} holds are open")
-    _line(console, "the books do not balance" if violations else "books balance")
-    return violations
-
-
-def _title(console: Console, text: str) -> None:
-    console.print()
-    _line(console, text, style="bold")
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

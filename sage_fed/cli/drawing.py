@@ -10,6 +10,7 @@ be reported from any thread.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from sage_fed.cli.render import format_bytes, format_seconds, printable, ready_line
+from sage_fed.cli.render import (
+    LineProgress,
+    format_bytes,
+    format_seconds,
+    plain_line,
+    printable,
+    ready_line,
+)
 from sage_fed.cli.top import Percentiles, Reading, TierReading, Watch
 from sage_fed.core import Tier
 
@@ -140,38 +148,14 @@ class BarProgress:
         self._bars.stop()
 
 
-class LineProgress:
-    """A plain line for each quarter that a tier has loaded."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._quarters: dict[Tier, int] = {}
-
-    def tier_progress(self, tier: Tier, share: float, text: str) -> None:
-        """Print where a new quarter begins."""
-        quarter = int(share * 4)
-        if quarter == self._quarters.get(tier):
-            return
-        self._quarters[tier] = quarter
-        self._print(f"{tier.name}: {share:.0%} {text}")
-
-    def ready(self, listen: str, metrics_url: str) -> None:
-        """Say where to connect."""
-        self._print(ready_line(listen, metrics_url))
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
 StartProgress = BarProgress | LineProgress
 
 
 def start_progress(console: Console) -> StartProgress:
     """Bars where somebody watches, lines where a journal reads."""
-    return BarProgress(console) if console.is_terminal else LineProgress(console)
+    if console.is_terminal:
+        return BarProgress(console)
+    return LineProgress(functools.partial(plain_line, console))
 
 
 @contextlib.contextmanager

@@ -11,15 +11,15 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sage_fed.cli import options
-from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
-from sage_fed.cli.options import HERE, Connection, connected, ledger_file
+from sage_fed.cli.exits import ExitCode, reported
+from sage_fed.cli.options import Caller, Operator, OptionGroup, command_group, grouped, ledger_file
 from sage_fed.cli.render import (
     atp_number,
     format_atp,
@@ -45,73 +45,84 @@ from sage_fed.core import (
 )
 from sage_fed.ledger import CheckReport, backup, check
 
+if TYPE_CHECKING:
+    from sage_fed.client import Client, EntryPage, LoadReport
+    from sage_fed.settings import Settings
 
-@connected
-def models(
-    *,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
-) -> None:
+
+_BOOKS = {"charged": "available", "discharged": "spent"}
+"""What a person reads for a book of the ledger."""
+_SPAN = re.compile(r"(?P<count>[1-9]\d{0,4})(?P<unit>[hd])")
+_MAX_CHARS = 256
+_ROLES = ", ".join(role.value for role in Role)
+
+
+def _amount(option: str, help_text: str) -> Any:  # noqa: ANN401 - as typer has it
+    return typer.Option(option, parser=options.atp_amount, metavar="ATP", help=help_text)
+
+
+@grouped
+def models(*, daemon: Caller) -> None:
     """Show the model of each tier."""
-    with reported(as_json=as_json):
-        listed = daemon.call(lambda client: client.models())
-        if as_json:
-            print_json({"models": listed})
-            return
-        for index, model in enumerate(listed):
-            if index:
-                typer.echo()
-            state = model.state.value
-            if model.message:
-                state += f": {model.message}"
-            elif model.load_progress < 1:
-                state += f" {model.load_progress:.0%}"
-            print_fields(
-                (
-                    (model.tier.name, model.name + (f"@{model.revision}" * bool(model.revision))),
-                    ("  state", state),
-                    ("  architecture", f"{model.architecture}, {model.parameters:,} parameters"),
-                    ("  precision", f"{model.precision} on {model.device}{_kernels(model)}"),
-                    (
-                        "  memory",
-                        f"{format_bytes(model.weight_bytes)} weights, {_kv_cache(model)}",
-                    ),
-                    ("  context", f"{model.max_context_tokens:,} tokens"),
-                    ("  loaded in", format_seconds(model.load_s)),
-                    ("  ends with", _ends(model)),
-                    ("  price", _price(model)),
-                )
-            )
+    daemon.report(lambda client: client.models(), _print_models, lambda listed: {"models": listed})
 
 
-@connected
-def status(
-    *,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
-) -> None:
-    """Show the daemon at a glance."""
-    with reported(as_json=as_json):
-        now = daemon.call(lambda client: client.status())
-        if as_json:
-            print_json(now)
-            return
+def _print_models(listed: Sequence[ModelStatus]) -> None:
+    for index, model in enumerate(listed):
+        if index:
+            typer.echo()
+        state = model.state.value
+        if model.message:
+            state += f": {model.message}"
+        elif model.load_progress < 1:
+            state += f" {model.load_progress:.0%}"
+        kernels = f", {model.kernels} kernels" if model.kernels else ""
+        ends = ", ".join(f"{printable(end.text)} ({end.id})" for end in model.end_tokens)
+        memory = (
+            f"{format_bytes(model.weight_bytes)} weights, {format_bytes(model.kv_cache_bytes)} "
+            f"KV cache ({model.kv_cache_tokens:,} tokens)"
+        )
+        price = (
+            f"{format_atp(model.decode_uatp)} per output token, "
+            f"{format_atp(model.prefill_uatp)} per prompt token, "
+            f"{format_atp(model.cached_uatp)} where it is cached"
+        )
         print_fields(
             (
-                ("version", now.version),
-                ("up for", format_seconds(now.uptime_s)),
-                (
-                    "device",
-                    now.device + f" (fallback: {now.device_fallback})" * bool(now.device_fallback),
-                ),
-                ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
-                ("  its prices", card_fit(now)),
-                ("admission", admission(now)),
-                *([("recovered", recovered(now))] if now.recovered_jobs else []),
+                (model.tier.name, model.name + (f"@{model.revision}" * bool(model.revision))),
+                ("  state", state),
+                ("  architecture", f"{model.architecture}, {model.parameters:,} parameters"),
+                ("  precision", f"{model.precision} on {model.device}{kernels}"),
+                ("  memory", memory),
+                ("  context", f"{model.max_context_tokens:,} tokens"),
+                ("  loaded in", format_seconds(model.load_s)),
+                ("  ends with", ends or "-"),
+                ("  price", price),
             )
         )
-        typer.echo()
-        print_tier_loads(now.tiers)
+
+
+@grouped
+def status(*, daemon: Caller) -> None:
+    """Show the daemon at a glance."""
+    daemon.report(lambda client: client.status(), _print_status)
+
+
+def _print_status(now: DaemonStatus) -> None:
+    fallback = f" (fallback: {now.device_fallback})" * bool(now.device_fallback)
+    fields = [
+        ("version", now.version),
+        ("up for", format_seconds(now.uptime_s)),
+        ("device", now.device + fallback),
+        ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
+        ("  its prices", card_fit(now)),
+        ("admission", admission(now)),
+    ]
+    if now.recovered_jobs:
+        fields.append(("recovered", recovered(now)))
+    print_fields(fields)
+    typer.echo()
+    print_tier_loads(now.tiers)
 
 
 def admission(now: DaemonStatus) -> str:
@@ -154,24 +165,6 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
     )
 
 
-def _kernels(model: ModelStatus) -> str:
-    return f", {model.kernels} kernels" if model.kernels else ""
-
-
-def _ends(model: ModelStatus) -> str:
-    """The tokens that end its text."""
-    return ", ".join(f"{printable(end.text)} ({end.id})" for end in model.end_tokens) or "-"
-
-
-def _price(model: ModelStatus) -> str:
-    """What each kind of token costs on the card in force."""
-    return (
-        f"{format_atp(model.decode_uatp)} per output token, "
-        f"{format_atp(model.prefill_uatp)} per prompt token, "
-        f"{format_atp(model.cached_uatp)} where it is cached"
-    )
-
-
 def card_fit(now: DaemonStatus) -> str:
     """Whether the prices belong to this machine, loudly where they do not."""
     fit = now.rate_card_fit
@@ -183,55 +176,42 @@ def headline(note: str) -> str:
     return note.partition("\n")[0]
 
 
-def _kv_cache(model: ModelStatus) -> str:
-    return f"{format_bytes(model.kv_cache_bytes)} KV cache ({model.kv_cache_tokens:,} tokens)"
-
-
-if TYPE_CHECKING:
-    from sage_fed.client import Client
-
-
 def admin_app() -> typer.Typer:
-    """The operator's commands."""
-    app = typer.Typer(
-        name="admin",
-        invoke_without_command=True,
-        callback=options.help_if_bare,
-        help="Operate the daemon. The token is SAGE_FED_TOKEN, or the one in its state directory.",
-        epilog=EXIT_CODES_HELP,
+    """Return the operator's commands."""
+    return command_group(
+        "admin",
+        "Operate the daemon. The token is SAGE_FED_TOKEN, or the one in its state directory.",
+        {
+            "load": load,
+            "abort": abort,
+            "drain": drain,
+            "set-budget": set_budget,
+            "adopt-card": adopt_card,
+        },
     )
-    for command in (load, abort, drain, set_budget, adopt_card):
-        app.command(epilog=EXIT_CODES_HELP)(command)
-    return app
 
 
-@connected
-def load(
-    *,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
-) -> None:
+@grouped
+def load(*, daemon: Operator) -> None:
     """Show the running jobs of all accounts."""
-    with reported(as_json=as_json):
-        now = daemon.as_operator(state_dir).call(lambda client: client.load())
-        if as_json:
-            print_json(now)
-            return
-        print_tier_loads(now.tiers)
+    daemon.report(lambda client: client.load(), _print_load)
+
+
+def _print_load(now: LoadReport) -> None:
+    print_tier_loads(now.tiers)
+    typer.echo()
+    if now.jobs:
+        _print_jobs(now.jobs)
+        typer.echo(f"\n{format_atp(now.held_uatp)} held over all accounts")
+    else:
+        typer.echo("no job is running")
+    if now.unread:
         typer.echo()
-        if now.jobs:
-            _print_jobs(now.jobs)
-            typer.echo(f"\n{format_atp(now.held_uatp)} held over all accounts")
-        else:
-            typer.echo("no job is running")
-        if now.unread:
-            typer.echo()
-            _print_unread(now.unread)
-        typer.echo(
-            f"{counted(now.open_calls, 'call')} on {counted(now.connections, 'connection')} "
-            f"open, {counted(len(now.unread), 'reply', 'replies')} unread"
-        )
+        _print_unread(now.unread)
+    typer.echo(
+        f"{counted(now.open_calls, 'call')} on {counted(now.connections, 'connection')} "
+        f"open, {counted(len(now.unread), 'reply', 'replies')} unread"
+    )
 
 
 def _print_jobs(jobs: Sequence[RunningJob]) -> None:
@@ -273,7 +253,7 @@ def _print_unread(replies: Sequence[OpenReply]) -> None:
     )
 
 
-@connected
+@grouped
 def abort(
     name: Annotated[
         str,
@@ -282,9 +262,7 @@ def abort(
         ),
     ],
     *,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Operator,
 ) -> None:
     """End a running job, a call that is not read, or a connection.
 
@@ -298,206 +276,173 @@ def abort(
             return client.close_connection(name)
         return client.abort(name)
 
-    with reported(as_json=as_json):
-        aborted = daemon.as_operator(state_dir).call(end)
-        if as_json:
-            print_json({"aborted": aborted})
-        else:
-            typer.echo(f"aborted {name}" if aborted else f"there is no {name} to end")
-        if not aborted:
-            raise typer.Exit(ExitCode.ERROR)
+    aborted = daemon.report(
+        end,
+        lambda done: typer.echo(f"aborted {name}" if done else f"there is no {name} to end"),
+        lambda done: {"aborted": done},
+    )
+    if not aborted:
+        raise typer.Exit(ExitCode.ERROR)
 
 
-@connected
+@grouped
 def drain(
     grace: Annotated[
         float | None,
         typer.Option("--grace", min=0.0, metavar="SECONDS", help="How long they may take."),
     ] = None,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    *,
+    daemon: Operator,
 ) -> None:
     """Stop the daemon when its jobs are done.
 
     Nothing more is admitted. What still runs after the grace is cancelled.
     """
-    with reported(as_json=as_json):
-        running = daemon.as_operator(state_dir).call(lambda client: client.drain(grace))
-        if as_json:
-            print_json({"jobs_running": running})
-        else:
-            typer.echo(f"draining, {counted(running, 'job')} still run{'s' * (running == 1)}")
+    daemon.report(
+        lambda client: client.drain(grace),
+        lambda num_jobs: typer.echo(
+            f"draining, {counted(num_jobs, 'job')} still run{'s' * (num_jobs == 1)}"
+        ),
+        lambda num_jobs: {"jobs_running": num_jobs},
+    )
 
 
-@connected
+@grouped
 def set_budget(
     account: Annotated[str, typer.Argument(metavar="ACCOUNT", help="Its name.")],
     *,
     balance: Annotated[
-        int | None,
-        typer.Option(
-            "--balance",
-            parser=options.atp_amount,
-            metavar="ATP",
-            help="What it has now; at most the capacity.",
-        ),
+        int | None, _amount("--balance", "What it has now; at most the capacity.")
     ] = None,
     capacity: Annotated[
         int | None,
-        typer.Option(
-            "--capacity",
-            parser=options.atp_amount,
-            metavar="ATP",
-            help="Up to where it refills; a new account's balance by default.",
-        ),
+        _amount("--capacity", "Up to where it refills; a new account's balance by default."),
     ] = None,
-    refill: Annotated[
-        int | None,
-        typer.Option(
-            "--refill", parser=options.atp_amount, metavar="ATP", help="What it gains a second."
-        ),
-    ] = None,
+    refill: Annotated[int | None, _amount("--refill", "What it gains a second.")] = None,
     strategic_floor: Annotated[
-        int | None,
-        typer.Option(
-            "--strategic-floor",
-            parser=options.atp_amount,
-            metavar="ATP",
-            help="Below this only tactical work is done.",
-        ),
+        int | None, _amount("--strategic-floor", "Below this only tactical work is done.")
     ] = None,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Operator,
 ) -> None:
     """Create an account's budget, or change it.
 
     What is not given stays as it is.
     """
-    with reported(as_json=as_json):
-        books = daemon.as_operator(state_dir).call(
-            lambda client: client.set_budget(
-                account,
-                balance_uatp=balance,
-                capacity_uatp=capacity,
-                refill_uatp_per_s=refill,
-                strategic_floor_uatp=strategic_floor,
-            ),
-        )
-        if as_json:
-            print_json(books)
-        else:
-            typer.echo(
-                f"{books.account}: {format_atp(books.balance_uatp)} of "
-                f"{format_atp(books.capacity_uatp)}, "
-                f"refill {format_atp(books.refill_uatp_per_s)}/s, "
-                f"strategic floor {format_atp(books.strategic_floor_uatp)}"
-            )
+    daemon.report(
+        lambda client: client.set_budget(
+            account,
+            balance_uatp=balance,
+            capacity_uatp=capacity,
+            refill_uatp_per_s=refill,
+            strategic_floor_uatp=strategic_floor,
+        ),
+        lambda books: typer.echo(
+            f"{books.account}: {format_atp(books.balance_uatp)} of "
+            f"{format_atp(books.capacity_uatp)}, refill {format_atp(books.refill_uatp_per_s)}/s, "
+            f"strategic floor {format_atp(books.strategic_floor_uatp)}"
+        ),
+    )
 
 
-@connected
+@grouped
 def adopt_card(
     version: Annotated[str, typer.Argument(metavar="CARD", help="Its version.")],
     *,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Operator,
 ) -> None:
     """Put a rate card in force, until the daemon restarts.
 
     It prices jobs from now on; those that run keep the prices they were admitted at.
     """
-    with reported(as_json=as_json):
-        card = daemon.as_operator(state_dir).call(
-            lambda client: client.adopt_card(version),
-        )
-        if as_json:
-            print_json(card)
-        else:
-            typer.echo(
-                f"{card.version} is in force (strategic : tactical {card.cost_ratio:.2f} : 1); "
-                f"{card.fit.value}: {headline(card.note)}"
-            )
-
-
-_BOOKS = {"charged": "available", "discharged": "spent"}
-"""What a person reads for a book of the ledger."""
+    daemon.report(
+        lambda client: client.adopt_card(version),
+        lambda card: typer.echo(
+            f"{card.version} is in force (strategic : tactical {card.cost_ratio:.2f} : 1); "
+            f"{card.fit.value}: {headline(card.note)}"
+        ),
+    )
 
 
 def ledger_app() -> typer.Typer:
     """`ledger` lists, `ledger check` audits, `ledger backup` copies."""
-    app = typer.Typer(
-        name="ledger",
-        help="List the account's entries; audit the books, or copy them.",
-        epilog=EXIT_CODES_HELP,
+    return command_group(
+        "ledger",
+        "List the account's entries; audit the books, or copy them.",
+        {"check": check_books, "backup": back_up_books},
+        callback=list_entries,
     )
-    app.callback(invoke_without_command=True)(list_entries)
-    app.command("check", epilog=EXIT_CODES_HELP)(check_books)
-    app.command("backup", epilog=EXIT_CODES_HELP)(back_up_books)
-    return app
 
 
-@connected
+@grouped
 def list_entries(
     *,
     context: typer.Context,
     limit: Annotated[
         int, typer.Option("--limit", min=1, metavar="N", help="So many of the newest lines.")
     ] = 50,
-    as_json: options.AsJson = False,
-    daemon: Connection = HERE,
+    daemon: Caller,
 ) -> None:
     """List the account's entries, newest first; `ledger check` audits the books.
 
     Behind them the days that older ones were folded into.
     """
-    if context.invoked_subcommand is not None:
-        return
-    with reported(as_json=as_json):
-        page = daemon.call(lambda client: client.books(limit=limit))
-        entries, days = page.entries, page.days
-        if as_json:
-            print_json({"entries": entries, "days": [_day_fields(day) for day in days]})
-            return
-        if not entries and not days:
-            typer.echo("no entries yet")
-            return
-        print_table(
-            ("entry", "time", "kind", "ATP", "moved to", "job"),
-            [
-                (
-                    str(entry.entry_id),
-                    _local_time(entry.time_ns),
-                    entry.kind.value,
-                    atp_number(entry.amount_uatp),
-                    _BOOKS.get(entry.credit, entry.credit),
-                    entry.job_id or "-",
-                )
-                for entry in entries
-            ],
-            right=("entry", "ATP"),
+    if context.invoked_subcommand is None:
+        daemon.report(
+            lambda client: client.books(limit=limit),
+            _print_entries,
+            lambda page: {"entries": page.entries, "days": [_day_fields(day) for day in page.days]},
         )
-        if days:
-            typer.echo("\nolder entries, and holds that were given back, by the day (UTC):")
-            _print_days(days)
 
 
-def check_books(
-    *,
-    state_dir: options.StateDir = None,
-    profile: options.Profile = None,
-    config_file: options.ConfigFile = None,
-    as_json: options.AsJson = False,
-) -> None:
+def _print_entries(page: EntryPage) -> None:
+    if not page.entries and not page.days:
+        typer.echo("no entries yet")
+        return
+    print_table(
+        ("entry", "time", "kind", "ATP", "moved to", "job"),
+        [
+            (
+                str(entry.entry_id),
+                _local_time(entry.time_ns),
+                entry.kind.value,
+                atp_number(entry.amount_uatp),
+                _BOOKS.get(entry.credit, entry.credit),
+                entry.job_id or "-",
+            )
+            for entry in page.entries
+        ],
+        right=("entry", "ATP"),
+    )
+    if page.days:
+        typer.echo("\nolder entries, and holds that were given back, by the day (UTC):")
+        _print_days(page.days)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnBooks(OptionGroup):
+    """The books of this machine's daemon."""
+
+    state_dir: options.StateDir = None
+    profile: options.Profile = None
+    config_file: options.ConfigFile = None
+    as_json: options.AsJson = False
+
+    @property
+    def file(self) -> Path:
+        """Where they are."""
+        flags = {"state_dir": self.state_dir, "profile": self.profile}
+        return ledger_file(effective(flags, self.config_file).settings.state_dir)
+
+
+@grouped
+def check_books(*, books: OwnBooks) -> None:
     """Audit the books of this machine.
 
     Everything is computed anew from the entries; the daemon may be running.
     """
-    with reported(as_json=as_json):
-        flags = {"state_dir": state_dir, "profile": profile}
-        report = check(ledger_file(effective(flags, config_file).settings.state_dir))
-        if as_json:
+    with reported(as_json=books.as_json):
+        report = check(books.file)
+        if books.as_json:
             print_json(report)
         else:
             typer.echo(_counts(report))
@@ -508,22 +453,19 @@ def check_books(
             raise typer.Exit(ExitCode.ERROR)
 
 
+@grouped
 def back_up_books(
     copy: Annotated[Path, typer.Argument(metavar="FILE", help="The copy, which is not there yet.")],
     *,
-    state_dir: options.StateDir = None,
-    profile: options.Profile = None,
-    config_file: options.ConfigFile = None,
-    as_json: options.AsJson = False,
+    books: OwnBooks,
 ) -> None:
     """Copy the books of this machine into one file.
 
     All that was acknowledged until now, audited; the daemon may be running.
     """
-    with reported(as_json=as_json):
-        flags = {"state_dir": state_dir, "profile": profile}
-        report = backup(ledger_file(effective(flags, config_file).settings.state_dir), copy)
-        if as_json:
+    with reported(as_json=books.as_json):
+        report = backup(books.file, copy)
+        if books.as_json:
             print_json({"copy": str(copy), "report": report})
         else:
             typer.echo(f"{copy}: {_counts(report)}; the books balance")
@@ -572,34 +514,13 @@ def _local_time(time_ns: int) -> str:
     return moment.strftime("%m-%d %H:%M:%S")
 
 
-if TYPE_CHECKING:
-    from sage_fed.settings import Settings
-
-_SPAN = re.compile(r"(?P<count>[1-9]\d{0,4})(?P<unit>[hd])")
-_MAX_CHARS = 256
-_ROLES = ", ".join(role.value for role in Role)
-
-TokensFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--tokens-file", metavar="FILE", help="The file; otherwise auth.tokens_file's, or "
-        "tokens.toml in the state directory.",
-    ),
-]  # fmt: skip
-
-
 def token_app() -> typer.Typer:
-    """The commands."""
-    app = typer.Typer(
-        name="token",
-        invoke_without_command=True,
-        callback=options.help_if_bare,
-        help="Say who may call. A running daemon follows within two seconds.",
-        epilog=EXIT_CODES_HELP,
+    """Return the commands about who may call."""
+    return command_group(
+        "token",
+        "Say who may call. A running daemon follows within two seconds.",
+        {"create": create, "revoke": revoke, "list": list_tokens},
     )
-    for name, command in (("create", create), ("revoke", revoke), ("list", list_tokens)):
-        app.command(name, epilog=EXIT_CODES_HELP)(command)
-    return app
 
 
 def expiry(text: str) -> dt.datetime:
@@ -625,6 +546,29 @@ def role_name(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensFile(OptionGroup):
+    """Which file of tokens is meant."""
+
+    tokens_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokens-file",
+            metavar="FILE",
+            help="The file; otherwise auth.tokens_file's, or tokens.toml in the state directory.",
+        ),
+    ] = None
+    config_file: options.ConfigFile = None
+    state_dir: options.StateDir = None
+    as_json: options.AsJson = False
+
+    def found(self) -> tuple[Settings, Path]:
+        """Return the daemon's settings, and where the file is."""
+        settings = effective({"state_dir": self.state_dir}, self.config_file).settings
+        return settings, self.tokens_file or settings.tokens_file
+
+
+@grouped
 def create(
     *,
     account: Annotated[str, typer.Option("--account", metavar="NAME", help="Who pays.")],
@@ -653,22 +597,18 @@ def create(
             "email, ip or cn.",
         ),
     ] = None,
-    tokens_file: TokensFile = None,
-    config_file: options.ConfigFile = None,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
+    tokens: TokensFile,
 ) -> None:
     """Make a token, and show it once.
 
     The file keeps its SHA-256 only. Stdout is the token and nothing else.
     """
-    with reported(as_json=as_json):
-        settings = _settings(config_file, state_dir)
+    with reported(as_json=tokens.as_json):
+        settings, path = tokens.found()
         from sage_fed.auth import digest_of, new_token, parse_identity  # noqa: PLC0415 - with the settings
         from sage_fed.auth.tokens_file import add  # noqa: PLC0415
         from sage_fed.settings import parse_account  # noqa: PLC0415
 
-        path = tokens_file or settings.tokens_file
         _require("account", account, parse_account)
         _require("name", name, _printable)
         token = None if certificate is not None else new_token()
@@ -680,7 +620,7 @@ def create(
         entry = add(
             path, settings.accounts, proof, account=account, role=role, name=name, expires=expires
         )
-        if as_json:
+        if tokens.as_json:
             print_json({"token": token, **asdict(entry), "tokens_file": str(path)})
             return
         who = f"{entry.title} is {entry.role} of account {entry.account}"
@@ -693,61 +633,47 @@ def create(
             typer.echo(token)
 
 
+@grouped
 def revoke(
     wanted: Annotated[str, typer.Argument(metavar="ID", help="Its id or its name.")],
     *,
-    tokens_file: TokensFile = None,
-    config_file: options.ConfigFile = None,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
+    tokens: TokensFile,
 ) -> None:
     """Let a token, or a certificate, in no more.
 
     Jobs that run go on; every further call is refused.
     """
-    with reported(as_json=as_json):
-        settings = _settings(config_file, state_dir)
+    with reported(as_json=tokens.as_json):
+        settings, path = tokens.found()
         from sage_fed.auth.tokens_file import remove  # noqa: PLC0415 - with the settings
 
-        path = tokens_file or settings.tokens_file
         entry = remove(path, settings.accounts, wanted)
-        if as_json:
+        if tokens.as_json:
             print_json({"revoked": asdict(entry), "tokens_file": str(path)})
         else:
             typer.echo(f"revoked {entry.title} of account {entry.account}")
 
 
-def list_tokens(
-    *,
-    tokens_file: TokensFile = None,
-    config_file: options.ConfigFile = None,
-    state_dir: options.StateDir = None,
-    as_json: options.AsJson = False,
-) -> None:
+@grouped
+def list_tokens(*, tokens: TokensFile) -> None:
     """Show who may call; never a token."""
-    with reported(as_json=as_json):
-        settings = _settings(config_file, state_dir)
+    with reported(as_json=tokens.as_json):
+        settings, path = tokens.found()
         from sage_fed.auth.tokens_file import entries  # noqa: PLC0415 - with the settings
 
-        path = tokens_file or settings.tokens_file
         known = entries(path, settings.accounts)
-        if as_json:
+        if tokens.as_json:
             print_json({"entries": [asdict(entry) for entry in known], "tokens_file": str(path)})
-            return
-        if not known:
+        elif not known:
             typer.echo(f"nobody, in {path}")
-            return
-        print_table(
-            ("id", "kind", "name", "account", "role", "created", "expires"),
-            [
-                (e.id, e.kind, e.name, e.account, e.role, e.created, e.expires or "never")
-                for e in known
-            ],
-        )
-
-
-def _settings(config_file: Path | None, state_dir: str | None) -> Settings:
-    return effective({"state_dir": state_dir}, config_file).settings
+        else:
+            print_table(
+                ("id", "kind", "name", "account", "role", "created", "expires"),
+                [
+                    (e.id, e.kind, e.name, e.account, e.role, e.created, e.expires or "never")
+                    for e in known
+                ],
+            )
 
 
 def _require(field: str, text: str, *parsers: Callable[[str], object]) -> str:

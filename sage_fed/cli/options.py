@@ -14,21 +14,92 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from sage_fed.cli.exits import ExitCode
-from sage_fed.cli.render import parse_atp
+from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
+from sage_fed.cli.render import parse_atp, print_json
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client, Tls, leaves_machine
 from sage_fed.core import JobSpec, Message, Prompt, SamplingRequest, Tier
 from sage_fed.environment import mistyped
 from sage_fed.errors import ConfigError
 from sage_fed.trusted_files import owners_beside, read_trusted
+
+T = TypeVar("T")
+DEFAULT_ADDRESS = "127.0.0.1:6590"
+
+
+class OptionGroup:
+    """A dataclass whose fields are options; a command takes it as one parameter."""
+
+    __slots__ = ()
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with a group's options in place of each parameter that is a group."""
+    own = inspect.signature(command, eval_str=True)
+    groups: dict[str, type[Any]] = {
+        name: parameter.annotation
+        for name, parameter in own.parameters.items()
+        if inspect.isclass(parameter.annotation) and issubclass(parameter.annotation, OptionGroup)
+    }
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:  # noqa: ANN401 - whatever the command takes
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    shown = [
+        option
+        for name, parameter in own.parameters.items()
+        for option in (_options_of(groups[name]) if name in groups else (parameter,))
+    ]
+    run.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined] # functions may have one
+    run.__annotations__ = {option.name: option.annotation for option in shown}
+    return run
+
+
+def _options_of(group: type[Any]) -> Iterator[inspect.Parameter]:
+    """Yield the group's fields as parameters; those of a subclass stand before its base's."""
+    hints = get_type_hints(group, include_extras=True)
+    defaults = {field.name: field.default for field in fields(group)}
+    for owner in group.__mro__:
+        for name in inspect.get_annotations(owner):
+            yield inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hints[name]
+            )
+
+
+def help_if_bare(context: typer.Context) -> None:
+    """Print a group's help where no command is given, and exit with 2: nothing was done."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def command_group(
+    name: str,
+    help_text: str,
+    commands: Mapping[str, Callable[..., None]],
+    callback: Callable[..., None] = help_if_bare,
+) -> typer.Typer:
+    """Return an app of these commands by name; `callback` runs before one, or instead of it."""
+    app = typer.Typer(
+        name=name,
+        invoke_without_command=True,
+        callback=callback,
+        help=help_text,
+        epilog=EXIT_CODES_HELP,
+    )
+    for each, command in commands.items():
+        app.command(each, epilog=EXIT_CODES_HELP)(command)
+    return app
 
 
 class TierChoice(enum.Enum):
@@ -45,23 +116,25 @@ class TierChoice(enum.Enum):
 
 
 def atp_amount(text: str) -> int:
-    """An amount of ATP on the command line, as uATP."""
+    """Return an amount of ATP on the command line as uATP."""
     try:
         return parse_atp(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
+def one_of(name: str, known: tuple[str, ...], option: str) -> str:
+    """Return the name.
+
+    Raises:
+        typer.BadParameter: it is not one of `known`.
+    """
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
+    return name
+
+
 PROMPT: Any = typer.Argument(metavar="PROMPT", help="The question; `-` or nothing reads stdin.")
-Address = Annotated[
-    str,
-    typer.Option(
-        "--address",
-        metavar="ADDRESS",
-        envvar="SAGE_FED_ADDRESS",
-        help="The daemon's HOST:PORT or unix:/PATH.",
-    ),
-]
 Token = Annotated[
     str | None,
     typer.Option(
@@ -77,7 +150,6 @@ TokenFile = Annotated[
         "--token-file", metavar="FILE", envvar="SAGE_FED_TOKEN_FILE", help="File with the token."
     ),
 ]
-Encrypted = Annotated[bool, typer.Option("--tls", help="Encrypt; trust whom this system does.")]
 TlsCa = Annotated[
     Path | None,
     typer.Option(
@@ -85,28 +157,6 @@ TlsCa = Annotated[
         metavar="FILE",
         envvar="SAGE_FED_TLS_CA",
         help="Encrypt; trust who signed with these certificates (PEM).",
-    ),
-]
-TlsCert = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls-cert",
-        metavar="FILE",
-        envvar="SAGE_FED_TLS_CERT",
-        help="Certificate to show, where the daemon asks for one.",
-    ),
-]
-TlsKey = Annotated[
-    Path | None,
-    typer.Option("--tls-key", metavar="FILE", envvar="SAGE_FED_TLS_KEY", help="Its private key."),
-]
-TlsName = Annotated[
-    str | None,
-    typer.Option(
-        "--tls-name",
-        metavar="NAME",
-        envvar="SAGE_FED_TLS_NAME",
-        help="Name in the daemon's certificate, if it is not the address's.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -118,19 +168,7 @@ MaxCost = Annotated[
     int | None,
     typer.Option("--max-cost", parser=atp_amount, metavar="ATP", help="The most it may cost."),
 ]
-AllowDowngrade = Annotated[
-    bool, typer.Option("--allow-downgrade", help="A cheaper tier may answer instead.")
-]
-Complexity = Annotated[
-    float | None,
-    typer.Option(
-        "--complexity",
-        min=0.0,
-        max=1.0,
-        metavar="C",
-        help="How hard it is; a hint for --tier auto.",
-    ),
-]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="The longest answer.")
 ]
@@ -151,14 +189,203 @@ StateDir = Annotated[
     str | None,
     typer.Option("--state-dir", metavar="DIR", help="Where the daemon keeps its books."),
 ]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as tactical.max_batch=8."),
-]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions(OptionGroup):
+    """Who answers, and what it may cost."""
+
+    tier: TierOption = TierChoice.AUTO
+    max_cost: MaxCost = None
+    allow_downgrade: Annotated[
+        bool, typer.Option("--allow-downgrade", help="A cheaper tier may answer instead.")
+    ] = False
+    complexity: Annotated[
+        float | None,
+        typer.Option(
+            "--complexity",
+            min=0.0,
+            max=1.0,
+            metavar="C",
+            help="How hard it is; a hint for --tier auto.",
+        ),
+    ] = None
+
+    def spec(self, prompt: Prompt, sampling: SamplingRequest, request_id: str = "") -> JobSpec:
+        """Return the job as the client sends it; the daemon knows the account from the token."""
+        return JobSpec(
+            account="",
+            prompt=prompt,
+            requested=self.tier.tier,
+            allow_downgrade=self.allow_downgrade,
+            max_cost_uatp=self.max_cost,
+            complexity=self.complexity,
+            client_request_id=request_id,
+            sampling=sampling,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection(OptionGroup):
+    """A daemon to call, and as whom. The default is this machine's, without a token."""
+
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            envvar="SAGE_FED_ADDRESS",
+            help="The daemon's HOST:PORT or unix:/PATH.",
+        ),
+    ] = DEFAULT_ADDRESS
+    token: Token = None
+    token_file: TokenFile = None
+    tls: Annotated[bool, typer.Option("--tls", help="Encrypt; trust whom this system does.")] = (
+        False
+    )
+    tls_ca: TlsCa = None
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            envvar="SAGE_FED_TLS_CERT",
+            help="Certificate to show, where the daemon asks for one.",
+        ),
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key", metavar="FILE", envvar="SAGE_FED_TLS_KEY", help="Its private key."
+        ),
+    ] = None
+    tls_name: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-name",
+            metavar="NAME",
+            envvar="SAGE_FED_TLS_NAME",
+            help="Name in the daemon's certificate, if it is not the address's.",
+        ),
+    ] = None
+
+    @property
+    def encryption(self) -> Tls | None:
+        """What the connection is encrypted with; None where it is not."""
+        wanted = Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
+        return wanted if self.tls or wanted != Tls() else None
+
+    def call(self, work: Callable[[Client], T]) -> T:
+        """Connect, do the work, disconnect. Ctrl-C ends the work, and with it its RPC."""
+        for name, meant in mistyped(os.environ):
+            complain(f"warning: {name} is not known; did you mean {meant}?")
+        token, tls = self.read_token(), self.encryption
+        if token and tls is None and leaves_machine(self.address):
+            complain(f"warning: the token goes to {self.address} in plain text; see --tls-ca")
+        with Client(self.address, token, tls=tls) as client:
+            return work(client)
+
+    def arguments(self) -> list[str]:
+        """Return the options that lead another command here; tokens stay out of it."""
+        given: tuple[tuple[str, object], ...] = (
+            ("--address", self.address if self.address != DEFAULT_ADDRESS else None),
+            ("--token-file", self.token_file),
+            ("--tls-ca", self.tls_ca),
+            ("--tls-cert", self.tls_cert),
+            ("--tls-key", self.tls_key),
+            ("--tls-name", self.tls_name),
+        )
+        words = [word for option, value in given if value for word in (option, str(value))]
+        return [*words, "--tls"] if self.encryption == Tls() else words
+
+    def read_token(self) -> str | None:
+        """Return the token, wherever it was given."""
+        return read_token(self.token, self.token_file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller(Connection):
+    """A daemon to ask one thing, and the form of the answer."""
+
+    as_json: AsJson = False
+
+    def report(
+        self,
+        ask: Callable[[Client], T],
+        show: Callable[[T], None],
+        plain: Callable[[T], object] = lambda answer: answer,
+    ) -> T:
+        """Ask the daemon and print its answer: for a person, or as the object that `plain` makes.
+
+        Raises:
+            typer.Exit: the daemon's error, after it has been told.
+        """
+        with reported(as_json=self.as_json):
+            answer = self.call(ask)
+            if self.as_json:
+                print_json(plain(answer))
+            else:
+                show(answer)
+            return answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator(Caller):
+    """The same with the admin token of this machine's daemon, where no token is given."""
+
+    state_dir: StateDir = None
+
+    def call(self, work: Callable[[Client], T]) -> T:
+        """Connect as an operator, do the work, disconnect."""
+        token = operator_token(self.read_token(), self.state_dir)
+        return Connection.call(replace(self, token=token, token_file=None), work)
+
+
+def read_token(token: str | None, token_file: Path | None) -> str | None:
+    """Return the token, wherever it was given.
+
+    Raises:
+        ConfigError: it is given twice, or the file cannot be read.
+    """
+    if token_file is None:
+        return token
+    if token:
+        raise ConfigError("token: it is given twice; use one of --token and --token-file")
+    try:
+        return token_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"token_file: {token_file} cannot be read: {why}") from None
+
+
+def operator_token(token: str | None, state_dir: str | None) -> str:
+    """Return the given token, or the one of this machine's daemon."""
+    if token:
+        return token
+    from sage_fed.cli.serve import effective  # noqa: PLC0415 - pydantic takes half a second
+
+    return admin_token(effective({"state_dir": state_dir}, None).settings.state_dir)
+
+
+def admin_token(state_dir: Path) -> str:
+    """Return the token that the running daemon wrote for operators of its machine."""
+    path = state_dir / "admin.token"
+    try:
+        return read_trusted("admin token", path, owners_beside(path)).decode().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"admin token: {path} cannot be read ({error.strerror}); give --state-dir of the "
+            "running daemon, or an admin's token in SAGE_FED_TOKEN"
+        ) from None
+
+
+def ledger_file(state_dir: Path) -> Path:
+    """Return the books."""
+    return state_dir / "ledger.db"
 
 
 def assigned(assignments: list[str] | None) -> dict[str, str]:
-    """The `--set` options by key."""
+    """Return the `--set` options by key."""
     pairs: dict[str, str] = {}
     for assignment in assignments or ():
         key, equals, value = assignment.partition("=")
@@ -169,8 +396,15 @@ def assigned(assignments: list[str] | None) -> dict[str, str]:
 
 
 def read_prompt(words: list[str] | None) -> str:
-    """The prompt from the arguments, or from stdin with `-` or when something is piped in."""
-    text = _given_prompt(words)
+    """Return the prompt from the arguments, or from stdin with `-` or where something is piped."""
+    if words and words != ["-"]:
+        text, absent = " ".join(words), "no prompt"
+    elif not words and sys.stdin.isatty():
+        text, absent = "", "say what to ask, or pipe it in"
+    else:
+        text, absent = sys.stdin.read().strip(), "no prompt"
+    if not text.strip():
+        raise typer.BadParameter(absent, param_hint="prompt")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -179,172 +413,7 @@ def read_prompt(words: list[str] | None) -> str:
     return text
 
 
-def _given_prompt(words: list[str] | None) -> str:
-    if words and words != ["-"]:
-        text = " ".join(words)
-        if not text.strip():
-            raise typer.BadParameter("no prompt", param_hint="prompt")
-        return text
-    if not words and sys.stdin.isatty():
-        raise typer.BadParameter("say what to ask, or pipe it in", param_hint="prompt")
-    text = sys.stdin.read().strip()
-    if not text:
-        raise typer.BadParameter("no prompt", param_hint="prompt")
-    return text
-
-
-def help_if_bare(context: typer.Context) -> None:
-    """A group without a command: what there is, and exit code 2 because nothing was done."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
-        raise typer.Exit(ExitCode.USAGE)
-
-
-def conversation(text: str, system: str | None) -> Prompt:
-    """One user turn, under a system message where one is given."""
+def conversation(system: str | None, *turns: Message) -> Prompt:
+    """Return the turns, under a system message where one is given."""
     head = (Message("system", system),) if system else ()
-    return Prompt(messages=(*head, Message("user", text)))
-
-
-def job_spec(
-    prompt: Prompt,
-    *,
-    tier: TierChoice = TierChoice.AUTO,
-    max_cost_uatp: int | None = None,
-    allow_downgrade: bool = False,
-    complexity: float | None = None,
-    request_id: str = "",
-    sampling: SamplingRequest | None = None,
-) -> JobSpec:
-    """The job as the client sends it; the daemon knows the account from the token."""
-    return JobSpec(
-        account="",
-        prompt=prompt,
-        requested=tier.tier,
-        allow_downgrade=allow_downgrade,
-        max_cost_uatp=max_cost_uatp,
-        complexity=complexity,
-        client_request_id=request_id,
-        sampling=sampling or SamplingRequest(),
-    )
-
-
-T = TypeVar("T")
-
-DEFAULT_ADDRESS = "127.0.0.1:6590"
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A daemon as the options describe it."""
-
-    address: str = DEFAULT_ADDRESS
-    token: str | None = None
-    token_file: Path | None = None
-    tls: Tls | None = None
-
-    def call(self, work: Callable[[Client], T]) -> T:
-        """Connect, do the work, disconnect. Ctrl-C ends the work, and with it its RPC."""
-        for name, meant in mistyped(os.environ):
-            complain(f"warning: {name} is not known; did you mean {meant}?")
-        token = self.read_token()
-        if token and self.tls is None and leaves_machine(self.address):
-            complain(f"warning: the token goes to {self.address} in plain text; see --tls-ca")
-        with Client(self.address, token, tls=self.tls) as client:
-            return work(client)
-
-    def as_operator(self, state_dir: str | None) -> Connection:
-        """The same with the admin token of this machine's daemon, where no token is given."""
-        token = operator_token(self.read_token(), state_dir)
-        return replace(self, token=token, token_file=None)
-
-    def arguments(self) -> list[str]:
-        """The options that lead another command here; tokens stay out of it."""
-        tls = self.tls or Tls()
-        given: tuple[tuple[str, object], ...] = (
-            ("--address", self.address if self.address != DEFAULT_ADDRESS else None),
-            ("--token-file", self.token_file),
-            ("--tls-ca", tls.ca),
-            ("--tls-cert", tls.certificate),
-            ("--tls-key", tls.key),
-            ("--tls-name", tls.name),
-        )
-        words = [word for option, value in given if value for word in (option, str(value))]
-        return [*words, "--tls"] if self.tls == Tls() else words
-
-    def read_token(self) -> str | None:
-        """The token, wherever it was given."""
-        if self.token_file is None:
-            return self.token
-        if self.token:
-            raise ConfigError("token: it is given twice; use one of --token and --token-file")
-        try:
-            return self.token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ConfigError(f"token_file: {self.token_file} cannot be read: {why}") from None
-
-
-HERE = Connection()
-"""This machine's daemon, without a token."""
-
-
-def _described_by(
-    *,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    token_file: TokenFile = None,
-    tls: Encrypted = False,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
-) -> Connection:
-    """The connection of these options."""
-    wanted = Tls(tls_ca, tls_cert, tls_key, tls_name)
-    encrypted = tls or wanted != Tls()
-    return Connection(address, token, token_file, wanted if encrypted else None)
-
-
-def connected(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options above in place of its parameter of type `Connection`."""
-    own = inspect.signature(command, eval_str=True)
-    place = next(name for name, p in own.parameters.items() if p.annotation is Connection)
-    added = inspect.signature(_described_by, eval_str=True).parameters
-    kept = [p for name, p in own.parameters.items() if name != place]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:  # noqa: ANN401 - whatever the command takes
-        described = _described_by(**{name: given.pop(name) for name in added})
-        command(**given, **{place: described})
-
-    shown = own.replace(parameters=[*kept, *added.values()])
-    run.__signature__ = shown  # type: ignore[attr-defined] # functions may have one
-    run.__annotations__ = {name: p.annotation for name, p in shown.parameters.items()}
-    return run
-
-
-def ledger_file(state_dir: Path) -> Path:
-    """The books."""
-    return state_dir / "ledger.db"
-
-
-def operator_token(token: str | None, state_dir: str | None) -> str:
-    """The given token, or the one of this machine's daemon."""
-    if token:
-        return token
-    from sage_fed.cli.serve import effective  # noqa: PLC0415 - pydantic takes half a second
-
-    return admin_token(effective({"state_dir": state_dir}, None).settings.state_dir)
-
-
-def admin_token(state_dir: Path) -> str:
-    """The token that the running daemon wrote for operators of its machine."""
-    path = state_dir / "admin.token"
-    try:
-        return read_trusted("admin token", path, owners_beside(path)).decode().strip()
-    except OSError as error:
-        raise ConfigError(
-            f"admin token: {path} cannot be read ({error.strerror}); give --state-dir of the "
-            "running daemon, or an admin's token in SAGE_FED_TOKEN"
-        ) from None
+    return Prompt(messages=(*head, *turns))

@@ -11,17 +11,20 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import logging
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from typing import TYPE_CHECKING
 
 import typer
 
 from sage_fed.cli.streams import between_words
 from sage_fed.core import UATP_PER_ATP, Tier
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _CENT = Decimal("0.01")
 _LARGEST_ATP = Decimal(2**63 - 1) / UATP_PER_ATP
@@ -134,6 +137,11 @@ def print_table(
     draw(headings, rows, right)
 
 
+def plain_line(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is: no markup, no highlighting, not broken to the console's width."""
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     """Names and values under each other; on a terminal a long value is broken between words."""
     indent = max(len(name) for name, _ in fields) + 2
@@ -145,13 +153,11 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
             typer.echo(f"{'' if index else name:<{indent}}{line}")
 
 
-_log = logging.getLogger(__name__)
+class LineProgress:
+    """A start's progress where nothing is drawn: a line for each quarter that a tier has loaded."""
 
-
-class LogProgress:
-    """A log line for each quarter that a tier has loaded."""
-
-    def __init__(self) -> None:
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
         self._quarters: dict[Tier, int] = {}
 
     def tier_progress(self, tier: Tier, share: float, text: str) -> None:
@@ -159,11 +165,11 @@ class LogProgress:
         quarter = int(share * 4)
         if quarter != self._quarters.get(tier):
             self._quarters[tier] = quarter
-            _log.info("%s: %.0f%% %s", tier.name, share * 100, text)
+            self._show(f"{tier.name}: {share:.0%} {text}")
 
     def ready(self, listen: str, metrics_url: str) -> None:
         """Say where to connect."""
-        _log.info("%s", ready_line(listen, metrics_url))
+        self._show(ready_line(listen, metrics_url))
 
     def close(self) -> None:
         """Nothing is open."""

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,8 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import daemon_exit_code, explain, reported
-from sage_fed.cli.render import print_json, print_table
+from sage_fed.cli.options import OptionGroup, grouped
+from sage_fed.cli.render import LineProgress, print_json, print_table
 from sage_fed.cli.streams import complain, leave_on_interrupt
 from sage_fed.errors import SageFedError
 from sage_fed.systemd import (
@@ -47,54 +48,58 @@ from sage_fed.systemd import (
 
 if TYPE_CHECKING:
     from sage_fed.cli.drawing import BarProgress
-    from sage_fed.cli.render import LogProgress
     from sage_fed.settings import Effective
 
 _log = logging.getLogger(__name__)
 
-Listen = Annotated[
-    str | None, typer.Option("--listen", metavar="ADDRESS", help="HOST:PORT of the gRPC API.")
-]
-MetricsListen = Annotated[
-    str | None, typer.Option("--metrics-listen", metavar="ADDRESS", help="HOST:PORT of /metrics.")
-]
-Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cuda:N or cpu.")]
-LogLevel = Annotated[
-    str | None, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
-]
 
-LogFormat = Annotated[
-    str | None, typer.Option("--log-format", metavar="FORM", help="auto, json or pretty.")
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsFlags(OptionGroup):
+    """Where the daemon's settings come from; the fields but two are settings of that name."""
+
+    profile: options.Profile = None
+    config_file: options.ConfigFile = None
+    listen: Annotated[
+        str | None, typer.Option("--listen", metavar="ADDRESS", help="HOST:PORT of the gRPC API.")
+    ] = None
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option("--metrics-listen", metavar="ADDRESS", help="HOST:PORT of /metrics."),
+    ] = None
+    state_dir: options.StateDir = None
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="cuda:N or cpu.")
+    ] = None
+    log_level: Annotated[
+        str | None,
+        typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
+    ] = None
+    log_format: Annotated[
+        str | None, typer.Option("--log-format", metavar="FORM", help="auto, json or pretty.")
+    ] = None
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any setting, such as tactical.max_batch=8."
+        ),
+    ] = None
+
+    def by_key(self) -> dict[str, str]:
+        """Return the flags by settings key; a flag of its own wins over `--set`."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        del named["config_file"], named["assignments"]
+        given = {key: value for key, value in named.items() if value is not None}
+        return options.assigned(self.assignments) | given
 
 
-def serve(
-    *,
-    profile: options.Profile = None,
-    config_file: options.ConfigFile = None,
-    listen: Listen = None,
-    metrics_listen: MetricsListen = None,
-    state_dir: options.StateDir = None,
-    device: Device = None,
-    log_level: LogLevel = None,
-    log_format: LogFormat = None,
-    assignments: options.Assignments = None,
-) -> None:
+@grouped
+def serve(*, given: SettingsFlags) -> None:
     """Run the daemon.
 
     SIGTERM or Ctrl-C lets running jobs finish and then ends it; a second one ends it at once.
     Flags win over SAGE_FED_* variables, those over --config, that over --profile.
     """
-    flags = _flags(
-        assignments,
-        profile=profile,
-        listen=listen,
-        metrics_listen=metrics_listen,
-        state_dir=state_dir,
-        device=device,
-        log_level=log_level,
-        log_format=log_format,
-    )
+    flags = given.by_key()
     # The stacks of all threads in the journal when the watchdog aborts us: what hung, and where.
     faulthandler.enable(file=2)
     manager = ServiceManager.of(os.environ)
@@ -104,14 +109,14 @@ def serve(
         reported(codes=daemon_exit_code, tell=lambda line: _tell(line, form)),
         _failure_told(manager),
     ):
-        found = effective(flags, config_file)
+        found = effective(flags, given.config_file)
         form = found.settings.log_format
         code = _run(found, manager)
     raise typer.Exit(code)
 
 
 def _run(found: Effective, manager: ServiceManager) -> int:
-    """The daemon's exit code, once it has left."""
+    """Run the daemon and return its exit code."""
     settings = found.settings
     # What is imported stays, so looking through it for garbage, again and again, finds none, and
     # is a twentieth of the start. The daemon enables it when all is imported.
@@ -122,7 +127,13 @@ def _run(found: Effective, manager: ServiceManager) -> int:
         from sage_fed.logs import logging_to  # noqa: PLC0415
 
     pretty = _for_people(settings.log_format)
-    progress, handler = _picture(watched=pretty and sys.stderr.isatty())
+    progress: BarProgress | LineProgress = LineProgress(lambda line: _log.info("%s", line))
+    handler = None
+    if pretty and sys.stderr.isatty():
+        from sage_fed.cli.drawing import BarProgress, stderr_console  # noqa: PLC0415 - rich, 0.1 s
+
+        progress = BarProgress(stderr_console())
+        handler = progress.log_handler()
     with logging_to(settings.log_level, as_json=not pretty, handler=handler):
         if found.ignored:
             _log.info(
@@ -153,18 +164,6 @@ def _tell(line: str, log_format: str) -> None:
         logging.getLogger("sage_fed").error("%s", f"{head} {'; '.join(more)}".strip())
 
 
-def _picture(*, watched: bool) -> tuple[BarProgress | LogProgress, logging.Handler | None]:
-    """What the start reports to, and the handler of log lines that belongs to it."""
-    from sage_fed.cli.render import LogProgress  # noqa: PLC0415
-
-    if not watched:
-        return LogProgress(), None
-    from sage_fed.cli.drawing import BarProgress, stderr_console  # noqa: PLC0415 - rich, 0.1 s
-
-    bars = BarProgress(stderr_console())
-    return bars, bars.log_handler()
-
-
 @contextlib.contextmanager
 def _failure_told(manager: ServiceManager) -> Iterator[None]:
     """Leave the reason of a failed start where `systemctl status` shows it."""
@@ -175,35 +174,15 @@ def _failure_told(manager: ServiceManager) -> Iterator[None]:
         raise
 
 
-def config(
-    *,
-    profile: options.Profile = None,
-    config_file: options.ConfigFile = None,
-    listen: Listen = None,
-    metrics_listen: MetricsListen = None,
-    state_dir: options.StateDir = None,
-    device: Device = None,
-    log_level: LogLevel = None,
-    log_format: LogFormat = None,
-    assignments: options.Assignments = None,
-    as_json: options.AsJson = False,
-) -> None:
+@grouped
+def config(*, given: SettingsFlags, as_json: options.AsJson = False) -> None:
     """Print the settings that `serve` would run with.
 
     Each with where its value came from: flag, environment, file, profile or default.
     """
-    flags = _flags(
-        assignments,
-        profile=profile,
-        listen=listen,
-        metrics_listen=metrics_listen,
-        state_dir=state_dir,
-        device=device,
-        log_level=log_level,
-        log_format=log_format,
-    )
+    flags = given.by_key()
     with reported(as_json=as_json):
-        found = effective(flags, config_file)
+        found = effective(flags, given.config_file)
         if as_json:
             print_json(found.objects())
         else:
@@ -216,14 +195,6 @@ def effective(flags: dict[str, Any], config_file: Path | None) -> Effective:
     from sage_fed.settings import load_settings  # noqa: PLC0415
 
     return load_settings(flags, os.environ, config_file)
-
-
-def _flags(assignments: list[str] | None, **named: str | None) -> dict[str, Any]:
-    """Flags by settings key; a flag of its own wins over `--set`."""
-    return {
-        **options.assigned(assignments),
-        **{key: value for key, value in named.items() if value is not None},
-    }
 
 
 _SYSTEMCTL_TIMEOUT_S = 3600.0

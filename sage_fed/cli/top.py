@@ -12,47 +12,43 @@ from __future__ import annotations
 import functools
 import http.client
 import math
-import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import reported
-from sage_fed.cli.options import Connection
 from sage_fed.cli.render import print_json
-from sage_fed.core import TIER_ROLES
 from sage_fed.errors import CannotConnect, Unauthenticated
 
-DEFAULT_METRICS = "127.0.0.1:9659"
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
 
-MetricsAddress = Annotated[
-    str,
-    typer.Option(
-        "--metrics",
-        metavar="ADDRESS",
-        envvar="SAGE_FED_METRICS_LISTEN",
-        help="HOST:PORT of the daemon's metrics, or their URL.",
-    ),
-]
-Interval = Annotated[
-    float,
-    typer.Option("--interval", min=0.2, max=3600, metavar="SECONDS", help="Between two looks."),
-]
-Once = Annotated[bool, typer.Option("--once", help="One reading, over one interval.")]
+DEFAULT_METRICS = "127.0.0.1:9659"
 
 
 def top(
     *,
-    metrics: MetricsAddress = DEFAULT_METRICS,
-    interval: Interval = 2.0,
-    once: Once = False,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics",
+            metavar="ADDRESS",
+            envvar="SAGE_FED_METRICS_LISTEN",
+            help="HOST:PORT of the daemon's metrics, or their URL.",
+        ),
+    ] = DEFAULT_METRICS,
+    interval: Annotated[
+        float,
+        typer.Option("--interval", min=0.2, max=3600, metavar="SECONDS", help="Between two looks."),
+    ] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="One reading, over one interval.")] = False,
     as_json: options.AsJson = False,
     token: options.Token = None,
     token_file: options.TokenFile = None,
@@ -63,15 +59,11 @@ def top(
     In a pipe it is one plain reading; with --json one object a reading, and a line for each.
     """
     with reported(as_json=as_json):
-        secret = Connection(token=token, token_file=token_file).read_token()
+        secret = options.read_token(token, token_file)
         watch = Watch(metrics, read=functools.partial(fetch, token=secret, tls_ca=tls_ca))
         if as_json and not once:
             _print_on(watch, interval)
-        from sage_fed.cli.drawing import (  # noqa: PLC0415
-            drawn,
-            show_live,
-            stdout_console,
-        )
+        from sage_fed.cli.drawing import drawn, show_live, stdout_console  # noqa: PLC0415 - rich
 
         console = stdout_console()
         if not once and console.is_terminal:
@@ -150,13 +142,12 @@ class Watch:
         try:
             scheme = "" if "://" in self.address else "http://"
             place = self.address.rstrip("/").removesuffix("/metrics")
-            text = self._read(f"{scheme}{place}/metrics")
+            page = Page.read(self._read(f"{scheme}{place}/metrics"), time.monotonic())
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.away, self.admitted = _why(error), not isinstance(error, NotAdmitted)
             return None
-        self.away = ""
-        self._last = Page.read(text, time.monotonic())
-        return None if before is None else reading_of(Between(before, self._last), time.time())
+        self.away, self._last = "", page
+        return None if before is None else reading_of(Between(before, page), time.time())
 
     def one_reading(self, interval_s: float) -> Reading:
         """Look twice.
@@ -210,6 +201,10 @@ class Page:
         """Return the sum of the samples; None where there are none."""
         values = [sample.value for sample in self.having(name, **labels)]
         return sum(values) if values else None
+
+    def values(self, name: str, label: str) -> tuple[str, ...]:
+        """Return the label's values, each once, in the page's order."""
+        return tuple(dict.fromkeys(sample.labels[label] for sample in self.having(name)))
 
     def label(self, name: str, label: str, **labels: str) -> str:
         """Return a label of the one sample that is not 0, or nothing."""
@@ -338,7 +333,9 @@ def reading_of(pages: Between, now_s: float) -> Reading:
         device_fallback=bool(page.total(f"{_P}device_fallback")),
         # An older daemon does not say; it would have other troubles.
         ledger_writable=page.total(f"{_P}ledger_writable") != 0,
-        tiers=tuple(_tier(pages, tier.name, decisions) for tier in TIER_ROLES),
+        tiers=tuple(
+            _tier(pages, tier, decisions) for tier in page.values(f"{_P}tier_state", "tier")
+        ),
         endings_per_s=_endings(pages),
         cost_ratio_card=page.total(f"{_P}cost_ratio", source="card", phase="decode"),
         cost_ratio_live=live,
@@ -406,27 +403,18 @@ def _over(part: float | None, whole: float | None) -> float | None:
 
 
 _TIMEOUT_S = 10.0
-_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One line of the page."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
-    line: str
 
 
 def samples(text: str) -> Iterator[Sample]:
-    """Every sample of the page, in its order."""
-    for line in text.splitlines():
-        match = _SAMPLE.match(line)
-        if match:
-            labels = dict(_LABEL.findall(match["labels"] or ""))
-            yield Sample(match["name"], labels, float(match["value"]), line)
+    """Yield every sample of a page.
+
+    Raises:
+        ValueError: it is not in Prometheus's text format.
+    """
+    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - 30 ms
+
+    for family in text_string_to_metric_families(text):
+        yield from family.samples
 
 
 def total(text: str, name: str, **labels: str) -> float:
