@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sage_fed.cards import MAX_SPREAD
 from sage_fed.cli import options
 from sage_fed.cli.exits import ExitCode, reported
 from sage_fed.cli.options import Operator, command_group, grouped, one_of
@@ -293,7 +292,9 @@ class Calibrated:
     def of(cls, result: CalibrationResult, copies: list[str]) -> Calibrated:
         """Read the result's card."""
         card = tomllib.loads(result.card)
-        tiers = dict.fromkeys(point.tier.name for point in result.points)
+        tiers = [
+            name for name, table in card.items() if isinstance(table, dict) and "decode" in table
+        ]
         return cls(
             result,
             copies,
@@ -305,6 +306,8 @@ class Calibrated:
     @property
     def sound(self) -> bool:
         """Whether `rate_card = "auto"` would take the card."""
+        from sage_fed.cards import MAX_SPREAD  # noqa: PLC0415 - pydantic takes half a second
+
         spreads = [spread for prices in self.spreads.values() for spread in prices.values()]
         spreads.append(self.result.cost_ratio_spread)
         return all((spread or 0.0) <= MAX_SPREAD for spread in spreads)
@@ -375,6 +378,8 @@ def _print_result(done: Calibrated, command: str) -> None:
     ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
     in_force = "now, until the daemon restarts" if result.adopted else f"no; `{command}`"
     if not done.sound:
+        from sage_fed.cards import MAX_SPREAD  # noqa: PLC0415 - as above
+
         in_force += (
             f"; rate_card = auto does not take it: a spread above {MAX_SPREAD:.0%} is of the "
             "machine's other work; measure again when it idles"
