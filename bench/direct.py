@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from lean_client import Reply
 from sage_fed.client import Client
 from sage_fed.core import Message, Sampling, Tier, TierState, resolve_model
 from sage_fed.daemon.build import tier_setup
-from sage_fed.device import Ended, Executor, SequenceSpec
+from sage_fed.device import Executor, SequenceSpec
 from sage_fed.settings import Settings
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Engine, Step
+from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Engine, SampledToken, Step
 from sage_fed.tasks import task_at
 from sage_fed.text import Tokenizer
 from sage_fed.v1 import inference_pb2 as pb
@@ -111,11 +111,14 @@ class Alone:
             ignore_eos=True,
         )
         begun = time.perf_counter()
-        stream = self.executor.submit(spec)
-        first = 0.0
-        while not isinstance(await stream.next(), Ended):
-            first = first or time.perf_counter()
-        return first - begun, time.perf_counter() - begun
+        first: list[float] = []
+
+        def take(_tokens: Sequence[SampledToken]) -> None:
+            if not first:
+                first.append(time.perf_counter())
+
+        await self.executor.submit(spec, take)
+        return first[0] - begun, time.perf_counter() - begun
 
 
 def job(prompt: str, num_new: int) -> bytes:

@@ -24,7 +24,7 @@ import torch
 from gpu_shapes import Plan
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
-from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
+from sage_fed.device import EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine
 from sage_fed.steps import InFlightStep, SampledToken, Step, StepKind, StepReport
 
@@ -157,10 +157,11 @@ class Scene:
                 next(self._ids), load.tier, next(prompts), load.new_tokens, ignore_eos=True,
                 prefix_cache=False,  # the prompts repeat, and their prefill is the load
             )  # fmt: skip
-            stream = executor.submit(spec)
             last: float | None = None
-            while not isinstance(got := await stream.next(), Ended):
-                now, count = time.perf_counter(), len(got.drawn)
+
+            def take(tokens: Sequence[SampledToken]) -> None:
+                nonlocal last
+                now, count = time.perf_counter(), len(tokens)
                 if seen.within(now):
                     seen.tokens[load.tier] += count
                     if last is None:
@@ -170,8 +171,10 @@ class Scene:
                 last = now
                 if now > seen.until_s:
                     executor.cancel(spec.seq_id)
-            if got.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
-                raise RuntimeError(f"a {load.tier.name} sequence ended {got.reason.value}")
+
+            ended = await executor.submit(spec, take)
+            if ended.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
+                raise RuntimeError(f"a {load.tier.name} sequence ended {ended.reason.value}")
 
 
 def mixed(streams: int, plan: Plan) -> tuple[Load, ...]:

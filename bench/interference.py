@@ -41,9 +41,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sage_fed.core import Tier, TierState, TierStatus
-from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
+from sage_fed.device import EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine, EngineOptions, load_engine, set_cpu_threads
-from sage_fed.steps import StepReport
+from sage_fed.steps import SampledToken, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models"
@@ -173,13 +173,11 @@ class Stage:
             spec = SequenceSpec(
                 next(self._ids), load.tier, prompt, load.new_tokens, ignore_eos=True
             )
-            stream = executor.submit(spec)
-            stop = asyncio.get_running_loop().call_later(
-                max(seen.until_s - begun, 0.0), executor.cancel, spec.seq_id
-            )
             last: float | None = None
-            while not isinstance(got := await stream.next(), Ended):
-                now, count = time.monotonic(), len(got.drawn)
+
+            def take(tokens: Sequence[SampledToken]) -> None:
+                nonlocal last
+                now, count = time.monotonic(), len(tokens)
                 if seen.within(now):
                     seen.delivered[load.tier] += count
                     if last is None:
@@ -187,9 +185,15 @@ class Stage:
                     else:
                         seen.gap_s[load.tier] += [(now - last) / count] * count
                 last = now
+
+            ending = executor.submit(spec, take)
+            stop = asyncio.get_running_loop().call_later(
+                max(seen.until_s - begun, 0.0), executor.cancel, spec.seq_id
+            )
+            ended = await ending
             stop.cancel()
-            if got.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
-                raise RuntimeError(f"a {load.tier.name} sequence ended {got.reason.value}")
+            if ended.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
+                raise RuntimeError(f"a {load.tier.name} sequence ended {ended.reason.value}")
 
 
 def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fake_engine import WAIT_S, Clock, FakeEngine
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
-from sage_fed.device import Ended, Executor, Tokens, TokenStream
+from sage_fed.device import Ended, Executor, SequenceSpec
 from sage_fed.device.tier_loading import TierSetup
-from sage_fed.steps import StepReport
+from sage_fed.steps import SampledToken, StepReport
 
 
 class Observer:
@@ -80,8 +81,49 @@ async def serving(rig: Rig) -> AsyncIterator[Executor]:
     assert 0 == rig.executor.num_live
 
 
-async def read(stream: TokenStream) -> tuple[list[int], Ended]:
-    """A stream's tokens and its ending."""
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens since the last look, at least one, in order."""
+
+    drawn: tuple[SampledToken, ...]
+
+
+class Listener:
+    """A submitted sequence, and what came of it."""
+
+    def __init__(self, executor: Executor, spec: SequenceSpec) -> None:
+        self.spec = spec
+        self._unread: list[SampledToken] = []
+        self._changed = asyncio.Event()
+        self.ending = executor.submit(spec, self._take)
+        self.ending.add_done_callback(lambda _: self._changed.set())
+
+    def _take(self, tokens: Sequence[SampledToken]) -> None:
+        self._unread += tokens
+        self._changed.set()
+
+    async def next(self) -> Tokens | Ended:
+        """Wait for more; the ending comes after the last token."""
+        while not self._unread and not self.ending.done():
+            self._changed.clear()
+            await self._changed.wait()
+        if self._unread:
+            drawn, self._unread = tuple(self._unread), []
+            return Tokens(drawn)
+        return self.ending.result()
+
+    async def wait_ended(self) -> Ended:
+        """Wait for the ending without reading."""
+        return await asyncio.shield(self.ending)
+
+
+def submit(executor: Executor, spec: SequenceSpec) -> Listener:
+    """Have a sequence run; raises where it is refused."""
+    return Listener(executor, spec)
+
+
+async def read(stream: Listener) -> tuple[list[int], Ended]:
+    """A sequence's tokens and its ending."""
     tokens: list[int] = []
     while isinstance(news := await stream.next(), Tokens):
         tokens += [d.token_id for d in news.drawn]

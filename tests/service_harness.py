@@ -51,7 +51,6 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import NotFound
-from sage_fed.jobs.mailbox import merge
 from sage_fed.ledger import AccountTerms, Ledger
 from sage_fed.service.grpc_server import BoundServer, build_server
 from sage_fed.service.tls import LiveCertificate
@@ -344,3 +343,13 @@ async def serving(
 async def in_thread(work: Callable[[], T]) -> T:
     """Run a blocking client beside the server's event loop, within a deadline."""
     return await asyncio.wait_for(asyncio.to_thread(work), WAIT_S)
+
+
+def merge(deltas: Sequence[Delta]) -> Delta:
+    """One delta that says what the given ones say, in order."""
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        output_tokens=deltas[-1].output_tokens if deltas else 0,
+    )

@@ -55,17 +55,17 @@ from sage_fed.errors import (
     RequestIdConflict,
     TierUnavailable,
 )
-from sage_fed.jobs import Broker, Encoder, JobStream, Planner, admission
+from sage_fed.jobs import Broker, Encoder, OutgoingStream, Planner, admission
 from sage_fed.jobs.admission import resolve_sampling
 from sage_fed.jobs.broker import Job, timing_of
-from sage_fed.jobs.output import Output
+from sage_fed.jobs.outgoing import SequenceText
 from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hashes
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention, check
 from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
-from sage_fed.steps import SampledToken, Step
+from sage_fed.steps import Step
 from sage_fed.text import Tokenizer, write_padded_tokenizer
 from sage_fed.v1 import inference_pb2
 from sage_fed.workers import Workers
@@ -102,7 +102,7 @@ class Rig:
         self.engines[tier].shut()
         return self.engines[tier]
 
-    async def submit(self, spec: JobSpec) -> JobStream:
+    async def submit(self, spec: JobSpec) -> OutgoingStream:
         """Submit a job that arrives now."""
         return await self.broker.submit(spec, time.monotonic())
 
@@ -135,7 +135,7 @@ class Rig:
         return self.metrics.registry.get_sample_value(f"sage_fed_{name}", labels)
 
 
-async def read(stream: JobStream) -> list[Event]:
+async def read(stream: OutgoingStream) -> list[Event]:
     """Read a stream to its end, or to its error, and leave it."""
     try:
         async with asyncio.timeout(WAIT_S):
@@ -336,11 +336,11 @@ async def test_a_bug_of_ours_in_mid_job_leaves_nothing_running(
     async with rig(tmp_path) as r:
         engine = r.gate()
 
-        def bug(_self: Output, _drawn: object) -> None:
+        def bug(_self: SequenceText, _token_ids: object) -> None:
             raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(Output, "push", bug)
+            patch.setattr(SequenceText, "push", bug)
             stream = await r.submit(job(new=400))
             engine.let_pass()
             with pytest.raises(Internal) as error:
@@ -681,7 +681,7 @@ async def test_a_full_queue_gives_the_hold_back(tmp_path: Path) -> None:
             *(r.submit(job(new=2)) for _ in range(6)), return_exceptions=True
         )
         refusals = [answer for answer in asked if isinstance(answer, BaseException)]
-        streams += [answer for answer in asked if isinstance(answer, JobStream)]
+        streams += [answer for answer in asked if isinstance(answer, OutgoingStream)]
         assert [QueueFull] * 4 == [type(refusal) for refusal in refusals]
         engine.let_pass(100)
         endings = [finished_of(await read(stream)) for stream in streams]
@@ -731,7 +731,7 @@ async def test_the_last_place_is_held_for_once(tmp_path: Path) -> None:
         asked = await asyncio.gather(
             *(r.submit(job(new=2)) for _ in range(5)), return_exceptions=True
         )
-        streams += [answer for answer in asked if isinstance(answer, JobStream)]
+        streams += [answer for answer in asked if isinstance(answer, OutgoingStream)]
         refusals = [answer for answer in asked if isinstance(answer, QueueFull)]
         assert (3, 4) == (len(streams), len(refusals))
         engine.let_pass(100)
@@ -757,7 +757,7 @@ async def test_answers_that_nobody_reads_take_the_places_of_their_own_account(
         # Nobody has been away for long: those who come back in a moment are no obstacle.
         streams.append(await r.submit(job(new=2)))
         finished_of(await read(streams[-1]))
-        monkeypatch.setattr("sage_fed.jobs.pace.AWAY_S", 0.0)
+        monkeypatch.setattr("sage_fed.device.messages.AWAY_S", 0.0)
         with pytest.raises(RateLimited) as full:
             await r.submit(job(new=2))
         assert ("concurrent_jobs", 18) == (full.value.limit, full.value.allowed)
@@ -818,19 +818,6 @@ def test_a_kept_result_reads_back_as_it_was(
     )  # fmt: skip
     again = Result.from_bytes(Result(started, output, finished).to_bytes())
     assert Result(replace(started, replayed=True), output, finished) == again
-
-
-@pytest.mark.parametrize("stop", [(), ("no such text",)])
-def test_each_log_probability_is_delivered_once(stop: tuple[str, ...]) -> None:
-    """A delta has those of its own tokens, with stop strings to look for or without."""
-    output = Output(Tokenizer.load(MODELS / "demo-tactical").decoder(), stop)
-    drawn = [SampledToken(0, token_id, Logprob(token_id, -1.0)) for token_id in range(20, 26)]
-    deltas = [output.push(drawn[:1])[0], output.push(drawn[1:4])[0], output.push(drawn[4:])[0]]
-    assert [[20], [21, 22, 23], [24, 25]] == [
-        [entry.token_id for entry in delta.logprobs] for delta in deltas
-    ]
-    assert [1, 4, 6] == [delta.output_tokens for delta in deltas]
-    assert tuple(token.logprob for token in drawn) == output.whole().logprobs
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(5, 16), (500, 12), (511, 1)])
@@ -1013,7 +1000,7 @@ async def test_a_job_leaves_nothing_to_the_garbage_collector(
 ) -> None:
     """What it had is freed when it ends: a collection stops the loop for all that there is."""
     async with rig(tmp_path) as r:
-        kinds = (Job, JobSpec, JobStream)
+        kinds = (Job, JobSpec, OutgoingStream)
 
         async def once() -> None:
             with contextlib.suppress(CannotAfford):

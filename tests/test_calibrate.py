@@ -13,7 +13,7 @@ from typing import cast
 from xml.etree import ElementTree as ET
 
 import pytest
-from executor_rig import Rig, read, serving
+from executor_rig import Rig, read, serving, submit
 from fake_engine import WAIT_S, entered, spec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -448,7 +448,7 @@ async def test_jobs_are_served_while_it_runs(tmp_path: Path) -> None:
     async with serving(rig) as executor:
         task = asyncio.create_task(run(one))
         await entered(engine)
-        streams = [executor.submit(spec(number, (T, S)[number % 2])) for number in range(4)]
+        streams = [submit(executor, spec(number, (T, S)[number % 2])) for number in range(4)]
         engine.let_pass(10_000)
         for stream in streams:
             tokens, ended = await read(stream)

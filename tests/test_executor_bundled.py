@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from executor_rig import read
+from executor_rig import Listener, Tokens, read, submit
 from surroundings import MODELS
 
 from sage_fed.core import TIER_ROLES, Sampling, Tier, TierState, TierStatus
-from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup, Tokens, TokenStream
+from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.cuda_graphs import EagerCapture
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step, StepReport
@@ -69,7 +69,7 @@ def traffic(chance: random.Random, count: int) -> list[SequenceSpec]:
     ]
 
 
-async def leave(executor: Executor, stream: TokenStream) -> tuple[list[int], Ended]:
+async def leave(executor: Executor, stream: Listener) -> tuple[list[int], Ended]:
     """Read something, then go away."""
     first = await stream.next()
     executor.cancel(stream.spec.seq_id)
@@ -127,7 +127,7 @@ async def test_company_does_not_change_a_token(alone: dict[Tier, Engine], max_ba
         for tier in TIER_ROLES:
             assert TierState.READY is (await executor.loaded(tier)).state
         for spec in asked:
-            stream = executor.submit(spec)
+            stream = submit(executor, spec)
             if chance.random() < 0.25:
                 gone.add(spec.seq_id)
                 readers.append(asyncio.create_task(leave(executor, stream)))
@@ -172,7 +172,7 @@ async def test_two_steps_in_flight_change_no_token(alone: dict[Tier, Engine]) ->
         for tier in TIER_ROLES:
             assert TierState.READY is (await executor.loaded(tier)).state
             assert engines[tier].pipelined
-        streams = [executor.submit(spec) for spec in asked]
+        streams = [submit(executor, spec) for spec in asked]
         readers = [
             leave(executor, stream) if i % 5 == 4 else read(stream)
             for i, stream in enumerate(streams)
@@ -205,8 +205,8 @@ async def test_a_prompt_found_again_gives_the_same_tokens(
     results: list[tuple[list[int], Ended]] = []
     async with asyncio.timeout(DEADLINE_S):
         assert TierState.READY is (await executor.loaded(tier)).state
-        results.append(await read(executor.submit(asked[0])))
-        results += await asyncio.gather(*(read(executor.submit(spec)) for spec in asked[1:]))
+        results.append(await read(submit(executor, asked[0])))
+        results += await asyncio.gather(*(read(submit(executor, spec)) for spec in asked[1:]))
     await executor.stop(0.0)
     for spec, (tokens, _) in zip(asked, results, strict=True):
         assert sequential(alone[tier], spec) == tokens
@@ -243,7 +243,7 @@ async def test_an_interruption_changes_no_token(alone: dict[Tier, Engine], tier:
     await executor.start()
     async with asyncio.timeout(DEADLINE_S):
         assert TierState.READY is (await executor.loaded(tier)).state
-        readers = [read(executor.submit(spec)) for spec in asked]
+        readers = [read(submit(executor, spec)) for spec in asked]
         results = await asyncio.gather(*readers)
     await executor.stop(0.0)
     assert 0 < watch.preempted

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from executor_rig import Rig, read, serving
+from executor_rig import Rig, Tokens, read, serving, submit
 from fake_engine import FakeEngine, FakeInFlightStep, out_of_memory_once, reference, spec
 
 from sage_fed.core import Tier, TierState
-from sage_fed.device import EndReason, Tokens
+from sage_fed.device import EndReason
 from sage_fed.device.device_thread import Flights
 from sage_fed.steps import Step
 
@@ -26,7 +26,7 @@ async def test_a_tactical_step_waits_on_the_device_behind_a_strategic_one() -> N
 
     rig.engines[S].fail = look
     async with serving(rig) as executor:
-        streams = [executor.submit(spec(0, T, new=40)), executor.submit(spec(1, S, new=10))]
+        streams = [submit(executor, spec(0, T, new=40)), submit(executor, spec(1, S, new=10))]
         results = await asyncio.gather(*map(read, streams))
     assert [reference(spec(0, T, new=40)), reference(spec(1, S, new=10))] == [r[0] for r in results]
     assert 1 in behind
@@ -45,13 +45,13 @@ async def test_a_flight_that_fails_takes_only_its_own_tier_with_it(broken: Tier)
 
     rig.engines[broken].fail = fail
     async with serving(rig) as executor:
-        streams = [executor.submit(spec(0, broken, new=30)), executor.submit(spec(1, other))]
+        streams = [submit(executor, spec(0, broken, new=30)), submit(executor, spec(1, other))]
         (tokens, ended), (intact, _) = await asyncio.gather(*map(read, streams))
         assert EndReason.FAILED is ended.reason
         assert reference(spec(0, broken, new=30))[: len(tokens)] == tokens
         assert reference(spec(1, other)) == intact
         assert TierState.FAILED is executor.status(broken).state
-        assert reference(spec(2, other)) == (await read(executor.submit(spec(2, other))))[0]
+        assert reference(spec(2, other)) == (await read(submit(executor, spec(2, other))))[0]
 
 
 async def test_a_flight_that_runs_out_of_memory_is_flown_again() -> None:
@@ -59,7 +59,7 @@ async def test_a_flight_that_runs_out_of_memory_is_flown_again() -> None:
     rig = Rig(pipelined=True)
     rig.engines[T].fail = out_of_memory_once()
     async with serving(rig) as executor:
-        tokens, ended = await read(executor.submit(spec(0)))
+        tokens, ended = await read(submit(executor, spec(0)))
     assert (reference(spec(0)), EndReason.LENGTH) == (tokens, ended.reason)
     assert 1 == sum(report.out_of_memory for report in rig.observer.reports)
 
@@ -68,7 +68,7 @@ async def test_a_stop_lands_what_is_in_flight() -> None:
     """No engine is closed under a step, and what the step drew is delivered."""
     rig = Rig(pipelined=True)
     async with serving(rig) as executor:
-        stream = executor.submit(spec(0, new=200))
+        stream = submit(executor, spec(0, new=200))
         assert isinstance(await stream.next(), Tokens)
         await executor.stop(0.0)
     assert rig.engines[T].closed

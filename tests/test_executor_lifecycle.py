@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from executor_rig import Listener, Tokens, submit
 from fake_engine import WAIT_S, Clock, FakeEngine, entered, reference, spec
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
-from sage_fed.device import EndReason, Executor, TierSetup, Tokens, TokenStream
+from sage_fed.device import EndReason, Executor, TierSetup
 from sage_fed.device import executor as executor_module
 from sage_fed.device.messages import Inbox, Submit
 from sage_fed.errors import ModelLoadError, QueueFull, TierUnavailable
@@ -44,14 +45,14 @@ def at_once(engine: FakeEngine) -> Load:
     return lambda _progress: engine
 
 
-async def tokens_of(stream: TokenStream) -> list[int]:
+async def tokens_of(stream: Listener) -> list[int]:
     tokens: list[int] = []
     while isinstance(news := await stream.next(), Tokens):
         tokens += [d.token_id for d in news.drawn]
     return tokens
 
 
-async def reason_of(stream: TokenStream) -> EndReason:
+async def reason_of(stream: Listener) -> EndReason:
     async with asyncio.timeout(WAIT_S):
         return (await stream.wait_ended()).reason
 
@@ -71,11 +72,11 @@ async def test_tactical_serves_while_strategic_loads() -> None:
 
     executor = build(at_once(FakeEngine()), slowly, states)
     with pytest.raises(TierUnavailable):
-        executor.submit(spec(0))
+        submit(executor, spec(0))
     await executor.start()
     assert TierState.READY is (await executor.loaded(T)).state
     await half.wait()
-    assert reference(spec(0)) == await tokens_of(executor.submit(spec(0)))
+    assert reference(spec(0)) == await tokens_of(submit(executor, spec(0)))
     assert (TierState.LOADING, 0.5) == (
         executor.status(S).state,
         executor.status(S).load_progress,
@@ -84,11 +85,11 @@ async def test_tactical_serves_while_strategic_loads() -> None:
     assert executor.defaults(T) is not None
     assert executor.defaults(S) is None
     with pytest.raises(TierUnavailable) as refused:
-        executor.submit(spec(1, S))
+        submit(executor, spec(1, S))
     assert refused.value.retry_after_s
     go.set()
     assert TierState.READY is (await executor.loaded(S)).state
-    assert reference(spec(1, S)) == await tokens_of(executor.submit(spec(1, S)))
+    assert reference(spec(1, S)) == await tokens_of(submit(executor, spec(1, S)))
     await executor.stop(0.0)
     assert [TierState.READY, TierState.DRAINING] == [
         status.state for status in states.heard if status.tier is T
@@ -115,7 +116,7 @@ async def test_a_model_that_does_not_load_fails_its_tier_only(error: Exception, 
     assert text in status.message
     assert "secret" not in status.message
     assert TierState.READY is (await executor.loaded(S)).state
-    assert reference(spec(1, S)) == await tokens_of(executor.submit(spec(1, S)))
+    assert reference(spec(1, S)) == await tokens_of(submit(executor, spec(1, S)))
     await executor.stop(0.0)
     assert TierState.FAILED is executor.status(T).state
 
@@ -185,13 +186,13 @@ async def test_a_stop_ends_every_stream_once() -> None:
     """Running, waiting and still in the inbox: each ends with SHUTDOWN, and nothing is admitted."""
     engine = gated()
     executor = await started(engine, FakeEngine())
-    streams = [executor.submit(spec(i, new=100)) for i in range(30)]
+    streams = [submit(executor, spec(i, new=100)) for i in range(30)]
     await entered(engine)
-    streams += [executor.submit(spec(i, new=100)) for i in range(30, 40)]
+    streams += [submit(executor, spec(i, new=100)) for i in range(30, 40)]
     stopping = asyncio.create_task(executor.stop(0.0))
     await asyncio.sleep(0)
     with pytest.raises(TierUnavailable):
-        executor.submit(spec(99))
+        submit(executor, spec(99))
     engine.let_pass(10_000)
     await stopping
     assert [EndReason.SHUTDOWN] * 40 == [await reason_of(stream) for stream in streams]
@@ -204,7 +205,7 @@ async def test_a_stop_lets_streams_end_within_the_grace() -> None:
     """What runs when the stop comes is delivered whole."""
     engine = gated()
     executor = await started(engine, FakeEngine())
-    stream = executor.submit(spec(0, new=20))
+    stream = submit(executor, spec(0, new=20))
     stopping = asyncio.create_task(executor.stop(WAIT_S))
     await asyncio.sleep(0)
     assert TierState.DRAINING is executor.status(T).state
@@ -219,7 +220,7 @@ async def test_a_second_stop_cuts_the_grace_short() -> None:
     """An impatient operator does not wait for the first grace."""
     engine = FakeEngine(num_blocks=70_000, max_context_tokens=1_000_000)
     executor = await started(engine, FakeEngine())
-    stream = executor.submit(spec(0, new=900_000))
+    stream = submit(executor, spec(0, new=900_000))
     first = asyncio.create_task(executor.stop(3600.0))
     assert isinstance(await stream.next(), Tokens)
     await executor.stop(0.0)
@@ -234,7 +235,7 @@ async def test_a_device_that_hangs_does_not_hang_the_stop(
     monkeypatch.setattr(executor_module, "_EXIT_S", 0.05)
     engine = gated()
     executor = await started(engine, FakeEngine())
-    stream = executor.submit(spec(0))
+    stream = submit(executor, spec(0))
     await entered(engine)
     await executor.stop(0.0)
     assert EndReason.SHUTDOWN is await reason_of(stream)
@@ -248,8 +249,8 @@ async def test_a_thread_that_dies_says_so() -> None:
     """Our own bug on the device's thread ends all streams FAILED and fails both tiers."""
     engine = gated()
     executor = await started(engine, FakeEngine())
-    streams = [executor.submit(spec(i, new=50)) for i in range(20)]
-    streams.append(executor.submit(spec(20, S)))
+    streams = [submit(executor, spec(i, new=50)) for i in range(20)]
+    streams.append(submit(executor, spec(20, S)))
     await entered(engine)
     assert executor._device
 
@@ -264,7 +265,7 @@ async def test_a_thread_that_dies_says_so() -> None:
     assert sum(delivered) > 0
     assert {TierState.FAILED} == {executor.status(tier).state for tier in TIER_ROLES}
     with pytest.raises(TierUnavailable):
-        executor.submit(spec(99))
+        submit(executor, spec(99))
     await executor.stop(0.0)
     assert engine.closed
 
@@ -285,12 +286,12 @@ class Late:
         return self.engine
 
 
-async def busy_with_tactical(tactical: FakeEngine, late: Late) -> tuple[Executor, TokenStream]:
+async def busy_with_tactical(tactical: FakeEngine, late: Late) -> tuple[Executor, Listener]:
     """An executor whose thread is in a tactical step while strategic still loads."""
     executor = build(at_once(tactical), late)
     await executor.start()
     await executor.loaded(T)
-    stream = executor.submit(spec(0))
+    stream = submit(executor, spec(0))
     await entered(tactical)
     return executor, stream
 

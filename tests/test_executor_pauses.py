@@ -6,11 +6,11 @@ import asyncio
 import itertools
 
 import pytest
-from executor_rig import Rig, read, serving
+from executor_rig import Rig, Tokens, read, serving, submit
 from fake_engine import out_of_memory_once, reference, spec
 
 from sage_fed.core import TIER_ROLES, Tier, TierState
-from sage_fed.device import Ended, EndReason, Executor, Tokens
+from sage_fed.device import Ended, EndReason, Executor
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
@@ -26,7 +26,7 @@ def rig_with_slow_strategic() -> Rig:
 
 async def both(executor: Executor) -> list[tuple[list[int], Ended]]:
     """A long tactical answer beside a strategic one."""
-    streams = [executor.submit(spec(0, T, new=200)), executor.submit(spec(1, S, new=12))]
+    streams = [submit(executor, spec(0, T, new=200)), submit(executor, spec(1, S, new=12))]
     return await asyncio.gather(*map(read, streams))
 
 
@@ -65,8 +65,8 @@ async def test_the_tiers_share_the_time_whatever_pauses() -> None:
     """The parts of a paused step are owed for once: each tier has half of the device."""
     rig = rig_with_slow_strategic()
     async with serving(rig) as executor:
-        tactical = executor.submit(spec(0, T, new=480))
-        strategic = executor.submit(spec(1, S, new=24))
+        tactical = submit(executor, spec(0, T, new=480))
+        strategic = submit(executor, spec(1, S, new=24))
         await read(strategic)
         executor.cancel(0)
         await read(tactical)
@@ -113,8 +113,8 @@ async def test_a_sequence_that_is_cancelled_in_a_paused_step_ends_with_it() -> N
     """Its blocks are its own until the device has written the last of them."""
     rig = rig_with_slow_strategic()
     async with serving(rig) as executor:
-        tactical = executor.submit(spec(0, T, new=300))
-        strategic = executor.submit(spec(1, S, new=300))
+        tactical = submit(executor, spec(0, T, new=300))
+        strategic = submit(executor, spec(1, S, new=300))
         assert isinstance(await strategic.next(), Tokens)
         executor.cancel(1)
         _, ended = await read(strategic)
@@ -128,7 +128,7 @@ async def test_a_stop_finishes_a_paused_step() -> None:
     """No engine is closed under it, and the time it took has its bearer."""
     rig = rig_with_slow_strategic()
     async with serving(rig) as executor:
-        streams = [executor.submit(spec(0, T, new=300)), executor.submit(spec(1, S, new=300))]
+        streams = [submit(executor, spec(0, T, new=300)), submit(executor, spec(1, S, new=300))]
         assert isinstance(await streams[1].next(), Tokens)
         await executor.stop(0.0)
         endings = [(await read(stream))[1] for stream in streams]

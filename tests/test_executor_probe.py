@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from executor_rig import Rig, read, serving
+from executor_rig import Rig, read, serving, submit
 from fake_engine import WAIT_S, FakeEngine, entered, spec
 
 from sage_fed.core import TIER_ROLES, Sampling, Tier, TierState
@@ -66,7 +66,7 @@ async def test_live_work_goes_first_and_the_probe_starts_again() -> None:
         engine.let_pass()
         await entered(engine)
         # Longer than what the pool would hold beside the probe's blocks.
-        stream = executor.submit(spec(0, prompt=400, new=12))
+        stream = submit(executor, spec(0, prompt=400, new=12))
         engine.let_pass(100)
         tokens, _ = await read(stream)
         assert 12 == len(tokens)
@@ -100,7 +100,7 @@ async def test_a_probe_that_finds_no_idle_moment_says_so() -> None:
     prepare(rig)
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        stream = executor.submit(spec(0))
+        stream = submit(executor, spec(0))
         await entered(engine)
         with pytest.raises(DeviceBusy):
             await executor.probe([decode(T)], 0.01)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
-from executor_rig import read
+from executor_rig import read, submit
 from fake_engine import WAIT_S, FakeEngine, reference, spec
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
@@ -89,12 +89,12 @@ async def test_a_tier_whose_engine_broke_is_loaded_again() -> None:
     """Its sequences end once, the other tier does not notice, and it serves with a new engine."""
     broken, fresh = FakeEngine(fail=breaks), FakeEngine()
     async with serving(iter([broken, fresh]), FakeEngine()) as (executor, watcher):
-        strategic = executor.submit(spec(1, S, new=200))
-        doomed = [executor.submit(spec(i)) for i in (2, 3, 4)]
+        strategic = submit(executor, spec(1, S, new=200))
+        doomed = [submit(executor, spec(i)) for i in (2, 3, 4)]
         assert [EndReason.FAILED] * 3 == [(await read(stream))[1].reason for stream in doomed]
         failed = await watcher.wait(T, TierState.FAILED)
         served = await watcher.wait(T, TierState.READY, times=2)
-        tokens, _ = await read(executor.submit(spec(5)))
+        tokens, _ = await read(submit(executor, spec(5)))
         neighbour, _ = await read(strategic)
         assert [(0, 0)] * 2 == [
             (load.running, load.kv_tokens_used) for load in (executor.load(t) for t in TIER_ROLES)
@@ -114,10 +114,10 @@ async def test_a_load_that_fails_is_tried_again() -> None:
         FakeEngine(fail=breaks), ModelLoadError("the file is gone"), OSError("no"), FakeEngine(),
     ]  # fmt: skip
     async with serving(iter(engines), FakeEngine()) as (executor, watcher):
-        await read(executor.submit(spec(1)))
+        await read(submit(executor, spec(1)))
         again = await watcher.wait(T, TierState.FAILED, times=2)
         await watcher.wait(T, TierState.READY, times=2)
-        tokens, _ = await read(executor.submit(spec(2)))
+        tokens, _ = await read(submit(executor, spec(2)))
     assert reference(spec(2)) == tokens
     assert "the file is gone" == again.message
     assert again.retry_s is not None
@@ -132,9 +132,9 @@ async def test_a_stop_ends_the_recovery() -> None:
     await executor.start()
     for tier in TIER_ROLES:
         await executor.loaded(tier)
-    await read(executor.submit(spec(1)))
+    await read(submit(executor, spec(1)))
     with pytest.raises(TierUnavailable) as refused:
-        executor.submit(spec(2))
+        submit(executor, spec(2))
     assert 60.0 == refused.value.retry_after_s
     await executor.stop(0.0)
     assert TierState.FAILED is executor.status(T).state
@@ -146,19 +146,19 @@ async def test_a_device_that_hangs_is_told_and_comes_back() -> None:
     """Nobody waits for it: streams of both tiers end, new ones are refused, until it answers."""
     engine = FakeEngine(gate=threading.Semaphore(0))
     async with serving(iter([engine]), FakeEngine(), step_timeout_s=1.0) as (executor, watcher):
-        streams = [executor.submit(spec(i, new=50)) for i in range(3)]
-        streams.append(executor.submit(spec(3, S, new=50)))
+        streams = [submit(executor, spec(i, new=50)) for i in range(3)]
+        streams.append(submit(executor, spec(3, S, new=50)))
         assert {EndReason.FAILED} == {(await read(stream))[1].reason for stream in streams}
         for tier in TIER_ROLES:
             assert TierState.FAILED is executor.status(tier).state
             assert executor.status(tier).retry_s
             with pytest.raises(TierUnavailable) as refused:
-                executor.submit(spec(9, tier))
+                submit(executor, spec(9, tier))
             assert refused.value.retry_after_s
         engine.let_pass(10_000)
         await watcher.wait(T, TierState.READY, times=2)
         for tier in TIER_ROLES:
-            tokens, _ = await read(executor.submit(spec(10, tier)))
+            tokens, _ = await read(submit(executor, spec(10, tier)))
             assert reference(spec(10, tier)) == tokens
         assert [(0, 0, 0)] * 2 == [
             (load.running, load.waiting, load.kv_tokens_used)
@@ -171,14 +171,14 @@ async def test_a_device_that_stays_away_is_given_up() -> None:
     """After as long again both tiers are down for good: only a new process can help."""
     engine = FakeEngine(gate=threading.Semaphore(0))
     async with serving(iter([engine]), FakeEngine(), step_timeout_s=0.1) as (executor, watcher):
-        stream = executor.submit(spec(1, new=50))
+        stream = submit(executor, spec(1, new=50))
         assert EndReason.FAILED is (await read(stream))[1].reason
         final = await watcher.wait(S, TierState.FAILED, times=2)
         engine.let_pass(10_000)
         assert final.retry_s is None
         assert {TierState.FAILED} == {executor.status(tier).state for tier in TIER_ROLES}
         with pytest.raises(TierUnavailable):
-            executor.submit(spec(2, S))
+            submit(executor, spec(2, S))
 
 
 async def test_a_lost_device_takes_both_tiers() -> None:
@@ -188,7 +188,7 @@ async def test_a_lost_device_takes_both_tiers() -> None:
         raise DeviceLost("device-side assert")
 
     async with serving(iter([FakeEngine(fail=lost)]), FakeEngine()) as (executor, watcher):
-        streams = [executor.submit(spec(i, tier)) for i, tier in ((1, T), (2, S))]
+        streams = [submit(executor, spec(i, tier)) for i, tier in ((1, T), (2, S))]
         assert EndReason.FAILED is (await read(streams[0]))[1].reason
         await read(streams[1])
         status = await watcher.wait(S, TierState.FAILED)
@@ -215,13 +215,13 @@ async def test_a_sequence_without_numbers_ends_alone(*, pipelined: bool) -> None
     engine = Spoiled(pipelined=pipelined)
     engine.spoiled = range(1, 2)
     async with serving(iter([engine]), FakeEngine()) as (executor, _):
-        well = executor.submit(spec(0, new=40))
-        bad = executor.submit(spec(1, prompt=40, new=40, account="a"))
+        well = submit(executor, spec(0, new=40))
+        bad = submit(executor, spec(1, prompt=40, new=40, account="a"))
         tokens, ended = await read(bad)
         assert (EndReason.NOT_FINITE, []) == (ended.reason, tokens)
         assert reference(spec(0, new=40)) == (await read(well))[0]
         again = replace(spec(1, prompt=40, new=4, account="a"), seq_id=7)
-        tokens, ended = await read(executor.submit(again))
+        tokens, ended = await read(submit(executor, again))
         assert (EndReason.LENGTH, 0) == (ended.reason, ended.cached_tokens)
         assert reference(again) == tokens
         assert TierState.READY is executor.status(T).state
@@ -232,10 +232,10 @@ async def test_a_model_that_gives_nobody_numbers_is_loaded_again() -> None:
     damaged = Spoiled()
     damaged.spoiled = range(1, 1000)
     async with serving(iter([damaged, FakeEngine()]), FakeEngine()) as (executor, watcher):
-        reasons = [(await read(executor.submit(spec(i))))[1].reason for i in (1, 2, 3)]
+        reasons = [(await read(submit(executor, spec(i))))[1].reason for i in (1, 2, 3)]
         assert [EndReason.NOT_FINITE] * 3 == reasons
         await watcher.wait(T, TierState.READY, times=2)
-        tokens, _ = await read(executor.submit(spec(4)))
+        tokens, _ = await read(submit(executor, spec(4)))
     assert reference(spec(4)) == tokens
     assert damaged.closed
 

@@ -7,12 +7,12 @@ import random
 import threading
 
 import pytest
-from executor_rig import Rig, read, serving
+from executor_rig import Rig, Tokens, read, serving, submit
 from fake_engine import WAIT_S, entered, reference, spec
 
 from sage_fed.core import TIER_ROLES, Tier, TierState
-from sage_fed.device import Ended, EndReason, Tokens
-from sage_fed.device.messages import Parcel
+from sage_fed.device import EndReason
+from sage_fed.device.messages import Batch
 from sage_fed.errors import DeviceOutOfMemory, InvalidField, QueueFull, TierUnavailable
 from sage_fed.steps import Step, StepKind, StepReport
 
@@ -32,7 +32,7 @@ async def test_every_stream_is_what_it_would_be_alone(*, pipelined: bool, num_pa
         readers = []
         gone = set()
         for one in asked:
-            readers.append(asyncio.create_task(read(executor.submit(one))))
+            readers.append(asyncio.create_task(read(submit(executor, one))))
             if chance.random() < 0.3:
                 await asyncio.sleep(0)
             if chance.random() < 0.2:
@@ -51,63 +51,15 @@ async def test_every_stream_is_what_it_would_be_alone(*, pipelined: bool, num_pa
     assert pytest.approx(busy_s) == sum(ended.device_s for _, ended in results)
 
 
-async def test_a_slow_reader_merges_and_stalls_nobody() -> None:
-    """Another stream ends while one is not read; that one then has all at once."""
-    rig = Rig()
-    async with serving(rig) as executor:
-        slow = executor.submit(spec(0, new=20))
-        tokens, _ = await read(executor.submit(spec(1, new=30)))
-        await slow.wait_ended()
-        merged = await slow.next()
-        ending = await slow.next()
-        again = await slow.next()
-    assert reference(spec(1, new=30)) == tokens
-    assert isinstance(merged, Tokens)
-    assert reference(spec(0, new=20)) == [d.token_id for d in merged.drawn]
-    assert isinstance(ending, Ended)
-    assert ending is again
-
-
-async def test_a_reader_may_give_up_a_wait_without_losing_a_token() -> None:
-    """A cancelled `next` takes nothing."""
-    rig = Rig()
-    engine = rig.gate(T)
-    async with serving(rig) as executor:
-        stream = executor.submit(spec(0))
-        await entered(engine)
-        waiting = asyncio.create_task(stream.next())
-        await asyncio.sleep(0)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        engine.let_pass(100)
-        tokens, _ = await read(stream)
-    assert reference(spec(0)) == tokens
-
-
 async def test_tokens_are_delivered_as_they_come() -> None:
     """A reader that is called gets every token in order, and the ending after the last."""
     rig = Rig()
     async with serving(rig) as executor:
         one = spec(1, T, prompt=5, new=20)
         got: list[int] = []
-        ended = await executor.submit(one).deliver(
-            lambda drawn: got.extend(d.token_id for d in drawn)
-        )
+        ended = await executor.submit(one, lambda drawn: got.extend(d.token_id for d in drawn))
     assert reference(one) == got
     assert (EndReason.LENGTH, 20) == (ended.reason, ended.output_tokens)
-
-
-async def test_what_came_before_the_reader_is_delivered_too() -> None:
-    """A stream that has ended already gives all its tokens and its ending at once."""
-    rig = Rig()
-    async with serving(rig) as executor:
-        one = spec(1, T, prompt=5, new=4)
-        stream = executor.submit(one)
-        await stream.wait_ended()
-        got: list[int] = []
-        ended = await stream.deliver(lambda drawn: got.extend(d.token_id for d in drawn))
-    assert (reference(one), EndReason.LENGTH) == (got, ended.reason)
 
 
 async def test_a_reader_that_fails_fails_alone() -> None:
@@ -121,10 +73,10 @@ async def test_a_reader_that_fails_fails_alone() -> None:
 
         async def deliver() -> None:
             with pytest.raises(ZeroDivisionError):
-                await executor.submit(broken).deliver(fail)
+                await executor.submit(broken, fail)
 
-        _, (tokens, ended) = await asyncio.gather(deliver(), read(executor.submit(well)))
-        await executor.abort_all()
+        _, (tokens, ended) = await asyncio.gather(deliver(), read(submit(executor, well)))
+        executor.cancel(broken.seq_id)
     assert (reference(well), EndReason.LENGTH) == (tokens, ended.reason)
 
 
@@ -142,7 +94,7 @@ async def test_a_stalled_loop_is_woken_once() -> None:
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     async with serving(rig) as executor:
-        stream = executor.submit(spec(0, new=20))
+        stream = submit(executor, spec(0, new=20))
         loop.call_soon_threadsafe = counting  # type: ignore[method-assign,assignment]
         assert engine.entered.acquire(timeout=WAIT_S)
         for _ in range(10):
@@ -164,7 +116,7 @@ async def test_a_cancel_frees_the_blocks_at_the_step_boundary() -> None:
     rig = Rig()
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        stream = executor.submit(spec(0, new=50))
+        stream = submit(executor, spec(0, new=50))
         await entered(engine)
         assert executor.cancel(0)
         assert executor.cancel(0)
@@ -185,15 +137,15 @@ async def test_a_load_is_never_older_than_an_ending(monkeypatch: pytest.MonkeyPa
     async with serving(rig) as executor:
         device = executor._device
         assert device
-        real = device._handover.put
+        real = device._outbox.put
 
         def put(**news: object) -> None:
             if news.get("ended"):
                 used.append(device.loads[T].kv_tokens_used)
             real(**news)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(device._handover, "put", put)
-        stream = executor.submit(spec(0, new=50))
+        monkeypatch.setattr(device._outbox, "put", put)
+        stream = submit(executor, spec(0, new=50))
         await entered(engine)
         executor.cancel(0)
         engine.let_pass(100)
@@ -201,17 +153,18 @@ async def test_a_load_is_never_older_than_an_ending(monkeypatch: pytest.MonkeyPa
     assert [0] == used
 
 
-async def test_abort_all_ends_everything() -> None:
+async def test_every_sequence_can_be_cancelled() -> None:
     """Running and waiting sequences of both tiers are cancelled, and new ones are served."""
     rig = Rig(max_batch=2)
     engine = rig.gate(S)
     async with serving(rig) as executor:
-        streams = [executor.submit(spec(i, S, new=50)) for i in range(5)]
+        streams = [submit(executor, spec(i, S, new=50)) for i in range(5)]
         await entered(engine)
         engine.let_pass(1000)
-        await executor.abort_all()
-        assert [EndReason.CANCELLED] * 5 == [s.ended.reason for s in streams if s.ended]
-        tokens, _ = await read(executor.submit(spec(9, T)))
+        for stream in streams:
+            executor.cancel(stream.spec.seq_id)
+        assert [EndReason.CANCELLED] * 5 == [(await s.wait_ended()).reason for s in streams]
+        tokens, _ = await read(submit(executor, spec(9, T)))
     assert reference(spec(9)) == tokens
 
 
@@ -225,9 +178,9 @@ async def test_a_broken_engine_takes_only_its_own_tier() -> None:
 
     rig.engines[T].fail = breaks
     async with serving(rig) as executor:
-        strategic = executor.submit(spec(0, S, new=10))
+        strategic = submit(executor, spec(0, S, new=10))
         await entered(engine)
-        doomed = [executor.submit(spec(i, T)) for i in (1, 2)]
+        doomed = [submit(executor, spec(i, T)) for i in (1, 2)]
         engine.let_pass(100)
         endings = [(await read(stream))[1] for stream in doomed]
         tokens, ended = await read(strategic)
@@ -239,8 +192,8 @@ async def test_a_broken_engine_takes_only_its_own_tier() -> None:
         assert TierState.FAILED is executor.load(T).state
         assert TierState.READY is executor.status(S).state
         with pytest.raises(TierUnavailable):
-            executor.submit(spec(3, T))
-        tokens, _ = await read(executor.submit(spec(4, S)))
+            submit(executor, spec(3, T))
+        tokens, _ = await read(submit(executor, spec(4, S)))
         assert reference(spec(4, S)) == tokens
     assert rig.engines[T].closed
     assert "device-side" not in executor.status(T).message
@@ -251,7 +204,7 @@ async def test_an_engine_that_answers_wrongly_is_broken() -> None:
     rig = Rig()
     rig.engines[T].answer = lambda _step: ()  # type: ignore[method-assign]
     async with serving(rig) as executor:
-        _, ended = await read(executor.submit(spec(0)))
+        _, ended = await read(submit(executor, spec(0)))
     assert EndReason.FAILED is ended.reason
 
 
@@ -266,9 +219,9 @@ async def test_a_step_too_big_for_memory_costs_one_sequence() -> None:
 
     engine.fail = fits
     async with serving(rig) as executor:
-        small = executor.submit(spec(0, new=12))
+        small = submit(executor, spec(0, new=12))
         await entered(engine)
-        big = executor.submit(spec(1, prompt=40))
+        big = submit(executor, spec(1, prompt=40))
         engine.let_pass(1000)
         _, ended = await read(big)
         tokens, _ = await read(small)
@@ -282,18 +235,18 @@ async def test_waiting_is_bounded() -> None:
     rig = Rig(max_batch=1, max_waiting=3)
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        streams = [executor.submit(spec(0))]
+        streams = [submit(executor, spec(0))]
         await entered(engine)
-        streams += [executor.submit(spec(i)) for i in (1, 2, 3)]
+        streams += [submit(executor, spec(i)) for i in (1, 2, 3)]
         assert 3 == executor.load(T).waiting
         with pytest.raises(QueueFull) as full:
-            executor.submit(spec(4))
+            submit(executor, spec(4))
         assert full.value.retry_after_s
-        executor.submit(spec(5, S))
+        submit(executor, spec(5, S))
         engine.let_pass(1000)
         for stream in streams:
             await stream.wait_ended()
-        await read(executor.submit(spec(6)))
+        await read(submit(executor, spec(6)))
         assert 0 == executor.load(T).waiting
 
 
@@ -302,7 +255,7 @@ async def test_a_sequence_that_can_never_fit_is_refused_at_once() -> None:
     rig = Rig()
     async with serving(rig) as executor:
         with pytest.raises(InvalidField):
-            executor.submit(spec(0, prompt=500, new=13))
+            submit(executor, spec(0, prompt=500, new=13))
         assert 0 == executor.num_live
 
 
@@ -315,9 +268,9 @@ async def test_tactical_keeps_stepping_while_strategic_prefills() -> None:
     rig.engines[S].step_s, rig.engines[S].token_s = 0.06, 0.001
     gate = rig.gate(T)
     async with serving(rig) as executor:
-        executor.submit(spec(0, T, new=200))
+        submit(executor, spec(0, T, new=200))
         await entered(gate)
-        strategic = executor.submit(spec(1, S, prompt=480, new=2))
+        strategic = submit(executor, spec(1, S, prompt=480, new=2))
         gate.let_pass(1000)
         _, ended = await read(strategic)
         executor.cancel(0)
@@ -346,7 +299,7 @@ async def test_an_idle_executor_sleeps_until_it_is_needed(
 
         monkeypatch.setattr(condition, "wait", wait)
         for i in range(2):
-            await read(executor.submit(spec(i, new=3)))
+            await read(submit(executor, spec(i, new=3)))
             assert await asyncio.to_thread(asleep.acquire, timeout=WAIT_S)
             heartbeat = executor.heartbeat
             assert heartbeat
@@ -359,7 +312,7 @@ async def test_a_heartbeat_tells_stuck_from_idle() -> None:
     rig = Rig()
     engine = rig.gate(T)
     async with serving(rig) as executor:
-        executor.submit(spec(0))
+        submit(executor, spec(0))
         await entered(engine)
         heartbeat = executor.heartbeat
         assert heartbeat
@@ -371,7 +324,7 @@ async def test_load_is_unmeasured_until_there_was_traffic() -> None:
     rig = Rig()
     async with serving(rig) as executor:
         before = executor.load(T)
-        await read(executor.submit(spec(0, prompt=20, new=5)))
+        await read(submit(executor, spec(0, prompt=20, new=5)))
         after = executor.load(T)
     assert (TierState.READY, None, None) == (
         before.state,
@@ -391,7 +344,7 @@ async def test_observers_hear_of_every_step() -> None:
     """Kinds, tokens and device time add up to what was done."""
     rig = Rig()
     async with serving(rig) as executor:
-        await read(executor.submit(spec(0, prompt=20, new=5)))
+        await read(submit(executor, spec(0, prompt=20, new=5)))
     reports = rig.observer.reports
     assert [StepKind.PREFILL, *[StepKind.DECODE] * 4] == [r.kind for r in reports]
     assert (20, 4) == (
@@ -401,13 +354,13 @@ async def test_observers_hear_of_every_step() -> None:
     assert pytest.approx(rig.clock.now - 100.0) == sum(r.elapsed_s for r in reports)
 
 
-def test_a_parcel_left_lying_keeps_its_size() -> None:
+def test_a_batch_left_lying_keeps_its_size() -> None:
     """Reports beyond the bound are added up, and none is lost."""
-    parcel = Parcel()
+    batch = Batch()
     report = StepReport(T, StepKind.DECODE, 1, 0, 3, 3, 0.5)
     for _ in range(5000):
-        parcel.add_report(report)
-    kept = [*parcel.reports, *parcel.merged.values()]
+        batch.add_report(report)
+    kept = [*batch.reports, *batch.summed.values()]
     assert len(kept) < 1100
     assert (5000, 15_000, 2500.0) == (
         sum(r.num_steps for r in kept),

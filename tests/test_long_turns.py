@@ -19,14 +19,11 @@ from hypothesis import strategies as st
 from service_harness import FINISHED, ROUTE, STARTED, WAIT_S, ScriptedJobs, serving
 
 from sage_fed.core import Delta, JobSpec, Logprob, Message, Prompt, SamplingRequest
-from sage_fed.device import Ended, EndReason, SequenceSpec
-from sage_fed.device.executor import LiveStreams
 from sage_fed.errors import InvalidField, QueueFull, SageFedError
 from sage_fed.jobs.results import Result, payload_hashes, read_result, request_key, write_result
 from sage_fed.ledger import RequestKey
 from sage_fed.service.edge import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
-from sage_fed.steps import SampledToken
 from sage_fed.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from sage_fed.workers import Workers
 
@@ -238,54 +235,6 @@ async def test_a_long_request_has_the_same_hash_wherever_it_is_made() -> None:
             spec = JobSpec("robot", prompt, client_request_id="r", sampling=sampling)
             key = RequestKey("robot", "r", payload_hashes(spec))
             assert key == await request_key(spec, workers)
-
-
-def stream_of(live: LiveStreams, seq_id: int) -> list[object]:
-    """What a stream's reader is given, in order."""
-    spec = SequenceSpec(seq_id, ROUTE.tier, (1,), 100)
-    stream = live.open(spec, 0.0)
-    given: list[object] = []
-
-    async def read() -> None:
-        given.append(await stream.deliver(lambda drawn: given.extend(d.token_id for d in drawn)))
-
-    asyncio.ensure_future(read()).add_done_callback(lambda task: task.result())
-    return given
-
-
-async def test_a_step_of_many_streams_is_handed_over_in_several_turns() -> None:
-    """In order, each stream's own tokens together, and an ending after its tokens."""
-    live = LiveStreams(time.monotonic)
-    streams = [stream_of(live, i) for i in range(100)]
-    await asyncio.sleep(0)
-    live.take({i: [SampledToken(i, 5)] for i in range(100)}, ())
-    served = [sum(map(bool, streams))]
-    # Another step comes before the first is handed over; one sequence ends in it.
-    ended = Ended(seq_id=99, reason=EndReason.LENGTH, submitted_s=0.0, ended_s=1.0, output_tokens=2)
-    live.take({i: [SampledToken(i, 6)] for i in range(100)}, [ended])
-    while served[-1] < 100:
-        await asyncio.sleep(0)
-        served.append(sum(map(bool, streams)))
-    assert [32, 64, 96, 100] == sorted(set(served))
-    for _ in range(4):
-        await asyncio.sleep(0)
-    assert [[5, 6]] * 99 == streams[:99]
-    assert [5, 6, ended] == streams[99]
-    assert 99 == len(live)
-
-
-async def test_what_has_come_is_handed_over_before_all_end() -> None:
-    """A device that fails takes nothing back that it said before."""
-    live = LiveStreams(time.monotonic)
-    streams = [stream_of(live, i) for i in range(100)]
-    await asyncio.sleep(0)
-    live.take({i: [SampledToken(i, 5)] for i in range(100)}, ())
-    live.end_all(EndReason.FAILED)
-    for _ in range(2):
-        await asyncio.sleep(0)
-    assert {5} == {given[0] for given in streams}
-    assert [2] * 100 == [len(given) for given in streams]
-    assert 0 == len(live)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff\xff"], ids=["refused", "malformed"])

@@ -204,7 +204,6 @@ async def _started(
             max_jobs=settings.limits.max_jobs,
             hold_ttl_s=settings.ledger.hold_ttl_s,
             max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
-            max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
             tracing=tracing,
         )
         calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)

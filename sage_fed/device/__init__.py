@@ -4,8 +4,9 @@ Import from here: `Executor` and what it takes and gives, and the pure `Schedule
 """
 
 from sage_fed.device.device_thread import Heartbeat
-from sage_fed.device.executor import Executor, ExecutorObserver, Tokens, TokenStream
+from sage_fed.device.executor import Executor, ExecutorObserver
 from sage_fed.device.kv_blocks import BlockPool, blocks_for
+from sage_fed.device.messages import Pacer, is_away
 from sage_fed.device.scheduler import Scheduler
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits, TokenWeights
 from sage_fed.device.tier_loading import TierSetup
@@ -19,12 +20,12 @@ __all__ = [
     "ExecutorObserver",
     "Heartbeat",
     "Outcome",
+    "Pacer",
     "Scheduler",
     "SequenceSpec",
     "TierLimits",
     "TierSetup",
-    "TokenStream",
     "TokenWeights",
-    "Tokens",
     "blocks_for",
+    "is_away",
 ]

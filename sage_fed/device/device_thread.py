@@ -36,11 +36,11 @@ from dataclasses import dataclass, replace
 from sage_fed.core import Tier, TierLoad, TierState, TierStatus
 from sage_fed.device.messages import (
     Cancel,
-    Handover,
     Inbox,
     Message,
     Opened,
     OpenTier,
+    Outbox,
     Probe,
     Stop,
     Submit,
@@ -73,7 +73,7 @@ class DeviceThread:
         self,
         *,
         inbox: Inbox,
-        handover: Handover,
+        outbox: Outbox,
         scheduler: Scheduler,
         clock: Callable[[], float],
     ) -> None:
@@ -81,7 +81,7 @@ class DeviceThread:
         self.loads: Mapping[Tier, TierLoad] = {}
         self.heartbeat = Heartbeat(0, clock(), busy=False)
         self._inbox = inbox
-        self._handover = handover
+        self._outbox = outbox
         self._scheduler = scheduler
         self._probes = ProbeDesk(scheduler, self._publish)
         self._clock = clock
@@ -130,9 +130,9 @@ class DeviceThread:
             if messages or any(load.waiting for load in self.loads.values()):
                 self._publish()
             if ended:
-                self._handover.put(ended=ended)
+                self._outbox.put(ended=ended)
             # Only now, with the step that follows ready to run.
-            self._handover.send()
+            self._outbox.send()
             if step is not None:
                 self._fly(step, self._scheduler.pause_after_s(step))
             elif not self._flights and self._probes.has_work:
@@ -143,7 +143,7 @@ class DeviceThread:
             busy = self._busy
             if self._flights or not busy:
                 # Nothing waits for this thread: the device is at work, or there is no work.
-                self._handover.send()
+                self._outbox.send()
             self._beat(busy=busy)
 
     @property
@@ -176,7 +176,7 @@ class DeviceThread:
             pipelined=engine.pipelined,
             num_parts=engine.num_parts,
         )
-        self._handover.put(
+        self._outbox.put(
             status=TierStatus(tier, TierState.READY, 1.0, engine.info),
             opened=Opened(message.limits, engine.defaults),
         )
@@ -231,8 +231,8 @@ class DeviceThread:
     ) -> None:
         self._steps_done += 1
         self._publish(step.tier)
-        self._handover.put(
-            drawn=outcome.drawn,
+        self._outbox.put(
+            tokens=outcome.drawn,
             ended=outcome.ended,
             report=_report(step, outcome, elapsed_s, memory_short=memory_short),
         )
@@ -270,10 +270,8 @@ class DeviceThread:
         info = engine.info
         self._publish()
         message = "the engine failed; the daemon's log has the details"
-        self._handover.put(
-            ended=ended, status=TierStatus(tier, TierState.FAILED, 0.0, info, message)
-        )
-        self._handover.send()
+        self._outbox.put(ended=ended, status=TierStatus(tier, TierState.FAILED, 0.0, info, message))
+        self._outbox.send()
         self._probes.close_tier(tier, "failed")
         close_engine(engine)
 
@@ -281,14 +279,14 @@ class DeviceThread:
         now = self._clock()
         for tier in self._engines:
             ended += self._scheduler.close_tier(tier, EndReason.SHUTDOWN, now)
-        self._handover.put(ended=ended)
+        self._outbox.put(ended=ended)
 
     def _leave(self, reason: EndReason) -> None:
         unread = self._inbox.close()
         try:
             # Before the engines are closed, which may take long: readers are waiting.
-            self._handover.put(closed=reason)
-            self._handover.send()
+            self._outbox.put(closed=reason)
+            self._outbox.send()
         except RuntimeError:
             logger.exception("the event loop closed before the executor was stopped")
         for message in unread:
@@ -454,7 +452,7 @@ class ProbeDesk:
     @property
     def has_work(self) -> bool:
         """Whether a probe waits for its next step; gives up those that are over."""
-        while self._probes and self._probes[0].over:
+        while self._probes and self._probes[0].done.done():
             self.step_aside()
             del self._probes[0]
         return bool(self._probes)

@@ -1,30 +1,17 @@
 """The event loop's side of the device: submit, cancel, load, start, stop.
 
-Owns the live streams and the recovery: a tier whose engine broke is loaded again, a device that
-hangs is told from a busy one. All methods run on the event loop and none of them blocks it.
+Owns the sequences that live and the recovery: a tier whose engine broke is loaded again, a device
+that hangs is told from a busy one. All methods run on the event loop and none of them blocks it.
 Fails with InvalidField, QueueFull or TierUnavailable before a sequence is accepted; an accepted
 one ends with exactly one `Ended`, also if the device's thread dies or does not come back.
-
-The sequences that were accepted and have not ended: one stream each.
-
-Owns them until their ending, which is the device's word, or ours where it has none to say: then
-what was delivered is all that is known. Hands a step's tokens to some streams in each turn of the
-event loop, so that however many there are, others get their turns between them.
-Event loop only. Cannot fail.
-
-One sequence's output on the event loop: tokens as they come, then exactly one ending.
-
-Owns what its reader has not taken yet: at most `max_new_tokens` tokens, whatever the reader
-does, so a slow reader merges and never stalls the device. Event loop only, one reader.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,15 +19,15 @@ from typing import Protocol
 from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
 from sage_fed.device.device_thread import DeviceThread, Heartbeat
 from sage_fed.device.messages import (
+    Batch,
     Cancel,
-    Handover,
     Inbox,
-    Parcel,
+    Outbox,
+    Pacer,
     Ping,
     Probe,
     Stop,
     Submit,
-    rest_s,
 )
 from sage_fed.device.scheduler import Scheduler
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
@@ -65,6 +52,37 @@ class ExecutorObserver(Protocol):
         """A tier's state or load progress changed."""
 
 
+TokensTaker = Callable[[Sequence[SampledToken]], None]
+"""Is given a sequence's tokens on the event loop, as they come and in order."""
+
+
+@dataclass(slots=True, eq=False)
+class _LiveSequence:
+    """A sequence that was accepted and has not ended."""
+
+    spec: SequenceSpec
+    submitted_s: float
+    take: TokensTaker | None
+    ended: asyncio.Future[Ended]
+    num_tokens: int = 0
+    cancel_asked: bool = False
+
+    def push(self, tokens: Sequence[SampledToken]) -> None:
+        self.num_tokens += len(tokens)
+        if self.take is None:
+            return
+        try:
+            self.take(tokens)
+        except Exception as error:  # noqa: BLE001 - a reader's failure is its own, not its neighbours'
+            self.take = None
+            if not self.ended.done():
+                self.ended.set_exception(error)
+
+    def end(self, ended: Ended) -> None:
+        if not self.ended.done():
+            self.ended.set_result(ended)
+
+
 class Executor:
     """Two engines on one device, shared by many streams.
 
@@ -75,7 +93,7 @@ class Executor:
         step_timeout_s: how long the device may be busy without a sign of life; see `watch`.
         reload_s: how soon a tier that failed is loaded again, the first time.
         max_stream_messages_per_s: that the readers of all streams will send together; 0 is no
-            limit. Tokens are handed over no more often than that.
+            limit. The event loop looks for tokens no more often than that.
         clock: monotonic seconds.
     """
 
@@ -94,30 +112,33 @@ class Executor:
         self._setups = dict(sorted(tiers.items(), key=lambda item: item[0].rank))
         self._observers = tuple(observers)
         self._tactical_share = tactical_share
-        self._max_stream_messages_per_s = max_stream_messages_per_s
+        self.pacer = Pacer(max_stream_messages_per_s)
+        """Of the streams that the tokens go to."""
         self._clock = clock
         self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
-        self._streams = LiveStreams(clock)
+        self._live: dict[int, _LiveSequence] = {}
+        self._none_live = asyncio.Event()
+        self._none_live.set()
         self._probes: set[Probe] = set()
         self._states = TierStates(
             self._setups, reload_s=reload_s, stuck_retry_s=step_timeout_s, clock=clock
         )
         self._news = asyncio.Event()
         self._device: DeviceThread | None = None
-        self._handover: Handover | None = None
+        self._outbox: Outbox | None = None
         self._loaders: list[Loader] = []
 
     async def start(self) -> None:
         """Start the threads and return at once; `loaded` waits for a tier."""
         assert self._device is None, "an executor starts once"
-        self._handover = Handover(
+        self._outbox = Outbox(
             asyncio.get_running_loop(),
             self._deliver,
-            lambda: rest_s(len(self._streams), self._max_stream_messages_per_s),
+            lambda: self.pacer.rest_s(len(self._live)),
         )
         self._device = DeviceThread(
             inbox=self._inbox,
-            handover=self._handover,
+            outbox=self._outbox,
             scheduler=Scheduler(tactical_share=self._tactical_share),
             clock=self._clock,
         )
@@ -155,27 +176,33 @@ class Executor:
                 self._states.stuck = False
                 self._tell(self._states.all())
 
-    def submit(self, spec: SequenceSpec) -> TokenStream:
+    def submit(self, spec: SequenceSpec, take: TokensTaker) -> asyncio.Future[Ended]:
         """Accept a sequence; `spec.seq_id` is not in use by another live one.
+
+        `take` is called with its tokens until the returned future has the ending. What `take`
+        raises is the future's exception, and it is not called again.
 
         Raises:
             TierUnavailable: the tier is loading, failed, unknown or draining.
             InvalidField: the sequence can never fit.
             QueueFull: too many wait already.
         """
-        assert self._streams.find(spec.seq_id) is None, "a sequence id is in use once"
+        assert spec.seq_id not in self._live, "a sequence id is in use once"
         self._states.serving(spec.tier).limits.check(spec)
         submitted_s = self._clock()
         self._inbox.submit(Submit(spec, submitted_s))
-        return self._streams.open(spec, submitted_s)
+        ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._live[spec.seq_id] = _LiveSequence(spec, submitted_s, take, ended)
+        self._none_live.clear()
+        return ended
 
     def cancel(self, seq_id: int) -> bool:
         """End a sequence at the next step boundary; False where it has ended already."""
-        stream = self._streams.find(seq_id)
-        if stream is None:
+        live = self._live.get(seq_id)
+        if live is None:
             return False
-        if not stream.cancel_asked:
-            stream.cancel_asked = True
+        if not live.cancel_asked:
+            live.cancel_asked = True
             self._inbox.post(Cancel(seq_id))
         return True
 
@@ -206,12 +233,6 @@ class Executor:
         finally:
             probe.done.cancel()
             self._probes.discard(probe)
-
-    async def abort_all(self) -> None:
-        """Cancel every live sequence and wait until all have ended."""
-        for stream in self._streams:
-            self.cancel(stream.spec.seq_id)
-        await self._streams.wait_ended()
 
     def load(self, tier: Tier) -> TierLoad:
         """Return what a tier is doing, as of its last step; `waiting` is as of now."""
@@ -248,7 +269,7 @@ class Executor:
     @property
     def num_live(self) -> int:
         """Sequences that were accepted and have not ended."""
-        return len(self._streams)
+        return len(self._live)
 
     @property
     def heartbeat(self) -> Heartbeat | None:
@@ -269,7 +290,7 @@ class Executor:
         self._drain()
         if self._device is None:
             return
-        await self._wait_for_streams(grace_s)
+        await self._wait_for_endings(grace_s)
         for loader in self._loaders:
             loader.abandon()
         self._inbox.post(Stop())
@@ -282,7 +303,7 @@ class Executor:
                 logger.critical("the %s's thread did not stop in %.1f s", name, patience_s)
         # What a thread posts before it exits is opened before its exit is heard; what is left
         # belongs to a device that hangs.
-        self._streams.end_all(EndReason.SHUTDOWN)
+        self._end_live(EndReason.SHUTDOWN)
 
     def _drain(self) -> None:
         self._states.draining = True
@@ -290,26 +311,56 @@ class Executor:
             probe.end(TierUnavailable("the daemon is draining"))
         self._tell(self._states.all())
 
-    async def _wait_for_streams(self, grace_s: float) -> None:
+    async def _wait_for_endings(self, grace_s: float) -> None:
         try:
             async with asyncio.timeout(grace_s):
-                await self._streams.wait_ended()
+                await self._none_live.wait()
         except TimeoutError:
-            logger.warning("%d sequences outlived the grace", len(self._streams))
+            logger.warning("%d sequences outlived the grace", len(self._live))
 
-    def _deliver(self, parcel: Parcel) -> None:
-        """Open a parcel: streams first, observers last, so that none of them costs a token."""
-        self._streams.take(parcel.drawn, parcel.ended)
-        self._states.opened |= parcel.opened
-        for status in parcel.statuses.values():
+    def _deliver(self, batch: Batch) -> None:
+        """Take in what the threads said: tokens first, so that no observer costs one.
+
+        Of a sequence that was ended here, nothing is heard any more.
+        """
+        for seq_id, tokens in batch.tokens.items():
+            live = self._live.get(seq_id)
+            if live is None:
+                continue
+            if tokens:
+                live.push(tokens)
+            if (ended := batch.ended.get(seq_id)) is not None:
+                del self._live[seq_id]
+                live.end(ended)
+        if not self._live:
+            self._none_live.set()
+        self._states.opened |= batch.opened
+        for status in batch.statuses.values():
             self._change(status)
-        if parcel.closed:
-            self._streams.end_all(parcel.closed)
-        if parcel.closed is EndReason.FAILED:
+        if batch.closed:
+            self._end_live(batch.closed)
+        if batch.closed is EndReason.FAILED:
             self._give_up("the device's thread failed; the daemon's log has the details")
-        for report in (*parcel.reports, *parcel.merged.values()):
+        for report in (*batch.reports, *batch.summed.values()):
             for observer in self._observers:
                 observer.step_done(report)
+
+    def _end_live(self, reason: EndReason) -> None:
+        """End what the device's thread did not end itself, after all that it has said."""
+        if self._outbox is not None:
+            self._outbox.flush()
+        sequences, self._live = self._live, {}
+        self._none_live.set()
+        for live in sequences.values():
+            live.end(
+                Ended(
+                    seq_id=live.spec.seq_id,
+                    reason=reason,
+                    submitted_s=live.submitted_s,
+                    ended_s=self._clock(),
+                    output_tokens=live.num_tokens,
+                )
+            )
 
     def _change(self, status: TierStatus) -> None:
         """Take in a tier's news; one that served and failed is loaded again."""
@@ -324,29 +375,29 @@ class Executor:
             self._load({tier: self._setups[tier]})
 
     def _load(self, setups: Mapping[Tier, TierSetup]) -> None:
-        assert self._handover is not None
+        assert self._outbox is not None
         self._loaders = [loader for loader in self._loaders if not loader.exited.done()]
-        loader = Loader(setups, self._inbox, self._handover)
+        loader = Loader(setups, self._inbox, self._outbox)
         self._loaders.append(loader)
         loader.start()
 
     def _part_from_device(self) -> None:
-        """Let nobody wait for a device that hangs; it is told to drop what it has, should it wake.
+        """End all sequences of a device that hangs; should it wake, it drops what it has.
 
-        What it says of those streams later is not heard: their ids are never used again.
+        What it says of them later is not heard: their ids are never used again.
         """
         self._states.stuck = True
-        for stream in self._streams:
-            self._inbox.post(Cancel(stream.spec.seq_id))
+        for seq_id in self._live:
+            self._inbox.post(Cancel(seq_id))
         for probe in self._probes:
             probe.end(TierUnavailable("the device does not answer"))
-        self._streams.end_all(EndReason.FAILED)
+        self._end_live(EndReason.FAILED)
         self._tell(self._states.all())
 
     def _give_up(self, message: str) -> None:
         """Fail every tier for good."""
         self._states.end(message)
-        self._streams.end_all(EndReason.FAILED)
+        self._end_live(EndReason.FAILED)
         self._tell(self._states.all())
 
     def _tell(self, changed: Iterable[TierStatus]) -> None:
@@ -362,178 +413,3 @@ async def _wait_for_exit(exited: Future[None], patience_s: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-_STREAMS_A_TURN = 32
-"""A stream takes some 5 µs to hand its tokens, and its reader some 100 to write them."""
-
-
-class LiveStreams:
-    """Streams by sequence id; `clock` is the executor's."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._streams: dict[int, TokenStream] = {}
-        # What has come and not been handed over yet, in order.
-        self._come: dict[int, list[SampledToken]] = {}
-        self._ended: dict[int, Ended] = {}
-        self._turn_is_due = False
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def __iter__(self) -> Iterator[TokenStream]:
-        """Those that live now; they may end meanwhile."""
-        return iter(tuple(self._streams.values()))
-
-    def find(self, seq_id: int) -> TokenStream | None:
-        """Return the stream of a sequence that has not ended."""
-        return self._streams.get(seq_id)
-
-    def open(self, spec: SequenceSpec, submitted_s: float) -> TokenStream:
-        """Return the stream of a sequence that was accepted."""
-        stream = self._streams[spec.seq_id] = TokenStream(spec, submitted_s)
-        return stream
-
-    def take(self, drawn: Mapping[int, Sequence[SampledToken]], ended: Iterable[Ended]) -> None:
-        """Take in the device's news; of a sequence that has ended here, they are not heard."""
-        for seq_id, tokens in drawn.items():
-            self._come.setdefault(seq_id, []).extend(tokens)
-        for ending in ended:
-            self._come.setdefault(ending.seq_id, [])
-            self._ended[ending.seq_id] = ending
-        if not self._turn_is_due:
-            self._hand_over(_STREAMS_A_TURN)
-
-    def _next_turn(self) -> None:
-        self._turn_is_due = False
-        self._hand_over(_STREAMS_A_TURN)
-
-    def _hand_over(self, most: int) -> None:
-        """Hand over what came first, and the rest in the loop's next turns."""
-        for seq_id in tuple(itertools.islice(self._come, most)):
-            tokens = self._come.pop(seq_id)
-            ending = self._ended.pop(seq_id, None)
-            stream = self._streams.get(seq_id)
-            if stream is None:
-                continue
-            if tokens:
-                stream.push(tokens)
-            if ending is not None:
-                del self._streams[seq_id]
-                stream.end(ending)
-        if self._come and not self._turn_is_due:
-            self._turn_is_due = True
-            asyncio.get_running_loop().call_soon(self._next_turn)
-
-    def end_all(self, reason: EndReason) -> None:
-        """End what the device's thread did not end itself."""
-        self._hand_over(len(self._come))
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.end(
-                Ended(
-                    seq_id=stream.spec.seq_id,
-                    reason=reason,
-                    submitted_s=stream.submitted_s,
-                    ended_s=self._clock(),
-                    output_tokens=stream.num_tokens,
-                )
-            )
-
-    async def wait_ended(self) -> None:
-        """Wait until all that live now have ended."""
-        for stream in self:
-            await stream.wait_ended()
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens since the last `next`, at least one, in order."""
-
-    drawn: tuple[SampledToken, ...]
-
-
-class TokenStream:
-    """What `Executor.submit` returns; the executor writes it, one reader reads it."""
-
-    def __init__(self, spec: SequenceSpec, submitted_s: float) -> None:
-        self.spec = spec
-        self.submitted_s = submitted_s
-        self.num_tokens = 0
-        self.cancel_asked = False
-        self._unread: list[SampledToken] = []
-        self._ended: Ended | None = None
-        self._changed = asyncio.Event()
-        self._over = asyncio.Event()
-        self._reader: Callable[[Sequence[SampledToken]], None] | None = None
-        self._delivered: asyncio.Future[Ended] | None = None
-
-    @property
-    def ended(self) -> Ended | None:
-        """The ending, if it has come; tokens before it may still be unread."""
-        return self._ended
-
-    async def next(self) -> Tokens | Ended:
-        """Wait for more; the ending comes after the last token, and again if asked again.
-
-        No deadline of its own: every stream is ended whatever happens to the device, and a
-        reader with a deadline may cancel this wait without losing a token.
-        """
-        while not self._unread and self._ended is None:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._unread:
-            drawn, self._unread = tuple(self._unread), []
-            return Tokens(drawn)
-        assert self._ended is not None
-        return self._ended
-
-    async def deliver(self, reader: Callable[[Sequence[SampledToken]], None]) -> Ended:
-        """Call `reader` with tokens the moment they come, and return the ending.
-
-        No task is woken for a token, which at many streams is what an event loop does most.
-        What `reader` raises is raised here, and it is not called again.
-        """
-        assert self._delivered is None, "one reader"
-        unread, self._unread = self._unread, []
-        if unread:
-            reader(unread)
-        if self._ended is not None:
-            return self._ended
-        self._delivered = asyncio.get_running_loop().create_future()
-        self._reader = reader
-        try:
-            return await self._delivered
-        finally:
-            self._reader = self._delivered = None
-
-    async def wait_ended(self) -> Ended:
-        """Wait for the ending without reading."""
-        await self._over.wait()
-        assert self._ended is not None
-        return self._ended
-
-    def push(self, drawn: Sequence[SampledToken]) -> None:
-        """Write tokens (the executor only)."""
-        assert self._ended is None
-        self.num_tokens += len(drawn)
-        if self._reader is None:
-            self._unread.extend(drawn)
-            self._changed.set()
-            return
-        try:
-            self._reader(drawn)
-        except Exception as error:  # noqa: BLE001 - a reader's failure is its own, not its neighbours'
-            self._reader = None
-            if self._delivered is not None and not self._delivered.done():
-                self._delivered.set_exception(error)
-
-    def end(self, ended: Ended) -> None:
-        """Write the one ending (the executor only)."""
-        assert self._ended is None, "a sequence ends once"
-        self._ended = ended
-        self._changed.set()
-        self._over.set()
-        if self._delivered is not None and not self._delivered.done():
-            self._delivered.set_result(ended)

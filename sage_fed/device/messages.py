@@ -1,19 +1,12 @@
-"""What the event loop and the loader say to the device's thread.
+"""What the threads and the event loop say to each other: the inbox, the outbox, and the pace.
 
-Owns the messages under way and the count of sequences that have not started, so that the
-bound on waiting holds over both. A device's thread with nothing to do sleeps here, unpolled.
-Fails with QueueFull; a closed inbox takes nothing and says so.
+`Inbox` carries messages to the device's thread, which sleeps there when it has nothing to do.
+`Outbox` is the one buffer for tokens, endings and news on their way to the event loop. However
+many steps pass before the loop looks, one wake-up is under way: a stalled loop is never flooded,
+and the tokens of one sequence, the news of one tier and the reports of steps merge. `Pacer` says
+how often messages may leave the event loop for clients, and so how often it looks.
 
-What the device's thread and the loader say to the event loop, in one go.
-
-Owns the parcel that the event loop has not opened yet. However many steps pass before it
-does, there is one parcel and one wake-up under way: a stalled loop is never flooded, and
-tokens of the same sequence, news of the same tier and reports of steps merge in it.
-
-`put` and `send` are two things, because a loop that wakes up wants the interpreter's lock: the
-device's thread sends when it is about to need it no more. For the same reason the loop rests
-between parcels of mere tokens where steps follow each other faster than streams send messages;
-news, endings and first tokens do not wait.
+Knows neither the scheduler nor jobs. A closed inbox takes nothing and says so.
 """
 
 from __future__ import annotations
@@ -25,11 +18,34 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from sage_fed.core import GenerationDefaults, Tier, TierStatus
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
 from sage_fed.errors import QueueFull, SageFedError
 from sage_fed.steps import Engine, SampledToken, Step, StepKind, StepReport
+
+MAX_PROBE_STEPS = 4096
+"""A longer probe is asked for in pieces, so that an interruption costs little."""
+
+SEQUENCES_A_TURN = 32
+"""What the event loop takes from the outbox in one turn, so that others get theirs in between:
+a sequence's tokens take some 10 µs to decode, and some 100 to write."""
+
+AWAY_S = 1.0
+"""A reader that has not come back from a message for so long takes nothing."""
+
+COUNT_S = 0.25
+"""How long a count of the readers that are away is good for."""
+
+_MAX_REPORTS = 1024
+"""Step reports kept one by one; later ones are added up by tier and kind."""
+
+_SHORTEST_REST_S = 0.001
+"""An event loop's timers are no finer."""
+
+_LONGEST_REST_S = 0.016
+"""A stop string is seen when the outbox is read, and the device works on until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +65,34 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class OpenTier:
-    """Serve a tier with this engine, which is the device thread's from now on."""
+    """Serve a tier with this engine, which belongs to the device's thread from now on."""
 
     tier: Tier
     engine: Engine
     limits: TierLimits
 
 
-MAX_STEPS = 4096
-"""Of one probe; what is longer is asked for in pieces, so that an interruption costs little."""
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End everything and leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Turn the loop once, which moves the heartbeat also of an idle thread."""
 
 
 class Probe:
     """Steps to run and time, in order; `done` gets the device seconds of each.
 
     The chunks' blocks number the probe's own blocks of their tier, from 0.
+    Any thread may end it; the first ending counts.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
-        assert 0 < len(steps) <= MAX_STEPS
+        assert 0 < len(steps) <= MAX_PROBE_STEPS
         self.steps = tuple(steps)
         self.done: Future[tuple[float, ...]] = Future()
-
-    @property
-    def over(self) -> bool:
-        """Whether it has ended, or nobody waits for it any more."""
-        return self.done.done()
 
     @property
     def num_blocks(self) -> dict[Tier, int]:
@@ -86,7 +104,7 @@ class Probe:
         return counts
 
     def end(self, outcome: tuple[float, ...] | SageFedError) -> None:
-        """Write the ending, unless somebody was faster."""
+        """Write the ending, unless there is one."""
         try:
             if isinstance(outcome, SageFedError):
                 self.done.set_exception(outcome)
@@ -96,21 +114,14 @@ class Probe:
             pass
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End everything and leave."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ping:
-    """Turn the loop once: whoever does so beats, also with nothing to do."""
-
-
 Message = Submit | Cancel | OpenTier | Probe | Ping | Stop
 
 
 class Inbox:
-    """Messages in order; bounded for `Submit`, by live sequences for the others."""
+    """Messages to the device's thread, in order; bounded by the sequences that live.
+
+    Counts the sequences that have not started, those under way included.
+    """
 
     def __init__(self, max_waiting: Mapping[Tier, int]) -> None:
         self._max_waiting = dict(max_waiting)
@@ -136,7 +147,7 @@ class Inbox:
             self._changed.notify()
 
     def post(self, message: Cancel | OpenTier | Probe | Ping | Stop) -> bool:
-        """Say something else; False where nobody will hear it any more."""
+        """Say something else; False where the thread has ended."""
         with self._changed:
             if self._closed:
                 return False
@@ -164,37 +175,80 @@ class Inbox:
             self._retry_after_s[tier] = retry_after_s
 
     def waiting(self, tier: Tier) -> int:
-        """Return how many sequences of the tier have not started, those under way included."""
+        """Return how many sequences of the tier have not started."""
         with self._changed:
             return self._waiting[tier]
 
     def close(self) -> list[Message]:
-        """Take no more, and return what nobody dealt with."""
+        """Take no more, and return what was not taken."""
         with self._changed:
             self._closed = True
             messages, self._messages = self._messages, []
             return messages
 
 
-_MAX_REPORTS = 1024
-"""Step reports kept one by one; later ones are added up by tier and kind."""
+class PacedReader(Protocol):
+    """A stream's reader, as far as the pacer looks at it."""
 
-_SHORTEST_REST_S = 0.001
-"""An event loop's timers are no finer."""
-
-_LONGEST_REST_S = 0.016
-"""A stop string is seen when its parcel is opened, and the device works on until then."""
+    @property
+    def away_since_s(self) -> float:
+        """When it went off with a message (`time.monotonic()`); 0 while it waits for one."""
 
 
-def rest_s(num_streams: int, max_stream_messages_per_s: float) -> float:
-    """Return what lies between two parcels of mere tokens: what lies between a stream's messages.
+class Pacer:
+    """The messages a second that all streams share evenly.
 
-    No limit on messages is none on parcels.
+    A message costs gRPC and the event loop some hundred microseconds, whatever is in it. Where
+    many streams, or a very fast model, make more tokens than messages can be sent, tokens share a
+    message; a first token and an ending never wait. A reader that takes nothing has no share until
+    it is back.
+
+    Args:
+        max_stream_messages_per_s: of all streams together; 0 is no limit.
+        clock: `time.monotonic`.
     """
-    if not max_stream_messages_per_s:
-        return 0.0
-    between_s = num_streams / max_stream_messages_per_s
-    return min(max(between_s, _SHORTEST_REST_S), _LONGEST_REST_S)
+
+    def __init__(
+        self, max_stream_messages_per_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_messages_per_s = max_stream_messages_per_s
+        self._clock = clock
+        self._readers: set[PacedReader] = set()
+        self._num_away = 0
+        self._counted_s = 0.0
+
+    @property
+    def interval_s(self) -> float:
+        """The least time between two messages of one stream, now."""
+        if not self._max_messages_per_s:
+            return 0.0
+        now = self._clock()
+        if now - self._counted_s >= COUNT_S:
+            # Counted now and then: a timer for each message would cost as much as the message.
+            self._counted_s = now
+            self._num_away = sum(is_away(reader, now) for reader in self._readers)
+        return max(len(self._readers) - self._num_away, 0) / self._max_messages_per_s
+
+    def rest_s(self, num_sequences: int) -> float:
+        """Return the least time between two looks into the outbox while only tokens come."""
+        if not self._max_messages_per_s:
+            return 0.0
+        between_s = num_sequences / self._max_messages_per_s
+        return min(max(between_s, _SHORTEST_REST_S), _LONGEST_REST_S)
+
+    def join(self, reader: PacedReader) -> None:
+        """Count a reader."""
+        self._readers.add(reader)
+
+    def leave(self, reader: PacedReader) -> None:
+        """Count it no more; it may never have joined."""
+        self._readers.discard(reader)
+
+
+def is_away(reader: PacedReader, now: float) -> bool:
+    """Whether the reader takes nothing."""
+    since = reader.away_since_s
+    return since > 0.0 and now - since >= AWAY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +260,19 @@ class Opened:
 
 
 @dataclass(slots=True)
-class Parcel:
-    """Everything since the last parcel; `closed` is the thread's last word."""
+class Batch:
+    """What the event loop takes from the outbox at once.
 
-    drawn: dict[int, list[SampledToken]] = field(default_factory=dict)
-    ended: list[Ended] = field(default_factory=list)
+    `tokens` has an entry, perhaps an empty one, for each sequence of `ended`.
+    `closed` is the device thread's last word.
+    """
+
+    tokens: dict[int, list[SampledToken]] = field(default_factory=dict)
+    ended: dict[int, Ended] = field(default_factory=dict)
     opened: dict[Tier, Opened] = field(default_factory=dict)
     statuses: dict[Tier, TierStatus] = field(default_factory=dict)
     reports: list[StepReport] = field(default_factory=list)
-    merged: dict[tuple[Tier, StepKind, bool], StepReport] = field(default_factory=dict)
+    summed: dict[tuple[Tier, StepKind, bool], StepReport] = field(default_factory=dict)
     closed: EndReason | None = None
 
     def add_report(self, report: StepReport) -> None:
@@ -223,103 +281,135 @@ class Parcel:
             self.reports.append(report)
             return
         key = (report.tier, report.kind, report.out_of_memory)
-        sum_ = self.merged.get(key)
-        self.merged[key] = report if sum_ is None else _sum(sum_, report)
+        earlier = self.summed.get(key)
+        self.summed[key] = report if earlier is None else _sum(earlier, report)
+
+    def keep_first(self, most: int) -> Batch:
+        """Return the tokens and endings of all sequences but the first `most`, and drop them."""
+        late = tuple(self.tokens)[most:]
+        return Batch(
+            tokens={seq_id: self.tokens.pop(seq_id) for seq_id in late},
+            ended={seq_id: self.ended.pop(seq_id) for seq_id in late if seq_id in self.ended},
+        )
 
 
-class Handover:
-    """Carries parcels to `deliver` on the event loop; any thread may use it.
+class Outbox:
+    """Carries what the threads put to `deliver` on the event loop; any thread may put and send.
+
+    `put` and `send` are two things, because a loop that wakes up wants the interpreter's lock: the
+    device's thread sends when it is about to need it no more. For the same reason the loop rests
+    between batches of mere tokens where steps follow each other faster than streams send messages;
+    news, endings and first tokens do not wait.
 
     Args:
-        loop: where parcels are opened.
+        loop: where batches are delivered.
         deliver: takes them in.
-        rest_s: asked on the loop: seconds that it rests, from one parcel to the next, while
-            tokens come faster than that.
+        rest_s: asked on the loop: seconds that it rests, from one batch to the next, while tokens
+            come faster than that.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        deliver: Callable[[Parcel], None],
+        deliver: Callable[[Batch], None],
         rest_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._loop = loop
         self._deliver = deliver
         self._rest_s = rest_s
-        self._opened_s = -math.inf
+        self._read_s = -math.inf
         self._lock = threading.Lock()
-        self._parcel = Parcel()
+        self._batch = Batch()
         self._filled = False
         self._urgent = False
-        self._under_way = False
+        self._wake_under_way = False
         self._resting = False
 
     def put(
         self,
         *,
-        drawn: Iterable[SampledToken] = (),
+        tokens: Iterable[SampledToken] = (),
         ended: Iterable[Ended] = (),
         report: StepReport | None = None,
         status: TierStatus | None = None,
         opened: Opened | None = None,
         closed: EndReason | None = None,
     ) -> None:
-        """Put into the parcel that leaves next; `opened` goes with the `status` of its tier.
+        """Add to the next batch; `opened` goes with the `status` of its tier.
 
-        A step that read prompts may have drawn first tokens, which somebody waits for.
+        A step that read prompts may have sampled first tokens, which must not wait.
         """
         prompts = report is not None and report.num_prefill_tokens > 0
         with self._lock:
             self._filled = True
-            parcel = self._parcel
-            for d in drawn:
-                parcel.drawn.setdefault(d.seq_id, []).append(d)
-            parcel.ended.extend(ended)
+            batch = self._batch
+            for token in tokens:
+                batch.tokens.setdefault(token.seq_id, []).append(token)
+            for ending in ended:
+                batch.tokens.setdefault(ending.seq_id, [])
+                batch.ended[ending.seq_id] = ending
             if report is not None:
-                parcel.add_report(report)
+                batch.add_report(report)
             if status is not None:
-                parcel.statuses[status.tier] = status
+                batch.statuses[status.tier] = status
                 if opened is not None:
-                    parcel.opened[status.tier] = opened
+                    batch.opened[status.tier] = opened
             if closed is not None:
-                parcel.closed = closed
-            self._urgent |= prompts or bool(parcel.ended or parcel.statuses or parcel.closed)
+                batch.closed = closed
+            self._urgent |= prompts or bool(batch.ended or batch.statuses or batch.closed)
 
     def send(self) -> None:
-        """Have the event loop open what was put, unless it is about to, or rests.
+        """Wake the event loop for what was put, unless it is about to look, or rests.
 
         Raises:
-            RuntimeError: the event loop is closed; there is nobody to hear.
+            RuntimeError: the event loop is closed.
         """
         with self._lock:
-            if self._under_way or not self._filled or (self._resting and not self._urgent):
+            if self._wake_under_way or not self._filled or (self._resting and not self._urgent):
                 return
-            self._under_way = True
-        self._loop.call_soon_threadsafe(self._arrived)
+            self._wake_under_way = True
+        self._loop.call_soon_threadsafe(self._wake)
 
-    def _arrived(self) -> None:
+    def flush(self) -> None:
+        """Deliver all that was put, now (on the event loop)."""
+        with self._lock:
+            batch, self._batch = self._batch, Batch()
+            self._filled = self._urgent = False
+        self._deliver(batch)
+
+    def _wake(self) -> None:
         rest_s = self._rest_s()
-        self._open(rest_s if time.monotonic() - self._opened_s < rest_s else 0.0)
+        self._read(rest_s if time.monotonic() - self._read_s < rest_s else 0.0)
 
     def _rested(self) -> None:
         with self._lock:
             self._resting = False
-            # What is under way will be opened when it arrives.
-            waits = self._filled and not self._under_way
+            # Where a wake-up is under way, it will read.
+            waits = self._filled and not self._wake_under_way
         if waits:
-            self._open(self._rest_s())
+            self._read(self._rest_s())
 
-    def _open(self, rest_s: float) -> None:
-        """Open the parcel, and rest after it, unless a rest is under way."""
+    def _read(self, rest_s: float) -> None:
+        """Deliver what some sequences have, and rest after that, unless a rest is under way."""
+        self._read_s = time.monotonic()
         with self._lock:
-            parcel, self._parcel = self._parcel, Parcel()
-            self._under_way = self._filled = self._urgent = False
             rests = rest_s > 0.0 and not self._resting
             self._resting |= rests
-        self._opened_s = time.monotonic()
         if rests:
             self._loop.call_later(rest_s, self._rested)
-        self._deliver(parcel)
+        self._turn()
+
+    def _turn(self) -> None:
+        with self._lock:
+            batch, self._batch = self._batch, Batch()
+            if batch.closed is None and len(batch.tokens) > SEQUENCES_A_TURN:
+                self._batch = batch.keep_first(SEQUENCES_A_TURN)
+            more = bool(self._batch.tokens)
+            self._filled = self._wake_under_way = more
+            self._urgent = bool(self._batch.ended)
+        if more:
+            self._loop.call_soon(self._turn)
+        self._deliver(batch)
 
 
 def _sum(a: StepReport, b: StepReport) -> StepReport:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.device.device_thread import Heartbeat, close_engine
-from sage_fed.device.messages import Handover, Inbox, Opened, OpenTier
+from sage_fed.device.messages import Inbox, Opened, OpenTier, Outbox
 from sage_fed.device.sequence import TierLimits
 from sage_fed.errors import SageFedError, TierUnavailable
 from sage_fed.steps import Engine
@@ -69,11 +69,11 @@ class LoadAbandoned(Exception):
 class Loader:
     """The thread "sage-fed-loader"; `exited` is done when it has ended."""
 
-    def __init__(self, setups: Mapping[Tier, TierSetup], inbox: Inbox, handover: Handover) -> None:
+    def __init__(self, setups: Mapping[Tier, TierSetup], inbox: Inbox, outbox: Outbox) -> None:
         self.exited: Future[None] = Future()
         self._setups = setups
         self._inbox = inbox
-        self._handover = handover
+        self._outbox = outbox
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._main, name="sage-fed-loader", daemon=True)
 
@@ -121,8 +121,8 @@ class Loader:
         self._tell(TierStatus(tier, TierState.FAILED, message=message))
 
     def _tell(self, status: TierStatus) -> None:
-        self._handover.put(status=status)
-        self._handover.send()
+        self._outbox.put(status=status)
+        self._outbox.send()
 
 
 logger = logging.getLogger(__name__)

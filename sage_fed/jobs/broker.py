@@ -24,6 +24,7 @@ from sage_fed.core import (
     Budget,
     Finished,
     JobSpec,
+    Phase,
     Price,
     Prompt,
     Quote,
@@ -37,7 +38,14 @@ from sage_fed.core import (
     Usage,
     counted,
 )
-from sage_fed.device import Ended, EndReason, Executor
+from sage_fed.device import (
+    Ended,
+    EndReason,
+    Executor,
+    SequenceSpec,
+    TokenWeights,
+    is_away,
+)
 from sage_fed.errors import (
     DeviceOutOfMemory,
     Internal,
@@ -48,9 +56,7 @@ from sage_fed.errors import (
     TierUnavailable,
 )
 from sage_fed.jobs.admission import Draft, Plan, Planner
-from sage_fed.jobs.delivery import DROPS_OUTPUT, Delivery
-from sage_fed.jobs.mailbox import JobStream, split
-from sage_fed.jobs.pace import Pace, is_away
+from sage_fed.jobs.outgoing import DROPS_OUTPUT, Delivery, OutgoingStream
 from sage_fed.jobs.results import Result, read_result, request_key, write_result
 from sage_fed.ledger import HoldRequest, Ledger, Replay
 from sage_fed.metrics import Metrics
@@ -75,7 +81,6 @@ class Broker:
         max_account_jobs: accepted and not ended, or ended and not read, of one account; 0 is no
             limit.
         hold_ttl_s: the ledger's safety net for a hold that none of `job_ids` ends.
-        max_stream_messages_per_s: that all streams may write together; 0 is no limit.
         tracing: told of every job's ending; None traces none.
     """
 
@@ -91,7 +96,6 @@ class Broker:
         max_jobs: int,
         hold_ttl_s: float,
         max_account_jobs: Callable[[str], int] = lambda _: 0,
-        max_stream_messages_per_s: float = 0.0,
         tracing: Tracing | None = None,
     ) -> None:
         self._tasks = tasks
@@ -104,7 +108,6 @@ class Broker:
         self._max_account_jobs = max_account_jobs
         self._hold_ttl_s = hold_ttl_s
         self._tracing = tracing
-        self._pace = Pace(max_stream_messages_per_s)
         self._jobs: dict[str, Job] = {}
         self._account_jobs: Counter[str] = Counter()
         self._coming: Counter[Tier] = Counter()
@@ -117,7 +120,7 @@ class Broker:
         self._all_read.set()
         self._draining = False
 
-    async def submit(self, spec: JobSpec, arrived: float) -> JobStream:
+    async def submit(self, spec: JobSpec, arrived: float) -> OutgoingStream:
         """Accept a job; returns once its hold is durable.
 
         Cancelled while it waits, it cancels the job, whose caller has no stream to cancel yet, and
@@ -156,7 +159,6 @@ class Broker:
             hold_ttl_s=self._hold_ttl_s,
             tracing=self._tracing,
             on_left=lambda: self._reader_left(job_id),
-            pace=self._pace,
         )
         self._jobs[job_id] = job
         self._account_jobs[spec.account] += 1
@@ -354,11 +356,10 @@ class Job:
         hold_ttl_s: float,
         tracing: Tracing | None,
         on_left: Callable[[], None],
-        pace: Pace,
     ) -> None:
         self.job_id = job_id
         self.spec = spec
-        self.stream = JobStream(on_cancel=self._reader_left, pace=pace)
+        self.stream = OutgoingStream(on_cancel=self._reader_left, pacer=executor.pacer)
         self._on_left = on_left
         self._arrived_s = arrived_s
         self._planner = planner
@@ -374,8 +375,8 @@ class Job:
         self._exemplar = {"job_id": job_id}
         if spec.trace is not None:
             self._exemplar["trace_id"] = spec.trace.trace_id
+        self._seq_id = seq_id
         self._delivery = Delivery(
-            seq_id,
             spec,
             self.stream,
             arrived_s=arrived_s,
@@ -403,7 +404,7 @@ class Job:
             priority=self.spec.priority,
             age_s=now - self._arrived_s,
             prompt_tokens=started.prompt_tokens,
-            output_tokens=self._delivery.num_tokens,
+            output_tokens=self.stream.num_tokens,
             held_uatp=started.held_uatp,
         )
 
@@ -452,9 +453,9 @@ class Job:
         result = await read_result(earlier.result, self.spec.account, self._workers)
         budget = await self._ledger.budget(self.spec.account, refusable=False)
         self.stream.start(result.started)
-        if result.output.token_ids or result.output.text:
-            for part in split(result.output):
-                self.stream.push(part)
+        output = result.output
+        if output.token_ids or output.text:
+            self.stream.push(output.text, output.token_ids, output.logprobs)
         self._metrics.job_replayed(result.started.route.tier)
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 
@@ -470,7 +471,8 @@ class Job:
 
     async def _work(self, plan: Plan, started: Started) -> Ended | None:
         """Have the tokens delivered; None where the sequence never got to the executor."""
-        ended = await self._delivery.run(plan, started)
+        sequence = _sequence(self._seq_id, self.spec, plan)
+        ended = await self._delivery.run(sequence, plan.tokenizer.decoder(), started)
         if ended is None:
             return None
         self._device_s = ended.device_s
@@ -481,7 +483,7 @@ class Job:
 
     async def _settle(self, plan: Plan, hold: Hold, started: Started, ended: Ended | None) -> None:
         """Charge what was done, release the rest, and write the ending."""
-        output = self._delivery.whole()
+        output = self.stream.whole() if ended else None
         usage = Usage(
             prompt_tokens=ended.prompt_tokens if ended else 0,
             cached_tokens=ended.cached_tokens if ended else 0,
@@ -700,4 +702,23 @@ def timing_of(ended: Ended | None, arrived_s: float, now: float) -> Timing:
         time_to_first_token_s=first - arrived_s if first is not None else 0.0,
         total_s=now - arrived_s,
         device_s=ended.device_s,
+    )
+
+
+def _sequence(seq_id: int, spec: JobSpec, plan: Plan) -> SequenceSpec:
+    rates = plan.card.lines[plan.route.tier]
+    return SequenceSpec(
+        seq_id=seq_id,
+        tier=plan.route.tier,
+        prompt=plan.prompt,
+        max_new_tokens=plan.offer.max_new_tokens,
+        sampling=plan.sampling,
+        ignore_eos=spec.sampling.ignore_eos,
+        stop_token_ids=plan.stop_token_ids,
+        priority=spec.priority,
+        account=spec.account,
+        # What its tokens count for between accounts: what they cost.
+        weights=TokenWeights(
+            rates[Phase.PREFILL].uatp, rates[Phase.CACHED].uatp, rates[Phase.DECODE].uatp
+        ),
     )

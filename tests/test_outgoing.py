@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 from fake_engine import WAIT_S
-from service_harness import DELTAS, FINISHED, STARTED
+from service_harness import DELTAS, FINISHED, STARTED, merge
+from surroundings import MODELS
 
 from sage_fed.core import Delta, Event, Logprob
+from sage_fed.device import Pacer
+from sage_fed.device.messages import AWAY_S, COUNT_S
 from sage_fed.errors import DeviceBusy
-from sage_fed.jobs.mailbox import MOST_IN_MESSAGE, JobStream, merge, split
-from sage_fed.jobs.pace import AWAY_S, COUNT_S, Pace
+from sage_fed.jobs import OutgoingStream
+from sage_fed.jobs.outgoing import MOST_IN_MESSAGE, SequenceText
+from sage_fed.text import Tokenizer
 
 NEVER = 1e-6
 """Messages a second: nobody's second delta is due while a test runs."""
 
 
-def opened(pace: Pace | None = None) -> JobStream:
+def opened(pacer: Pacer | None = None) -> OutgoingStream:
     """A stream of an accepted job."""
-    stream = JobStream(on_cancel=lambda: None, pace=pace or Pace(0))
+    stream = OutgoingStream(on_cancel=lambda: None, pacer=pacer or Pacer())
     stream.start(STARTED)
     return stream
+
+
+def push(stream: OutgoingStream, delta: Delta) -> None:
+    """Write what a delta says."""
+    stream.push(delta.text, delta.token_ids, delta.logprobs)
 
 
 async def take(events: AsyncIterator[Event]) -> Event:
@@ -38,7 +46,7 @@ async def test_each_delta_of_an_unhurried_stream_is_its_own_message() -> None:
     events = aiter(stream)
     assert await take(events) == STARTED
     for delta in DELTAS:
-        stream.push(delta)
+        push(stream, delta)
         assert await take(events) == delta
     stream.end(FINISHED)
     assert await take(events) == FINISHED
@@ -48,54 +56,54 @@ async def test_each_delta_of_an_unhurried_stream_is_its_own_message() -> None:
 
 async def test_the_first_delta_and_the_ending_do_not_wait_for_their_turn() -> None:
     """What came between them shares one message, and nothing of it is lost or late."""
-    stream = opened(Pace(NEVER))
+    stream = opened(Pacer(NEVER))
     events = aiter(stream)
     assert await take(events) == STARTED
-    stream.push(DELTAS[0])
+    push(stream, DELTAS[0])
     assert await take(events) == DELTAS[0]
     waiting = asyncio.ensure_future(anext(events))
     for delta in DELTAS[1:]:
-        stream.push(delta)
+        push(stream, delta)
         await asyncio.sleep(0)
         assert not waiting.done()
     stream.end(FINISHED)
-    assert await asyncio.wait_for(waiting, WAIT_S) == merge(list(DELTAS[1:]))
+    assert await asyncio.wait_for(waiting, WAIT_S) == merge(DELTAS[1:])
     assert await take(events) == FINISHED
 
 
 async def test_a_stream_whose_turn_has_come_goes_on_by_itself() -> None:
     """Its tokens gather until then, and need no further one to be sent."""
-    stream = opened(Pace(20))
+    stream = opened(Pacer(20))
     events = aiter(stream)
     assert await take(events) == STARTED
     for delta in DELTAS:
-        stream.push(delta)
+        push(stream, delta)
         assert await take(events) == delta
 
 
 async def test_streams_share_the_messages_until_they_are_left() -> None:
     """Who has left, read to its end or not, slows nobody down any more."""
-    pace = Pace(100)
-    first, second = opened(pace), opened(pace)
-    assert pace.interval_s == 0
+    pacer = Pacer(100)
+    first, second = opened(pacer), opened(pacer)
+    assert pacer.interval_s == 0
     for stream in (first, second):
         assert await take(aiter(stream)) == STARTED
-    assert pace.interval_s == pytest.approx(0.02)
+    assert pacer.interval_s == pytest.approx(0.02)
     first.cancel()
     first.cancel()
-    assert pace.interval_s == pytest.approx(0.01)
+    assert pacer.interval_s == pytest.approx(0.01)
     second.cancel()
-    assert pace.interval_s == 0
+    assert pacer.interval_s == 0
 
 
 async def test_an_error_ends_a_stream_that_waits_for_its_turn() -> None:
     """With the output that was made before it."""
-    stream = opened(Pace(NEVER))
+    stream = opened(Pacer(NEVER))
     events = aiter(stream)
     assert await take(events) == STARTED
-    stream.push(DELTAS[0])
+    push(stream, DELTAS[0])
     assert await take(events) == DELTAS[0]
-    stream.push(DELTAS[1])
+    push(stream, DELTAS[1])
     stream.end(DeviceBusy("later", 1.0))
     assert await take(events) == DELTAS[1]
     with pytest.raises(DeviceBusy):
@@ -104,13 +112,13 @@ async def test_an_error_ends_a_stream_that_waits_for_its_turn() -> None:
 
 async def test_a_whole_answer_is_read_at_once() -> None:
     """Started, one delta with everything, and the ending; no turns and no parts."""
-    stream = opened(Pace(NEVER))
+    stream = opened(Pacer(NEVER))
     answer = asyncio.ensure_future(stream.answer())
     for delta in DELTAS:
         await asyncio.sleep(0)
-        stream.push(delta)
+        push(stream, delta)
     stream.end(FINISHED)
-    assert await asyncio.wait_for(answer, WAIT_S) == (STARTED, merge(list(DELTAS)), FINISHED)
+    assert await asyncio.wait_for(answer, WAIT_S) == (STARTED, merge(DELTAS), FINISHED)
 
 
 async def test_an_answer_without_output_is_an_empty_delta() -> None:
@@ -125,7 +133,7 @@ async def test_whoever_waits_for_a_whole_answer_gets_the_error_instead() -> None
     stream = opened()
     answer = asyncio.ensure_future(stream.answer())
     await asyncio.sleep(0)
-    stream.push(DELTAS[0])
+    push(stream, DELTAS[0])
     stream.end(DeviceBusy("later", 1.0))
     with pytest.raises(DeviceBusy):
         await asyncio.wait_for(answer, WAIT_S)
@@ -134,25 +142,25 @@ async def test_whoever_waits_for_a_whole_answer_gets_the_error_instead() -> None
 async def test_who_takes_nothing_has_no_share_of_the_messages() -> None:
     """A reader that went off with a message is counted for a second, and again when it is back."""
     now = 1000.0
-    pace = Pace(100, lambda: now)
+    pacer = Pacer(100, lambda: now)
     away, there = Peer(), Peer()
-    pace.join(away)
-    pace.join(there)
-    assert pace.interval_s == pytest.approx(0.02)
+    pacer.join(away)
+    pacer.join(there)
+    assert pacer.interval_s == pytest.approx(0.02)
     away.away_since_s = now
     now += AWAY_S - COUNT_S
-    assert pace.interval_s == pytest.approx(0.02)
+    assert pacer.interval_s == pytest.approx(0.02)
     now += COUNT_S
-    assert pace.interval_s == pytest.approx(0.01)
+    assert pacer.interval_s == pytest.approx(0.01)
     away.away_since_s = 0.0
     now += COUNT_S
-    assert pace.interval_s == pytest.approx(0.02)
+    assert pacer.interval_s == pytest.approx(0.02)
     there.away_since_s = away.away_since_s = now
     now += AWAY_S
-    assert pace.interval_s == 0
-    pace.leave(there)
-    pace.leave(away)
-    assert pace.interval_s == 0
+    assert pacer.interval_s == 0
+    pacer.leave(there)
+    pacer.leave(away)
+    assert pacer.interval_s == 0
 
 
 async def test_a_reader_is_away_from_an_event_to_the_next() -> None:
@@ -166,21 +174,51 @@ async def test_a_reader_is_away_from_an_event_to_the_next() -> None:
     await asyncio.sleep(0)
     assert stream.away_since_s == 0
     for delta in DELTAS:
-        stream.push(delta)
+        push(stream, delta)
     await coming
     assert stream.away_since_s > 0
     assert (0, STARTED.job_id) == (stream.kept_bytes, stream.job_id)
-    plain, rich = Delta("a", (1,), (), 5), Delta("b", (2, 3), (DELTAS[0].logprobs[0],) * 2, 7)
-    stream.push(plain)
-    few = stream.kept_bytes
-    stream.push(rich)
-    assert stream.kept_bytes > 3 * few > 0
+    for num_unread in (1, 2):
+        push(stream, DELTAS[1])
+        assert stream.kept_bytes > 150 * num_unread
     stream.cancel()
     assert stream.kept_bytes == 0
 
 
+async def test_what_is_kept_for_a_reader_grows_with_the_alternatives() -> None:
+    """A token with log-probabilities is some hundred bytes more."""
+    plain, rich = opened(), opened()
+    plain.push("ab", (1, 2))
+    rich.push("ab", (1, 2), (DELTAS[0].logprobs[0],) * 2)
+    assert rich.kept_bytes > 2 * plain.kept_bytes > 0
+
+
+@pytest.mark.parametrize("leaves_first", [False, True])
+async def test_an_ended_stream_keeps_only_what_may_still_be_read(leaves_first: bool) -> None:
+    """A handler that hangs in its last write keeps no output, whichever of both comes first."""
+    stream = opened()
+    events = aiter(stream)
+    assert await take(events) == STARTED
+    push(stream, DELTAS[0])
+    assert await take(events) == DELTAS[0]
+    push(stream, DELTAS[1])
+    assert stream.whole() == merge(DELTAS[:2])
+    if leaves_first:
+        stream.cancel()
+        push(stream, DELTAS[2])
+        assert stream.whole() == merge(DELTAS), "the job is settled by it"
+    stream.end(FINISHED)
+    if not leaves_first:
+        assert await take(events) == DELTAS[1]
+        assert await take(events) == FINISHED
+        stream.cancel()
+    assert ([], [], []) == (stream._pieces, stream._token_ids, stream._logprobs)
+    assert stream.kept_bytes == 0
+    assert stream.num_tokens == (4 if leaves_first else 3)
+
+
 class Peer:
-    """A stream, as far as the pace looks at it."""
+    """A reader, as far as the pacer looks at it."""
 
     away_since_s = 0.0
 
@@ -193,10 +231,10 @@ def long_delta(num_tokens: int, top: int) -> Delta:
 
 async def test_what_a_slow_reader_finds_fits_into_messages() -> None:
     """As many as it takes, at once, and together they say everything."""
-    stream = opened(Pace(NEVER))
+    stream = opened(Pacer(NEVER))
     part = long_delta(300, 20)
-    for number in range(10):
-        stream.push(replace(part, output_tokens=300 * (number + 1)))
+    for _ in range(10):
+        push(stream, part)
     stream.end(FINISHED)
     events = [event async for event in stream]
     deltas = [event for event in events if isinstance(event, Delta)]
@@ -208,12 +246,38 @@ async def test_what_a_slow_reader_finds_fits_into_messages() -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "top"), [(3, 20), (5000, 20), (70_000, 0)])
-def test_one_long_delta_is_split_into_messages(num_tokens: int, top: int) -> None:
-    """A kept result is one, whatever it was sent in before."""
-    whole = replace(long_delta(num_tokens, top), output_tokens=num_tokens + 4)
-    parts = list(split(whole))
+async def test_a_long_output_is_split_into_messages(num_tokens: int, top: int) -> None:
+    """A kept result is written at once, whatever it was sent in before."""
+    stream = opened()
+    stream.push("", (1,) * 4, long_delta(4, top).logprobs)
+    whole = long_delta(num_tokens, top)
+    push(stream, whole)
+    stream.end(FINISHED)
+    parts = [event async for event in stream if isinstance(event, Delta)]
     assert all(part.size <= MOST_IN_MESSAGE + 2 * (top + 2) for part in parts)
-    assert whole == merge(parts)
+    said = merge(parts)
+    assert (whole.text, 4 + num_tokens) == (said.text, said.output_tokens)
+    assert whole.token_ids == said.token_ids[4:]
     assert [part.output_tokens for part in parts] == [
-        4 + len([i for part in parts[: n + 1] for i in part.token_ids]) for n in range(len(parts))
+        len([i for part in parts[: n + 1] for i in part.token_ids]) for n in range(len(parts))
     ]
+
+
+@pytest.mark.parametrize("stop", [(), ("no such text",)])
+async def test_each_log_probability_is_delivered_once(stop: tuple[str, ...]) -> None:
+    """A delta has those of its own tokens, with stop strings to look for or without."""
+    text = SequenceText(Tokenizer.load(MODELS / "demo-tactical").decoder(), stop)
+    stream = opened()
+    events = aiter(stream)
+    assert await take(events) == STARTED
+    deltas = []
+    for ids in ([20], [21, 22, 23], [24, 25]):
+        piece, count = text.push(ids)
+        assert count == len(ids)
+        stream.push(piece, ids, [Logprob(token_id, -1.0) for token_id in ids])
+        deltas.append(await take(events))
+    assert [[20], [21, 22, 23], [24, 25]] == [
+        [entry.token_id for entry in delta.logprobs] for delta in deltas if isinstance(delta, Delta)
+    ]
+    assert [1, 4, 6] == [delta.output_tokens for delta in deltas if isinstance(delta, Delta)]
+    assert list(range(20, 26)) == [entry.token_id for entry in stream.whole().logprobs]

@@ -1,0 +1,413 @@
+"""A job's output on its way from the device to its reader: the one buffer behind the outbox.
+
+`OutgoingStream` keeps a job's text and tokens and hands them to one reader: `Started`, merged
+`Delta`s at the pacer's pace, and exactly one ending. A reader that falls behind, or has had its
+share of the messages, finds its output merged: memory is bounded by the job's own max_new_tokens,
+and no reader stalls its job. `Delivery` runs a job's sequences on the device, decodes their tokens
+into the stream, and stops them. Event loop only.
+
+Knows no gRPC and no money. `Delivery.run` fails as the executor does when it takes no more; what
+an engine did to a sequence is in its ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from sage_fed.core import (
+    Delta,
+    Event,
+    Finished,
+    JobSpec,
+    Logprob,
+    Started,
+    StopReason,
+    Tier,
+)
+from sage_fed.device import Ended, Executor, Pacer, SequenceSpec
+from sage_fed.errors import SageFedError
+from sage_fed.metrics import Metrics
+from sage_fed.steps import SampledToken
+from sage_fed.text import IncrementalDecoder, StopMatcher
+
+DROPS_OUTPUT = (StopReason.STOP_STRING, StopReason.CANCELLED)
+"""What comes after these is not delivered: the text is complete, or its reader has left."""
+
+SHORTEST_REST_S = 0.001
+"""An event loop's timers are no finer."""
+
+MOST_IN_MESSAGE = 20_000
+"""What one delta may hold (`Delta.size`). With 128 bytes of text for each that is 3 MiB, and a gRPC
+client takes 4 unless it is told otherwise."""
+
+_TOKEN_BYTES = 150
+_LOGPROB_BYTES = 120
+"""What Python keeps for a token's id and text, and for each log-probability beside it, about."""
+
+
+class OutgoingStream:
+    """One job's events, read once: one by one as an iterator, or together by `answer`.
+
+    Iterating yields `Started`, any number of `Delta`, then `Finished`; or raises the
+    `SageFedError` that ended the job. A reader leaves the stream with `cancel`, whether it has
+    read it to its end or not; that may be at any time, also twice.
+    """
+
+    def __init__(self, on_cancel: Callable[[], None], pacer: Pacer) -> None:
+        self.on_cancel = on_cancel
+        """Called when the reader leaves, each time."""
+        self.away_since_s = 0.0
+        """When the reader went off with an event (`time.monotonic()`); 0 while it waits here."""
+        self._pacer = pacer
+        self._resting = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._started: Started | None = None
+        self._ending: Finished | SageFedError | None = None
+        self._ended = False
+        self._left = False
+        # Text in pieces, each of which fits into a message; `_ends` are the numbers of tokens up
+        # to the end of each. What the reader has taken is dropped once the job has ended.
+        self._pieces: list[str] = []
+        self._ends: list[int] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[Logprob] = []
+        self._num_dropped = 0
+        self._num_read = 0
+        """Pieces that the reader has taken."""
+
+    @property
+    def job_id(self) -> str:
+        """The job's id, once it is accepted."""
+        return self._started.job_id if self._started is not None else ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self._num_dropped + len(self._token_ids)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for a reader that is behind, about."""
+        num_unread = self.num_tokens - self._num_read_tokens
+        return num_unread * (_TOKEN_BYTES + (self._token_size - 1) * _LOGPROB_BYTES)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the ending is written (it may not have been read yet)."""
+        return self._ended
+
+    def cancel(self) -> None:
+        """Leave the stream; where the job still runs, it stops and settles."""
+        self._pacer.leave(self)
+        self._left = True
+        # A handler that hangs in its last write keeps the stream, but no output.
+        self._drop_read()
+        self.on_cancel()
+
+    async def admitted(self) -> None:
+        """Wait until the job is accepted.
+
+        Raises:
+            SageFedError: the job was refused instead.
+        """
+        while self._started is None and not self._ended:
+            await self._wait()
+        if self._started is None:
+            self._raise_error()
+
+    async def answer(self) -> tuple[Started, Delta, Finished]:
+        """Wait for the whole answer, for a reader who has no use for its parts.
+
+        Raises:
+            SageFedError: what ended the job instead.
+        """
+        await self.admitted()
+        self._resting = True
+        while not self._ended:
+            await self._wait()
+        self._raise_error()
+        assert self._started is not None
+        assert isinstance(self._ending, Finished)
+        return self._started, self.whole(), self._ending
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        await self.admitted()
+        assert self._started is not None
+        self._pacer.join(self)
+        self.away_since_s = time.monotonic()
+        yield self._started
+        next_s = 0.0
+        while True:
+            self.away_since_s = 0.0
+            if not self._ended and self._has_unread:
+                await self._rest(next_s - time.monotonic())
+            if self._has_unread:
+                delta = self._take()
+                self.away_since_s = time.monotonic()
+                # What is behind already is not to rest as well.
+                next_s = 0.0 if self._has_unread else self.away_since_s + self._pacer.interval_s
+                yield delta
+            elif self._ended:
+                self._raise_error()
+                assert isinstance(self._ending, Finished)
+                self.away_since_s = time.monotonic()
+                yield self._ending
+                return
+            else:
+                await self._wait()
+
+    def start(self, started: Started) -> None:
+        """Write the first event."""
+        assert self._started is None
+        assert not self._ended
+        self._started = started
+        self._wake()
+
+    def push(self, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprob] = ()) -> None:
+        """Write output: some tokens, and the text that is certain with them.
+
+        `logprobs` are of all tokens of a job or of none.
+        """
+        assert self._started is not None
+        assert not self._ended
+        before = self.num_tokens
+        self._token_ids += token_ids
+        self._logprobs += logprobs
+        num_parts = -(-len(token_ids) * self._token_size // MOST_IN_MESSAGE) or 1
+        for part in range(1, num_parts + 1):
+            begin, end = (len(text) * n // num_parts for n in (part - 1, part))
+            self._pieces.append(text[begin:end])
+            self._ends.append(before + len(token_ids) * part // num_parts)
+        if not self._resting:
+            self._wake()
+
+    def whole(self) -> Delta:
+        """Return everything written as one delta; not once the job has ended and some is read."""
+        assert not self._num_dropped
+        return Delta(
+            text="".join(self._pieces),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            output_tokens=len(self._token_ids),
+        )
+
+    def end(self, ending: Finished | SageFedError) -> None:
+        """Write the one ending."""
+        assert not self._ended, "a job ends exactly once"
+        self._ending = ending
+        self._ended = True
+        self._drop_read()
+        self._wake()
+
+    @property
+    def _has_unread(self) -> bool:
+        return self._num_read < len(self._ends)
+
+    @property
+    def _num_read_tokens(self) -> int:
+        if self._left:
+            return self.num_tokens
+        return self._ends[self._num_read - 1] if self._num_read else self._num_dropped
+
+    @property
+    def _token_size(self) -> int:
+        """What one token adds to `Delta.size`, about."""
+        return 2 + len(self._logprobs[-1].top) if self._logprobs else 1
+
+    def _take(self) -> Delta:
+        """Take what is unread, as far as it fits into one message."""
+        first, first_token = self._num_read, self._num_read_tokens
+        most = first_token + MOST_IN_MESSAGE // self._token_size
+        after = first + 1
+        while after < len(self._ends) and self._ends[after] <= most:
+            after += 1
+        self._num_read = after
+        tokens = slice(first_token - self._num_dropped, self._ends[after - 1] - self._num_dropped)
+        return Delta(
+            text="".join(self._pieces[first:after]),
+            token_ids=tuple(self._token_ids[tokens]),
+            logprobs=tuple(self._logprobs[tokens]),
+            output_tokens=self._ends[after - 1],
+        )
+
+    def _drop_read(self) -> None:
+        """Keep only what may still be read, once nothing more is written."""
+        if not self._ended:
+            return
+        num_read_tokens = self._num_read_tokens
+        count = len(self._ends) if self._left else self._num_read
+        del self._pieces[:count]
+        del self._ends[:count]
+        del self._token_ids[: num_read_tokens - self._num_dropped]
+        del self._logprobs[: num_read_tokens - self._num_dropped]
+        self._num_dropped, self._num_read = num_read_tokens, 0
+
+    def _raise_error(self) -> None:
+        """Raise the error that ended the job, if one did, and keep it no more.
+
+        Its frames lead back here, with all that the call had in hand: garbage that only a
+        collection would find.
+        """
+        if isinstance(error := self._ending, SageFedError):
+            self._ending = None
+            try:
+                raise error
+            finally:
+                del error
+
+    async def _rest(self, rest_s: float) -> None:
+        """Let output gather for a while; the job's ending is not kept waiting."""
+        if rest_s < SHORTEST_REST_S:
+            return
+        timer = asyncio.get_running_loop().call_later(rest_s, self._wake)
+        self._resting = True
+        try:
+            await self._wait()
+        finally:
+            self._resting = False
+            timer.cancel()
+
+    async def _wait(self) -> None:
+        # No deadline here: the job's task always writes an ending, and the handler that
+        # waits is itself bounded by its RPC. A bare future: an Event costs twice as much.
+        assert self._waiter is None or self._waiter.done(), "a stream has one reader"
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class SequenceText:
+    """One sequence's text as its tokens come, cut at a stop string."""
+
+    def __init__(self, decoder: IncrementalDecoder, stops: Sequence[str]) -> None:
+        self.matched = False
+        """Whether a stop string has ended the text."""
+        self._decoder = decoder
+        self._has_stops = bool(stops)
+        self._matcher = StopMatcher(stops)
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """Return the text that is certain now, and how many of these tokens count.
+
+        Tokens behind the one that completes a stop string do not: they are never delivered, so
+        never charged.
+        """
+        if not self._has_stops:  # nothing else cares where a token ends
+            return self._decoder.push(token_ids), len(token_ids)
+        pieces = []
+        for count, token_id in enumerate(token_ids, 1):
+            text, self.matched = self._matcher.push(self._decoder.push((token_id,)))
+            pieces.append(text)
+            if self.matched:
+                return "".join(pieces), count
+        return "".join(pieces), len(token_ids)
+
+    def finish(self) -> str:
+        """Return the text that was held back, now that no more tokens come."""
+        text, self.matched = self._matcher.push(self._decoder.finish())
+        return text if self.matched else text + self._matcher.finish()
+
+
+class Delivery:
+    """A job's sequences, and what the reader of `stream` gets of their tokens, and until when."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        stream: OutgoingStream,
+        *,
+        arrived_s: float,
+        executor: Executor,
+        metrics: Metrics,
+        exemplar: Mapping[str, str],
+    ) -> None:
+        self.stop_reason: StopReason | None = None
+        self.contended = False
+        """Whether the other tier had work when the first token came."""
+        self._spec = spec
+        self._stream = stream
+        self._arrived_s = arrived_s
+        self._executor = executor
+        self._metrics = metrics
+        self._exemplar = exemplar
+        self._seq_id: int | None = None
+        self._last_push_s = 0.0
+
+    def stop(self, reason: StopReason) -> None:
+        """Have the job end at the next step; the first reason counts."""
+        if self.stop_reason is not None or self._stream.ended:
+            return
+        self.stop_reason = reason
+        if self._seq_id is not None:
+            self._executor.cancel(self._seq_id)
+
+    async def run(
+        self, sequence: SequenceSpec, decoder: IncrementalDecoder, started: Started | None
+    ) -> Ended | None:
+        """Run a sequence and deliver its tokens; None where it was stopped before it began.
+
+        `started` is written once the executor has accepted the job's first sequence.
+        """
+        if self.stop_reason is not None:
+            return None
+        text = SequenceText(decoder, self._spec.sampling.stop)
+        ending = self._executor.submit(sequence, lambda tokens: self._take(tokens, sequence, text))
+        self._seq_id = sequence.seq_id
+        timer = self._deadline()
+        try:
+            if started is not None:
+                self._stream.start(started)
+            with self._metrics.at_work(sequence.tier):
+                ended = await ending
+        except BaseException:
+            # The device may be well and the bug ours: what it would go on making is not read.
+            self._executor.cancel(sequence.seq_id)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if self.stop_reason not in DROPS_OUTPUT:
+            if rest := text.finish():
+                self._stream.push(rest, ())
+            if text.matched:
+                self.stop_reason = StopReason.STOP_STRING
+        return ended
+
+    def _deadline(self) -> asyncio.TimerHandle | None:
+        """Have it stopped at the job's deadline, if it has one."""
+        deadline_s = self._spec.deadline_s
+        if deadline_s is None:
+            return None
+        left_s = self._arrived_s + deadline_s - time.monotonic()
+        loop = asyncio.get_running_loop()
+        return loop.call_later(max(left_s, 0.0), self.stop, StopReason.DEADLINE)
+
+    def _take(
+        self, tokens: Sequence[SampledToken], sequence: SequenceSpec, text: SequenceText
+    ) -> None:
+        """Pass on what the client may see of a sequence's new tokens."""
+        if self.stop_reason in DROPS_OUTPUT:
+            return
+        token_ids = [token.token_id for token in tokens]
+        piece, count = text.push(token_ids)
+        logprobs = [token.logprob for token in tokens[:count] if token.logprob is not None]
+        self._stream.push(piece, token_ids[:count], logprobs)
+        self._note_gap(sequence.tier, count)
+        if text.matched:
+            # Also where a deadline or an abort came first: the text is complete.
+            self.stop_reason = StopReason.STOP_STRING
+            self._executor.cancel(sequence.seq_id)
+
+    def _note_gap(self, tier: Tier, num_tokens: int) -> None:
+        now, before = time.monotonic(), self._last_push_s
+        if before:
+            self._metrics.tokens_delivered(tier, num_tokens, now - before, self._exemplar)
+        else:
+            self.contended = self._metrics.contended(tier)
+        self._last_push_s = now
