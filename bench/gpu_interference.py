@@ -159,7 +159,7 @@ class Scene:
             )  # fmt: skip
             last: float | None = None
 
-            def take(tokens: Sequence[SampledToken]) -> None:
+            def take(tokens: Sequence[SampledToken], seq_id: int = spec.seq_id) -> None:
                 nonlocal last
                 now, count = time.perf_counter(), len(tokens)
                 if seen.within(now):
@@ -170,7 +170,7 @@ class Scene:
                         seen.gap_s[load.tier] += [(now - last) / count] * count
                 last = now
                 if now > seen.until_s:
-                    executor.cancel(spec.seq_id)
+                    executor.cancel(seq_id)
 
             ended = await executor.submit(spec, take)
             if ended.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
