@@ -255,7 +255,7 @@ async def test_a_sequence_carries_its_account_and_prices(tmp_path: Path) -> None
         engine = r.gate(Tier.STRATEGIC)
         stream = await r.submit(job(requested=Tier.STRATEGIC))
         await entered(engine)
-        (live,) = r.executor._streams
+        (live,) = r.executor._live.values()
         assert "local" == live.spec.account
         assert TokenWeights(329_500, 32_950, 6_590_000) == live.spec.weights
         engine.let_pass(100)

@@ -261,7 +261,7 @@ async def test_a_thread_that_dies_says_so() -> None:
     engine.let_pass(1000)
     assert {EndReason.FAILED} == {await reason_of(stream) for stream in streams}
     delivered = [len(await tokens_of(stream)) for stream in streams]
-    assert delivered == [stream.ended.output_tokens for stream in streams if stream.ended]
+    assert delivered == [(await stream.wait_ended()).output_tokens for stream in streams]
     assert sum(delivered) > 0
     assert {TierState.FAILED} == {executor.status(tier).state for tier in TIER_ROLES}
     with pytest.raises(TierUnavailable):
