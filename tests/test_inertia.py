@@ -35,9 +35,7 @@ from sage_fed.inertia.analysis import (
     PROVISIONAL,
     UNCERTAIN,
     UNTESTED,
-    conclusions,
     fit,
-    precision_answer,
 )
 from sage_fed.inertia.experiment import Method
 from sage_fed.settings import PRECISIONS
@@ -133,9 +131,9 @@ def test_a_fit_never_finds_time_below_nothing() -> None:
 def test_the_note_bears_out_itself() -> None:
     """Fed with its own figures, every claim that one pair of runs can test holds."""
     found = findings(NOTE)
-    verdicts = [c.verdict for c in conclusions(found, analyse(found))]
+    verdicts = [c.verdict for c in analyse(found).conclusions]
     assert [HOLDS, HOLDS, UNTESTED, HOLDS, PROVISIONAL] == verdicts
-    assert UNTESTED == precision_answer(analyse(found)).verdict
+    assert UNTESTED == analyse(found).precision.verdict
 
 
 def test_claims_fail_on_figures_that_contradict_them() -> None:
@@ -143,7 +141,7 @@ def test_claims_fail_on_figures_that_contradict_them() -> None:
     steady = pair(Method.REFERENCE, "fp16", 1.0, 16.0)
     slower = pair(Method.ENGINE, "int4", 0.5, 5.0)
     found = findings(steady, slower)
-    verdicts = [c.verdict for c in conclusions(found, analyse(found))]
+    verdicts = [c.verdict for c in analyse(found).conclusions]
     assert [PARTLY, FAILS, FAILS, HOLDS, PROVISIONAL] == verdicts
 
 
@@ -166,7 +164,7 @@ def test_the_open_question_is_answered_from_the_figures(
         pair(Method.ENGINE, "bf16", *bf16, spread),
         pair(Method.ENGINE, "int4", *int4, spread),
     )
-    answer = precision_answer(analyse(findings(*pairs)))
+    answer = analyse(findings(*pairs)).precision
     assert verdict == answer.verdict
     assert says in answer.because
 
@@ -179,9 +177,9 @@ def test_one_repeat_gives_figures_and_no_verdict_about_times() -> None:
         pair(Method.ENGINE, "int4", 0.4, 4.0, None),
     )
     analysis = analyse(found)
-    verdicts = [c.verdict for c in conclusions(found, analysis)]
+    verdicts = [c.verdict for c in analysis.conclusions]
     assert [PROVISIONAL, PROVISIONAL, PROVISIONAL, HOLDS, PROVISIONAL] == verdicts
-    assert PROVISIONAL == precision_answer(analysis).verdict
+    assert PROVISIONAL == analysis.precision.verdict
     page = markdown(replace(found, plan=replace(PLAN, repeats=1)), analysis)
     assert "| spread | - | - |" in page
     assert "one repeat, whose spread is unknown" in page
@@ -193,7 +191,7 @@ def test_memory_grows_with_the_parameters_within_a_tolerance(share: float, verdi
     """A head of more bits moves the ratio a little; the sentence says what grew how much."""
     small, large = NOTE
     found = findings((small, replace(large, weight_bytes=int(share * large.weight_bytes))))
-    memory = conclusions(found, analyse(found))[3]
+    memory = analyse(found).conclusions[3]
     assert verdict == memory.verdict
     assert "15.42 times the parameters" in memory.because
     times = large.weight_bytes / small.weight_bytes
@@ -211,7 +209,7 @@ def test_the_report_says_what_its_ratio_belongs_to() -> None:
 def test_a_busy_machine_proves_nothing() -> None:
     """A spread of half the time leaves the claims about times without a verdict."""
     found = findings(pair(Method.REFERENCE, "fp16", 1.0, 13.2, 0.5))
-    verdicts = [c.verdict for c in conclusions(found, analyse(found))]
+    verdicts = [c.verdict for c in analyse(found).conclusions]
     assert [UNCERTAIN, UNCERTAIN] == verdicts[:2]
 
 
@@ -220,7 +218,7 @@ def test_a_difference_beyond_all_noise_is_one_on_a_busy_machine_too() -> None:
     found = findings(
         pair(Method.REFERENCE, "fp16", 1.0, 4.0, 0.3), pair(Method.ENGINE, "bf16", 1.0, 13.0, 0.3)
     )
-    first, _, same, *_ = conclusions(found, analyse(found))
+    first, _, same, *_ = analyse(found).conclusions
     assert (PARTLY, FAILS) == (first.verdict, same.verdict)
     assert "below 1 in 1 of 2 cases, too noisy to say in 1" in first.because
 
@@ -229,7 +227,7 @@ def test_another_pair_is_not_held_against_the_notes_ratio() -> None:
     """Two models of other sizes say nothing about 6.59 or the note's load time."""
     small, large = NOTE
     found = findings((small, replace(large, parameters=2 * small.parameters)))
-    by_claim = {c.claim: c.verdict for c in conclusions(found, analyse(found))}
+    by_claim = {c.claim: c.verdict for c in analyse(found).conclusions}
     untested = [claim for claim, verdict in by_claim.items() if verdict == UNTESTED]
     assert any("6.59" in claim for claim in untested)
     assert any("to load" in claim for claim in untested)
@@ -251,7 +249,7 @@ def test_the_report_shows_what_could_not_be_measured() -> None:
 
 def test_what_is_measured_is_handed_out_after_every_model() -> None:
     """An interrupted measurement keeps the models that were done, and can be reported."""
-    demo = [ModelRef(str(resolve_model(f"bundled:demo-{t.name}")), t.value) for t in TIER_ROLES]
+    demo = [ModelRef(str(resolve_model(f"bundled:demo-{t.name}")), t.name) for t in TIER_ROLES]
     plan = replace(PLAN, tactical=demo[0], strategic=demo[1], device="cpu", precisions=("fp32",))
     plan = replace(plan, reference_precision=None, prompt_tokens=4, new_tokens=2, repeats=1)
     seen: list[Findings] = []

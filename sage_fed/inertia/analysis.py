@@ -1,13 +1,11 @@
-"""From times to what they mean: slowdowns, the roofline, and a fit of what is not bandwidth.
+"""What the times mean: slowdowns, the roofline, a fit, and which of the note's claims hold.
 
 Pure. Two limits of a decode step are told apart by `t = overhead x layers + bytes / rate`: what a
 layer costs however small it is (launches, synchronisation, small operations), and the reading of
 weights, keys and values. The published pair, put into it, gives 0.496 ms a layer and 118 GB/s.
 
-Which of the published note's conclusions these measurements bear out: rules, no opinions.
-
 Owns the note's claims and figures (2025-11-05, Jetson AGX Thor, fp16, `generate`, batch 1), and
-the rule by which each is judged. Pure; a claim that was not tested is said to be that.
+the rule by which each is judged; a claim that was not tested is said to be that.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sage_fed.core import Tier
-from sage_fed.inertia.experiment import Findings, Method, Plan, Run
+from sage_fed.inertia.experiment import Findings, Method, Plan, Point, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +23,8 @@ class Slowdown:
     """How much slower the strategic model is, by one method at one precision and batch.
 
     `slowdown` compares seconds per 100 tokens, as was published, `step_slowdown` decode steps.
-    `parameter_ratio` is the linear expectation; `efficiency` the slowdown as a share of it;
+    `parameter_ratio` is the linear expectation, `efficiency` the slowdown as a share of it: 1 is
+    "twice the size, twice the time";
     `spread` what the repeats leave uncertain of it, as a share; None after a single one.
     """
 
@@ -37,11 +36,7 @@ class Slowdown:
     parameter_ratio: float
     bytes_ratio: float
     spread: float | None
-
-    @property
-    def efficiency(self) -> float:
-        """Measured slowdown over parameter ratio: 1 is "twice the size, twice the time"."""
-        return self.slowdown / self.parameter_ratio
+    efficiency: float
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -52,7 +47,7 @@ class Slowdown:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """One decode step beside what the device's memory allows."""
+    """One decode step beside what the device's memory allows; `share` is of the read bandwidth."""
 
     method: Method
     precision: str
@@ -61,11 +56,7 @@ class Roofline:
     num_bytes: float
     step_s: float
     limit_s: float
-
-    @property
-    def share(self) -> float:
-        """Of the measured read bandwidth."""
-        return self.limit_s / self.step_s
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,54 +78,64 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
+class Conclusion:
+    """A claim, the verdict and the figures that it rests on."""
+
+    claim: str
+    verdict: str
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Analysis:
-    """Everything that follows from the findings by arithmetic."""
+    """Everything that follows from the findings.
+
+    `conclusions` judge the note's claims in its order, `precision` answers its open question.
+    """
 
     slowdowns: tuple[Slowdown, ...]
     rooflines: tuple[Roofline, ...]
     fits: tuple[Fit, ...]
-
-    def slowdown(self, method: Method, precision: str, batch: int) -> Slowdown | None:
-        """One row, if both its models were measured."""
-        keys = (method, precision, batch)
-        return next((s for s in self.slowdowns if (s.method, s.precision, s.batch) == keys), None)
+    conclusions: tuple[Conclusion, ...]
+    precision: Conclusion
 
 
 def analyse(findings: Findings) -> Analysis:
-    """Compare every pair of runs that was measured."""
+    """Compare every pair of runs that was measured, and judge the note's claims by them."""
     plan = findings.plan
-    pairs = list(_pairs(findings.runs))
-    fits = [_fit(plan, (small, large)) for small, large in pairs]
+    pairs = _pairs(findings.runs)
+    slowdowns = [_slowdown(plan, *pair, batch) for pair in pairs for batch in plan.batches]
+    rows = tuple(row for row in slowdowns if row is not None)
+    fits = [_fit(plan, pair) for pair in pairs]
     engine = [run for pair in pairs for run in pair if run.method is Method.ENGINE]
     if len({run.precision for run in engine}) > 1:
         fits.append(_fit(plan, engine))
+    known_fits = tuple(fit for fit in fits if fit is not None)
     return Analysis(
-        slowdowns=tuple(
-            row
-            for small, large in pairs
-            for batch in plan.batches
-            if (row := _slowdown(plan, small, large, batch)) is not None
-        ),
+        slowdowns=rows,
         rooflines=tuple(
-            Roofline(
-                run.method, run.precision, run.tier, point.batch, num_bytes, point.step_s,
-                num_bytes / run.bandwidth_bytes_per_s,
-            )
-            for run in findings.runs
-            for point in run.points
-            for num_bytes in (run.bytes_per_step(point.batch, plan.context_tokens),)
+            _roofline(plan, run, point) for run in findings.runs for point in run.points
         ),
-        fits=tuple(fit for fit in fits if fit is not None),
-    )  # fmt: skip
+        fits=known_fits,
+        conclusions=(
+            _less_than_linear(rows),
+            _published_ratio(plan, [row for row in rows if row.batch == 1]),
+            _property_of_the_pair(rows),
+            _memory(pairs),
+            _load_time(pairs),
+        ),
+        precision=_precision(rows, known_fits),
+    )
 
 
-def _pairs(runs: Iterable[Run]) -> Iterable[tuple[Run, Run]]:
-    """Tactical and strategic runs of one method and precision that both have points."""
-    done = {(r.method, r.precision, r.tier): r for r in runs if r.points}
-    for (method, precision, tier), small in done.items():
-        large = done.get((method, precision, Tier.STRATEGIC))
-        if tier == Tier.TACTICAL and large is not None:
-            yield small, large
+def _pairs(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Return the tactical and strategic runs of one method and precision that have points."""
+    done = {(run.method, run.precision, run.tier): run for run in runs if run.points}
+    return [
+        (small, done[method, precision, Tier.STRATEGIC])
+        for (method, precision, tier), small in done.items()
+        if tier == Tier.TACTICAL and (method, precision, Tier.STRATEGIC) in done
+    ]
 
 
 def _slowdown(plan: Plan, small: Run, large: Run, batch: int) -> Slowdown | None:
@@ -142,20 +143,30 @@ def _slowdown(plan: Plan, small: Run, large: Run, batch: int) -> Slowdown | None
     if a is None or b is None:
         return None
     context = plan.context_tokens
+    slowdown, parameter_ratio = b.total_s / a.total_s, large.parameters / small.parameters
     return Slowdown(
         method=small.method,
         precision=small.precision,
         batch=batch,
-        slowdown=b.total_s / a.total_s,
+        slowdown=slowdown,
         step_slowdown=b.step_s / a.step_s,
-        parameter_ratio=large.parameters / small.parameters,
+        parameter_ratio=parameter_ratio,
         bytes_ratio=large.bytes_per_step(batch, context) / small.bytes_per_step(batch, context),
         spread=None if a.spread is None or b.spread is None else math.hypot(a.spread, b.spread),
+        efficiency=slowdown / parameter_ratio,
     )
 
 
-def _fit(plan: Plan, runs: Iterable[Run]) -> Fit | None:
-    runs = tuple(runs)
+def _roofline(plan: Plan, run: Run, point: Point) -> Roofline:
+    num_bytes = run.bytes_per_step(point.batch, plan.context_tokens)
+    limit_s = num_bytes / run.bandwidth_bytes_per_s
+    return Roofline(
+        *(run.method, run.precision, run.tier, point.batch),
+        *(num_bytes, point.step_s, limit_s, limit_s / point.step_s),
+    )
+
+
+def _fit(plan: Plan, runs: Sequence[Run]) -> Fit | None:
     points = [
         (run.num_layers, run.bytes_per_step(1, plan.context_tokens), point.step_s)
         for run in runs
@@ -165,14 +176,19 @@ def _fit(plan: Plan, runs: Iterable[Run]) -> Fit | None:
     if found is None:
         return None
     overhead_s, bytes_per_s, clamped = found
-    error = max(
-        abs(overhead_s * layers + nbytes / bytes_per_s - step_s) / step_s
-        for layers, nbytes, step_s in points
-    )
-    precisions = tuple(dict.fromkeys(run.precision for run in runs))
     small_layers, _, small_s = points[0]
-    share = overhead_s * small_layers / small_s
-    return Fit(runs[0].method, precisions, overhead_s, bytes_per_s, error, clamped, share)
+    return Fit(
+        method=runs[0].method,
+        precisions=tuple(dict.fromkeys(run.precision for run in runs)),
+        overhead_s=overhead_s,
+        bytes_per_s=bytes_per_s,
+        error=max(
+            abs(overhead_s * layers + num_bytes / bytes_per_s - step_s) / step_s
+            for layers, num_bytes, step_s in points
+        ),
+        clamped=clamped,
+        small_share=overhead_s * small_layers / small_s,
+    )
 
 
 def fit(points: Iterable[tuple[int, float, float]]) -> tuple[float, float, bool] | None:
@@ -203,7 +219,6 @@ def fit(points: Iterable[tuple[int, float, float]]) -> tuple[float, float, bool]
 NOTE_SLOWDOWN = 6.59
 NOTE_CPU_SLOWDOWN = 8.46
 NOTE_LOAD_RATIO = 272.76 / 2.99
-NOTE_MEMORY_RATIO = 15.25 / 1.00
 NOTE_PARAMETER_RATIO = 14.0
 
 _SAME = 0.10
@@ -224,31 +239,9 @@ UNCERTAIN = "too noisy to say"
 PROVISIONAL = "one repeat: spread unknown, no verdict"
 
 
-@dataclass(frozen=True, slots=True)
-class Conclusion:
-    """A claim, the verdict and the figures that it rests on."""
-
-    claim: str
-    verdict: str
-    because: str
-
-
-def conclusions(findings: Findings, analysis: Analysis) -> tuple[Conclusion, ...]:
-    """The note's claims, in its order, each judged."""
-    singles = [row for row in analysis.slowdowns if row.batch == 1]
-    return (
-        _less_than_linear(analysis.slowdowns),
-        _published_ratio(findings, singles),
-        _property_of_the_pair(analysis.slowdowns),
-        _memory(findings),
-        _load_time(findings),
-    )
-
-
-def precision_answer(analysis: Analysis) -> Conclusion:
-    """The note's open question: does the scale change with precision?"""
+def _precision(rows: Sequence[Slowdown], fits: Sequence[Fit]) -> Conclusion:
     question = "does the scale change with precision?"
-    rows = [r for r in analysis.slowdowns if r.batch == 1 and r.method is Method.ENGINE]
+    rows = [row for row in rows if row.batch == 1 and row.method is Method.ENGINE]
     if len(rows) < 2:
         return Conclusion(question, UNTESTED, "fewer than two precisions of the engine measured")
     values = [row.slowdown for row in rows]
@@ -270,7 +263,7 @@ def precision_answer(analysis: Analysis) -> Conclusion:
     first, last = rows[0], rows[-1]
     falls = last.slowdown < first.slowdown
     why = f"{listed}: it {'falls' if falls else 'rises'} from {first.precision} to {last.precision}"
-    shares = _overhead_shares(analysis.fits)
+    shares = _overhead_shares(fits)
     if shares:
         why += f"; overhead of layers is, by fit, {shares} of the smaller model's step"
     return Conclusion(question, "yes", why)
@@ -300,8 +293,8 @@ def _less_than_linear(rows: Sequence[Slowdown]) -> Conclusion:
     return Conclusion(claim, verdict, because)
 
 
-def _published_ratio(findings: Findings, singles: Sequence[Slowdown]) -> Conclusion:
-    on_cpu = findings.plan.device == "cpu"
+def _published_ratio(plan: Plan, singles: Sequence[Slowdown]) -> Conclusion:
+    on_cpu = plan.device == "cpu"
     published = NOTE_CPU_SLOWDOWN if on_cpu else NOTE_SLOWDOWN
     where = "CPU (its 0.5B estimated)" if on_cpu else "GPU"
     claim = f"a token of the larger model costs {published} of the smaller one's ({where})"
@@ -309,10 +302,8 @@ def _published_ratio(findings: Findings, singles: Sequence[Slowdown]) -> Conclus
     if not reference:
         return Conclusion(claim, UNTESTED, "the published method was not run")
     row = reference[0]
-    if not _like_the_note(row):
-        return Conclusion(
-            claim, UNTESTED, f"this pair's parameter ratio is {row.parameter_ratio:.2f}, not 14"
-        )
+    if why := _unlike_the_note(row.parameter_ratio):
+        return Conclusion(claim, UNTESTED, why)
     near = abs(row.slowdown / published - 1) <= max(_SAME, row.spread or 0.0)
     verdict = _unless_unsure(HOLDS if near else FAILS, row.spread)
     others = ", ".join(f"{s.slowdown:.2f} ({s.precision})" for s in singles if s is not row)
@@ -336,10 +327,9 @@ def _property_of_the_pair(rows: Sequence[Slowdown]) -> Conclusion:
     return Conclusion(claim, _unless_unsure(HOLDS if same else FAILS, spread), because)
 
 
-def _memory(findings: Findings) -> Conclusion:
+def _memory(pairs: Sequence[tuple[Run, Run]]) -> Conclusion:
     """Of weights: bytes are counted, so one repeat is enough."""
     claim = "memory grows with the parameters"
-    pairs = _run_pairs(findings)
     if not pairs:
         return Conclusion(claim, UNTESTED, "no pair was measured")
     growth = [
@@ -355,17 +345,14 @@ def _memory(findings: Findings) -> Conclusion:
     return Conclusion(claim, HOLDS if holds else FAILS, because)
 
 
-def _load_time(findings: Findings) -> Conclusion:
+def _load_time(pairs: Sequence[tuple[Run, Run]]) -> Conclusion:
     claim = f"the larger model takes {NOTE_LOAD_RATIO:.0f} times as long to load"
-    pairs = _run_pairs(findings)
     if not pairs:
         return Conclusion(claim, UNTESTED, "no pair was measured")
     small, large = pairs[0]
     parameters = large.parameters / small.parameters
-    if abs(parameters / NOTE_PARAMETER_RATIO - 1) > _PAIR_LIKE:
-        return Conclusion(
-            claim, UNTESTED, f"this pair's parameter ratio is {parameters:.2f}, not 14"
-        )
+    if why := _unlike_the_note(parameters):
+        return Conclusion(claim, UNTESTED, why)
     ratios = [(large.load_s / small.load_s, small) for small, large in pairs]
     listed = ", ".join(f"{ratio:.1f} ({r.method.value} {r.precision})" for ratio, r in ratios)
     because = f"{listed}; parameters {parameters:.1f}; each model is loaded once"
@@ -390,17 +377,11 @@ def _unless_unsure(verdict: str, spread: float | None) -> str:
     return UNCERTAIN if spread > _NOISY else verdict
 
 
-def _run_pairs(findings: Findings) -> list[tuple[Run, Run]]:
-    done = {(run.method, run.precision, run.tier): run for run in findings.runs if run.points}
-    return [
-        (small, done[method, precision, Tier.STRATEGIC])
-        for (method, precision, tier), small in done.items()
-        if tier == Tier.TACTICAL and (method, precision, Tier.STRATEGIC) in done
-    ]
-
-
-def _like_the_note(row: Slowdown) -> bool:
-    return abs(row.parameter_ratio / NOTE_PARAMETER_RATIO - 1) <= _PAIR_LIKE
+def _unlike_the_note(parameter_ratio: float) -> str:
+    """Return why a pair is not held against the note's figures; "" where its sizes are alike."""
+    if abs(parameter_ratio / NOTE_PARAMETER_RATIO - 1) <= _PAIR_LIKE:
+        return ""
+    return f"this pair's parameter ratio is {parameter_ratio:.2f}, not 14"
 
 
 def _told(row: Slowdown) -> str:

@@ -1,33 +1,24 @@
-"""What is measured of a pair, in words that measuring, comparing and reporting share.
+"""The published experiment: load each model of a pair by each method, and time it.
 
-Times are seconds, sizes bytes. Fails never.
-
-Loads each model of a pair by each method and times it.
-
-Owns the order: one model at a time, so that the larger one has the memory to itself.
+Owns what is measured (`Plan`), in which order, and the figures (`Findings`): times are seconds,
+sizes bytes. One model is loaded at a time, so that the larger one has the memory to itself; both
+methods compute every token of a batch, greedily, and no token ends a text.
 A model that cannot be loaded or run leaves its reason behind, and the others are measured.
 Fails with `ModelLoadError` where there is nothing to measure: no such device or checkpoint.
-
-A model that is loaded to be timed: by the engine, or by the published method.
-
-Owns: how a batch is decoded by each, and what each says of itself. Both compute every token of
-the batch, greedily, and no token ends a text.
-Fails: `ModelLoadError` from the constructors, `DeviceOutOfMemory` from `generate`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import enum
+import functools
 import gc
 import importlib.metadata
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Protocol
 
 from sage_fed.core import TIER_ROLES, Sampling, Tier
 from sage_fed.engine import (
@@ -45,9 +36,15 @@ from sage_fed.engine.reference import ReferenceModel
 from sage_fed.errors import DeviceOutOfMemory, ModelLoadError
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
 
+_WARM_TOKENS = 3
+_SPECIAL_IDS = 256
+"""The lowest ids are special tokens and bytes in many tokenizers."""
+
+_GREEDY = Sampling(temperature=0.0)
+
 
 class Method(enum.Enum):
-    """Who runs the model: `transformers` and its `generate`, as was published, or our engine."""
+    """What runs the model: `transformers` and its `generate`, as was published, or our engine."""
 
     REFERENCE = "reference"
     ENGINE = "engine"
@@ -169,20 +166,14 @@ class Findings:
 
     @property
     def software(self) -> str:
-        """Versions of whoever ran."""
+        """Versions of what ran."""
         return "; ".join(dict.fromkeys(run.software for run in self.runs if run.software))
 
 
-_WARM_TOKENS = 3
-_SPECIAL_IDS = 256
-"""The lowest ids are special tokens and bytes in many tokenizers."""
+Progress = Callable[[int, str, float | None], None]
+"""Is told the number of the plan's run, from 0, what it does, and which share of it is loaded."""
 
-
-class Progress(Protocol):
-    """Who is told what is going on."""
-
-    def __call__(self, run: int, text: str, share: float | None) -> None:
-        """`run` counts the plan's runs from 0; `share` of it is loaded, None where unknown."""
+_Told = Callable[[str, float | None], None]
 
 
 def measure(plan: Plan, progress: Progress, each: Callable[[Findings], None]) -> Findings:
@@ -194,11 +185,8 @@ def measure(plan: Plan, progress: Progress, each: Callable[[Findings], None]) ->
         ModelLoadError: the device is absent, or a checkpoint is none.
     """
     device = describe_device(plan.device)
-    vocab = min(
-        read_spec(locate(ref.model, ref.revision)).vocab_size
-        for ref in (plan.tactical, plan.strategic)
-    )
-    bench = _Bench(plan, vocab, progress)
+    specs = (read_spec(locate(ref.model, ref.revision)) for ref in (plan.tactical, plan.strategic))
+    vocab_size = min(spec.vocab_size for spec in specs)
     threads = f", {device.threads} threads" if device.threads else ""
     findings = Findings(
         plan=plan,
@@ -208,189 +196,137 @@ def measure(plan: Plan, progress: Progress, each: Callable[[Findings], None]) ->
         threads=device.threads or None,
     )
     for index, way in enumerate(plan.runs):
-        findings = dataclasses.replace(findings, runs=(*findings.runs, bench.run(index, *way)))
+        run = _run(plan, way, vocab_size, functools.partial(progress, index))
+        findings = replace(findings, runs=(*findings.runs, run))
         each(findings)
     return findings
 
 
-class _Bench:
-    """The plan, and who is told."""
+def _run(plan: Plan, way: tuple[Method, str, Tier], vocab_size: int, told: _Told) -> Run:
+    """Load, time and free one model."""
+    method, precision, tier = way
+    gc.collect()  # the model before this one
+    before_bytes = memory_used_bytes(plan.device)
+    peak_known = begin_host_peak()
+    subject: _Subject | None = None
+    try:
+        told("loading", 0.0)
+        if method is Method.REFERENCE:
+            subject = _load_reference(plan, precision, tier)
+        else:
+            subject = _load_engine(plan, precision, tier, lambda share: told("loading", share))
+        peak_bytes = host_peak_bytes() if peak_known else None
+        after_bytes = memory_used_bytes(plan.device)
+        grown_bytes = None
+        if before_bytes is not None and after_bytes is not None:
+            grown_bytes = after_bytes - before_bytes
+        return replace(
+            subject.run,
+            memory_bytes=grown_bytes,
+            peak_host_bytes=peak_bytes,
+            points=tuple(_point(plan, subject, b, vocab_size, told) for b in plan.batches),
+            bandwidth_bytes_per_s=read_bandwidth_bytes_per_s(plan.device),
+        )
+    except (ModelLoadError, DeviceOutOfMemory) as error:
+        told(f"failed: {error.message}", None)
+        return Run(method, precision, tier, failure=error.message)
+    finally:
+        if subject is not None:
+            subject.close()
 
-    def __init__(self, plan: Plan, vocab: int, progress: Progress) -> None:
-        self._plan = plan
-        self._ids = range(min(_SPECIAL_IDS, vocab // 2), vocab)
-        self._progress = progress
 
-    def run(self, index: int, method: Method, precision: str, tier: Tier) -> Run:
-        """Load, time and free one model."""
-        device = self._plan.device
-        gc.collect()  # the model before this one
-        before_bytes = memory_used_bytes(device)
-        peak_known = begin_host_peak()
-        subject: Subject | None = None
-        try:
-            self._progress(index, "loading", 0.0)
-            subject = load(
-                self._plan, method, precision, tier,
-                lambda share: self._progress(index, "loading", share),
-            )  # fmt: skip
-            peak_bytes = host_peak_bytes() if peak_known else None
-            after_bytes = memory_used_bytes(device)
-            return dataclasses.replace(
-                subject.describe(),
-                memory_bytes=_grown(before_bytes, after_bytes),
-                peak_host_bytes=peak_bytes,
-                points=tuple(self._point(index, subject, b) for b in self._plan.batches),
-                bandwidth_bytes_per_s=read_bandwidth_bytes_per_s(device),
-            )
-        except (ModelLoadError, DeviceOutOfMemory) as error:
-            self._progress(index, f"failed: {error.message}", None)
-            return Run(method, precision, tier, failure=error.message)
-        finally:
-            if subject is not None:
-                subject.close()
+def _point(plan: Plan, subject: _Subject, batch: int, vocab_size: int, told: _Told) -> Point:
+    """Time one batch size: a short warm-up, then the repeats."""
+    ids = range(min(_SPECIAL_IDS, vocab_size // 2), vocab_size)
 
-    def _point(self, index: int, subject: Subject, batch: int) -> Point:
-        """One batch size: a short warm-up, then the repeats."""
-        plan = self._plan
-        subject.generate(self._prompts(batch, 0), min(_WARM_TOKENS, plan.new_tokens))
-        totals: list[float] = []
-        steps: list[float] = []
-        for repeat in range(plan.repeats):
-            self._progress(index, f"batch {batch}, {repeat + 1} of {plan.repeats}", None)
-            prompts = self._prompts(batch, repeat + 1)
-            began = time.perf_counter()
-            stamps = subject.generate(prompts, plan.new_tokens)
-            totals.append(time.perf_counter() - began)
-            steps.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
-        total_s = median(totals)
-        spread = (max(totals) - min(totals)) / total_s if len(totals) > 1 else None
-        return Point(batch, plan.new_tokens, total_s, median(steps), spread)
-
-    def _prompts(self, batch: int, seed: int) -> Sequence[Sequence[int]]:
-        """Random ids, the same for both models and every method."""
+    def prompts(seed: int) -> Sequence[Sequence[int]]:
+        """Return random ids, the same for both models and every method."""
         source = random.Random(f"{seed} {batch}")  # noqa: S311 - nothing secret
-        return [source.choices(self._ids, k=self._plan.prompt_tokens) for _ in range(batch)]
+        return [source.choices(ids, k=plan.prompt_tokens) for _ in range(batch)]
 
-
-def _grown(before_bytes: int | None, after_bytes: int | None) -> int | None:
-    return None if before_bytes is None or after_bytes is None else after_bytes - before_bytes
-
-
-_GREEDY = Sampling(temperature=0.0)
-
-
-class Subject(Protocol):
-    """A loaded model, whoever runs it."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
-        """Decode greedily; seconds at which each token of the whole batch came."""
-
-    def describe(self) -> Run:
-        """Who it is, without points and measured memory."""
-
-    def close(self) -> None:
-        """Free its memory."""
-
-
-def load(
-    plan: Plan, method: Method, precision: str, tier: Tier, progress: Callable[[float], None]
-) -> Subject:
-    """Load one model; `progress` gets the loaded share where it is known."""
-    if method is Method.REFERENCE:
-        return ReferenceSubject(plan, precision, tier)
-    return EngineSubject(plan, precision, tier, progress)
-
-
-class ReferenceSubject:
-    """`transformers` and its `generate`."""
-
-    def __init__(self, plan: Plan, precision: str, tier: Tier) -> None:
-        ref = plan.model(tier)
-        self._model = ReferenceModel(ref.model, ref.revision, plan.device, precision)
-        self._identity = (Method.REFERENCE, precision, tier)
-
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
-        """One static batch."""
-        return self._model.generate(prompts, new_tokens)
-
-    def describe(self) -> Run:
-        """What `transformers` loaded."""
-        info = self._model.info
-        return Run(
-            *self._identity,
-            parameters=info.parameters,
-            num_layers=info.num_layers,
-            weight_bytes=info.weight_bytes,
-            step_bytes=info.step_bytes,
-            kv_token_bytes=info.kv_token_bytes,
-            load_s=info.load_s,
-            software=info.software,
-        )
-
-    def close(self) -> None:
-        """Free its memory."""
-        self._model.close()
-
-
-class EngineSubject:
-    """This engine, alone: its steps, without scheduler and daemon."""
-
-    def __init__(
-        self, plan: Plan, precision: str, tier: Tier, progress: Callable[[float], None]
-    ) -> None:
-        ref = plan.model(tier)
-        spec = read_spec(locate(ref.model, ref.revision))
-        self._blocks_each = -(-(plan.prompt_tokens + plan.new_tokens) // BLOCK_SIZE)
-        context = self._blocks_each * BLOCK_SIZE
-        itemsize = 4 if precision == "fp32" else 2
-        tokens = max(plan.batches) * context
-        options = EngineOptions(
-            model=ref.model,
-            revision=ref.revision,
-            kv_cache_bytes=tokens * spec.num_layers * spec.kv_width * itemsize,
-            device=plan.device,
-            precision=precision,
-            max_context_tokens=min(context, spec.max_position),
-        )
-        self._engine = load_engine(options, progress)
-        self._tier = tier
-        self._num_layers = spec.num_layers
-
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
-        """Every prompt in one step, then one token of each sequence a step."""
+    subject.generate(prompts(0), min(_WARM_TOKENS, plan.new_tokens))
+    totals: list[float] = []
+    steps: list[float] = []
+    for repeat in range(1, plan.repeats + 1):
+        told(f"batch {batch}, {repeat} of {plan.repeats}", None)
+        drawn = prompts(repeat)
         began = time.perf_counter()
-        each = self._blocks_each
-        blocks = [tuple(range(i * each, (i + 1) * each)) for i in range(len(prompts))]
+        stamps = subject.generate(drawn, plan.new_tokens)
+        totals.append(time.perf_counter() - began)
+        steps.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
+    total_s = median(totals)
+    spread = (max(totals) - min(totals)) / total_s if len(totals) > 1 else None
+    return Point(batch, plan.new_tokens, total_s, median(steps), spread)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A loaded model: `run` says which, without points and measured memory.
+
+    `generate` decodes prompts of one length greedily, and returns the seconds at which each token
+    of the whole batch came.
+    """
+
+    run: Run
+    generate: Callable[[Sequence[Sequence[int]], int], list[float]]
+    close: Callable[[], None]
+
+
+def _load_reference(plan: Plan, precision: str, tier: Tier) -> _Subject:
+    """Load a model by the published method: `transformers` and its `generate`."""
+    ref = plan.model(tier)
+    model = ReferenceModel(ref.model, ref.revision, plan.device, precision)
+    run = Run(Method.REFERENCE, precision, tier, **asdict(model.info))
+    return _Subject(run, model.generate, model.close)
+
+
+def _load_engine(
+    plan: Plan, precision: str, tier: Tier, progress: Callable[[float], None]
+) -> _Subject:
+    """Load a model by the engine, alone: its steps, without scheduler and daemon."""
+    ref = plan.model(tier)
+    spec = read_spec(locate(ref.model, ref.revision))
+    blocks_each = -(-(plan.prompt_tokens + plan.new_tokens) // BLOCK_SIZE)
+    context = blocks_each * BLOCK_SIZE
+    token_bytes = spec.num_layers * spec.kv_width * (4 if precision == "fp32" else 2)
+    options = EngineOptions(
+        model=ref.model,
+        revision=ref.revision,
+        kv_cache_bytes=max(plan.batches) * context * token_bytes,
+        device=plan.device,
+        precision=precision,
+        max_context_tokens=min(context, spec.max_position),
+    )
+    engine = load_engine(options, progress)
+
+    def generate(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+        """Run every prompt in one step, then one token of each sequence a step."""
+        began = time.perf_counter()
+        blocks = [tuple(range(i * blocks_each, (i + 1) * blocks_each)) for i in range(len(prompts))]
         fed = [tuple(prompt) for prompt in prompts]
         start = 0
         stamps: list[float] = []
         for index in range(new_tokens):
             draw = Draw(_GREEDY, index)
             chunks = (Chunk(i, start, tokens, blocks[i], draw) for i, tokens in enumerate(fed))
-            drawn = self._engine.run(Step(self._tier, tuple(chunks)))
+            sampled = engine.run(Step(tier, tuple(chunks)))
             stamps.append(time.perf_counter() - began)
             start += len(fed[0])
-            fed = [(one.token_id,) for one in drawn]
+            fed = [(one.token_id,) for one in sampled]
         return stamps
 
-    def describe(self) -> Run:
-        """What the engine says of itself."""
-        info = self._engine.info
-        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("sage-fed", "torch"))
-        return Run(
-            Method.ENGINE,
-            info.precision,
-            self._tier,
-            parameters=info.parameters,
-            num_layers=self._num_layers,
-            weight_bytes=info.weight_bytes,
-            step_bytes=info.step_bytes,
-            kv_token_bytes=info.kv_token_bytes,
-            load_s=info.load_s,
-            software=f"{', '.join(versions)}, {info.kernels} kernels",
-        )
-
-    def close(self) -> None:
-        """Free its memory."""
-        self._engine.close()
+    info = engine.info
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("sage-fed", "torch"))
+    run = Run(
+        Method.ENGINE,
+        info.precision,
+        tier,
+        parameters=info.parameters,
+        num_layers=spec.num_layers,
+        weight_bytes=info.weight_bytes,
+        step_bytes=info.step_bytes,
+        kv_token_bytes=info.kv_token_bytes,
+        load_s=info.load_s,
+        software=f"{', '.join(versions)}, {info.kernels} kernels",
+    )
+    return _Subject(run, generate, engine.close)
