@@ -22,9 +22,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from sage_fed.tasks import FAMILIES, GRADES, split_of
-from sage_fed.tasks.contexts import follow_content, lookup_content
-from sage_fed.tasks.strings import count_content, pick_content
+from sage_fed.tasks import (
+    FAMILIES,
+    GRADES,
+    count_content,
+    follow_content,
+    lookup_content,
+    pick_content,
+    split_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
