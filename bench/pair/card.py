@@ -99,7 +99,7 @@ def _training_table(tiers: dict[str, Any]) -> str:
 
 
 def render_card(result: dict[str, Any]) -> str:
-    """The card in Markdown, from what `evaluate_pair.py` measured."""
+    """The card in Markdown, from what `pair/evaluate.py` measured."""
     tiers = result["tiers"]
     ratio = tiers["strategic"]["num_params"] / tiers["tactical"]["num_params"]
     num_tasks = max(cell["num_tasks"] for cell in tiers["tactical"]["cells"])
@@ -145,15 +145,15 @@ About 8 % of the conversations carried a system prompt and 8 % a second turn.
 {what}
 
 ## How they were trained
-`python bench/train_pair.py` trains tokenizer and models from nothing on a CPU, from a seed.
+`python bench/pair/train.py` trains tokenizer and models from nothing on a CPU, from a seed.
 The tactical model starts at random.
-The strategic one is grown out of the trained tactical one (`bench/pair_growth.py`): it starts as
+The strategic one is grown out of the trained tactical one (`bench/pair/growth.py`): it starts as
 the same function with room to spare, and the two are therefore more alike than two models trained
 apart.
 Muon for the matrices inside layers, AdamW for the rest; loss on answers only; matrix products in
 bfloat16, parameters in float32.
 Part of the conversations were drills, which ask many small questions about one context at once
-(`bench/pair_drills.py`).
+(`bench/pair/drills.py`).
 The schedule and the mix of tasks were changed several times while these very models were in
 training, at checkpoints; the script holds them as they ended up, so it repeats the same data and
 the same learning rates, but not the same roundings.
@@ -170,7 +170,7 @@ questions a cell.
 One user turn, no system prompt, greedy decoding by `transformers` in float32 from the shipped
 bfloat16 weights.
 Measured on {result["date"]}, {result["machine"]}; {versions}.
-Every number, with counts, is in `bench/results/pair_accuracy.json`; `python bench/evaluate_pair.py`
+Every number, with counts, is in `bench/results/pair_accuracy.json`; `python bench/pair/evaluate.py`
 measures them again and writes this card.
 
 Mean over the {len(FAMILIES)} trained families:

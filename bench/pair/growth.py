@@ -17,7 +17,7 @@ RMS norms divide by the wider root mean square, which their weights undo.
 from __future__ import annotations
 
 import torch
-from pair_model import HEAD_DIM, Layer, PairModel, Shape
+from network import HEAD_DIM, Layer, PairModel, Shape
 from torch import Tensor
 
 

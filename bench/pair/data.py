@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from pair_drills import draw_dense_drill, draw_drill
-from pair_tokenizer import END_OF_TEXT, SYSTEM_PROMPTS
+from drills import draw_dense_drill, draw_drill
+from tokenizer import END_OF_TEXT, SYSTEM_PROMPTS
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
@@ -59,7 +59,7 @@ class Phase:
     """What examples are drawn from, from step `start` on.
 
     The grades of `easy_families` begin easy at step `easy_start`, as long questions reuse what
-    short ones teach. Of all examples `drill_share` are drills (see `pair_drills`).
+    short ones teach. Of all examples `drill_share` are drills (see `drills`).
     """
 
     start: int

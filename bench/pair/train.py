@@ -1,7 +1,7 @@
 """Trains the bundled pair from nothing: tokenizer, tactical model, and the strategic grown from it.
 
-    python bench/train_pair.py                  # both, under 50 minutes on 2 cores
-    python bench/train_pair.py --tier tactical  # one of them, on the same tokenizer
+    python bench/pair/train.py                  # both, under 50 minutes on 2 cores
+    python bench/pair/train.py --tier tactical  # one of them, on the same tokenizer
 
 Owns: the optimisation (Muon for the matrices, AdamW for the rest, warm-up, constant, linear decay),
 checkpoints in `bench/.work/`, saving in the Hugging Face layout, a record in `bench/results/`.
@@ -26,18 +26,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from pair_data import NUM_EXAMPLES_PER_STEP, MicroBatch, probe, training_step
-from pair_growth import grow
-from pair_model import SHAPES, PairModel, to_transformers, transformers_config
-from pair_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
-from pair_workers import Crew, run_workers
+from data import NUM_EXAMPLES_PER_STEP, MicroBatch, probe, training_step
+from growth import grow
+from network import SHAPES, PairModel, to_transformers, transformers_config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 from transformers import GenerationConfig, Qwen2Tokenizer
+from workers import Crew, run_workers
 
 from sage_fed.tasks import FAMILIES, GRADES
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 WORK = REPOSITORY / "bench" / ".work"
 MODELS = REPOSITORY / "sage_fed" / "models"
 RESULTS = REPOSITORY / "bench" / "results"
@@ -69,7 +69,7 @@ class Recipe:
         raise AssertionError("a step beyond the schedule")
 
 
-# The tactical model's second rise is where its second phase of data begins (see `pair_data`).
+# The tactical model's second rise is where its second phase of data begins (see `data`).
 RECIPES = {
     "tactical": Recipe(
         ((-1, 0.0), (99, 1.0), (3000, 1.0), (4400, 0.533), (4500, 1.0), (5600, 1.0), (7400, 0.0)),

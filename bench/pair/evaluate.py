@@ -1,6 +1,6 @@
 """Measures the bundled pair on test questions and writes the table of its model card.
 
-    python bench/evaluate_pair.py
+    python bench/pair/evaluate.py
 
 Greedy decoding by `transformers` from the shipped files, float32 arithmetic on their bfloat16
 weights, exact match, every family by grade, the family that was held out of training too.
@@ -25,14 +25,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 import torch
 import transformers
-from pair_card import render_card
+from card import render_card
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sage_fed.tasks import ALL_FAMILIES, GRADES, Task, generate, is_correct
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = REPOSITORY / "sage_fed" / "models"
 RESULTS = REPOSITORY / "bench" / "results"
 TIERS = ("tactical", "strategic")
