@@ -23,7 +23,7 @@ import typer
 from sage_fed.cli import options
 from sage_fed.cli.exits import ConnectionBroke, ExitCode, as_options, explain, reported
 from sage_fed.cli.operate import card_fit
-from sage_fed.cli.options import Caller, Connection, JobOptions, OptionGroup, grouped
+from sage_fed.cli.options import Caller, Connection, JobOptions, OptionGroup, grouped, option
 from sage_fed.cli.render import (
     atp_number,
     format_atp,
@@ -186,54 +186,25 @@ class SamplingOptions(OptionGroup):
     """How tokens are drawn and when the answer ends: the fields of `SamplingRequest`."""
 
     max_new_tokens: options.MaxNewTokens = None
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.")
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option("--top-p", metavar="P", help="Draw from the likeliest tokens of this sum."),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", min=0, metavar="N", help="Draw from so many tokens; 0 is all."),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            "--min-p",
-            metavar="P",
-            help="Leave out what is less likely than this share of the best.",
-        ),
-    ] = None
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option("--repetition-penalty", metavar="R", help="Above 1 avoids repetition."),
-    ] = None
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, metavar="N", help="Same seed, same text.")
-    ] = None
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
-    ] = None
-    stop_token_ids: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--stop-token-id", min=0, metavar="ID", help="End before this token; may be repeated."
-        ),
-    ] = None
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on when the model would end.")
-    ] = False
-    deadline_s: Annotated[
-        float | None, typer.Option("--deadline", metavar="SECONDS", help="Stop after this long.")
-    ] = None
-    top_logprobs: Annotated[
-        int | None,
-        typer.Option(
-            "--logprobs", min=0, metavar="N", help="Log-probabilities, and N alternatives each."
-        ),
-    ] = None
+    temperature: float | None = option("--temperature", "0 is greedy.", "T")
+    top_p: float | None = option("--top-p", "Draw from the likeliest tokens of this sum.", "P")
+    top_k: int | None = option("--top-k", "Draw from so many tokens; 0 is all.", "N", min=0)
+    min_p: float | None = option(
+        "--min-p", "Leave out what is less likely than this share of the best.", "P"
+    )
+    repetition_penalty: float | None = option(
+        "--repetition-penalty", "Above 1 avoids repetition.", "R"
+    )
+    seed: int | None = option("--seed", "Same seed, same text.", "N", min=0)
+    stop: list[str] | None = option("--stop", "End before this text; may be repeated.", "TEXT")
+    stop_token_ids: list[int] | None = option(
+        "--stop-token-id", "End before this token; may be repeated.", "ID", min=0
+    )
+    ignore_eos: bool = option("--ignore-eos", "Go on when the model would end.", default=False)
+    deadline_s: float | None = option("--deadline", "Stop after this long.", "SECONDS")
+    top_logprobs: int | None = option(
+        "--logprobs", "Log-probabilities, and N alternatives each.", "N", min=0
+    )
 
     def request(self) -> SamplingRequest:
         """Return them as the client sends them."""

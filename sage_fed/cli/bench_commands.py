@@ -16,7 +16,7 @@ import shlex
 import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import ExitCode, reported
-from sage_fed.cli.options import Operator, command_group, grouped, one_of
+from sage_fed.cli.options import Operator, OptionGroup, command_group, grouped, one_of, option
 from sage_fed.cli.render import (
     format_bytes,
     format_seconds,
@@ -54,50 +54,45 @@ _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 REFERENCES = ("fp32", "bf16", "fp16")
 """Of the published method; here, because to ask it takes seconds of imports."""
 
-Tactical = Annotated[
-    str,
-    typer.Option("--tactical", metavar="MODEL", help="Directory, bundled:NAME, or hub id@commit."),
-]
-Strategic = Annotated[
-    str, typer.Option("--strategic", metavar="MODEL", help="The larger one, likewise.")
-]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu or cuda:N.")]
-Precisions = Annotated[
-    str, typer.Option("--precisions", metavar="LIST", help="Of this engine, such as bf16,int4.")
-]
-Reference = Annotated[
-    str,
-    typer.Option(
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InertiaOptions(OptionGroup):
+    """Which models are measured, and how."""
+
+    tactical: str = option(
+        "--tactical",
+        "Directory, bundled:NAME, or hub id@commit.",
+        "MODEL",
+        default="bundled:demo-tactical",
+    )
+    strategic: str = option(
+        "--strategic", "The larger one, likewise.", "MODEL", default="bundled:demo-strategic"
+    )
+    device: str = option("--device", "cpu or cuda:N.", "NAME", default="cpu")
+    precisions: str = option(
+        "--precisions", "Of this engine, such as bf16,int4.", "LIST", default="bf16,int8,int4"
+    )
+    reference: str = option(
         "--reference",
-        metavar="PRECISION",
-        help="Precision of transformers' generate: bf16, fp16, fp32; none leaves it out.",
-    ),
-]
-Batches = Annotated[
-    str, typer.Option("--batches", metavar="LIST", help="Batch sizes, such as 1,8.")
-]
-PromptTokens = Annotated[
-    int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Random ids of each prompt.")
-]
-NewTokens = Annotated[
-    int, typer.Option("--new-tokens", min=2, metavar="N", help="Decoded after each prompt.")
-]
-Repeats = Annotated[
-    int,
-    typer.Option(
+        "Precision of transformers' generate: bf16, fp16, fp32; none leaves it out.",
+        "PRECISION",
+        default="bf16",
+    )
+    batches: str = option("--batches", "Batch sizes, such as 1,8.", "LIST", default="1,8")
+    prompt_tokens: int = option(
+        "--prompt-tokens", "Random ids of each prompt.", "N", default=32, min=1
+    )
+    new_tokens: int = option("--new-tokens", "Decoded after each prompt.", "N", default=100, min=2)
+    repeats: int = option(
         "--repeats",
+        "Of each point; the median counts. One leaves the spread unknown: no verdicts.",
+        "N",
+        default=3,
         min=1,
-        metavar="N",
-        help="Of each point; the median counts. One leaves the spread unknown: no verdicts.",
-    ),
-]
-Threads = Annotated[
-    int, typer.Option("--threads", min=0, metavar="N", help="On the CPU; 0 is torch's choice.")
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", metavar="DIR", help="Keep report.md and inertia.json here."),
-]
+    )
+    threads: int = option("--threads", "On the CPU; 0 is torch's choice.", "N", default=0, min=0)
+    output: Path | None = option("--output", "Keep report.md and inertia.json here.", "DIR")
+    as_json: options.AsJson = False
 
 
 def bench_app() -> typer.Typer:
@@ -109,21 +104,8 @@ def bench_app() -> typer.Typer:
     )
 
 
-def inertia(
-    *,
-    tactical: Tactical = "bundled:demo-tactical",
-    strategic: Strategic = "bundled:demo-strategic",
-    device: Device = "cpu",
-    precisions: Precisions = "bf16,int8,int4",
-    reference: Reference = "bf16",
-    batches: Batches = "1,8",
-    prompt_tokens: PromptTokens = 32,
-    new_tokens: NewTokens = 100,
-    repeats: Repeats = 3,
-    threads: Threads = 0,
-    output: Output = None,
-    as_json: options.AsJson = False,
-) -> None:
+@grouped
+def inertia(*, wanted: InertiaOptions) -> None:
     """Measure how much slower the larger of two models is, and why.
 
     By the published method (transformers' generate) and by this engine, at several precisions
@@ -133,13 +115,15 @@ def inertia(
         # All arguments are read before torch is, which takes seconds.
         from sage_fed.cli.drawing import watched_bar, watched_line  # noqa: PLC0415 - rich
         from sage_fed.settings import PRECISIONS  # noqa: PLC0415 - pydantic takes half of one
-    names = _names(precisions, PRECISIONS, "--precisions")
-    one_of(reference, (*REFERENCES, _NO_REFERENCE), "--reference")
-    if not _DEVICE.fullmatch(device):
-        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda:N", param_hint="--device")
-    sizes = _sizes(batches)
-    pair = (_found(tactical, "--tactical"), _found(strategic, "--strategic"))
-    watched_line("importing torch and transformers", as_json=as_json)
+    names = _names(wanted.precisions, PRECISIONS, "--precisions")
+    one_of(wanted.reference, (*REFERENCES, _NO_REFERENCE), "--reference")
+    if not _DEVICE.fullmatch(wanted.device):
+        raise typer.BadParameter(
+            f"{wanted.device!r} is neither cpu nor cuda:N", param_hint="--device"
+        )
+    sizes = _sizes(wanted.batches)
+    pair = (_found(wanted.tactical, "--tactical"), _found(wanted.strategic, "--strategic"))
+    watched_line("importing torch and transformers", as_json=wanted.as_json)
     with leave_on_interrupt():
         from sage_fed.engine import set_cpu_threads  # noqa: PLC0415 - torch takes seconds
         from sage_fed.inertia import (  # noqa: PLC0415 - transformers, too
@@ -153,20 +137,22 @@ def inertia(
     plan = Plan(
         tactical=ModelRef(*pair[0]),
         strategic=ModelRef(*pair[1]),
-        device=device,
+        device=wanted.device,
         precisions=names,
-        reference_precision=None if reference == _NO_REFERENCE else reference,
+        reference_precision=None if wanted.reference == _NO_REFERENCE else wanted.reference,
         batches=sizes,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
+        prompt_tokens=wanted.prompt_tokens,
+        new_tokens=wanted.new_tokens,
+        repeats=wanted.repeats,
     )
-    with reported(as_json=as_json):
-        set_cpu_threads(threads)
-        with watched_bar(as_json=as_json) as show:
-            findings = measure(plan, _Shown(plan, show), lambda so_far: _write(so_far, output))
+    with reported(as_json=wanted.as_json):
+        set_cpu_threads(wanted.threads)
+        with watched_bar(as_json=wanted.as_json) as show:
+            findings = measure(
+                plan, _Shown(plan, show), lambda so_far: _write(so_far, wanted.output)
+            )
         analysis = analyse(findings)
-        if as_json:
+        if wanted.as_json:
             print_json(record(findings, analysis))
         else:
             typer.echo(markdown(findings, analysis), nl=False)
@@ -421,21 +407,17 @@ def _spread(spread: float | None) -> str:
     return "-" if spread is None else f"±{spread:.1%}"
 
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Where to; it must not be there.")]
-Like = Annotated[
-    str,
-    typer.Option("--like", metavar="SHAPE", help="qwen2.5-0.5b, -1.5b, -3b, -7b or -14b."),
-]
-Layers = Annotated[
-    int | None, typer.Option("--layers", min=1, metavar="N", help="Fewer layers, for a quick test.")
-]
-WeightType = Annotated[
-    str,
-    typer.Option("--dtype", metavar="TYPE", help="bf16, fp16 or fp32: the type of the weights."),
-]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, metavar="N", help="Another one, other weights.")
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointOptions(OptionGroup):
+    """Which model's shape, and which weights."""
+
+    like: str = option("--like", "qwen2.5-0.5b, -1.5b, -3b, -7b or -14b.", "SHAPE", default=MISSING)
+    layers: int | None = option("--layers", "Fewer layers, for a quick test.", "N", min=1)
+    weight_type: str = option(
+        "--dtype", "bf16, fp16 or fp32: the type of the weights.", "TYPE", default="bf16"
+    )
+    seed: int = option("--seed", "Another one, other weights.", "N", default=0, min=0)
+    as_json: options.AsJson = False
 
 
 def dev_app() -> typer.Typer:
@@ -447,14 +429,13 @@ def dev_app() -> typer.Typer:
     )
 
 
+@grouped
 def make_checkpoint(
-    directory: Directory,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to; it must not be there.")
+    ],
     *,
-    like: Like,
-    layers: Layers = None,
-    weight_type: WeightType = "bf16",
-    seed: Seed = 0,
-    as_json: options.AsJson = False,
+    wanted: CheckpointOptions,
 ) -> None:
     """Write random weights in a real model's shape, for speed tests.
 
@@ -472,34 +453,34 @@ def make_checkpoint(
             write_checkpoint,
         )
         from sage_fed.text import write_padded_tokenizer  # noqa: PLC0415 - as above
-    one_of(like, tuple(SHAPES), "--like")
-    one_of(weight_type, WEIGHT_TYPES, "--dtype")
+    like = one_of(wanted.like, tuple(SHAPES), "--like")
+    one_of(wanted.weight_type, WEIGHT_TYPES, "--dtype")
     shape = SHAPES[like]
-    if layers is not None and layers > shape.layers:
+    if wanted.layers is not None and wanted.layers > shape.layers:
         raise typer.BadParameter(
-            f"{layers} are more than the {shape.layers} of {like}", param_hint="--layers"
+            f"{wanted.layers} are more than the {shape.layers} of {like}", param_hint="--layers"
         )
-    plan = plan_checkpoint(shape, num_layers=layers, weight_type=weight_type)
+    plan = plan_checkpoint(shape, num_layers=wanted.layers, weight_type=wanted.weight_type)
     tokenizer = Path(__file__).parent.parent / "models" / "demo-tactical"
-    with reported(as_json=as_json):
+    with reported(as_json=wanted.as_json):
         check_destination(plan, directory)
-        if not as_json:
+        if not wanted.as_json:
             typer.echo(
                 f"{like}: {plan.parameters:,} parameters, {format_bytes(plan.num_bytes)} in "
                 f"{len(plan.shards)} file(s); {format_bytes(free_bytes(directory))} are free",
                 err=True,
             )
         began_s = time.monotonic()
-        with watched_bar(as_json=as_json) as show:
+        with watched_bar(as_json=wanted.as_json) as show:
             write_checkpoint(
                 plan,
                 directory,
-                seed=seed,
+                seed=wanted.seed,
                 progress=lambda done: show(done / plan.num_bytes, format_bytes(done)),
                 complete=lambda made: write_padded_tokenizer(tokenizer, made, shape.tokenizer_ids),
             )
         took_s = time.monotonic() - began_s
-    if as_json:
+    if wanted.as_json:
         print_json(
             {
                 "directory": directory,

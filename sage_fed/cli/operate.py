@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,15 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import ExitCode, reported
-from sage_fed.cli.options import Caller, Operator, OptionGroup, command_group, grouped, ledger_file
+from sage_fed.cli.options import (
+    Caller,
+    Operator,
+    OptionGroup,
+    command_group,
+    grouped,
+    ledger_file,
+    option,
+)
 from sage_fed.cli.render import (
     atp_number,
     format_atp,
@@ -57,8 +65,8 @@ _MAX_CHARS = 256
 _ROLES = ", ".join(role.value for role in Role)
 
 
-def _amount(option: str, help_text: str) -> Any:  # noqa: ANN401 - as typer has it
-    return typer.Option(option, parser=options.atp_amount, metavar="ATP", help=help_text)
+def _amount(flag: str, help_text: str) -> Any:  # noqa: ANN401 - as typer has it
+    return option(flag, help_text, "ATP", parser=options.atp_amount)
 
 
 @grouped
@@ -307,21 +315,25 @@ def drain(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetTerms(OptionGroup):
+    """What an account gets; None leaves it as it is."""
+
+    balance: int | None = _amount("--balance", "What it has now; at most the capacity.")
+    capacity: int | None = _amount(
+        "--capacity", "Up to where it refills; a new account's balance by default."
+    )
+    refill: int | None = _amount("--refill", "What it gains a second.")
+    strategic_floor: int | None = _amount(
+        "--strategic-floor", "Below this only tactical work is done."
+    )
+
+
 @grouped
 def set_budget(
     account: Annotated[str, typer.Argument(metavar="ACCOUNT", help="Its name.")],
     *,
-    balance: Annotated[
-        int | None, _amount("--balance", "What it has now; at most the capacity.")
-    ] = None,
-    capacity: Annotated[
-        int | None,
-        _amount("--capacity", "Up to where it refills; a new account's balance by default."),
-    ] = None,
-    refill: Annotated[int | None, _amount("--refill", "What it gains a second.")] = None,
-    strategic_floor: Annotated[
-        int | None, _amount("--strategic-floor", "Below this only tactical work is done.")
-    ] = None,
+    terms: BudgetTerms,
     daemon: Operator,
 ) -> None:
     """Create an account's budget, or change it.
@@ -331,10 +343,10 @@ def set_budget(
     daemon.report(
         lambda client: client.set_budget(
             account,
-            balance_uatp=balance,
-            capacity_uatp=capacity,
-            refill_uatp_per_s=refill,
-            strategic_floor_uatp=strategic_floor,
+            balance_uatp=terms.balance,
+            capacity_uatp=terms.capacity,
+            refill_uatp_per_s=terms.refill,
+            strategic_floor_uatp=terms.strategic_floor,
         ),
         lambda books: typer.echo(
             f"{books.account}: {format_atp(books.balance_uatp)} of "
@@ -550,14 +562,11 @@ def role_name(text: str) -> str:
 class TokensFile(OptionGroup):
     """Which file of tokens is meant."""
 
-    tokens_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--tokens-file",
-            metavar="FILE",
-            help="The file; otherwise auth.tokens_file's, or tokens.toml in the state directory.",
-        ),
-    ] = None
+    tokens_file: Path | None = option(
+        "--tokens-file",
+        "The file; otherwise auth.tokens_file's, or tokens.toml in the state directory.",
+        "FILE",
+    )
     config_file: options.ConfigFile = None
     state_dir: options.StateDir = None
     as_json: options.AsJson = False
@@ -568,37 +577,28 @@ class TokensFile(OptionGroup):
         return settings, self.tokens_file or settings.tokens_file
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewToken(OptionGroup):
+    """Who may call, as what, and until when."""
+
+    account: str = option("--account", "Who pays.", "NAME", default=MISSING)
+    role: str | None = option(
+        "--role", f"{_ROLES} (metrics only); the account's by default.", "ROLE", parser=role_name
+    )
+    name: str = option("--name", "What it is for; revokes it, too.", "TEXT", default="")
+    expires: dt.datetime | None = option(
+        "--expires", "90d, 12h or 2027-01-31.", "WHEN", parser=expiry
+    )
+    certificate: str | None = option(
+        "--certificate",
+        "No token: let in who shows a client certificate of this name; KIND is dns, uri, email, "
+        "ip or cn.",
+        "[KIND:]NAME",
+    )
+
+
 @grouped
-def create(
-    *,
-    account: Annotated[str, typer.Option("--account", metavar="NAME", help="Who pays.")],
-    role: Annotated[
-        str | None,
-        typer.Option(
-            "--role",
-            parser=role_name,
-            metavar="ROLE",
-            help=f"{_ROLES} (metrics only); the account's by default.",
-        ),
-    ] = None,
-    name: Annotated[
-        str, typer.Option("--name", metavar="TEXT", help="What it is for; revokes it, too.")
-    ] = "",
-    expires: Annotated[
-        dt.datetime | None,
-        typer.Option("--expires", parser=expiry, metavar="WHEN", help="90d, 12h or 2027-01-31."),
-    ] = None,
-    certificate: Annotated[
-        str | None,
-        typer.Option(
-            "--certificate",
-            metavar="[KIND:]NAME",
-            help="No token: let in who shows a client certificate of this name; KIND is dns, uri, "
-            "email, ip or cn.",
-        ),
-    ] = None,
-    tokens: TokensFile,
-) -> None:
+def create(*, new: NewToken, tokens: TokensFile) -> None:
     """Make a token, and show it once.
 
     The file keeps its SHA-256 only. Stdout is the token and nothing else.
@@ -609,16 +609,22 @@ def create(
         from sage_fed.auth.tokens_file import add  # noqa: PLC0415
         from sage_fed.settings import parse_account  # noqa: PLC0415
 
-        _require("account", account, parse_account)
-        _require("name", name, _printable)
-        token = None if certificate is not None else new_token()
+        _require("account", new.account, parse_account)
+        _require("name", new.name, _printable)
+        token = None if new.certificate is not None else new_token()
         proof = (
-            {"identity": _require("certificate", certificate or "", _printable, parse_identity)}
+            {"identity": _require("certificate", new.certificate or "", _printable, parse_identity)}
             if token is None
             else {"sha256": digest_of(token).hex()}
         )
         entry = add(
-            path, settings.accounts, proof, account=account, role=role, name=name, expires=expires
+            path,
+            settings.accounts,
+            proof,
+            account=new.account,
+            role=new.role,
+            name=new.name,
+            expires=new.expires,
         )
         if tokens.as_json:
             print_json({"token": token, **asdict(entry), "tokens_file": str(path)})

@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -40,6 +40,19 @@ class OptionGroup:
     __slots__ = ()
 
 
+def option(
+    flag: str,
+    help_text: str,
+    metavar: str | None = None,
+    *,
+    default: Any = None,  # noqa: ANN401 - a field of any type
+    **more: Any,  # noqa: ANN401 - as typer has it
+) -> Any:  # noqa: ANN401 - a field of any type
+    """Return a group's field that is set by this option; `MISSING` as default requires it."""
+    declared = typer.Option(flag, metavar=metavar, help=help_text, **more)
+    return field(default=default, metadata={"option": declared})
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command with a group's options in place of each parameter that is a group."""
     own = inspect.signature(command, eval_str=True)
@@ -52,7 +65,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:  # noqa: ANN401 - whatever the command takes
         for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
         command(**given)
 
     shown = [
@@ -68,12 +81,15 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def _options_of(group: type[Any]) -> Iterator[inspect.Parameter]:
     """Yield the group's fields as parameters; those of a subclass stand before its base's."""
     hints = get_type_hints(group, include_extras=True)
-    defaults = {field.name: field.default for field in fields(group)}
-    for owner in group.__mro__:
-        for name in inspect.get_annotations(owner):
-            yield inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hints[name]
-            )
+    known = {each.name: each for each in fields(group)}
+    for name in (name for owner in group.__mro__ for name in inspect.get_annotations(owner)):
+        default, declared = known[name].default, known[name].metadata.get("option")
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=Annotated[hints[name], declared] if declared else hints[name],
+        )
 
 
 def help_if_bare(context: typer.Context) -> None:
@@ -197,19 +213,12 @@ class JobOptions(OptionGroup):
 
     tier: TierOption = TierChoice.AUTO
     max_cost: MaxCost = None
-    allow_downgrade: Annotated[
-        bool, typer.Option("--allow-downgrade", help="A cheaper tier may answer instead.")
-    ] = False
-    complexity: Annotated[
-        float | None,
-        typer.Option(
-            "--complexity",
-            min=0.0,
-            max=1.0,
-            metavar="C",
-            help="How hard it is; a hint for --tier auto.",
-        ),
-    ] = None
+    allow_downgrade: bool = option(
+        "--allow-downgrade", "A cheaper tier may answer instead.", default=False
+    )
+    complexity: float | None = option(
+        "--complexity", "How hard it is; a hint for --tier auto.", "C", min=0.0, max=1.0
+    )
 
     def spec(self, prompt: Prompt, sampling: SamplingRequest, request_id: str = "") -> JobSpec:
         """Return the job as the client sends it; the daemon knows the account from the token."""
@@ -229,45 +238,32 @@ class JobOptions(OptionGroup):
 class Connection(OptionGroup):
     """A daemon to call, and as whom. The default is this machine's, without a token."""
 
-    address: Annotated[
-        str,
-        typer.Option(
-            "--address",
-            metavar="ADDRESS",
-            envvar="SAGE_FED_ADDRESS",
-            help="The daemon's HOST:PORT or unix:/PATH.",
-        ),
-    ] = DEFAULT_ADDRESS
+    address: str = option(
+        "--address",
+        "The daemon's HOST:PORT or unix:/PATH.",
+        "ADDRESS",
+        default=DEFAULT_ADDRESS,
+        envvar="SAGE_FED_ADDRESS",
+    )
     token: Token = None
     token_file: TokenFile = None
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt; trust whom this system does.")] = (
-        False
-    )
+    tls: bool = option("--tls", "Encrypt; trust whom this system does.", default=False)
     tls_ca: TlsCa = None
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-cert",
-            metavar="FILE",
-            envvar="SAGE_FED_TLS_CERT",
-            help="Certificate to show, where the daemon asks for one.",
-        ),
-    ] = None
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-key", metavar="FILE", envvar="SAGE_FED_TLS_KEY", help="Its private key."
-        ),
-    ] = None
-    tls_name: Annotated[
-        str | None,
-        typer.Option(
-            "--tls-name",
-            metavar="NAME",
-            envvar="SAGE_FED_TLS_NAME",
-            help="Name in the daemon's certificate, if it is not the address's.",
-        ),
-    ] = None
+    tls_cert: Path | None = option(
+        "--tls-cert",
+        "Certificate to show, where the daemon asks for one.",
+        "FILE",
+        envvar="SAGE_FED_TLS_CERT",
+    )
+    tls_key: Path | None = option(
+        "--tls-key", "Its private key.", "FILE", envvar="SAGE_FED_TLS_KEY"
+    )
+    tls_name: str | None = option(
+        "--tls-name",
+        "Name in the daemon's certificate, if it is not the address's.",
+        "NAME",
+        envvar="SAGE_FED_TLS_NAME",
+    )
 
     @property
     def encryption(self) -> Tls | None:

@@ -20,15 +20,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import daemon_exit_code, explain, reported
-from sage_fed.cli.options import OptionGroup, grouped
+from sage_fed.cli.options import OptionGroup, grouped, option
 from sage_fed.cli.render import LineProgress, print_json, print_table
 from sage_fed.cli.streams import complain, leave_on_interrupt
 from sage_fed.errors import SageFedError
@@ -59,30 +59,15 @@ class SettingsFlags(OptionGroup):
 
     profile: options.Profile = None
     config_file: options.ConfigFile = None
-    listen: Annotated[
-        str | None, typer.Option("--listen", metavar="ADDRESS", help="HOST:PORT of the gRPC API.")
-    ] = None
-    metrics_listen: Annotated[
-        str | None,
-        typer.Option("--metrics-listen", metavar="ADDRESS", help="HOST:PORT of /metrics."),
-    ] = None
+    listen: str | None = option("--listen", "HOST:PORT of the gRPC API.", "ADDRESS")
+    metrics_listen: str | None = option("--metrics-listen", "HOST:PORT of /metrics.", "ADDRESS")
     state_dir: options.StateDir = None
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="cuda:N or cpu.")
-    ] = None
-    log_level: Annotated[
-        str | None,
-        typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
-    ] = None
-    log_format: Annotated[
-        str | None, typer.Option("--log-format", metavar="FORM", help="auto, json or pretty.")
-    ] = None
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Any setting, such as tactical.max_batch=8."
-        ),
-    ] = None
+    device: str | None = option("--device", "cuda:N or cpu.", "NAME")
+    log_level: str | None = option("--log-level", "debug, info, warning or error.", "LEVEL")
+    log_format: str | None = option("--log-format", "auto, json or pretty.", "FORM")
+    assignments: list[str] | None = option(
+        "--set", "Any setting, such as tactical.max_batch=8.", "KEY=VALUE"
+    )
 
     def by_key(self) -> dict[str, str]:
         """Return the flags by settings key; a flag of its own wins over `--set`."""
@@ -202,35 +187,42 @@ _SYSTEMCTL_TIMEOUT_S = 3600.0
 
 _VERSION_TIMEOUT_S = 10.0
 
-MachineOption = Annotated[
-    Machine,
-    typer.Option(
-        "--machine", metavar="KIND", help="jetson, cuda or cpu: what the service runs on."
-    ),
-]
-Instance = Annotated[
-    str, typer.Option("--instance", metavar="NAME", help="A further one: sage-fed@NAME.")
-]
-Profile = Annotated[
-    str,
-    typer.Option(
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewService(OptionGroup):
+    """What systemd is to run."""
+
+    machine: Machine = option(
+        "--machine", "jetson, cuda or cpu: what the service runs on.", "KIND", default=MISSING
+    )
+    instance: str = option("--instance", "A further one: sage-fed@NAME.", "NAME", default="")
+    profile: str = option(
         "--profile",
-        metavar="NAME",
-        help="Packaged settings for a new configuration; jetson-thor, qwen2.5 or demo by machine.",
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the files, and write none.")]
-Now = Annotated[
-    bool, typer.Option("--now", help="Enable and start it, too; not in an image (--root).")
-]
-Root = Annotated[
-    Path,
-    typer.Option("--root", metavar="DIR", help="Write below DIR, an image; nothing is started."),
-]
-Program = Annotated[
-    Path | None,
-    typer.Option("--program", metavar="FILE", help="The sage-fed that it runs; else this one."),
-]
+        "Packaged settings for a new configuration; jetson-thor, qwen2.5 or demo by machine.",
+        "NAME",
+        default="",
+    )
+    now: bool = option(
+        "--now", "Enable and start it, too; not in an image (--root).", default=False
+    )
+    dry_run: bool = option("--dry-run", "Show the files, and write none.", default=False)
+    root: Path = option(
+        "--root", "Write below DIR, an image; nothing is started.", "DIR", default=Path("/")
+    )
+    program: Path | None = option("--program", "The sage-fed that it runs; else this one.", "FILE")
+    as_json: options.AsJson = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldService(OptionGroup):
+    """What systemd is to run no more."""
+
+    instance: str = option("--instance", "A further one: sage-fed@NAME.", "NAME", default="")
+    dry_run: bool = option("--dry-run", "Show the files, and write none.", default=False)
+    root: Path = option(
+        "--root", "Write below DIR, an image; nothing is started.", "DIR", default=Path("/")
+    )
+    as_json: options.AsJson = False
 
 
 class ServiceUnchanged(SageFedError):
@@ -239,57 +231,18 @@ class ServiceUnchanged(SageFedError):
     reason = "SERVICE_UNCHANGED"
 
 
-def install_service(
-    *,
-    machine: MachineOption,
-    instance: Instance = "",
-    profile: Profile = "",
-    now: Now = False,
-    dry_run: DryRun = False,
-    root: Root = Path("/"),
-    program: Program = None,
-    as_json: options.AsJson = False,
-) -> None:
+@grouped
+def install_service(*, wanted: NewService) -> None:
     """Have systemd run the daemon.
 
     Writes the unit, what this machine adds to it, and a first configuration, which it never
     overwrites. Again, after an upgrade, it brings the unit up to date.
     """
-    with reported(as_json=as_json), _files_named():
-        _check_profile(profile)
-        live = root == Path("/")
-        if now and not live:
-            raise typer.BadParameter(
-                f"nothing runs in an image; have it started at boot with `systemctl --root {root} "
-                "enable UNIT`",
-                param_hint="--now",
-            )
-        version = _systemd_version()
-        if live and not version and not dry_run:
-            raise ServiceUnchanged("there is no systemctl here; --root DIR prepares an image")
-        found = program or _this_program()
-        doubt = "" if program else _doubt(found)
-        if doubt and not dry_run:
-            raise ServiceUnchanged(doubt)
-        plan = _plan(
-            machine,
-            instance,
-            profile,
-            found,
-            systemd_version=version if live else 0,
-            place=place_for(instance, root) if instance else 1,
-        )
-        changes = to_install(plan, root)
-        stale = live and any(c.action not in (Action.UNCHANGED, Action.KEEP) for c in changes)
-        commands: list[Command] = [("systemctl", "daemon-reload")] if stale else []
-        if live and now:
-            commands.append(("systemctl", "enable", plan.unit))
-            # One that runs already has to take the new unit.
-            commands.append(("systemctl", "restart" if stale else "start", plan.unit))
-        if not dry_run:
-            _do(changes, root, commands)
-    show(Outcome(plan, changes, commands, dry_run, doubt), as_json=as_json)
-    if not as_json and not now and not dry_run:
+    with reported(as_json=wanted.as_json), _files_named():
+        outcome = _install(wanted)
+    show(outcome, as_json=wanted.as_json)
+    if not wanted.as_json and not wanted.now and not wanted.dry_run:
+        plan = outcome.plan
         typer.echo(
             f"start it:    systemctl enable --now {plan.unit}\n"
             f"follow it:   journalctl -fu {plan.unit}\n"
@@ -297,27 +250,59 @@ def install_service(
         )
 
 
-def uninstall_service(
-    *,
-    instance: Instance = "",
-    dry_run: DryRun = False,
-    root: Root = Path("/"),
-    as_json: options.AsJson = False,
-) -> None:
+def _install(wanted: NewService) -> Outcome:
+    _check_profile(wanted.profile)
+    root, live = wanted.root, wanted.root == Path("/")
+    if wanted.now and not live:
+        raise typer.BadParameter(
+            f"nothing runs in an image; have it started at boot with `systemctl --root {root} "
+            "enable UNIT`",
+            param_hint="--now",
+        )
+    version = _systemd_version()
+    if live and not version and not wanted.dry_run:
+        raise ServiceUnchanged("there is no systemctl here; --root DIR prepares an image")
+    program = wanted.program or _this_program()
+    doubt = "" if wanted.program else _doubt(program)
+    if doubt and not wanted.dry_run:
+        raise ServiceUnchanged(doubt)
+    plan = _plan(
+        wanted.machine,
+        wanted.instance,
+        wanted.profile,
+        program,
+        systemd_version=version if live else 0,
+        place=place_for(wanted.instance, root) if wanted.instance else 1,
+    )
+    changes = to_install(plan, root)
+    stale = live and any(c.action not in (Action.UNCHANGED, Action.KEEP) for c in changes)
+    commands: list[Command] = [("systemctl", "daemon-reload")] if stale else []
+    if live and wanted.now:
+        commands.append(("systemctl", "enable", plan.unit))
+        # One that runs already has to take the new unit.
+        commands.append(("systemctl", "restart" if stale else "start", plan.unit))
+    if not wanted.dry_run:
+        _do(changes, root, commands)
+    return Outcome(plan, changes, commands, wanted.dry_run, doubt)
+
+
+@grouped
+def uninstall_service(*, wanted: OldService) -> None:
     """Stop the service and remove its unit; the books and the configuration stay."""
-    with reported(as_json=as_json), _files_named():
-        plan = _plan(Machine.CPU, instance, "", Path("/"))
-        changes = to_uninstall(plan, root)
+    with reported(as_json=wanted.as_json), _files_named():
+        plan = _plan(Machine.CPU, wanted.instance, "", Path("/"))
+        changes = to_uninstall(plan, wanted.root)
         before: list[Command] = [("systemctl", "disable", "--now", plan.unit)]
         after: list[Command] = [("systemctl", "daemon-reload")]
-        if root != Path("/") or not changes:
+        if wanted.root != Path("/") or not changes:
             before, after = [], []
-        if not dry_run:
+        if not wanted.dry_run:
             # Stopped first: what runs is drained by the unit that it was started with.
-            _do((), root, before)
-            _do(changes, root, after)
-    show(Outcome(plan, changes, before + after, dry_run, left=plan.left), as_json=as_json)
-    if not as_json:
+            _do((), wanted.root, before)
+            _do(changes, wanted.root, after)
+    outcome = Outcome(plan, changes, before + after, wanted.dry_run, left=plan.left)
+    show(outcome, as_json=wanted.as_json)
+    if not wanted.as_json:
         typer.echo(f"left as they are: {', '.join(map(str, plan.left))}")
 
 
