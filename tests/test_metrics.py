@@ -755,6 +755,17 @@ def test_a_path_that_nobody_serves_is_not_found(metrics: Metrics) -> None:
             assert 200 == page.status
 
 
+def test_only_get_is_answered_with_the_page(metrics: Metrics) -> None:
+    """Another method is refused; a header of stray bytes is passed over."""
+    with metrics.serve("127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10)
+        refused.value.close()
+        assert 405 == refused.value.code
+        assert 200 == get(server.port, **{"Accept-Encoding": "\xff"})[0]
+
+
 def test_a_scrape_that_fails_says_so_in_the_log(
     metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:

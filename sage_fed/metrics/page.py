@@ -24,7 +24,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import uvicorn
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, make_asgi_app
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.utils import get_remote_addr
 
@@ -37,6 +37,7 @@ MAX_ADDRESS_CONNECTIONS = 16
 DEADLINE_S = 10.0
 """For a connection, handshake, request and answer together: Prometheus waits no longer."""
 
+_TEXT = (b"content-type", b"text/plain; charset=utf-8")
 _MAX_HEAD_BYTES = 16 * 1024
 _BACKLOG = 64
 _LAST_WORDS_S = 1
@@ -99,6 +100,8 @@ class MetricsServer:
             log_level="critical",
             access_log=False,
             server_header=False,
+            # One request a connection, so that one deadline is enough.
+            headers=[("connection", "close")],
             h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
@@ -268,70 +271,54 @@ class _Connection(H11Protocol):
             self._deadline.cancel()
 
 
-_PATHS = ("/", "/metrics")
-_CLOSE = (b"connection", b"close")
-"""One request a connection, so that one deadline is enough."""
-
-_TEXT = (b"content-type", b"text/plain; charset=utf-8")
-_Answer = tuple[HTTPStatus, list[tuple[bytes, bytes]], bytes]
-
-
 class _Page:
-    """The ASGI application: the library's WSGI one, behind the access check."""
+    """The ASGI application: the library's own, behind the access check."""
 
     def __init__(self, registry: CollectorRegistry, access: PageAccess) -> None:
-        self._write = make_wsgi_app(registry)
+        self._write = make_asgi_app(registry)
         self._access = access
 
-    async def __call__(self, scope: Any, receive: object, send: Callable[..., Any]) -> None:  # noqa: ANN401, ARG002 - ASGI's
-        status, headers, body = self._answer(scope)
-        headers += [_CLOSE, (b"content-length", str(len(body)).encode())]
+    async def __call__(self, scope: Any, receive: Any, send: Callable[..., Any]) -> None:  # noqa: ANN401 - ASGI's
+        status, headers, body = self._refusal(scope)
+        if status is HTTPStatus.OK:
+            try:
+                await self._write(_readable(scope), receive, send)
+            except Exception:  # noqa: BLE001 - ours; the page is made before the first byte is sent
+                _log.exception("a scrape failed")
+                status, body = HTTPStatus.INTERNAL_SERVER_ERROR, b"a scrape failed; see the log\n"
+            else:
+                return
+        headers = [*headers, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _answer(self, scope: Any) -> _Answer:  # noqa: ANN401 - ASGI's
+    def _refusal(self, scope: Any) -> tuple[HTTPStatus, list[tuple[bytes, bytes]], bytes]:  # noqa: ANN401 - ASGI's
+        """Return OK where the page is to be sent, else the answer: status, headers and body."""
         try:
             path = urlsplit(scope["path"]).path
         except ValueError:
             return HTTPStatus.BAD_REQUEST, [_TEXT], b"no such path\n"
-        if path not in _PATHS:
+        if path not in {"/", "/metrics"}:
             # A health probe on a path that is not served must not always pass.
             return HTTPStatus.NOT_FOUND, [_TEXT], b"the metrics are at /metrics\n"
+        if scope["method"] != "GET":
+            return HTTPStatus.METHOD_NOT_ALLOWED, [(b"allow", b"GET")], b""
         admitted = self._access.admit(_values(scope, b"authorization"))
         if admitted is HTTPStatus.UNAUTHORIZED:  # which has to say how to authenticate
             return admitted, [(b"www-authenticate", b'Bearer realm="sage-fed"')], b""
-        if admitted is not HTTPStatus.OK:
-            return admitted, [], b""
-        try:
-            return self._page(scope)
-        except Exception:  # noqa: BLE001 - ours; the page is made before the first byte is sent
-            _log.exception("a scrape failed")
-            return HTTPStatus.INTERNAL_SERVER_ERROR, [_TEXT], b"a scrape failed; see the log\n"
+        return admitted, [], b""
 
-    def _page(self, scope: Any) -> _Answer:  # noqa: ANN401 - ASGI's
-        """Return the page, in a format that the client takes or in plain text."""
-        accept = ",".join(_values(scope, b"accept"))
-        if not all(_NUMBERS.fullmatch(version) for version in _VERSION.findall(accept)):
-            accept = ""  # the library fails on versions that are none
-        started: list[tuple[str, list[tuple[str, str]]]] = []
-        body = b"".join(
-            self._write(
-                {
-                    "REQUEST_METHOD": scope["method"],
-                    "PATH_INFO": "/metrics",
-                    "QUERY_STRING": scope["query_string"].decode("latin-1"),
-                    "HTTP_ACCEPT": accept,
-                    "HTTP_ACCEPT_ENCODING": ",".join(_values(scope, b"accept-encoding")),
-                },
-                lambda status, headers: started.append((status, headers)),
-            )
-        )
-        status, headers = started[0]
-        return (
-            HTTPStatus(int(status.split()[0])),
-            [(name.lower().encode(), value.encode("latin-1")) for name, value in headers],
-            body,
-        )
+
+def _readable(scope: Any) -> Any:  # noqa: ANN401 - ASGI's
+    """Return a scope with the headers that the library reads, without those that it fails on."""
+    headers = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name in {b"accept", b"accept-encoding"}
+        and value.isascii()
+        and all(map(_NUMBERS.fullmatch, _VERSION.findall(value.decode())))
+    ]
+    return {**scope, "headers": headers}
 
 
 def _values(scope: Any, name: bytes) -> list[str]:  # noqa: ANN401 - ASGI's
