@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from surroundings import require_tool
 from waiting import until
 
+from sage_fed import errors
 from sage_fed.cards import RateCard
 from sage_fed.core import (
     TIER_ROLES,
@@ -48,7 +49,7 @@ from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFu
 from sage_fed.metrics import Metrics, MetricsServer, PageAccess, Snapshot
 from sage_fed.metrics.collectors import LiveRates, available_memory_bytes
 from sage_fed.metrics.page import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
-from sage_fed.metrics.series import Gauge, Histogram
+from sage_fed.metrics.series import FAULTS, REFUSALS, Gauge, Histogram
 from sage_fed.routing import possible_decisions
 from sage_fed.steps import StepKind, StepReport
 
@@ -223,6 +224,12 @@ def test_two_daemons_in_one_process_do_not_clash() -> None:
 
     assert 1.0 == value(one, "atp_reserved_total", tier="tactical")
     assert 0.0 == value(other, "atp_reserved_total", tier="tactical")
+
+
+def test_every_code_is_an_errors_reason() -> None:
+    """The codes of refusals and faults are those of the error tree."""
+    reasons = {kind.reason.lower() for kind in vars(errors).values() if hasattr(kind, "reason")}
+    assert {*REFUSALS, *FAULTS} <= reasons
 
 
 TIERS = (*TIER_ROLES, Tier(2, "deep"))

@@ -47,12 +47,12 @@ from sage_fed.metrics.page import OPEN_PAGE, MetricsServer, PageAccess
 from sage_fed.metrics.series import (
     ABORTED,
     ABORTS,
-    CODES,
     CONTENDED,
     FAILED,
     FAULTS,
     FINISHED,
     NO_TIER,
+    REFUSALS,
     REFUSED,
     RELOAD_FAILED,
     RELOADED,
@@ -202,10 +202,10 @@ class Metrics:
         device_s: float = 0.0,
     ) -> None:
         """Count a job that ended with an error; `usage` is what was computed and not delivered."""
-        fault = isinstance(error, FAULTS) or usage is not None
-        outcome, name = FAILED if fault else REFUSED, _name(tier)
-        code = error.reason.lower()
-        self._jobs.requests.labels(name, outcome, code if code in CODES else "other").inc()
+        code, name = error.reason.lower(), _name(tier)
+        outcome = FAILED if code in FAULTS or usage is not None else REFUSED
+        known = code if code in FAULTS or code in REFUSALS else "other"
+        self._jobs.requests.labels(name, outcome, known).inc()
         self._jobs.duration.labels(name, outcome).observe(seconds)
         if usage is not None:
             self._count_work(name, FAILED, usage, device_s)
@@ -224,7 +224,6 @@ class Metrics:
     # Money
 
     def hold_placed(self, tier: Tier, held_uatp: int) -> None:
-        """Count a hold."""
         self._money.reserved.labels(tier.name).inc(held_uatp / UATP_PER_ATP)
 
     def hold_settled(self, tier: Tier, held_uatp: int, charged_uatp: int) -> None:
@@ -354,13 +353,11 @@ class Metrics:
         self._service.calls_ended.labels(why).inc()
 
     def connection_closed(self, why: str) -> None:
-        """Count a connection that was closed."""
         self._service.connections_closed.labels(why).inc()
 
     def calls_seen(
         self, *, calls: int, unread: int, unread_bytes: int, connections: int, full_addresses: int
     ) -> None:
-        """Show what is open now."""
         self._service.open_calls.set(calls)
         self._service.unread_replies.set(unread)
         self._service.unread_bytes.set(unread_bytes)

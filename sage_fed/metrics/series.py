@@ -19,24 +19,6 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.samples import Exemplar
 
 from sage_fed.core import Phase, StopReason, TierState
-from sage_fed.errors import (
-    CannotAfford,
-    DeadlineInfeasible,
-    DeviceOutOfMemory,
-    Forbidden,
-    HoldClosed,
-    Internal,
-    InvalidField,
-    LedgerBlocked,
-    LedgerDown,
-    NoSuchAccount,
-    NotFinite,
-    NotFound,
-    QueueFull,
-    RequestIdConflict,
-    TierUnavailable,
-    Unauthenticated,
-)
 from sage_fed.steps import StepKind
 
 PREFIX = "sage_fed"
@@ -45,20 +27,16 @@ NO_TIER = "none"
 FINISHED, ABORTED, REFUSED = "finished", "aborted", "refused"
 FAILED, REPLAYED = "failed", "replayed"
 ABORTS = (StopReason.ABORTED, StopReason.CANCELLED, StopReason.DEADLINE)
-FAULTS = (DeviceOutOfMemory, HoldClosed, Internal, LedgerBlocked, LedgerDown, NotFinite)
-REFUSALS = (
-    CannotAfford,
-    DeadlineInfeasible,
-    Forbidden,
-    InvalidField,
-    NoSuchAccount,
-    NotFound,
-    QueueFull,
-    RequestIdConflict,
-    TierUnavailable,
-    Unauthenticated,
+FAULTS = (
+    *("device_out_of_memory", "hold_closed", "internal"),
+    *("ledger_blocked", "ledger_down", "not_finite"),
 )
-CODES = frozenset(error.reason.lower() for error in (*REFUSALS, *FAULTS))
+REFUSALS = (
+    *("cannot_afford", "deadline_infeasible", "forbidden", "invalid_field", "no_such_account"),
+    *("not_found", "queue_full", "request_id_conflict", "tier_unavailable", "unauthenticated"),
+)
+"""Reasons of errors, in lower case, that end a job as `FAILED` and as `REFUSED`."""
+
 CONTENDED = ("false", "true")
 RELOADED, RELOAD_FAILED = "done", "failed"
 
@@ -133,30 +111,29 @@ class Factory:
         self._registry = registry
 
     def counter(self, name: str, text: str, /, **labels: Collection[str]) -> Counter:
-        """A sum that only grows."""
-        made = Counter(name, text, tuple(labels), namespace=PREFIX, registry=self._registry)
-        return _started(made, labels)
+        return self._made(Counter, name, text, labels)
 
     def gauge(self, name: str, text: str, /, **labels: Collection[str]) -> Gauge:
-        """A value of this instant."""
-        made = Gauge(name, text, tuple(labels), namespace=PREFIX, registry=self._registry)
-        return _started(made, labels)
+        return self._made(Gauge, name, text, labels)
 
     def histogram(
         self, name: str, text: str, buckets: Sequence[float], /, **labels: Collection[str]
     ) -> Histogram:
-        """A distribution; `buckets` are upper bounds."""
-        made = Histogram(
-            name, text, tuple(labels), namespace=PREFIX, registry=self._registry, buckets=buckets
-        )
-        return _started(made, labels)
+        return self._made(Histogram, name, text, labels, buckets=buckets)
 
-
-def _started(metric: M, labels: Mapping[str, Collection[str]]) -> M:
-    if labels:
-        for values in itertools.product(*labels.values()):
-            metric.labels(*values)
-    return metric
+    def _made(
+        self,
+        kind: type[M],
+        name: str,
+        text: str,
+        labels: Mapping[str, Collection[str]],
+        **options: Any,  # noqa: ANN401 - of one kind only
+    ) -> M:
+        made = kind(name, text, tuple(labels), namespace=PREFIX, registry=self._registry, **options)
+        if labels:
+            for values in itertools.product(*labels.values()):
+                made.labels(*values)
+        return made
 
 
 _ANY: Collection[str] = ()
@@ -239,8 +216,7 @@ class JobSeries:
             "output_tokens", "Output tokens of a job.", TOKENS, tier=tiers
         )
         endings = [(ABORTED if end in ABORTS else FINISHED, end.value) for end in StopReason]
-        errors = [(REFUSED, error.reason.lower()) for error in REFUSALS]
-        errors += [(FAILED, error.reason.lower()) for error in FAULTS]
+        errors = [*((REFUSED, code) for code in REFUSALS), *((FAILED, code) for code in FAULTS)]
         for tier in (*tiers, NO_TIER):
             own = [] if tier == NO_TIER else [*endings, (REPLAYED, REPLAYED)]
             for outcome, code in (*own, *errors):
