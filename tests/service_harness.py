@@ -320,7 +320,7 @@ async def serving(
         authenticator=Authenticator(TOKENS, anonymous, register),
         limits=limits or LimitSettings(),
         jobs=jobs,
-        books=ledger,
+        ledger=ledger,
         operations=operations,
         workers=workers,
         throttle=throttle,

@@ -24,6 +24,7 @@ from sage_fed.cards import RateCard, charge
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,
+    Answer,
     Delta,
     EntryKind,
     Event,
@@ -63,11 +64,11 @@ from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, p
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention, check
 from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
-from sage_fed.service import replies
 from sage_fed.settings import LimitSettings
 from sage_fed.steps import Step
 from sage_fed.text import Tokenizer, write_padded_tokenizer
 from sage_fed.v1 import inference_pb2
+from sage_fed.wire.codec import encode
 from sage_fed.workers import Workers
 
 GRANTED_UATP = 10_000 * UATP_PER_ATP
@@ -970,12 +971,9 @@ def test_what_an_answer_can_take_at_most_is_never_less_than_it_does(
     )
     spec = job(new=num_tokens, sampling={"top_logprobs": top})
     text_bytes = len(text.encode())
-    reply = inference_pb2.GenerateResponse(
-        started=replies.started_of(started),
-        text=output.text,
-        token_ids=output.token_ids,
-        logprobs=replies.logprobs_of(output.logprobs),
-        finished=replies.finished_of(finished),
+    reply = encode(
+        Answer(started, output.text, output.token_ids, output.logprobs, finished),
+        inference_pb2.GenerateResponse,
     )
     kept = Result(started, output, finished).to_bytes()
 

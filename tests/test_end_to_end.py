@@ -22,8 +22,7 @@ from waiting import WAIT_S, until
 
 from sage_fed.cli.app import build_app
 from sage_fed.client import Answer, Client
-from sage_fed.client.replies import event_of
-from sage_fed.client.requests import job_of
+from sage_fed.client.job_request import job_of
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,
@@ -49,6 +48,7 @@ from sage_fed.errors import (
 )
 from sage_fed.ledger import check
 from sage_fed.v1 import inference_pb2
+from sage_fed.wire.codec import decode
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 PREFILL = {T: 50_000, S: 329_500}
@@ -616,7 +616,7 @@ def test_a_slow_reader_gets_merged_deltas_and_the_same_text(
         first = next(replies)
         until(served.no_jobs)
         spent_uatp = client.budget().discharged_uatp
-        slow = gather(event_of(reply) for reply in itertools.chain([first], replies))
+        slow = gather(decode(Event, reply) for reply in itertools.chain([first], replies))
     assert fast[1:3] == slow[1:3]
     assert spent_uatp == 2 * slow[3].price.charged_uatp
     assert slow[4] < 60  # what the transport took one by one, and then one with all the rest

@@ -17,12 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sage_fed
-from sage_fed.client.requests import job_of
-from sage_fed.core import TIER_ROLES, JobSpec, Message, Priority, Prompt, SamplingRequest, Tier
+from sage_fed.client.job_request import job_of
+from sage_fed.core import (
+    TIER_ROLES,
+    Caller,
+    JobSpec,
+    Message,
+    Priority,
+    Prompt,
+    Role,
+    SamplingRequest,
+    Tier,
+)
 from sage_fed.errors import InvalidField
-from sage_fed.service.requests import parse_count, parse_job
+from sage_fed.service.edge import Call
+from sage_fed.service.inference import parse_job
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
+from sage_fed.wire import bounds
 
 LIMITS = LimitSettings(
     max_prompt_chars=20,
@@ -38,8 +50,18 @@ LIMITS = LimitSettings(
 )
 
 
-def parse(job: types_pb2.JobSpec) -> JobSpec:
-    return parse_job(job, LIMITS, account="robot")
+def parse(
+    job: types_pb2.JobSpec,
+    limits: LimitSettings = LIMITS,
+    *,
+    call_remaining_s: float | None = None,
+    one_reply: bool = False,
+) -> JobSpec:
+    """The job as the service reads it from a call of `robot`'s."""
+    caller = Caller("robot", Role.USER)
+    call = Call(caller, 0.0, call_remaining_s, open_call=None)  # type: ignore[arg-type] # not asked
+    kind = inference_pb2.GenerateRequest if one_reply else inference_pb2.GenerateStreamRequest
+    return parse_job(kind(job=job), limits, call)
 
 
 def chat(*turns: tuple[str, str]) -> types_pb2.ChatMessages:
@@ -144,7 +166,7 @@ def test_a_bound_is_written_in_full() -> None:
     """A large limit of the operator's is named to the last digit."""
     limits = LimitSettings(max_deadline_s=1234567.5)
     with pytest.raises(InvalidField, match=r"at most 1234567\.5, not 2000000$"):
-        parse_job(sampled(deadline_s=2e6), limits, account="robot")
+        parse(sampled(deadline_s=2e6), limits)
 
 
 ACCEPTED: list[types_pb2.JobSpec] = [
@@ -192,7 +214,7 @@ def test_a_count_is_limited_like_a_job(
 ) -> None:
     """Counting is free, so it must not be a way around the limits."""
     with pytest.raises(InvalidField) as raised:
-        parse_count(request_, LIMITS)
+        bounds.check(request_, LIMITS)
     assert field == raised.value.field
 
 
@@ -257,7 +279,7 @@ MESSAGES = st.builds(lambda prompt, fields: types_pb2.JobSpec(**prompt, **fields
 def parse_or_refuse(job: types_pb2.JobSpec, remaining_s: float | None) -> JobSpec | None:
     """The job, or None where a field of it is refused by a name inside `job`."""
     try:
-        return parse_job(job, LIMITS, account="robot", call_remaining_s=remaining_s)
+        return parse(job, LIMITS, call_remaining_s=remaining_s)
     except InvalidField as error:
         if error.field.startswith("job."):
             return None

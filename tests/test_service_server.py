@@ -46,7 +46,7 @@ async def test_a_taken_port_fails_the_start_by_name(tmp_path: Path) -> None:
                 authenticator=Authenticator(TOKENS, None),
                 limits=LimitSettings(),
                 jobs=ScriptedJobs(),
-                books=harness.ledger,
+                ledger=harness.ledger,
                 operations=ScriptedOperations(),
                 workers=workers,
             )

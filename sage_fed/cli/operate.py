@@ -489,7 +489,7 @@ def _print_days(days: Sequence[Day]) -> None:
         [
             (
                 _date(day),
-                str(day.entries),
+                str(day.num_entries),
                 atp_number(day.minted_uatp),
                 atp_number(day.spent_uatp),
                 str(day.settled_jobs),

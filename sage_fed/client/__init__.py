@@ -1,8 +1,8 @@
 """The Python client: a running daemon as typed calls.
 
 `Client` takes and gives core's frozen values and raises the error tree, as if the daemon were
-a library; a gRPC error never comes out. `requests`, `replies` and `reports` translate, `asks`
-lists the calls, `failures` rebuilds errors. Nothing is checked here: the daemon
+a library; a gRPC error never comes out. `job_request` is the shorthand for a
+job, `channel` the connection and its errors. Nothing is checked here: the daemon
 judges every request.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from sage_fed.client.channel import Tls, leaves_machine
 from sage_fed.client.client import Client
-from sage_fed.client.requests import JobFields
-from sage_fed.core import Answer, EntryPage, LoadReport, TokenCount
+from sage_fed.core import Answer, EntryPage, JobFields, LoadReport, TokenCount
 
 __all__ = [
     "Answer",

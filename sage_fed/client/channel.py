@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import (  # type: ignore[import-untyped] # no marker in the wheel
     BadRequest,
     ErrorInfo,
@@ -136,11 +136,6 @@ def metadata_of(token: str | None) -> tuple[tuple[str, str], ...]:
     if not re.fullmatch("[!-~]+", token):
         raise InvalidField("token", "must be printable ASCII without spaces")
     return (("authorization", f"Bearer {token}"),)
-
-
-def serialize(message: Message) -> bytes:
-    """Return a request as it travels."""
-    return message.SerializeToString()
 
 
 def wait_serving(address: str, service: str, timeout_s: float) -> bool:

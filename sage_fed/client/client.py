@@ -1,39 +1,28 @@
 """The blocking client, for scripts and notebooks.
 
-Owns one channel, and the list of calls; use it as a context manager. It blocks: not for an event
-loop. Every method raises the error tree: `InvalidField`, `CannotAfford`, ..., `CannotConnect`
-where no daemon answers, `CallFailed` for a status that is none of ours.
+Owns one channel; use it as a context manager. It blocks: not for an event loop.
+Every method raises the error tree: `InvalidField`, `CannotAfford`, ..., `CannotConnect` where
+no daemon answers, `CallFailed` for a status that is none of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeVar, Unpack
+from collections.abc import Generator, Sequence
+from typing import Any, Self, Unpack
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.message_factory import GetMessageClass
 
-from sage_fed import core
-from sage_fed.client import replies, reports
 from sage_fed.client.channel import (
     DEFAULT_TIMEOUT_S,
     Tls,
     error_of,
     metadata_of,
     open_channel,
-    serialize,
 )
-from sage_fed.client.requests import (
-    JobFields,
-    PromptLike,
-    TierName,
-    chat_of,
-    filled,
-    job_of,
-    prompt_of,
-    tier_of,
-)
+from sage_fed.client.job_request import PromptLike, job_of, prompt_of, tier_of
 from sage_fed.core import (
     Answer,
     Budget,
@@ -45,19 +34,26 @@ from sage_fed.core import (
     Entry,
     EntryPage,
     Event,
+    JobFields,
+    JobSpec,
     LoadReport,
     Message,
     ModelStatus,
     Quote,
     Tier,
+    TierName,
     TokenCount,
 )
-from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
-
-T = TypeVar("T")
+from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2
+from sage_fed.wire.codec import build, decode, decoder, encode
 
 MAX_PAGE_SIZE = 1000
 """The most entries that the daemon gives at once."""
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods_by_name
+_BUDGET = budget_pb2.DESCRIPTOR.services_by_name["BudgetService"].methods_by_name
+_MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"].methods_by_name
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].methods_by_name
 
 
 class Client:
@@ -94,40 +90,40 @@ class Client:
         self, prompt: PromptLike, **fields: Unpack[JobFields]
     ) -> Generator[Event, None, None]:
         """Run a job and yield its events; leaving the loop early cancels the job."""
-        return self._stream(ask_stream(job_of(prompt, **fields)))
-
-    def _stream(self, ask: Ask[T]) -> Generator[T, None, None]:
-        method = self._channel.unary_stream(ask.method, serialize, ask.reply.FromString)
-        call = method(ask.request, metadata=self._metadata)
-        try:
-            for reply in call:
-                yield ask.read(reply)
-        except grpc.RpcError as error:
-            raise error_of(error, self._address, self._tls) from None
-        finally:
-            call.cancel()  # type: ignore[no-untyped-call] # the stubs forgot its types
+        job = job_of(prompt, **fields)
+        request = inference_pb2.GenerateStreamRequest(job=job)
+        return self._stream(_INFERENCE["GenerateStream"], request, Event)
 
     def generate(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> Answer:
         """Run a job and return its whole answer."""
-        return self._ask(ask_generate(job_of(prompt, **fields)))
+        request = inference_pb2.GenerateRequest(job=job_of(prompt, **fields))
+        # A job lasts as long as it lasts.
+        return decode(Answer, self._ask(_INFERENCE["Generate"], request, timed=False))
 
     def quote(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> Quote:
         """Return what the job would cost at most and which route it would take."""
-        return self._ask(ask_quote(job_of(prompt, **fields)))
+        request = inference_pb2.QuoteRequest(job=job_of(prompt, **fields))
+        return decode(Quote, self._ask(_INFERENCE["Quote"], request))
 
     def count_tokens(
         self, prompt: str | Sequence[Message], tier: Tier | TierName = Tier.TACTICAL
     ) -> TokenCount:
         """Return the prompt's tokens as the tier's model would see them."""
-        return self._ask(ask_count_tokens(prompt, tier))
+        spec = JobSpec("", prompt_of(prompt), tier_of(tier, "tier"))
+        request = encode(spec, inference_pb2.CountTokensRequest)
+        if isinstance(prompt, str):
+            request.text = prompt
+        return decode(TokenCount, self._ask(_INFERENCE["CountTokens"], request))
 
     def budget(self) -> Budget:
         """Return the caller's own books."""
-        return self._ask(ask_budget())
+        reply = self._ask(_BUDGET["GetBudget"], budget_pb2.GetBudgetRequest())
+        return decode(Budget, reply.budget)
 
     def entries_page(self, page_size: int = 50, page_token: str = "") -> EntryPage:
         """Return one page of the caller's own ledger, newest first."""
-        return self._ask(ask_entries(page_size, page_token))
+        request = build(budget_pb2.ListEntriesRequest, page_size=page_size, page_token=page_token)
+        return decode(EntryPage, self._ask(_BUDGET["ListEntries"], request))
 
     def entries(self, limit: int = 50) -> tuple[Entry, ...]:
         """Return the newest `limit` entries of the caller's own ledger, newest first."""
@@ -151,28 +147,33 @@ class Client:
         return EntryPage(tuple(entries), token, tuple(days))
 
     def models(self) -> tuple[ModelStatus, ...]:
-        """Return both tiers' models."""
-        return self._ask(ask_models())
+        """Return the tiers' models."""
+        reply = self._ask(_MODEL["ListModels"], model_pb2.ListModelsRequest())
+        return tuple(decode(ModelStatus, model) for model in reply.models)
 
     def status(self) -> DaemonStatus:
         """Return the daemon at a glance."""
-        return self._ask(ask_status())
+        return decode(DaemonStatus, self._ask(_MODEL["GetStatus"], model_pb2.GetStatusRequest()))
 
     def abort(self, job_id: str) -> bool:
         """End a job of any account (admins only); False where no such job runs."""
-        return self._ask(ask_abort(job_id))
+        return self._end(job_id=job_id)
 
     def end_call(self, call_id: str) -> bool:
         """End a call of `load().unread` (admins only); False where there is none of that id."""
-        return self._ask(ask_end_call(call_id))
+        return self._end(call_id=call_id)
 
     def close_connection(self, connection: str) -> bool:
         """Close a connection of `load().unread` (admins only); False where there is none."""
-        return self._ask(ask_close_connection(connection))
+        return self._end(connection=connection)
+
+    def _end(self, **name: str) -> bool:
+        return bool(self._ask(_ADMIN["Abort"], build(admin_pb2.AbortRequest, **name)).aborted)
 
     def drain(self, grace_s: float | None = None) -> int:
         """Stop the daemon when its jobs have ended (admins only); how many still run."""
-        return self._ask(ask_drain(grace_s))
+        request = build(admin_pb2.DrainRequest, grace_s=grace_s)
+        return int(self._ask(_ADMIN["Drain"], request).jobs_running)
 
     def set_budget(
         self,
@@ -184,17 +185,13 @@ class Client:
         strategic_floor_uatp: int | None = None,
     ) -> Budget:
         """Create or change an account (admins only); None stays as it is."""
-        change = BudgetChange(
-            balance_uatp=balance_uatp,
-            capacity_uatp=capacity_uatp,
-            refill_uatp_per_s=refill_uatp_per_s,
-            strategic_floor_uatp=strategic_floor_uatp,
-        )
-        return self._ask(ask_set_budget(account, change))
+        change = BudgetChange(balance_uatp, capacity_uatp, refill_uatp_per_s, strategic_floor_uatp)
+        request = encode(change, admin_pb2.SetBudgetRequest, account=account)
+        return decode(Budget, self._ask(_ADMIN["SetBudget"], request).budget)
 
     def load(self) -> LoadReport:
         """Return what runs and waits now (admins only)."""
-        return self._ask(ask_load())
+        return decode(LoadReport, self._ask(_ADMIN["GetLoad"], admin_pb2.GetLoadRequest()))
 
     def calibrate(
         self, *, quick: bool = False, adopt: bool = False
@@ -203,169 +200,43 @@ class Client:
 
         Leaving the loop early ends the calibration without a trace.
         """
-        return self._stream(ask_calibrate(quick=quick, adopt=adopt))
+        request = admin_pb2.CalibrateRequest(quick=quick, adopt=adopt)
+        return self._stream(_ADMIN["Calibrate"], request, CalibrationEvent)
 
     def adopt_card(self, version: str) -> CardStatus:
         """Put a rate card in force for new jobs, until the daemon restarts (admins only)."""
-        return self._ask(ask_adopt_card(version))
+        request = build(admin_pb2.AdoptRateCardRequest, version=version)
+        return decode(CardStatus, self._ask(_ADMIN["AdoptRateCard"], request))
 
-    def _ask(self, ask: Ask[T]) -> T:
-        call = self._channel.unary_unary(ask.method, serialize, ask.reply.FromString)
-        timeout_s = self._timeout_s if ask.timed else None
+    def _ask(self, method: MethodDescriptor, request: ProtoMessage, *, timed: bool = True) -> Any:  # noqa: ANN401 - the method's reply
+        reply = GetMessageClass(method.output_type)
+        call = self._channel.unary_unary(_path(method), _raw, reply.FromString)
+        timeout_s = self._timeout_s if timed else None
         try:
-            reply = call(ask.request, timeout=timeout_s, metadata=self._metadata)
+            return call(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self._address, self._tls) from None
-        return ask.read(reply)
+
+    def _stream(
+        self, method: MethodDescriptor, request: ProtoMessage, kind: object
+    ) -> Generator[Any, None, None]:
+        reply = GetMessageClass(method.output_type)
+        read = decoder(kind, method.output_type)
+        call = self._channel.unary_stream(_path(method), _raw, reply.FromString)(
+            request, metadata=self._metadata
+        )
+        try:
+            for event in call:
+                yield read(event)
+        except grpc.RpcError as error:
+            raise error_of(error, self._address, self._tls) from None
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call] # the stubs forgot its types
 
 
-_INFERENCE = "/sage_fed.v1.InferenceService/"
-_BUDGET = "/sage_fed.v1.BudgetService/"
-_MODEL = "/sage_fed.v1.ModelService/"
-_ADMIN = "/sage_fed.v1.AdminService/"
+def _path(method: MethodDescriptor) -> str:
+    return f"/{method.containing_service.full_name}/{method.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Ask(Generic[T]):
-    """One call: full method name, request, reply class, and the reply's meaning.
-
-    A job lasts as long as it lasts; every other call is `timed` by the client's own deadline.
-    """
-
-    method: str
-    request: ProtoMessage
-    reply: type[Any]
-    read: Callable[[Any], T]
-    timed: bool = True
-
-
-def ask_stream(job: types_pb2.JobSpec) -> Ask[core.Event]:
-    """Run a job; one reply an event."""
-    request = inference_pb2.GenerateStreamRequest(job=job)
-    reply = inference_pb2.GenerateStreamResponse
-    return Ask(f"{_INFERENCE}GenerateStream", request, reply, replies.event_of, timed=False)
-
-
-def ask_generate(job: types_pb2.JobSpec) -> Ask[Answer]:
-    """Run a job and wait for its whole answer."""
-    request = inference_pb2.GenerateRequest(job=job)
-    reply = inference_pb2.GenerateResponse
-    return Ask(f"{_INFERENCE}Generate", request, reply, replies.answer_of, timed=False)
-
-
-def ask_quote(job: types_pb2.JobSpec) -> Ask[core.Quote]:
-    """Ask what a job would cost."""
-    request = inference_pb2.QuoteRequest(job=job)
-    return Ask(f"{_INFERENCE}Quote", request, inference_pb2.QuoteResponse, replies.quote_of)
-
-
-def ask_count_tokens(
-    prompt: str | Sequence[core.Message], tier: core.Tier | TierName
-) -> Ask[TokenCount]:
-    """Count a prompt's tokens."""
-    request = inference_pb2.CountTokensRequest(tier=tier_of(tier, "tier"))
-    if isinstance(prompt, str):
-        filled(request, text=prompt)
-    else:
-        request.chat.CopyFrom(chat_of(prompt_of(prompt).messages, "chat"))
-    reply = inference_pb2.CountTokensResponse
-    return Ask(f"{_INFERENCE}CountTokens", request, reply, replies.count_of)
-
-
-def ask_budget() -> Ask[core.Budget]:
-    """Read the caller's own books."""
-    request = budget_pb2.GetBudgetRequest()
-
-    def read(reply: budget_pb2.GetBudgetResponse) -> core.Budget:
-        return replies.budget_of(reply.budget)
-
-    return Ask(f"{_BUDGET}GetBudget", request, budget_pb2.GetBudgetResponse, read)
-
-
-def ask_entries(page_size: int, page_token: str) -> Ask[EntryPage]:
-    """Read a page of the caller's own ledger."""
-    request = filled(budget_pb2.ListEntriesRequest(), page_size=page_size, page_token=page_token)
-    return Ask(f"{_BUDGET}ListEntries", request, budget_pb2.ListEntriesResponse, replies.page_of)
-
-
-def ask_models() -> Ask[tuple[core.ModelStatus, ...]]:
-    """List both tiers' models."""
-    request = model_pb2.ListModelsRequest()
-
-    def read(reply: model_pb2.ListModelsResponse) -> tuple[core.ModelStatus, ...]:
-        return tuple(reports.model_of(model) for model in reply.models)
-
-    return Ask(f"{_MODEL}ListModels", request, model_pb2.ListModelsResponse, read)
-
-
-def ask_status() -> Ask[core.DaemonStatus]:
-    """Read the daemon at a glance."""
-    request = model_pb2.GetStatusRequest()
-    return Ask(f"{_MODEL}GetStatus", request, model_pb2.GetStatusResponse, reports.status_of)
-
-
-def ask_abort(job_id: str) -> Ask[bool]:
-    """End a job."""
-    request = filled(admin_pb2.AbortRequest(), job_id=job_id)
-
-    def read(reply: admin_pb2.AbortResponse) -> bool:
-        return reply.aborted
-
-    return Ask(f"{_ADMIN}Abort", request, admin_pb2.AbortResponse, read)
-
-
-def ask_end_call(call_id: str) -> Ask[bool]:
-    """End a call whose reply nobody reads."""
-    return replace(ask_abort(""), request=admin_pb2.AbortRequest(call_id=call_id))
-
-
-def ask_close_connection(connection: str) -> Ask[bool]:
-    """Close a connection, with all that it carries."""
-    return replace(ask_abort(""), request=admin_pb2.AbortRequest(connection=connection))
-
-
-def ask_drain(grace_s: float | None) -> Ask[int]:
-    """Stop the daemon, softly."""
-    request = filled(admin_pb2.DrainRequest(), grace_s=grace_s)
-
-    def read(reply: admin_pb2.DrainResponse) -> int:
-        return reply.jobs_running
-
-    return Ask(f"{_ADMIN}Drain", request, admin_pb2.DrainResponse, read)
-
-
-def ask_set_budget(account: str, change: BudgetChange) -> Ask[core.Budget]:
-    """Create or change an account."""
-    request = filled(
-        admin_pb2.SetBudgetRequest(),
-        account=account,
-        balance_uatp=change.balance_uatp,
-        capacity_uatp=change.capacity_uatp,
-        refill_uatp_per_s=change.refill_uatp_per_s,
-        strategic_floor_uatp=change.strategic_floor_uatp,
-    )
-
-    def read(reply: admin_pb2.SetBudgetResponse) -> core.Budget:
-        return replies.budget_of(reply.budget)
-
-    return Ask(f"{_ADMIN}SetBudget", request, admin_pb2.SetBudgetResponse, read)
-
-
-def ask_load() -> Ask[LoadReport]:
-    """Read what runs and waits now."""
-    request = admin_pb2.GetLoadRequest()
-    return Ask(f"{_ADMIN}GetLoad", request, admin_pb2.GetLoadResponse, reports.load_of)
-
-
-def ask_calibrate(*, quick: bool, adopt: bool) -> Ask[core.CalibrationEvent]:
-    """Measure the engines; one reply an event."""
-    request = admin_pb2.CalibrateRequest(quick=quick, adopt=adopt)
-    reply = admin_pb2.CalibrateResponse
-    return Ask(f"{_ADMIN}Calibrate", request, reply, reports.calibration_of, timed=False)
-
-
-def ask_adopt_card(version: str) -> Ask[core.CardStatus]:
-    """Put a card in force."""
-    request = filled(admin_pb2.AdoptRateCardRequest(), version=version)
-    reply = admin_pb2.AdoptRateCardResponse
-    return Ask(f"{_ADMIN}AdoptRateCard", request, reply, reports.card_status_of)
+def _raw(message: ProtoMessage) -> bytes:
+    return message.SerializeToString()

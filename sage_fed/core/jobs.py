@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
 from sage_fed.core.money import Price
 from sage_fed.core.tiers import Tier, TierLoad
@@ -378,3 +380,30 @@ class LoadReport:
     unread: tuple[OpenReply, ...] = ()
     open_calls: int = 0
     connections: int = 0
+
+
+TierName = Literal["auto", "tactical", "strategic"]
+PriorityName = Literal["low", "normal", "high"]
+
+
+class JobFields(TypedDict, total=False):
+    """A job but for its prompt, as keyword arguments: `JobSpec` and `SamplingRequest`."""
+
+    tier: Tier | TierName | None
+    allow_downgrade: bool
+    max_cost_uatp: int | None
+    complexity: float | None
+    priority: Priority | PriorityName
+    client_request_id: str
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    max_new_tokens: int | None
+    stop: Sequence[str] | str | None
+    ignore_eos: bool
+    top_logprobs: int | None
+    deadline_s: float | None
+    stop_token_ids: Sequence[int] | None

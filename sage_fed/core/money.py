@@ -96,7 +96,7 @@ class Day:
     """
 
     day: int
-    entries: int
+    num_entries: int
     minted_uatp: int
     spent_uatp: int
     settled_jobs: int

@@ -223,7 +223,7 @@ async def _started(
             authenticator=doors.authenticator,
             limits=settings.limits,
             jobs=broker,
-            books=ledger,
+            ledger=ledger,
             operations=operations,
             workers=workers,
             throttle=throttle_of(settings),

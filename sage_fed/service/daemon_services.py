@@ -1,7 +1,7 @@
 """BudgetService, ModelService and AdminService: the caller's account, the models, the operator.
 
-Owns the checks of their requests, and the paging of entries: a page token is opaque to clients and
-names the last entry or day seen. The role that a method takes is the edge's to check.
+Owns what an operator may set together, and the paging of entries: a page token is opaque to clients
+and names the last entry or day seen. The role that a method takes is the edge's to check.
 Fails with `InvalidField` on the request, otherwise as the ledger does.
 """
 
@@ -13,212 +13,89 @@ import contextlib
 import struct
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
+from typing import Protocol
 
-from sage_fed.core import BudgetChange
+from sage_fed.core import (
+    BudgetChange,
+    CalibrationEvent,
+    CardStatus,
+    DaemonStatus,
+    EntryPage,
+    LoadReport,
+    ModelStatus,
+)
 from sage_fed.errors import InvalidField, NoSuchAccount, NotFound
-from sage_fed.ledger.entries import Page, Place
-from sage_fed.service import replies, reports
+from sage_fed.ledger import Ledger, Page, Place
 from sage_fed.service.calls import OpenCalls
 from sage_fed.service.edge import Call, Method
-from sage_fed.service.ports import Books, Jobs, Operations
-from sage_fed.service.requests import parse_tier, require_between
-from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
-
-MAX_GRACE_S = 86_400.0
-"""A drain that may take longer is a daemon that does not stop."""
-
-MAX_NAME_CHARS = 256
-MAX_VERSION_CHARS = 64
-
-
-class AdminService:
-    """Abort, Drain, SetBudget, GetLoad, Calibrate and AdoptRateCard."""
-
-    def __init__(self, jobs: Jobs, books: Books, operations: Operations, calls: OpenCalls) -> None:
-        self._jobs = jobs
-        self._calls = calls
-        self._books = books
-        self._operations = operations
-
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        """The service's RPCs by name."""
-        return {
-            "Abort": self.abort,
-            "Drain": self.drain,
-            "SetBudget": self.set_budget,
-            "GetLoad": self.get_load,
-            "Calibrate": self.calibrate,
-            "AdoptRateCard": self.adopt_rate_card,
-        }
-
-    async def abort(
-        self,
-        request: admin_pb2.AbortRequest,
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> admin_pb2.AbortResponse:
-        """End a job of any account, running or unread, a call, or a connection."""
-        given = {
-            field: name
-            for field in ("job_id", "call_id", "connection")
-            if (name := getattr(request, field))
-        }
-        if len(given) > 1:
-            raise InvalidField("job_id", f"{' and '.join(given)} are set; name one thing to end")
-        field, name = given.popitem() if given else ("job_id", "")
-        if not 1 <= len(name) <= MAX_NAME_CHARS:
-            raise InvalidField(field, f"must have 1 to {MAX_NAME_CHARS} characters")
-        if field == "connection":
-            aborted = self._calls.close_connection(name)
-        elif field == "call_id":
-            aborted = self._calls.end(name)
-        else:
-            # A running job's reader gets what was made; what has ended unread is not waited for.
-            aborted = self._jobs.abort(name) or self._calls.end(name)
-        return admin_pb2.AbortResponse(aborted=aborted)
-
-    async def drain(
-        self,
-        request: admin_pb2.DrainRequest,
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> admin_pb2.DrainResponse:
-        """Stop admission; the daemon exits when its jobs have ended or the grace is over."""
-        grace_s = request.grace_s if request.HasField("grace_s") else None
-        if grace_s is not None:
-            require_between("grace_s", grace_s, 0.0, MAX_GRACE_S)
-        return admin_pb2.DrainResponse(jobs_running=self._operations.drain(grace_s))
-
-    async def set_budget(
-        self,
-        request: admin_pb2.SetBudgetRequest,
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> admin_pb2.SetBudgetResponse:
-        """Create an account's budget or change it; the ledger checks each amount by itself.
-
-        To the ledger the capacity limits refill only. An operator who sets a balance above it
-        has mistyped one of the two, and an account that may hold nothing was not meant.
-        """
-        if not request.account:
-            raise InvalidField("account", "must not be empty")
-
-        def given(name: str) -> int | None:
-            return int(getattr(request, name)) if request.HasField(name) else None
-
-        change = BudgetChange(
-            balance_uatp=given("balance_uatp"),
-            capacity_uatp=given("capacity_uatp"),
-            refill_uatp_per_s=given("refill_uatp_per_s"),
-            strategic_floor_uatp=given("strategic_floor_uatp"),
-        )
-        change = replace(change, capacity_uatp=await self._capacity(request.account, change))
-        budget = await self._books.set_budget(request.account, change)
-        return admin_pb2.SetBudgetResponse(budget=replies.budget_of(budget))
-
-    async def _capacity(self, account: str, change: BudgetChange) -> int | None:
-        """Return the capacity to set, None for the present one; it covers the balance."""
-        try:
-            present_uatp = (await self._books.budget(account)).capacity_uatp
-        except NoSuchAccount:
-            if change.capacity_uatp is None and change.balance_uatp is None:
-                raise InvalidField(
-                    "capacity_uatp", "a new account needs a capacity, or a balance to begin with"
-                ) from None
-            present_uatp = None
-        capacity_uatp = change.capacity_uatp if change.capacity_uatp is not None else present_uatp
-        if capacity_uatp is None:
-            return change.balance_uatp
-        if change.balance_uatp is not None and change.balance_uatp > capacity_uatp:
-            raise InvalidField(
-                "balance_uatp",
-                f"must be at most the capacity, {capacity_uatp}; raise capacity_uatp with it",
-            )
-        return change.capacity_uatp
-
-    async def get_load(
-        self,
-        request: admin_pb2.GetLoadRequest,  # noqa: ARG002 - it is empty
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> admin_pb2.GetLoadResponse:
-        """Return what runs and waits now, of every account."""
-        return admin_pb2.GetLoadResponse(
-            tiers=[reports.load_of(load) for load in self._operations.status().tiers],
-            jobs=[reports.running_job_of(job) for job in self._jobs.running()],
-            unread=[reports.unread_of(reply) for reply in self._calls.unread()],
-            open_calls=self._calls.num_open,
-            connections=self._calls.num_connections,
-            held_uatp=await self._books.held_total_uatp(),
-        )
-
-    async def calibrate(
-        self,
-        request: admin_pb2.CalibrateRequest,
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> AsyncGenerator[admin_pb2.CalibrateResponse, None]:
-        """Measure the engines and write a card; a client that goes away ends it."""
-        events = self._operations.calibrate(quick=request.quick, adopt=request.adopt)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield reports.calibration_of(event)
-
-    async def adopt_rate_card(
-        self,
-        request: admin_pb2.AdoptRateCardRequest,
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> admin_pb2.AdoptRateCardResponse:
-        """Put a card in force for jobs from now on."""
-        if not 1 <= len(request.version) <= MAX_VERSION_CHARS:
-            raise InvalidField("version", f"must have 1 to {MAX_VERSION_CHARS} characters")
-        return reports.card_status_of(await self._operations.adopt_card(request.version))
-
+from sage_fed.service.inference import Jobs
+from sage_fed.settings import LimitSettings
+from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2, types_pb2
+from sage_fed.wire import bounds
+from sage_fed.wire.codec import decode, encode
 
 DEFAULT_PAGE_SIZE = 50
-MAX_PAGE_SIZE = 1000
 
 _TOKEN = struct.Struct(">B?Q")  # format version, whether in the days, entry's number or day
 _TOKEN_VERSION = 2
 _TOKEN_1 = struct.Struct(">BQ")
 
 
+class Operations(Protocol):
+    """The daemon as a whole."""
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        """Return the tiers' models, whatever their state."""
+
+    def status(self) -> DaemonStatus:
+        """Return the daemon at a glance."""
+
+    def drain(self, grace_s: float | None) -> int:
+        """Start to drain (idempotent; None is the setting's grace); jobs still running."""
+
+    def calibrate(self, *, quick: bool, adopt: bool) -> AsyncGenerator[CalibrationEvent, None]:
+        """Measure and write a card; closing the generator ends it without a trace.
+
+        Raises `CalibrationRunning`, `DeviceBusy`, `TierUnavailable` or `DeviceOutOfMemory`.
+        """
+
+    async def adopt_card(self, version: str) -> CardStatus:
+        """Put a card in force for new jobs; `NotFound` where there is none of that version."""
+
+
 class BudgetService:
     """GetBudget and ListEntries."""
 
-    def __init__(self, books: Books, operations: Operations) -> None:
-        self._books = books
+    def __init__(self, ledger: Ledger, operations: Operations, limits: LimitSettings) -> None:
+        self._ledger = ledger
         self._operations = operations
+        self._limits = limits
 
     @property
     def methods(self) -> Mapping[str, Method]:
         """The service's RPCs by name."""
         return {"GetBudget": self.get_budget, "ListEntries": self.list_entries}
 
-    async def get_budget(
-        self,
-        request: budget_pb2.GetBudgetRequest,  # noqa: ARG002 - it is empty
-        call: Call,
-    ) -> budget_pb2.GetBudgetResponse:
+    async def get_budget(self, _: object, call: Call) -> budget_pb2.GetBudgetResponse:
         """Return the account's books and the card that prices its jobs now."""
-        budget = await self._books.budget(call.caller.account)
-        return budget_pb2.GetBudgetResponse(
-            budget=replies.budget_of(budget), rate_card=self._operations.status().rate_card
-        )
+        budget = encode(await self._ledger.budget(call.caller.account), types_pb2.Budget)
+        rate_card = self._operations.status().rate_card
+        return budget_pb2.GetBudgetResponse(budget=budget, rate_card=rate_card)
 
     async def list_entries(
         self, request: budget_pb2.ListEntriesRequest, call: Call
     ) -> budget_pb2.ListEntriesResponse:
         """Return a page of the account's entries, newest first, and its days behind them."""
-        size = request.page_size or DEFAULT_PAGE_SIZE
-        if size > MAX_PAGE_SIZE:
-            raise InvalidField("page_size", f"must be from 1 to {MAX_PAGE_SIZE}, not {size}")
+        bounds.check(request, self._limits)
         place = read_page_token(request.page_token)
-        return await self._books.page(call.caller.account, place, size, _page_of)
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        # A long page is translated by the thread that reads it.
+        return await self._ledger.page(call.caller.account, place, size, _page_of)
 
 
 def _page_of(page: Page) -> budget_pb2.ListEntriesResponse:
-    return budget_pb2.ListEntriesResponse(
-        entries=[replies.entry_of(entry) for entry in page.entries],
-        days=[replies.day_of(day) for day in page.days],
-        next_page_token="" if page.rest is None else page_token(page.rest),
-    )
+    token = "" if page.rest is None else page_token(page.rest)
+    return encode(EntryPage(page.entries, token, page.days), budget_pb2.ListEntriesResponse)
 
 
 def page_token(place: Place) -> str:
@@ -254,8 +131,9 @@ def read_page_token(token: str) -> Place | None:
 class ModelService:
     """ListModels, GetModel and GetStatus."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, limits: LimitSettings) -> None:
         self._operations = operations
+        self._limits = limits
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -266,33 +144,135 @@ class ModelService:
             "GetStatus": self.get_status,
         }
 
-    async def list_models(
-        self,
-        request: model_pb2.ListModelsRequest,  # noqa: ARG002 - it is empty
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> model_pb2.ListModelsResponse:
-        """Return both tiers' models, whatever their state."""
-        models = [reports.model_of(model) for model in self._operations.models()]
+    async def list_models(self, _: object, __: Call) -> model_pb2.ListModelsResponse:
+        """Return the tiers' models, whatever their state."""
+        models = [encode(model, model_pb2.Model) for model in self._operations.models()]
         return model_pb2.ListModelsResponse(models=models)
 
     async def get_model(
-        self,
-        request: model_pb2.GetModelRequest,
-        call: Call,  # noqa: ARG002 - every method has it
+        self, request: model_pb2.GetModelRequest, _: Call
     ) -> model_pb2.GetModelResponse:
         """Return one tier's model."""
-        tier = parse_tier("tier", request.tier)
-        if tier is None:
+        bounds.check(request, self._limits)
+        name = request.tier_name or types_pb2.Tier.Name(request.tier).removeprefix("TIER_").lower()
+        if name in ("unspecified", "auto"):
             raise InvalidField("tier", "must be TIER_TACTICAL or TIER_STRATEGIC")
         for model in self._operations.models():
-            if model.tier is tier:
-                return model_pb2.GetModelResponse(model=reports.model_of(model))
-        raise NotFound(f"this daemon has no {tier.name} tier")
+            if model.tier.name == name:
+                return model_pb2.GetModelResponse(model=encode(model, model_pb2.Model))
+        raise NotFound(f"this daemon has no {name} tier")
 
-    async def get_status(
-        self,
-        request: model_pb2.GetStatusRequest,  # noqa: ARG002 - it is empty
-        call: Call,  # noqa: ARG002 - every method has it
-    ) -> model_pb2.GetStatusResponse:
+    async def get_status(self, _: object, __: Call) -> model_pb2.GetStatusResponse:
         """Return the daemon at a glance."""
-        return reports.status_of(self._operations.status())
+        return encode(self._operations.status(), model_pb2.GetStatusResponse)
+
+
+class AdminService:
+    """Abort, Drain, SetBudget, GetLoad, Calibrate and AdoptRateCard."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        ledger: Ledger,
+        operations: Operations,
+        calls: OpenCalls,
+        limits: LimitSettings,
+    ) -> None:
+        self._jobs = jobs
+        self._calls = calls
+        self._ledger = ledger
+        self._operations = operations
+        self._limits = limits
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The service's RPCs by name."""
+        return {
+            "Abort": self.abort,
+            "Drain": self.drain,
+            "SetBudget": self.set_budget,
+            "GetLoad": self.get_load,
+            "Calibrate": self.calibrate,
+            "AdoptRateCard": self.adopt_rate_card,
+        }
+
+    async def abort(self, request: admin_pb2.AbortRequest, _: Call) -> admin_pb2.AbortResponse:
+        """End a job of any account, running or unread, a call, or a connection."""
+        bounds.check(request, self._limits)
+        if request.connection:
+            aborted = self._calls.close_connection(request.connection)
+        elif request.call_id:
+            aborted = self._calls.end(request.call_id)
+        else:
+            # A running job's reader gets what was made; what has ended unread is not waited for.
+            aborted = self._jobs.abort(request.job_id) or self._calls.end(request.job_id)
+        return admin_pb2.AbortResponse(aborted=aborted)
+
+    async def drain(self, request: admin_pb2.DrainRequest, _: Call) -> admin_pb2.DrainResponse:
+        """Stop admission; the daemon exits when its jobs have ended or the grace is over."""
+        bounds.check(request, self._limits)
+        grace_s = request.grace_s if request.HasField("grace_s") else None
+        return admin_pb2.DrainResponse(jobs_running=self._operations.drain(grace_s))
+
+    async def set_budget(
+        self, request: admin_pb2.SetBudgetRequest, _: Call
+    ) -> admin_pb2.SetBudgetResponse:
+        """Create an account's budget or change it.
+
+        To the ledger the capacity limits refill only. An operator who sets a balance above it
+        has mistyped one of the two, and an account that may hold nothing was not meant.
+        """
+        bounds.check(request, self._limits)
+        change = decode(BudgetChange, request)
+        change = replace(change, capacity_uatp=await self._capacity(request.account, change))
+        budget = await self._ledger.set_budget(request.account, change)
+        return admin_pb2.SetBudgetResponse(budget=encode(budget, types_pb2.Budget))
+
+    async def _capacity(self, account: str, change: BudgetChange) -> int | None:
+        """Return the capacity to set, None for the present one; it covers the balance."""
+        try:
+            present_uatp = (await self._ledger.budget(account)).capacity_uatp
+        except NoSuchAccount:
+            if change.capacity_uatp is None and change.balance_uatp is None:
+                raise InvalidField(
+                    "capacity_uatp", "a new account needs a capacity, or a balance to begin with"
+                ) from None
+            present_uatp = None
+        capacity_uatp = change.capacity_uatp if change.capacity_uatp is not None else present_uatp
+        if capacity_uatp is None:
+            return change.balance_uatp
+        if change.balance_uatp is not None and change.balance_uatp > capacity_uatp:
+            raise InvalidField(
+                "balance_uatp",
+                f"must be at most the capacity, {capacity_uatp}; raise capacity_uatp with it",
+            )
+        return change.capacity_uatp
+
+    async def get_load(self, _: object, __: Call) -> admin_pb2.GetLoadResponse:
+        """Return what runs and waits now, of every account."""
+        report = LoadReport(
+            tiers=self._operations.status().tiers,
+            jobs=self._jobs.running(),
+            held_uatp=await self._ledger.held_total_uatp(),
+            unread=self._calls.unread(),
+            open_calls=self._calls.num_open,
+            connections=self._calls.num_connections,
+        )
+        return encode(report, admin_pb2.GetLoadResponse)
+
+    async def calibrate(
+        self, request: admin_pb2.CalibrateRequest, _: Call
+    ) -> AsyncGenerator[admin_pb2.CalibrateResponse, None]:
+        """Measure the engines and write a card; a client that goes away ends it."""
+        events = self._operations.calibrate(quick=request.quick, adopt=request.adopt)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield encode(event, admin_pb2.CalibrateResponse)
+
+    async def adopt_rate_card(
+        self, request: admin_pb2.AdoptRateCardRequest, _: Call
+    ) -> admin_pb2.AdoptRateCardResponse:
+        """Put a card in force for jobs from now on."""
+        bounds.check(request, self._limits)
+        card = await self._operations.adopt_card(request.version)
+        return encode(card, admin_pb2.AdoptRateCardResponse)

@@ -30,9 +30,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from sage_fed.auth import Authenticator, Throttle
 from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.errors import ConfigError, NotFound, Occupied, SageFedError
+from sage_fed.ledger import Ledger
 from sage_fed.service.calls import CallMetrics, OpenCalls
 from sage_fed.service.connections import Connections
-from sage_fed.service.daemon_services import AdminService, BudgetService, ModelService
+from sage_fed.service.daemon_services import AdminService, BudgetService, ModelService, Operations
 from sage_fed.service.edge import (
     ADMIN_SERVICE,
     BUDGET_SERVICE,
@@ -42,8 +43,7 @@ from sage_fed.service.edge import (
     SERVICES,
     Edge,
 )
-from sage_fed.service.inference import InferenceService
-from sage_fed.service.ports import Books, Jobs, Operations
+from sage_fed.service.inference import InferenceService, Jobs
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.trusted_files import os_error
@@ -88,7 +88,7 @@ async def build_server(
     authenticator: Authenticator,
     limits: LimitSettings,
     jobs: Jobs,
-    books: Books,
+    ledger: Ledger,
     operations: Operations,
     workers: Workers,
     throttle: Throttle | None = None,
@@ -115,13 +115,14 @@ async def build_server(
         on_denied=on_denied,
         tracing=tracing,
     )
+    services = {
+        INFERENCE_SERVICE: InferenceService(jobs, limits, workers).methods,
+        BUDGET_SERVICE: BudgetService(ledger, operations, limits).methods,
+        MODEL_SERVICE: ModelService(operations, limits).methods,
+        ADMIN_SERVICE: AdminService(jobs, ledger, operations, calls, limits).methods,
+    }
     server.add_generic_rpc_handlers(
-        (
-            edge.handler(INFERENCE_SERVICE, InferenceService(jobs, limits, workers).methods),
-            edge.handler(BUDGET_SERVICE, BudgetService(books, operations).methods),
-            edge.handler(MODEL_SERVICE, ModelService(operations).methods),
-            edge.handler(ADMIN_SERVICE, AdminService(jobs, books, operations, calls).methods),
-        )
+        tuple(edge.handler(service, methods) for service, methods in services.items())
     )
     watch = Health()
     watch.register(server, edge)

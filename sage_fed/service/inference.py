@@ -1,36 +1,95 @@
 """InferenceService: jobs in, events out.
 
 Owns the shape of the answers: a stream event by event, or the same stream gathered into one
-reply. Knows neither money nor tokens. Fails as the broker's stream does; a client that goes
-away is passed on as `cancel`, and the job's own task settles what was made.
+reply; and the names of a prompt's errors, as each request names its prompt. Knows neither money
+nor tokens. Fails with `InvalidField` on the request, otherwise as the job's stream does; a client
+that goes away is passed on as `cancel`, and the job's own task settles what was made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from sage_fed.core import Delta, Event, Finished, JobSpec
+from sage_fed.core import (
+    Answer,
+    Delta,
+    Event,
+    Finished,
+    JobSpec,
+    Prompt,
+    Quote,
+    RunningJob,
+    Started,
+    Tier,
+    TokenCount,
+)
 from sage_fed.errors import InvalidField
-from sage_fed.service import replies
 from sage_fed.service.edge import Call, Method
-from sage_fed.service.ports import EventStream, Jobs
-from sage_fed.service.requests import count_error, parse_count, parse_job, prompt_error
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
+from sage_fed.wire import bounds
+from sage_fed.wire.codec import decode, encode
 from sage_fed.workers import Workers
 
 M = TypeVar("M", bound=Message)
+
+JobRequest = (
+    inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest | inference_pb2.QuoteRequest
+)
 
 _INLINE_SIZE = 1024
 """What is translated in a millisecond at most; more in a thread."""
 
 _IDS_PER_SIZE = 32
 """Token ids of a request that are read in about a microsecond."""
+
+
+class EventStream(Protocol):
+    """One job's events: Started, Delta..., Finished; or a `SageFedError` that ended it."""
+
+    @property
+    def job_id(self) -> str: ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it keeps for a reader that is behind, about."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Read the events, once; a slow reader finds its deltas merged."""
+
+    async def answer(self) -> tuple[Started, Delta, Finished]:
+        """Wait for all of them, the deltas as one; instead of iterating."""
+
+    def cancel(self) -> None:
+        """Say that the reader is gone. Never blocks; after the ending it does nothing."""
+
+
+class Jobs(Protocol):
+    """The broker, or a script in its place."""
+
+    async def submit(self, spec: JobSpec, arrived: float) -> EventStream:
+        """Accept a job: return once its hold is durable. `arrived` is `time.monotonic()`.
+
+        Cancelled while it waits, it cancels the job itself: the caller has no stream to
+        cancel yet. Raises `SageFedError` where the job is refused; nothing is held then.
+        """
+
+    async def quote(self, spec: JobSpec) -> Quote:
+        """Say what the job would cost and which route it would take; no side effect."""
+
+    async def count_tokens(self, prompt: Prompt, tier: Tier, account: str) -> tuple[int, int]:
+        """Return the prompt's tokens and the tier's longest context, in tokens."""
+
+    def abort(self, job_id: str) -> bool:
+        """End a running job for an operator; False where there is none of that id."""
+
+    def running(self) -> tuple[RunningJob, ...]:
+        """Return every accepted job that has not ended."""
 
 
 class InferenceService:
@@ -55,31 +114,28 @@ class InferenceService:
         self, request: inference_pb2.GenerateRequest, call: Call
     ) -> inference_pb2.GenerateResponse:
         """Run a job and return its whole answer."""
-        spec = await self._spec(request, call)
-        stream = await self._submit(request, spec, call)
+        stream = await self._submit(request, call)
         try:
             started, output, finished = await stream.answer()
         finally:
             stream.cancel()
+        answer = Answer(started, output.text, output.token_ids, output.logprobs, finished)
         return await self._translated(
-            call, output.size, lambda: replies.answer_of(started, output, finished)
+            call, output.size, lambda: encode(answer, inference_pb2.GenerateResponse)
         )
 
     async def generate_stream(
         self, request: inference_pb2.GenerateStreamRequest, call: Call
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse, None]:
         """Run a job and stream its events; nothing is sent before the job is accepted."""
-        spec = await self._spec(request, call)
-        stream = await self._submit(request, spec, call)
+        stream = await self._submit(request, call)
         event: Event | None = None
         try:
             async for event in stream:
                 if isinstance(event, Delta) and event.size > _INLINE_SIZE:
-                    yield await self._translated(
-                        call, event.size, functools.partial(replies.event_of, event)
-                    )
+                    yield await self._translated(call, event.size, functools.partial(_sent, event))
                 else:
-                    yield replies.event_of(event)
+                    yield _sent(event)
         finally:
             # Reached with the job still running only if the client is gone.
             stream.cancel()
@@ -89,29 +145,24 @@ class InferenceService:
         self, request: inference_pb2.QuoteRequest, call: Call
     ) -> inference_pb2.QuoteResponse:
         """Say what a job would cost at most and which route it would take."""
+        # What waits for a thread is bounded there, and takes turns of its own.
+        call.open_call.done()
+        spec = await self._spec(request, call)
         with _named_as_in(request.job):
-            # What waits for a thread is bounded there, and takes turns of its own.
-            call.open_call.done()
-            spec = await self._spec(request, call)
-            return replies.quote_of(await self._jobs.quote(spec))
+            return encode(await self._jobs.quote(spec), inference_pb2.QuoteResponse)
 
     async def count_tokens(
-        self,
-        request: inference_pb2.CountTokensRequest,
-        call: Call,
+        self, request: inference_pb2.CountTokensRequest, call: Call
     ) -> inference_pb2.CountTokensResponse:
         """Count a prompt's tokens as the tier's model would see them."""
-        prompt, tier = parse_count(request, self._limits)
+        bounds.check(request, self._limits)
+        asked = decode(JobSpec, request, account=call.caller.account)
         call.open_call.done()
-        try:
-            num_tokens, max_context_tokens = await self._jobs.count_tokens(
-                prompt, tier, call.caller.account
+        with _named_as_in(request):
+            counted = await self._jobs.count_tokens(
+                asked.prompt, asked.requested or Tier.TACTICAL, asked.account
             )
-        except InvalidField as error:
-            raise count_error(error, request) from error
-        return inference_pb2.CountTokensResponse(
-            prompt_tokens=num_tokens, max_context_tokens=max_context_tokens
-        )
+        return encode(TokenCount(*counted), inference_pb2.CountTokensResponse)
 
     async def _translated(self, call: Call, size: int, translate: Callable[[], M]) -> M:
         """Return a reply, made in a thread where it is long."""
@@ -119,12 +170,8 @@ class InferenceService:
             return translate()
         return await self._workers.run(call.caller.account, size, translate)
 
-    async def _submit(
-        self,
-        request: inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest,
-        spec: JobSpec,
-        call: Call,
-    ) -> EventStream:
+    async def _submit(self, request: JobRequest, call: Call) -> EventStream:
+        spec = await self._spec(request, call)
         # The turn lasts until the job is admitted, or what was begun for it is undone: calls that
         # are given up as soon as they are made would otherwise be bounded by nothing.
         try:
@@ -135,36 +182,54 @@ class InferenceService:
         call.open_call.keep(stream)
         return stream
 
-    async def _spec(
-        self,
-        request: inference_pb2.GenerateRequest
-        | inference_pb2.GenerateStreamRequest
-        | inference_pb2.QuoteRequest,
-        call: Call,
-    ) -> JobSpec:
-        # An absent job reads as an empty one, whose missing prompt is refused by name.
-        job: types_pb2.JobSpec = request.job
-        parse = functools.partial(
-            parse_job,
-            job,
-            self._limits,
-            account=call.caller.account,
-            call_remaining_s=call.deadline_s,
-            trace=call.trace,
-            one_reply=isinstance(request, inference_pb2.GenerateRequest),
-        )
-        size = len(job.token_ids.ids) // _IDS_PER_SIZE
+    async def _spec(self, request: JobRequest, call: Call) -> JobSpec:
+        size = len(request.job.token_ids.ids) // _IDS_PER_SIZE
         if size <= _INLINE_SIZE:
-            return parse()
+            return parse_job(request, self._limits, call)
         account = call.caller.account
         self._workers.require_room(account, size)
-        return await self._workers.run(account, size, parse)
+        return await self._workers.run(
+            account, size, lambda: parse_job(request, self._limits, call)
+        )
+
+
+def parse_job(request: JobRequest, limits: LimitSettings, call: Call) -> JobSpec:
+    """Return the job that a request describes, paid for by the caller.
+
+    Raises:
+        InvalidField: a field holds what it may not, or there is no prompt.
+    """
+    bounds.check(request, limits)
+    return decode(
+        JobSpec,
+        request.job,
+        account=call.caller.account,
+        call_deadline_s=_call_deadline_s(call.deadline_s, limits),
+        trace=call.trace,
+        one_reply=isinstance(request, inference_pb2.GenerateRequest),
+    )
+
+
+def _call_deadline_s(remaining_s: float | None, limits: LimitSettings) -> float | None:
+    """Return the call's deadline, unless it is so far away that it says nothing of the job."""
+    if remaining_s is None or not remaining_s < limits.max_deadline_s:
+        return None
+    return max(remaining_s, 0.0)
+
+
+def _sent(event: Event) -> inference_pb2.GenerateStreamResponse:
+    return encode(event, inference_pb2.GenerateStreamResponse)
 
 
 @contextlib.contextmanager
-def _named_as_in(job: types_pb2.JobSpec) -> Iterator[None]:
-    """Name a prompt's error as this job names its prompt: a text is a conversation below."""
+def _named_as_in(request: types_pb2.JobSpec | inference_pb2.CountTokensRequest) -> Iterator[None]:
+    """Name a prompt's error as the request does: below, a text is a conversation of a job."""
     try:
         yield
     except InvalidField as error:
-        raise prompt_error(error, job) from error
+        field = error.field
+        if request.WhichOneof("prompt") == "text" and field.startswith("job.chat"):
+            field = "job.text"
+        if isinstance(request, inference_pb2.CountTokensRequest):
+            field = field.removeprefix("job.")
+        raise InvalidField(field, error.description) from error

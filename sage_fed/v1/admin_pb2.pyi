@@ -99,7 +99,7 @@ class UnreadReply(_message.Message):
     def __init__(self, call_id: _Optional[str] = ..., account: _Optional[str] = ..., connection: _Optional[str] = ..., method: _Optional[str] = ..., job_id: _Optional[str] = ..., age_s: _Optional[float] = ..., unread_s: _Optional[float] = ..., unread_bytes: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class RunningJob(_message.Message):
-    __slots__ = ("job_id", "account", "tier", "age_s", "prompt_tokens", "output_tokens", "held_uatp", "priority")
+    __slots__ = ("job_id", "account", "tier", "age_s", "prompt_tokens", "output_tokens", "held_uatp", "priority", "tier_name")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class RunningJob(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HELD_UATP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     account: str
     tier: _types_pb2.Tier
@@ -116,7 +117,8 @@ class RunningJob(_message.Message):
     output_tokens: int
     held_uatp: int
     priority: _types_pb2.Priority
-    def __init__(self, job_id: _Optional[str] = ..., account: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., age_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., held_uatp: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, job_id: _Optional[str] = ..., account: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., age_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., held_uatp: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class CalibrateRequest(_message.Message):
     __slots__ = ("quick", "adopt")
@@ -175,7 +177,7 @@ class CalibrationResult(_message.Message):
     def __init__(self, version: _Optional[str] = ..., path: _Optional[str] = ..., card: _Optional[str] = ..., report: _Optional[str] = ..., plot: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., cost_ratio_spread: _Optional[float] = ..., took_s: _Optional[float] = ..., adopted: _Optional[bool] = ..., points: _Optional[_Iterable[_Union[MeasuredPoint, _Mapping]]] = ...) -> None: ...
 
 class MeasuredPoint(_message.Message):
-    __slots__ = ("tier", "phase", "batch", "context_tokens", "tokens", "step_s", "spread", "rounds", "co_resident_s")
+    __slots__ = ("tier", "phase", "batch", "context_tokens", "tokens", "step_s", "spread", "rounds", "co_resident_s", "tier_name")
     TIER_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +187,7 @@ class MeasuredPoint(_message.Message):
     SPREAD_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     CO_RESIDENT_S_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     phase: _types_pb2.Phase
     batch: int
@@ -194,7 +197,8 @@ class MeasuredPoint(_message.Message):
     spread: float
     rounds: int
     co_resident_s: float
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., phase: _Optional[_Union[_types_pb2.Phase, str]] = ..., batch: _Optional[int] = ..., context_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., step_s: _Optional[float] = ..., spread: _Optional[float] = ..., rounds: _Optional[int] = ..., co_resident_s: _Optional[float] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., phase: _Optional[_Union[_types_pb2.Phase, str]] = ..., batch: _Optional[int] = ..., context_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., step_s: _Optional[float] = ..., spread: _Optional[float] = ..., rounds: _Optional[int] = ..., co_resident_s: _Optional[float] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class AdoptRateCardRequest(_message.Message):
     __slots__ = ("version",)

@@ -112,16 +112,18 @@ class QuoteResponse(_message.Message):
     def __init__(self, route: _Optional[_Union[_types_pb2.Route, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., quotes: _Optional[_Iterable[_Union[RouteQuote, _Mapping]]] = ..., rate_card: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., balance_uatp: _Optional[int] = ...) -> None: ...
 
 class RouteQuote(_message.Message):
-    __slots__ = ("tier", "worst_case_uatp", "affordable", "estimated_s")
+    __slots__ = ("tier", "worst_case_uatp", "affordable", "estimated_s", "tier_name")
     TIER_FIELD_NUMBER: _ClassVar[int]
     WORST_CASE_UATP_FIELD_NUMBER: _ClassVar[int]
     AFFORDABLE_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_S_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     worst_case_uatp: int
     affordable: bool
     estimated_s: float
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., worst_case_uatp: _Optional[int] = ..., affordable: _Optional[bool] = ..., estimated_s: _Optional[float] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., worst_case_uatp: _Optional[int] = ..., affordable: _Optional[bool] = ..., estimated_s: _Optional[float] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "message", "retry_after_s", "estimate_s")
@@ -136,14 +138,16 @@ class Refusal(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., estimate_s: _Optional[float] = ...) -> None: ...
 
 class CountTokensRequest(_message.Message):
-    __slots__ = ("text", "chat", "tier")
+    __slots__ = ("text", "chat", "tier", "tier_name")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     text: str
     chat: _types_pb2.ChatMessages
     tier: _types_pb2.Tier
-    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[_types_pb2.ChatMessages, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[_types_pb2.ChatMessages, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class CountTokensResponse(_message.Message):
     __slots__ = ("prompt_tokens", "max_context_tokens")

@@ -25,33 +25,33 @@ _sym_db = _symbol_database.Default()
 from sage_fed.v1 import types_pb2 as sage__fed_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sage_fed/v1/model.proto\x12\x0bsage_fed.v1\x1a\x17sage_fed/v1/types.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.sage_fed.v1.Model\"2\n\x0fGetModelRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.sage_fed.v1.Model\"\xd3\x03\n\x05Model\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sage_fed.v1.TierState\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x14\n\x0cweight_bytes\x18\t \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x04\x12\x17\n\x0fkv_cache_tokens\x18\x0b \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x0c \x01(\r\x12\x0e\n\x06load_s\x18\r \x01(\x01\x12\x15\n\rload_progress\x18\x0e \x01(\x01\x12\x13\n\x0b\x64\x65\x63ode_uatp\x18\x0f \x01(\x03\x12\x0f\n\x07message\x18\x10 \x01(\t\x12\x0f\n\x07kernels\x18\x11 \x01(\t\x12\x14\n\x0cprefill_uatp\x18\x12 \x01(\x03\x12\x13\n\x0b\x63\x61\x63hed_uatp\x18\x13 \x01(\x03\x12)\n\nend_tokens\x18\x14 \x03(\x0b\x32\x15.sage_fed.v1.EndToken\"$\n\x08\x45ndToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\xd1\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x11\n\trate_card\x18\x05 \x01(\t\x12\x12\n\ncost_ratio\x18\x06 \x01(\x01\x12&\n\x05tiers\x18\x07 \x03(\x0b\x32\x17.sage_fed.v1.TierStatus\x12/\n\rrate_card_fit\x18\x08 \x01(\x0e\x32\x18.sage_fed.v1.RateCardFit\x12\x16\n\x0erate_card_note\x18\t \x01(\t\x12\x17\n\x0f\x64\x65vice_fallback\x18\n \x01(\t\x12\x16\n\x0eledger_trouble\x18\x0b \x01(\t\x12\x16\n\x0erecovered_jobs\x18\x0c \x01(\r\x12\x16\n\x0erecovered_uatp\x18\r \x01(\x03\"\xe5\x03\n\nTierStatus\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sage_fed.v1.TierState\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x18\n\x10requests_waiting\x18\x04 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x05 \x01(\r\x12\x17\n\x0fkv_tokens_total\x18\x06 \x01(\r\x12\x1a\n\rdecode_step_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14prefill_tokens_per_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x16requests_waiting_limit\x18\t \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\n \x01(\x04\x12\x1a\n\x12max_context_tokens\x18\x0b \x01(\r\x12\x18\n\x10kv_tokens_cached\x18\x0c \x01(\r\x12\x1e\n\x16requests_running_limit\x18\r \x01(\r\x12\x1a\n\rretry_after_s\x18\x0e \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_decode_step_sB\x17\n\x15_prefill_tokens_per_sB\x10\n\x0e_retry_after_s*\x98\x01\n\x0bRateCardFit\x12\x1d\n\x19RATE_CARD_FIT_UNSPECIFIED\x10\x00\x12\x19\n\x15RATE_CARD_FIT_UNKNOWN\x10\x01\x12\x1a\n\x16RATE_CARD_FIT_MEASURED\x10\x02\x12\x1a\n\x16RATE_CARD_FIT_DECLARED\x10\x03\x12\x17\n\x13RATE_CARD_FIT_STALE\x10\x04\x32\xf2\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.sage_fed.v1.ListModelsRequest\x1a\x1f.sage_fed.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.sage_fed.v1.GetModelRequest\x1a\x1d.sage_fed.v1.GetModelResponse\x12J\n\tGetStatus\x12\x1d.sage_fed.v1.GetStatusRequest\x1a\x1e.sage_fed.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sage_fed/v1/model.proto\x12\x0bsage_fed.v1\x1a\x17sage_fed/v1/types.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.sage_fed.v1.Model\"E\n\x0fGetModelRequest\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\x11\n\ttier_name\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.sage_fed.v1.Model\"\xe6\x03\n\x05Model\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sage_fed.v1.TierState\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x14\n\x0cweight_bytes\x18\t \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x04\x12\x17\n\x0fkv_cache_tokens\x18\x0b \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x0c \x01(\r\x12\x0e\n\x06load_s\x18\r \x01(\x01\x12\x15\n\rload_progress\x18\x0e \x01(\x01\x12\x13\n\x0b\x64\x65\x63ode_uatp\x18\x0f \x01(\x03\x12\x0f\n\x07message\x18\x10 \x01(\t\x12\x0f\n\x07kernels\x18\x11 \x01(\t\x12\x14\n\x0cprefill_uatp\x18\x12 \x01(\x03\x12\x13\n\x0b\x63\x61\x63hed_uatp\x18\x13 \x01(\x03\x12)\n\nend_tokens\x18\x14 \x03(\x0b\x32\x15.sage_fed.v1.EndToken\x12\x11\n\ttier_name\x18\x15 \x01(\t\"$\n\x08\x45ndToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\xd1\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x11\n\trate_card\x18\x05 \x01(\t\x12\x12\n\ncost_ratio\x18\x06 \x01(\x01\x12&\n\x05tiers\x18\x07 \x03(\x0b\x32\x17.sage_fed.v1.TierStatus\x12/\n\rrate_card_fit\x18\x08 \x01(\x0e\x32\x18.sage_fed.v1.RateCardFit\x12\x16\n\x0erate_card_note\x18\t \x01(\t\x12\x17\n\x0f\x64\x65vice_fallback\x18\n \x01(\t\x12\x16\n\x0eledger_trouble\x18\x0b \x01(\t\x12\x16\n\x0erecovered_jobs\x18\x0c \x01(\r\x12\x16\n\x0erecovered_uatp\x18\r \x01(\x03\"\xf8\x03\n\nTierStatus\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sage_fed.v1.TierState\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x18\n\x10requests_waiting\x18\x04 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x05 \x01(\r\x12\x17\n\x0fkv_tokens_total\x18\x06 \x01(\r\x12\x1a\n\rdecode_step_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14prefill_tokens_per_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x16requests_waiting_limit\x18\t \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\n \x01(\x04\x12\x1a\n\x12max_context_tokens\x18\x0b \x01(\r\x12\x18\n\x10kv_tokens_cached\x18\x0c \x01(\r\x12\x1e\n\x16requests_running_limit\x18\r \x01(\r\x12\x1a\n\rretry_after_s\x18\x0e \x01(\x01H\x02\x88\x01\x01\x12\x11\n\ttier_name\x18\x0f \x01(\tB\x10\n\x0e_decode_step_sB\x17\n\x15_prefill_tokens_per_sB\x10\n\x0e_retry_after_s*\x98\x01\n\x0bRateCardFit\x12\x1d\n\x19RATE_CARD_FIT_UNSPECIFIED\x10\x00\x12\x19\n\x15RATE_CARD_FIT_UNKNOWN\x10\x01\x12\x1a\n\x16RATE_CARD_FIT_MEASURED\x10\x02\x12\x1a\n\x16RATE_CARD_FIT_DECLARED\x10\x03\x12\x17\n\x13RATE_CARD_FIT_STALE\x10\x04\x32\xf2\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.sage_fed.v1.ListModelsRequest\x1a\x1f.sage_fed.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.sage_fed.v1.GetModelRequest\x1a\x1d.sage_fed.v1.GetModelResponse\x12J\n\tGetStatus\x12\x1d.sage_fed.v1.GetStatusRequest\x1a\x1e.sage_fed.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sage_fed.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RATECARDFIT']._serialized_start=1608
-  _globals['_RATECARDFIT']._serialized_end=1760
+  _globals['_RATECARDFIT']._serialized_start=1665
+  _globals['_RATECARDFIT']._serialized_end=1817
   _globals['_LISTMODELSREQUEST']._serialized_start=65
   _globals['_LISTMODELSREQUEST']._serialized_end=84
   _globals['_LISTMODELSRESPONSE']._serialized_start=86
   _globals['_LISTMODELSRESPONSE']._serialized_end=142
   _globals['_GETMODELREQUEST']._serialized_start=144
-  _globals['_GETMODELREQUEST']._serialized_end=194
-  _globals['_GETMODELRESPONSE']._serialized_start=196
-  _globals['_GETMODELRESPONSE']._serialized_end=249
-  _globals['_MODEL']._serialized_start=252
-  _globals['_MODEL']._serialized_end=719
-  _globals['_ENDTOKEN']._serialized_start=721
-  _globals['_ENDTOKEN']._serialized_end=757
-  _globals['_GETSTATUSREQUEST']._serialized_start=759
-  _globals['_GETSTATUSREQUEST']._serialized_end=777
-  _globals['_GETSTATUSRESPONSE']._serialized_start=780
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1117
-  _globals['_TIERSTATUS']._serialized_start=1120
-  _globals['_TIERSTATUS']._serialized_end=1605
-  _globals['_MODELSERVICE']._serialized_start=1763
-  _globals['_MODELSERVICE']._serialized_end=2005
+  _globals['_GETMODELREQUEST']._serialized_end=213
+  _globals['_GETMODELRESPONSE']._serialized_start=215
+  _globals['_GETMODELRESPONSE']._serialized_end=268
+  _globals['_MODEL']._serialized_start=271
+  _globals['_MODEL']._serialized_end=757
+  _globals['_ENDTOKEN']._serialized_start=759
+  _globals['_ENDTOKEN']._serialized_end=795
+  _globals['_GETSTATUSREQUEST']._serialized_start=797
+  _globals['_GETSTATUSREQUEST']._serialized_end=815
+  _globals['_GETSTATUSRESPONSE']._serialized_start=818
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1155
+  _globals['_TIERSTATUS']._serialized_start=1158
+  _globals['_TIERSTATUS']._serialized_end=1662
+  _globals['_MODELSERVICE']._serialized_start=1820
+  _globals['_MODELSERVICE']._serialized_end=2062
 # @@protoc_insertion_point(module_scope)

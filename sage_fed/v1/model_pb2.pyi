@@ -32,10 +32,12 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
-    __slots__ = ("tier",)
+    __slots__ = ("tier", "tier_name")
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
     __slots__ = ("model",)
@@ -44,7 +46,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels", "prefill_uatp", "cached_uatp", "end_tokens")
+    __slots__ = ("tier", "state", "name", "revision", "architecture", "parameters", "precision", "device", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_context_tokens", "load_s", "load_progress", "decode_uatp", "message", "kernels", "prefill_uatp", "cached_uatp", "end_tokens", "tier_name")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +67,7 @@ class Model(_message.Message):
     PREFILL_UATP_FIELD_NUMBER: _ClassVar[int]
     CACHED_UATP_FIELD_NUMBER: _ClassVar[int]
     END_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     name: str
@@ -85,7 +88,8 @@ class Model(_message.Message):
     prefill_uatp: int
     cached_uatp: int
     end_tokens: _containers.RepeatedCompositeFieldContainer[EndToken]
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ..., prefill_uatp: _Optional[int] = ..., cached_uatp: _Optional[int] = ..., end_tokens: _Optional[_Iterable[_Union[EndToken, _Mapping]]] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., name: _Optional[str] = ..., revision: _Optional[str] = ..., architecture: _Optional[str] = ..., parameters: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., load_progress: _Optional[float] = ..., decode_uatp: _Optional[int] = ..., message: _Optional[str] = ..., kernels: _Optional[str] = ..., prefill_uatp: _Optional[int] = ..., cached_uatp: _Optional[int] = ..., end_tokens: _Optional[_Iterable[_Union[EndToken, _Mapping]]] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class EndToken(_message.Message):
     __slots__ = ("id", "text")
@@ -130,7 +134,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., rate_card_fit: _Optional[_Union[RateCardFit, str]] = ..., rate_card_note: _Optional[str] = ..., device_fallback: _Optional[str] = ..., ledger_trouble: _Optional[str] = ..., recovered_jobs: _Optional[int] = ..., recovered_uatp: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached", "requests_running_limit", "retry_after_s")
+    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached", "requests_running_limit", "retry_after_s", "tier_name")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +149,7 @@ class TierStatus(_message.Message):
     KV_TOKENS_CACHED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_LIMIT_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     requests_running: int
@@ -159,4 +164,5 @@ class TierStatus(_message.Message):
     kv_tokens_cached: int
     requests_running_limit: int
     retry_after_s: float
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kv_tokens_cached: _Optional[int] = ..., requests_running_limit: _Optional[int] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kv_tokens_cached: _Optional[int] = ..., requests_running_limit: _Optional[int] = ..., retry_after_s: _Optional[float] = ..., tier_name: _Optional[str] = ...) -> None: ...

@@ -97,7 +97,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("text", "chat", "token_ids", "tier", "allow_downgrade", "max_cost_uatp", "complexity", "priority", "client_request_id", "sampling")
+    __slots__ = ("text", "chat", "token_ids", "tier", "allow_downgrade", "max_cost_uatp", "complexity", "priority", "client_request_id", "sampling", "tier_name")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class JobSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CLIENT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     text: str
     chat: ChatMessages
     token_ids: TokenIds
@@ -118,7 +119,8 @@ class JobSpec(_message.Message):
     priority: Priority
     client_request_id: str
     sampling: SamplingParams
-    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., allow_downgrade: _Optional[bool] = ..., max_cost_uatp: _Optional[int] = ..., complexity: _Optional[float] = ..., priority: _Optional[_Union[Priority, str]] = ..., client_request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., allow_downgrade: _Optional[bool] = ..., max_cost_uatp: _Optional[int] = ..., complexity: _Optional[float] = ..., priority: _Optional[_Union[Priority, str]] = ..., client_request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop", "ignore_eos", "top_logprobs", "deadline_s", "stop_token_ids")
@@ -167,16 +169,20 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("tier", "reason", "downgraded", "requested")
+    __slots__ = ("tier", "reason", "downgraded", "requested", "tier_name", "requested_name")
     TIER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DOWNGRADED_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_NAME_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     reason: str
     downgraded: bool
     requested: Tier
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    tier_name: str
+    requested_name: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ..., tier_name: _Optional[str] = ..., requested_name: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "output_tokens")
