@@ -111,8 +111,8 @@ def test_the_event_loops_lag_and_its_part_of_a_core_are_shown() -> None:
     metrics = Metrics(version="1.2.3")
     before = metrics.exposition().decode()
     for _ in range(100):
-        metrics._service.loop_lag.observe(0.02)
-    metrics._service.loop_cpu.inc(1.0)
+        metrics._series.observe("event_loop_lag_seconds", 0.02)
+    metrics._series.count("event_loop_cpu_seconds_total", 1.0)
     page = metrics.exposition().decode()
     reading = reading_of(between(before, page), now_s=0.0)
     picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import resource
 import socket
 import ssl
@@ -46,10 +47,10 @@ from sage_fed.core import (
     Usage,
 )
 from sage_fed.errors import CallFailed, DeviceOutOfMemory, InvalidField, QueueFull, SageFedError
-from sage_fed.metrics import Metrics, MetricsServer, PageAccess, Snapshot
+from sage_fed.metrics import Metrics, MetricsServer, PageAccess, Snapshot, observers
 from sage_fed.metrics.collectors import LiveRates, available_memory_bytes
 from sage_fed.metrics.page import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
-from sage_fed.metrics.series import FAULTS, REFUSALS, Gauge, Histogram
+from sage_fed.metrics.series import COUNTERS, FAULTS, GAUGES, HISTOGRAMS, REFUSALS, Gauge, Histogram
 from sage_fed.routing import possible_decisions
 from sage_fed.steps import StepKind, StepReport
 
@@ -224,6 +225,15 @@ def test_two_daemons_in_one_process_do_not_clash() -> None:
 
     assert 1.0 == value(one, "atp_reserved_total", tier="tactical")
     assert 0.0 == value(other, "atp_reserved_total", tier="tactical")
+
+
+def test_every_series_of_the_tables_is_recorded_by_its_name() -> None:
+    """A name in the recorder is one of the tables', of that kind; none of the tables' is unused."""
+    source = Path(observers.__file__).read_text()
+    for verb, table in (("count", COUNTERS), ("show", GAUGES), ("observe", HISTOGRAMS)):
+        called = re.findall(rf'series\.{verb}\(\s*"(\w+)"', source)
+        assert set(called) <= table.keys()
+        assert all(f'"{name}"' in source for name in table)
 
 
 def test_every_code_is_an_errors_reason() -> None:

@@ -57,11 +57,7 @@ from sage_fed.metrics.series import (
     RELOAD_FAILED,
     RELOADED,
     REPLAYED,
-    EngineSeries,
-    Factory,
-    JobSeries,
-    MoneySeries,
-    ServiceSeries,
+    Series,
 )
 from sage_fed.steps import StepReport
 
@@ -96,11 +92,7 @@ class Metrics:
         # A switch of the whole process: the library would double every counter otherwise.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's
         self.registry = registry or CollectorRegistry()
-        make, names = Factory(self.registry), [tier.name for tier in tiers]
-        self._jobs = JobSeries(make, names)
-        self._money = MoneySeries(make, names)
-        self._engines = EngineSeries(make, names)
-        self._service = ServiceSeries(make)
+        self._series = Series(self.registry, [tier.name for tier in tiers])
         self._live = LiveRates(tiers)
         self._scrape = ScrapeCollector(self._live, tiers)
         self.registry.register(self._scrape)
@@ -108,12 +100,17 @@ class Metrics:
             collector(registry=self.registry)
         self._per_account_balance = per_account_balance
         self._at_work = dict.fromkeys(tiers, 0)
-        self._gaps = {tier: self._jobs.inter_token.labels(tier.name, "false") for tier in tiers}
+        self._waits = self._series.histograms["inter_token_latency_seconds"]
+        self._wait_of = {tier: self._waits.labels(tier.name, "false") for tier in tiers}
         self._model_labels: dict[Tier, tuple[str, ...]] = {}
         self._restarts = dict.fromkeys(tiers, 0)
-        self._engines.build.labels(version).set(1)
+        self._series.show("build_info", 1, version)
+        self._series.show("ledger_writable", 1)
+        for file in ("tokens", "certificate"):
+            self._series.show("last_reload_successful", 1, file)
         for requested, chosen, reason in decisions:
-            self._jobs.decisions.labels(_requested(requested), _name(chosen), str(reason))
+            labels = (_requested(requested), _name(chosen), str(reason))
+            self._series.count("route_decisions_total", 0, *labels)
 
     # Jobs
 
@@ -123,10 +120,11 @@ class Metrics:
         """Count a decision and, if it denied money, what the job would have cost."""
         chosen = decision.tier if isinstance(decision, Route) else None
         reason = decision.reason
-        self._jobs.decisions.labels(_requested(requested), _name(chosen), reason).inc()
-        self._jobs.decision_seconds.observe(seconds)
+        labels = (_requested(requested), _name(chosen), reason)
+        self._series.count("route_decisions_total", 1, *labels)
+        self._series.observe("route_decision_seconds", seconds)
         if isinstance(decision, Refusal) and decision.denied_uatp:
-            self._money.denied.labels(reason).inc(decision.denied_uatp / UATP_PER_ATP)
+            self._series.count("atp_denied_total", decision.denied_uatp / UATP_PER_ATP, reason)
 
     @contextlib.contextmanager
     def at_work(self, tier: Tier) -> Iterator[None]:
@@ -148,7 +146,7 @@ class Metrics:
         for other in self._at_work:
             if other is not tier:
                 label = CONTENDED[self.contended(other)]
-                self._gaps[other] = self._jobs.inter_token.labels(other.name, label)
+                self._wait_of[other] = self._waits.labels(other.name, label)
 
     def contended(self, tier: Tier) -> bool:
         """Return whether another tier has work now."""
@@ -161,7 +159,7 @@ class Metrics:
         if num_tokens:
             wait_s = gap_s / num_tokens
             slow = exemplar if wait_s > _SLOW_WAIT_S else None
-            self._gaps[tier].observe(wait_s, slow, num_tokens)
+            self._wait_of[tier].observe(wait_s, slow, num_tokens)
 
     def job_finished(
         self,
@@ -179,18 +177,18 @@ class Metrics:
             contended: whether another tier had work when its first token came.
             exemplar: labels that lead from the buckets of its times to the job.
         """
-        series, name, timing, usage = self._jobs, tier.name, finished.timing, finished.usage
+        series, name, timing, usage = self._series, tier.name, finished.timing, finished.usage
         outcome = ABORTED if finished.stop_reason in ABORTS else FINISHED
-        series.requests.labels(name, outcome, finished.stop_reason.value).inc()
-        series.duration.labels(name, outcome).observe(timing.total_s, exemplar)
-        series.queue.labels(name).observe(timing.queue_s)
+        series.count("requests_total", 1, name, outcome, finished.stop_reason.value)
+        series.observe("request_duration_seconds", timing.total_s, name, outcome, exemplar=exemplar)
+        series.observe("queue_seconds", timing.queue_s, name)
         if usage.output_tokens:
-            first_token = series.first_token.labels(name, CONTENDED[contended])
-            first_token.observe(timing.time_to_first_token_s, exemplar)
-            series.prefill.labels(name).observe(timing.prefill_s)
-            series.decode.labels(name).observe(timing.decode_s)
-        series.prompt_tokens.labels(name).observe(usage.prompt_tokens)
-        series.output_tokens.labels(name).observe(usage.output_tokens)
+            labels, first_s = (name, CONTENDED[contended]), timing.time_to_first_token_s
+            series.observe("time_to_first_token_seconds", first_s, *labels, exemplar=exemplar)
+            series.observe("prefill_seconds", timing.prefill_s, name)
+            series.observe("decode_seconds", timing.decode_s, name)
+        series.observe("prompt_tokens", usage.prompt_tokens, name)
+        series.observe("output_tokens", usage.output_tokens, name)
         self._count_work(name, outcome, usage, timing.device_s)
 
     def job_failed(
@@ -205,64 +203,65 @@ class Metrics:
         code, name = error.reason.lower(), _name(tier)
         outcome = FAILED if code in FAULTS or usage is not None else REFUSED
         known = code if code in FAULTS or code in REFUSALS else "other"
-        self._jobs.requests.labels(name, outcome, known).inc()
-        self._jobs.duration.labels(name, outcome).observe(seconds)
+        self._series.count("requests_total", 1, name, outcome, known)
+        self._series.observe("request_duration_seconds", seconds, name, outcome)
         if usage is not None:
             self._count_work(name, FAILED, usage, device_s)
 
     def job_replayed(self, tier: Tier) -> None:
         """Count a repeated request id that was answered from the books."""
-        self._jobs.requests.labels(tier.name, REPLAYED, REPLAYED).inc()
+        self._series.count("requests_total", 1, tier.name, REPLAYED, REPLAYED)
 
     def _count_work(self, tier: str, outcome: str, usage: Usage, device_s: float) -> None:
-        tokens = self._jobs.tokens
-        tokens.labels(tier, "prompt", outcome).inc(usage.prompt_tokens)
-        tokens.labels(tier, "cached", outcome).inc(usage.cached_tokens)
-        tokens.labels(tier, "output", outcome).inc(usage.output_tokens)
-        self._jobs.device_seconds.labels(tier, outcome).inc(device_s)
+        count = self._series.count
+        count("tokens_total", usage.prompt_tokens, tier, "prompt", outcome)
+        count("tokens_total", usage.cached_tokens, tier, "cached", outcome)
+        count("tokens_total", usage.output_tokens, tier, "output", outcome)
+        count("device_seconds_total", device_s, tier, outcome)
 
     # Money
 
     def hold_placed(self, tier: Tier, held_uatp: int) -> None:
-        self._money.reserved.labels(tier.name).inc(held_uatp / UATP_PER_ATP)
+        self._series.count("atp_reserved_total", held_uatp / UATP_PER_ATP, tier.name)
 
     def hold_settled(self, tier: Tier, held_uatp: int, charged_uatp: int) -> None:
         """Count a hold that ended with a price; 0 gives it back whole."""
-        self._money.charged.labels(tier.name).inc(charged_uatp / UATP_PER_ATP)
-        self._money.refunded.labels(tier.name).inc((held_uatp - charged_uatp) / UATP_PER_ATP)
+        refunded_uatp = held_uatp - charged_uatp
+        self._series.count("atp_charged_total", charged_uatp / UATP_PER_ATP, tier.name)
+        self._series.count("atp_refunded_total", refunded_uatp / UATP_PER_ATP, tier.name)
 
     def balance_changed(self, account: str, balance_uatp: int) -> None:
         """Show an account's balance, where the operator wants account names in metrics."""
         if self._per_account_balance:
-            self._money.balance.labels(account).set(balance_uatp / UATP_PER_ATP)
+            self._series.show("atp_balance", balance_uatp / UATP_PER_ATP, account)
 
     def ledger_committed(self, num_operations: int, latency_s: float) -> None:
         """Count one durable group of the ledger; what `Ledger.open(on_commit=)` calls."""
-        self._money.commit_seconds.observe(latency_s)
-        self._money.group_size.observe(num_operations)
+        self._series.observe("ledger_commit_seconds", latency_s)
+        self._series.observe("ledger_group_size", num_operations)
 
     def ledger_read(self, latency_s: float) -> None:
         """Count one read of the books for a caller; what `Ledger.open(on_read=)` calls."""
-        self._money.read_seconds.observe(latency_s)
+        self._series.observe("ledger_read_seconds", latency_s)
 
     def ledger_folded(self, num_entries: int) -> None:
         """Count entries that days stand for now; what `Ledger.open(on_fold=)` calls."""
-        self._money.folded.inc(num_entries)
+        self._series.count("ledger_entries_folded_total", num_entries)
 
     def ledger_writable(self, *, writable: bool) -> None:
         """Show whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
-        self._money.writable.set(writable)
+        self._series.show("ledger_writable", writable)
 
     def ledger_recovered(self, voided_jobs: int, voided_uatp: int) -> None:
         """Show which holds of the daemon before this one the start had to give back."""
-        self._money.recovered_jobs.set(voided_jobs)
-        self._money.recovered_atp.set(voided_uatp / UATP_PER_ATP)
+        self._series.show("ledger_recovered_jobs", voided_jobs)
+        self._series.show("ledger_recovered_atp", voided_uatp / UATP_PER_ATP)
 
     def rate_card(self, version: str, *, stale: bool = False) -> None:
         """Show which card is in force, and whether it was measured on something else."""
-        self._money.card.clear()
-        self._money.card.labels(version).set(1)
-        self._money.card_stale.set(stale)
+        self._series.gauges["rate_card_info"].clear()
+        self._series.show("rate_card_info", 1, version)
+        self._series.show("rate_card_stale", stale)
 
     def cost_ratios(self, source: str, ratios: Mapping[Phase, float]) -> None:
         """Show what a card prices; `source` is "configured" or "card" (the one in force)."""
@@ -272,56 +271,57 @@ class Metrics:
 
     def step_done(self, report: StepReport) -> None:
         """Count one step, or several of a kind."""
-        series, name = self._engines, report.tier.name
+        series, name, steps = self._series, report.tier.name, report.num_steps
         self._live.add(report)
         if report.out_of_memory:
-            series.oom.labels(name).inc()
-        if report.num_steps:
-            step_seconds = series.step_seconds.labels(name, report.kind.value)
-            step_seconds.observe(report.elapsed_s / report.num_steps, count=report.num_steps)
-            series.batch_size.labels(name).set(report.num_sequences / report.num_steps)
+            series.count("oom_total", 1, name)
+        if steps:
+            kind, mean_s = report.kind.value, report.elapsed_s / steps
+            series.observe("engine_step_seconds", mean_s, name, kind, count=steps)
+            series.show("batch_size", report.num_sequences / steps, name)
         counts = (
-            (series.tokens.labels(name, Phase.PREFILL.value), report.num_prefill_tokens),
-            (series.tokens.labels(name, Phase.DECODE.value), report.num_decode_tokens),
-            (series.preemptions.labels(name), report.num_preempted),
-            (series.queried.labels(name), report.num_queried_tokens),
-            (series.hit.labels(name), report.num_hit_tokens),
+            (report.num_prefill_tokens, "engine_tokens_total", name, Phase.PREFILL.value),
+            (report.num_decode_tokens, "engine_tokens_total", name, Phase.DECODE.value),
+            (report.num_preempted, "preemptions_total", name),
+            (report.num_queried_tokens, "prefix_cache_queried_tokens_total", name),
+            (report.num_hit_tokens, "prefix_cache_hit_tokens_total", name),
         )
-        for counter, count in counts:
+        for number, counter, *labels in counts:
             # Most steps only decode: four of the five have nothing to add.
-            if count:
-                counter.inc(count)
+            if number:
+                series.count(counter, number, *labels)
 
     def tier_changed(self, status: TierStatus) -> None:
         """Show a tier's state, its progress and, once loaded, its model."""
         name = status.tier.name
         for state in TierState:
-            self._engines.state.labels(name, state.value).set(state is status.state)
-        self._engines.load_progress.labels(name).set(status.load_progress)
-        self._engines.restarts.labels(name).inc(status.restarts - self._restarts[status.tier])
+            self._series.show("tier_state", state is status.state, name, state.value)
+        self._series.show("model_load_progress_ratio", status.load_progress, name)
+        restarts = status.restarts - self._restarts[status.tier]
+        self._series.count("engine_restarts_total", restarts, name)
         self._restarts[status.tier] = status.restarts
         if status.info is not None and status.state is TierState.READY:
             self._show_model(status.tier, status.info)
 
     def _show_model(self, tier: Tier, info: ModelInfo) -> None:
-        series, name = self._engines, tier.name
+        series, name = self._series, tier.name
         if tier in self._model_labels:
-            series.model.remove(*self._model_labels[tier])
+            series.gauges["model_info"].remove(*self._model_labels[tier])
         self._model_labels[tier] = (
             *(name, info.name, info.revision, info.architecture),
             *(info.precision, info.kernels, info.device),
         )
-        series.model.labels(*self._model_labels[tier]).set(1)
-        series.load_seconds.labels(name).set(info.load_s)
-        series.model_memory.labels(name, "weights").set(info.weight_bytes)
-        series.model_memory.labels(name, "kv_cache").set(info.kv_cache_bytes)
-        series.model_memory.labels(name, "graphs").set(info.graph_bytes)
+        series.show("model_info", 1, *self._model_labels[tier])
+        series.show("model_load_seconds", info.load_s, name)
+        series.show("model_memory_bytes", info.weight_bytes, name, "weights")
+        series.show("model_memory_bytes", info.kv_cache_bytes, name, "kv_cache")
+        series.show("model_memory_bytes", info.graph_bytes, name, "graphs")
         read = (info.step_bytes, info.kv_token_bytes)
         self._scrape.read_bytes = {**self._scrape.read_bytes, tier: read}
 
     def device_fallback(self, *, fallen_back: bool) -> None:
         """Show whether another device serves than the one that was wanted."""
-        self._engines.fallback.set(fallen_back)
+        self._series.show("device_fallback", fallen_back)
 
     def memory_bandwidth(self, bytes_per_s: float) -> None:
         """Show how fast the device reads memory; what decoding is measured against."""
@@ -346,32 +346,32 @@ class Metrics:
 
     def call_denied(self, reason: str) -> None:
         """Count a call that was refused before anything was held for it."""
-        self._service.denied.labels(reason).inc()
+        self._series.count("calls_denied_total", 1, reason)
 
     def call_ended(self, why: str) -> None:
         """Count a call that its peer was too slow for, or that an operator ended."""
-        self._service.calls_ended.labels(why).inc()
+        self._series.count("calls_ended_total", 1, why)
 
     def connection_closed(self, why: str) -> None:
-        self._service.connections_closed.labels(why).inc()
+        self._series.count("connections_closed_total", 1, why)
 
     def calls_seen(
         self, *, calls: int, unread: int, unread_bytes: int, connections: int, full_addresses: int
     ) -> None:
-        self._service.open_calls.set(calls)
-        self._service.unread_replies.set(unread)
-        self._service.unread_bytes.set(unread_bytes)
-        self._service.connections.set(connections)
-        self._service.full_addresses.set(full_addresses)
+        self._series.show("open_calls", calls)
+        self._series.show("unread_replies", unread)
+        self._series.show("unread_bytes", unread_bytes)
+        self._series.show("connections", connections)
+        self._series.show("full_addresses", full_addresses)
 
     def reloaded(self, file: str, *, failed: bool = False) -> None:
         """Count that a changed file ("tokens" or "certificate") was read again, and how it went."""
-        self._service.reloads.labels(file, RELOAD_FAILED if failed else RELOADED).inc()
-        self._service.reload_good.labels(file).set(not failed)
+        self._series.count("reloads_total", 1, file, RELOAD_FAILED if failed else RELOADED)
+        self._series.show("last_reload_successful", not failed, file)
 
     def certificate_expires(self, at_s: float) -> None:
         """Show until when the certificate in use is good, in seconds since 1970."""
-        self._service.certificate_expiry.set(at_s)
+        self._series.show("tls_certificate_expiry_timestamp_seconds", at_s)
 
     async def watch_loop(
         self,
@@ -393,12 +393,12 @@ class Metrics:
             # Those samples count, too, that were due while it was late: one of a second's delay
             # would else be one of twenty a second, and not all of them.
             for _ in range(_MAX_LOOP_SAMPLES):
-                self._service.loop_lag.observe(lag_s)
+                self._series.observe("event_loop_lag_seconds", lag_s)
                 lag_s -= _LOOP_INTERVAL_S
                 if lag_s <= 0:
                     break
             before_s, cpu_s = cpu_s, time.thread_time()
-            self._service.loop_cpu.inc(cpu_s - before_s)
+            self._series.count("event_loop_cpu_seconds_total", cpu_s - before_s)
 
     # The page
 

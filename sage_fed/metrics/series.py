@@ -1,7 +1,7 @@
 """Names, labels, buckets and help texts of every series that is counted as things happen.
 
-One class a subject, one statement a series. Each label is given with the values that are known in
-advance; their combinations start at zero, for a rate over an absent series would be absent, too.
+One table a kind, one entry a series. Where all values of a series' labels are known in advance,
+their combinations start at zero: a rate over an absent series would be absent, too.
 Knows no events: `Metrics` turns those into increments.
 """
 
@@ -11,6 +11,7 @@ import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import prometheus_client
@@ -101,312 +102,244 @@ class Histogram(_FastLabels, prometheus_client.Histogram):
             bucket.set_exemplar(Exemplar(dict(exemplar), amount, time.time()))
 
 
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A series: its help text, label names, and label values known beside those of `_KNOWN`."""
+
+    text: str
+    labels: str = ""
+    buckets: Sequence[float] = ()
+    known: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+
+_COMPUTED = {"outcome": (FINISHED, ABORTED, FAILED)}
+
+COUNTERS = {
+    # Jobs
+    "requests_total": Spec(
+        "Jobs that ended, aborted, refused and failed ones included.", "tier outcome code"
+    ),
+    "route_decisions_total": Spec(
+        "Decisions of the router; chosen is none for a refusal.", "requested chosen reason"
+    ),
+    "tokens_total": Spec(
+        "Tokens of jobs by how the job ended; those of failed jobs were not delivered.",
+        "tier type outcome",
+        known={"type": ("prompt", "cached", "output"), **_COMPUTED},
+    ),
+    "device_seconds_total": Spec(
+        "Device time of jobs that ended, attributed by tokens; adds up to the steps' time.",
+        "tier outcome",
+        known=_COMPUTED,
+    ),
+    # Money
+    "atp_reserved_total": Spec("ATP held for admitted jobs.", "tier"),
+    "atp_charged_total": Spec("ATP charged for work done (ADP).", "tier"),
+    "atp_refunded_total": Spec("ATP held and given back at the end of a job.", "tier"),
+    "atp_denied_total": Spec(
+        "Worst-case ATP of jobs refused for money.",
+        "reason",
+        known={"reason": ("below_floor", "above_max_cost", "cannot_afford")},
+    ),
+    "ledger_entries_folded_total": Spec("Old entries folded into one row per account and day."),
+    # The device
+    "engine_tokens_total": Spec(
+        "Tokens fed to the model.",
+        "tier phase",
+        known={"phase": (Phase.PREFILL.value, Phase.DECODE.value)},
+    ),
+    "preemptions_total": Spec(
+        "Times that a running job was interrupted, to be computed again and go on later.", "tier"
+    ),
+    "prefix_cache_queried_tokens_total": Spec(
+        "Tokens of sequences that were looked up in the prefix cache when they started.", "tier"
+    ),
+    "prefix_cache_hit_tokens_total": Spec(
+        "Tokens that were found in the prefix cache and so not computed again.", "tier"
+    ),
+    "oom_total": Spec("Steps that did not fit the device's memory.", "tier"),
+    "engine_restarts_total": Spec("Times that a tier's model was loaded again.", "tier"),
+    # Calls, credentials and the event loop
+    "calls_denied_total": Spec(
+        "Calls that were refused before anything was held for them.",
+        "reason",
+        known={
+            "reason": (
+                *("unauthenticated", "forbidden", "requests_per_minute", "concurrent_jobs"),
+                *("waiting", "open_calls", "unread_replies", "unread_bytes"),
+            )
+        },
+    ),
+    "calls_ended_total": Spec(
+        "Calls that were ended because their peer did not send or read in time (receive, write), "
+        "kept others waiting (pressure), had too much unread, or by an operator.",
+        "why",
+        known={"why": ("receive", "write", "pressure", "unread", "operator")},
+    ),
+    "connections_closed_total": Spec(
+        "Connections that were closed: too many of one address, too much unread, nothing but "
+        "unauthenticated calls, or by an operator.",
+        "why",
+        known={"why": ("per_address", "unread", "strangers", "operator")},
+    ),
+    "reloads_total": Spec(
+        "Times that a changed file was read again; after a failed one the old one holds.",
+        "file outcome",
+        known={"outcome": (RELOADED, RELOAD_FAILED)},
+    ),
+    "event_loop_cpu_seconds_total": Spec(
+        "CPU time of the event loop's thread; one a second is all."
+    ),
+}
+
+GAUGES = {
+    # Money
+    "atp_balance": Spec("Balance in ATP after the account's last job.", "account"),
+    "ledger_writable": Spec("1 where the ledger takes entries in time; else jobs are refused."),
+    "ledger_recovered_jobs": Spec(
+        "Jobs that the daemon before this one did not end; the start gave back their holds."
+    ),
+    "ledger_recovered_atp": Spec("ATP that the start gave back for those jobs."),
+    "rate_card_info": Spec("Always 1; the rate card in force.", "version"),
+    "rate_card_stale": Spec(
+        "1 where the card in force was measured on something else than what is loaded."
+    ),
+    # The device
+    "batch_size": Spec("Sequences in the last step.", "tier"),
+    "tier_state": Spec(
+        "1 for the state that the tier is in.",
+        "tier state",
+        known={"state": [state.value for state in TierState]},
+    ),
+    "model_load_progress_ratio": Spec("How much of the model is loaded, 0 to 1.", "tier"),
+    "model_load_seconds": Spec("How long the model took to load.", "tier"),
+    "model_memory_bytes": Spec(
+        "Memory of the model on its device.",
+        "tier kind",
+        known={"kind": ("weights", "kv_cache", "graphs")},
+    ),
+    "device_fallback": Spec("1 where another device serves than the one that was wanted."),
+    "build_info": Spec("Always 1; the daemon's version.", "version"),
+    "model_info": Spec(
+        "Always 1; the model of a tier.",
+        "tier name revision architecture precision kernels device",
+    ),
+    # Calls and credentials
+    "last_reload_successful": Spec(
+        "Whether what the file holds is what is in force: 0 after a reload that failed.", "file"
+    ),
+    "tls_certificate_expiry_timestamp_seconds": Spec(
+        "When the certificate in use expires, in seconds since 1970; 0 without one."
+    ),
+    "open_calls": Spec("Calls in progress."),
+    "connections": Spec("Connections to the gRPC port."),
+    "full_addresses": Spec(
+        "Addresses that have as many connections as they may; further ones are not answered."
+    ),
+    "unread_replies": Spec("Replies that have waited for their readers for a second or longer."),
+    "unread_bytes": Spec("What is kept for those readers, about."),
+}
+
+HISTOGRAMS = {
+    # Jobs
+    "route_decision_seconds": Spec("Time to decide a route.", buckets=DECISION),
+    "time_to_first_token_seconds": Spec(
+        "From the arrival of a request until its first token; contended: the other tier had work "
+        "when that came.",
+        "tier contended",
+        FIRST_TOKEN,
+    ),
+    "inter_token_latency_seconds": Spec(
+        "Between two tokens of one stream, as handed to the reader; contended: the other tier had "
+        "work then.",
+        "tier contended",
+        INTER_TOKEN,
+    ),
+    "queue_seconds": Spec("From admission until the first prefill step.", "tier", DURATION),
+    "prefill_seconds": Spec("From the first prefill step to the first token.", "tier", DURATION),
+    "decode_seconds": Spec("From the first token until the last.", "tier", DURATION),
+    "request_duration_seconds": Spec(
+        "From the arrival of a request until its end, however it ended.", "tier outcome", DURATION
+    ),
+    "prompt_tokens": Spec("Prompt tokens of a job.", "tier", TOKENS),
+    "output_tokens": Spec("Output tokens of a job.", "tier", TOKENS),
+    # Money
+    "ledger_commit_seconds": Spec(
+        "Time until a group of ledger operations is durable.", buckets=COMMIT
+    ),
+    "ledger_group_size": Spec("Ledger operations made durable by one commit.", buckets=GROUP),
+    "ledger_read_seconds": Spec(
+        "Time until a caller's read of the books is answered.", buckets=COMMIT
+    ),
+    # The device and the event loop
+    "engine_step_seconds": Spec(
+        "Device time of one forward pass.",
+        "tier kind",
+        STEP,
+        known={"kind": [kind.value for kind in StepKind]},
+    ),
+    "event_loop_lag_seconds": Spec(
+        "What comes to the event loop waits for its turn, sampled twenty times a second.",
+        buckets=LAG,
+    ),
+}
+
+
 M = TypeVar("M", bound=MetricWrapperBase)
 
 
-class Factory:
-    """Makes series with the prefix, in one registry, and starts what is known of them at zero."""
+class Series:
+    """Every series of the tables, in one registry, under its name without the prefix."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, tiers: Sequence[str]) -> None:
         self._registry = registry
+        self._known = {"tier": tiers, "contended": CONTENDED, "file": ("tokens", "certificate")}
+        self._counters = {name: self._made(Counter, name, spec) for name, spec in COUNTERS.items()}
+        self.gauges = {name: self._made(Gauge, name, spec) for name, spec in GAUGES.items()}
+        self.histograms = {
+            name: self._made(Histogram, name, spec, buckets=spec.buckets)
+            for name, spec in HISTOGRAMS.items()
+        }
+        self._start_endings(tiers)
 
-    def counter(self, name: str, text: str, /, **labels: Collection[str]) -> Counter:
-        return self._made(Counter, name, text, labels)
+    def count(self, name: str, amount: float, *labels: str) -> None:
+        """Add to a counter."""
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(amount)
 
-    def gauge(self, name: str, text: str, /, **labels: Collection[str]) -> Gauge:
-        return self._made(Gauge, name, text, labels)
+    def show(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge."""
+        gauge = self.gauges[name]
+        (gauge.labels(*labels) if labels else gauge).set(value)
 
-    def histogram(
-        self, name: str, text: str, buckets: Sequence[float], /, **labels: Collection[str]
-    ) -> Histogram:
-        return self._made(Histogram, name, text, labels, buckets=buckets)
-
-    def _made(
+    def observe(
         self,
-        kind: type[M],
         name: str,
-        text: str,
-        labels: Mapping[str, Collection[str]],
-        **options: Any,  # noqa: ANN401 - of one kind only
-    ) -> M:
-        made = kind(name, text, tuple(labels), namespace=PREFIX, registry=self._registry, **options)
+        amount: float,
+        *labels: str,
+        exemplar: Mapping[str, str] | None = None,
+        count: int = 1,
+    ) -> None:
+        """Observe the same amount `count` times in a histogram."""
+        histogram = self.histograms[name]
+        (histogram.labels(*labels) if labels else histogram).observe(amount, exemplar, count)
+
+    def _made(self, kind: type[M], name: str, spec: Spec, **options: Any) -> M:  # noqa: ANN401 - the kind's own
+        labels = spec.labels.split()
+        made = kind(name, spec.text, labels, namespace=PREFIX, registry=self._registry, **options)
+        known = {**self._known, **spec.known}
         if labels:
-            for values in itertools.product(*labels.values()):
+            for values in itertools.product(*(known.get(label, ()) for label in labels)):
                 made.labels(*values)
         return made
 
-
-_ANY: Collection[str] = ()
-"""Values of a label that are not known in advance."""
-
-
-class JobSeries:
-    """What became of requests, and how long it took."""
-
-    def __init__(self, make: Factory, tiers: Sequence[str]) -> None:
-        self.requests = make.counter(
-            "requests_total",
-            "Jobs that ended, aborted, refused and failed ones included.",
-            tier=_ANY,
-            outcome=_ANY,
-            code=_ANY,
-        )
-        self.decisions = make.counter(
-            "route_decisions_total",
-            "Decisions of the router; chosen is none for a refusal.",
-            requested=_ANY,
-            chosen=_ANY,
-            reason=_ANY,
-        )
-        self.decision_seconds = make.histogram(
-            "route_decision_seconds", "Time to decide a route.", DECISION
-        )
-        self.first_token = make.histogram(
-            "time_to_first_token_seconds",
-            "From the arrival of a request until its first token; contended: the other tier had "
-            "work when that came.",
-            FIRST_TOKEN,
-            tier=tiers,
-            contended=CONTENDED,
-        )
-        self.inter_token = make.histogram(
-            "inter_token_latency_seconds",
-            "Between two tokens of one stream, as handed to the reader; contended: the other tier "
-            "had work then.",
-            INTER_TOKEN,
-            tier=tiers,
-            contended=CONTENDED,
-        )
-        self.queue = make.histogram(
-            "queue_seconds", "From admission until the first prefill step.", DURATION, tier=tiers
-        )
-        self.prefill = make.histogram(
-            "prefill_seconds",
-            "From the first prefill step to the first token.",
-            DURATION,
-            tier=tiers,
-        )
-        self.decode = make.histogram(
-            "decode_seconds", "From the first token until the last.", DURATION, tier=tiers
-        )
-        self.duration = make.histogram(
-            "request_duration_seconds",
-            "From the arrival of a request until its end, however it ended.",
-            DURATION,
-            tier=_ANY,
-            outcome=_ANY,
-        )
-        self.tokens = make.counter(
-            "tokens_total",
-            "Tokens of jobs by how the job ended; those of failed jobs were delivered to no one.",
-            tier=tiers,
-            type=("prompt", "cached", "output"),
-            outcome=(FINISHED, ABORTED, FAILED),
-        )
-        self.device_seconds = make.counter(
-            "device_seconds_total",
-            "Device time of jobs that ended, attributed by tokens; adds up to the steps' time.",
-            tier=tiers,
-            outcome=(FINISHED, ABORTED, FAILED),
-        )
-        self.prompt_tokens = make.histogram(
-            "prompt_tokens", "Prompt tokens of a job.", TOKENS, tier=tiers
-        )
-        self.output_tokens = make.histogram(
-            "output_tokens", "Output tokens of a job.", TOKENS, tier=tiers
-        )
+    def _start_endings(self, tiers: Sequence[str]) -> None:
+        """Start how jobs can end, whose codes depend on the outcome, at zero."""
         endings = [(ABORTED if end in ABORTS else FINISHED, end.value) for end in StopReason]
         errors = [*((REFUSED, code) for code in REFUSALS), *((FAILED, code) for code in FAULTS)]
         for tier in (*tiers, NO_TIER):
             own = [] if tier == NO_TIER else [*endings, (REPLAYED, REPLAYED)]
             for outcome, code in (*own, *errors):
-                self.requests.labels(tier, outcome, code)
+                self.count("requests_total", 0, tier, outcome, code)
                 if outcome != REPLAYED:
-                    self.duration.labels(tier, outcome)
-
-
-class MoneySeries:
-    """What was held, charged, given back and denied, and how fast the books are."""
-
-    def __init__(self, make: Factory, tiers: Sequence[str]) -> None:
-        self.reserved = make.counter(
-            "atp_reserved_total", "ATP held for admitted jobs.", tier=tiers
-        )
-        self.charged = make.counter(
-            "atp_charged_total", "ATP charged for work done (ADP).", tier=tiers
-        )
-        self.refunded = make.counter(
-            "atp_refunded_total", "ATP held and given back at the end of a job.", tier=tiers
-        )
-        self.denied = make.counter(
-            "atp_denied_total",
-            "Worst-case ATP of jobs refused for money.",
-            reason=("below_floor", "above_max_cost", "cannot_afford"),
-        )
-        self.balance = make.gauge(
-            "atp_balance", "Balance in ATP after the account's last job.", account=_ANY
-        )
-        self.commit_seconds = make.histogram(
-            "ledger_commit_seconds", "Time until a group of ledger operations is durable.", COMMIT
-        )
-        self.group_size = make.histogram(
-            "ledger_group_size", "Ledger operations made durable by one commit.", GROUP
-        )
-        self.read_seconds = make.histogram(
-            "ledger_read_seconds", "Time until a caller's read of the books is answered.", COMMIT
-        )
-        self.folded = make.counter(
-            "ledger_entries_folded_total", "Old entries folded into one row per account and day."
-        )
-        self.writable = make.gauge(
-            "ledger_writable", "1 where the ledger takes entries in time; else jobs are refused."
-        )
-        self.writable.set(1)
-        self.recovered_jobs = make.gauge(
-            "ledger_recovered_jobs",
-            "Jobs that the daemon before this one did not end; the start gave back their holds.",
-        )
-        self.recovered_atp = make.gauge(
-            "ledger_recovered_atp", "ATP that the start gave back for those jobs."
-        )
-        self.card = make.gauge("rate_card_info", "Always 1; the rate card in force.", version=_ANY)
-        self.card_stale = make.gauge(
-            "rate_card_stale",
-            "1 where the card in force was measured on something else than what is loaded.",
-        )
-
-
-class EngineSeries:
-    """What the device did, and what is on it."""
-
-    def __init__(self, make: Factory, tiers: Sequence[str]) -> None:
-        self.step_seconds = make.histogram(
-            "engine_step_seconds",
-            "Device time of one forward pass.",
-            STEP,
-            tier=tiers,
-            kind=[kind.value for kind in StepKind],
-        )
-        self.tokens = make.counter(
-            "engine_tokens_total",
-            "Tokens fed to the model.",
-            tier=tiers,
-            phase=(Phase.PREFILL.value, Phase.DECODE.value),
-        )
-        self.preemptions = make.counter(
-            "preemptions_total",
-            "Times that a running job was interrupted, to be computed again and go on later.",
-            tier=tiers,
-        )
-        self.queried = make.counter(
-            "prefix_cache_queried_tokens_total",
-            "Tokens of sequences that were looked up in the prefix cache when they started.",
-            tier=tiers,
-        )
-        self.hit = make.counter(
-            "prefix_cache_hit_tokens_total",
-            "Tokens that were found in the prefix cache and so not computed again.",
-            tier=tiers,
-        )
-        self.batch_size = make.gauge("batch_size", "Sequences in the last step.", tier=tiers)
-        self.oom = make.counter(
-            "oom_total", "Steps that did not fit the device's memory.", tier=tiers
-        )
-        self.restarts = make.counter(
-            "engine_restarts_total", "Times that a tier's model was loaded again.", tier=tiers
-        )
-        self.state = make.gauge(
-            "tier_state",
-            "1 for the state that the tier is in.",
-            tier=tiers,
-            state=[state.value for state in TierState],
-        )
-        self.load_progress = make.gauge(
-            "model_load_progress_ratio", "How much of the model is loaded, 0 to 1.", tier=tiers
-        )
-        self.load_seconds = make.gauge(
-            "model_load_seconds", "How long the model took to load.", tier=tiers
-        )
-        self.model_memory = make.gauge(
-            "model_memory_bytes",
-            "Memory of the model on its device.",
-            tier=tiers,
-            kind=("weights", "kv_cache", "graphs"),
-        )
-        self.fallback = make.gauge(
-            "device_fallback", "1 where another device serves than the one that was wanted."
-        )
-        self.build = make.gauge("build_info", "Always 1; the daemon's version.", version=_ANY)
-        self.model = make.gauge(
-            "model_info",
-            "Always 1; the model of a tier.",
-            tier=_ANY,
-            name=_ANY,
-            revision=_ANY,
-            architecture=_ANY,
-            precision=_ANY,
-            kernels=_ANY,
-            device=_ANY,
-        )
-
-
-class ServiceSeries:
-    """Calls and connections, credentials that were read again, and the event loop."""
-
-    def __init__(self, make: Factory) -> None:
-        self.denied = make.counter(
-            "calls_denied_total",
-            "Calls that were refused before anything was held for them.",
-            reason=(
-                *("unauthenticated", "forbidden", "requests_per_minute", "concurrent_jobs"),
-                *("waiting", "open_calls", "unread_replies", "unread_bytes"),
-            ),
-        )
-        self.reloads = make.counter(
-            "reloads_total",
-            "Times that a changed file was read again; after a failed one the old one holds.",
-            file=("tokens", "certificate"),
-            outcome=(RELOADED, RELOAD_FAILED),
-        )
-        self.reload_good = make.gauge(
-            "last_reload_successful",
-            "Whether what the file holds is what is in force: 0 after a reload that failed.",
-            file=(),
-        )
-        for file in ("tokens", "certificate"):
-            self.reload_good.labels(file).set(1)
-        self.certificate_expiry = make.gauge(
-            "tls_certificate_expiry_timestamp_seconds",
-            "When the certificate in use expires, in seconds since 1970; 0 without one.",
-        )
-        self.calls_ended = make.counter(
-            "calls_ended_total",
-            "Calls that were ended because their peer did not send or read in time (receive, "
-            "write), kept others waiting (pressure), had too much unread, or by an operator.",
-            why=("receive", "write", "pressure", "unread", "operator"),
-        )
-        self.connections_closed = make.counter(
-            "connections_closed_total",
-            "Connections that were closed: too many of one address, too much unread, nothing but "
-            "unauthenticated calls, or by an operator.",
-            why=("per_address", "unread", "strangers", "operator"),
-        )
-        self.open_calls = make.gauge("open_calls", "Calls in progress.")
-        self.connections = make.gauge("connections", "Connections to the gRPC port.")
-        self.full_addresses = make.gauge(
-            "full_addresses",
-            "Addresses that have as many connections as they may; further ones are not answered.",
-        )
-        self.unread_replies = make.gauge(
-            "unread_replies", "Replies that have waited for their readers for a second or longer."
-        )
-        self.unread_bytes = make.gauge("unread_bytes", "What is kept for those readers, about.")
-        self.loop_lag = make.histogram(
-            "event_loop_lag_seconds",
-            "What comes to the event loop waits for its turn, sampled twenty times a second.",
-            LAG,
-        )
-        self.loop_cpu = make.counter(
-            "event_loop_cpu_seconds_total",
-            "CPU time of the event loop's thread; one a second is all.",
-        )
+                    self.histograms["request_duration_seconds"].labels(tier, outcome)
