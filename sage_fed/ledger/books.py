@@ -63,8 +63,15 @@ STEP_REQUESTS = 256
 STEP_BYTES = 2**20
 """What one step of the upkeep looks at or forgets at most: a few milliseconds of the writer's."""
 
-_EXPIRED, _ORPHANED = _NOT_ITS_OWN = ("expired", "orphaned")
-"""Endings of holds that their own job did not end; they are kept as long as what was charged."""
+_ORPHANED = "orphaned"
+"""The outcome of a hold that a dead process left."""
+
+_REST = {
+    JobState.SETTLED: EntryKind.RELEASE,
+    JobState.VOIDED: EntryKind.VOID,
+    JobState.EXPIRED: EntryKind.EXPIRE,
+}
+"""The entry by which comes back what an ended hold was not charged."""
 
 log = logging.getLogger(__name__)
 
@@ -144,26 +151,16 @@ class Books:
         hold was voided or has expired: then nothing is charged.
         """
         job = self._read(job_id)
-        row = self.accounts.read(job.account)
         if job.state is JobState.SETTLED:
-            balance_uatp = row.available_uatp(now)
-            return Settlement(job_id, job.held_uatp, job.charged_uatp, balance_uatp, repeated=True)
+            return self._ended_before(job, now)
         if job.state is not JobState.HELD:
             raise HoldClosed(f"the hold of job {job_id} was {job.state.value}", how=job.state.value)
         require_amount("charged_uatp", charged_uatp)
         if charged_uatp > job.held_uatp:
             raise InvalidField("charged_uatp", f"is above the {job.held_uatp} uATP held")
-        released_uatp = job.held_uatp - charged_uatp
-        self.accounts.write_refill(row, now)
-        self._end(job_id, JobState.SETTLED, outcome, charged_uatp)
-        self.accounts.post(job.account, EntryKind.SETTLE, charged_uatp, now, job_id)
-        self.accounts.post(job.account, EntryKind.RELEASE, released_uatp, now, job_id)
-        self.requests.answer(job_id, result, now)
-        if not job.held_uatp and not self.requests.keeps(job_id):
-            self.days.fold_job(job_id, job.account, JobState.SETTLED, now.wall_ns)
-        # The refill until now was counted before, so what comes back is all that comes.
-        balance_uatp = row.available_uatp(now) + released_uatp
-        return Settlement(job_id, job.held_uatp, charged_uatp, balance_uatp)
+        return self._end(
+            job, JobState.SETTLED, outcome, now, charged_uatp=charged_uatp, result=result
+        )
 
     def void(self, job_id: str, reason: str, now: Now) -> Settlement:
         """Give a hold back whole; after it expired, or a restart gave it back, nothing changes.
@@ -175,10 +172,9 @@ class Books:
         job = self._read(job_id)
         if job.state is JobState.SETTLED:
             raise HoldClosed(f"the hold of job {job_id} was settled", how=job.state.value)
-        if held := job.state is JobState.HELD:
-            self._give_back(job, JobState.VOIDED, EntryKind.VOID, reason, now)
-        balance_uatp = self.accounts.read(job.account).available_uatp(now)
-        return Settlement(job_id, job.held_uatp, 0, balance_uatp, repeated=not held)
+        if job.state is JobState.HELD:
+            return self._end(job, JobState.VOIDED, reason, now)
+        return self._ended_before(job, now)
 
     def expire_due(self, now: Now, alive: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Give back every hold past its time to live; returns their job ids.
@@ -188,7 +184,7 @@ class Books:
         """
         due = [job for job in self._open(due_ns=now.ns) if job.job_id not in alive]
         for job in due:
-            self._give_back(job, JobState.EXPIRED, EntryKind.EXPIRE, _EXPIRED, now)
+            self._end(job, JobState.EXPIRED, "expired", now)
         return tuple(job.job_id for job in due)
 
     def recover(self, now: Now) -> Recovery:
@@ -199,42 +195,36 @@ class Books:
         self.accounts.begin_epoch(now)
         orphans = self._open()
         for job in orphans:
-            self._give_back(job, JobState.VOIDED, EntryKind.VOID, _ORPHANED, now)
+            self._end(job, JobState.VOIDED, _ORPHANED, now)
         return Recovery(len(orphans), sum(job.held_uatp for job in orphans))
 
-    def entries(self, account: str, before_id: int | None, limit: int) -> list[Entry]:
-        """Up to `limit` entries of an account with numbers below `before_id`, newest first.
+    def page(self, account: str, place: Place | None, limit: int) -> Page:
+        """Up to `limit` entries of an account from a place on, newest first, and its days behind.
 
         Raises `NoSuchAccount`.
         """
         self.accounts.read(account)
+        place = place or Place(MAX_INT)
+        entries = () if place.in_days else self._entries(account, place.before, limit)
+        if len(entries) == limit:
+            # Also where nothing comes behind them: that page is then empty, and last.
+            return Page(entries, (), Place(entries[-1].entry_id))
+        wanted = limit - len(entries)
+        days = self.days.read(account, place.before if place.in_days else MAX_INT, wanted)
+        rest = Place(days[-1].day, in_days=True) if len(days) == wanted else None
+        return Page(entries, days, rest)
+
+    def _entries(self, account: str, before_id: int, limit: int) -> tuple[Entry, ...]:
         rows = self.db.execute(
             "SELECT number, time_ns, kind, coalesce(entry.job_id, ''), amount_uatp, debit, "
             "credit, coalesce(rate_card, '') FROM entry LEFT JOIN job USING (job_id) "
             "WHERE entry.account = ? AND number < ? ORDER BY number DESC LIMIT ?",
-            (account, MAX_INT if before_id is None else before_id, limit),
+            (account, before_id, limit),
         )
-        return [
+        return tuple(
             Entry(entry_id, time_ns, EntryKind(kind), *rest)
             for entry_id, time_ns, kind, *rest in rows
-        ]
-
-    def page(self, account: str, place: Place | None, limit: int) -> Page:
-        """Up to `limit` entries of an account from a place on, and its days behind them.
-
-        Raises `NoSuchAccount`.
-        """
-        entries: list[Entry] = []
-        before_day = place.before if place is not None and place.in_days else None
-        if place is None or not place.in_days:
-            entries = self.entries(account, None if place is None else place.before, limit)
-            if len(entries) == limit:
-                # Also where nothing comes behind them: that page is then empty, and last.
-                return Page(tuple(entries), (), Place(entries[-1].entry_id))
-        wanted = limit - len(entries)
-        days = self.days.read(account, before_day, wanted)
-        rest = Place(days[-1].day, in_days=True) if len(days) == wanted else None
-        return Page(tuple(entries), tuple(days), rest)
+        )
 
     def tidy(self, now: Now, passed_id: int) -> Folded:
         """Forget what is past its retention, and fold what is old: one small step of it."""
@@ -268,22 +258,37 @@ class Books:
         ).fetchall()
         return [_Job(*row) for row in sorted(cast("list[tuple[Any, Any, Any]]", rows))]
 
-    def _end(self, job_id: str, state: JobState, outcome: str, charged_uatp: int) -> None:
+    def _end(
+        self,
+        job: _Job,
+        state: JobState,
+        outcome: str,
+        now: Now,
+        *,
+        charged_uatp: int = 0,
+        result: bytes | None = None,
+    ) -> Settlement:
+        row = self.accounts.read(job.account)
+        self.accounts.write_refill(row, now)
         self.db.execute(
             "UPDATE job SET state = ?, outcome = ?, charged_uatp = ? WHERE job_id = ?",
-            (state.value, outcome, charged_uatp, job_id),
+            (state.value, outcome, charged_uatp, job.job_id),
         )
-
-    def _give_back(
-        self, job: _Job, state: JobState, kind: EntryKind, outcome: str, now: Now
-    ) -> None:
-        self.accounts.write_refill(self.accounts.read(job.account), now)
-        self._end(job.job_id, state, outcome, 0)
-        self.accounts.post(job.account, kind, job.held_uatp, now, job.job_id)
-        self.requests.free(job.job_id)
-        # Its own job took nothing and tells nobody; and what is free has no entry to be found by.
-        if outcome not in _NOT_ITS_OWN or not job.held_uatp:
+        rest_uatp = job.held_uatp - charged_uatp
+        self.accounts.post(job.account, EntryKind.SETTLE, charged_uatp, now, job.job_id)
+        self.accounts.post(job.account, _REST[state], rest_uatp, now, job.job_id)
+        self.requests.answer(job.job_id, result, now)
+        # What its own job gave back came to nothing; and what is free has no entry to be found by.
+        given_back = state is JobState.VOIDED and outcome != _ORPHANED
+        if given_back or not (job.held_uatp or self.requests.keeps(job.job_id)):
             self.days.fold_job(job.job_id, job.account, state, now.wall_ns)
+        # The refill until now was counted before, so what comes back is all that comes.
+        balance_uatp = row.available_uatp(now) + rest_uatp
+        return Settlement(job.job_id, job.held_uatp, charged_uatp, balance_uatp)
+
+    def _ended_before(self, job: _Job, now: Now) -> Settlement:
+        balance_uatp = self.accounts.read(job.account).available_uatp(now)
+        return Settlement(job.job_id, job.held_uatp, job.charged_uatp, balance_uatp, repeated=True)
 
 
 def _require_sound_key(key: RequestKey) -> None:
@@ -406,10 +411,6 @@ class Accounts:
             raise NoSuchAccount("this account has no budget; ask the operator for one")
         return row
 
-    def budget(self, account: str, now: Now) -> Budget:
-        """The books of an account with refill counted until now, without writing it."""
-        return self.read(account).budget(now)
-
     def post(
         self, account: str, kind: EntryKind, amount_uatp: int, now: Now, job_id: str | None = None
     ) -> None:
@@ -448,13 +449,16 @@ class Accounts:
             (now.epoch, now.ns, now.epoch),
         )
 
-    def keep_marks(self, now: Now, *, age_ns: int = MARK_AGE_NS, after: str = "") -> str:
+    def keep_marks(
+        self, now: Now, *, age_ns: int = MARK_AGE_NS, after: str = "", limit: int = MARKS_STEP
+    ) -> str:
         """Write the refill of accounts whose mark is at least `age_ns` old; one step.
 
-        Looks at so many accounts behind the name `after`; the last one's name, "" at the end.
+        Looks at so many accounts behind the name `after`, at all where `limit` is -1; returns the
+        last one's name, "" at the end.
         """
         rows = self._db.execute(
-            f"{_ACCOUNT} WHERE account > ? ORDER BY account LIMIT ?", (after, MARKS_STEP)
+            f"{_ACCOUNT} WHERE account > ? ORDER BY account LIMIT ?", (after, limit)
         ).fetchall()
         seen = [Account(*cast("tuple[Any, ...]", values)) for values in rows]
         for row in seen:
@@ -463,13 +467,7 @@ class Accounts:
                 accrual.elapsed_ns >= age_ns or now.epoch != row.refill_epoch
             ):
                 self._write(row, accrual, now)
-        return seen[-1].account if len(seen) == MARKS_STEP else ""
-
-    def keep_all_marks(self, now: Now) -> None:
-        """Write the refill of every account, for the end."""
-        after = self.keep_marks(now, age_ns=0)
-        while after:
-            after = self.keep_marks(now, age_ns=0, after=after)
+        return seen[-1].account if len(seen) == limit else ""
 
     def ensure(self, account: str, terms: AccountTerms, now: Now) -> Budget:
         """Create the account, or apply what the settings have changed.
@@ -487,7 +485,7 @@ class Accounts:
         else:
             self._change(row, BudgetChange(**self._said_anew(row, said)), now)
         self._update(account, {_DECLARED[name]: value for name, value in said.items()})
-        return self.budget(account, now)
+        return self.read(account).budget(now)
 
     def set_budget(
         self, account: str, change: BudgetChange, now: Now, terms: AccountTerms | None = None
@@ -518,7 +516,7 @@ class Accounts:
                     if row is None or getattr(change, name) is not None
                 },
             )
-        return self.budget(account, now)
+        return self.read(account).budget(now)
 
     def _said_anew(self, row: Account, said: Mapping[str, int]) -> dict[str, int]:
         """The terms that the settings have changed since they were last applied."""
@@ -781,12 +779,12 @@ class Days:
             passed_id = entry_id
         return Folded(folded, passed_id, more=len(rows) == STEP_ENTRIES)
 
-    def read(self, account: str, before_day: int | None, limit: int) -> list[Day]:
+    def read(self, account: str, before_day: int, limit: int) -> tuple[Day, ...]:
         """Up to `limit` days of an account before a day, newest first."""
         rows = self._db.execute(
             "SELECT day, entries, charged_uatp + held_uatp + discharged_uatp, discharged_uatp, "
             "settled_jobs, voided_jobs, expired_jobs FROM day WHERE account = ? AND day < ? "
             "ORDER BY day DESC LIMIT ?",
-            (account, MAX_INT if before_day is None else before_day, limit),
+            (account, before_day, limit),
         )
-        return [Day(*row) for row in rows]
+        return tuple(Day(*row) for row in rows)

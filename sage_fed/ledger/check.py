@@ -341,7 +341,7 @@ def backup(path: Path, copy: Path) -> CheckReport:
         raise CannotWrite(f"{copy} is there already, and a backup replaces none; name another file")
     fresh = copy.with_name(copy.name + ".new")
     try:
-        # A directory for backups may be everybody's: nothing is written through a link there.
+        # Others may write to a directory for backups: nothing is written through a link there.
         fresh.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(fresh, flags, 0o600))

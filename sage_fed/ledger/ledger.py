@@ -180,7 +180,7 @@ class Ledger:
 
     @property
     def trouble(self) -> str:
-        """Why no entry is taken now, in words for anybody; "" where entries are taken."""
+        """Why no entry is taken now, in words for a client; "" where entries are taken."""
         if self._down is not None:
             return "it has failed"
         if self._hangs:
@@ -260,7 +260,9 @@ class Ledger:
     async def budget(self, account: str, *, refusable: bool = True) -> Budget:
         """The account's books now, refill included; `NoSuchAccount`, and `QueueFull`."""
         return await self._read(
-            account, lambda books, now: books.accounts.budget(account, now), refusable=refusable
+            account,
+            lambda books, now: books.accounts.read(account).budget(now),
+            refusable=refusable,
         )
 
     async def ensure_account(self, account: str, terms: AccountTerms) -> Budget:
@@ -346,7 +348,7 @@ class Ledger:
         """
         await self._reader.close()
         if self._down is None:
-            self._tell(lambda books, now: books.accounts.keep_all_marks(now))
+            self._tell(lambda books, now: books.accounts.keep_marks(now, age_ns=0, limit=-1))
             self._down = "the ledger is closed"
             self._writer.close()
         try:

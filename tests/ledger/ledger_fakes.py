@@ -113,7 +113,7 @@ class Desk:
 
     def budget(self, account: str = "ann") -> Budget:
         """The account now."""
-        return self.books.accounts.budget(account, self.clock.now())
+        return self.books.accounts.read(account).budget(self.clock.now())
 
     def balance(self, account: str = "ann") -> int:
         """What is available now."""
@@ -121,5 +121,5 @@ class Desk:
 
     def entries(self, account: str = "ann") -> list[tuple[str, int, str]]:
         """(kind, amount, job) of every entry, oldest first."""
-        found = self.books.entries(account, None, 1000)
+        found = self.books.page(account, None, 1000).entries
         return [(entry.kind.value, entry.amount_uatp, entry.job_id) for entry in reversed(found)]

@@ -13,12 +13,13 @@ from sage_fed.errors import (
     NotFound,
     RequestIdConflict,
 )
-from sage_fed.ledger.books import DAY_NS, Retention
+from sage_fed.ledger.books import DAY_NS, MAX_INT, Retention
 from sage_fed.ledger.check import audit
 from sage_fed.ledger.entries import (
     MAX_UATP,
     AccountTerms,
     HoldReceipt,
+    Place,
     Recovery,
     Replay,
     Settlement,
@@ -92,7 +93,7 @@ def test_a_void_gives_the_hold_back_once(desk: Desk):
     with pytest.raises(NotFound):
         desk.settle("j1", 1)
     assert [("grant", 100, "")] == desk.entries()
-    assert [Day(today(desk), 2, 0, 0, 0, 1, 0)] == desk.books.days.read("ann", None, 10)
+    assert [Day(today(desk), 2, 0, 0, 0, 1, 0)] == list(desk.books.days.read("ann", MAX_INT, 10))
     assert (100, 0, 0) == _sums(desk)
     assert () == audit(desk.db)
 
@@ -435,8 +436,8 @@ def test_entries_are_paged_newest_first(desk: Desk):
     for number in range(5):
         desk.hold(f"j{number}", 1)
 
-    first = desk.books.entries("ann", None, 4)
-    second = desk.books.entries("ann", first[-1].entry_id, 4)
+    first = desk.books.page("ann", None, 4).entries
+    second = desk.books.page("ann", Place(first[-1].entry_id), 4).entries
 
     assert ["j4", "j3", "j2", "j1"] == [entry.job_id for entry in first]
     assert ["j0", ""] == [entry.job_id for entry in second]

@@ -341,7 +341,7 @@ class LedgerHistory(RuleBasedStateMachine):
             return
         if uptime_s is not None:
             with self.desk.db:
-                self.desk.books.accounts.keep_all_marks(self.desk.clock.now())
+                self.desk.books.accounts.keep_marks(self.desk.clock.now(), age_ns=0, limit=-1)
             self.desk.clock.reboot(uptime_s=uptime_s)
         orphans = self.model.open()
         held = sum(self.model.jobs[job_id].held for job_id in orphans)
