@@ -307,7 +307,8 @@ def _require_sound(request: HoldRequest) -> None:
 
 _ACCOUNT = (
     "SELECT account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
-    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder FROM account "
+    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder, declared_capacity_uatp, "
+    "declared_refill_uatp_per_s, declared_floor_uatp FROM account "
 )
 
 _DECLARED = {
@@ -347,6 +348,9 @@ class Account:
     refill_epoch: str
     refill_ns: int
     refill_remainder: int
+    declared_capacity_uatp: int | None = None
+    declared_refill_uatp_per_s: int | None = None
+    declared_floor_uatp: int | None = None
 
     def accrual(self, now: Now) -> Accrual:
         """Count the refill since the mark, up to the capacity and the lifetime limit.
@@ -475,17 +479,26 @@ class Accounts:
         The last word on a term holds: the operator's, until the settings say something else of
         it than they did when they were last applied or the operator spoke.
         """
-        require_text("account", account)
-        for name in AccountTerms.__slots__:
-            require_amount(name, getattr(terms, name))
-        row = self.find(account)
         said = {name: getattr(terms, name) for name in _DECLARED}
+        for name, amount in (*said.items(), ("initial_uatp", terms.initial_uatp)):
+            require_amount(name, amount)
+        row = self.find(account)
         if row is None:
-            self._create(account, BudgetChange(terms.initial_uatp, **said), now)
-        else:
-            self._change(row, BudgetChange(**self._said_anew(row, said)), now)
-        self._update(account, {_DECLARED[name]: value for name, value in said.items()})
-        return self.read(account).budget(now)
+            return self._apply(account, BudgetChange(terms.initial_uatp, **said), said, now)
+        changed = {}
+        for name, new in said.items():
+            old, current = getattr(row, _DECLARED[name]), getattr(row, name)
+            # None: an operator made it, before this program kept what the settings said then.
+            if old in (None, new):
+                continue
+            changed[name] = new
+            if current not in (old, new):
+                log.warning(
+                    "account %s: the settings have changed its %s, so that %d uATP replace the %d "
+                    "that an operator had set; `sage-fed admin set-budget` sets it again",
+                    account, name, new, current,
+                )  # fmt: skip
+        return self._apply(account, BudgetChange(**changed), said, now)
 
     def set_budget(
         self, account: str, change: BudgetChange, now: Now, terms: AccountTerms | None = None
@@ -496,75 +509,45 @@ class Accounts:
         has had the last word, see `ensure`.
         Raises `InvalidField` on amounts out of range.
         """
-        require_text("account", account)
-        for name in BudgetChange.__slots__:
-            amount = getattr(change, name)
-            if amount is not None:
-                require_amount(name, amount)
-        row = self.find(account)
-        if row is None:
-            self._create(account, change, now)
-        else:
-            self._change(row, change, now)
+        named = {
+            name: amount
+            for name in BudgetChange.__slots__
+            if (amount := getattr(change, name)) is not None
+        }
+        for name, amount in named.items():
+            require_amount(name, amount)
+        said: dict[str, int] = {}
         if terms is not None:
             # A new account is the operator's in every term, an old one's only in those named.
-            self._update(
-                account,
-                {
-                    column: getattr(terms, name)
-                    for name, column in _DECLARED.items()
-                    if row is None or getattr(change, name) is not None
-                },
-            )
-        return self.read(account).budget(now)
+            told = _DECLARED if self.find(account) is None else _DECLARED.keys() & named.keys()
+            said = {name: getattr(terms, name) for name in told}
+        return self._apply(account, change, said, now)
 
-    def _said_anew(self, row: Account, said: Mapping[str, int]) -> dict[str, int]:
-        """The terms that the settings have changed since they were last applied."""
-        before = self._db.execute(
-            f"SELECT {', '.join(_DECLARED.values())} FROM account WHERE account = ?",  # noqa: S608
-            (row.account,),
-        ).fetchone()
-        assert before is not None, "the row was just read"
-        # None: an operator made it, before this program kept what the settings said then.
-        changed = {
-            name: said[name]
-            for name, old in zip(_DECLARED, before, strict=True)
-            if old is not None and said[name] != old
-        }
-        for name, old in zip(_DECLARED, before, strict=True):
-            if name in changed and getattr(row, name) not in (old, changed[name]):
-                log.warning(
-                    "account %s: the settings have changed its %s, so that %d uATP replace the %d "
-                    "that an operator had set; `sage-fed admin set-budget` sets it again",
-                    row.account, name, changed[name], getattr(row, name),
-                )  # fmt: skip
-        return changed
-
-    def _create(self, account: str, terms: BudgetChange, now: Now) -> None:
+    def _apply(
+        self, account: str, change: BudgetChange, said: Mapping[str, int], now: Now
+    ) -> Budget:
+        """Make the account where there is none, change it, and remember what the settings said."""
+        require_text("account", account)
         self._db.execute(
             "INSERT INTO account (account, capacity_uatp, refill_uatp_per_s, "
             "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder) "
-            "VALUES (?, 0, 0, 0, ?, ?, 0)",
+            "VALUES (?, 0, 0, 0, ?, ?, 0) ON CONFLICT DO NOTHING",
             (account, now.epoch, now.ns),
         )
-        self._set_terms(account, terms)
-        self.post(account, EntryKind.GRANT, terms.balance_uatp or 0, now)
-
-    def _change(self, row: Account, change: BudgetChange, now: Now) -> None:
+        row = self.read(account)
         # The time until now was lived under the old terms.
         self._write(row, row.accrual(now), now)
-        row = self.read(row.account)
+        row = self.read(account)
         if change.balance_uatp is not None:
             rise_uatp = change.balance_uatp - row.charged_uatp
             if change.balance_uatp + row.held_uatp + row.discharged_uatp > MAX_LIFETIME_UATP:
                 raise InvalidField("balance_uatp", "this account has got as much as it ever can")
-            self.post(row.account, EntryKind.GRANT, max(0, rise_uatp), now)
-            self.post(row.account, EntryKind.REVOKE, max(0, -rise_uatp), now)
-        self._set_terms(row.account, change)
-
-    def _set_terms(self, account: str, change: BudgetChange) -> None:
+            self.post(account, EntryKind.GRANT, max(0, rise_uatp), now)
+            self.post(account, EntryKind.REVOKE, max(0, -rise_uatp), now)
         terms = {name: getattr(change, name) for name in _DECLARED}
         self._update(account, {name: term for name, term in terms.items() if term is not None})
+        self._update(account, {_DECLARED[name]: term for name, term in said.items()})
+        return self.read(account).budget(now)
 
     def _write(self, row: Account, accrual: Accrual, now: Now) -> None:
         self.post(row.account, EntryKind.REFILL, accrual.amount_uatp, now)
