@@ -61,7 +61,9 @@ def parse(
     caller = Caller("robot", Role.USER)
     call = Call(caller, 0.0, call_remaining_s, open_call=None)  # type: ignore[arg-type] # not asked
     kind = inference_pb2.GenerateRequest if one_reply else inference_pb2.GenerateStreamRequest
-    return parse_job(kind(job=job), limits, call)
+    request = kind(job=job)
+    bounds.check(request, limits)
+    return parse_job(request, limits, call)
 
 
 def chat(*turns: tuple[str, str]) -> types_pb2.ChatMessages:

@@ -21,7 +21,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_status import rpc_status
@@ -31,6 +31,10 @@ from sage_fed.errors import CallEnded, NotOneRequest, RateLimited
 from sage_fed.service.connections import Connections, host_of
 from sage_fed.service.error_status import status_of
 from sage_fed.settings import LimitSettings
+
+if TYPE_CHECKING:
+    from sage_fed.jobs import OutgoingStream
+    from sage_fed.metrics import Metrics
 
 SWEEP_S = 0.5
 """Between two looks at what waits for peers, and at the connections."""
@@ -74,36 +78,6 @@ _RETRY_S = 1.0
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined] # stubs lack it
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class CallMetrics(Protocol):
-    """What is told of the calls as a whole."""
-
-    def call_ended(self, why: str) -> None:
-        """Count a call that its peer was too slow for, or that an operator ended."""
-
-    def connection_closed(self, why: str) -> None:
-        """Count a connection that was closed."""
-
-    def calls_seen(
-        self, *, calls: int, unread: int, unread_bytes: int, connections: int, full_addresses: int
-    ) -> None:
-        """Show what is open now."""
-
-
-class Kept(Protocol):
-    """A job's stream, as far as an unread call keeps it."""
-
-    @property
-    def job_id(self) -> str:
-        """The job's."""
-
-    @property
-    def kept_bytes(self) -> int:
-        """What it keeps for its reader, about."""
-
-    def cancel(self) -> None:
-        """Say that nobody reads any more."""
 
 
 class Turn:
@@ -254,7 +228,7 @@ class OpenCall:
         self.receiving = False
         self.unread_bytes = 0
         self.ended: CallEnded | None = None
-        self.kept: Kept | None = None
+        self.kept: OutgoingStream | None = None
 
     async def receive(self, *, last: bool = True) -> bytes | None:
         """Read the next request and wait for the turn to work on it; None at the end.
@@ -320,7 +294,7 @@ class OpenCall:
             or self.turns.working.in_the_way(self.to_work)
         )
 
-    def keep(self, stream: Kept) -> None:
+    def keep(self, stream: OutgoingStream) -> None:
         """Name the job's stream that this call reads; it ends with the call."""
         self.kept = stream
 
@@ -360,7 +334,7 @@ class OpenCalls:
         self,
         limits: LimitSettings,
         connections: Connections,
-        metrics: CallMetrics | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._limits = limits
         self._connections = connections

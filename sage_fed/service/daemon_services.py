@@ -11,9 +11,9 @@ import base64
 import binascii
 import contextlib
 import struct
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sage_fed.core import (
     BudgetChange,
@@ -27,12 +27,12 @@ from sage_fed.core import (
 from sage_fed.errors import InvalidField, NoSuchAccount, NotFound
 from sage_fed.ledger import Ledger, Page, Place
 from sage_fed.service.calls import OpenCalls
-from sage_fed.service.edge import Call, Method
-from sage_fed.service.inference import Jobs
-from sage_fed.settings import LimitSettings
+from sage_fed.service.edge import Call
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2, types_pb2
-from sage_fed.wire import bounds
 from sage_fed.wire.codec import decode, encode
+
+if TYPE_CHECKING:
+    from sage_fed.jobs import Broker
 
 DEFAULT_PAGE_SIZE = 50
 
@@ -66,15 +66,9 @@ class Operations(Protocol):
 class BudgetService:
     """GetBudget and ListEntries."""
 
-    def __init__(self, ledger: Ledger, operations: Operations, limits: LimitSettings) -> None:
+    def __init__(self, ledger: Ledger, operations: Operations) -> None:
         self._ledger = ledger
         self._operations = operations
-        self._limits = limits
-
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        """The service's RPCs by name."""
-        return {"GetBudget": self.get_budget, "ListEntries": self.list_entries}
 
     async def get_budget(self, _: object, call: Call) -> budget_pb2.GetBudgetResponse:
         """Return the account's books and the card that prices its jobs now."""
@@ -86,7 +80,6 @@ class BudgetService:
         self, request: budget_pb2.ListEntriesRequest, call: Call
     ) -> budget_pb2.ListEntriesResponse:
         """Return a page of the account's entries, newest first, and its days behind them."""
-        bounds.check(request, self._limits)
         place = read_page_token(request.page_token)
         size = request.page_size or DEFAULT_PAGE_SIZE
         # A long page is translated by the thread that reads it.
@@ -131,18 +124,8 @@ def read_page_token(token: str) -> Place | None:
 class ModelService:
     """ListModels, GetModel and GetStatus."""
 
-    def __init__(self, operations: Operations, limits: LimitSettings) -> None:
+    def __init__(self, operations: Operations) -> None:
         self._operations = operations
-        self._limits = limits
-
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        """The service's RPCs by name."""
-        return {
-            "ListModels": self.list_models,
-            "GetModel": self.get_model,
-            "GetStatus": self.get_status,
-        }
 
     async def list_models(self, _: object, __: Call) -> model_pb2.ListModelsResponse:
         """Return the tiers' models, whatever their state."""
@@ -153,7 +136,6 @@ class ModelService:
         self, request: model_pb2.GetModelRequest, _: Call
     ) -> model_pb2.GetModelResponse:
         """Return one tier's model."""
-        bounds.check(request, self._limits)
         name = request.tier_name or types_pb2.Tier.Name(request.tier).removeprefix("TIER_").lower()
         if name in ("unspecified", "auto"):
             raise InvalidField("tier", "must be TIER_TACTICAL or TIER_STRATEGIC")
@@ -172,33 +154,18 @@ class AdminService:
 
     def __init__(
         self,
-        jobs: Jobs,
+        jobs: Broker,
         ledger: Ledger,
         operations: Operations,
         calls: OpenCalls,
-        limits: LimitSettings,
     ) -> None:
         self._jobs = jobs
         self._calls = calls
         self._ledger = ledger
         self._operations = operations
-        self._limits = limits
-
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        """The service's RPCs by name."""
-        return {
-            "Abort": self.abort,
-            "Drain": self.drain,
-            "SetBudget": self.set_budget,
-            "GetLoad": self.get_load,
-            "Calibrate": self.calibrate,
-            "AdoptRateCard": self.adopt_rate_card,
-        }
 
     async def abort(self, request: admin_pb2.AbortRequest, _: Call) -> admin_pb2.AbortResponse:
         """End a job of any account, running or unread, a call, or a connection."""
-        bounds.check(request, self._limits)
         if request.connection:
             aborted = self._calls.close_connection(request.connection)
         elif request.call_id:
@@ -210,7 +177,6 @@ class AdminService:
 
     async def drain(self, request: admin_pb2.DrainRequest, _: Call) -> admin_pb2.DrainResponse:
         """Stop admission; the daemon exits when its jobs have ended or the grace is over."""
-        bounds.check(request, self._limits)
         grace_s = request.grace_s if request.HasField("grace_s") else None
         return admin_pb2.DrainResponse(jobs_running=self._operations.drain(grace_s))
 
@@ -222,7 +188,6 @@ class AdminService:
         To the ledger the capacity limits refill only. An operator who sets a balance above it
         has mistyped one of the two, and an account that may hold nothing was not meant.
         """
-        bounds.check(request, self._limits)
         change = decode(BudgetChange, request)
         change = replace(change, capacity_uatp=await self._capacity(request.account, change))
         budget = await self._ledger.set_budget(request.account, change)
@@ -273,6 +238,5 @@ class AdminService:
         self, request: admin_pb2.AdoptRateCardRequest, _: Call
     ) -> admin_pb2.AdoptRateCardResponse:
         """Put a card in force for jobs from now on."""
-        bounds.check(request, self._limits)
         card = await self._operations.adopt_card(request.version)
         return encode(card, admin_pb2.AdoptRateCardResponse)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
@@ -36,7 +37,9 @@ from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedErr
 from sage_fed.service.calls import OpenCall, OpenCalls
 from sage_fed.service.error_status import status_of
 from sage_fed.service.tls import names_in
+from sage_fed.settings import LimitSettings
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2
+from sage_fed.wire import bounds
 
 if TYPE_CHECKING:
     from sage_fed.tracing import Call as TracedCall
@@ -64,9 +67,6 @@ MAX_CONVERSATION = 256
 """Requests of one stream; whoever asks for a whole schema needs some dozens."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
-UnaryMethod = Callable[[Any, Call], Awaitable[Message]]
-StreamMethod = Callable[[Any, Call], AsyncGenerator[Message, None]]
-Method = UnaryMethod | StreamMethod
 Headers = Iterable[tuple[str, str | bytes]]
 Work = Callable[[OpenCall, Call | None], Awaitable[None]]
 """What a call is for, once it has been let in; None is a caller that nobody asked for."""
@@ -78,6 +78,7 @@ class Edge:
     Args:
         authenticator: who calls.
         calls: counts what is open, and ends what takes too long.
+        limits: of a request's fields.
         throttle: how often they may; None is as often as they like.
         certificates: whether every client has shown a certificate.
         on_denied: told why a call was not let in: a reason in lower case.
@@ -88,6 +89,7 @@ class Edge:
         self,
         authenticator: Authenticator,
         calls: OpenCalls,
+        limits: LimitSettings,
         *,
         throttle: Throttle | None = None,
         certificates: bool = False,
@@ -96,72 +98,55 @@ class Edge:
     ) -> None:
         self._authenticator = authenticator
         self._calls = calls
+        self._limits = limits
         self._throttle = throttle
         self._certificates = certificates
         self._on_denied = on_denied
         self._tracing = tracing
 
     def handler(
-        self, service: ServiceDescriptor, methods: Mapping[str, Method]
+        self, service: ServiceDescriptor, servicer: object
     ) -> grpc.GenericRpcHandler[Any, Any]:
-        """Return the handler of a whole service; `methods` has one entry for each of its RPCs."""
-        assert methods.keys() == {method.name for method in service.methods}, service.full_name
+        """Return the handler of a whole service: `servicer.get_load` is what serves `GetLoad`."""
         return grpc.method_handlers_generic_handler(
             service.full_name,
             {
-                method.name: self._method_handler(method, methods[method.name])
-                for method in service.methods
+                rpc.name: self.answering(
+                    f"/{service.full_name}/{rpc.name}",
+                    GetMessageClass(rpc.input_type),
+                    getattr(servicer, re.sub("(?<!^)(?=[A-Z])", "_", rpc.name).lower()),
+                    streams=rpc.server_streaming,
+                    tracing=self._tracing,
+                )
+                for rpc in service.methods
             },
         )
-
-    def _method_handler(
-        self, descriptor: MethodDescriptor, method: Method
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        assert not descriptor.client_streaming
-        request_class = GetMessageClass(descriptor.input_type)
-        path = f"/{descriptor.containing_service.full_name}/{descriptor.name}"
-        # The descriptor says which kind the method is.
-        if descriptor.server_streaming:
-            return self.streaming(path, request_class, method, self._tracing)  # type: ignore[arg-type]
-        return self.answering(path, request_class, method, self._tracing)  # type: ignore[arg-type]
 
     def answering(
         self,
         path: str,
         request_class: type[M],
-        method: Callable[[M, Any], Awaitable[Message]],
+        method: Callable[[M, Any], Any],
+        *,
+        streams: bool = False,
         tracing: Tracing | None = None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Serve a method that returns the one reply to its one request."""
-        assert path in RULES, f"no rule names {path}"
-        counts = RULES[path] is Role.USER
+        """Serve a method that returns the one reply to its one request, or that yields several."""
 
         async def work(open_call: OpenCall, call: Call | None) -> None:
-            request = await self._request(request_class, open_call, call, counts=counts)
-            reply = await method(request, call)
-            await open_call.write(reply.SerializeToString())
-
-        return self._serve(path, work, tracing)
-
-    def streaming(
-        self,
-        path: str,
-        request_class: type[M],
-        method: Callable[[M, Any], AsyncGenerator[Message, None]],
-        tracing: Tracing | None = None,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Serve a method that yields replies to its one request."""
-        assert path in RULES, f"no rule names {path}"
-        counts = RULES[path] is Role.USER
-
-        async def work(open_call: OpenCall, call: Call | None) -> None:
-            request = await self._request(request_class, open_call, call, counts=counts)
+            raw = await open_call.receive()
+            if raw is None:
+                raise NotOneRequest("this method takes one request, and none came")
+            self._count_message(open_call, call, len(raw))
+            request = parse(request_class, raw)
+            bounds.check(request, self._limits)
+            made = method(request, call)
             # Closed now, and not when it is garbage, where a write was cancelled or refused.
             # The first write sends the response headers; a refusal before it leaves the RPC
             # retryable.
-            async with contextlib.aclosing(method(request, call)) as replies:
+            async with contextlib.aclosing(made if streams else _once(made)) as replies:
                 async for reply in replies:
-                    if open_call.to_work.held:
+                    if streams and open_call.to_work.held:
                         # What else it writes is bounded as what is unread.
                         open_call.done()
                     await open_call.write(reply.SerializeToString())
@@ -175,8 +160,6 @@ class Edge:
         method: Callable[[AsyncIterator[M], Any], AsyncGenerator[Message, None]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Serve a method that reads requests and yields replies."""
-        assert path in RULES, f"no rule names {path}"
-        counts = RULES[path] is Role.USER
 
         async def requests(open_call: OpenCall, call: Call | None) -> AsyncIterator[M]:
             for num_received in range(MAX_CONVERSATION):
@@ -184,8 +167,7 @@ class Edge:
                 if raw is None:
                     return
                 # Each message is a call, and has a turn of its own.
-                if counts and call is not None:
-                    self._count_message(call.caller.account, len(raw), again=num_received > 0)
+                self._count_message(open_call, call, len(raw), again=num_received > 0)
                 yield parse(request_class, raw)
                 open_call.done()  # its answer has been taken
             raise InvalidField(
@@ -224,44 +206,34 @@ class Edge:
                     self._calls.leave(open_call)
 
         # gRPC's stream of requests stays unused: what it reads, it reads when it likes.
-        async def untraced(_: object, context: Context) -> None:
+        async def serve(_: object, context: Context) -> None:
+            # gRPC has them as pairs; its stubs have a mapping.
+            headers = context.invocation_metadata() or ()
+            spanned = (
+                tracing.call(name, _trace_of(headers)) if tracing else contextlib.nullcontext()
+            )
             try:
-                await handle(context, None, _headers(context))
-            except grpc.aio.AbortError as aborted:
-                raise _bare(aborted)  # noqa: B904 - it is the same one
-
-        async def traced(_: object, context: Context) -> None:
-            assert tracing is not None
-            headers = _headers(context)
-            try:
-                with tracing.call(name, _trace_of(headers)) as span:
+                with spanned as span:
                     await handle(context, span, headers)
-                    span.ended("OK")
+                    if span is not None:
+                        span.ended("OK")
             except grpc.aio.AbortError as aborted:
                 raise _bare(aborted)  # noqa: B904 - it is the same one
 
         # A single reply is written like a stream of one: gRPC's own way of sending it logs a
         # traceback where the connection breaks meanwhile.
-        return grpc.stream_stream_rpc_method_handler(untraced if tracing is None else traced)
+        return grpc.stream_stream_rpc_method_handler(serve)
 
-    async def _request(
-        self, request_class: type[M], open_call: OpenCall, call: Call | None, *, counts: bool
-    ) -> M:
-        """Receive the one request of a call, and count what it is beyond a call's."""
-        raw = await open_call.receive()
-        if raw is None:
-            raise NotOneRequest("this method takes one request, and none came")
-        if counts and call is not None:
-            self._count_message(call.caller.account, len(raw))
-        return parse(request_class, raw)
-
-    def _count_message(self, account: str, num_bytes: int, *, again: bool = False) -> None:
-        """Count what a message is beyond a call's: before it is parsed.
+    def _count_message(
+        self, open_call: OpenCall, call: Call | None, num_bytes: int, *, again: bool = False
+    ) -> None:
+        """Count what a user's message is beyond a call's, before it is parsed.
 
         The call itself was counted with its headers; `again` is a message after its first.
         """
-        if self._throttle is None:
+        if self._throttle is None or call is None or RULES[f"/{open_call.method}"] is not Role.USER:
             return
+        account = call.caller.account
         try:
             if again:
                 self._throttle.count(account)
@@ -303,6 +275,10 @@ class Edge:
             _log.debug("not let in: %s, from %s", reason, context.peer())
 
 
+async def _once(reply: Awaitable[Message]) -> AsyncGenerator[Message, None]:
+    yield await reply
+
+
 def parse(request_class: type[M], raw: bytes) -> M:
     """Return a request that arrived; `InvalidField` where the bytes are none of its kind."""
     # The stubs know two kinds of descriptors, of which one is the other's face.
@@ -341,11 +317,6 @@ def _bare(aborted: grpc.aio.AbortError) -> grpc.aio.AbortError:
     """
     aborted.__context__ = None
     return aborted.with_traceback(None)
-
-
-def _headers(context: Context) -> Headers:
-    # gRPC has them as pairs; its stubs have a mapping.
-    return context.invocation_metadata() or ()
 
 
 def _trace_of(headers: Headers) -> TraceContext | None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
@@ -31,7 +32,7 @@ from sage_fed.auth import Authenticator, Throttle
 from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.errors import ConfigError, NotFound, Occupied, SageFedError
 from sage_fed.ledger import Ledger
-from sage_fed.service.calls import CallMetrics, OpenCalls
+from sage_fed.service.calls import OpenCalls
 from sage_fed.service.connections import Connections
 from sage_fed.service.daemon_services import AdminService, BudgetService, ModelService, Operations
 from sage_fed.service.edge import (
@@ -43,13 +44,15 @@ from sage_fed.service.edge import (
     SERVICES,
     Edge,
 )
-from sage_fed.service.inference import InferenceService, Jobs
+from sage_fed.service.inference import InferenceService
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.trusted_files import os_error
 from sage_fed.workers import Workers
 
 if TYPE_CHECKING:
+    from sage_fed.jobs import Broker
+    from sage_fed.metrics import Metrics
     from sage_fed.tracing import Tracing
 
 MAX_METADATA_BYTES = 16 * 1024
@@ -87,14 +90,14 @@ async def build_server(
     *,
     authenticator: Authenticator,
     limits: LimitSettings,
-    jobs: Jobs,
+    jobs: Broker,
     ledger: Ledger,
     operations: Operations,
     workers: Workers,
     throttle: Throttle | None = None,
     certificate: LiveCertificate | None = None,
     on_denied: Callable[[str], None] = lambda _: None,
-    metrics: CallMetrics | None = None,
+    metrics: Metrics | None = None,
     tracing: Tracing | None = None,
 ) -> BoundServer:
     """Build the server and bind it; port 0 takes a free one, named in the answer.
@@ -110,19 +113,20 @@ async def build_server(
     edge = Edge(
         authenticator,
         calls,
+        limits,
         throttle=throttle,
         certificates=certificate is not None and certificate.needs_clients,
         on_denied=on_denied,
         tracing=tracing,
     )
-    services = {
-        INFERENCE_SERVICE: InferenceService(jobs, limits, workers).methods,
-        BUDGET_SERVICE: BudgetService(ledger, operations, limits).methods,
-        MODEL_SERVICE: ModelService(operations, limits).methods,
-        ADMIN_SERVICE: AdminService(jobs, ledger, operations, calls, limits).methods,
+    services: Mapping[ServiceDescriptor, object] = {
+        INFERENCE_SERVICE: InferenceService(jobs, limits, workers),
+        BUDGET_SERVICE: BudgetService(ledger, operations),
+        MODEL_SERVICE: ModelService(operations),
+        ADMIN_SERVICE: AdminService(jobs, ledger, operations, calls),
     }
     server.add_generic_rpc_handlers(
-        tuple(edge.handler(service, methods) for service, methods in services.items())
+        tuple(edge.handler(service, servicer) for service, servicer in services.items())
     )
     watch = Health()
     watch.register(server, edge)
@@ -267,7 +271,7 @@ class Health:
         handlers = {
             "Check": edge.answering(f"{path}Check", check, self._check),
             "List": edge.answering(f"{path}List", listing, self._list),
-            "Watch": edge.streaming(f"{path}Watch", check, self._watch),
+            "Watch": edge.answering(f"{path}Watch", check, self._watch, streams=True),
         }
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)

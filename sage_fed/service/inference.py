@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import Message
 
@@ -21,20 +21,18 @@ from sage_fed.core import (
     Event,
     Finished,
     JobSpec,
-    Prompt,
-    Quote,
-    RunningJob,
-    Started,
     Tier,
     TokenCount,
 )
 from sage_fed.errors import InvalidField
-from sage_fed.service.edge import Call, Method
+from sage_fed.service.edge import Call
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
-from sage_fed.wire import bounds
 from sage_fed.wire.codec import decode, encode
 from sage_fed.workers import Workers
+
+if TYPE_CHECKING:
+    from sage_fed.jobs import Broker, OutgoingStream
 
 M = TypeVar("M", bound=Message)
 
@@ -49,66 +47,13 @@ _IDS_PER_SIZE = 32
 """Token ids of a request that are read in about a microsecond."""
 
 
-class EventStream(Protocol):
-    """One job's events: Started, Delta..., Finished; or a `SageFedError` that ended it."""
-
-    @property
-    def job_id(self) -> str: ...
-
-    @property
-    def kept_bytes(self) -> int:
-        """What it keeps for a reader that is behind, about."""
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        """Read the events, once; a slow reader finds its deltas merged."""
-
-    async def answer(self) -> tuple[Started, Delta, Finished]:
-        """Wait for all of them, the deltas as one; instead of iterating."""
-
-    def cancel(self) -> None:
-        """Say that the reader is gone. Never blocks; after the ending it does nothing."""
-
-
-class Jobs(Protocol):
-    """The broker, or a script in its place."""
-
-    async def submit(self, spec: JobSpec, arrived: float) -> EventStream:
-        """Accept a job: return once its hold is durable. `arrived` is `time.monotonic()`.
-
-        Cancelled while it waits, it cancels the job itself: the caller has no stream to
-        cancel yet. Raises `SageFedError` where the job is refused; nothing is held then.
-        """
-
-    async def quote(self, spec: JobSpec) -> Quote:
-        """Say what the job would cost and which route it would take; no side effect."""
-
-    async def count_tokens(self, prompt: Prompt, tier: Tier, account: str) -> tuple[int, int]:
-        """Return the prompt's tokens and the tier's longest context, in tokens."""
-
-    def abort(self, job_id: str) -> bool:
-        """End a running job for an operator; False where there is none of that id."""
-
-    def running(self) -> tuple[RunningJob, ...]:
-        """Return every accepted job that has not ended."""
-
-
 class InferenceService:
     """Generate, GenerateStream, Quote and CountTokens."""
 
-    def __init__(self, jobs: Jobs, limits: LimitSettings, workers: Workers) -> None:
+    def __init__(self, jobs: Broker, limits: LimitSettings, workers: Workers) -> None:
         self._jobs = jobs
         self._limits = limits
         self._workers = workers
-
-    @property
-    def methods(self) -> Mapping[str, Method]:
-        """The service's RPCs by name."""
-        return {
-            "Generate": self.generate,
-            "GenerateStream": self.generate_stream,
-            "Quote": self.quote,
-            "CountTokens": self.count_tokens,
-        }
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, call: Call
@@ -155,7 +100,6 @@ class InferenceService:
         self, request: inference_pb2.CountTokensRequest, call: Call
     ) -> inference_pb2.CountTokensResponse:
         """Count a prompt's tokens as the tier's model would see them."""
-        bounds.check(request, self._limits)
         asked = decode(JobSpec, request, account=call.caller.account)
         call.open_call.done()
         with _named_as_in(request):
@@ -170,7 +114,7 @@ class InferenceService:
             return translate()
         return await self._workers.run(call.caller.account, size, translate)
 
-    async def _submit(self, request: JobRequest, call: Call) -> EventStream:
+    async def _submit(self, request: JobRequest, call: Call) -> OutgoingStream:
         spec = await self._spec(request, call)
         # The turn lasts until the job is admitted, or what was begun for it is undone: calls that
         # are given up as soon as they are made would otherwise be bounded by nothing.
@@ -194,12 +138,7 @@ class InferenceService:
 
 
 def parse_job(request: JobRequest, limits: LimitSettings, call: Call) -> JobSpec:
-    """Return the job that a request describes, paid for by the caller.
-
-    Raises:
-        InvalidField: a field holds what it may not, or there is no prompt.
-    """
-    bounds.check(request, limits)
+    """Return the job that a sound request describes, paid for by the caller."""
     return decode(
         JobSpec,
         request.job,

@@ -11,12 +11,12 @@ message holds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from sage_fed.core import TIER_ROLES
@@ -74,14 +74,16 @@ class Count:
     each: bool = False
 
     def check(self, where: str, value: Any, limits: LimitSettings) -> None:  # noqa: ANN401 - what has a length
+        if self.each:
+            for at, item in enumerate(value):
+                replace(self, each=False).check(f"{where}[{at}]", item, limits)
+            return
         high = limit_of(self.high, limits)
-        items = ((f"{where}[{at}]", item) for at, item in enumerate(value))
-        for place, item in items if self.each else [(where, value)]:
-            if not self.low <= len(item) <= high:
-                counts = f"{self.low} to {high} {self.noun}, not {len(item)}"
-                raise InvalidField(place, f"must have {counts}")
-            if self.printable and not item.isprintable():
-                raise InvalidField(place, "must consist of printable characters")
+        if not self.low <= len(value) <= high:
+            text = f"must have {self.low} to {high} {self.noun}, not {len(value)}"
+            raise InvalidField(where, text)
+        if self.printable and not value.isprintable():
+            raise InvalidField(where, "must consist of printable characters")
 
     def __str__(self) -> str:
         kind = "printable " if self.printable else ""
@@ -190,30 +192,7 @@ def check(request: Message, limits: LimitSettings, path: str = "") -> None:
     Raises:
         InvalidField: the first field that is out of bounds.
     """
-    message: Any = request
-    name = message.DESCRIPTOR.name
-    for oneof in message.DESCRIPTOR.oneofs:
-        if f"{name}.{oneof.name}" in REQUIRED and message.WhichOneof(oneof.name) is None:
-            *first, last = [member.name for member in oneof.fields]
-            text = f"one of {', '.join(first)} and {last} must be set"
-            raise InvalidField(_join(path, oneof.name), text)
-    if name in EXCLUSIVE:
-        _check_exclusive(message, EXCLUSIVE[name], path)
-    for field, bounds in _checked(message.DESCRIPTOR):
-        where = _join(path, field.name)
-        # What is absent is sound, but for a message, which reads as an empty one.
-        absent_is_empty = field.message_type is not None and not field.containing_oneof
-        if field.has_presence and not absent_is_empty and not message.HasField(field.name):
-            continue
-        value = getattr(message, field.name)
-        for bound in bounds:
-            bound.check(where, value, limits)
-        if field.enum_type is not None and value not in field.enum_type.values_by_number:
-            raise InvalidField(where, f"unknown value {value}")
-        if field.message_type is not None:
-            items = enumerate(value) if field.is_repeated else ((None, value),)
-            for at, item in items:
-                check(item, limits, where if at is None else f"{where}[{at}]")
+    _check(_asked(request.DESCRIPTOR), request, limits, f"{path}." if path else "")
 
 
 def table() -> Iterator[tuple[str, str]]:
@@ -232,26 +211,81 @@ def limit_of(limit: Limit, limits: LimitSettings) -> float:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """What is asked of one field, read from its description once.
+
+    `presence`: it is sound where it is absent. `numbers` are those of its enum, `inner` is what is
+    asked of its message, or of each in a list.
+    """
+
+    name: str
+    bounds: tuple[Bound, ...]
+    presence: bool
+    numbers: frozenset[int] | None
+    inner: _Message | None
+    repeated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What is asked of a message: its fields, its required oneofs and their members."""
+
+    fields: tuple[_Field, ...]
+    required: tuple[tuple[str, str], ...]
+    exclusive: tuple[str, ...]
+
+
 @cache
-def _checked(descriptor: Descriptor) -> tuple[tuple[FieldDescriptor, tuple[Bound, ...]], ...]:
-    """Return the fields that something is asked of, in the order of their numbers."""
-    bounded = [(of, BOUNDS.get(f"{descriptor.name}.{of.name}", ())) for of in descriptor.fields]
-    return tuple(
-        (of, bounds) for of, bounds in bounded if bounds or of.enum_type or of.message_type
+def _asked(descriptor: Descriptor) -> _Message:
+    found = []
+    for of in descriptor.fields:
+        bounds = BOUNDS.get(f"{descriptor.name}.{of.name}", ())
+        numbers = frozenset(of.enum_type.values_by_number) if of.enum_type is not None else None
+        inner = _asked(of.message_type) if of.message_type is not None else None
+        if bounds or numbers is not None or inner is not None:
+            # An absent message reads as an empty one, which may lack something.
+            presence = of.has_presence and (inner is None or of.containing_oneof is not None)
+            found.append(_Field(of.name, bounds, presence, numbers, inner, of.is_repeated))
+    required = [of for of in descriptor.oneofs if f"{descriptor.name}.{of.name}" in REQUIRED]
+    members = [", ".join(field.name for field in of.fields) for of in required]
+    return _Message(
+        fields=tuple(found),
+        required=tuple((of.name, names) for of, names in zip(required, members, strict=True)),
+        exclusive=EXCLUSIVE.get(descriptor.name, ()),
     )
+
+
+def _check(asked: _Message, message: Any, limits: LimitSettings, path: str) -> None:  # noqa: ANN401 - of any type
+    for oneof, members in asked.required:
+        if message.WhichOneof(oneof) is None:
+            text = f"one of {' and '.join(members.rsplit(', ', 1))} must be set"
+            raise InvalidField(path + oneof, text)
+    if asked.exclusive:
+        _check_exclusive(message, asked.exclusive, path)
+    for field in asked.fields:
+        name = field.name
+        if field.presence and not message.HasField(name):
+            continue
+        value = getattr(message, name)
+        for bound in field.bounds:
+            bound.check(path + name, value, limits)
+        if field.numbers is not None and value not in field.numbers:
+            raise InvalidField(path + name, f"unknown value {value}")
+        if field.inner is not None and field.repeated:
+            for at, item in enumerate(value):
+                _check(field.inner, item, limits, f"{path}{name}[{at}].")
+        elif field.inner is not None:
+            _check(field.inner, value, limits, f"{path}{name}.")
 
 
 def _check_exclusive(message: Any, names: tuple[str, ...], path: str) -> None:  # noqa: ANN401 - of any type
     given = [name for name in names if getattr(message, name)]
     if len(given) > 1:
         text = f"{' and '.join(given)} are set; name one thing to end"
-        raise InvalidField(_join(path, names[0]), text)
+        raise InvalidField(path + names[0], text)
     if not given:
-        raise InvalidField(_join(path, names[0]), "must have 1 to 256 characters")
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+        raise InvalidField(path + names[0], "must have 1 to 256 characters")
 
 
 def _said(limit: Limit) -> str:
