@@ -1,7 +1,7 @@
 """How much slower the larger model of a pair is, by whom it is run, and why.
 
 `measure` loads and times both models, one after another, by the published method and by the
-engine; `analyse` compares (pure); `markdown` and `record` write it up. It serves nobody.
+engine; `analyse` compares (pure); `markdown` and `record` write it up. No job is served by it.
 """
 
 from sage_fed.inertia.analysis import Analysis, analyse
