@@ -1,8 +1,7 @@
 """Measures what a token costs on this device, and writes it down as a rate card.
 
-`plan` says which steps are timed, `measure` times them through the executor, `derive` makes
-prices of the times (pure), `conditions` reads the machine, `report` and `plot` draw it up,
-`store` writes the files, `calibrator` runs all of them for one caller at a time.
+`measurement` times steps through the executor and makes prices of the times; `calibrator` runs
+that for one caller at a time, and writes the card and its report.
 """
 
 from sage_fed.calibrate.calibrator import Calibrator, Site

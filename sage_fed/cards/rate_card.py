@@ -384,13 +384,15 @@ def available_cards(directory: Path | None = None) -> tuple[str, ...]:
     return tuple(sorted({path.stem for folder in folders for path in folder.glob("*.toml")}))
 
 
-def own_cards(directory: Path) -> tuple[tuple[RateCard, ...], tuple[ConfigError, ...]]:
+def own_cards(
+    directory: Path, tiers: Sequence[Tier] = TIER_ROLES
+) -> tuple[tuple[RateCard, ...], tuple[ConfigError, ...]]:
     """Read the operator's own cards; those that cannot be read come back as their errors."""
     cards: list[RateCard] = []
     errors: list[ConfigError] = []
     for path in sorted(directory.glob("*.toml")):
         try:
-            cards.append(RateCard.load(path.stem, directory))
+            cards.append(RateCard.load(path.stem, directory, tiers))
         except ConfigError as error:
             errors.append(error)
     return tuple(cards), tuple(errors)

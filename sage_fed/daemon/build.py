@@ -114,7 +114,7 @@ def build_metrics(settings: Settings) -> Metrics:
         decisions=possible_decisions(),
         per_account_balance=settings.metrics.per_account_balance,
     )
-    published = RateCard.load()
+    published = RateCard.load(tiers=tuple(settings.tiers))
     metrics.cost_ratios("configured", {phase: published.cost_ratio(phase) for phase in Phase})
     return metrics
 

@@ -123,7 +123,9 @@ class Operations:
         if version not in known:
             raise NotFound(f"there is no rate card {version}; there are {', '.join(known)}")
         try:
-            card = await asyncio.to_thread(RateCard.load, version, directory)
+            card = await asyncio.to_thread(
+                RateCard.load, version, directory, tuple(self._settings.tiers)
+            )
         except ConfigError as error:
             _log.error("an operator chose a card that cannot be read: %s", error.message)
             raise InvalidField("version", "this card cannot be read; see the log") from None
@@ -216,7 +218,7 @@ class CardInForce:
         if self._models.get(status.tier) == status.info:
             return
         self._models[status.tier] = status.info
-        if len(self._models) == len(TIER_ROLES):
+        if len(self._models) == len(self.card.lines):
             self._put(self._chosen())
 
     def _chosen(self) -> RateCard:
@@ -249,7 +251,7 @@ class CardInForce:
     def _put(self, card: RateCard) -> None:
         changed = card is not self.card
         self.card = card
-        if len(self._models) == len(TIER_ROLES):
+        if len(self._models) == len(self.card.lines):
             self.fit, self.note = self._judge(card)
             if self.fit is CardFit.STALE:
                 _log.warning(
@@ -318,14 +320,15 @@ def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metric
             into the operator's directory.
     """
     require_trusted_directory("cards_dir", settings.own_cards_dir)
+    tiers = tuple(settings.tiers)
     own: tuple[RateCard, ...] = ()
     if settings.rate_card == AUTO_CARD:
-        card = RateCard.load()
-        own, errors = own_cards(settings.own_cards_dir)
+        card = RateCard.load(tiers=tiers)
+        own, errors = own_cards(settings.own_cards_dir, tiers)
         for error in errors:
             _log.warning("a rate card is passed over: %s", error.message)
     else:
-        card = RateCard.load(settings.rate_card, settings.own_cards_dir)
+        card = RateCard.load(settings.rate_card, settings.own_cards_dir, tiers)
 
     def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
         return Fingerprint.of(device.name, device.threads, sage_fed.__version__, models)
