@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, median, quantiles
 from types import MappingProxyType
 
-from sage_fed.cards import Basis, Rate
+from sage_fed.cards import Basis, Rate, measured_spreads
 from sage_fed.core import UATP_PER_ATP, CalibrationProgress, MeasuredPoint, Phase, Sampling, Tier
 from sage_fed.device import Executor, TierLimits, blocks_for
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory
@@ -462,13 +462,7 @@ def prices(
 
 def warning_of(lines: Mapping[Tier, Mapping[Phase, Rate]]) -> str:
     """Return which measured prices are not to be relied on, and why; "" where all are."""
-    rates = [
-        (f"{tier.name} {phase.value}", rate.spread)
-        for tier, own in lines.items()
-        for phase, rate in own.items()
-        # A drafted token's price is the decoded one's.
-        if rate.basis is Basis.MEASURED and phase is not Phase.DRAFT
-    ]
+    rates = measured_spreads(lines)
     noisy = [f"{name} ±{spread:.1%}" for name, spread in rates if (spread or 0.0) > NOISY]
     single = [name for name, spread in rates if spread is None]
     parts = [f"spread above {NOISY:.0%}: {', '.join(noisy)}"] if noisy else []

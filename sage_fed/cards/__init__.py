@@ -14,6 +14,7 @@ from sage_fed.cards.rate_card import (
     card_text,
     charge,
     is_version,
+    measured_spreads,
     own_cards,
     quote,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "card_text",
     "charge",
     "is_version",
+    "measured_spreads",
     "own_cards",
     "quote",
 ]

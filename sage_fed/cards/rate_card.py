@@ -335,13 +335,7 @@ class RateCard:
 
     def doubts(self) -> str:
         """Return which measured prices are no figures (`MAX_SPREAD`), in words; "" for none."""
-        spreads = [
-            (f"{tier.name} {phase.value}", rate.spread)
-            for tier, rates in self.lines.items()
-            for phase, rate in rates.items()
-            # A drafted token's price is the decoded one's.
-            if rate.basis is Basis.MEASURED and phase is not Phase.DRAFT
-        ]
+        spreads = measured_spreads(self.lines)
         if self.measured is not None:
             spreads.append(("the ratio", self.measured.spread))
         return ", ".join(
@@ -353,6 +347,18 @@ class RateCard:
     def cost_ratio(self, phase: Phase = Phase.DECODE) -> float:
         """Return the deepest tier's price of a token of this phase over the lowest one's."""
         return self.lines[max(self.lines)][phase].uatp / self.lines[min(self.lines)][phase].uatp
+
+
+def measured_spreads(
+    lines: Mapping[Tier, Mapping[Phase, Rate]],
+) -> list[tuple[str, float | None]]:
+    """Return the measured prices' names and spreads; a drafted token's is the decoded one's."""
+    return [
+        (f"{tier.name} {phase.value}", rate.spread)
+        for tier, rates in lines.items()
+        for phase, rate in rates.items()
+        if rate.basis is Basis.MEASURED and phase is not Phase.DRAFT
+    ]
 
 
 def quote(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -> Offer:

@@ -8,6 +8,7 @@ optional: one that stops answering leaves a gap, and is no error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -15,8 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -333,96 +332,69 @@ def available_memory_bytes(meminfo: Path = _MEMINFO) -> int | None:
     return None if available is None else int(available.split()[0]) * 1024
 
 
-class Sensor(Protocol):
+@dataclass(frozen=True, slots=True)
+class Sensor:
     """What knows the GPU's power: the driver (NVML), or a sensor of the board (hwmon).
 
-    A Jetson's NVML knows no power, but its board has a sensor on the GPU's rail.
+    A Jetson's NVML knows no power, but its board has a sensor on the GPU's rail. `watts` are now,
+    `joules` since some time in the past; None where it does not say, or does not count.
     """
 
-    @property
-    def name(self) -> str:
-        """Which one; a label."""
-
-    def watts(self) -> float | None:
-        """The power now; None where it does not say."""
-
-    def joules(self) -> float | None:
-        """The energy since some time in the past; None where it does not count."""
+    name: str
+    watts: Callable[[], float | None]
+    joules: Callable[[], float | None] = lambda: None
 
 
 def find_sensor(gpu_uuid: str, hwmon: Path = _HWMON) -> Sensor | None:
     """Return the sensor of a GPU: the driver's, else the board's, else None."""
-    driver = NvmlSensor.open(gpu_uuid)
+    driver = driver_sensor(gpu_uuid)
     if driver is not None and driver.watts() is not None:
         return driver
     return next((rail for rail in rails(hwmon) if rail.watts() is not None), None)
 
 
-class NvmlSensor:
-    """The NVIDIA driver's reading."""
+def driver_sensor(gpu_uuid: str) -> Sensor | None:
+    """Return the driver's reading; None without a driver, or one that does not know the GPU."""
+    import pynvml  # noqa: PLC0415 - a start without a GPU does not pay for it
 
-    name = "nvml"
-
-    def __init__(self, nvml: ModuleType, handle: object) -> None:
-        self._nvml = nvml
-        self._handle = handle
-
-    @classmethod
-    def open(cls, gpu_uuid: str) -> NvmlSensor | None:
-        """Find the GPU; None without a driver, or one that does not know it."""
-        import pynvml  # noqa: PLC0415 - a start without a GPU does not pay for it
-
+    def thousandths(read: Callable[[object], int]) -> float | None:
         try:
-            pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid))
-        except pynvml.NVMLError as error:
-            _log.info("the driver says nothing of the GPU's power: %s", error)
+            return read(handle) / 1000
+        except pynvml.NVMLError:
             return None
 
-    def watts(self) -> float | None:
-        """Return the power now."""
-        return self._thousandths(self._nvml.nvmlDeviceGetPowerUsage)
-
-    def joules(self) -> float | None:
-        """Return the energy since the driver was loaded."""
-        return self._thousandths(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
-
-    def _thousandths(self, read: Callable[[object], int]) -> float | None:
-        try:
-            return read(self._handle) / 1000
-        except self._nvml.NVMLError:
-            return None
-
-
-class RailSensor:
-    """A power monitor on the board, on the rail that feeds the GPU."""
-
-    def __init__(self, directory: Path, channel: str, label: str) -> None:
-        self.name = label
-        self._power = directory / f"power{channel}_input"
-        self._millivolts = directory / f"in{channel}_input"
-        self._milliamperes = directory / f"curr{channel}_input"
-
-    def watts(self) -> float | None:
-        """Return the power now: as the sensor says, or its voltage times its current."""
-        if (microwatts := _number(self._power)) is not None:
-            return microwatts / 1e6
-        volts, amperes = _number(self._millivolts), _number(self._milliamperes)
-        return None if volts is None or amperes is None else volts * amperes / 1e6
-
-    def joules(self) -> float | None:
-        """Return None: it does not count."""
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
+    except pynvml.NVMLError as error:
+        _log.info("the driver says nothing of the GPU's power: %s", error)
         return None
+    return Sensor(
+        "nvml",
+        lambda: thousandths(pynvml.nvmlDeviceGetPowerUsage),
+        lambda: thousandths(pynvml.nvmlDeviceGetTotalEnergyConsumption),
+    )
 
 
-def rails(hwmon: Path) -> Iterator[RailSensor]:
-    """Yield the sensors whose label names a GPU, as `VDD_GPU` of a Jetson."""
+def rails(hwmon: Path) -> Iterator[Sensor]:
+    """Yield the board's sensors whose label names a GPU, as `VDD_GPU` of a Jetson."""
     for label in sorted(hwmon.glob("hwmon*/in*_label")):
         with contextlib.suppress(OSError):
             text = label.read_text().strip()
             if "GPU" in text.upper():
                 channel = label.name.removeprefix("in").removesuffix("_label")
-                yield RailSensor(label.parent, channel, text)
+                yield Sensor(text, functools.partial(_rail_watts, label.parent, channel))
+
+
+def _rail_watts(directory: Path, channel: str) -> float | None:
+    """Return the power now: as the sensor says, or its voltage times its current."""
+    if (microwatts := _number(directory / f"power{channel}_input")) is not None:
+        return microwatts / 1e6
+    millivolts = _number(directory / f"in{channel}_input")
+    milliamperes = _number(directory / f"curr{channel}_input")
+    if millivolts is None or milliamperes is None:
+        return None
+    return millivolts * milliamperes / 1e6
 
 
 def _number(path: Path) -> float | None:
