@@ -18,6 +18,7 @@ from types import MappingProxyType
 import typer
 
 from sage_fed.cli.streams import complain
+from sage_fed.core import SamplingRequest
 from sage_fed.errors import (
     CalibrationRunning,
     CannotAfford,
@@ -130,13 +131,14 @@ _OPTIONS = {
     "deadline_s": "--deadline",
     "grace_s": "--grace",
     "max_cost_uatp": "--max-cost",
+    "stop_token_ids": "--stop-token-id",
     "top_logprobs": "--logprobs",
 }
 _SPOKEN = {"max_cost_uatp": "--max-cost", "allow_downgrade": "--allow-downgrade"}
 _NAMESAKES = frozenset(
     {
-        "address", "complexity", "max_new_tokens", "min_p", "repetition_penalty", "seed", "stop",
-        "temperature", "tier", "tls", "tls_ca", "tls_cert", "tls_key", "token", "top_k", "top_p",
+        "address", "complexity", "tier", "tls", "tls_ca", "tls_cert", "tls_key", "token",
+        *(field for field in SamplingRequest.__slots__ if field not in _OPTIONS),
     }
 )  # fmt: skip
 

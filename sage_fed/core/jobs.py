@@ -75,6 +75,11 @@ class Sampling:
         """Whether the most probable token is taken, without any randomness."""
         return self.temperature == 0.0
 
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw depends on the tokens before it, which the host then has to know."""
+        return self.repetition_penalty != 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:

@@ -210,7 +210,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.spec.prompt)
         self._keys = BlockKeys(self.spec.account)
-        if self.spec.sampling.repetition_penalty != 1.0:
+        if self.spec.sampling.penalises:
             self._seen = tuple(dict.fromkeys(self.spec.prompt))
             self._seen_set.update(self._seen)
 
@@ -245,7 +245,7 @@ class Sequence:
     @property
     def needs_landing(self) -> bool:
         """Whether its next draw depends on a token that only the device knows yet."""
-        return self.num_pending > 0 and self.spec.sampling.repetition_penalty != 1.0
+        return self.num_pending > 0 and self.spec.sampling.penalises
 
     @property
     def served_uatp(self) -> int:
@@ -385,7 +385,7 @@ class Sequence:
 
     def _note_seen(self, token_id: int) -> None:
         # Kept as a tuple of distinct ids that grows rarely, because each step's Draw holds it.
-        if self.spec.sampling.repetition_penalty == 1.0 or token_id in self._seen_set:
+        if not self.spec.sampling.penalises or token_id in self._seen_set:
             return
         self._seen_set.add(token_id)
         self._seen = (*self._seen, token_id)

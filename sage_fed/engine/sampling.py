@@ -107,7 +107,7 @@ def _marked(tokens: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(sampling: Sampling) -> bool:
-    return sampling.greedy and sampling.repetition_penalty == 1.0 and sampling.top_logprobs is None
+    return sampling.greedy and not sampling.penalises and sampling.top_logprobs is None
 
 
 def _pack_penalties(draws: Sequence[Draw], num_ids: int, packer: Packer) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 from sage_fed.cards import RateCard
 from sage_fed.cards import quote as price
@@ -39,8 +39,6 @@ from sage_fed.jobs.results import most_reply_bytes, most_result_bytes
 from sage_fed.routing import RouteRequest, RoutingPolicy, estimate_s, refuse_unread, route
 from sage_fed.text import Tokenizer
 from sage_fed.workers import Workers
-
-_T = TypeVar("_T")
 
 MAX_REPLY_BYTES = 4 * 2**20
 """What a gRPC client takes that was not told otherwise."""
@@ -303,16 +301,14 @@ def stop_token_ids(spec: JobSpec, tokenizer: Tokenizer) -> frozenset[int]:
 def resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None) -> Sampling:
     """Fill what the client left open with the checkpoint's own defaults, and draw a seed."""
     asked, own = spec.sampling, defaults or GenerationDefaults()
-    return Sampling(
-        temperature=_given(asked.temperature, own.temperature),
-        top_p=_given(asked.top_p, own.top_p),
-        top_k=_given(asked.top_k, own.top_k),
-        min_p=_given(asked.min_p, own.min_p),
-        repetition_penalty=_given(asked.repetition_penalty, own.repetition_penalty),
-        # 63 bits: a client that reads JSON numbers as int64 can send it back.
-        seed=_given(asked.seed, secrets.randbits(63)),
-        top_logprobs=asked.top_logprobs,
-    )
+    # 63 bits: a client that reads JSON numbers as int64 can send it back.
+    values: dict[str, Any] = {"seed": secrets.randbits(63)}
+    for name in Sampling.__slots__:
+        value = getattr(asked, name)
+        value = getattr(own, name, None) if value is None else value
+        if value is not None:
+            values[name] = value
+    return Sampling(**values)
 
 
 def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> InvalidField:
@@ -322,10 +318,6 @@ def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> In
         f"{most} tokens can take {size / 2**20:.1f} MiB, more than the {limit / 2**20:g} MiB that "
         f"{what} for less",
     )
-
-
-def _given(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
 
 
 _INLINE_SIZE = 1024
