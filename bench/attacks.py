@@ -52,11 +52,10 @@ from typing import Any
 import psutil
 import report
 from attackers import ATTACKS, FURTHER, Attack, Attacker, Target
+from driven_daemon import START_S, settle, wait_ready
 from grpc.aio import AioRpcError
-from idle import settle
 from rich.console import Console
 from rich.table import Table
-from stress import START_S, quantiles, wait_ready
 from stress_clients import Client, Tally
 
 from sage_fed.auth import digest_of, new_token
@@ -138,7 +137,7 @@ class Seen:
         """For the result."""
         return {
             "jobs_per_s": round(self.codes["OK"] / max(self.seconds, 1e-9), 2),
-            "job_seconds": quantiles(self.job_s),
+            "job_seconds": report.percentiles(self.job_s),
             "codes": dict(sorted(self.codes.items())),
             "own_connection_codes": dict(sorted(self.connects.items())),
             "scrapes": dict(sorted(self.scrapes.items())),
@@ -493,7 +492,7 @@ def _rounded(share: float) -> float | None:
 
 
 def _p99(values: list[float]) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[98] if values[1:] else math.inf
+    return float(report.percentiles(values).get("p99", math.inf))
 
 
 def _median(values: list[float]) -> float:

@@ -25,9 +25,9 @@ from random import Random
 
 import grpc
 import report
-from idle import settle
+from driven_daemon import START_S, TROUBLE, settle, wait_ready
 from rich.console import Console
-from stress import FLAGS, START_S, TROUBLE, quantiles, wait_ready
+from stress import FLAGS
 from stress_clients import Client, Tally
 
 from sage_fed.cli import top
@@ -88,7 +88,7 @@ async def main(count: int, num_clients: int, seed: int, output: Path | None) -> 
         "endings": dict(sorted(left.endings.items())),
         "leaked": violations[:100],
         "jobs_in_the_books": books.jobs,
-        "stop_seconds": {**quantiles(stops), "max": round(max(stops, default=0.0), 4)},
+        "stop_seconds": report.percentiles(stops),
         "longest_step_seconds_at_most": step_s,
         "stopped_later_than_step_and_50_ms": late,
     }

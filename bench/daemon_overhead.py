@@ -28,7 +28,8 @@ from typing import Any
 import report
 import torch
 import uvloop
-from direct import METHOD, RICH, START_S, Alone, check, job, prompts, thread_cpu_s, wait_ready
+from direct import METHOD, RICH, Alone, check, job, prompts, thread_cpu_s
+from driven_daemon import START_S, wait_ready
 from lean_client import LeanClient, Run
 from rich.console import Console
 from rich.table import Table
@@ -61,9 +62,9 @@ async def measure(given: argparse.Namespace, flags: list[str]) -> list[dict[str,
     with tempfile.TemporaryDirectory(prefix="sage-fed-overhead-") as folder:
         daemon = DemoDaemon(Path(folder), "--log-level", "warning", *flags)
         try:
-            listen = daemon.endpoint(START_S).listen
-            await asyncio.to_thread(wait_ready, listen)
-            client = LeanClient(listen)
+            endpoint = daemon.endpoint(START_S)
+            await wait_ready(endpoint)
+            client = LeanClient(endpoint.listen)
             for index, many in itertools.product(range(given.rounds + 1), given.at_once):
                 num_new = given.tokens[given.at_once.index(many)]
                 texts = prompts(many, 2 * index + (many > 1))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from lean_client import Reply
 
-from sage_fed.client import Client
 from sage_fed.core import Message, Sampling, Tier, TierState, resolve_model
 from sage_fed.daemon.build import tier_setup
 from sage_fed.device import Executor, SequenceSpec
@@ -27,7 +26,6 @@ from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import types_pb2 as types
 
 METHOD = "/sage_fed.v1.InferenceService/GenerateStream"
-START_S = 120.0
 _GREEDY = Sampling(temperature=0.0)
 
 RICH = ("--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000")
@@ -142,12 +140,3 @@ def thread_cpu_s(pid: int) -> dict[int, float]:
         fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
         found[int(path.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return found
-
-
-def wait_ready(address: str) -> None:
-    """Both tiers: a load in the background would be measured too."""
-    with Client(address) as client:
-        until = time.monotonic() + START_S
-        while any(model.state is not TierState.READY for model in client.models()):
-            assert time.monotonic() < until, "the daemon did not get ready"
-            time.sleep(0.1)

@@ -24,6 +24,7 @@ from pathlib import Path
 import grpc
 import hypothesis
 import report
+from driven_daemon import START_S, TROUBLE, wait_ready
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -31,7 +32,6 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import strategies as st
 from rich.console import Console
-from stress import START_S, TROUBLE, wait_ready
 
 from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file

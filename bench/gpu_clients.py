@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import grpc
-from gpu_interference import Load
+from interference import Load
 from lean_client import LeanClient, Reply, Run
 
 from sage_fed.cli import top
@@ -122,42 +122,17 @@ async def cancel_storm(
 
 def percentiles_between(before: str, after: str) -> dict[str, dict[str, Any]]:
     """p50 and p99 of each tier's latencies, as the daemon's histograms have them."""
-    return {
-        tier.name: {
-            name: {
-                f"p{round(100 * share)}": quantile(_buckets(before, after, series, tier), share)
+    pages = top.Between(top.Page.read(before, 0.0), top.Page.read(after, 1.0))
+    found: dict[str, dict[str, Any]] = {}
+    for tier in TIER_ROLES:
+        for name, series in HISTOGRAMS.items():
+            if pages.after.total(f"{series}_count", tier=tier.name) is None:
+                raise RuntimeError(f"not on the metrics page: {series} of tier {tier.name}")
+            found.setdefault(tier.name, {})[name] = {
+                f"p{round(100 * share)}": pages.quantile(share, series, tier=tier.name)
                 for share in (0.5, 0.99)
             }
-            for name, series in HISTOGRAMS.items()
-        }
-        for tier in TIER_ROLES
-    }
-
-
-def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
-    """Prometheus' `histogram_quantile` over (upper bound, cumulative count); None without any."""
-    if not buckets or not buckets[-1][1]:
-        return None
-    rank, low, below = share * buckets[-1][1], 0.0, 0.0
-    for bound, count in buckets:
-        if count >= rank:
-            if bound == float("inf"):
-                return low
-            return low + (bound - low) * (rank - below) / (count - below)
-        low, below = bound, count
-    return low
-
-
-def _buckets(before: str, after: str, series: str, tier: Tier) -> list[tuple[float, float]]:
-    counts: dict[float, float] = {}
-    for page, sign in ((before, -1), (after, 1)):
-        for sample in top.samples(page):
-            if sample.name == f"{series}_bucket" and sample.labels.get("tier") == tier.name:
-                bound = float(sample.labels["le"])
-                counts[bound] = counts.get(bound, 0.0) + sign * sample.value
-    if not counts:
-        raise RuntimeError(f"not on the metrics page: {series} of tier {tier.name}")
-    return sorted(counts.items())
+    return found
 
 
 def tokens_of(reply: Reply) -> int:

@@ -5,7 +5,7 @@ Needs the daemon's packages (gRPC, ledger, settings), room on disk, and time; wh
 is missing the part is skipped, and says which.
 
 Tokens per second are beside those of the executor alone under the same loads
-(`gpu_interference.mixed`): what is lost between them is gRPC, the ledger and the event loop.
+(`interference.mixed`): what is lost between them is gRPC, the ledger and the event loop.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gpu_checkpoints import Checkpoints, Skipped
-from gpu_interference import mixed
 from gpu_shapes import Plan, Shape
+from interference import mixed
 
 from sage_fed.core import TIER_ROLES, Tier
 
@@ -116,8 +116,8 @@ def _drive(
     alone: Mapping[str, Mapping[str, float]],
     left: Callable[[], float],
 ) -> dict[str, Any]:
+    from driven_daemon import settle  # noqa: PLC0415
     from gpu_clients import Clients, cancel_storm, percentiles_between, shares  # noqa: PLC0415
-    from idle import settle  # noqa: PLC0415
 
     from sage_fed.cli import top  # noqa: PLC0415
     from sage_fed.client.channel import wait_serving  # noqa: PLC0415

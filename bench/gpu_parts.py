@@ -181,11 +181,11 @@ def load(run: Run) -> dict[str, Any]:
 
 def interference(run: Run) -> dict[str, Any]:
     """The tactical tier alone and beside a busy strategic one."""
-    import gpu_interference  # noqa: PLC0415
+    from interference import on_gpu  # noqa: PLC0415
 
     plan = run.plan
     valid_ids = min(plan.tactical.valid_ids, plan.strategic.valid_ids)
-    return gpu_interference.interference(run.resident(), plan, valid_ids, run.left)
+    return on_gpu(run.resident(), plan, valid_ids, run.left)
 
 
 def daemon(run: Run) -> dict[str, Any]:

@@ -10,7 +10,8 @@ operating system likes.
 Scenes, interleaved A B C D E A B C D E: the tactical tier alone, the strategic tier alone, the
 same beside a tactical tier that is loaded and has nothing to do (what pausing for nobody costs),
 both in one executor, both in two that know nothing of each other. The strategic tier is saturated
-by 16 streams of 512-token prompts, each followed by the next at once; no prompt repeats. Figures
+by 16 streams of 512-token prompts, each followed by the next at once; no prefill is spared by a
+prefix cache. Figures
 are medians over the rounds with the smallest and the largest beside them. Strategic throughput
 counts every token that was fed to the model, prompts too, by the executor's own reports.
 
@@ -18,6 +19,10 @@ Run: python bench/interference.py --tactical DIR --strategic DIR [--precision bf
      [--rounds 3] [--seconds 40] [--tactical-share 0.5] [--threads 0] [--quick]
 Five scenes a round, so rounds x seconds x 5 plus the loading. Without models: the bundled pair.
 Writes bench/results/interference.json.
+
+`on_gpu` is the same for two engines that are resident on a GPU, a part of `gpu.py`: the tactical
+tier alone, the strategic one alone, both in one executor, in two threads, and on two streams;
+each figure is over all rounds together.
 """
 
 from __future__ import annotations
@@ -29,27 +34,33 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import report
-from rich.console import Console
-from rich.table import Table
+import torch
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, SequenceSpec, TierSetup
 from sage_fed.engine import Engine, EngineOptions, load_engine, set_cpu_threads
-from sage_fed.steps import SampledToken, StepReport
+from sage_fed.steps import InFlightStep, SampledToken, Step, StepKind, StepReport
+
+if TYPE_CHECKING:
+    from gpu_shapes import Plan
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models"
 WARM_UP_SHARE = 0.25
 PATIENCE_S = 120.0
 """How long the last steps of a scene may take to land."""
+
+_MAX_WAITING = 512
+_MIXED_PROMPT = 64
 
 Figures = dict[str, float]
 
@@ -74,11 +85,26 @@ class Scene:
     idle: tuple[Tier, ...] = ()
 
 
-class Borrowed:
-    """An engine that outlives the executor which borrows it: `close` leaves it loaded."""
+class Resident:
+    """An engine that outlives the executor which borrows it: `close` leaves it loaded.
 
-    def __init__(self, engine: Engine) -> None:
+    With a `stream`, its steps are queued on that one, beside those of others.
+    """
+
+    def __init__(self, engine: Engine, stream: torch.cuda.Stream | None = None) -> None:
         self._engine = engine
+        self._stream = stream
+
+    def launch(self, step: Step, pause_after_s: float | None = None) -> InFlightStep:
+        """Launch, on the stream where there is one."""
+        if self._stream is None:
+            return self._engine.launch(step, pause_after_s)
+        with torch.cuda.stream(self._stream):
+            return self._engine.launch(step, pause_after_s)
+
+    def run(self, step: Step) -> tuple[SampledToken, ...]:
+        """Launch, and wait for the tokens."""
+        return self.launch(step).wait()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the engine has
         return getattr(self._engine, name)
@@ -89,58 +115,75 @@ class Borrowed:
 
 @dataclass(slots=True)
 class Seen:
-    """What happened between two instants; an executor's observer."""
+    """What happened between two instants, by tier; an executor's observer."""
 
     from_s: float = 0.0
     until_s: float = 0.0
     fed: dict[Tier, int] = field(default_factory=lambda: defaultdict(int))
     delivered: dict[Tier, int] = field(default_factory=lambda: defaultdict(int))
     busy_s: dict[Tier, float] = field(default_factory=lambda: defaultdict(float))
-    longest_s: dict[Tier, float] = field(default_factory=lambda: defaultdict(float))
     first_s: dict[Tier, list[float]] = field(default_factory=lambda: defaultdict(list))
     gap_s: dict[Tier, list[float]] = field(default_factory=lambda: defaultdict(list))
+    step_s: dict[tuple[Tier, StepKind], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    @property
+    def wall_s(self) -> float:
+        """How long it was looked at."""
+        return self.until_s - self.from_s
 
     def within(self, now: float) -> bool:
         """Whether `now` counts."""
         return self.from_s <= now <= self.until_s
 
-    def step_done(self, report: StepReport) -> None:
+    def step_done(self, done: StepReport) -> None:
         """Count a step's tokens and time."""
         if self.within(time.monotonic()):
-            tier = report.tier
-            self.fed[tier] += report.num_prefill_tokens + report.num_decode_tokens
-            self.busy_s[tier] += report.elapsed_s
-            mean_s = report.elapsed_s / report.num_steps
-            self.longest_s[tier] = max(self.longest_s[tier], mean_s)
+            self.fed[done.tier] += done.num_prefill_tokens + done.num_decode_tokens
+            self.busy_s[done.tier] += done.elapsed_s
+            mean_s = done.elapsed_s / done.num_steps
+            self.step_s[done.tier, done.kind] += [mean_s] * done.num_steps
 
     def tier_changed(self, status: TierStatus) -> None:
         """Tiers are not of interest here."""
 
     def figures(self, tier: Tier) -> Figures:
         """Rates, latencies in milliseconds and the device's share of one tier."""
-        wall_s = self.until_s - self.from_s
+        steps = [s for kind in StepKind for s in self.step_s[tier, kind]]
         return {
-            "fed_tokens_per_s": self.fed[tier] / wall_s,
-            "output_tokens_per_s": self.delivered[tier] / wall_s,
-            "busy_share": self.busy_s[tier] / wall_s,
-            "longest_step_ms": 1e3 * self.longest_s[tier],
-            **_percentiles("inter_token", self.gap_s[tier]),
-            **_percentiles("first_token", self.first_s[tier]),
+            "fed_tokens_per_s": self.fed[tier] / self.wall_s,
+            "output_tokens_per_s": self.delivered[tier] / self.wall_s,
+            "busy_share": self.busy_s[tier] / self.wall_s,
+            "longest_step_ms": 1e3 * max(steps, default=0.0),
+            **_in_ms("inter_token", self.gap_s[tier]),
+            **_in_ms("first_token", self.first_s[tier]),
         }
 
 
 class Stage:
     """Resident engines, and the loads that are put on them."""
 
-    def __init__(self, engines: dict[Tier, Engine], valid_ids: int, tactical_share: float) -> None:
+    def __init__(
+        self,
+        engines: Mapping[Tier, Resident],
+        valid_ids: int,
+        *,
+        tactical_share: float = 0.5,
+        max_batch: int = 64,
+    ) -> None:
         self._engines = engines
         self._valid_ids = valid_ids
         self._tactical_share = tactical_share
+        self._max_batch = max_batch
         self._random = Random(17)
         self._ids = itertools.count(1)
 
-    async def play(self, scene: Scene, seconds: float) -> Seen:
+    def play(self, scene: Scene, seconds: float) -> Seen:
         """Serve a scene's loads for a while, then stop."""
+        return asyncio.run(self._play(scene, seconds))
+
+    async def _play(self, scene: Scene, seconds: float) -> Seen:
         seen = Seen()
         tiers = [load.tier for load in scene.loads]
         groups = [[tier] for tier in tiers] if scene.apart else [[*tiers, *scene.idle]]
@@ -148,7 +191,10 @@ class Stage:
             executors: dict[Tier, Executor] = {}
             for group in groups:
                 executor = Executor(
-                    {tier: TierSetup(_lend(self._engines[tier]), 64, 256) for tier in group},
+                    {
+                        tier: TierSetup(self._lend(tier), self._max_batch, _MAX_WAITING)
+                        for tier in group
+                    },
                     observers=(seen,),
                     tactical_share=self._tactical_share,
                 )
@@ -159,23 +205,35 @@ class Stage:
                     if status.state is not TierState.READY:
                         raise RuntimeError(f"the {tier.name} tier is {status}")
                     executors[tier] = executor
-            seen.from_s = time.monotonic() + WARM_UP_SHARE * seconds
-            seen.until_s = time.monotonic() + seconds
-            async with asyncio.timeout(seconds + PATIENCE_S), asyncio.TaskGroup() as group_of:
+            now = time.monotonic()
+            seen.from_s, seen.until_s = now + WARM_UP_SHARE * seconds, now + seconds
+            async with asyncio.timeout(seconds + PATIENCE_S), asyncio.TaskGroup() as streams:
                 for load in scene.loads:
+                    # Made beforehand: making them must not take the event loop's time.
+                    prompts = itertools.cycle([self._prompt(load) for _ in range(16)])
                     for _ in range(load.streams):
-                        group_of.create_task(self._stream(executors[load.tier], load, seen))
+                        streams.create_task(
+                            self._stream(executors[load.tier], load, prompts.__next__, seen)
+                        )
         return seen
 
-    async def _stream(self, executor: Executor, load: Load, seen: Seen) -> None:
+    def _lend(self, tier: Tier) -> Callable[[Callable[[float], None]], Any]:
+        return lambda _: self._engines[tier]
+
+    def _prompt(self, load: Load) -> tuple[int, ...]:
+        return tuple(self._random.choices(range(self._valid_ids), k=load.prompt_tokens))
+
+    async def _stream(
+        self, executor: Executor, load: Load, prompt: Callable[[], tuple[int, ...]], seen: Seen
+    ) -> None:
         while (begun := time.monotonic()) < seen.until_s:
-            prompt = tuple(self._random.choices(range(self._valid_ids), k=load.prompt_tokens))
             spec = SequenceSpec(
-                next(self._ids), load.tier, prompt, load.new_tokens, ignore_eos=True
-            )
+                next(self._ids), load.tier, prompt(), load.new_tokens, ignore_eos=True,
+                prefix_cache=False,  # the prompts repeat, and their prefill is the load
+            )  # fmt: skip
             last: float | None = None
 
-            def take(tokens: Sequence[SampledToken]) -> None:
+            def take(tokens: Sequence[SampledToken], begun: float = begun) -> None:
                 nonlocal last
                 now, count = time.monotonic(), len(tokens)
                 if seen.within(now):
@@ -201,7 +259,7 @@ def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) 
     found: dict[str, dict[str, list[Figures]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(rounds):
         for scene in scenes:
-            seen = asyncio.run(stage.play(scene, seconds))
+            seen = stage.play(scene, seconds)
             for load in scene.loads:
                 found[scene.name][load.tier.name].append(seen.figures(load.tier))
     return {
@@ -233,6 +291,9 @@ def compare(found: dict[str, Any]) -> dict[str, float | None]:
 
 def show(found: dict[str, Any], ratios: dict[str, float | None]) -> None:
     """A table for people."""
+    from rich.console import Console  # noqa: PLC0415 - not where a GPU is
+    from rich.table import Table  # noqa: PLC0415
+
     columns = {
         "ITL p50 ms": "inter_token_p50_ms",
         "ITL p99 ms": "inter_token_p99_ms",
@@ -262,14 +323,14 @@ def _over_rounds(rows: Sequence[Figures]) -> dict[str, dict[str, float]]:
     }
 
 
-def _percentiles(name: str, seconds: Sequence[float]) -> Figures:
+def _in_ms(name: str, seconds: Sequence[float]) -> Figures:
     """p50 and p99 in milliseconds, and of how many; nothing where nothing was seen."""
-    if len(seconds) < 2:
+    found = report.percentiles(seconds, 1e3)
+    if "p50" not in found:
         return {}
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {
-        f"{name}_p50_ms": 1e3 * cuts[49],
-        f"{name}_p99_ms": 1e3 * cuts[98],
+        f"{name}_p50_ms": found["p50"],
+        f"{name}_p99_ms": found["p99"],
         f"{name}_n": float(len(seconds)),
     }
 
@@ -280,8 +341,131 @@ def _ratio(over: dict[str, Any], under: dict[str, Any], figure: str) -> float | 
     return float(over[figure]["median"] / base)
 
 
-def _lend(engine: Engine) -> Callable[[Callable[[float], None]], Any]:
-    return lambda _: Borrowed(engine)
+def mixed(streams: int, plan: Plan) -> tuple[Load, ...]:
+    """`streams` short requests at once, half of them to each tier; of one the tactical has it."""
+    deep = streams // 2
+    loads = (
+        Load(T, streams - deep, _MIXED_PROMPT, plan.new_tokens),
+        Load(S, deep, _MIXED_PROMPT, plan.new_tokens),
+    )
+    return tuple(load for load in loads if load.streams)
+
+
+def on_gpu(
+    engines: dict[Tier, Engine], plan: Plan, valid_ids: int, left: Callable[[], float]
+) -> dict[str, Any]:
+    """All scenes of all rounds, then the loads that the daemon will be put under.
+
+    `left` tells the seconds that may still be used.
+    """
+    tactical = Load(T, plan.tactical_streams, _MIXED_PROMPT, plan.new_tokens)
+    strategic = Load(S, plan.strategic_streams, plan.strategic_prompt, plan.new_tokens)
+    stage = _stage(engines, plan, valid_ids)
+    together = Scene("together", (tactical, strategic))
+    apart = Scene("two_threads", (tactical, strategic), apart=True)
+    scenes = [
+        (Scene("tactical_alone", (tactical,), idle=(S,)), stage),
+        (Scene("strategic_alone", (strategic,), idle=(T,)), stage),
+        (together, stage),
+        (apart, stage),
+    ]
+    if all(engine.info.device != "cpu" for engine in engines.values()):
+        streams = {tier: torch.cuda.Stream(engine.info.device) for tier, engine in engines.items()}
+        beside = _stage(engines, plan, valid_ids, streams)
+        scenes.append((Scene("two_streams", apart.loads, apart=True), beside))
+    samples: dict[str, list[Seen]] = {scene.name: [] for scene, _ in scenes}
+    for number in range(plan.rounds):
+        if number and left() < len(scenes) * plan.scene_s:
+            break
+        for scene, its_stage in scenes:
+            samples[scene.name].append(its_stage.play(scene, plan.scene_s))
+    by_streams = {}
+    for count in plan.mixed_streams:
+        if left() < plan.mixed_alone_s:
+            break
+        seen = stage.play(
+            Scene("mixed", mixed(count, plan), idle=tuple(engines)), plan.mixed_alone_s
+        )
+        by_streams[str(count)] = {
+            tier.name: tokens / seen.wall_s for tier, tokens in seen.delivered.items()
+        }
+    found = {name: summary(parts) for name, parts in samples.items()}
+    return {
+        "rounds": len(samples["together"]),
+        "loads": _loads(tactical, strategic),
+        **found,
+        "cost": cost(found, "together"),
+        "cost_without_interleaving": {
+            scene.name: cost(found, scene.name) for scene, _ in scenes if scene.apart
+        },
+        "mixed_tokens_per_s_by_streams": by_streams,
+    }
+
+
+def _stage(
+    engines: Mapping[Tier, Engine],
+    plan: Plan,
+    valid_ids: int,
+    streams: Mapping[Tier, torch.cuda.Stream] = MappingProxyType({}),
+) -> Stage:
+    resident = {tier: Resident(engine, streams.get(tier)) for tier, engine in engines.items()}
+    return Stage(resident, valid_ids, max_batch=max(plan.batches))
+
+
+def _loads(*loads: Load) -> dict[str, dict[str, int]]:
+    return {
+        load.tier.name: {
+            "streams": load.streams,
+            "prompt_tokens": load.prompt_tokens,
+            "new_tokens": load.new_tokens,
+        }
+        for load in loads
+    }
+
+
+def summary(parts: Sequence[Seen]) -> dict[str, Any]:
+    """One scene over its rounds."""
+    wall_s = sum(seen.wall_s for seen in parts)
+    tiers = {}
+    for tier in TIER_ROLES:
+        gaps = [s for seen in parts for s in seen.gap_s[tier]]
+        if not gaps:
+            continue
+        steps = {
+            kind.value: report.percentiles([s for seen in parts for s in seen.step_s[tier, kind]])
+            for kind in StepKind
+        }
+        tiers[tier.name] = {
+            "tokens_per_s": sum(seen.delivered[tier] for seen in parts) / wall_s,
+            "inter_token_s": report.percentiles(gaps),
+            "first_token_s": report.percentiles([s for seen in parts for s in seen.first_s[tier]]),
+        }
+        if busy_s := sum(seen.busy_s[tier] for seen in parts):  # only an executor reports it
+            tiers[tier.name] |= {
+                "step_s": {kind: times for kind, times in steps.items() if times["n"]},
+                "device_share": busy_s / wall_s,
+            }
+    return tiers
+
+
+def cost(found: dict[str, dict[str, Any]], scene: str) -> dict[str, float | None]:
+    """How much slower and how much less, together against alone; None where nothing was seen."""
+    tier = T.name
+    alone, together = found["tactical_alone"].get(tier), found[scene].get(tier)
+    deep_alone = found["strategic_alone"].get(S.name)
+    deep_together = found[scene].get(S.name)
+    rows: dict[str, float | None] = {}
+    for name in ("inter_token_s", "first_token_s"):
+        for point in ("p50", "p99"):
+            before = alone[name].get(point) if alone else None
+            after = together[name].get(point) if together else None
+            rows[f"tactical_{name}_{point}_times"] = after / before if before and after else None
+    rows["strategic_tokens_per_s_lost_share"] = (
+        1 - deep_together["tokens_per_s"] / deep_alone["tokens_per_s"]
+        if deep_alone and deep_together
+        else None
+    )
+    return rows
 
 
 def _engine(model: Path, tier: Tier, args: argparse.Namespace, load: Load) -> Engine:
@@ -341,7 +525,11 @@ def main() -> None:
         Scene("apart", (tactical, strategic), apart=True),
     )
     vocabulary = min(_vocabulary(args.tactical), _vocabulary(args.strategic))
-    stage = Stage(engines, vocabulary, args.tactical_share)
+    stage = Stage(
+        {tier: Resident(engine) for tier, engine in engines.items()},
+        vocabulary,
+        tactical_share=args.tactical_share,
+    )
     found = measure(stage, scenes, args.rounds, args.seconds)
     ratios = compare(found)
     show(found, ratios)
@@ -354,13 +542,7 @@ def main() -> None:
             }
             for tier, engine in engines.items()
         },
-        "loads": {
-            load.tier.name: {
-                "streams": load.streams, "prompt_tokens": load.prompt_tokens,
-                "new_tokens": load.new_tokens,
-            }
-            for load in (tactical, strategic)
-        },
+        "loads": _loads(tactical, strategic),
         "threads": args.threads, "tactical_share": args.tactical_share,
         "rounds": args.rounds, "seconds": args.seconds,
         "scenes": found, "compared": ratios,

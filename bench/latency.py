@@ -36,7 +36,8 @@ import grpc
 import report
 import torch
 import uvloop
-from direct import METHOD, RICH, START_S, Alone, job, prompts, wait_ready
+from direct import METHOD, RICH, Alone, job, prompts
+from driven_daemon import START_S, wait_ready
 from lean_client import LeanClient
 from rich.console import Console
 from rich.table import Table
@@ -165,7 +166,7 @@ async def measure(given: argparse.Namespace) -> dict[tuple[str, int, int], Sampl
                 daemons.append(DemoDaemon(Path(folder), "--log-level", "warning", *RICH))
                 endpoint = daemons[-1].endpoint(START_S)
                 listen, commits[name] = endpoint.listen, Commits(endpoint.metrics_url)
-                await asyncio.to_thread(wait_ready, listen)
+                await wait_ready(endpoint)
                 if given.client == "grpc":
                     ways[name] = through_grpc(grpc.aio.insecure_channel(listen))
                 else:
@@ -189,12 +190,6 @@ async def measure(given: argparse.Namespace) -> dict[tuple[str, int, int], Sampl
     return samples
 
 
-def percentiles_ms(values: list[float]) -> dict[str, float]:
-    """p50 and p99 in milliseconds."""
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50": round(cuts[49] * 1e3, 3), "p99": round(cuts[98] * 1e3, 3)}
-
-
 def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
     """For each concurrency and length: every way, and what the daemons add."""
     ways = list(dict.fromkeys(way for way, _, _ in samples))
@@ -202,7 +197,7 @@ def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
     for many, length in itertools.product(CONCURRENCIES, LENGTHS):
         for name in ("first_s", "total_s"):
             by_way = {
-                way: percentiles_ms(getattr(samples[way, many, length], name)) for way in ways
+                way: _percentiles_ms(getattr(samples[way, many, length], name)) for way in ways
             }
             alone = by_way["executor"]
             # Of one commit at a time only: in a crowd, one commit is many requests'.
@@ -230,6 +225,11 @@ def rows(samples: dict[tuple[str, int, int], Sample]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _percentiles_ms(seconds: list[float]) -> dict[str, float]:
+    found = report.percentiles(seconds, 1e3)
+    return {point: found[point] for point in ("p50", "p99")}
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -163,10 +163,8 @@ async def latencies(ledger: Ledger, for_s: float, name: str) -> list[float]:
 
 def percentiles_ms(found: list[float]) -> dict[str, float]:
     """The usual two."""
-    return {
-        "p50_ms": round(statistics.median(found) * 1000, 3),
-        "p99_ms": round(statistics.quantiles(found, n=100)[98] * 1000, 3),
-    }
+    points = report.percentiles(found, 1e3)
+    return {f"{point}_ms": points[point] for point in ("p50", "p99")}
 
 
 async def folding(path: Path) -> dict[str, Any]:

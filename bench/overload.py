@@ -36,11 +36,11 @@ from typing import Any
 import grpc
 import psutil
 import report
+from driven_daemon import START_S, settle, wait_ready
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status import rpc_status
-from idle import settle
 from rich.console import Console
-from stress import FLAGS, START_S, quantiles, wait_ready
+from stress import FLAGS
 
 from sage_fed.cli.demo import DemoDaemon
 from sage_fed.v1 import inference_pb2 as pb
@@ -76,9 +76,9 @@ class Calls:
         """Percentiles of everything."""
         return {
             "codes": dict(sorted(self.codes.items())),
-            "answered_seconds": quantiles(self.answered_s),
-            "first_token_seconds": quantiles(self.first_token_s),
-            "refused_seconds": quantiles(self.refused_s),
+            "answered_seconds": report.percentiles(self.answered_s),
+            "first_token_seconds": report.percentiles(self.first_token_s),
+            "refused_seconds": report.percentiles(self.refused_s),
         }
 
 
@@ -267,7 +267,7 @@ async def main(
             code = await asyncio.to_thread(daemon.stop, 60.0)
         if code != 0:
             violations.append(f"the daemon left with {code}: {daemon.log()}")
-    refused = quantiles(aside_s).get("p99", 0.0)
+    refused = report.percentiles(aside_s).get("p99", 0.0)
     if recovered_s > RECOVERED_IN_S:
         violations.append(f"it took {recovered_s:.1f} s to recover")
     result = {
@@ -287,7 +287,7 @@ async def main(
             "calls_per_s": ASIDE_PER_S,
             "nice": ASIDE_NICE,
             "refused": len(aside_s),
-            "refused_seconds": quantiles(aside_s),
+            "refused_seconds": report.percentiles(aside_s),
         },
         "cores_of_load_and_daemon": [round(share, 2) for share in cores],
         "refused_within_10_ms_p99": refused <= REFUSED_IN_S,

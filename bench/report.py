@@ -11,6 +11,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ def envelope(name: str, result: dict[str, Any]) -> dict[str, Any]:
         },
         **result,
     }
+
+
+def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
+    """The number of values; of two or more also p50, p99 and the largest, times `scale`."""
+    if len(values) < 2:
+        return {"n": len(values)}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    found = {"p50": cuts[49], "p99": cuts[98], "max": max(values)}
+    return {"n": len(values)} | {name: float(f"{v * scale:.6g}") for name, v in found.items()}
 
 
 def write(name: str, result: dict[str, Any], path: Path | None) -> None:

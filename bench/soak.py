@@ -28,9 +28,9 @@ from typing import Any
 
 import psutil
 import report
-from idle import settle
+from driven_daemon import START_S, TROUBLE, settle, wait_ready
 from rich.console import Console
-from stress import FLAGS, START_S, TROUBLE, quantiles, wait_ready
+from stress import FLAGS
 from stress_clients import Client, Tally
 
 from sage_fed.cli.demo import DemoDaemon
@@ -187,8 +187,8 @@ def judge(
             "after_warm_up": median(first, "num_threads"),
             "at_the_end": median(last, "num_threads"),
         },
-        "answer_seconds_after_warm_up": quantiles(early_s),
-        "answer_seconds_at_the_end": quantiles(late_s),
+        "answer_seconds_after_warm_up": report.percentiles(early_s),
+        "answer_seconds_at_the_end": report.percentiles(late_s),
         "rss_mib_by_time": [
             (round(s.at_s), round(s.rss_bytes / 2**20, 1))
             for s in samples[:: len(samples) // 40 or 1]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import re
 import statistics
 import sys
 import tempfile
@@ -22,12 +21,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import grpc
 import psutil
 import report
-from idle import settle
+from driven_daemon import START_S, settle, wait_ready
 from rich.console import Console
 from rich.table import Table
 from stress_clients import Client, Tally
@@ -45,10 +42,6 @@ FLAGS = (
     "--set", "accounts.poor.budget.strategic_floor_atp=20",
     "--log-level", "warning",
 )  # fmt: skip
-TROUBLE = re.compile(r'Traceback|"exception"|internal error')
-"""In the daemon's log: a bug of ours, whatever the client was told."""
-
-START_S = 120.0
 GROWTH_SHARE = 0.05
 """How much of its size after warm-up the process may have grown by at the end."""
 
@@ -93,7 +86,7 @@ async def main(seconds: float, num_clients: int, seed: int, output: Path | None)
         "endings": {f"{name}: {code}": n for (name, code), n in sorted(tally.endings.items())},
         "tokens_read": tally.tokens,
         "streams_finished": tally.finished_streams,
-        "read_seconds": quantiles(tally.seconds),
+        "read_seconds": report.percentiles(tally.seconds),
         "rss_after_warm_up_bytes": round(memory_after_warm_up(memory)),
         "rss_growth_bytes": round(growth),
         "rss_slope_bytes_per_min": round(slope * 60),
@@ -102,20 +95,6 @@ async def main(seconds: float, num_clients: int, seed: int, output: Path | None)
     }
     report.write("stress", result, output)
     return 1 if tally.violations else 0
-
-
-async def wait_ready(endpoint: Endpoint) -> None:
-    """Both tiers SERVING, by the standard health service."""
-    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
-
-    async with grpc.aio.insecure_channel(endpoint.listen) as channel:
-        for tier in ("tactical", "strategic"):
-            request = health_pb2.HealthCheckRequest(service=tier)
-            async for response in health_pb2_grpc.HealthStub(channel).Watch(
-                request, timeout=START_S, wait_for_ready=True
-            ):
-                if response.status == health_pb2.HealthCheckResponse.SERVING:
-                    break
 
 
 async def storm(
@@ -161,14 +140,6 @@ def growth_of(memory: Sequence[tuple[float, int]]) -> tuple[float, float]:
     times, sizes = [at for at, _ in settled], [float(rss) for _, rss in settled]
     slope = statistics.linear_regression(times, sizes).slope if len(set(times)) > 1 else 0.0
     return last - memory_after_warm_up(memory), slope
-
-
-def quantiles(values: list[float]) -> dict[str, Any]:
-    """Median, 99th percentile and number."""
-    if len(values) < 2:
-        return {"n": len(values)}
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"n": len(values), "p50": round(cuts[49], 4), "p99": round(cuts[98], 4)}
 
 
 def show(tally: Tally) -> None:

@@ -1,12 +1,14 @@
-"""Whether a daemon that nobody asks any more is idle: no job, no KV token, no hold is left.
+"""A daemon that a benchmark drives: whether it is ready, and afterwards whether it is idle.
 
-Owns: which amounts have to be nought, in the daemon's own answer and on its metrics page.
-Does not know: what was asked before.
+Owns: which amounts have to be nought when no client asks any more (jobs, KV tokens, holds), in the
+daemon's own answer and on its metrics page; what in its log is a bug.
+Does not know: what is asked of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 
@@ -25,6 +27,23 @@ IDLE_SERIES = (
 """Gauges that are nought when nobody asks; of the KV cache the used part."""
 
 SETTLE_S = 15.0
+START_S = 120.0
+TROUBLE = re.compile(r'Traceback|"exception"|internal error')
+"""In the daemon's log: a bug of ours, whatever the client was told."""
+
+
+async def wait_ready(endpoint: Endpoint) -> None:
+    """Both tiers SERVING, by the standard health service."""
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
+    async with grpc.aio.insecure_channel(endpoint.listen) as channel:
+        for tier in ("tactical", "strategic"):
+            request = health_pb2.HealthCheckRequest(service=tier)
+            async for response in health_pb2_grpc.HealthStub(channel).Watch(
+                request, timeout=START_S, wait_for_ready=True
+            ):
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
 
 
 async def settle(endpoint: Endpoint, state_dir: Path) -> list[str]:
