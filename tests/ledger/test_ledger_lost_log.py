@@ -217,13 +217,16 @@ async def test_nothing_is_missed_beside_a_running_writer(tmp_path: Path) -> None
     path = tmp_path / "ledger.db"
     ledger = await worked(path, 0, 1)
     working = asyncio.create_task(worked_on(ledger))
-    reports = [await asyncio.to_thread(check, path) for _ in range(20)]
+    reports = []
+    async with asyncio.timeout(60):
+        # However busy the machine is: until some of them saw more than others.
+        while len(reports) < 20 or len({report.entries for report in reports}) == 1:
+            reports.append(await asyncio.to_thread(check, path))
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)
     await ledger.close()
 
     assert {()} == {report.violations for report in reports}
-    assert len({report.entries for report in reports}) > 1
 
 
 async def worked_on(ledger: Ledger) -> None:
