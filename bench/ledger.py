@@ -51,7 +51,7 @@ async def measure(path: Path, concurrency: int, seconds: float) -> dict[str, flo
     """One round on fresh books: holds a second, latency percentiles, holds a commit."""
     groups: list[int] = []
     latencies_s: list[float] = []
-    ledger = await Ledger.open(path, on_commit=lambda size, _: groups.append(size))
+    ledger = await Ledger(path, on_commit=lambda size, _: groups.append(size)).open()
     await ledger.ensure_account("bench", AccountTerms(2**50, initial_uatp=2**50))
     numbers, key = itertools.count(), RequestKey("bench")
 

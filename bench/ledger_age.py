@@ -117,7 +117,7 @@ async def start(path: Path, *, until_audited: bool = False) -> tuple[float, floa
     log.setLevel(logging.INFO)
     log.addHandler(audits)
     began_s = time.perf_counter()
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     opened_s = time.perf_counter() - began_s
     if until_audited:
         await audits.said.wait()
@@ -129,7 +129,7 @@ async def start(path: Path, *, until_audited: bool = False) -> tuple[float, floa
 
 async def leave_open(path: Path) -> None:
     """Open books, hold for 500 jobs, and be gone like a process that is killed."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("bench", AccountTerms(2**50, initial_uatp=2**50))
     for number in range(500):
         await ledger.hold(
@@ -170,7 +170,7 @@ def percentiles_ms(found: list[float]) -> dict[str, float]:
 async def folding(path: Path) -> dict[str, Any]:
     """Holds alone, and beside folding; how many entries went."""
     counts: list[int] = []
-    ledger = await Ledger.open(path, on_fold=counts.append)
+    ledger = await Ledger(path, on_fold=counts.append).open()
     await ledger.ensure_account("bench", AccountTerms(2**50, initial_uatp=2**50))
     alone = await latencies(ledger, BESIDE_S, "alone")
     tidying = asyncio.create_task(ledger.tidy(BESIDE_S))

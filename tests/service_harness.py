@@ -309,7 +309,7 @@ async def serving(
     """Serve until the block is left; account `local` has 100 ATP, `robot` has none."""
     jobs = jobs or ScriptedJobs()
     operations = ScriptedOperations()
-    ledger = await Ledger.open(tmp_path / "ledger.db")
+    ledger = await Ledger(tmp_path / "ledger.db").open()
     await ledger.ensure_account(
         "local", AccountTerms(capacity_uatp=100_000_000, initial_uatp=100_000_000)
     )

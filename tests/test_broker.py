@@ -164,11 +164,11 @@ async def rig(
     path = tmp_path / "ledger.db"
     deaths: list[BaseException] = []
     metrics = Metrics()
-    ledger = await Ledger.open(
+    ledger = await Ledger(
         path,
         options=LedgerOptions(retention or Retention(), answer_timeout_s=WAIT_S),
         on_death=deaths.append,
-    )
+    ).open()
     for account in ("local", "robot"):
         await ledger.ensure_account(
             account, AccountTerms(capacity_uatp=GRANTED_UATP, initial_uatp=GRANTED_UATP)
@@ -387,7 +387,7 @@ async def test_books_that_die_end_the_job_without_a_price(tmp_path: Path) -> Non
             await r.submit(job())
         assert 2.0 == r.counted("tokens_total", tier="tactical", type="output", outcome="failed")
     assert 1 == check(r.path).open_holds
-    again = await Ledger.open(r.path)
+    again = await Ledger(r.path).open()
     assert GRANTED_UATP == (await again.budget("local")).balance_uatp
     await again.close()
 

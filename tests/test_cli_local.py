@@ -36,7 +36,7 @@ def run(*arguments: str, stdin: str | None = None) -> Result:
 async def write_books(state_dir: Path) -> Path:
     """Books with an account, a settled job and a voided one."""
     path = ledger_file(state_dir)
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("local", AccountTerms(10**9, 0, 0, 10**8))
     for job_id in ("job-1", "job-2"):
         await ledger.hold(*asked(job_id, "local", 5_000_000, "default-1", "tactical"))

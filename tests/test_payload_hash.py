@@ -162,7 +162,7 @@ async def test_a_ledger_of_the_program_before_opens_and_balances(old: Path) -> N
     assert () == check(old).violations
     clock = HandClock()
     clock.ns, clock.wall_ns = (605_806 + 10) * NS_PER_S, 1_790_700_000 * NS_PER_S
-    ledger = await Ledger.open(old, clock=clock)
+    ledger = await Ledger(old, clock=clock).open()
     assert (2, 85) == (ledger.recovery.voided_jobs, ledger.recovery.voided_uatp)
     budgets = [await ledger.budget(name) for name in ("ann", "bob", "carl")]
     assert [(99_868, 132), (1000, 13), (50, 0)] == [
@@ -179,7 +179,7 @@ async def test_a_retry_across_the_upgrade_is_a_replay(old: Path) -> None:
     """Another payload is a conflict, and an id that was open or forgotten is free."""
     clock = HandClock()
     clock.ns, clock.wall_ns = 605_816 * NS_PER_S, 1_790_700_000 * NS_PER_S
-    ledger = await Ledger.open(old, clock=clock)
+    ledger = await Ledger(old, clock=clock).open()
     with Workers(max_calls=1, max_size=1) as workers:
         for text, request_id in (("hello", "kept-1"), ("how are you?", "kept-2")):
             key = await request_key(kept_spec(text, request_id), workers)

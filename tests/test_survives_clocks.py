@@ -88,7 +88,7 @@ from pathlib import Path
 from sage_fed.ledger import AccountTerms, HoldRequest, Ledger, RequestKey
 
 async def main(path, job):
-    ledger = await Ledger.open(Path(path))
+    ledger = await Ledger(Path(path)).open()
     await ledger.ensure_account("ann", AccountTerms(10**15, 1_000_000, initial_uatp=0))
     budget = await ledger.budget("ann")
     if budget.balance_uatp:

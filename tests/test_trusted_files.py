@@ -275,14 +275,14 @@ def test_what_is_believed_is_ours(place: Path, read: Callable[[Path], None]) -> 
 async def test_books_that_others_may_write_are_not_opened(tmp_path: Path, suffix: str) -> None:
     """Whoever can change them has any balance."""
     path = tmp_path / "ledger.db"
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", AccountTerms(10, initial_uatp=10))
     await ledger.close()
     file = path.with_name(path.name + suffix)
     file.touch()
     file.chmod(0o666)
     with pytest.raises(ConfigError, match=rf"{file.name}: anyone may write it"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 async def test_no_lock_is_made_through_a_link(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ async def test_no_lock_is_made_through_a_link(tmp_path: Path) -> None:
     treasure.write_text("")
     (tmp_path / "ledger.db.lock").symlink_to(treasure)
     with pytest.raises(ConfigError, match=rf"ledger.db.lock: .* link to {treasure}, which"):
-        await Ledger.open(tmp_path / "ledger.db")
+        await Ledger(tmp_path / "ledger.db").open()
     assert "" == treasure.read_text()
     assert not (tmp_path / "ledger.db").exists()
 
@@ -301,11 +301,11 @@ async def test_books_behind_a_link_are_not_opened(tmp_path: Path, there: bool) -
     """Wherever it leads; the link is named, and no lock is left that tells of books."""
     treasure, path = tmp_path / "treasure", tmp_path / "ledger.db"
     if there:
-        ledger = await Ledger.open(treasure)
+        ledger = await Ledger(treasure).open()
         await ledger.close()
     path.symlink_to(treasure)
     with pytest.raises(ConfigError, match=rf"ledger.db: it is a symbolic link to {treasure}"):
-        await Ledger.open(path)
+        await Ledger(path).open()
     assert not path.with_name("ledger.db.lock").exists()
 
 
@@ -316,7 +316,7 @@ async def test_a_strangers_books_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mallory's")
     os.chown(tmp_path / name, MALLORY, MALLORY)
     with pytest.raises(ConfigError, match=rf"{tmp_path / name}: it belongs to user {MALLORY}"):
-        await Ledger.open(tmp_path / "ledger.db")
+        await Ledger(tmp_path / "ledger.db").open()
     assert [name] == [path.name for path in tmp_path.iterdir()]  # noqa: ASYNC240
 
 
@@ -324,7 +324,7 @@ async def test_a_backup_is_written_through_no_link(tmp_path: Path) -> None:
     """A directory for backups may be everybody's."""
     path, treasure = tmp_path / "ledger.db", tmp_path / "treasure"
     treasure.write_text("treasure")
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     (tmp_path / "copy.db.new").symlink_to(treasure)
     backup(path, tmp_path / "copy.db")
     await ledger.close()

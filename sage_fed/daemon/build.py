@@ -176,7 +176,7 @@ async def open_ledger(
         metrics.ledger_writable(writable=writable)
         accepts(writable)
 
-    ledger = await Ledger.open(
+    ledger = await Ledger(
         settings.state_dir / "ledger.db",
         options=LedgerOptions(
             retention=Retention(
@@ -192,7 +192,7 @@ async def open_ledger(
         on_fold=metrics.ledger_folded,
         on_disk=on_disk,
         on_death=lambda error: lifecycle.fail(f"the ledger failed: {_words(error)}"),
-    )
+    ).open()
     recovery = ledger.recovery
     metrics.ledger_recovered(recovery.voided_jobs, recovery.voided_uatp)
     if recovery.voided_jobs:

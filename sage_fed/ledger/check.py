@@ -3,8 +3,8 @@
 Owns the list of what must hold, the thread that audits beside the writer, and the backup. Reads
 only, in one transaction, so that it works beside a running daemon. Reports every violation in
 words; never repairs. What was folded into days counts as what it moved.
-`end_violations` is the part that every start affords, `balance_violations` the one that is done
-beside a running daemon where there are many entries, and `check` is all of it, for the command.
+`ENDS` is the part that every start affords, `BALANCES` the one that is done beside a running
+daemon where there are many entries, and `check` is all of it, for the command.
 Fails with `ConfigError`, `LedgerCorrupt`, and with `CannotWrite` where a copy cannot be put where
 it was asked for.
 """
@@ -236,24 +236,12 @@ def num_folded(db: apsw.Connection) -> int:
     return int(db.execute("SELECT coalesce(sum(entries), 0) FROM day").get)
 
 
-def audit(db: apsw.Connection) -> tuple[str, ...]:
-    """Every way in which accounts, jobs, requests and entries contradict each other."""
-    return (*balance_violations(db), *_violations(db, HISTORY))
-
-
-def balance_violations(db: apsw.Connection) -> tuple[str, ...]:
-    """Where entries are missing, or balances differ from them or from the open jobs."""
-    return _violations(db, BALANCES)
-
-
-def end_violations(db: apsw.Connection) -> tuple[str, ...]:
-    """The part of it that takes no longer for more entries."""
-    return _violations(db, ENDS)
-
-
-def _violations(db: apsw.Connection, audits: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+def audit(
+    db: apsw.Connection, rules: tuple[tuple[str, str], ...] = (*BALANCES, *HISTORY)
+) -> tuple[str, ...]:
+    """Say every way in which accounts, jobs, requests and entries break the rules."""
     found = []
-    for sentence, query in audits:
+    for sentence, query in rules:
         try:
             found += [sentence.format(*row) for row in db.execute(query)]
         except apsw.SQLError as error:
@@ -308,7 +296,7 @@ def auditing(path: Path, on_violations: Callable[[tuple[str, ...]], None]) -> It
             with contextlib.closing(connect_reader(path)) as db:
                 opened.append(db)
                 db.execute("BEGIN")
-                violations = balance_violations(db)
+                violations = audit(db, BALANCES)
         except (apsw.Error, SageFedError) as error:
             violations = (f"they could not be audited: {error}",)
         if stopped.is_set():

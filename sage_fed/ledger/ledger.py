@@ -27,7 +27,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import apsw
 
@@ -97,35 +97,19 @@ def _ignore(*_: object) -> None:
 
 
 class Ledger:
-    """An open ledger; made by `Ledger.open`, ended by `close`."""
+    """The books at `path`; begun by `open`, ended by `close`.
+
+    Args:
+        terms: what the settings give an account now; `set_budget` remembers it.
+        on_commit: called on the loop with operations and latency in s, after each group.
+        on_disk: with False when writes begin to be refused, with True when they are taken again.
+        on_death: with the error, once, if the writer dies.
+        on_read: with the latency in s, after each read.
+        on_fold: with the number of entries that were folded into days.
+    """
 
     def __init__(
         self,
-        path: Path,
-        clock: Clock,
-        options: LedgerOptions,
-        terms: Callable[[str], AccountTerms | None],
-        listeners: _Listeners,
-    ) -> None:
-        self._path = path
-        self._options = options
-        self._terms = terms
-        self._listeners = listeners
-        self._loop = asyncio.get_running_loop()
-        self._waiting: set[asyncio.Future[Any]] = set()
-        self._opened: asyncio.Future[Recovery] = self._loop.create_future()
-        self._over = asyncio.Event()
-        self._down: str | None = None
-        self._cause: BaseException | None = None
-        self._refuses = False
-        self._hangs = False
-        self._passed_id = 0
-        self._writer = Writer(path, clock, options, self._deliver)
-        self._reader = Reader(path, clock, options, listeners.on_read)
-
-    @classmethod
-    async def open(
-        cls,
         path: Path,
         *,
         clock: Clock | None = None,
@@ -136,32 +120,45 @@ class Ledger:
         on_death: Callable[[BaseException], None] = _ignore,
         on_read: Callable[[float], None] = _ignore,
         on_fold: Callable[[int], None] = _ignore,
-    ) -> Ledger:
-        """Open or create the books at `path`, check their balance and void orphaned holds.
+    ) -> None:
+        self._path = path
+        self._options = options = options or LedgerOptions()
+        self._terms = terms
+        self._on_commit = on_commit
+        self._on_disk = on_disk
+        self._on_death = on_death
+        self._on_fold = on_fold
+        self._loop = asyncio.get_running_loop()
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._opened: asyncio.Future[Recovery] = self._loop.create_future()
+        self._over = asyncio.Event()
+        self._down: str | None = None
+        self._cause: BaseException | None = None
+        self._refuses = False
+        self._hangs = False
+        self._passed_id = 0
+        clock = clock or system_clock()
+        self._writer = Writer(path, clock, options, self._deliver)
+        self._reader = Reader(path, clock, options, on_read)
 
-        `terms` says what the settings give an account; `set_budget` remembers it.
-        `on_commit(operations, latency_s)` is called on the loop after each group,
-        `on_disk(writable)` when writes begin or cease to be refused, `on_death(error)`
-        once, if the thread dies, `on_read(latency_s)` after each read, `on_fold(entries)` after
-        entries were folded into days.
+    async def open(self) -> Self:
+        """Open or create the books, check their balance and void orphaned holds.
+
         Raises `ConfigError` (open elsewhere, not a ledger, too new), `LedgerCorrupt` (damaged or
         lost) and `LedgerUnusable` (no space, no permission).
         """
-        options = options or LedgerOptions()
-        listeners = _Listeners(on_commit, on_disk, on_death, on_read, on_fold)
-        ledger = cls(path, clock or system_clock(), options, terms, listeners)
-        ledger._writer.start()
-        await asyncio.wait([ledger._opened], timeout=options.commit_timeout_s)
-        if not ledger._opened.done():
+        self._writer.start()
+        await asyncio.wait([self._opened], timeout=self._options.commit_timeout_s)
+        if not self._opened.done():
             log.warning(
                 "the ledger %s is not open after %.1f s: it is large, its disk hangs, or another "
                 "program has it locked",
-                path,
-                options.commit_timeout_s,
+                self._path,
+                self._options.commit_timeout_s,
             )
-        await ledger._opened
-        ledger._reader.start()
-        return ledger
+        await self._opened
+        self._reader.start()
+        return self
 
     @property
     def recovery(self) -> Recovery:
@@ -236,7 +233,6 @@ class Ledger:
     async def settle(
         self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None = None
     ) -> Settlement:
-        """Charge a hold's actual price, once; see `Books.settle`."""
         return await self._ask(
             lambda books, now: books.settle(job_id, charged_uatp, outcome, result, now),
             refusable=False,
@@ -244,7 +240,6 @@ class Ledger:
         )
 
     async def void(self, job_id: str, reason: str) -> Settlement:
-        """Give a hold back whole; see `Books.void`."""
         return await self._ask(
             lambda books, now: books.void(job_id, reason, now), refusable=False, owed=True
         )
@@ -333,7 +328,7 @@ class Ledger:
             step, took_s = await self._ask(tidy, refusable=False)
             entries += step.entries
             if step.entries:
-                self._listeners.on_fold(step.entries)
+                self._on_fold(step.entries)
             if time.monotonic() > until_s:
                 break
             await asyncio.sleep(took_s * _RESTS)
@@ -423,7 +418,7 @@ class Ledger:
                     self._waiting.discard(answer.waiter)
                     _end(answer.waiter, answer.value, answer.error)
                 if answers:
-                    self._listeners.on_commit(len(answers), latency_s)
+                    self._on_commit(len(answers), latency_s)
             case Disk(refusal):
                 self._refuses = refusal is not None
                 if refusal is None:
@@ -440,7 +435,7 @@ class Ledger:
                 self._fail_waiting(error)
 
     def _report_disk(self) -> None:
-        self._listeners.on_disk(not self._refuses and not self._hangs)
+        self._on_disk(not self._refuses and not self._hangs)
 
     def _die(self, error: BaseException) -> None:
         if not self._opened.done():
@@ -453,7 +448,7 @@ class Ledger:
             log.critical("the ledger died", exc_info=error)
         self._down = "the ledger has failed; the daemon must be restarted"
         self._cause = error
-        self._listeners.on_death(error)
+        self._on_death(error)
 
     def _fail_waiting(self, cause: BaseException | None) -> None:
         for waiter in self._waiting:
@@ -461,15 +456,6 @@ class Ledger:
             down.__cause__ = cause
             _end(waiter, None, down)
         self._waiting.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Listeners:
-    on_commit: Callable[[int, float], None]
-    on_disk: Callable[[bool], None]
-    on_death: Callable[[BaseException], None]
-    on_read: Callable[[float], None]
-    on_fold: Callable[[int], None]
 
 
 class Unreadable(Exception):

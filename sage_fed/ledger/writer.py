@@ -29,7 +29,7 @@ import apsw
 
 from sage_fed.errors import LedgerBlocked, LedgerCorrupt, LedgerUnusable
 from sage_fed.ledger.books import Books
-from sage_fed.ledger.check import auditing, balance_violations, end_violations, num_folded
+from sage_fed.ledger.check import BALANCES, ENDS, audit, auditing, num_folded
 from sage_fed.ledger.entries import Clock, LedgerOptions, Now, Recovery
 from sage_fed.ledger.ledger_files import OpenBook, may_pass, unusable, writable
 from sage_fed.ledger.schema import last_entry_id, writing
@@ -169,14 +169,14 @@ class Writer:
         num_entries = last_entry_id(book.db) - num_folded(book.db)
         if book.doubted or num_entries <= self._options.audit_entries:
             self._require_balance(book.db)
-        elif violations := end_violations(book.db):
+        elif violations := audit(book.db, ENDS):
             raise self._unbalanced(violations)
         else:
             stack.enter_context(auditing(self._path, self._condemn))
         return books.recover(self._clock.now())
 
     def _require_balance(self, db: apsw.Connection) -> None:
-        if violations := balance_violations(db):
+        if violations := audit(db, BALANCES):
             raise self._unbalanced(violations)
 
     def _unbalanced(self, violations: tuple[str, ...]) -> LedgerCorrupt:

@@ -236,20 +236,20 @@ class Metrics:
             self._series.show("atp_balance", balance_uatp / UATP_PER_ATP, account)
 
     def ledger_committed(self, num_operations: int, latency_s: float) -> None:
-        """Count one durable group of the ledger; what `Ledger.open(on_commit=)` calls."""
+        """Count one durable group of the ledger; what `Ledger(on_commit=)` calls."""
         self._series.observe("ledger_commit_seconds", latency_s)
         self._series.observe("ledger_group_size", num_operations)
 
     def ledger_read(self, latency_s: float) -> None:
-        """Count one read of the books for a caller; what `Ledger.open(on_read=)` calls."""
+        """Count one read of the books for a caller; what `Ledger(on_read=)` calls."""
         self._series.observe("ledger_read_seconds", latency_s)
 
     def ledger_folded(self, num_entries: int) -> None:
-        """Count entries that days stand for now; what `Ledger.open(on_fold=)` calls."""
+        """Count entries that days stand for now; what `Ledger(on_fold=)` calls."""
         self._series.count("ledger_entries_folded_total", num_entries)
 
     def ledger_writable(self, *, writable: bool) -> None:
-        """Show whether the ledger's disk takes entries; what `Ledger.open(on_disk=)` calls."""
+        """Show whether the ledger's disk takes entries; what `Ledger(on_disk=)` calls."""
         self._series.show("ledger_writable", writable)
 
     def ledger_recovered(self, voided_jobs: int, voided_uatp: int) -> None:

@@ -16,7 +16,7 @@ from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 async def main(path: Path, life: str) -> None:
     """Open, say what was recovered, work and tidy."""
     options = LedgerOptions(retention=Retention(keep_s=0.0, entries_s=0.0))
-    ledger = await Ledger.open(path, options=options)
+    ledger = await Ledger(path, options=options).open()
     await ledger.ensure_account("ann", AccountTerms(1000 * ATP, 50_000, initial_uatp=1000 * ATP))
     say(f"open {ledger.recovery.voided_jobs}")
     async with asyncio.TaskGroup() as tasks:

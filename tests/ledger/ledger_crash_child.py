@@ -40,7 +40,7 @@ async def client(ledger: Ledger, name: str) -> None:
 
 async def main(path: Path, life: str) -> None:
     """Open, say what was recovered, and work."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", AccountTerms(1000 * ATP, 50_000, initial_uatp=1000 * ATP))
     say(f"open {ledger.recovery.voided_jobs}")
     async with asyncio.TaskGroup() as clients:

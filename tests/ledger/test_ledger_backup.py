@@ -35,7 +35,7 @@ def copy(tmp_path: Path) -> Path:
 @pytest_asyncio.fixture
 async def ledger(path: Path) -> AsyncIterator[Ledger]:
     """Books with a settled job and an open hold, most of them in the log."""
-    made = await Ledger.open(path)
+    made = await Ledger(path).open()
     await made.ensure_account("ann", TERMS)
     await made.hold(*request("done"))
     await made.settle("done", 4, "length", b"answer")
@@ -95,7 +95,7 @@ async def test_a_copy_put_in_the_place_of_lost_books_is_gone_on_with(
         file.unlink()
     shutil.copy(copy, path)
 
-    again = await Ledger.open(path)
+    again = await Ledger(path).open()
     assert 1 == again.recovery.voided_jobs
     budget = await again.budget("ann")
     assert (10**9 - 4, 0, 4) == (budget.balance_uatp, budget.held_uatp, budget.discharged_uatp)
@@ -115,7 +115,7 @@ async def test_a_copy_put_beside_what_is_left_of_the_books_is_refused(
     shutil.copy(copy, path)
 
     with pytest.raises(LedgerCorrupt, match=r"ends at entry 5, but entry 6 had been"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 async def test_closed_books_are_copied_too(ledger: Ledger, path: Path, copy: Path) -> None:
@@ -154,7 +154,7 @@ async def test_books_that_are_not_whole_are_not_copied(
         backup(path, copy)
 
     other = path.with_name("other.db")
-    await (await Ledger.open(other)).close()
+    await (await Ledger(other).open()).close()
     other.rename(path)
     with pytest.raises(LedgerCorrupt, match="had been acknowledged"):
         backup(path, copy)

@@ -54,12 +54,12 @@ def request(name: str) -> Asked:
 
 
 async def opened(path: Path, heard: Heard, busy_s: float) -> Ledger:
-    ledger = await Ledger.open(
+    ledger = await Ledger(
         path,
         options=LedgerOptions(busy_s=busy_s),
         on_disk=heard.disk,
         on_death=heard.deaths.append,
-    )
+    ).open()
     await ledger.ensure_account("ann", AccountTerms(10_000, 0, initial_uatp=10_000))
     return ledger
 
@@ -165,7 +165,7 @@ def impatient(heard: Heard, **options: float) -> dict[str, object]:
 async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard: Heard) -> None:
     """What is refused leaves nothing behind; the upkeep lives through it; then all goes on."""
     options = impatient(heard, upkeep_s=0.01, answer_timeout_s=0.1)
-    ledger = await Ledger.open(path, **options)  # type: ignore[arg-type] # as above
+    ledger = await Ledger(path, **options).open()  # type: ignore[arg-type] # as above
     await ledger.ensure_account("ann", AccountTerms(10_000, 0, initial_uatp=10_000))
     await ledger.hold(*request("before"))
     hang = Hang(ledger)
@@ -202,7 +202,7 @@ async def test_a_disk_that_hangs_refuses_and_nothing_piles_up(path: Path, heard:
 
 async def test_a_close_on_a_disk_that_hangs_ends_in_words(path: Path) -> None:
     """The daemon's last line says what the next start does."""
-    ledger = await Ledger.open(path, options=LedgerOptions(answer_timeout_s=0.05))
+    ledger = await Ledger(path, options=LedgerOptions(answer_timeout_s=0.05)).open()
     hang = Hang(ledger)
     with pytest.raises(LedgerUnusable, match="its disk does not answer"):
         await ledger.close()
@@ -217,7 +217,7 @@ async def test_an_opening_waits_for_a_lock(path: Path, heard: Heard) -> None:
     crashed._writer.close()
     await crashed._over.wait()
     with locked(path) as other:
-        opening = asyncio.create_task(Ledger.open(path))
+        opening = asyncio.create_task(Ledger(path).open())
         done, _ = await asyncio.wait([opening], timeout=0.2)
         assert set() == done
         other.execute("ROLLBACK")
@@ -237,7 +237,7 @@ async def test_an_opening_that_takes_long_is_said(
     await crashed._over.wait()
     with locked(path) as other:
         opening = asyncio.create_task(
-            Ledger.open(path, options=LedgerOptions(commit_timeout_s=0.01))
+            Ledger(path, options=LedgerOptions(commit_timeout_s=0.01)).open()
         )
         done, _ = await asyncio.wait([opening], timeout=0.2)
         assert set() == done
@@ -258,4 +258,4 @@ async def test_an_opening_under_a_lock_that_stays_fails_in_words(
     await crashed._over.wait()
     monkeypatch.setattr(ledger_files, "BUSY_MS", 0)
     with locked(path), pytest.raises(LedgerUnusable, match="another program has locked"):
-        await Ledger.open(path)
+        await Ledger(path).open()

@@ -19,14 +19,14 @@ async def path(tmp_path: Path) -> AsyncIterator[Path]:
     And one that was given back by itself, of which only a day's row is left.
     """
     path = tmp_path / "ledger.db"
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=100))
     await ledger.ensure_account("bob", AccountTerms(1000, initial_uatp=100))
     await ledger.hold(*asked("j1", "ann", 10, "card", "tactical", client_request_id="r"))
     await ledger.settle("j1", 4, "length", b"answer")
     await ledger.hold(*asked("j2", "ann", 20, "card", "tactical"))
     await ledger.close()
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.hold(*asked("j0", "ann", 30, "card", "tactical"))
     await ledger.void("j0", "refused")
     await ledger.close()
@@ -54,7 +54,7 @@ async def test_sound_books_pass_open_or_closed(path: Path):
     files = sorted(path.parent.iterdir())
     closed = await asyncio.to_thread(check, path)
     assert files == sorted(path.parent.iterdir())
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.hold(*asked("j3", "ann", 5, "card", "tactical"))
     running = await asyncio.to_thread(check, path)
     await ledger.close()

@@ -26,7 +26,7 @@ async def test_the_books_balance_after_kill_9_at_any_instant(tmp_path: Path):
         open_holds = report.open_holds
         voided += open_holds
 
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     assert open_holds == ledger.recovery.voided_jobs
     assert 0 == await ledger.held_total_uatp()
     await ledger.close()

@@ -31,7 +31,7 @@ from sage_fed.ledger import (
     schema,
 )
 from sage_fed.ledger.books import DAY_NS, MAX_INT, STEP_ENTRIES
-from sage_fed.ledger.check import audit, end_violations, num_folded
+from sage_fed.ledger.check import ENDS, audit, num_folded
 from sage_fed.ledger.entries import NS_PER_S, Now
 from sage_fed.ledger.ledger_files import read_acknowledged, snapshot
 
@@ -210,7 +210,7 @@ def steps_of_the_writer(num_jobs: int) -> dict[str, int]:
     measure("fold", lambda now: books.days.fold(now, 0.0, 0))
     measure("keep marks", books.accounts.keep_marks)
     measure("set budget", lambda now: books.accounts.set_budget("ann", BudgetChange(5), now))
-    measure("start", lambda now: (end_violations(desk.db), num_folded(desk.db), books.recover(now)))
+    measure("start", lambda now: (audit(desk.db, ENDS), num_folded(desk.db), books.recover(now)))
     desk.db.set_progress_handler(None)
     desk.db.close()
     return counts
@@ -244,7 +244,7 @@ def test_results_make_room_in_small_steps() -> None:
 async def test_what_costs_nothing_leaves_a_count(tmp_path: Path) -> None:
     """What cost nothing leaves no row: neither a job, nor an entry, nor an id."""
     path = tmp_path / "ledger.db"
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=1000))
     await ledger.hold(*asked("paid", "ann", 10, "card", "tactical"))
     await ledger.settle("paid", 4, "length")
@@ -280,12 +280,12 @@ async def test_the_upkeep_folds_beside_the_traffic(tmp_path: Path) -> None:
         if sum(counts) >= 901:
             folded.set()
 
-    ledger = await Ledger.open(
+    ledger = await Ledger(
         tmp_path / "ledger.db",
         clock=clock,
         options=LedgerOptions(upkeep_s=0.0, retention=Retention(keep_s=0.0, entries_s=10.0)),
         on_fold=on_fold,
-    )
+    ).open()
     await ledger.ensure_account("ann", AccountTerms(10**6, initial_uatp=10**6))
     for number in range(300):
         await ledger.hold(*asked(f"j{number}", "ann", 10, "card", "tactical"))
@@ -326,7 +326,7 @@ async def test_the_books_balance_after_kill_9_while_entries_are_folded(tmp_path:
 
     report = backup(path, tmp_path / "copy.db")
     assert report.folded_entries > 100
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     assert charged <= (await ledger.budget("ann")).discharged_uatp
     await ledger.close()
     assert () == check(path).violations
@@ -342,7 +342,7 @@ def old(tmp_path: Path) -> Path:
 
 async def test_books_of_the_version_before_are_migrated_and_right(old: Path) -> None:
     """Balances, open holds, kept answers and entries are what they were, numbered per account."""
-    ledger = await Ledger.open(old, clock=HandClock())
+    ledger = await Ledger(old, clock=HandClock()).open()
     assert (1, 25) == (ledger.recovery.voided_jobs, ledger.recovery.voided_uatp)
     budgets = [await ledger.budget(name) for name in ("ann", "bob", "carl")]
     keys = [RequestKey("bob", f"r{number}", (b"",)) for number in (1, 3)]
@@ -368,7 +368,7 @@ async def test_a_migration_is_a_line_in_the_log(
     """From which version to which, and how long; an opening that does none says nothing."""
     caplog.set_level(logging.INFO, "sage_fed.ledger")
     for _ in range(2):
-        ledger = await Ledger.open(old, clock=HandClock())
+        ledger = await Ledger(old, clock=HandClock()).open()
         await ledger.close()
     lines = [record.getMessage() for record in caplog.records if "migrated" in record.message]
     assert 1 == len(lines)
@@ -379,7 +379,7 @@ async def test_migrated_books_are_folded_like_others(old: Path) -> None:
     """Old ones at once: what is voided there, too."""
     clock = HandClock()
     clock.advance(400 * DAY_S)
-    ledger = await Ledger.open(old, clock=clock)
+    ledger = await Ledger(old, clock=clock).open()
     before = await ledger.budget("bob")
     folded = await ledger.tidy()
     after = await ledger.budget("bob")
@@ -404,7 +404,7 @@ async def test_books_of_the_version_before_that_do_not_balance_stay_as_they_are(
     content = old.read_bytes()  # noqa: ASYNC240 - nothing else runs on this loop
 
     with pytest.raises(LedgerCorrupt, match="account bob: charged is 1975 uATP"):
-        await Ledger.open(old)
+        await Ledger(old).open()
 
     with apsw.Connection(str(old)) as db:
         assert 1 == db.pragma("user_version")
@@ -419,7 +419,7 @@ async def test_a_migration_that_was_killed_is_done_again(old: Path) -> None:
     db.execute("ROLLBACK")
     db.close()
 
-    ledger = await Ledger.open(old)
+    ledger = await Ledger(old).open()
     await ledger.close()
 
     assert () == check(old).violations
@@ -427,7 +427,7 @@ async def test_a_migration_that_was_killed_is_done_again(old: Path) -> None:
 
 async def many(path: Path) -> None:
     """Books in whose file some jobs are, and in whose log some more; killed."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", AccountTerms(1000, initial_uatp=1000))
     for number in range(20):
         await ledger.hold(*asked(f"j{number}", "ann", 10, "card", "tactical"))
@@ -447,7 +447,7 @@ async def test_a_start_of_many_entries_has_them_audited_beside_the_first_jobs(
     await many(path)
     caplog.set_level("INFO", "sage_fed.ledger.check")
 
-    ledger = await Ledger.open(path, options=LARGE)
+    ledger = await Ledger(path, options=LARGE).open()
     assert 920 == (await ledger.budget("ann")).balance_uatp
     await asyncio.to_thread(waiting.until, lambda: bool(caplog.messages))
     await ledger.close()
@@ -464,7 +464,7 @@ async def test_what_that_audit_finds_ends_the_ledger(tmp_path: Path) -> None:
     by_hand.close()
     dead: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
-    ledger = await Ledger.open(path, options=LARGE, on_death=dead.set_result)
+    ledger = await Ledger(path, options=LARGE, on_death=dead.set_result).open()
     async with asyncio.timeout(DEADLINE_S):
         death = await dead
 
@@ -474,7 +474,7 @@ async def test_what_that_audit_finds_ends_the_ledger(tmp_path: Path) -> None:
         await ledger.hold(*asked("late", "ann", 10, "card", "tactical"))
     await ledger.close()
     with pytest.raises(LedgerCorrupt, match="charged is 921"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ async def test_a_start_of_many_entries_refuses_what_it_can_see(
     by_hand.close()
 
     with pytest.raises(LedgerCorrupt, match=words):
-        await Ledger.open(path, options=LARGE)
+        await Ledger(path, options=LARGE).open()
 
 
 async def test_an_older_book_under_a_newer_log_is_refused_without_reading_the_entries(
@@ -506,7 +506,7 @@ async def test_an_older_book_under_a_newer_log_is_refused_without_reading_the_en
     mixed.parent.mkdir()
     await many(path)
     shutil.copy(path, mixed)
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     for number in range(20, 40):
         await ledger.hold(*asked(f"j{number}", "ann", 10, "card", "tactical"))
         await ledger.settle(f"j{number}", 4, "length")
@@ -520,7 +520,7 @@ async def test_an_older_book_under_a_newer_log_is_refused_without_reading_the_en
     await ledger.close()
 
     with pytest.raises(LedgerCorrupt, match=r"ends at entry 61 without its log.*after entry 121"):
-        await Ledger.open(mixed, options=LARGE)
+        await Ledger(mixed, options=LARGE).open()
 
     with snapshot(path) as (db, _):
         assert 122 == db.execute("SELECT last_entry_id FROM book").get

@@ -47,9 +47,9 @@ async def heard() -> Heard:
 
 @pytest_asyncio.fixture
 async def ledger(disk: Disk, heard: Heard) -> AsyncIterator[Ledger]:
-    made = await Ledger.open(
+    made = await Ledger(
         disk.path / "ledger.db", on_disk=heard.disk, on_death=heard.deaths.append
-    )
+    ).open()
     await made.ensure_account("ann", AccountTerms(1000 * ATP, 0, initial_uatp=1000 * ATP))
     yield made
     await made.close()
@@ -150,7 +150,7 @@ async def test_a_client_that_gave_up_on_a_full_disk_reserves_nothing(
 async def test_what_is_owed_at_the_end_is_left_to_the_next_start(disk: Disk, heard: Heard) -> None:
     """A close on a full disk hangs nobody; the open hold is voided when the books are opened."""
     path = disk.path / "ledger.db"
-    ledger = await Ledger.open(path, on_disk=heard.disk, on_death=heard.deaths.append)
+    ledger = await Ledger(path, on_disk=heard.disk, on_death=heard.deaths.append).open()
     await ledger.ensure_account("ann", AccountTerms(1000 * ATP, 0, initial_uatp=1000 * ATP))
     await ledger.hold(*request("job"))
     filling = await fill_up(ledger, disk)
@@ -161,7 +161,7 @@ async def test_what_is_owed_at_the_end_is_left_to_the_next_start(disk: Disk, hea
         with pytest.raises(LedgerDown):
             await settling
     disk.free()
-    again = await Ledger.open(path)
+    again = await Ledger(path).open()
     assert filling + 1 == again.recovery.voided_jobs
     assert 1000 * ATP == (await again.budget("ann")).balance_uatp
     await again.close()
@@ -171,16 +171,16 @@ async def test_what_is_owed_at_the_end_is_left_to_the_next_start(disk: Disk, hea
 async def test_a_read_only_disk_is_refused_in_words(disk: Disk) -> None:
     """At the start; nothing is changed, and the books open when it may be written again."""
     path = disk.path / "ledger.db"
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", AccountTerms(1000 * ATP, 0, initial_uatp=1000 * ATP))
     await ledger.close()
     before = path.read_bytes()
     disk.remount("ro")
     with pytest.raises(LedgerUnusable, match=os.strerror(30)):
-        await Ledger.open(path)
+        await Ledger(path).open()
     assert () == check(path).violations
     disk.remount("rw")
     assert before == path.read_bytes()
-    again = await Ledger.open(path)
+    again = await Ledger(path).open()
     assert 1000 * ATP == (await again.budget("ann")).balance_uatp
     await again.close()

@@ -46,7 +46,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def ledger(path: Path) -> AsyncIterator[Ledger]:
-    opened = await Ledger.open(path, clock=HandClock())
+    opened = await Ledger(path, clock=HandClock()).open()
     await opened.ensure_account("ann", TERMS)
     yield opened
     await opened.close()
@@ -125,7 +125,7 @@ async def test_concurrent_clients_never_overspend(ledger: Ledger, path: Path):
 async def test_a_refused_operation_does_not_undo_its_neighbours(path: Path):
     """What waits together is committed together, each with its own answer."""
     groups: list[int] = []
-    ledger = await Ledger.open(path, on_commit=lambda size, _: groups.append(size))
+    ledger = await Ledger(path, on_commit=lambda size, _: groups.append(size)).open()
     await ledger.ensure_account("ann", TERMS)
     gate = Gate(ledger)
     await gate.entered()
@@ -251,7 +251,7 @@ async def test_a_cancelled_settlement_still_happens(ledger: Ledger):
 
 async def test_a_full_inbox_refuses_holds_but_never_ends(path: Path):
     """Settling must not fail because others are asking."""
-    ledger = await Ledger.open(path, options=LedgerOptions(inbox_limit=2))
+    ledger = await Ledger(path, options=LedgerOptions(inbox_limit=2)).open()
     await ledger.ensure_account("ann", TERMS)
     await ledger.hold(*request("j1"))
     gate = Gate(ledger)
@@ -270,7 +270,7 @@ async def test_a_full_inbox_refuses_holds_but_never_ends(path: Path):
 
 async def test_a_writer_that_does_not_answer_is_down_and_the_late_hold_voided(path: Path):
     """A stuck disk ends the wait with an error, and its late success reserves nothing."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", TERMS)
     gate = Gate(ledger)
     await gate.entered()
@@ -303,7 +303,7 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
 ):
     """Nothing of the group is written, nothing more is taken, and the owner is told once."""
     deaths: list[BaseException] = []
-    ledger = await Ledger.open(path, on_death=deaths.append)
+    ledger = await Ledger(path, on_death=deaths.append).open()
     await ledger.ensure_account("ann", TERMS)
     gate = Gate(ledger)
     await gate.entered()
@@ -324,7 +324,7 @@ async def test_a_failed_group_fails_everyone_in_it_and_the_ledger_is_dead(
         await ledger.hold(*request("later"))
     await ledger.close()
 
-    reopened = await Ledger.open(path)
+    reopened = await Ledger(path).open()
     assert Recovery(0, 0) == reopened.recovery
     assert 1000 == (await reopened.budget("ann")).balance_uatp
     await reopened.close()
@@ -358,7 +358,7 @@ async def test_a_refused_operation_leaves_nothing_behind(ledger: Ledger, neighbo
 
 async def test_closing_answers_what_is_queued_and_refuses_the_rest(path: Path):
     """No waiter is left behind, and closing twice is closing."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", TERMS)
     held = await started(asyncio.create_task(ledger.hold(*request("j1"))))
 
@@ -374,12 +374,12 @@ async def test_closing_answers_what_is_queued_and_refuses_the_rest(path: Path):
 async def test_closing_writes_the_refill(path: Path):
     """So that a reboot after a clean stop loses nothing that a client has seen."""
     clock = HandClock()
-    ledger = await Ledger.open(path, clock=clock)
+    ledger = await Ledger(path, clock=clock).open()
     await ledger.ensure_account("ann", AccountTerms(capacity_uatp=100, refill_uatp_per_s=10))
     clock.advance(5)
     await ledger.close()
     clock.reboot(uptime_s=0)
-    reopened = await Ledger.open(path, clock=clock)
+    reopened = await Ledger(path, clock=clock).open()
 
     assert 50 == (await reopened.budget("ann")).balance_uatp
     await reopened.close()
@@ -389,12 +389,12 @@ async def test_upkeep_expires_holds(path: Path, caplog: pytest.LogCaptureFixture
     """The safety net runs by itself, catches what no job holds, and says so."""
     clock = HandClock()
     expired = asyncio.Event()
-    ledger = await Ledger.open(
+    ledger = await Ledger(
         path,
         clock=clock,
         options=LedgerOptions(upkeep_s=0.0),
         on_commit=lambda _size, _latency: caplog.messages and expired.set(),
-    )
+    ).open()
     await ledger.ensure_account("ann", TERMS)
     await ledger.hold(*request("j1"))
     await ledger.hold(*request("runs"))
@@ -412,13 +412,13 @@ async def test_upkeep_expires_holds(path: Path, caplog: pytest.LogCaptureFixture
 
 async def test_opening_voids_orphans_and_counts_them(path: Path):
     """What a dead process had held is available again."""
-    first = await Ledger.open(path)
+    first = await Ledger(path).open()
     await first.ensure_account("ann", TERMS)
     await first.hold(*request("j1", 10))
     await first.hold(*request("j2", 20))
     await first.close()
 
-    second = await Ledger.open(path)
+    second = await Ledger(path).open()
 
     assert Recovery(2, 30) == second.recovery
     assert (1000, 0) == (
@@ -431,7 +431,7 @@ async def test_opening_voids_orphans_and_counts_them(path: Path):
 async def test_two_daemons_cannot_have_one_ledger(ledger: Ledger, path: Path):
     """The second is told so, and the first goes on."""
     with pytest.raises(ConfigError, match="open in another process"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
     assert HoldReceipt("j1", 10, 990) == await ledger.hold(*request("j1"))
 
@@ -442,27 +442,27 @@ async def test_what_is_not_a_current_ledger_is_refused(path: Path):
     other.execute("CREATE TABLE theirs (x)")
     other.close()
     with pytest.raises(ConfigError, match="is not a ledger"):
-        await Ledger.open(path)
+        await Ledger(path).open()
     path.unlink()  # noqa: ASYNC240 - nothing else runs on this loop
 
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.close()
     newer = apsw.Connection(str(path))
     newer.pragma("user_version", 99)
     newer.close()
     with pytest.raises(ConfigError, match="version 99"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
     path.write_bytes(b"not a database, but long enough to look at" * 100)  # noqa: ASYNC240
     with pytest.raises(LedgerCorrupt):
-        await Ledger.open(path)
+        await Ledger(path).open()
     with pytest.raises(ConfigError, match="No such file"):
-        await Ledger.open(path.parent / "missing" / "ledger.db")
+        await Ledger(path.parent / "missing" / "ledger.db").open()
 
 
 async def test_books_that_do_not_balance_are_not_opened(path: Path):
     """A balance changed by hand keeps the daemon from starting, and the text names it."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", TERMS)
     await ledger.close()
     by_hand = apsw.Connection(str(path))
@@ -470,7 +470,7 @@ async def test_books_that_do_not_balance_are_not_opened(path: Path):
     by_hand.close()
 
     with pytest.raises(LedgerCorrupt, match=r"account ann: charged is 1001 uATP, .* say 1000"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 @pytest.mark.parametrize(

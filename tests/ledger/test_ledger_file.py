@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 async def made(path: Path) -> Path:
     """Closed books of one account that has spent."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", TERMS)
     await ledger.hold(*request("j1"))
     await ledger.settle("j1", 4, "length")
@@ -51,7 +51,7 @@ async def deaths() -> list[BaseException]:
 @pytest.fixture
 async def running(made: Path, deaths: list[BaseException]) -> AsyncIterator[Ledger]:
     """The same books, open."""
-    ledger = await Ledger.open(made, on_death=deaths.append)
+    ledger = await Ledger(made, on_death=deaths.append).open()
     yield ledger
     await ledger.close()
 
@@ -161,7 +161,7 @@ async def test_a_copy_put_back_is_not_touched_by_the_one_that_lost_its_file(
     await running.close()
 
     assert beside(path, "-wal").exists()
-    again = await Ledger.open(path)
+    again = await Ledger(path).open()
     assert before == await again.budget("ann")
     await again.close()
     assert () == check(path).violations
@@ -172,7 +172,7 @@ async def test_the_daemon_that_lost_its_lock_writes_nothing_more(
 ) -> None:
     """A second one gets in, and has the books to itself from then on."""
     beside(path, ".lock").unlink()
-    second = await Ledger.open(path)
+    second = await Ledger(path).open()
     with pytest.raises(LedgerDown):
         await running.hold(*request("first"))
     await second.hold(*request("second"))
@@ -193,7 +193,7 @@ async def test_lost_books_are_not_begun_anew(
     """A fresh grant has to be asked for; both the start and the check say what to do."""
     harm(made)
 
-    for look in (lambda: Ledger.open(made), lambda: asyncio.to_thread(check, made)):
+    for look in (lambda: Ledger(made).open(), lambda: asyncio.to_thread(check, made)):
         with pytest.raises(LedgerCorrupt, match=words) as refusal:
             await look()
         assert "restore it from a copy" in refusal.value.message
@@ -201,7 +201,7 @@ async def test_lost_books_are_not_begun_anew(
 
     for file in made.parent.iterdir():
         file.unlink()
-    ledger = await Ledger.open(made)
+    ledger = await Ledger(made).open()
     await ledger.close()
 
 
@@ -212,7 +212,7 @@ async def test_a_log_without_its_book_is_not_replayed_into_a_new_one(made: Path)
     unlink(made)
 
     with pytest.raises(LedgerCorrupt, match="there was one"):
-        await Ledger.open(made)
+        await Ledger(made).open()
 
 
 async def test_an_empty_file_is_refused_at_the_very_first_start(path: Path) -> None:
@@ -220,7 +220,7 @@ async def test_an_empty_file_is_refused_at_the_very_first_start(path: Path) -> N
     path.touch()  # noqa: ASYNC240 - nothing else runs on this loop
 
     with pytest.raises(LedgerCorrupt, match="is empty"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 async def test_a_first_start_that_was_interrupted_is_begun_again(path: Path) -> None:
@@ -228,7 +228,7 @@ async def test_a_first_start_that_was_interrupted_is_begun_again(path: Path) -> 
     beside(path, ".lock").touch()
     beside(path, ".new").write_bytes(b"half")
 
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.close()
 
     assert ["ledger.db", "ledger.db.lock"] == sorted(file.name for file in path.parent.iterdir())
@@ -248,7 +248,7 @@ async def test_what_the_lock_remembers_first_is_on_disk(
             synced[os.fstat(descriptor).st_ino] = os.pread(descriptor, 4096, 0)
 
     monkeypatch.setattr(os, "fsync", note)
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     lock = beside(path, ".lock")
     assert lock.read_bytes() == synced.get(lock.stat().st_ino)
     await ledger.close()
@@ -292,7 +292,7 @@ async def test_what_cannot_be_a_ledger_is_refused_in_words(
     harm(path)
 
     with pytest.raises(kind, match=words):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 async def test_a_disk_without_room_for_new_books_is_said_in_words(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ async def test_a_disk_without_room_for_new_books_is_said_in_words(tmp_path: Path
     with small_tmpfs(tmp_path / "disk", "64k") as disk:
         disk.fill()
         with pytest.raises(LedgerUnusable, match="no space left on"):
-            await Ledger.open(disk.path / "ledger.db")
+            await Ledger(disk.path / "ledger.db").open()
         assert not (disk.path / "ledger.db").exists()
 
 
@@ -313,12 +313,12 @@ async def test_a_file_whose_mode_cannot_be_changed_is_refused_in_words(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "chmod", refuse)
-    ledger = await Ledger.open(made)
+    ledger = await Ledger(made).open()
     await ledger.close()
     os.chmod(made, 0o644)  # noqa: PTH101 - the other one refuses
 
     with pytest.raises(LedgerUnusable, match=r"ledger\.db cannot be used: Operation not permitted"):
-        await Ledger.open(made)
+        await Ledger(made).open()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write what nobody may write")
@@ -327,4 +327,4 @@ async def test_a_file_that_may_not_be_written_is_refused_in_words(made: Path) ->
     os.chmod(made, 0o400)  # noqa: PTH101 - nothing else runs on this loop
 
     with pytest.raises(LedgerUnusable, match="may not be written"):
-        await Ledger.open(made)
+        await Ledger(made).open()

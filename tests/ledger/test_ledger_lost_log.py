@@ -95,7 +95,7 @@ async def test_a_log_that_is_lost_after_a_kill_is_missed(
 
     for _ in range(2):
         with pytest.raises(LedgerCorrupt, match="had been acknowledged") as refusal:
-            await Ledger.open(path)
+            await Ledger(path).open()
         assert "ledger.db-wal was removed, cut or replaced" in refusal.value.message
         assert "restore a backup" in refusal.value.message
         assert f"remove {path}.lock" in refusal.value.message
@@ -103,7 +103,7 @@ async def test_a_log_that_is_lost_after_a_kill_is_missed(
         assert any("had been acknowledged" in line for line in report.violations)
 
     shutil.copy(beside(crash / "ledger.db", "-wal"), beside(path, "-wal"))
-    again = await Ledger.open(path)
+    again = await Ledger(path).open()
     await again.close()
     assert () == check(path).violations
     assert settled(crash / "ledger.db") == settled(path)
@@ -114,7 +114,7 @@ async def test_who_removes_the_lock_goes_on_with_what_is_left(path: Path) -> Non
     half_a_log(path)
     beside(path, ".lock").unlink()
 
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("bob", TERMS)
     await ledger.close()
 
@@ -151,7 +151,7 @@ async def test_a_killed_ledger_that_is_whole_opens(
     """Whatever became of its files: what counts is that every acknowledged entry is there."""
     touch(path)
 
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.close()
 
     assert () == check(path).violations
@@ -160,7 +160,7 @@ async def test_a_killed_ledger_that_is_whole_opens(
 
 async def worked(path: Path, first: int, last: int) -> Ledger:
     """The books, open, after so many jobs more."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", TERMS)
     for number in range(first, last):
         await ledger.hold(*asked(f"job-{number}", "ann", 10, "card", "tactical"))
@@ -177,7 +177,7 @@ async def test_an_older_copy_of_the_book_is_not_gone_on_with(tmp_path: Path) -> 
     shutil.copy(copy, path)
 
     with pytest.raises(LedgerCorrupt, match=r"ends at entry 10, but entry 19 had been"):
-        await Ledger.open(path)
+        await Ledger(path).open()
 
 
 async def test_a_live_book_copied_without_its_log_is_not_whole(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_a_live_book_copied_without_its_log_is_not_whole(tmp_path: Path) -
     await ledger.close()
 
     with pytest.raises(LedgerCorrupt, match=r"ends at entry 0, but entry 10 had been"):
-        await Ledger.open(copy)
+        await Ledger(copy).open()
 
 
 async def test_an_older_book_under_a_newer_log_is_refused(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ async def test_an_older_book_under_a_newer_log_is_refused(tmp_path: Path) -> Non
     await ledger.close()
 
     with pytest.raises(LedgerCorrupt):
-        await Ledger.open(mixed)
+        await Ledger(mixed).open()
 
 
 async def test_nothing_is_missed_beside_a_running_writer(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ async def test_a_lock_of_an_older_program_is_taken_over(path: Path) -> None:
     """It says that there was a ledger, and not how far it had got."""
     beside(path, ".lock").write_bytes(MARK)
 
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.close()
 
     report = check(path)
@@ -265,7 +265,7 @@ async def test_a_lock_that_somebody_else_wrote_is_refused_in_words(path: Path) -
     """It could not be told what is missing; the audit can, once it is out of the way."""
     beside(path, ".lock").write_text("mine\n")
 
-    for look in (lambda: Ledger.open(path), lambda: asyncio.to_thread(check, path)):
+    for look in (lambda: Ledger(path).open(), lambda: asyncio.to_thread(check, path)):
         with pytest.raises(LedgerCorrupt, match=r"ledger\.db\.lock is damaged"):
             await look()
 

@@ -36,12 +36,12 @@ def latencies_s() -> list[float]:
 @pytest_asyncio.fixture
 async def ledger(path: Path, latencies_s: list[float]) -> AsyncIterator[Ledger]:
     """Two accounts, each of which may have four reads waiting."""
-    opened = await Ledger.open(
+    opened = await Ledger(
         path,
         clock=HandClock(),
         options=LedgerOptions(account_reads=READS),
         on_read=latencies_s.append,
-    )
+    ).open()
     for account in ("ann", "bob"):
         await opened.ensure_account(account, TERMS)
     yield opened
@@ -234,7 +234,7 @@ async def test_reads_are_timed(ledger: Ledger, latencies_s: list[float]) -> None
 
 async def test_closing_leaves_no_reader_behind(path: Path) -> None:
     """What waits is answered by the writer, what comes later is refused, and the thread is over."""
-    ledger = await Ledger.open(path)
+    ledger = await Ledger(path).open()
     await ledger.ensure_account("ann", TERMS)
     reading = LongRead(ledger)
     await reading.entered()
