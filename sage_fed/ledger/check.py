@@ -25,7 +25,7 @@ import apsw
 from sage_fed.errors import CannotWrite, LedgerCorrupt, SageFedError
 from sage_fed.ledger import schema
 from sage_fed.ledger.entries import MOVES
-from sage_fed.ledger.ledger_files import connect_reader, snapshot, sync
+from sage_fed.ledger.ledger_files import connect_reader, made_whole, snapshot
 
 _NICE = 10
 """All other work is more urgent than an audit beside it."""
@@ -327,25 +327,14 @@ def backup(path: Path, copy: Path) -> CheckReport:
     """
     if copy.exists() or copy.is_symlink():
         raise CannotWrite(f"{copy} is there already, and a backup replaces none; name another file")
-    fresh = copy.with_name(copy.name + ".new")
     try:
-        # Others may write to a directory for backups: nothing is written through a link there.
-        fresh.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(fresh, flags, 0o600))
-        try:
+        with made_whole(copy) as fresh:
             _copy(path, fresh)
             report = check(fresh)
             if report.violations:
                 raise LedgerCorrupt(
                     f"the copy of {path} was not kept: {'; '.join(report.violations)}"
                 )
-            sync(fresh)
-            fresh.rename(copy)
-            sync(copy.parent)
-        finally:
-            for suffix in ("", "-journal", "-wal", "-shm"):
-                fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
     except OSError as error:
         raise CannotWrite(f"{copy} cannot be written: {error.strerror}") from error
     return report

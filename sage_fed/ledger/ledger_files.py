@@ -77,7 +77,8 @@ def writable(
             _require_trusted(path)
         else:
             _require_no_book(path)
-            _make(path)
+            with made_whole(path) as fresh, contextlib.closing(apsw.Connection(str(fresh))) as db:
+                migrate(db)
         logged = _beside(path, "-wal").exists()
         alone = _without_log(path) if logged and lock.in_book else None
         db = stack.enter_context(contextlib.closing(apsw.Connection(str(path))))
@@ -247,8 +248,27 @@ def unusable(path: Path, error: apsw.Error | OSError) -> LedgerUnusable:
     return LedgerUnusable(f"the ledger {path} cannot be used: {why}")
 
 
-def sync(path: Path) -> None:
-    """Make a file's content, or a directory's names, durable."""
+@contextlib.contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """Make a private file beside `path`, which takes its name at the end: whole or not at all."""
+    fresh = _beside(path, ".new")
+    files = [fresh, *(_beside(fresh, suffix) for suffix in ("-journal", "-wal", "-shm"))]
+    try:
+        for leftover in files:
+            leftover.unlink(missing_ok=True)
+        # Others may write to this directory: nothing is written through a link there.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(fresh, flags, 0o600))
+        yield fresh
+        _sync(fresh)
+        fresh.rename(path)
+        _sync(path.parent)
+    finally:
+        for leftover in files:
+            leftover.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -454,19 +474,6 @@ def _require_no_book(path: Path) -> None:
     marked = lock_file.exists() and lock_file.stat().st_size > 0
     if marked or path.is_symlink() or _beside(path, "-wal").exists():
         raise _lost_ledger(path, "is gone, but there was one")
-
-
-def _make(path: Path) -> None:
-    """Make an empty ledger, whole or not at all: a crash leaves nothing under its name."""
-    fresh = _beside(path, ".new")
-    for leftover in (fresh, _beside(fresh, "-journal")):
-        leftover.unlink(missing_ok=True)
-    os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(apsw.Connection(str(fresh))) as db:
-        db.pragma("synchronous", "extra")
-        migrate(db)
-    fresh.replace(path)
-    sync(path.parent)
 
 
 def _configure(db: apsw.Connection) -> None:
