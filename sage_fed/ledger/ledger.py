@@ -517,7 +517,9 @@ class Reader:
         with self._change:
             if self._closed:
                 raise Unreadable
-            queue = self._queues.setdefault(account, deque())
+            # Without those whose client is gone: they take neither room nor a turn.
+            left = (read for read in self._queues.get(account, ()) if not read.answer.done())
+            queue = self._queues[account] = deque(left)
             if refusable and len(queue) >= self._account_reads:
                 raise QueueFull(
                     f"{len(queue)} reads of this account's books wait, which is its limit; "
@@ -526,10 +528,7 @@ class Reader:
                 )
             queue.append(waiting)
             self._change.notify()
-        try:
-            return cast("T", await _answered(waiting.answer, self._answer_timeout_s))
-        finally:
-            self._withdraw(account, waiting)
+        return cast("T", await _answered(waiting.answer, self._answer_timeout_s))
 
     async def close(self) -> None:
         """End the thread; what still waits is left to the writer. May be repeated."""
@@ -543,20 +542,10 @@ class Reader:
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join, self._answer_timeout_s)
 
-    def _withdraw(self, account: str, waiting: _Waiting) -> None:
-        """Take out a read whose client is gone: it must not cost the others their turn."""
-        with self._change:
-            queue = self._queues.get(account)
-            if queue is None:
-                return
-            # Looked for first: the error that removes nothing would spell out the whole answer.
-            if waiting in queue:
-                queue.remove(waiting)
-            if not queue:
-                del self._queues[account]
-
     def _run(self) -> None:
         while (waiting := self._next()) is not None:
+            if waiting.answer.done():
+                continue
             began_s = time.perf_counter()
             value: object = None
             failure: Exception | None = None
