@@ -194,7 +194,7 @@ def test_the_budget(shell: Shell) -> None:
 
 
 def test_a_stop_token_ends_the_answer_before_it(shell: Shell) -> None:
-    """`--stop-token-id` may be repeated; an id that the model lacks is refused by its field."""
+    """`--stop-token-id` may be repeated; an id that the model lacks is refused by the option."""
     ask = ("ask", "tell", "--tier", "tactical", "--temperature", "0", "--ignore-eos")
     whole = shell.json(*ask, "--max-new-tokens", "12")["token_ids"]
     assert isinstance(whole, list)
@@ -206,7 +206,7 @@ def test_a_stop_token_ends_the_answer_before_it(shell: Shell) -> None:
     assert "stop_token" == body["finished"]["stop_reason"]  # type: ignore[index]
     refused = shell.run(*ask, "--stop-token-id", "500")
     assert 2 == refused.exit_code
-    assert "job.sampling.stop_token_ids[0]: 500 is not a token of this model" in refused.stderr
+    assert "--stop-token-id: 500 is not a token of this model" in refused.stderr
 
 
 def test_models_and_status(shell: Shell) -> None:

@@ -20,7 +20,7 @@ def main() -> None:
     # gRPC's C core would write to stderr by itself, past every format, from its import on.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with leave_on_interrupt():
-        # Most of a second on a slow machine, in which somebody may already regret the command.
+        # Most of a second on a slow machine, in which a person may already regret the command.
         from sage_fed.cli.app import build_app  # noqa: PLC0415
 
         app = build_app()

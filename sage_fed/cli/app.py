@@ -1,7 +1,7 @@
 """The list of commands, and what is true of each of them.
 
 Owns: the order and the help of the commands; usage errors; the end of a command whose output
-nobody can take.
+cannot be written.
 Does not know: torch, pydantic, rich and the daemon until a command needs them, so that a question
 starts at once.
 Fails: with the exit codes of `exits.py`.

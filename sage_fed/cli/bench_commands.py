@@ -161,7 +161,7 @@ def inertia(*, wanted: InertiaOptions) -> None:
 
 
 def _write(findings: Findings, output: Path | None) -> None:
-    """After every model: the larger ones take minutes that nobody wants to lose."""
+    """Write what is measured so far, after every model: the larger ones take minutes."""
     from sage_fed.inertia import analyse, markdown, record  # noqa: PLC0415 - as below
 
     if output is None:

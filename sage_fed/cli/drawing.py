@@ -55,7 +55,7 @@ class _Console(Console):
     """One whose reader may leave: rich would end the process, in its own way."""
 
     def on_broken_pipe(self) -> None:
-        """Tell whoever prints, unless it is the daemon's own story: that goes on untold."""
+        """Raise where a result is printed; the daemon's progress on stderr falls silent."""
         if not self.stderr:
             # Called while the BrokenPipeError is handled.
             raise  # noqa: PLE0704
@@ -152,7 +152,7 @@ StartProgress = BarProgress | LineProgress
 
 
 def start_progress(console: Console) -> StartProgress:
-    """Bars where somebody watches, lines where a journal reads."""
+    """Return bars on a terminal, lines elsewhere."""
     if console.is_terminal:
         return BarProgress(console)
     return LineProgress(functools.partial(plain_line, console))

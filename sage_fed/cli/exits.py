@@ -66,7 +66,7 @@ class ConnectionBroke(CannotConnect):
 
 EXIT_CODES_HELP = (
     "Exit codes: 0 ok, 1 error, 2 usage or configuration (78 from serve), 3 refused by the budget, "
-    "4 unavailable or cannot connect, 130 interrupted, 141 nobody reads the output."
+    "4 unavailable or cannot connect, 130 interrupted, 141 the output is not read."
 )
 
 # First match wins, so a subclass comes before its parent.

@@ -27,6 +27,7 @@ from sage_fed.cli.options import (
     grouped,
     ledger_file,
     option,
+    report,
 )
 from sage_fed.cli.render import (
     atp_number,
@@ -452,17 +453,16 @@ def check_books(*, books: OwnBooks) -> None:
 
     Everything is computed anew from the entries; the daemon may be running.
     """
-    with reported(as_json=books.as_json):
-        report = check(books.file)
-        if books.as_json:
-            print_json(report)
-        else:
-            typer.echo(_counts(report))
-            for violation in report.violations:
-                typer.echo(f"violation: {violation}")
-            typer.echo("the books do not balance" if report.violations else "the books balance")
-        if report.violations:
-            raise typer.Exit(ExitCode.ERROR)
+    found = report(lambda: check(books.file), _print_check, as_json=books.as_json)
+    if found.violations:
+        raise typer.Exit(ExitCode.ERROR)
+
+
+def _print_check(found: CheckReport) -> None:
+    typer.echo(_counts(found))
+    for violation in found.violations:
+        typer.echo(f"violation: {violation}")
+    typer.echo("the books do not balance" if found.violations else "the books balance")
 
 
 @grouped
@@ -475,12 +475,12 @@ def back_up_books(
 
     All that was acknowledged until now, audited; the daemon may be running.
     """
-    with reported(as_json=books.as_json):
-        report = backup(books.file, copy)
-        if books.as_json:
-            print_json({"copy": str(copy), "report": report})
-        else:
-            typer.echo(f"{copy}: {_counts(report)}; the books balance")
+    report(
+        lambda: backup(books.file, copy),
+        lambda found: typer.echo(f"{copy}: {_counts(found)}; the books balance"),
+        lambda found: {"copy": str(copy), "report": found},
+        as_json=books.as_json,
+    )
 
 
 def _print_days(days: Sequence[Day]) -> None:
@@ -512,12 +512,12 @@ def _date(day: Day) -> str:
     return str(dt.date(1970, 1, 1) + dt.timedelta(days=day.day))
 
 
-def _counts(report: CheckReport) -> str:
+def _counts(found: CheckReport) -> str:
     return (
-        f"{counted(report.accounts, 'account')}, {counted(report.jobs, 'job')}, "
-        f"{counted(report.open_holds, 'open hold')}, "
-        f"{counted(report.entries, 'entry', 'entries')}"
-        + (f" and {report.folded_entries:,} folded into days" if report.folded_entries else "")
+        f"{counted(found.accounts, 'account')}, {counted(found.jobs, 'job')}, "
+        f"{counted(found.open_holds, 'open hold')}, "
+        f"{counted(found.entries, 'entry', 'entries')}"
+        + (f" and {found.folded_entries:,} folded into days" if found.folded_entries else "")
     )
 
 
@@ -633,7 +633,7 @@ def create(*, new: NewToken, tokens: TokensFile) -> None:
         until = f" until {entry.expires}" if entry.expires else ""
         typer.echo(f"{who}{until}, in {path}", err=True)
         if token is None and settings.tls.client_ca is None:
-            complain("warning: it matches nobody until tls.client_ca is set: no client shows one")
+            complain("warning: it matches no client until tls.client_ca is set: none shows one")
         if token is not None:
             typer.echo("keep the token now, it is not shown again:", err=True)
             typer.echo(token)
@@ -671,7 +671,7 @@ def list_tokens(*, tokens: TokensFile) -> None:
         if tokens.as_json:
             print_json({"entries": [asdict(entry) for entry in known], "tokens_file": str(path)})
         elif not known:
-            typer.echo(f"nobody, in {path}")
+            typer.echo(f"no entries in {path}")
         else:
             print_table(
                 ("id", "kind", "name", "account", "role", "created", "expires"),

@@ -299,6 +299,27 @@ class Connection(OptionGroup):
         return read_token(self.token, self.token_file)
 
 
+def report(
+    work: Callable[[], T],
+    show: Callable[[T], None],
+    plain: Callable[[T], object] = lambda answer: answer,
+    *,
+    as_json: bool,
+) -> T:
+    """Do the work and print what it returns: for a person, or as the object that `plain` makes.
+
+    Raises:
+        typer.Exit: the work's error, after it has been told.
+    """
+    with reported(as_json=as_json):
+        answer = work()
+        if as_json:
+            print_json(plain(answer))
+        else:
+            show(answer)
+        return answer
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller(Connection):
     """A daemon to ask one thing, and the form of the answer."""
@@ -311,18 +332,8 @@ class Caller(Connection):
         show: Callable[[T], None],
         plain: Callable[[T], object] = lambda answer: answer,
     ) -> T:
-        """Ask the daemon and print its answer: for a person, or as the object that `plain` makes.
-
-        Raises:
-            typer.Exit: the daemon's error, after it has been told.
-        """
-        with reported(as_json=self.as_json):
-            answer = self.call(ask)
-            if self.as_json:
-                print_json(plain(answer))
-            else:
-                show(answer)
-            return answer
+        """Ask the daemon and print its answer, as `report` does."""
+        return report(lambda: self.call(ask), show, plain, as_json=self.as_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -238,7 +238,7 @@ def install_service(*, wanted: NewService) -> None:
     Writes the unit, what this machine adds to it, and a first configuration, which it never
     overwrites. Again, after an upgrade, it brings the unit up to date.
     """
-    with reported(as_json=wanted.as_json), _files_named():
+    with reported(as_json=wanted.as_json), _refusals_told():
         outcome = _install(wanted)
     show(outcome, as_json=wanted.as_json)
     if not wanted.as_json and not wanted.now and not wanted.dry_run:
@@ -266,11 +266,11 @@ def _install(wanted: NewService) -> Outcome:
     doubt = "" if wanted.program else _doubt(program)
     if doubt and not wanted.dry_run:
         raise ServiceUnchanged(doubt)
-    plan = _plan(
+    plan = installation(
         wanted.machine,
-        wanted.instance,
-        wanted.profile,
-        program,
+        instance=wanted.instance,
+        profile=wanted.profile,
+        program=program,
         systemd_version=version if live else 0,
         place=place_for(wanted.instance, root) if wanted.instance else 1,
     )
@@ -289,8 +289,8 @@ def _install(wanted: NewService) -> Outcome:
 @grouped
 def uninstall_service(*, wanted: OldService) -> None:
     """Stop the service and remove its unit; the books and the configuration stay."""
-    with reported(as_json=wanted.as_json), _files_named():
-        plan = _plan(Machine.CPU, wanted.instance, "", Path("/"))
+    with reported(as_json=wanted.as_json), _refusals_told():
+        plan = installation(Machine.CPU, instance=wanted.instance, program=Path("/"))
         changes = to_uninstall(plan, wanted.root)
         before: list[Command] = [("systemctl", "disable", "--now", plan.unit)]
         after: list[Command] = [("systemctl", "daemon-reload")]
@@ -313,28 +313,6 @@ def _check_profile(name: str) -> None:
         raise typer.BadParameter(
             f"{name!r} is not one of {', '.join(profile_names())}", param_hint="--profile"
         )
-
-
-def _plan(
-    machine: Machine,
-    instance: str,
-    profile: str,
-    program: Path,
-    *,
-    systemd_version: int = 0,
-    place: int = 1,
-) -> Installation:
-    try:
-        return installation(
-            machine,
-            instance=instance,
-            profile=profile,
-            program=program,
-            systemd_version=systemd_version,
-            place=place,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--instance") from None
 
 
 def _this_program() -> Path:
@@ -373,9 +351,12 @@ def _systemd_version() -> int:
 
 
 @contextlib.contextmanager
-def _files_named() -> Iterator[None]:
+def _refusals_told() -> Iterator[None]:
+    """Name the file that cannot be written, or the option that makes no installation."""
     try:
         yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--instance") from None
     except OSError as error:
         advice = "; run it with sudo" if isinstance(error, PermissionError) else ""
         raise ServiceUnchanged(f"{error.filename}: {error.strerror}{advice}") from None

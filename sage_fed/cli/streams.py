@@ -31,7 +31,7 @@ def open_standard_streams() -> None:
     """Make all three exist, and able to carry any text.
 
     A closed one would be None here, and its number would go to the next socket, into which
-    somebody's stray output then lands. Reading a closed stdin finds nothing; writing to a closed
+    stray output then lands. Reading a closed stdin finds nothing; writing to a closed
     stdout fails, because an answer that is paid for must not vanish silently.
     """
     if sys.stdin is None:

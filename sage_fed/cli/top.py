@@ -88,7 +88,7 @@ def _print_on(watch: Watch, interval_s: float) -> None:
 
 
 class NotAdmitted(http.client.HTTPException):
-    """The page is there, and not for whoever asks."""
+    """The page is there, and not for this caller."""
 
 
 def fetch(url: str, token: str | None = None, tls_ca: Path | None = None) -> str:
