@@ -15,9 +15,10 @@ from pathlib import Path
 
 from lean_client import Reply
 
-from sage_fed.core import Message, Sampling, Tier, TierState, resolve_model
+from sage_fed.core import Message, Sampling, Tier, TierState
 from sage_fed.daemon.build import tier_setup
 from sage_fed.device import Executor, SequenceSpec
+from sage_fed.model_files import resolve_model
 from sage_fed.settings import Settings
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Engine, SampledToken, Step
 from sage_fed.tasks import task_at

@@ -37,13 +37,16 @@ from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file
 from sage_fed.ledger import check
 from sage_fed.ledger.ledger_files import snapshot
+from sage_fed.settings import LimitSettings
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2
+from sage_fed.wire import bounds
 
 FLAGS = (
     "--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000",
     "--set", "limits.max_new_tokens=6", "--set", "limits.default_new_tokens=4",
     "--log-level", "warning",
 )  # fmt: skip
+LIMITS = LimitSettings(max_new_tokens=6, default_new_tokens=4)
 FILES = (inference_pb2, budget_pb2, model_pb2, admin_pb2, health_pb2, reflection_pb2)
 FOR_USERS_ONLY = ("Drain",)
 """Asked without the operator's token: the answer to the right one is that the daemon leaves."""
@@ -76,6 +79,38 @@ def methods() -> list[MethodDescriptor]:
 
 
 def values(of: FieldDescriptor, depth: int, *, likely: bool) -> st.SearchStrategy[object]:
+    """Values of one field: such as a client sends, or also its bounds and anything else."""
+    if likely and (words := words_of(of)):
+        return st.sampled_from(words)
+    if not likely and (edges := edges_of(of)):
+        return st.sampled_from(edges) | values_of_type(of, depth, likely=likely)
+    return values_of_type(of, depth, likely=likely)
+
+
+def words_of(of: FieldDescriptor) -> tuple[str, ...]:
+    """The words that a field takes, where it takes no others."""
+    found = bounds.BOUNDS.get(f"{of.containing_type.name}.{of.name}", ())
+    return next((bound.words for bound in found if isinstance(bound, bounds.OneOf)), ())
+
+
+def edges_of(of: FieldDescriptor) -> list[object]:
+    """The bounds of a field, as the daemon's own table has them, and what is just beyond."""
+    edges: list[object] = []
+    for bound in bounds.BOUNDS.get(f"{of.containing_type.name}.{of.name}", ()):
+        match bound:
+            case bounds.Number(low=low):
+                high = bounds.limit_of(bound.high, LIMITS)
+                step = 1 if isinstance(high, int) else 1e-6
+                edges += [low, high, high + step, *([low - step] if low or step < 1 else [])]
+            case bounds.Count(low=low) if not of.is_repeated or bound.each:
+                high = int(bounds.limit_of(bound.high, LIMITS))
+                edges += ["x" * low, "x" * min(high, 5000), "x" * min(high + 1, 5000)]
+            case bounds.OneOf(words=words):
+                edges += words
+    return edges
+
+
+def values_of_type(of: FieldDescriptor, depth: int, *, likely: bool) -> st.SearchStrategy[object]:
     """Values of one field's type: such as a client sends, or the ends of the range and anything."""
     kind = FieldDescriptor
     match of.cpp_type:

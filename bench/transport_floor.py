@@ -35,7 +35,8 @@ from lean_client import LeanClient
 from rich.console import Console
 from rich.table import Table
 
-from sage_fed.core import Message, resolve_model
+from sage_fed.core import Message
+from sage_fed.model_files import resolve_model
 from sage_fed.text import Tokenizer
 
 METHOD = "/Floor/Stream"

@@ -254,8 +254,8 @@ class CannotWrite(SageFedError):
 class NoConnection(enum.Enum):
     """Why there is no connection, as far as the client's end of it can tell."""
 
-    NOBODY = "nobody"
-    """Nobody listens there."""
+    REFUSED = "refused"
+    """No process listens there."""
     HUNG_UP = "hung_up"
     """Closed before a word was said; who has TLS does so to plain text."""
     PLAIN_TEXT = "plain_text"

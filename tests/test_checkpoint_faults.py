@@ -13,8 +13,9 @@ from daemon_process import TROUBLE, DaemonProcess
 from safetensors.torch import load_file, save_file
 
 from sage_fed.client import Client
-from sage_fed.core import Message, Prompt, Route, Tier, resolve_model
+from sage_fed.core import Message, Prompt, Route, Tier
 from sage_fed.errors import InvalidField
+from sage_fed.model_files import resolve_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 QUESTION = (Message("user", "What is 40 + 2?"),)

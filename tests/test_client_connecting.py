@@ -101,5 +101,5 @@ async def test_nobody_at_all(tmp_path: Path, fleet: Fleet) -> None:
 
         with pytest.raises(CannotConnect) as raised:
             await in_thread(ask)
-        assert NoConnection.NOBODY is raised.value.cause
-        assert "nobody listens there; is the daemon running?" in explain(raised.value)
+        assert NoConnection.REFUSED is raised.value.cause
+        assert "no daemon listens there; is the daemon running?" in explain(raised.value)

@@ -441,7 +441,7 @@ def test_nothing_that_a_caller_says_gets_into_the_log(start: Start, tmp_path: Pa
     for record in records:
         assert all(str(value).isprintable() for value in record.values()), record
     said = [record["message"] for record in records]
-    assert any(re.match(r"not let in: unauthenticated, from ipv4:127", line) for line in said)
+    assert any(re.match(r"denied: unauthenticated, from ipv4:127", line) for line in said)
     ended = [record for record in records if record.get("job_id") == job_id]
     assert ["debug"] == [record["level"].lower() for record in ended]
     assert {"hold", "settle"} <= {

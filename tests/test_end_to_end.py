@@ -22,7 +22,7 @@ from waiting import WAIT_S, until
 
 from sage_fed.cli.app import build_app
 from sage_fed.client import Answer, Client
-from sage_fed.client.job_request import job_of
+from sage_fed.client.client import job_of
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,

@@ -15,6 +15,7 @@ FLOORS: dict[str, int] = {
     "environment": 0,
     "errors": 0,
     "steps": 0,
+    "model_files": 0,
     "settings": 0,
     "tasks": 0,
     "trusted_files": 0,
@@ -76,6 +77,7 @@ SIDEWAYS: set[tuple[str, str]] = {
     # (importer, imported) on one floor, where one is plainly the other's part
     ("errors", "core"),
     ("settings", "core"),
+    ("settings", "model_files"),
     ("settings", "environment"),
     ("settings", "errors"),
     ("steps", "core"),

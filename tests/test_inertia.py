@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from sage_fed import engine
 from sage_fed.cli.app import build_app
 from sage_fed.cli.bench_commands import REFERENCES
-from sage_fed.core import TIER_ROLES, Tier, resolve_model
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.engine import reference
 from sage_fed.errors import ModelLoadError
 from sage_fed.inertia import (
@@ -38,6 +38,7 @@ from sage_fed.inertia.analysis import (
     fit,
 )
 from sage_fed.inertia.experiment import Method
+from sage_fed.model_files import resolve_model
 from sage_fed.settings import PRECISIONS
 
 PLAN = Plan(

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from service_harness import WAIT_S, Harness, serving
 
-from sage_fed.core import Tier, TierState
+from sage_fed.core import TIER_ROLES, Tier, TierState
 from sage_fed.service import edge
 from sage_fed.service.grpc_server import names
 from sage_fed.service.grpc_server import serving as what_serves
@@ -42,8 +42,8 @@ def test_what_serves_in_which_state(
 ) -> None:
     """The empty name needs the tactical tier, inference either, each tier itself."""
     states = {Tier.TACTICAL: tactical, Tier.STRATEGIC: strategic}
-    verdict = what_serves(states, takes_jobs=not draining)
-    assert set(names()) == verdict.keys()
+    verdict = what_serves(TIER_ROLES, states, takes_jobs=not draining)
+    assert set(names(TIER_ROLES)) == verdict.keys()
     assert expected | OTHERS == {name for name, serves in verdict.items() if serves}
 
 
@@ -61,14 +61,14 @@ def states(tactical: TierState, strategic: TierState) -> Mapping[Tier, TierState
 async def test_check_follows_the_tiers(tmp_path: Path) -> None:
     """NOT_SERVING until told otherwise; then each name for itself; and nothing after stop."""
     async with serving(tmp_path) as harness:
-        assert {Status.NOT_SERVING} == {await check(harness, name) for name in names()}
+        assert {Status.NOT_SERVING} == {await check(harness, name) for name in names(TIER_ROLES)}
         harness.bound.health.update(states(READY, LOADING))
         assert [Status.SERVING, Status.SERVING, Status.NOT_SERVING] == [
             await check(harness, name) for name in ("", "tactical", "strategic")
         ]
         harness.bound.health.stop()
         harness.bound.health.update(states(READY, READY))
-        assert {Status.NOT_SERVING} == {await check(harness, name) for name in names()}
+        assert {Status.NOT_SERVING} == {await check(harness, name) for name in names(TIER_ROLES)}
 
 
 async def test_check_of_an_unknown_name_is_not_found(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ async def test_list_names_everything_that_can_be_checked(tmp_path: Path) -> None
         harness.bound.health.update(states(READY, LOADING))
         call = harness.channel.unary_unary("/grpc.health.v1.Health/List")
         listed = health_pb2.HealthListResponse.FromString(await call(b"", timeout=WAIT_S))
-        expected = {name: await check(harness, name) for name in names()}
+        expected = {name: await check(harness, name) for name in names(TIER_ROLES)}
     assert expected == {name: entry.status for name, entry in listed.statuses.items()}
 
 

@@ -46,7 +46,7 @@ from sage_fed.errors import (
 from sage_fed.ledger import AccountTerms
 from sage_fed.ledger.books import Books
 from sage_fed.ledger.entries import MAX_TEXT, Now, Place
-from sage_fed.service.daemon_services import page_token, read_page_token
+from sage_fed.service.services import page_token, read_page_token
 from sage_fed.v1 import admin_pb2, budget_pb2, model_pb2
 from sage_fed.wire.bounds import MAX_PAGE_SIZE
 

@@ -34,7 +34,7 @@ from sage_fed.core import TIER_ROLES, OpenReply, TierState
 from sage_fed.errors import RateLimited
 from sage_fed.ledger import AccountTerms
 from sage_fed.service import calls as calls_module
-from sage_fed.service.calls import STRANGERS_OF_CONNECTION, Turn, Turns
+from sage_fed.service.calls import UNAUTHENTICATED_OF_CONNECTION, Turn, Turns
 from sage_fed.service.connections import Connections, host_of
 from sage_fed.service.grpc_server import OWN_FILES, WINDOW_BYTES, connections_within
 from sage_fed.settings import Address, LimitSettings, UnixSocket
@@ -316,7 +316,7 @@ async def test_who_only_knocks_loses_the_connection(tmp_path: Path) -> None:
             for _ in range(400):
                 client.open(QUOTE)
             await in_thread(lambda: client.until(lambda: client.closed))
-        assert STRANGERS_OF_CONNECTION <= len(harness.denied) < 400
+        assert UNAUTHENTICATED_OF_CONNECTION <= len(harness.denied) < 400
         async with raw(harness) as client:
             who = client.open(STREAM, headers=[("authorization", "Bearer robot-token")])
             for _ in range(400):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sage_fed
-from sage_fed.client.job_request import job_of
+from sage_fed.client.client import job_of
 from sage_fed.core import (
     TIER_ROLES,
     Caller,
@@ -31,7 +31,7 @@ from sage_fed.core import (
 )
 from sage_fed.errors import InvalidField
 from sage_fed.service.edge import Call
-from sage_fed.service.inference import parse_job
+from sage_fed.service.services import parse_job
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
 from sage_fed.wire import bounds
@@ -104,6 +104,8 @@ REFUSED: list[tuple[str, types_pb2.JobSpec]] = [
     ("job.token_ids.ids", types_pb2.JobSpec(token_ids=types_pb2.TokenIds())),
     ("job.token_ids.ids", types_pb2.JobSpec(token_ids=types_pb2.TokenIds(ids=[1] * 21))),
     ("job.tier", types_pb2.JobSpec(text="hi", tier=9)),  # type: ignore[arg-type] # on purpose
+    ("job.tier_name", types_pb2.JobSpec(text="hi", tier_name="deep")),
+    ("job.tier_name", types_pb2.JobSpec(text="hi", tier=1, tier_name="strategic")),  # type: ignore[arg-type]
     ("job.priority", types_pb2.JobSpec(text="hi", priority=-1)),  # type: ignore[arg-type]
     ("job.max_cost_uatp", types_pb2.JobSpec(text="hi", max_cost_uatp=-1)),
     ("job.complexity", types_pb2.JobSpec(text="hi", complexity=1.01)),

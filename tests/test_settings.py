@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
 
 import sage_fed
-from sage_fed.core import Role, Tier, resolve_model
+from sage_fed.core import Role, Tier
 from sage_fed.errors import ConfigError
 from sage_fed.ledger.books import MAX_TTL_S
 from sage_fed.ledger.entries import MAX_TEXT
+from sage_fed.model_files import resolve_model
 from sage_fed.settings import (
     Address,
     Effective,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 from hypothesis import HealthCheck, given, settings
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 
 from sage_fed import core
 from sage_fed.core import TIER_ROLES, Tier
+from sage_fed.errors import CallFailed, InvalidField
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
-from sage_fed.wire import codec
+from sage_fed.wire import bounds, codec
 
 TRAVELLERS: list[tuple[Any, type[ProtoMessage]]] = [
     (core.JobSpec, types_pb2.JobSpec),
@@ -140,3 +143,84 @@ def test_what_is_sent_arrives(sent: tuple[Any, type[ProtoMessage], Any]) -> None
     raw = codec.encode(value, message).SerializeToString()
     account = {"account": ""} if kind is core.JobSpec else {}
     assert value == codec.decode(kind, message.FromString(raw), **account)
+
+
+def test_what_does_not_travel_is_named() -> None:
+    """A field that a message lacks is at home here; any other would be lost in silence."""
+    seen: set[type] = set()
+
+    def look(kind: Any, descriptor: Descriptor) -> None:  # noqa: ANN401 - any type
+        if isinstance(kind, UnionType):
+            for each in get_args(kind):
+                look(each, codec._members(descriptor)[each.__name__].message_type)
+            return
+        if kind in seen:
+            return
+        seen.add(kind)
+        there = codec._travelling(kind, descriptor)
+        lost = {field.name for field in fields(kind)} - there.keys()
+        assert lost == {name for owner, name in AT_HOME if owner is kind}, kind
+
+    for kind, message in TRAVELLERS:
+        look(kind, message.DESCRIPTOR)
+    assert {core.Started, core.JobSpec, core.CalibrationResult} <= seen
+
+
+def test_a_tier_that_the_proto_does_not_name_travels_by_its_name() -> None:
+    """A third tier has no value in the enum; it arrives by its name, and a role as the role."""
+    deep = Tier(2, "deep")
+    sent = codec.encode(core.Route(deep, "requested", requested=deep), types_pb2.Route)
+    assert (types_pb2.TIER_UNSPECIFIED, "deep", "deep") == (
+        sent.tier,
+        sent.tier_name,
+        sent.requested_name,
+    )
+    arrived = codec.decode(core.Route, sent)
+    assert ("deep", "deep") == (arrived.tier.name, str(arrived.requested))
+    by_name = types_pb2.JobSpec(text="hi", tier_name="strategic")
+    assert Tier.STRATEGIC is codec.decode(core.JobSpec, by_name, account="").requested
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "said"),
+    [
+        (core.Event, inference_pb2.GenerateStreamResponse(), "sent an event that"),
+        (core.Finished, inference_pb2.Finished(stop_reason=99), "said StopReason 99, which"),  # type: ignore[arg-type]
+        (core.RunningJob, admin_pb2.RunningJob(), "said Tier 0, which"),
+        (core.Route, types_pb2.Route(tier=9), "said Tier 9, which"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_newer_daemons_word_is_an_error(kind: Any, message: ProtoMessage, said: str) -> None:  # noqa: ANN401 - or a union
+    """A client never guesses what a word means that it does not know."""
+    with pytest.raises(CallFailed, match=f"the daemon {said} this client does not know"):
+        codec.decode(kind, message)
+
+
+def test_what_protobuf_cannot_carry_is_named_by_its_path() -> None:
+    """The daemon's name of the field, also inside a list of messages."""
+    turns = (core.Message("user", "hi"), core.Message("user", "\ud800"))
+    spec = core.JobSpec("", core.Prompt(turns))
+    with pytest.raises(InvalidField) as raised:
+        codec.encode(spec, types_pb2.JobSpec, "job")
+    assert "job.chat.messages[1].content" == raised.value.field
+
+
+def test_the_page_of_bounds_is_the_table() -> None:
+    """docs/requests.md lists what the daemon checks; a new bound has to be written there."""
+    rows = [f"| `{field}` | {text} |" for field, text in bounds.table()]
+    page = (Path(__file__).parent.parent / "docs" / "requests.md").read_text()
+    assert rows == [line for line in page.splitlines() if line.startswith("| `")]
+
+
+def test_every_bound_is_of_a_field() -> None:
+    """A renamed field would lose its bound in silence."""
+    files = (types_pb2, inference_pb2, budget_pb2, model_pb2, admin_pb2)
+    messages = {
+        name: message
+        for file in files
+        for name, message in file.DESCRIPTOR.message_types_by_name.items()
+    }
+    for path in (*bounds.BOUNDS, *bounds.REQUIRED):
+        message, _, name = path.partition(".")
+        known = [*messages[message].fields_by_name, *messages[message].oneofs_by_name]
+        assert name in known, path

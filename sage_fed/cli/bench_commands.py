@@ -34,14 +34,9 @@ from sage_fed.cli.render import (
     to_plain,
 )
 from sage_fed.cli.streams import leave_on_interrupt
-from sage_fed.core import (
-    CalibrationProgress,
-    CalibrationResult,
-    MeasuredPoint,
-    Phase,
-    resolve_model,
-)
+from sage_fed.core import CalibrationProgress, CalibrationResult, MeasuredPoint, Phase
 from sage_fed.errors import CannotWrite, ConfigError
+from sage_fed.model_files import resolve_model
 
 if TYPE_CHECKING:
     from sage_fed.cli.drawing import Move

@@ -219,7 +219,7 @@ def _known(message: str, details: _Details) -> SageFedError | None:
 
 
 def _whole(text: str) -> int:
-    """The number of our own daemon; 0 for whatever else somebody sent."""
+    """The number of our own daemon; 0 for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else 0
 
 
@@ -277,8 +277,8 @@ _NEVER_MADE = "failed to connect to all addresses"
 """How gRPC begins where there never was a connection; one that broke has no such words."""
 
 _TEXTS = (
-    ("Connection refused", NoConnection.NOBODY),
-    ("No such file or directory", NoConnection.NOBODY),
+    ("Connection refused", NoConnection.REFUSED),
+    ("No such file or directory", NoConnection.REFUSED),
     ("Hostname Verification Check failed", NoConnection.OTHER_NAME),
     ("WRONG_VERSION_NUMBER", NoConnection.PLAIN_TEXT),
     ("CERTIFICATE_VERIFY_FAILED", NoConnection.UNTRUSTED),
@@ -286,7 +286,7 @@ _TEXTS = (
 
 _WORDS: Mapping[NoConnection, str] = MappingProxyType(
     {
-        NoConnection.NOBODY: "nobody listens there",
+        NoConnection.REFUSED: "no daemon listens there",
         NoConnection.HUNG_UP: (
             "it hung up before a word was said, as a daemon with TLS does on a client without"
         ),

@@ -5,8 +5,7 @@ Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
 Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
 or plain plurals, as in `docs/architecture.md`.
 
-`tiers`, `jobs` and `money` hold them; `naming` has rules of text that several parts share.
-Import them from here.
+`tiers`, `jobs` and `money` hold them; import them from here.
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ from sage_fed.core.jobs import (
     parse_traceparent,
 )
 from sage_fed.core.money import (
+    MAX_UATP,
     UATP_PER_ATP,
     Budget,
     BudgetChange,
@@ -54,8 +54,8 @@ from sage_fed.core.money import (
     EntryPage,
     Offer,
     Price,
+    counted,
 )
-from sage_fed.core.naming import HEAD_BYTES, counted, misnomer, resolve_model
 from sage_fed.core.tiers import (
     TIER_ROLES,
     CalibrationEvent,
@@ -77,7 +77,7 @@ from sage_fed.core.tiers import (
 )
 
 __all__ = [
-    "HEAD_BYTES",
+    "MAX_UATP",
     "PAYLOAD_FIELDS",
     "TIER_ROLES",
     "UATP_PER_ATP",
@@ -135,7 +135,5 @@ __all__ = [
     "TraceContext",
     "Usage",
     "counted",
-    "misnomer",
     "parse_traceparent",
-    "resolve_model",
 ]

@@ -140,8 +140,8 @@ a new version of the hash; a name here and a default never change.
 class OpenReply:
     """One reply that waits for its reader, as an operator sees it.
 
-    `account` is whose call it is; an address where the method asks nobody. `ended` says that only
-    gRPC still keeps it, until its reader or its connection is gone.
+    `account` is whose call it is; an address where the method needs no caller. `ended` says that
+    only gRPC still keeps it, until its reader or its connection is gone.
     """
 
     call_id: str

@@ -1,4 +1,4 @@
-"""Amounts, prices, budgets and the entries of an account; integer uATP everywhere."""
+"""Amounts, prices, budgets and the entries of an account (integer uATP); numbers of things."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from sage_fed.core.tiers import Tier
 
 UATP_PER_ATP = 1_000_000
+
+MAX_UATP = 2**53
+"""The most that one amount may be: exact in a double too, for clients that read JSON."""
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """`1 job`, `1,024 jobs`; `several` where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ class TierLoad:
     """What a tier is doing now, as the executor last said; rates None until measured.
 
     Of `kv_tokens_total`, running sequences own `kv_tokens_used`; `kv_tokens_cached` are kept for
-    the prefix cache until somebody needs the room. `retry_after_s` is when the next place may be
+    the prefix cache until the room is needed. `retry_after_s` is when the next place may be
     free, for a job that finds none. Up to `running_limit` run at once, memory permitting.
     """
 

@@ -26,7 +26,7 @@ from sage_fed.auth import (
 from sage_fed.core import Role
 from sage_fed.errors import ConfigError, Forbidden, LedgerDown, Unauthenticated
 from sage_fed.metrics import Metrics, PageAccess
-from sage_fed.service.tls import LiveCertificate
+from sage_fed.service import LiveCertificate
 from sage_fed.settings import Settings
 
 WATCH_S = 0.5

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import sage_fed
 from sage_fed.cards import RateCard
-from sage_fed.core import TIER_ROLES, Phase, Tier, counted, resolve_model
+from sage_fed.core import TIER_ROLES, Phase, Tier, counted
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import TierSetup
 from sage_fed.engine import DeviceDescription, Engine, EngineOptions, device_at_hand, load_engine
 from sage_fed.errors import ConfigError, LedgerDown, Occupied, SageFedError
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics, MetricsServer, PageAccess
+from sage_fed.model_files import resolve_model
 from sage_fed.routing import possible_decisions
 from sage_fed.settings import Address, Settings, atp_from_uatp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer

@@ -48,7 +48,7 @@ from sage_fed.errors import SageFedError
 from sage_fed.jobs import Broker, Encoder, Planner
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
-from sage_fed.service.grpc_server import BoundServer, build_server
+from sage_fed.service import BoundServer, build_server
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.systemd import ServiceManager
 from sage_fed.trusted_files import (
@@ -226,6 +226,7 @@ async def _started(
             ledger=ledger,
             operations=operations,
             workers=workers,
+            tiers=tuple(settings.tiers),
             throttle=throttle_of(settings),
             certificate=doors.certificate,
             on_denied=metrics.call_denied,

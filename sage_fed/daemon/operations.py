@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class Operations:
-    """Satisfies `sage_fed.service.daemon_services.Operations`.
+    """Satisfies `sage_fed.service.Operations`.
 
     `drain` asks the daemon to stop; `device_fallback` is why the device is not the one wanted.
     """

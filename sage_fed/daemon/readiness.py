@@ -19,7 +19,7 @@ from typing import Protocol
 
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.device import Heartbeat
-from sage_fed.service.grpc_server import Health
+from sage_fed.service import Health
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
 from sage_fed.systemd import ServiceManager

@@ -38,7 +38,6 @@ from typing import BinaryIO
 
 import torch
 
-from sage_fed.core import resolve_model
 from sage_fed.engine.configuration import read_object
 from sage_fed.engine.machine import default_directory, private
 from sage_fed.engine.tensor_file import (
@@ -52,6 +51,7 @@ from sage_fed.engine.tensor_file import (
 )
 from sage_fed.engine.weights import ModelWeights, Place, WeightsBuilder
 from sage_fed.errors import ModelLoadError
+from sage_fed.model_files import resolve_model
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sage_fed.core import HEAD_BYTES, GenerationDefaults, misnomer
+from sage_fed.core import GenerationDefaults
 from sage_fed.errors import ModelLoadError
+from sage_fed.model_files import HEAD_BYTES, misnomer
 
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 _MAY_BE_ZERO = frozenset(

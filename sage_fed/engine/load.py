@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from sage_fed.core import ModelInfo, resolve_model
+from sage_fed.core import ModelInfo
 from sage_fed.engine.attention import Heads, KVCache, blocks_in_budget, bytes_per_token
 from sage_fed.engine.batch import BatchBuilder
 from sage_fed.engine.checkpoint import (
@@ -49,6 +49,7 @@ from sage_fed.engine.native.forward import NativeForward
 from sage_fed.engine.precision import choose_formats, precision_of
 from sage_fed.engine.weights import ModelWeights, WeightsBuilder
 from sage_fed.errors import ModelLoadError
+from sage_fed.model_files import resolve_model
 
 _LOG = logging.getLogger(__name__)
 _LOADED = 0.9

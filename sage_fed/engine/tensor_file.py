@@ -28,10 +28,10 @@ from typing import Any, Self
 
 import torch
 
-from sage_fed.core import HEAD_BYTES, misnomer
 from sage_fed.engine.machine import allocate
 from sage_fed.engine.weights import Place
 from sage_fed.errors import ModelLoadError
+from sage_fed.model_files import HEAD_BYTES, misnomer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,

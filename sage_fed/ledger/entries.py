@@ -14,11 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from sage_fed.core import Day, Entry, EntryKind
+from sage_fed.core import MAX_UATP, Day, Entry, EntryKind
 from sage_fed.errors import InvalidField
-
-MAX_UATP = 2**53
-"""The most that one amount may be: exact in a double too, for clients that read JSON."""
 
 MAX_LIFETIME_UATP = 2**62
 """The most that an account may ever have got; refill stops there, before int64 would overflow."""

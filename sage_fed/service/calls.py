@@ -70,8 +70,8 @@ UNREAD_OF_CONNECTION = 16
 UNREAD_BYTES_OF_CONNECTION = 4 * 2**20
 """Ended replies that a connection with other calls may keep; beyond it, it is closed."""
 
-STRANGERS_OF_CONNECTION = 64
-"""Calls of nobody who may call, between two looks, for which a connection without others goes."""
+UNAUTHENTICATED_OF_CONNECTION = 64
+"""Unauthenticated calls between two sweeps that close a connection without other calls."""
 
 _RETRY_S = 1.0
 
@@ -214,7 +214,7 @@ class OpenCall:
     ) -> None:
         self.call_id = call_id
         self.owner = owner
-        """The account, marked where an operator calls; the address where nobody has to say."""
+        """The account, marked where an operator calls; the address where no caller is needed."""
         self.connection: str = context.peer()
         self.context = context
         self.method = method
@@ -342,7 +342,7 @@ class OpenCalls:
         self._open: dict[str, OpenCall] = {}
         self._accounts: Counter[str] = Counter()
         self._unread: dict[str, _Unread] = {}
-        self._strangers: Counter[str] = Counter()
+        self._unauthenticated: Counter[str] = Counter()
         self._ids = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         overall = max(limits.max_receiving_bytes // limits.largest_message_bytes, 1)
@@ -357,7 +357,7 @@ class OpenCalls:
         """Count a call whose headers have arrived; nothing of its request is read yet.
 
         Args:
-            account: who calls; None where the method asks nobody.
+            account: who calls; None where the method needs no caller.
             context: gRPC's.
             method: its full name.
             operator: whether an operator calls, who has to get in whatever is unread.
@@ -366,7 +366,7 @@ class OpenCalls:
             RateLimited: the account has too much open, or does not read what it asks for.
         """
         if account is None:
-            # Who watches stays for as long as they like: that is to refuse nobody a check.
+            # A watcher stays for as long as it likes: it must not take the place of a check.
             watching = " (watching)" if method == _WATCH else ""
             owner = f"@{host_of(context.peer())}{watching}"
         else:
@@ -379,15 +379,15 @@ class OpenCalls:
         return call
 
     def refused(self, connection: str) -> None:
-        """Count a call of nobody who may call; who only knocks loses the connection.
+        """Count an unauthenticated call; a connection that has no others is closed.
 
         Each refusal costs as much as a small call. Those of a connection that is closed cost
         nothing any more, however many it had sent.
         """
-        self._strangers[connection] += 1
-        if self._strangers[connection] < STRANGERS_OF_CONNECTION:
+        self._unauthenticated[connection] += 1
+        if self._unauthenticated[connection] < UNAUTHENTICATED_OF_CONNECTION:
             return
-        del self._strangers[connection]
+        del self._unauthenticated[connection]
         # A proxy's connection carries others, too.
         if all(call.connection != connection for call in self._open.values()):
             self._close(connection, "strangers")
@@ -460,7 +460,7 @@ class OpenCalls:
 
     def _sweep(self) -> None:
         """Look once: end what takes too long, and close what holds too much."""
-        self._strangers.clear()
+        self._unauthenticated.clear()
         now = time.monotonic()
         owners: defaultdict[str, _Unread] = defaultdict(_Unread)
         lost: defaultdict[str, _Unread] = defaultdict(_Unread)

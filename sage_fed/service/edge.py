@@ -64,12 +64,12 @@ _log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 MAX_CONVERSATION = 256
-"""Requests of one stream; whoever asks for a whole schema needs some dozens."""
+"""Requests of one stream; a client that asks for a whole schema sends some dozens."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Headers = Iterable[tuple[str, str | bytes]]
 Work = Callable[[OpenCall, Call | None], Awaitable[None]]
-"""What a call is for, once it has been let in; None is a caller that nobody asked for."""
+"""What a call does once it is admitted; the caller is None where the method needs none."""
 
 
 class Edge:
@@ -81,7 +81,7 @@ class Edge:
         limits: of a request's fields.
         throttle: how often they may; None is as often as they like.
         certificates: whether every client has shown a certificate.
-        on_denied: told why a call was not let in: a reason in lower case.
+        on_denied: told why a call was denied: a reason in lower case.
         tracing: traces each call; None traces none.
     """
 
@@ -184,7 +184,7 @@ class Edge:
     def _serve(
         self, path: str, work: Work, tracing: Tracing | None
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Let a call in by the rule that names its method, have the work done, and end it."""
+        """Admit a call by the rule that names its method, do the work, and end it."""
         assert path in RULES, f"no rule names {path}"
         role, name = RULES[path], path.removeprefix("/")
 
@@ -248,7 +248,7 @@ class Edge:
         try:
             caller = self._authenticator.caller(tokens, identities)
             require_role(caller, role)
-            # Operators get in while their robots are too loud.
+            # Operators are admitted while their robots call too often.
             if self._throttle is not None and role is Role.USER:
                 self._throttle.count(caller.account)
         except SageFedError as error:
@@ -270,9 +270,9 @@ class Edge:
     def _denied(self, context: Context, error: SageFedError) -> None:
         reason = error.limit if isinstance(error, RateLimited) else error.reason.lower()
         self._on_denied(reason)
-        # Who knocks, for whoever looks for it; a flood of calls is no flood of lines otherwise.
+        # At debug only: many calls must not become many lines.
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("not let in: %s, from %s", reason, context.peer())
+            _log.debug("denied: %s, from %s", reason, context.peer())
 
 
 async def _once(reply: Awaitable[Message]) -> AsyncGenerator[Message, None]:
@@ -293,9 +293,9 @@ def parse(request_class: type[M], raw: bytes) -> M:
 async def end(context: Context, error: BaseException, traced: TracedCall | None = None) -> NoReturn:
     """Give the RPC its status, and tell its trace; raise only what tells gRPC that it is over."""
     if isinstance(error, grpc.aio.AbortError):
-        raise error  # somebody has given it one already
+        raise error  # it has a status already
     # A failed write is how a broken connection shows first: the call is dead, and gRPC will
-    # know of it only later. There is nobody to tell, and nothing of ours to log.
+    # know of it only later. No client is there to tell, and nothing of ours to log.
     if _client_left(context) or isinstance(error, grpc.aio.InternalError):
         if traced is not None:
             traced.ended("CANCELLED")

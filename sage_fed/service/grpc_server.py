@@ -15,7 +15,7 @@ import os
 import resource
 import socket
 import stat
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,6 @@ from sage_fed.errors import ConfigError, NotFound, Occupied, SageFedError
 from sage_fed.ledger import Ledger
 from sage_fed.service.calls import OpenCalls
 from sage_fed.service.connections import Connections
-from sage_fed.service.daemon_services import AdminService, BudgetService, ModelService, Operations
 from sage_fed.service.edge import (
     ADMIN_SERVICE,
     BUDGET_SERVICE,
@@ -44,7 +43,13 @@ from sage_fed.service.edge import (
     SERVICES,
     Edge,
 )
-from sage_fed.service.inference import InferenceService
+from sage_fed.service.services import (
+    AdminService,
+    BudgetService,
+    InferenceService,
+    ModelService,
+    Operations,
+)
 from sage_fed.service.tls import LiveCertificate
 from sage_fed.settings import Address, LimitSettings, UnixSocket
 from sage_fed.trusted_files import os_error
@@ -94,6 +99,7 @@ async def build_server(
     ledger: Ledger,
     operations: Operations,
     workers: Workers,
+    tiers: Sequence[Tier] = TIER_ROLES,
     throttle: Throttle | None = None,
     certificate: LiveCertificate | None = None,
     on_denied: Callable[[str], None] = lambda _: None,
@@ -128,7 +134,7 @@ async def build_server(
     server.add_generic_rpc_handlers(
         tuple(edge.handler(service, servicer) for service, servicer in services.items())
     )
-    watch = Health()
+    watch = Health(tiers)
     watch.register(server, edge)
     register_reflection(server, edge, (*SERVICES, SERVICE_NAME))
     address = (
@@ -236,7 +242,7 @@ def _require_unused(listen: UnixSocket) -> None:
     """Refuse to take a socket from a daemon that serves it; gRPC would replace it silently.
 
     Raises:
-        Occupied: somebody listens there.
+        Occupied: another process listens there.
         ConfigError: it is another kind of file.
     """
     try:
@@ -259,8 +265,9 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class Health:
     """The health service; NOT_SERVING all over until the first `update`."""
 
-    def __init__(self) -> None:
-        self._serving = dict.fromkeys(names(), False)
+    def __init__(self, tiers: Sequence[Tier]) -> None:
+        self._tiers = tiers
+        self._serving = dict.fromkeys(names(tiers), False)
         self._stopped = False
         self._watchers: set[asyncio.Event] = set()
 
@@ -280,12 +287,12 @@ class Health:
     def update(self, states: Mapping[Tier, TierState], *, takes_jobs: bool = True) -> None:
         """Tell every watcher what serves now."""
         if not self._stopped:
-            self._publish(serving(states, takes_jobs=takes_jobs))
+            self._publish(serving(self._tiers, states, takes_jobs=takes_jobs))
 
     def stop(self) -> None:
         """Say NOT_SERVING under every name, for good: the daemon is about to go."""
         self._stopped = True
-        self._publish(dict.fromkeys(names(), False))
+        self._publish(dict.fromkeys(names(self._tiers), False))
 
     async def _check(self, request: health_pb2.HealthCheckRequest, _: None) -> Message:
         if request.service not in self._serving:
@@ -295,7 +302,8 @@ class Health:
 
     async def _list(self, _: Message, __: None) -> Message:
         statuses = {
-            name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in names()
+            name: health_pb2.HealthCheckResponse(status=self._status(name))
+            for name in self._serving
         }
         reply: Message = health_pb2.HealthListResponse(statuses=statuses)
         return reply
@@ -329,19 +337,21 @@ class Health:
             changed.set()
 
 
-def names() -> Iterable[str]:
+def names(tiers: Iterable[Tier]) -> Iterable[str]:
     """Return every name that can be asked for."""
-    return ("", *SERVICES, *(tier.name for tier in TIER_ROLES))
+    return ("", *SERVICES, *(tier.name for tier in tiers))
 
 
-def serving(states: Mapping[Tier, TierState], *, takes_jobs: bool) -> dict[str, bool]:
+def serving(
+    tiers: Sequence[Tier], states: Mapping[Tier, TierState], *, takes_jobs: bool
+) -> dict[str, bool]:
     """Return whether each name serves; a tier without a state does not."""
-    ready = {tier: states.get(tier) is TierState.READY and takes_jobs for tier in TIER_ROLES}
+    ready = {tier: states.get(tier) is TierState.READY and takes_jobs for tier in tiers}
     return {
         **dict.fromkeys(SERVICES, True),
         INFERENCE: any(ready.values()),
-        "": ready[Tier.TACTICAL],
-        **{tier.name: ready[tier] for tier in TIER_ROLES},
+        "": ready[min(tiers)],
+        **{tier.name: ready[tier] for tier in tiers},
     }
 
 

@@ -24,7 +24,7 @@ from sage_fed.trusted_files import os_error, read_trusted
 _NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a machine may boot before it knows the time."""
 
-_MAX_FLIGHTS = 10
+_MAX_ROUNDS = 10
 """A handshake takes three."""
 
 
@@ -116,7 +116,7 @@ def names_in(context: Mapping[str, Iterable[bytes]]) -> frozenset[Identity]:
     alone = not any(True for _ in context.get(_ALTERNATIVES, ()))
     for key, kind in _NAMES.items():
         for raw in context.get(key, ()):
-            # What is no text, or no address, is nobody's name.
+            # What is no text, or no address, is no name.
             with contextlib.suppress(ValueError):
                 name = raw.decode()
                 found.add(Identity.of(kind, name))
@@ -182,7 +182,7 @@ def _prove(certificate: Path, server: ssl.SSLContext) -> float:
             server.wrap_bio(to_server, to_client, server_side=True),
         )
         done: set[ssl.SSLObject] = set()
-        for _ in range(_MAX_FLIGHTS):
+        for _ in range(_MAX_ROUNDS):
             for end in ends:
                 try:
                     end.do_handshake()
@@ -193,7 +193,7 @@ def _prove(certificate: Path, server: ssl.SSLContext) -> float:
         raise ConfigError(
             f"tls.certificate {certificate}: no client could trust it: {_words(error)}"
         ) from None
-    assert len(done) == len(ends), "a handshake with ourselves takes three flights"
+    assert len(done) == len(ends), "a handshake with ourselves takes three rounds"
     shown = ends[0].getpeercert()
     assert shown is not None
     return float(ssl.cert_time_to_seconds(str(shown["notAfter"])))

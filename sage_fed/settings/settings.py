@@ -15,7 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from sage_fed.core import TIER_ROLES, Role, Tier, resolve_model
+from sage_fed.core import TIER_ROLES, Role, Tier
+from sage_fed.model_files import resolve_model
 from sage_fed.settings.values import (
     Address,
     UnixSocket,

@@ -18,8 +18,8 @@ from typing import Any
 
 import tokenizers
 
-from sage_fed.core import HEAD_BYTES, misnomer, resolve_model
 from sage_fed.errors import ModelLoadError
+from sage_fed.model_files import HEAD_BYTES, misnomer, resolve_model
 
 _BACKEND = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"

@@ -19,7 +19,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from sage_fed.core import TIER_ROLES
+from sage_fed.core import MAX_UATP, TIER_ROLES
 from sage_fed.errors import InvalidField
 from sage_fed.settings import LimitSettings
 
@@ -57,10 +57,10 @@ class NotNegative:
 
     def check(self, where: str, value: float, _: LimitSettings) -> None:
         if value < 0:
-            raise InvalidField(where, f"must {self}")
+            raise InvalidField(where, "must not be negative")
 
     def __str__(self) -> str:
-        return "not be negative"
+        return "not negative"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +125,6 @@ class Contents:
 
 
 Bound = Number | NotNegative | Count | OneOf | Contents
-
-MAX_UATP = 2**53
-"""The most that one amount may be: exact in a double too, for clients that read JSON."""
 
 MAX_PAGE_SIZE = 1000
 _TIER_NAME = OneOf(tuple(tier.name for tier in TIER_ROLES), unset=True)
@@ -229,11 +226,16 @@ class _Field:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What is asked of a message: its fields, its required oneofs and their members."""
+    """What is asked of a message.
+
+    `required` are its oneofs with their members, `roles` the names of the tiers that it may name
+    twice.
+    """
 
     fields: tuple[_Field, ...]
     required: tuple[tuple[str, str], ...]
     exclusive: tuple[str, ...]
+    roles: Mapping[int, str]
 
 
 @cache
@@ -253,7 +255,16 @@ def _asked(descriptor: Descriptor) -> _Message:
         fields=tuple(found),
         required=tuple((of.name, names) for of, names in zip(required, members, strict=True)),
         exclusive=EXCLUSIVE.get(descriptor.name, ()),
+        roles=_roles(descriptor) if "tier_name" in descriptor.fields_by_name else {},
     )
+
+
+def _roles(descriptor: Descriptor) -> dict[int, str]:
+    """Return the names of the tiers that the enum has, by their numbers."""
+    enum = descriptor.fields_by_name["tier"].enum_type
+    assert enum is not None
+    names = {of.number: of.name.removeprefix("TIER_").lower() for of in enum.values}
+    return {number: name for number, name in names.items() if name in _TIER_NAME.words}
 
 
 def _check(asked: _Message, message: Any, limits: LimitSettings, path: str) -> None:  # noqa: ANN401 - of any type
@@ -263,6 +274,9 @@ def _check(asked: _Message, message: Any, limits: LimitSettings, path: str) -> N
             raise InvalidField(path + oneof, text)
     if asked.exclusive:
         _check_exclusive(message, asked.exclusive, path)
+    role = asked.roles.get(message.tier) if asked.roles and message.tier_name else None
+    if role is not None and role != message.tier_name:
+        raise InvalidField(f"{path}tier_name", f"must be {role}, as tier says, or empty")
     for field in asked.fields:
         name = field.name
         if field.presence and not message.HasField(name):

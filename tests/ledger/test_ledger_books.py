@@ -4,7 +4,7 @@ import apsw
 import pytest
 from ledger_fakes import Desk
 
-from sage_fed.core import Budget, BudgetChange, Day
+from sage_fed.core import MAX_UATP, Budget, BudgetChange, Day
 from sage_fed.errors import (
     CannotAfford,
     HoldClosed,
@@ -16,7 +16,6 @@ from sage_fed.errors import (
 from sage_fed.ledger.books import DAY_NS, MAX_INT, Retention
 from sage_fed.ledger.check import audit
 from sage_fed.ledger.entries import (
-    MAX_UATP,
     AccountTerms,
     HoldReceipt,
     Place,

@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledger_fakes import Desk
 
-from sage_fed.core import BudgetChange
+from sage_fed.core import MAX_UATP, BudgetChange
 from sage_fed.errors import CannotAfford
 from sage_fed.ledger.books import Account
 from sage_fed.ledger.entries import (
     MAX_LIFETIME_UATP,
-    MAX_UATP,
     NS_PER_S,
     Now,
     system_clock,

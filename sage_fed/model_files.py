@@ -1,4 +1,4 @@
-"""How models are named, what a file is that its name belies, and how a number of things is said.
+"""How models are named, and what a file is that its name belies.
 
 A model is a directory, a bundled model, or a repository of the hub with a commit. The rule that
 tells them apart looks at the text alone: `Qwen/Qwen2.5-7B` is the hub's wherever the daemon runs,
@@ -17,7 +17,7 @@ from pathlib import Path
 
 BUNDLED_PREFIX = "bundled:"
 
-_PACKAGE = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).parent
 _PATHS = ("/", "./", "../", "~")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _BUNDLED_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
@@ -100,8 +100,3 @@ def misnomer(head: bytes, *, is_text: bool) -> str | None:
 def _has_length(head: bytes) -> bool:
     """Whether eight bytes stand before the JSON, as in every safetensors file."""
     return b"\0" in head[:8]
-
-
-def counted(number: int, one: str, several: str = "") -> str:
-    """`1 job`, `1,024 jobs`; `several` where it is not `one` with an s."""
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
