@@ -22,10 +22,10 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import ConnectionBroke, ExitCode, as_options, explain, reported
-from sage_fed.cli.operate import card_fit
 from sage_fed.cli.options import Caller, Connection, JobOptions, OptionGroup, grouped, option
 from sage_fed.cli.render import (
     atp_number,
+    card_fit,
     format_atp,
     format_rate,
     format_seconds,
@@ -384,17 +384,13 @@ def quote(
 
 def _print_quote(answer: Quote) -> None:
     print_table(
-        ("tier", "at most ATP", "affordable", "takes about"),
-        [
-            (
-                tier.tier.name,
-                atp_number(tier.worst_case_uatp),
-                "yes" if tier.affordable else "no",
-                "-" if tier.estimated_s is None else format_seconds(tier.estimated_s),
-            )
-            for tier in answer.tiers
-        ],
-        right=("at most ATP", "takes about"),
+        {
+            "tier": tier.tier.name,
+            ">at most ATP": atp_number(tier.worst_case_uatp),
+            "affordable": "yes" if tier.affordable else "no",
+            ">takes about": "-" if tier.estimated_s is None else format_seconds(tier.estimated_s),
+        }
+        for tier in answer.tiers
     )
     typer.echo()
     decision = answer.decision

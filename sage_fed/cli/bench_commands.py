@@ -337,24 +337,14 @@ def _adopt_command(done: Calibrated, daemon: Operator) -> str:
 
 def _print_result(done: Calibrated, command: str) -> None:
     result = done.result
-    print_table(
-        ("tier", "phase", "batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
-        [_row(point) for point in result.points],
-        right=("batch", "context", "tokens", "step", "tok/s", "beside the other", "±"),
-    )
+    print_table(_row(point) for point in result.points)
     typer.echo()
-    print_table(
-        ("ATP per token", *(phase.value for phase in Phase)),
-        [
-            row
-            for tier in done.prices
-            for row in (
-                (tier, *(f"{float(price):.4f}" for price in done.prices[tier].values())),
-                ("  spread", *(_spread(spread) for spread in done.spreads[tier].values())),
-            )
-        ],
-        right=tuple(phase.value for phase in Phase),
-    )
+    rows: list[dict[str, str]] = []
+    for tier, prices in done.prices.items():
+        shown = {f">{phase}": f"{float(price):.4f}" for phase, price in prices.items()}
+        spreads = {f">{phase}": _spread(spread) for phase, spread in done.spreads[tier].items()}
+        rows += [{"ATP per token": tier, **shown}, {"ATP per token": "  spread", **spreads}]
+    print_table(rows)
     typer.echo()
     ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
     in_force = "now, until the daemon restarts" if result.adopted else f"no; `{command}`"
@@ -382,19 +372,19 @@ def _print_result(done: Calibrated, command: str) -> None:
     )
 
 
-def _row(point: MeasuredPoint) -> tuple[str, ...]:
+def _row(point: MeasuredPoint) -> dict[str, str]:
     beside = point.co_resident_s
-    return (
-        point.tier.name,
-        str(to_plain(point.phase)),
-        str(point.batch),
-        str(point.context_tokens),
-        str(point.tokens),
-        format_seconds(point.step_s),
-        f"{1 / point.token_s:,.0f}",
-        "-" if beside is None else f"{beside / point.step_s:.2f}x",
-        _spread(point.spread),
-    )
+    return {
+        "tier": point.tier.name,
+        "phase": str(to_plain(point.phase)),
+        ">batch": str(point.batch),
+        ">context": str(point.context_tokens),
+        ">tokens": str(point.tokens),
+        ">step": format_seconds(point.step_s),
+        ">tok/s": f"{1 / point.token_s:,.0f}",
+        ">beside the other": "-" if beside is None else f"{beside / point.step_s:.2f}x",
+        ">±": _spread(point.spread),
+    }
 
 
 def _spread(spread: float | None) -> str:

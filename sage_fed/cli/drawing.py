@@ -13,7 +13,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from rich import box
@@ -85,17 +85,19 @@ def plain_table(console: Console) -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def draw(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str]) -> None:
-    """A table on stdout; `right` names the headings whose columns are numbers."""
+def draw(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print a table on stdout, the numbers of the columns with a `>` to the right."""
     console = stdout_console()
     table = plain_table(console)
-    for index, heading in enumerate(headings):
+    for index, heading in enumerate(rows[0] if rows else ()):
         # Folded, never cut: an id is there to be copied. What names the row stays whole.
-        justify: Literal["left", "right"] = "right" if heading in right else "left"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=index == 0)
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        table.add_column(
+            heading.removeprefix(">"), justify=justify, overflow="fold", no_wrap=index == 0
+        )
     for row in rows:
         # `Text`, not markup: square brackets in a prompt are themselves.
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row.values()))
     console.print(table)
 
 

@@ -31,9 +31,11 @@ from sage_fed.cli.options import (
 )
 from sage_fed.cli.render import (
     atp_number,
+    card_fit,
     format_atp,
     format_bytes,
     format_seconds,
+    headline,
     print_fields,
     print_json,
     print_table,
@@ -42,7 +44,6 @@ from sage_fed.cli.render import (
 from sage_fed.cli.serve import effective
 from sage_fed.cli.streams import complain
 from sage_fed.core import (
-    CardFit,
     DaemonStatus,
     Day,
     ModelStatus,
@@ -156,33 +157,20 @@ def recovered(now: DaemonStatus) -> str:
 def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
     """What each tier is doing."""
     print_table(
-        ("tier", "state", "running", "waiting", "KV tokens", "cached", "step", "prefill tok/s"),
-        [
-            (
-                tier.tier.name,
-                tier.state.value,
-                f"{tier.running}/{tier.running_limit}",
-                f"{tier.waiting}/{tier.waiting_limit}",
-                f"{tier.kv_tokens_used:,}/{tier.kv_tokens_total:,}",
-                f"{tier.kv_tokens_cached:,}",
-                "-" if tier.decode_step_s is None else format_seconds(tier.decode_step_s),
-                "-" if tier.prefill_tokens_per_s is None else f"{tier.prefill_tokens_per_s:,.0f}",
-            )
-            for tier in tiers
-        ],
-        right=("running", "waiting", "KV tokens", "cached", "step", "prefill tok/s"),
+        {
+            "tier": tier.tier.name,
+            "state": tier.state.value,
+            ">running": f"{tier.running}/{tier.running_limit}",
+            ">waiting": f"{tier.waiting}/{tier.waiting_limit}",
+            ">KV tokens": f"{tier.kv_tokens_used:,}/{tier.kv_tokens_total:,}",
+            ">cached": f"{tier.kv_tokens_cached:,}",
+            ">step": "-" if tier.decode_step_s is None else format_seconds(tier.decode_step_s),
+            ">prefill tok/s": "-"
+            if tier.prefill_tokens_per_s is None
+            else f"{tier.prefill_tokens_per_s:,.0f}",
+        }
+        for tier in tiers
     )
-
-
-def card_fit(now: DaemonStatus) -> str:
-    """Whether the prices belong to this machine, loudly where they do not."""
-    fit = now.rate_card_fit
-    return f"{'STALE' if fit is CardFit.STALE else fit.value}: {headline(now.rate_card_note)}"
-
-
-def headline(note: str) -> str:
-    """A card's note for a person; the lines below it are for the log and for programs."""
-    return note.partition("\n")[0]
 
 
 def admin_app() -> typer.Typer:
@@ -225,40 +213,32 @@ def _print_load(now: LoadReport) -> None:
 
 def _print_jobs(jobs: Sequence[RunningJob]) -> None:
     print_table(
-        ("job", "account", "tier", "priority", "age", "tokens", "held ATP"),
-        [
-            (
-                job.job_id,
-                job.account,
-                job.tier.name,
-                job.priority.name.lower(),
-                format_seconds(job.age_s),
-                f"{job.prompt_tokens} + {job.output_tokens}",
-                atp_number(job.held_uatp),
-            )
-            for job in jobs
-        ],
-        right=("age", "tokens", "held ATP"),
+        {
+            "job": job.job_id,
+            "account": job.account,
+            "tier": job.tier.name,
+            "priority": job.priority.name.lower(),
+            ">age": format_seconds(job.age_s),
+            ">tokens": f"{job.prompt_tokens} + {job.output_tokens}",
+            ">held ATP": atp_number(job.held_uatp),
+        }
+        for job in jobs
     )
 
 
 def _print_unread(replies: Sequence[OpenReply]) -> None:
     """Show what readers do not take; each name is one that `admin abort` takes."""
     print_table(
-        ("call", "job", "account", "connection", "unread for", "size", "ended"),
-        [
-            (
-                reply.call_id,
-                reply.job_id or "-",
-                reply.account,
-                reply.connection,
-                format_seconds(reply.unread_s),
-                format_bytes(reply.unread_bytes),
-                "yes" if reply.ended else "no",
-            )
-            for reply in replies
-        ],
-        right=("unread for", "size"),
+        {
+            "call": reply.call_id,
+            "job": reply.job_id or "-",
+            "account": reply.account,
+            "connection": reply.connection,
+            ">unread for": format_seconds(reply.unread_s),
+            ">size": format_bytes(reply.unread_bytes),
+            "ended": "yes" if reply.ended else "no",
+        }
+        for reply in replies
     )
 
 
@@ -412,19 +392,15 @@ def _print_entries(page: EntryPage) -> None:
         typer.echo("no entries yet")
         return
     print_table(
-        ("entry", "time", "kind", "ATP", "moved to", "job"),
-        [
-            (
-                str(entry.entry_id),
-                _local_time(entry.time_ns),
-                entry.kind.value,
-                atp_number(entry.amount_uatp),
-                _BOOKS.get(entry.credit, entry.credit),
-                entry.job_id or "-",
-            )
-            for entry in page.entries
-        ],
-        right=("entry", "ATP"),
+        {
+            ">entry": str(entry.entry_id),
+            "time": _local_time(entry.time_ns),
+            "kind": entry.kind.value,
+            ">ATP": atp_number(entry.amount_uatp),
+            "moved to": _BOOKS.get(entry.credit, entry.credit),
+            "job": entry.job_id or "-",
+        }
+        for entry in page.entries
     )
     if page.days:
         typer.echo("\nolder entries, and holds that were given back, by the day (UTC):")
@@ -485,20 +461,16 @@ def back_up_books(
 
 def _print_days(days: Sequence[Day]) -> None:
     print_table(
-        ("day", "entries", "granted", "spent", "jobs", "given back", "expired"),
-        [
-            (
-                _date(day),
-                str(day.num_entries),
-                atp_number(day.minted_uatp),
-                atp_number(day.spent_uatp),
-                str(day.settled_jobs),
-                str(day.voided_jobs),
-                str(day.expired_jobs),
-            )
-            for day in days
-        ],
-        right=("entries", "granted", "spent", "jobs", "given back", "expired"),
+        {
+            "day": _date(day),
+            ">entries": str(day.num_entries),
+            ">granted": atp_number(day.minted_uatp),
+            ">spent": atp_number(day.spent_uatp),
+            ">jobs": str(day.settled_jobs),
+            ">given back": str(day.voided_jobs),
+            ">expired": str(day.expired_jobs),
+        }
+        for day in days
     )
 
 
@@ -674,11 +646,16 @@ def list_tokens(*, tokens: TokensFile) -> None:
             typer.echo(f"no entries in {path}")
         else:
             print_table(
-                ("id", "kind", "name", "account", "role", "created", "expires"),
-                [
-                    (e.id, e.kind, e.name, e.account, e.role, e.created, e.expires or "never")
-                    for e in known
-                ],
+                {
+                    "id": e.id,
+                    "kind": e.kind,
+                    "name": e.name,
+                    "account": e.account,
+                    "role": e.role,
+                    "created": e.created,
+                    "expires": e.expires or "never",
+                }
+                for e in known
             )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from sage_fed.cli.streams import between_words
-from sage_fed.core import UATP_PER_ATP, Tier
+from sage_fed.core import UATP_PER_ATP, CardFit, DaemonStatus, Tier
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,6 +82,17 @@ def format_rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.0f}" if tokens > 0 and seconds > 0 else ""
 
 
+def card_fit(now: DaemonStatus) -> str:
+    """Whether the prices belong to this machine, loudly where they do not."""
+    fit = now.rate_card_fit
+    return f"{'STALE' if fit is CardFit.STALE else fit.value}: {headline(now.rate_card_note)}"
+
+
+def headline(note: str) -> str:
+    """A card's note for a person; the lines below it are for the log and for programs."""
+    return note.partition("\n")[0]
+
+
 def join_parts(parts: Iterable[str], width: int) -> list[str]:
     """The parts with dots between them, on lines of at most `width` that break only there."""
     lines: list[str] = []
@@ -125,16 +136,11 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(to_plain(value), ensure_ascii=False))
 
 
-def print_table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    right: Sequence[str] = (),
-) -> None:
-    """A table on stdout; `right` names the headings whose columns are numbers."""
+def print_table(rows: Iterable[Mapping[str, str]]) -> None:
+    """Print rows of cells by heading on stdout; a heading with `>` before it is of numbers."""
     from sage_fed.cli.drawing import draw  # noqa: PLC0415 - a tenth of a second that `ask` saves
 
-    draw(headings, rows, right)
+    draw(tuple(rows))
 
 
 def plain_line(console: Console, line: str, style: str | None = None) -> None:

@@ -171,7 +171,10 @@ def config(*, given: SettingsFlags, as_json: options.AsJson = False) -> None:
         if as_json:
             print_json(found.objects())
         else:
-            print_table(("setting", "value", "from"), found.rows())
+            print_table(
+                {"setting": key, "value": value, "from": origin}
+                for key, value, origin in found.rows()
+            )
 
 
 def effective(flags: dict[str, Any], config_file: Path | None) -> Effective:
@@ -407,12 +410,13 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
     if as_json:
         print_json(_object(outcome))
         return
-    rows = [(change.action.value, str(change.path)) for change in outcome.changes]
-    rows += [("run", " ".join(command)) for command in outcome.commands]
+    done = "would" if outcome.dry_run else "done"
+    rows = [{done: change.action.value, "": str(change.path)} for change in outcome.changes]
+    rows += [{done: "run", "": " ".join(command)} for command in outcome.commands]
     if not rows:
         typer.echo(f"{outcome.plan.unit} is not installed; nothing to do")
         return
-    print_table(("would" if outcome.dry_run else "done", ""), rows)
+    print_table(rows)
     if outcome.dry_run:
         for change in outcome.changes:
             if change.content:
