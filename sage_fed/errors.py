@@ -69,11 +69,11 @@ class CannotAfford(Retryable):
     reason = "CANNOT_AFFORD"
 
     def __init__(
-        self, message: str, *, account: str, reason: str, retry_after_s: float | None
+        self, message: str, *, account: str, detail: str, retry_after_s: float | None
     ) -> None:
         super().__init__(message, retry_after_s)
         self.account = account
-        self.detail = reason
+        self.detail = detail
 
 
 class QueueFull(Retryable):

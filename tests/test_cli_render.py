@@ -130,7 +130,7 @@ def test_values_become_plain_json() -> None:
     ("error", "code", "words"),
     [
         (
-            CannotAfford("12 ATP are needed", account="a", reason="BALANCE", retry_after_s=2.04),
+            CannotAfford("12 ATP are needed", account="a", detail="BALANCE", retry_after_s=2.04),
             ExitCode.REFUSED,
             ("refused: 12 ATP", "retry after 2.0 s", "sage-fed budget"),
         ),
@@ -156,7 +156,7 @@ def test_advice_is_given_once_and_in_options() -> None:
     """A sentence that says how long to wait is not repeated, and names what a person can type."""
     error = CannotAfford(
         "above its max_cost_uatp of 1 ATP; wait 2.0 s for the refill",
-        account="a", reason="CANNOT_AFFORD", retry_after_s=2.0,
+        account="a", detail="CANNOT_AFFORD", retry_after_s=2.0,
     )  # fmt: skip
     expected = (
         "refused: above its --max-cost of 1 ATP; wait 2.0 s for the refill; "
@@ -181,7 +181,7 @@ def test_one_is_not_several() -> None:
 
 def test_an_error_for_a_program_has_its_fields() -> None:
     """`--json` gives the stable reason, and the delay as a number."""
-    error = CannotAfford("no", account="a", reason="MAX_COST", retry_after_s=1.5)
+    error = CannotAfford("no", account="a", detail="MAX_COST", retry_after_s=1.5)
     expected = {
         "error": {
             "reason": "CANNOT_AFFORD", "message": "no", "retry_after_s": 1.5, "detail": "MAX_COST",

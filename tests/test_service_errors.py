@@ -16,8 +16,9 @@ from service_harness import STARTED, WAIT_S, Harness, ScriptedJobs, in_thread, s
 from sage_fed import errors
 from sage_fed.client import Client
 from sage_fed.errors import SageFedError
-from sage_fed.service import edge, error_status
+from sage_fed.service import edge
 from sage_fed.v1 import inference_pb2, types_pb2
+from sage_fed.wire import error_status
 
 STREAM = "/sage_fed.v1.InferenceService/GenerateStream"
 QUOTE = "/sage_fed.v1.InferenceService/Quote"
@@ -47,12 +48,12 @@ ROWS: list[tuple[SageFedError, grpc.StatusCode, list[str]]] = [
     (errors.NoSuchAccount("robot"), grpc.StatusCode.PERMISSION_DENIED, ["ErrorInfo"]),
     (errors.NotFound("no such model"), grpc.StatusCode.NOT_FOUND, ["ErrorInfo"]),
     (
-        errors.CannotAfford("costs 9", account="local", reason="balance", retry_after_s=2.5),
+        errors.CannotAfford("costs 9", account="local", detail="balance", retry_after_s=2.5),
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         ["QuotaFailure", "RetryInfo", "ErrorInfo"],
     ),
     (
-        errors.CannotAfford("costs 9", account="local", reason="max_cost", retry_after_s=None),
+        errors.CannotAfford("costs 9", account="local", detail="max_cost", retry_after_s=None),
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         ["QuotaFailure", "ErrorInfo"],
     ),
@@ -159,7 +160,7 @@ async def test_a_bug_is_internal_with_an_id_and_tells_no_secrets(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bug: BaseException, method: str
 ) -> None:
     """The client gets INTERNAL and an id, also for a leaked CancelledError; the log the story."""
-    caplog.set_level(logging.ERROR, "sage_fed.service.error_status")
+    caplog.set_level(logging.ERROR, "sage_fed.wire.error_status")
     async with serving(tmp_path, jobs=ScriptedJobs(refusals=[bug])) as harness:
         if method == QUOTE:
             call = unary(harness, QUOTE, quote_request())

@@ -117,7 +117,7 @@ class Books:
                 f"the worst case of {request.amount_uatp} uATP is above the balance of "
                 f"{budget.balance_uatp}; ask for less or wait for the refill",
                 account=key.account,
-                reason="cannot_afford",
+                detail="cannot_afford",
                 retry_after_s=None,
             )
         self.db.execute(

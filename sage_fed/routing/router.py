@@ -366,7 +366,7 @@ def refusal_error(refusal: Refusal, account: str) -> SageFedError:
             return CannotAfford(
                 refusal.message,
                 account=account,
-                reason=refusal.reason,
+                detail=refusal.reason,
                 retry_after_s=refusal.retry_after_s,
             )
         case other:

@@ -29,8 +29,8 @@ from grpc_status import rpc_status
 from sage_fed.core import OpenReply, counted
 from sage_fed.errors import CallEnded, NotOneRequest, RateLimited
 from sage_fed.service.connections import Connections, host_of
-from sage_fed.service.error_status import status_of
 from sage_fed.settings import LimitSettings
+from sage_fed.wire.error_status import status_of
 
 if TYPE_CHECKING:
     from sage_fed.jobs import OutgoingStream

@@ -35,11 +35,11 @@ from sage_fed.auth import Authenticator, Throttle, require_role
 from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
 from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError, Unauthenticated
 from sage_fed.service.calls import OpenCall, OpenCalls
-from sage_fed.service.error_status import status_of
 from sage_fed.service.tls import names_in
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2
 from sage_fed.wire import bounds
+from sage_fed.wire.error_status import status_of
 
 if TYPE_CHECKING:
     from sage_fed.tracing import Call as TracedCall
