@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import apsw
@@ -109,13 +109,14 @@ class Books:
         if replay is not None:
             return replay
         row = self.accounts.read(key.account)
-        budget = row.budget(now)
-        request = decide(budget)
+        refilled = row.refilled(now)
+        request = decide(refilled.budget())
         _require_sound(request)
-        if request.amount_uatp > budget.balance_uatp:
+        balance_uatp = refilled.charged_uatp - request.amount_uatp
+        if balance_uatp < 0:
             raise CannotAfford(
                 f"the worst case of {request.amount_uatp} uATP is above the balance of "
-                f"{budget.balance_uatp}; ask for less or wait for the refill",
+                f"{refilled.charged_uatp}; ask for less or wait for the refill",
                 account=key.account,
                 detail="cannot_afford",
                 retry_after_s=None,
@@ -134,11 +135,10 @@ class Books:
         )
         if not self.db.changes():
             raise InvalidField("job_id", "is in use")
-        self.accounts.write_refill(row, now, needed_uatp=request.amount_uatp)
+        self.accounts.write_refill(row, refilled, now, needed_uatp=request.amount_uatp)
         self.accounts.post(key.account, EntryKind.HOLD, request.amount_uatp, now, request.job_id)
         self.requests.claim(key, request.job_id)
         # What is held counts as outstanding, so holding it makes no room for more refill.
-        balance_uatp = budget.balance_uatp - request.amount_uatp
         return HoldReceipt(request.job_id, request.amount_uatp, balance_uatp)
 
     def settle(
@@ -269,7 +269,8 @@ class Books:
         result: bytes | None = None,
     ) -> Settlement:
         row = self.accounts.read(job.account)
-        self.accounts.write_refill(row, now)
+        refilled = row.refilled(now)
+        self.accounts.write_refill(row, refilled, now)
         self.db.execute(
             "UPDATE job SET state = ?, outcome = ?, charged_uatp = ? WHERE job_id = ?",
             (state.value, outcome, charged_uatp, job.job_id),
@@ -283,11 +284,11 @@ class Books:
         if given_back or not (job.held_uatp or self.requests.keeps(job.job_id)):
             self.days.fold_job(job.job_id, job.account, state, now.wall_ns)
         # The refill until now was counted before, so what comes back is all that comes.
-        balance_uatp = row.available_uatp(now) + rest_uatp
+        balance_uatp = refilled.charged_uatp + rest_uatp
         return Settlement(job.job_id, job.held_uatp, charged_uatp, balance_uatp)
 
     def _ended_before(self, job: _Job, now: Now) -> Settlement:
-        balance_uatp = self.accounts.read(job.account).available_uatp(now)
+        balance_uatp = self.accounts.read(job.account).refilled(now).charged_uatp
         return Settlement(job.job_id, job.held_uatp, job.charged_uatp, balance_uatp, repeated=True)
 
 
@@ -320,21 +321,6 @@ _DECLARED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Accrual:
-    """The refill since an account's mark, and where the mark is then.
-
-    `remainder` is in 1e-9 uATP. `capped`: the account was full at some time since, so what came
-    later is lost.
-    """
-
-    amount_uatp: int
-    ns: int
-    remainder: int
-    elapsed_ns: int
-    capped: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Account:
     """One row, as of its refill mark."""
 
@@ -352,8 +338,15 @@ class Account:
     declared_refill_uatp_per_s: int | None = None
     declared_floor_uatp: int | None = None
 
-    def accrual(self, now: Now) -> Accrual:
-        """Count the refill since the mark, up to the capacity and the lifetime limit.
+    @property
+    def room_uatp(self) -> int:
+        """How much may come in yet. Held amounts count: voiding them must not pass the capacity."""
+        outstanding_uatp = self.charged_uatp + self.held_uatp
+        lifetime_uatp = outstanding_uatp + self.discharged_uatp
+        return max(0, min(self.capacity_uatp - outstanding_uatp, MAX_LIFETIME_UATP - lifetime_uatp))
+
+    def refilled(self, now: Now) -> Account:
+        """The row with the refill since its mark, up to its room, and the mark moved.
 
         A rate in uATP/s over some ns gives billionths of a uATP; whole ones are credited and the
         rest is carried, so that refilling often and refilling rarely give the same sum.
@@ -361,34 +354,25 @@ class Account:
         Of another epoch nothing counts: no clock tells how long ago its mark was, and another
         machine's uptime says nothing about it.
         """
-        same_epoch = self.refill_epoch == now.epoch
-        elapsed_ns = max(0, now.ns - self.refill_ns) if same_epoch else 0
-        ns = max(self.refill_ns, now.ns) if same_epoch else now.ns
+        ns = max(self.refill_ns, now.ns) if self.refill_epoch == now.epoch else now.ns
+        elapsed_ns = ns - self.refill_ns if self.refill_epoch == now.epoch else 0
         amount_uatp, remainder = divmod(
             self.refill_uatp_per_s * elapsed_ns + self.refill_remainder, NS_PER_S
         )
-        # Held amounts count: voiding them must not pass the capacity.
-        outstanding_uatp = self.charged_uatp + self.held_uatp
-        room_uatp = max(
-            0,
-            min(
-                self.capacity_uatp - outstanding_uatp,
-                MAX_LIFETIME_UATP - outstanding_uatp - self.discharged_uatp,
-            ),
+        if amount_uatp >= self.room_uatp:  # full at some time since: what came later is lost
+            amount_uatp, remainder = self.room_uatp, 0
+        return replace(
+            self,
+            charged_uatp=self.charged_uatp + amount_uatp,
+            refill_epoch=now.epoch,
+            refill_ns=ns,
+            refill_remainder=remainder,
         )
-        if amount_uatp >= room_uatp:
-            return Accrual(room_uatp, ns, 0, elapsed_ns, capped=True)
-        return Accrual(amount_uatp, ns, remainder, elapsed_ns, capped=False)
 
-    def available_uatp(self, now: Now) -> int:
-        """What may be held now, refill included."""
-        return self.charged_uatp + self.accrual(now).amount_uatp
-
-    def budget(self, now: Now) -> Budget:
-        """The books with refill counted until now."""
+    def budget(self) -> Budget:
         return Budget(
             account=self.account,
-            balance_uatp=self.available_uatp(now),
+            balance_uatp=self.charged_uatp,
             held_uatp=self.held_uatp,
             discharged_uatp=self.discharged_uatp,
             capacity_uatp=self.capacity_uatp,
@@ -430,21 +414,21 @@ class Accounts:
         )
         assert self._db.changes() == 1, "the account was read before"
 
-    def write_refill(self, row: Account, now: Now, *, needed_uatp: int = 0) -> None:
+    def write_refill(
+        self, row: Account, refilled: Account, now: Now, *, needed_uatp: int = 0
+    ) -> None:
         """Write the refill since the mark, before an operation that moves this account.
 
         Left for later where that changes no sum: the account was never full since its mark,
         `needed_uatp` is there already, and the mark is younger than `REFILL_QUANTUM_NS`.
         """
-        accrual = row.accrual(now)
         if (
-            not accrual.capped
-            and needed_uatp <= row.charged_uatp
-            and accrual.elapsed_ns < REFILL_QUANTUM_NS
-            and now.epoch == row.refill_epoch
+            refilled.room_uatp == 0
+            or needed_uatp > row.charged_uatp
+            or refilled.refill_ns - row.refill_ns >= REFILL_QUANTUM_NS
+            or refilled.refill_epoch != row.refill_epoch
         ):
-            return
-        self._write(row, accrual, now)
+            self._write(row, refilled, now)
 
     def begin_epoch(self, now: Now) -> None:
         """Begin to count here and now for every account that was last counted on another boot."""
@@ -466,11 +450,11 @@ class Accounts:
         ).fetchall()
         seen = [Account(*cast("tuple[Any, ...]", values)) for values in rows]
         for row in seen:
-            accrual = row.accrual(now)
+            refilled = row.refilled(now)
             if row.refill_uatp_per_s and (
-                accrual.elapsed_ns >= age_ns or now.epoch != row.refill_epoch
+                refilled.refill_ns - row.refill_ns >= age_ns or now.epoch != row.refill_epoch
             ):
-                self._write(row, accrual, now)
+                self._write(row, refilled, now)
         return seen[-1].account if len(seen) == limit else ""
 
     def ensure(self, account: str, terms: AccountTerms, now: Now) -> Budget:
@@ -534,10 +518,10 @@ class Accounts:
             "VALUES (?, 0, 0, 0, ?, ?, 0) ON CONFLICT DO NOTHING",
             (account, now.epoch, now.ns),
         )
-        row = self.read(account)
+        before = self.read(account)
         # The time until now was lived under the old terms.
-        self._write(row, row.accrual(now), now)
-        row = self.read(account)
+        row = before.refilled(now)
+        self._write(before, row, now)
         if change.balance_uatp is not None:
             rise_uatp = change.balance_uatp - row.charged_uatp
             if change.balance_uatp + row.held_uatp + row.discharged_uatp > MAX_LIFETIME_UATP:
@@ -547,18 +531,13 @@ class Accounts:
         terms = {name: getattr(change, name) for name in _DECLARED}
         self._update(account, {name: term for name, term in terms.items() if term is not None})
         self._update(account, {_DECLARED[name]: term for name, term in said.items()})
-        return self.read(account).budget(now)
+        return self.read(account).budget()
 
-    def _write(self, row: Account, accrual: Accrual, now: Now) -> None:
-        self.post(row.account, EntryKind.REFILL, accrual.amount_uatp, now)
-        self._update(
-            row.account,
-            {
-                "refill_epoch": now.epoch,
-                "refill_ns": accrual.ns,
-                "refill_remainder": accrual.remainder,
-            },
-        )
+    def _write(self, row: Account, refilled: Account, now: Now) -> None:
+        amount_uatp = refilled.charged_uatp - row.charged_uatp
+        self.post(row.account, EntryKind.REFILL, amount_uatp, now)
+        mark = ("refill_epoch", "refill_ns", "refill_remainder")
+        self._update(row.account, {name: getattr(refilled, name) for name in mark})
 
     def _update(self, account: str, values: Mapping[str, int | str]) -> None:
         if values:

@@ -256,7 +256,7 @@ class Ledger:
         """The account's books now, refill included; `NoSuchAccount`, and `QueueFull`."""
         return await self._read(
             account,
-            lambda books, now: books.accounts.read(account).budget(now),
+            lambda books, now: books.accounts.read(account).refilled(now).budget(),
             refusable=refusable,
         )
 

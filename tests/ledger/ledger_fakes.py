@@ -113,7 +113,7 @@ class Desk:
 
     def budget(self, account: str = "ann") -> Budget:
         """The account now."""
-        return self.books.accounts.read(account).budget(self.clock.now())
+        return self.books.accounts.read(account).refilled(self.clock.now()).budget()
 
     def balance(self, account: str = "ann") -> int:
         """What is available now."""

@@ -1,7 +1,6 @@
 """Refill: exact, capped, and deaf to jumping clocks."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,7 @@ def test_refilling_often_and_refilling_once_give_the_same_sum(
     row, ns = Account("ann", 0, 0, 0, room, rate, 0, "boot", 0, 0), 0
     for gap_ns in gaps_ns:
         ns += gap_ns
-        step = row.accrual(Now("boot", ns, 0))
-        row = replace(
-            row,
-            charged_uatp=row.charged_uatp + step.amount_uatp,
-            refill_ns=step.ns,
-            refill_remainder=step.remainder,
-        )
+        row = row.refilled(Now("boot", ns, 0))
 
     assert min(room, rate * ns // NS_PER_S) == row.charged_uatp
 
