@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NEEDED = (
     "apsw", "google.protobuf", "google.rpc", "grpc", "grpc_health", "grpc_reflection",
     "grpc_status", "huggingface_hub", "jinja2", "limits", "prometheus_client", "pydantic",
-    "pydantic_settings", "pynvml", "pythonjsonlogger", "rich", "safetensors", "tokenizers",
+    "pynvml", "pythonjsonlogger", "rich", "safetensors", "tokenizers",
     "tomlkit", "torch", "transformers", "typer", "uvicorn", "uvloop",
 )  # fmt: skip
 """What the daemon depends on, as it is imported."""

@@ -25,7 +25,7 @@ from typing import TextIO
 # The formatter of JSON lines with the longest upkeep; logging's own module has none.
 from pythonjsonlogger.json import JsonFormatter
 
-from sage_fed.core import counted
+from sage_fed.core import counted, escaped
 from sage_fed.errors import SageFedError
 
 MAX_PENDING = 10_000
@@ -44,12 +44,7 @@ _SPOKEN = (SageFedError, OSError)
 
 def clean(text: str) -> str:
     """The text on one line, without secrets and without what would repaint a terminal."""
-    if not text.isprintable():
-        text = "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-            for char in text
-        )
-    return _SECRET.sub(r"\1***", text)
+    return _SECRET.sub(r"\1***", escaped(text))
 
 
 def story_of(error: BaseException, *, words: bool = False) -> str:

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 BENCH = Path(__file__).parent.parent / "bench"
 
 NOT_ON_A_BARE_GPU_MACHINE = (
-    "apsw", "grpc", "grpc_health", "prometheus_client", "pydantic", "pydantic_settings", "typer",
+    "apsw", "grpc", "grpc_health", "prometheus_client", "pydantic", "typer",
     "rich",
 )  # fmt: skip
 

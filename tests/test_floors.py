@@ -52,7 +52,6 @@ OWNERS: dict[str, set[str]] = {
     "jinja2": {"text"},
     "apsw": {"ledger"},
     "pydantic": {"settings", "cards"},
-    "pydantic_settings": {"settings"},
     "prometheus_client": {"metrics", "cli"},
     "uvicorn": {"metrics"},
     "pynvml": {"metrics"},

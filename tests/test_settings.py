@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 from hypothesis import given
@@ -21,17 +21,15 @@ from sage_fed.model_files import resolve_model
 from sage_fed.settings import (
     Address,
     Effective,
+    Settings,
     UnixSocket,
     atp_from_uatp,
-    describe,
-    format_size,
     load_settings,
-    parse_listen,
-    parse_size,
     profile_names,
     uatp_from_atp,
 )
-from sage_fed.settings.loading import leaves, plain_leaves, validation_problems
+from sage_fed.settings.loading import leaves, plain_leaves, section_of, validation_problems
+from sage_fed.settings.values import format_size, parse_listen, parse_size
 
 DEMO = {"profile": "demo"}
 
@@ -546,10 +544,10 @@ def test_accounts_have_budgets_of_their_own_or_the_common_one(toml: Path) -> Non
     robot = settings.account_budget("robot")
     assert Role.ADMIN == settings.accounts["robot"].role
     assert (100_000, 6_590_000, 1, 0) == (
-        robot.initial_uatp,
-        robot.capacity_uatp,
-        robot.refill_uatp_per_s,
-        robot.strategic_floor_uatp,
+        uatp_from_atp(robot.initial_atp),
+        uatp_from_atp(robot.capacity_atp),
+        uatp_from_atp(robot.refill_atp_per_s),
+        uatp_from_atp(robot.strategic_floor_atp),
     )
     assert settings.budget == settings.account_budget("guest")
     assert settings.budget == settings.account_budget("nobody-we-know")
@@ -593,9 +591,20 @@ def test_settings_do_not_change() -> None:
         settings.tactical.max_batch = 1
 
 
+def descriptions(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    """Every key with its meaning; `accounts.NAME` stands for any account."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is None:
+            yield f"{prefix}{name}", field.description or ""
+        else:
+            of_any_name = "NAME." * (get_origin(field.annotation) is dict)
+            yield from descriptions(section, f"{prefix}{name}.{of_any_name}")
+
+
 def test_every_key_is_described() -> None:
     """`sage-fed config` and the documentation list the same keys, each with its meaning."""
-    described = {row.key: row.description for row in describe()}
+    described = dict(descriptions(Settings, ""))
     printed = {key for key, _, _ in load().rows()}
     assert printed - {"accounts"} == {key for key in described if ".NAME." not in key}
     assert "accounts.NAME.budget.capacity_atp" in described

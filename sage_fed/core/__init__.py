@@ -55,6 +55,7 @@ from sage_fed.core.money import (
     Offer,
     Price,
     counted,
+    escaped,
 )
 from sage_fed.core.tiers import (
     TIER_ROLES,
@@ -135,5 +136,6 @@ __all__ = [
     "TraceContext",
     "Usage",
     "counted",
+    "escaped",
     "parse_traceparent",
 ]

@@ -18,6 +18,16 @@ def counted(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
+def escaped(text: str) -> str:
+    """Return the text on one line, with control and direction characters as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """What a job cost; `rate_card` was frozen at admission."""

@@ -24,7 +24,7 @@ from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics, MetricsServer, PageAccess
 from sage_fed.model_files import resolve_model
 from sage_fed.routing import possible_decisions
-from sage_fed.settings import Address, Settings, atp_from_uatp
+from sage_fed.settings import Address, Settings, atp_from_uatp, uatp_from_atp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
 
 
@@ -224,10 +224,10 @@ def _words(error: BaseException) -> str:
 def _terms(settings: Settings, account: str) -> AccountTerms:
     budget = settings.account_budget(account)
     return AccountTerms(
-        capacity_uatp=budget.capacity_uatp,
-        refill_uatp_per_s=budget.refill_uatp_per_s,
-        strategic_floor_uatp=budget.strategic_floor_uatp,
-        initial_uatp=budget.initial_uatp,
+        capacity_uatp=uatp_from_atp(budget.capacity_atp),
+        refill_uatp_per_s=uatp_from_atp(budget.refill_atp_per_s),
+        strategic_floor_uatp=uatp_from_atp(budget.strategic_floor_atp),
+        initial_uatp=uatp_from_atp(budget.initial_atp),
     )
 
 

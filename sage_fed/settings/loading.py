@@ -23,9 +23,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
-from pydantic_settings import EnvSettingsSource
+from pydantic_core import ErrorDetails, to_jsonable_python
 
+from sage_fed.core import escaped
 from sage_fed.environment import (
     CLIENT_VARIABLES,
     ENV_PREFIX,
@@ -34,11 +34,36 @@ from sage_fed.environment import (
 )
 from sage_fed.errors import ConfigError
 from sage_fed.settings.settings import TOKENS_FILE, Settings
-from sage_fed.settings.values import format_size
+from sage_fed.settings.values import Address, UnixSocket, format_size
 from sage_fed.trusted_files import os_error, read_trusted
 
 DEFAULT_PROFILE = "qwen2.5"
 _PROFILES = Path(__file__).parent.parent / "profiles"
+
+CREDENTIALS = "CREDENTIALS_DIRECTORY"
+"""Where systemd puts the files of LoadCredential; the paths below may start with it."""
+
+_CREDENTIALS = {
+    "tokens.toml": ("auth", "tokens_file"),
+    "tls.crt": ("tls", "certificate"),
+    "tls.key": ("tls", "key"),
+    "client-ca.crt": ("tls", "client_ca"),
+}
+"""Names of the credentials that the unit asks for, and the keys that take their paths."""
+
+_MOST_LINES = 10
+"""Problems that one error tells; more are another program's file, or one mistake in all of them."""
+
+_PORT_WORDS = ("port", "host", "addr", "address", "bind")
+"""What other programs call a part, or all, of where they listen."""
+
+_MOST_CHOICES = 8
+"""Names that fit into a line."""
+
+_TOKENS_KEY = ("auth", "tokens_file")
+
+Layer = dict[tuple[str, ...], tuple[Any, str]]
+"""The values of one source, each with its origin, by the path of its key; an empty table is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +107,27 @@ def load_settings(
     if config is None and environ.get("SAGE_FED_CONFIG"):
         config = Path(environ["SAGE_FED_CONFIG"])
     ignored = of_kubernetes(environ)
-    given = [_environment_layer(environ, ignored), _flag_layer(flags)]
-    if config is not None:
-        given.insert(0, _file_layer(config))
-    profile, origin = DEFAULT_PROFILE, "default"
+    given = (
+        _file_layer(config) if config is not None else {},
+        _environment_layer(environ, ignored),
+        {
+            tuple(key.split(".")): (value, "flag")
+            for key, value in flags.items()
+            if value is not None
+        },
+    )
+    profile = (DEFAULT_PROFILE, "default")
     for layer in given:
-        if "profile" in layer.values:
-            profile, origin = layer.values["profile"], layer.origins.get("profile", "")
-    base = Layer({"profile": DEFAULT_PROFILE}, {"profile": "default"})
-    merged: Values = {}
-    origins: dict[str, str] = {}
-    manager = (_state_dir_layer(environ), credentials_layer(environ))
-    for layer in (base, *manager, _profile_layer(profile, origin), *given):
-        merge(merged, origins, layer)
-    expand_credentials(merged, origins, environ)
-    _look_into_state_dir(merged, origins)
+        profile = layer.get(("profile",), profile)
+    merged: Layer = {("profile",): (DEFAULT_PROFILE, "default")}
+    manager = (_state_dir_layer(environ), _credentials_layer(environ))
+    for layer in (*manager, _profile_layer(*profile), *given):
+        _lay(merged, layer)
+    _expand_credentials(merged, environ)
+    _look_into_state_dir(merged)
+    origins = {".".join(path): origin for path, (_, origin) in merged.items()}
     try:
-        settings = Settings.model_validate(merged)
+        settings = Settings.model_validate(_nested(merged))
     except ValidationError as error:
         raise config_error(*validation_problems(error, Settings, origins)) from None
     complete = {key: origins.get(key, "default") for key, _ in leaves(settings)}
@@ -110,9 +139,46 @@ def profile_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _PROFILES.glob("*.toml")))
 
 
-def _look_into_state_dir(merged: Values, origins: dict[str, str]) -> None:
+def _lay(merged: Layer, layer: Layer) -> None:
+    """Lay one more layer over what is merged already; an empty table takes nothing away."""
+    for path, found in layer.items():
+        below = [known for known in merged if known[: len(path)] == path]
+        if found[0] == {} and below:
+            continue
+        if path[1:] == ("model",) and found[0] != merged.get(path, (None, ""))[0]:
+            # A revision belongs to its model: another model starts without the old one's.
+            revision = (path[0], "revision")
+            if revision not in layer:
+                merged.pop(revision, None)
+        for known in (*below, *(path[:depth] for depth in range(1, len(path)))):
+            merged.pop(known, None)
+        merged[path] = found
+
+
+def _flat(values: Mapping[str, Any], origin: str, above: tuple[str, ...] = ()) -> Layer:
+    layer: Layer = {}
+    for name, value in values.items():
+        path = (*above, name)
+        if isinstance(value, dict) and value:
+            layer |= _flat(value, origin, path)
+        else:
+            layer[path] = (value, origin)
+    return layer
+
+
+def _nested(layer: Layer) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for (*tables, name), (value, _) in layer.items():
+        table = values
+        for part in tables:
+            table = table.setdefault(part, {})
+        table[name] = value
+    return values
+
+
+def _look_into_state_dir(merged: Layer) -> None:
     """Refuse a file in its place; name its tokens file, where no other is named."""
-    state_dir = merged.get("state_dir")
+    state_dir, origin = merged.get(("state_dir",), (None, ""))
     if not isinstance(state_dir, (str, Path)) or not state_dir:
         return
     directory = os.path.expanduser(state_dir)  # noqa: PTH111 - it never raises
@@ -121,57 +187,73 @@ def _look_into_state_dir(merged: Values, origins: dict[str, str]) -> None:
     except NotADirectoryError:
         usable = False
     except (OSError, ValueError):
-        # One that nobody may look into is the daemon's or the command's to complain of.
+        # One that cannot be looked into is the daemon's or the command's to complain of.
         usable = True
     if not usable:
-        # Else whichever file is looked for first would be blamed.
+        # Else the file that is looked for first would be blamed.
         raise config_error(
-            f"state_dir ({origin_of('state_dir', origins)}): expected a directory, there or yet "
-            f"to be made; {directory} is, or is below, a file"
+            f"state_dir ({origin}): expected a directory, there or yet to be made; {directory} is, "
+            "or is below, a file"
         )
-    auth, path = merged.get("auth", {}), Path(directory) / TOKENS_FILE
-    if not isinstance(auth, dict) or auth.get("tokens_file") not in (None, ""):
-        return
-    if os.path.isfile(path):  # noqa: PTH113 - it never raises
-        put(merged, ("auth", "tokens_file"), path)
-        origins["auth.tokens_file"] = "found in state_dir"
+    path = Path(directory) / TOKENS_FILE
+    unnamed = merged.get(_TOKENS_KEY, (None, ""))[0] in (None, "")
+    # A text in the place of the whole table is refused later, and must stay for that.
+    replaced = merged.get(("auth",), ({}, ""))[0] != {}
+    if unnamed and not replaced and os.path.isfile(path):  # noqa: PTH113 - it never raises
+        _lay(merged, {_TOKENS_KEY: (path, "found in state_dir")})
 
 
-def _flag_layer(flags: Mapping[str, Any]) -> Layer:
-    values: Values = {}
-    for key, value in flags.items():
-        if value is None:
-            continue
-        put(values, key.split("."), value)
-    return layer_of(values, "flag")
+def _credentials_layer(environ: Mapping[str, str]) -> Layer:
+    """The secrets that systemd hands to this unit alone, those of them that it was given."""
+    origin, layer = f"environment {CREDENTIALS}", Layer()
+    if directory := environ.get(CREDENTIALS):
+        for name, key in _CREDENTIALS.items():
+            path = Path(directory) / name
+            try:
+                given = path.is_file()
+            except OSError as error:
+                # Without its tokens the daemon would be open to more callers than it should.
+                raise config_error(
+                    f"{'.'.join(key)} ({origin}): {path}: {error.strerror}"
+                ) from None
+            if given:
+                layer[key] = (path, origin)
+    return layer
+
+
+def _expand_credentials(merged: Layer, environ: Mapping[str, str]) -> None:
+    """Replace a leading `$CREDENTIALS_DIRECTORY` in the paths of secrets; nowhere else."""
+    for key in _CREDENTIALS.values():
+        path, origin = merged.get(key, (None, ""))
+        for written in (f"${CREDENTIALS}/", f"${{{CREDENTIALS}}}/"):
+            if not isinstance(path, str) or not path.startswith(written):
+                continue
+            if not environ.get(CREDENTIALS):
+                raise config_error(
+                    f"{'.'.join(key)} ({origin}): ${CREDENTIALS} is not set; systemd sets "
+                    "it for a unit with LoadCredential=, elsewhere give the whole path"
+                )
+            merged[key] = (f"{environ[CREDENTIALS]}/{path.removeprefix(written)}", origin)
 
 
 def _environment_layer(environ: Mapping[str, str], ignored: Collection[str]) -> Layer:
-    names = {
-        name.lower(): name
-        for name in environ
-        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES and name not in ignored
-    }
-    source = EnvSettingsSource(Settings)
-    source.env_vars = {lower: environ[name] for lower, name in names.items()}
-    values = source()
-    origins: dict[str, str] = {}
+    layer: Layer = {}
+    for name in sorted(environ):
+        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES and name not in ignored:
+            path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
+            layer[path] = (environ[name], f"environment {name}")
     problems: list[str] = []
-    for lower, name in sorted(names.items()):
-        path = lower.removeprefix(ENV_PREFIX.lower()).split("__")
-        if not has(values, path):
-            # Pydantic's source skips what it does not know, so a typo would have no effect.
-            like = client_variable_like(name)
-            what = (
-                f"unknown; did you mean {like}?"
-                if like
-                else unknown_key(Settings, path, f"environment {name}")
-            )
-            problems.append(f"{'.'.join(path)} (environment {name}): {what}")
-        origins[".".join(path)] = f"environment {name}"
+    for path, (_, origin) in layer.items():
+        what = unknown_key(Settings, path, origin)
+        if what and (like := client_variable_like(origin.removeprefix("environment "))):
+            what = f"unknown; did you mean {like}?"
+        if any(path[:depth] in layer for depth in range(1, len(path))):
+            what = "a variable for the whole table is set too; set its keys one by one"
+        if what:
+            problems.append(f"{'.'.join(path)} ({origin}): {what}")
     if problems:
         raise config_error(*problems)
-    return Layer(values, origins)
+    return layer
 
 
 def _file_layer(path: Path) -> Layer:
@@ -180,7 +262,7 @@ def _file_layer(path: Path) -> Layer:
         text = read_trusted("configuration file", path)
     except OSError as error:
         raise os_error(f"{what}: cannot be read, expected a TOML file", error) from None
-    return layer_of(_parse_toml(text, what), f"file {path}")
+    return _toml_layer(text, what, f"file {path}")
 
 
 def _profile_layer(name: object, origin: str) -> Layer:
@@ -190,7 +272,7 @@ def _profile_layer(name: object, origin: str) -> Layer:
             f"profile ({origin}): no profile {name!r}; {did_you_mean(str(name), known)}"
         )
     text = (_PROFILES / f"{name}.toml").read_bytes()
-    return layer_of(_parse_toml(text, f"profile {name}"), f"profile {name}")
+    return _toml_layer(text, f"profile {name}", f"profile {name}")
 
 
 def _state_dir_layer(environ: Mapping[str, str]) -> Layer:
@@ -202,149 +284,22 @@ def _state_dir_layer(environ: Mapping[str, str]) -> Layer:
     else:
         home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
         path, origin = home / ".local" / "state" / "sage-fed", "default"
-    return Layer({"state_dir": path}, {"state_dir": origin})
+    return {("state_dir",): (path, origin)}
 
 
-def _parse_toml(text: bytes, what: str) -> Values:
+def _toml_layer(text: bytes, what: str, origin: str) -> Layer:
     try:
         # Decimal keeps an amount exactly as it was written.
-        return tomllib.loads(text.decode(), parse_float=Decimal)
+        return _flat(tomllib.loads(text.decode(), parse_float=Decimal), origin)
     except UnicodeDecodeError:
         raise config_error(f"{what}: not UTF-8 text; expected a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise config_error(f"{what}: not valid TOML: {error}") from None
 
 
-Values = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Nested values of one source and the origin of each dotted leaf."""
-
-    values: Values
-    origins: Mapping[str, str]
-
-
-def layer_of(values: Values, origin: str) -> Layer:
-    """Return the layer of a source whose values all came from one place."""
-    return Layer(values, {".".join(path): origin for path, _ in walk(values)})
-
-
-def walk(values: Values, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield each leaf and its path; an empty table is a leaf."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from walk(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def has(values: object, path: list[str]) -> bool:
-    """Whether there is anything under a path."""
-    for part in path:
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def merge(merged: Values, origins: dict[str, str], layer: Layer) -> None:
-    """Lay one more layer over what is merged already."""
-    for tier in ("tactical", "strategic"):
-        old, new = (values.get(tier) for values in (merged, layer.values))
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            continue
-        if "model" in new and new["model"] != old.get("model"):
-            # A revision belongs to its model: another model starts without the old one's.
-            old.pop("revision", None)
-            origins.pop(f"{tier}.revision", None)
-    for path, value in walk(layer.values):
-        if put(merged, path, value):
-            key = ".".join(path)
-            origins[key] = origin_of(key, layer.origins)
-
-
-def put(values: Values, path: Sequence[str], value: object) -> bool:
-    """Set one leaf; False where an empty table meets a table, which changes nothing."""
-    *sections, name = path
-    section = values
-    for part in sections:
-        if not isinstance(section.get(part), dict):
-            section[part] = {}
-        section = section[part]
-    if value == {} and isinstance(section.get(name), dict):
-        return False
-    section[name] = value
-    return True
-
-
-CREDENTIALS = "CREDENTIALS_DIRECTORY"
-"""Where systemd puts the files of LoadCredential; the paths below may start with it."""
-
-_CREDENTIALS = {
-    "tokens.toml": "auth.tokens_file",
-    "tls.crt": "tls.certificate",
-    "tls.key": "tls.key",
-    "client-ca.crt": "tls.client_ca",
-}
-"""Names of the credentials that the unit asks for, and the keys that take their paths."""
-
-
-def credentials_layer(environ: Mapping[str, str]) -> Layer:
-    """The secrets that systemd hands to this unit alone, those of them that it was given."""
-    values: Values = {}
-    if directory := environ.get(CREDENTIALS):
-        for name, key in _CREDENTIALS.items():
-            path = Path(directory) / name
-            try:
-                given = path.is_file()
-            except OSError as error:
-                # Without its tokens the daemon would be open to more callers than it should.
-                raise config_error(
-                    f"{key} (environment {CREDENTIALS}): {path}: {error.strerror}"
-                ) from None
-            if given:
-                put(values, key.split("."), path)
-    return layer_of(values, f"environment {CREDENTIALS}")
-
-
-def expand_credentials(
-    merged: Values, origins: Mapping[str, str], environ: Mapping[str, str]
-) -> None:
-    """Replace a leading `$CREDENTIALS_DIRECTORY` in the paths of secrets; nowhere else."""
-    for key in _CREDENTIALS.values():
-        section, name = key.split(".")
-        table: Any = merged.get(section)
-        path = table.get(name) if isinstance(table, dict) else None
-        if not isinstance(path, str):
-            continue
-        for written in (f"${CREDENTIALS}/", f"${{{CREDENTIALS}}}/"):
-            if not path.startswith(written):
-                continue
-            if not environ.get(CREDENTIALS):
-                raise config_error(
-                    f"{key} ({origin_of(key, origins)}): ${CREDENTIALS} is not set; systemd sets "
-                    "it for a unit with LoadCredential=, elsewhere give the whole path"
-                )
-            table[name] = f"{environ[CREDENTIALS]}/{path.removeprefix(written)}"
-
-
-MASK = "**********"
-
-
-@dataclass(frozen=True, slots=True)
-class KeyDescription:
-    """One key: its dotted name, its default as printed (empty: none) and its meaning."""
-
-    key: str
-    default: str
-    description: str
-
-
 def leaves(model: BaseModel) -> Iterator[tuple[str, str]]:
     """Dotted key and printed value of every leaf of `model`, in the order of declaration."""
-    return ((key, printed(key, value)) for key, value in _leaves(model, ""))
+    return ((key, _printed(key, value)) for key, value in _leaves(model, ""))
 
 
 def plain_leaves(model: BaseModel) -> Iterator[tuple[str, object]]:
@@ -353,39 +308,26 @@ def plain_leaves(model: BaseModel) -> Iterator[tuple[str, object]]:
 
 
 def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
-    if isinstance(value, BaseModel):
-        below = {name: getattr(value, name) for name in type(value).model_fields}
-    elif isinstance(value, dict):
-        below = value
-    else:
-        below = {}
-    for name, item in below.items():
+    below: Iterable[tuple[Any, object]] = ()
+    if isinstance(value, (BaseModel, dict)):
+        below = value if isinstance(value, BaseModel) else value.items()
+    empty = True
+    for name, item in below:
+        empty = False
         yield from _leaves(item, f"{key}.{name}" if key else name)
-    if not below:
+    if empty:
         yield key, value
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, SecretStr):
-        return MASK
-    if isinstance(value, enum.Enum):
-        return value.value
     if isinstance(value, Decimal):
         # Exact: an amount has 15 digits at most.
         return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
+    return str(value) if isinstance(value, (Address, UnixSocket)) else to_jsonable_python(value)
 
 
-def printed(key: str, value: object) -> str:
-    """The printed form of one value: sizes with a unit, secrets masked, nothing as `-`."""
-    if isinstance(value, SecretStr):
-        return MASK
+def _printed(key: str, value: object) -> str:
+    """The printed form of one value: sizes with a unit, nothing as `-`; a secret masks itself."""
     if value is None or value in ("", {}):
         return "-"
     if isinstance(value, bool):
@@ -399,56 +341,15 @@ def printed(key: str, value: object) -> str:
     return str(value)
 
 
-def describe() -> tuple[KeyDescription, ...]:
-    """Every key with its meaning; `accounts.NAME` stands for any account."""
-    return tuple(_describe(Settings, ""))
-
-
-def _describe(model: type[BaseModel], prefix: str) -> Iterator[KeyDescription]:
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
-        section = section_of(field.annotation)
-        if section is None:
-            yield KeyDescription(key, _default(key, field), field.description or "")
-        elif get_origin(field.annotation) is dict:
-            yield from _describe(section, f"{key}.NAME.")
-        else:
-            yield from _describe(section, f"{key}.")
-
-
-def _default(key: str, field: FieldInfo) -> str:
-    return "" if field.is_required() else printed(key, field.default)
-
-
-_MOST_LINES = 10
-"""Problems that one error tells; who has more has another file, or one mistake in all of them."""
-
-_PORT_WORDS = ("port", "host", "addr", "address", "bind")
-"""What other programs call a part, or all, of where they listen."""
-
-_MOST_CHOICES = 8
-"""Names that fit into a line."""
-
-
 def config_error(*problems: str) -> ConfigError:
     """One error for all `problems`, each on a line of its own."""
-    lines = [_visible(problem) for problem in problems]
+    # A key is printed as another's file had it: it must not repaint the operator's terminal.
+    lines = [escaped(problem) for problem in problems]
     if len(lines) == 1:
         return ConfigError(lines[0])
     if (more := len(lines) - _MOST_LINES) > 0:
         lines[_MOST_LINES:] = [f"and {more} more"]
     return ConfigError("\n  ".join((f"{len(problems)} settings cannot be used:", *lines)))
-
-
-def _visible(text: str) -> str:
-    """The text with control and direction characters written as escapes.
-
-    A key is printed as somebody else's file had it: it must not repaint the operator's terminal.
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -462,38 +363,39 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(choice)}" if choice else "nothing can be set here"
 
 
-def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str] | None:
-    """Keys that may stand under `path`; None where any name is allowed (accounts)."""
-    section: type[BaseModel] | None = model
-    rest = list(path)
-    while rest:
-        if section is None or rest[0] not in section.model_fields:
-            return []
-        field = section.model_fields[rest.pop(0)]
-        section = section_of(field.annotation)
-        if get_origin(field.annotation) is dict:
-            if not rest:
-                return None
-            rest.pop(0)
-    return list(section.model_fields) if section is not None else []
-
-
 def unknown_key(model: type[BaseModel], path: Sequence[str], origin: str) -> str:
-    """What to say about the first part of `path`, which came from `origin`, that names no key."""
+    """What to say about the first part of `path`, from `origin`, that names no key; "" for none."""
+    _, section, depth = _followed(model, path)
+    if depth == len(path):
+        return ""
     if meant := _respelled(model, path):
         if origin.startswith("environment "):
             meant = ENV_PREFIX + meant.replace(".", "__").upper()
         return f"unknown key; did you mean {meant}?"
-    for depth in range(len(path)):
-        known = known_keys(model, path[:depth])
-        if known is not None and path[depth] not in known:
-            elsewhere = _elsewhere(model, path[depth], depth)
-            if elsewhere:
-                return f"unknown key; {elsewhere}"
-            prefix = "".join(f"{part}." for part in path[:depth])
-            whole = [f"{prefix}{name}" for name in known]
-            return f"unknown key; {did_you_mean(f'{prefix}{path[depth]}', whole)}"
-    return "a variable for the whole table is set too; set its keys one by one"
+    if elsewhere := _elsewhere(model, path[depth], depth):
+        return f"unknown key; {elsewhere}"
+    prefix = "".join(f"{part}." for part in path[:depth])
+    known = [f"{prefix}{name}" for name in section.model_fields] if section is not None else []
+    return f"unknown key; {did_you_mean(f'{prefix}{path[depth]}', known)}"
+
+
+def _followed(
+    model: type[BaseModel], path: Sequence[str]
+) -> tuple[FieldInfo | None, type[BaseModel] | None, int]:
+    """Follow `path` while it names keys: the last field, the table there, and how far it went.
+
+    Pydantic appends names of its own to a location (union members, `[key]`); they name no key.
+    """
+    field: FieldInfo | None = None
+    section: type[BaseModel] | None = model
+    depth = 0
+    while depth < len(path) and section is not None and path[depth] in section.model_fields:
+        field = section.model_fields[path[depth]]
+        section = section_of(field.annotation)
+        depth += 1
+        if depth < len(path) and section is not None and get_origin(field.annotation) is dict:
+            depth += 1  # any name is allowed there (accounts)
+    return field, section, depth
 
 
 def _respelled(model: type[BaseModel], path: Sequence[str]) -> str:
@@ -505,13 +407,8 @@ def _respelled(model: type[BaseModel], path: Sequence[str]) -> str:
         return listen
     if len(path) == 2 and word in model.model_fields:
         return word
-    if len(path) != 1:
-        return ""
-    for at, char in enumerate(word):
-        section, key = word[:at], word[at + 1 :]
-        if char == "_" and key in (known_keys(model, [section]) or ()):
-            return f"{section}.{key}"
-    return ""
+    keys = (f"{name}.{key}" for name, table in _tables(model) for key in table.model_fields)
+    return next((key for key in keys if len(path) == 1 and key.replace(".", "_") == word), "")
 
 
 def _elsewhere(model: type[BaseModel], key: str, depth: int) -> str:
@@ -519,15 +416,16 @@ def _elsewhere(model: type[BaseModel], key: str, depth: int) -> str:
     if depth:
         here = key in model.model_fields and section_of(model.model_fields[key].annotation) is None
         return f"{key} is a top-level key, not one of a table" * here
-    tables = {name: section_of(field.annotation) for name, field in model.model_fields.items()}
-    holders = [
-        f"{name}.{key}"
-        for name, section in tables.items()
-        if section is not None
-        and get_origin(model.model_fields[name].annotation) is not dict
-        and key in section.model_fields
-    ]
+    holders = [f"{name}.{key}" for name, table in _tables(model) if key in table.model_fields]
     return f"{key} is a key of a table: {' or '.join(holders)}" if holders else ""
+
+
+def _tables(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The tables directly below, without those of any name (accounts)."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None and get_origin(field.annotation) is not dict:
+            yield name, section
 
 
 def section_of(annotation: object) -> type[BaseModel] | None:
@@ -536,11 +434,6 @@ def section_of(annotation: object) -> type[BaseModel] | None:
         return annotation
     found = (section_of(argument) for argument in get_args(annotation))
     return next((section for section in found if section is not None), None)
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Whether the field's value must never be printed."""
-    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def validation_problems(
@@ -571,32 +464,17 @@ def _problem(details: ErrorDetails, model: type[BaseModel], origins: Mapping[str
         key = ".".join(path)
         origin = origin_of(key, origins)
         return f"{key} ({origin}): {unknown_key(model, path, origin)}"
-    field, rest = _field(model, path)
-    key = ".".join(path[: len(path) - len(rest)])
+    field, _, depth = _followed(model, path)
+    key = ".".join(path[:depth])
     meaning = f" [{field.description}]" if field is not None and field.description else ""
     if kind == "missing":
         return f"{key} ({origin_of(key, origins)}): missing{meaning}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "expected a table with keys of its own"
-    shown = "" if field is not None and is_secret(field) else f", not {_short(details['input'])}"
+    secret = field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
+    shown = "" if secret else f", not {_short(details['input'])}"
     message = message.removeprefix("Value error, ").replace("Input should", "should")
     return f"{key} ({origin_of(key, origins)}): {message}{shown}{meaning}"
-
-
-def _field(model: type[BaseModel], path: Sequence[str]) -> tuple[FieldInfo | None, Sequence[str]]:
-    """The deepest field on `path` and what is left of it.
-
-    Pydantic appends names of its own to a location (union members, `[key]`); they are the rest.
-    """
-    section: type[BaseModel] | None = model
-    field: FieldInfo | None = None
-    rest = list(path)
-    while rest and section is not None and rest[0] in section.model_fields:
-        field = section.model_fields[rest.pop(0)]
-        section = section_of(field.annotation)
-        if rest and section is not None and get_origin(field.annotation) is dict:
-            rest.pop(0)
-    return field, rest
 
 
 def _short(value: Any) -> str:  # noqa: ANN401 - whatever a file held

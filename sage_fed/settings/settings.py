@@ -13,7 +13,6 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from sage_fed.core import TIER_ROLES, Role, Tier
 from sage_fed.model_files import resolve_model
@@ -385,26 +384,6 @@ class BudgetSettings(Section):
         description="Below this balance an account gets tactical work only."
     )
 
-    @property
-    def initial_uatp(self) -> int:
-        """`initial_atp` in uATP."""
-        return uatp_from_atp(self.initial_atp)
-
-    @property
-    def capacity_uatp(self) -> int:
-        """`capacity_atp` in uATP."""
-        return uatp_from_atp(self.capacity_atp)
-
-    @property
-    def refill_uatp_per_s(self) -> int:
-        """`refill_atp_per_s` in uATP per second."""
-        return uatp_from_atp(self.refill_atp_per_s)
-
-    @property
-    def strategic_floor_uatp(self) -> int:
-        """`strategic_floor_atp` in uATP."""
-        return uatp_from_atp(self.strategic_floor_atp)
-
     @model_validator(mode="after")
     def _within_capacity(self) -> Self:
         for key in ("initial_atp", "strategic_floor_atp"):
@@ -579,17 +558,8 @@ TOKENS_FILE = "tokens.toml"
 """Its name in the state directory, where no setting names another."""
 
 
-class Settings(BaseSettings):
+class Settings(Section):
     """Everything that an operator can set. Build it with `load_settings`, never by hand."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        env_prefix="sage_fed_",
-        env_nested_delimiter="__",
-        # Variables hold plain text, one key each; JSON in a variable is not a way to set a table.
-        enable_decoding=False,
-    )
 
     profile: str = Field(description="Packaged set of values under all others.")
     listen: ListenPoint = Field(
@@ -669,18 +639,6 @@ class Settings(BaseSettings):
     def own_cards_dir(self) -> Path:
         """Where the operator's own cards are, set or not."""
         return self.cards_dir or self.state_dir / "cards"
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic's signature, as the next ones
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load_settings` has layered; a bare constructor reads no environment."""
-        return (init_settings,)
 
     @property
     def tiers(self) -> dict[Tier, TierSettings]:
