@@ -144,8 +144,11 @@ def decoder(kind: Any, descriptor: Descriptor) -> Callable[..., Any]:  # noqa: A
         (oneof,) = descriptor.oneofs
         return _member_reader(kind, oneof.name, descriptor)
     travelling = _travelling(kind, descriptor)
-    arguments = "".join(f"{name}={field.read}, " for name, field in travelling.items())
-    return _compiled(f"lambda message, **given: kind({arguments}**given)", travelling, kind=kind)
+    arguments = [f"{name}={field.read}" for name, field in travelling.items()]
+    # What does not travel is the caller's to give, or has a default.
+    given = ["**given"] if len(travelling) < len(fields(kind)) else []
+    parameters, arguments = ", ".join(["message", *given]), [*arguments, *given]
+    return _compiled(f"lambda {parameters}: kind({', '.join(arguments)})", travelling, kind=kind)
 
 
 @dataclass(frozen=True, slots=True)
