@@ -13,14 +13,14 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from sage_fed import __version__
-from sage_fed.cli import ask, bench_commands, demo, operate, options, serve, top
+from sage_fed.cli import ask, bench_commands, demo, operate, serve, top
 from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode
 from sage_fed.cli.streams import complain, give_up_output, is_output_failure
 
@@ -94,7 +94,33 @@ def root(
     if versions:
         version()
         raise typer.Exit
-    options.help_if_bare(context)
+    _help_if_bare(context)
+
+
+def _help_if_bare(context: typer.Context) -> None:
+    """Print a group's help where no command is given, and exit with 2: nothing was done."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def _group(
+    name: str,
+    help_text: str,
+    commands: Mapping[str, Callable[..., None]],
+    callback: Callable[..., None] = _help_if_bare,
+) -> typer.Typer:
+    """Return an app of these commands by name; `callback` runs before one, or instead of it."""
+    app = typer.Typer(
+        name=name,
+        invoke_without_command=True,
+        callback=callback,
+        help=help_text,
+        epilog=EXIT_CODES_HELP,
+    )
+    for each, command in commands.items():
+        app.command(each, epilog=EXIT_CODES_HELP)(command)
+    return app
 
 
 def build_app() -> typer.Typer:
@@ -130,9 +156,39 @@ def build_app() -> typer.Typer:
     )
     for command in commands:
         app.command(epilog=EXIT_CODES_HELP)(command)
-    app.add_typer(operate.ledger_app())
-    app.add_typer(operate.admin_app())
-    app.add_typer(operate.token_app())
-    app.add_typer(bench_commands.bench_app())
-    app.add_typer(bench_commands.dev_app())
+    for group in (
+        _group(
+            "ledger",
+            "List the account's entries; audit the books, or copy them.",
+            {"check": operate.check_books, "backup": operate.back_up_books},
+            callback=operate.list_entries,
+        ),
+        _group(
+            "admin",
+            "Operate the daemon. The token is SAGE_FED_TOKEN, or the one in its state directory.",
+            {
+                "load": operate.load,
+                "abort": operate.abort,
+                "drain": operate.drain,
+                "set-budget": operate.set_budget,
+                "adopt-card": operate.adopt_card,
+            },
+        ),
+        _group(
+            "token",
+            "Say who may call. A running daemon follows within two seconds.",
+            {"create": operate.create, "revoke": operate.revoke, "list": operate.list_tokens},
+        ),
+        _group(
+            "bench",
+            "Measure models on this machine; the daemon should not be running.",
+            {"inertia": bench_commands.inertia},
+        ),
+        _group(
+            "dev",
+            "Tools for measuring and developing sage-fed itself.",
+            {"make-checkpoint": bench_commands.make_checkpoint},
+        ),
+    ):
+        app.add_typer(group)
     return app

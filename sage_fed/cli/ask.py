@@ -41,7 +41,6 @@ from sage_fed.core import (
     Budget,
     CardStatus,
     DaemonStatus,
-    Delta,
     Event,
     Finished,
     JobSpec,
@@ -82,22 +81,6 @@ class Answer:
         """Why it ended before the model or its limits did, in words; "" where it did not."""
         return _CUTS.get(self.finished.stop_reason, "") if self.finished else ""
 
-    def add(self, event: Event) -> str:
-        """Take one event; the text that it brings."""
-        if isinstance(event, Started):
-            self.started = event
-        elif isinstance(event, Finished):
-            self.finished = event
-        else:
-            return self._add_delta(event)
-        return ""
-
-    def _add_delta(self, delta: Delta) -> str:
-        self.pieces.append(delta.text)
-        self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs)
-        return delta.text
-
 
 def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
     """Read a stream to its end, showing each piece of text when it arrives.
@@ -107,9 +90,16 @@ def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
     answer = Answer()
     try:
         for event in events:
-            text = answer.add(event)
-            if text:
-                show(text)
+            if isinstance(event, Started):
+                answer.started = event
+            elif isinstance(event, Finished):
+                answer.finished = event
+            else:
+                answer.pieces.append(event.text)
+                answer.token_ids.extend(event.token_ids)
+                answer.logprobs.extend(event.logprobs)
+                if event.text:
+                    show(event.text)
     except CannotConnect as error:
         if answer.started is None:
             raise

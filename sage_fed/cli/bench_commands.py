@@ -24,7 +24,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import ExitCode, reported
-from sage_fed.cli.options import Operator, OptionGroup, command_group, grouped, one_of, option
+from sage_fed.cli.options import Operator, OptionGroup, grouped, one_of, option
 from sage_fed.cli.render import (
     format_bytes,
     format_seconds,
@@ -88,15 +88,6 @@ class InertiaOptions(OptionGroup):
     threads: int = option("--threads", "On the CPU; 0 is torch's choice.", "N", default=0, min=0)
     output: Path | None = option("--output", "Keep report.md and inertia.json here.", "DIR")
     as_json: options.AsJson = False
-
-
-def bench_app() -> typer.Typer:
-    """Return the measurements."""
-    return command_group(
-        "bench",
-        "Measure models on this machine; the daemon should not be running.",
-        {"inertia": inertia},
-    )
 
 
 @grouped
@@ -403,15 +394,6 @@ class CheckpointOptions(OptionGroup):
     )
     seed: int = option("--seed", "Another one, other weights.", "N", default=0, min=0)
     as_json: options.AsJson = False
-
-
-def dev_app() -> typer.Typer:
-    """Return the developer's commands."""
-    return command_group(
-        "dev",
-        "Tools for measuring and developing sage-fed itself.",
-        {"make-checkpoint": make_checkpoint},
-    )
 
 
 @grouped

@@ -23,7 +23,6 @@ from sage_fed.cli.options import (
     Caller,
     Operator,
     OptionGroup,
-    command_group,
     grouped,
     ledger_file,
     option,
@@ -170,21 +169,6 @@ def print_tier_loads(tiers: tuple[TierLoad, ...]) -> None:
             else f"{tier.prefill_tokens_per_s:,.0f}",
         }
         for tier in tiers
-    )
-
-
-def admin_app() -> typer.Typer:
-    """Return the operator's commands."""
-    return command_group(
-        "admin",
-        "Operate the daemon. The token is SAGE_FED_TOKEN, or the one in its state directory.",
-        {
-            "load": load,
-            "abort": abort,
-            "drain": drain,
-            "set-budget": set_budget,
-            "adopt-card": adopt_card,
-        },
     )
 
 
@@ -356,16 +340,6 @@ def adopt_card(
     )
 
 
-def ledger_app() -> typer.Typer:
-    """`ledger` lists, `ledger check` audits, `ledger backup` copies."""
-    return command_group(
-        "ledger",
-        "List the account's entries; audit the books, or copy them.",
-        {"check": check_books, "backup": back_up_books},
-        callback=list_entries,
-    )
-
-
 @grouped
 def list_entries(
     *,
@@ -496,15 +470,6 @@ def _counts(found: CheckReport) -> str:
 def _local_time(time_ns: int) -> str:
     moment = dt.datetime.fromtimestamp(time_ns / 1e9, dt.UTC).astimezone()
     return moment.strftime("%m-%d %H:%M:%S")
-
-
-def token_app() -> typer.Typer:
-    """Return the commands about who may call."""
-    return command_group(
-        "token",
-        "Say who may call. A running daemon follows within two seconds.",
-        {"create": create, "revoke": revoke, "list": list_tokens},
-    )
 
 
 def expiry(text: str) -> dt.datetime:

@@ -14,14 +14,14 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from sage_fed.cli.exits import EXIT_CODES_HELP, ExitCode, reported
+from sage_fed.cli.exits import reported
 from sage_fed.cli.render import parse_atp, print_json
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client, Tls, leaves_machine
@@ -90,32 +90,6 @@ def _options_of(group: type[Any]) -> Iterator[inspect.Parameter]:
             default=inspect.Parameter.empty if default is MISSING else default,
             annotation=Annotated[hints[name], declared] if declared else hints[name],
         )
-
-
-def help_if_bare(context: typer.Context) -> None:
-    """Print a group's help where no command is given, and exit with 2: nothing was done."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
-        raise typer.Exit(ExitCode.USAGE)
-
-
-def command_group(
-    name: str,
-    help_text: str,
-    commands: Mapping[str, Callable[..., None]],
-    callback: Callable[..., None] = help_if_bare,
-) -> typer.Typer:
-    """Return an app of these commands by name; `callback` runs before one, or instead of it."""
-    app = typer.Typer(
-        name=name,
-        invoke_without_command=True,
-        callback=callback,
-        help=help_text,
-        epilog=EXIT_CODES_HELP,
-    )
-    for each, command in commands.items():
-        app.command(each, epilog=EXIT_CODES_HELP)(command)
-    return app
 
 
 class TierChoice(enum.Enum):
