@@ -117,7 +117,7 @@ class Turns:
         return turn.waiting
 
     def leave(self, turn: Turn) -> None:
-        """Take the turn back, or the call out of the line; it may have had neither."""
+        """Take the turn back, or the call out of the queue; it may have had neither."""
         key = (turn.owner, turn.connection)
         if turn.held:
             turn.held = False
@@ -126,11 +126,11 @@ class Turns:
             self._count_down(self._connections, key, turn.cost)
             self._next()
         elif turn.waiting is not None:
-            line = self._waiting.get(key)
-            if line is not None:
+            queue = self._waiting.get(key)
+            if queue is not None:
                 with contextlib.suppress(ValueError):
-                    line.remove(turn)
-                if not line:
+                    queue.remove(turn)
+                if not queue:
                     del self._waiting[key]
                 # Who comes behind it may cost less than it would have.
                 self._next()
@@ -144,9 +144,9 @@ class Turns:
             return True
         # Those that wait for what this one has: its account's, or its connection's of that.
         return any(
-            not self._account_has_room(line[0])
-            or (connection == turn.connection and not self._has_room(line[0]))
-            for (owner, connection), line in self._waiting.items()
+            not self._account_has_room(queue[0])
+            or (connection == turn.connection and not self._has_room(queue[0]))
+            for (owner, connection), queue in self._waiting.items()
             if owner == turn.owner
         )
 
@@ -157,18 +157,18 @@ class Turns:
                 return
             if not self._has_room(self._waiting[key][0]):
                 continue
-            line = self._waiting.pop(key)
-            while line:
-                turn = line.popleft()
+            queue = self._waiting.pop(key)
+            while queue:
+                turn = queue.popleft()
                 assert turn.waiting is not None
-                # One that was ended or cancelled meanwhile has not left the line itself yet.
+                # One that was ended or cancelled meanwhile has not left the queue itself yet.
                 if not turn.waiting.done():
                     self._give(turn)
                     turn.waiting.set_result(None)
                     turn.waiting = None
                     break
-            if line:
-                self._waiting[key] = line  # behind the others
+            if queue:
+                self._waiting[key] = queue  # behind the others
 
     def _has_room(self, turn: Turn) -> bool:
         return (
