@@ -196,7 +196,7 @@ def test_what_counts_as_progress(looks: list[Look], verdicts: list[bool]) -> Non
     """The loop turns when it is asked to, and steps end: each within the limit."""
     pulse = Pulse(LIMIT_S)
     judged = [
-        pulse.gets_on(Heartbeat(steps, turned_s, busy), now_s)
+        pulse.progresses(Heartbeat(steps, turned_s, busy), now_s)
         for now_s, turned_s, busy, steps in looks
     ]
     assert verdicts == judged

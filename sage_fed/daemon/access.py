@@ -1,4 +1,4 @@
-"""Who is let in while the daemon runs: the tokens file and the certificate, kept up to date.
+"""Who may call while the daemon runs: the tokens file and the certificate, kept up to date.
 
 Owns the looking at the files: a change holds within two seconds, without a restart. A file that
 cannot be used changes nothing: what was in force stays, the log says what is wrong, and a metric
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class DoorFiles:
+class AccessFiles:
     """What the files held, and how they looked just before they were read."""
 
     register: Register
@@ -70,21 +70,21 @@ class Followed:
         self._taken = ()
 
 
-class Doors:
+class Access:
     """The authenticator and the certificate of a running daemon.
 
     Args:
         settings: where the files are.
         files: what they held at the start.
         admin: the token of this machine's operator.
-        open_accounts: gives new accounts their budgets, before their tokens are let in.
+        open_accounts: gives new accounts their budgets, before their tokens hold.
         metrics: told of every change.
     """
 
     def __init__(
         self,
         settings: Settings,
-        files: DoorFiles,
+        files: AccessFiles,
         *,
         admin: Token,
         open_accounts: OpenAccounts,
@@ -99,7 +99,7 @@ class Doors:
         self._pems = Followed(lambda: _signature_of_pems(settings), files.pems)
         self._show_expiry()
 
-    def page_door(self) -> PageAccess:
+    def page_access(self) -> PageAccess:
         """Return who may read the metrics: on this machine anyone, beyond it a monitor."""
         tls = self.certificate.page if self.certificate is not None else None
         if self._settings.metrics_listen.is_loopback:
@@ -109,7 +109,7 @@ class Doors:
         return PageAccess(self._admit_scrape, tls)
 
     def _describe(self) -> str:
-        """Return in words who is let in."""
+        """Return in words who may call."""
         tokens = self.authenticator.num_tokens
         who = [f"{tokens} token{'s' * (tokens != 1)}"]
         if self.certificate is not None:
@@ -120,7 +120,7 @@ class Doors:
         return f"{', '.join(filter(None, who))}; {wire}"
 
     def announce(self) -> None:
-        """Say who is let in, and loudly where the operator lets tokens travel in plain text."""
+        """Log who may call, and loudly where the operator lets tokens travel in plain text."""
         _log.info("let in: %s", self._describe())
         if self.certificate is None and not self._settings.listen.is_loopback:
             _log.warning(
@@ -140,7 +140,7 @@ class Doors:
             try:
                 await self._reload("tokens", self._reload_tokens)
             except LedgerDown as down:
-                # New accounts need a budget before they are let in. The ledger says in the log
+                # New accounts need a budget before their tokens hold. The ledger says in the log
                 # what is the matter with it, and stops the daemon where that does not pass.
                 self._tokens.forget()
                 _log.debug("the tokens file waits for the ledger: %s", down.message)
@@ -198,7 +198,7 @@ def read_tokens(settings: Settings) -> Register:
     return read_register(settings.tokens_file, settings.accounts, optional=optional)
 
 
-def read_door_files(settings: Settings) -> DoorFiles:
+def read_access_files(settings: Settings) -> AccessFiles:
     """Read what the settings name. It blocks.
 
     Raises:
@@ -206,7 +206,7 @@ def read_door_files(settings: Settings) -> DoorFiles:
     """
     tokens, pems = _signature_of_tokens(settings), _signature_of_pems(settings)
     certificate = LiveCertificate(settings.tls) if settings.tls.certificate else None
-    return DoorFiles(read_tokens(settings), certificate, tokens, pems)
+    return AccessFiles(read_tokens(settings), certificate, tokens, pems)
 
 
 def throttle_of(settings: Settings) -> Throttle | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import sage_fed
 from sage_fed.cards import RateCard
-from sage_fed.core import TIER_ROLES, Phase, Tier, counted
+from sage_fed.core import Phase, Tier, counted
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import TierSetup
 from sage_fed.engine import DeviceDescription, Engine, EngineOptions, device_at_hand, load_engine
@@ -26,6 +26,11 @@ from sage_fed.model_files import resolve_model
 from sage_fed.routing import possible_decisions
 from sage_fed.settings import Address, Settings, atp_from_uatp, uatp_from_atp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
+
+if TYPE_CHECKING:
+    from sage_fed.tracing import Tracing
+
+_log = logging.getLogger(__name__)
 
 
 async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
@@ -41,7 +46,7 @@ async def load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
 def _load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
     tokenizers: dict[Tier, Tokenizer] = {}
     by_files: dict[bytes, Tokenizer] = {}
-    for tier in TIER_ROLES:
+    for tier in settings.tiers:
         directory = locate_tokenizer(_source(settings, tier), settings.tiers[tier].revision)
         # A pair's files are mostly equal: a large vocabulary takes half a second to read.
         seen = fingerprint(directory)
@@ -103,10 +108,6 @@ def _source(settings: Settings, tier: Tier) -> str | Path:
     return source
 
 
-if TYPE_CHECKING:
-    from sage_fed.tracing import Tracing
-
-
 def build_metrics(settings: Settings) -> Metrics:
     """Return every series, with what is known before anything runs."""
     metrics = Metrics(
@@ -149,20 +150,17 @@ def start_watching(
     )
 
 
-def expose(metrics: Metrics, listen: Address, door: PageAccess) -> MetricsServer:
+def expose(metrics: Metrics, listen: Address, access: PageAccess) -> MetricsServer:
     """Serve the page until it is closed; `Occupied` where the address cannot be had."""
     try:
-        return metrics.serve(listen.host, listen.port, door)
+        return metrics.serve(listen.host, listen.port, access)
     except OSError as error:
         raise Occupied(f"metrics_listen: cannot bind {listen}: {error.strerror}") from None
 
 
-def page_url(bound: Address, door: PageAccess) -> str:
+def page_url(bound: Address, access: PageAccess) -> str:
     """Where a person or a scraper finds the page."""
-    return f"{'http' if door.tls is None else 'https'}://{bound}/metrics"
-
-
-_log = logging.getLogger(__name__)
+    return f"{'http' if access.tls is None else 'https'}://{bound}/metrics"
 
 
 async def open_ledger(
@@ -211,7 +209,7 @@ async def open_accounts(ledger: Ledger, settings: Settings, accounts: Collection
         for account in sorted(accounts):
             await ledger.ensure_account(account, _terms(settings, account))
     except LedgerDown as down:
-        # A client is only told that it is down; who starts the daemon has to know why.
+        # A client is only told that it is down; the operator has to know why.
         if isinstance(down.__cause__, SageFedError):
             raise down.__cause__ from None
         raise

@@ -27,8 +27,8 @@ import uvloop
 
 from sage_fed.auth import mint_admin_token
 from sage_fed.calibrate import Calibrator
-from sage_fed.core import TIER_ROLES, counted
-from sage_fed.daemon.access import Doors, read_door_files, throttle_of
+from sage_fed.core import counted
+from sage_fed.daemon.access import Access, read_access_files, throttle_of
 from sage_fed.daemon.build import (
     build_metrics,
     expose,
@@ -78,6 +78,9 @@ _GARBAGE_THRESHOLDS = (700, 10, 100)
 milliseconds with hundreds of jobs: ten times less often than by default. What is ours leaves no
 cycles, and what gRPC leaves of a call is mostly found while it is young: some megabytes wait."""
 
+_ENDPOINT_FILE = "endpoint.json"
+"""In the state directory: where this daemon listens; there while it serves."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -110,7 +113,6 @@ class _Parts:
 
     executor: Executor
     broker: Broker
-    operations: Operations
     readiness: Readiness
     bound: BoundServer
     manager: ServiceManager
@@ -119,9 +121,10 @@ class _Parts:
 async def _run(settings: Settings, progress: StartProgress, manager: ServiceManager) -> int:
     lifecycle = Lifecycle()
     lifecycle.install_signals()
-    await asyncio.to_thread(require_own, settings.state_dir)
+    # Before anything in it is believed.
+    await asyncio.to_thread(require_trusted_directory, "state_dir", settings.state_dir)
     async with _started(settings, lifecycle, progress, manager) as parts:
-        await lifecycle.wait_stopping()
+        await lifecycle.stopping.wait()
         await _stop(settings, lifecycle, parts)
     lifecycle.ignore_signals()
     # What is read last is what `systemctl status` goes on to show.
@@ -148,16 +151,16 @@ async def _started(
     laps.done("device")
     tokenizers = await load_tokenizers(settings)
     laps.done("tokenizers")
-    door_files = await asyncio.to_thread(read_door_files, settings)
-    await asyncio.to_thread(prepare, settings.state_dir)
+    access_files = await asyncio.to_thread(read_access_files, settings)
+    await asyncio.to_thread(make_directory, "state_dir", settings.state_dir)
     async with contextlib.AsyncExitStack() as stack:
         tracing = start_watching(settings, device, metrics, stack)
         readiness = Readiness(settings, lifecycle, progress, manager)
         ledger = await open_ledger(settings, metrics, lifecycle, readiness.ledger_accepts)
         stack.push_async_callback(ledger.close)
-        doors = Doors(
+        access = Access(
             settings,
-            door_files,
+            access_files,
             # After the ledger, whose lock says that no other daemon has this directory.
             admin=await asyncio.to_thread(
                 mint_admin_token, settings.state_dir, settings.auth.anonymous_account
@@ -165,10 +168,12 @@ async def _started(
             open_accounts=lambda accounts: open_accounts(ledger, settings, accounts),
             metrics=metrics,
         )
-        await open_accounts(ledger, settings, {*settings.accounts, *doors.authenticator.accounts()})
+        await open_accounts(
+            ledger, settings, {*settings.accounts, *access.authenticator.accounts()}
+        )
         laps.done("ledger")
         executor = Executor(
-            {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in TIER_ROLES},
+            {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in settings.tiers},
             observers=(metrics, cards, readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
@@ -213,14 +218,14 @@ async def _started(
             broker,
             cards,
             calibrator,
+            lifecycle=lifecycle,
             tokenizers=tokenizers,
             ledger=ledger,
             device_fallback=fallback,
-            drain=lifecycle.drain,
         )
         bound = await build_server(
             settings.listen,
-            authenticator=doors.authenticator,
+            authenticator=access.authenticator,
             limits=settings.limits,
             jobs=broker,
             ledger=ledger,
@@ -228,18 +233,20 @@ async def _started(
             workers=workers,
             tiers=tuple(settings.tiers),
             throttle=throttle_of(settings),
-            certificate=doors.certificate,
+            certificate=access.certificate,
             on_denied=metrics.call_denied,
             metrics=metrics,
             tracing=tracing,
         )
         metrics.watch(
-            lambda: Snapshot({tier: executor.load(tier) for tier in TIER_ROLES}, broker.running())
+            lambda: Snapshot(
+                {tier: executor.load(tier) for tier in settings.tiers}, broker.running()
+            )
         )
-        page_door = doors.page_door()
-        exposition = stack.enter_context(expose(metrics, settings.metrics_listen, page_door))
+        page_access = access.page_access()
+        exposition = stack.enter_context(expose(metrics, settings.metrics_listen, page_access))
         metrics_address = Address(settings.metrics_listen.host, exposition.port)
-        readiness.listening(bound.address, page_url(metrics_address, page_door))
+        readiness.listening(bound.address, page_url(metrics_address, page_access))
         # Entered last, so that an error of the start is not wrapped into a group of errors.
         await stack.enter_async_context(tasks)
         stack.push_async_callback(executor.stop, 0.0)
@@ -247,7 +254,7 @@ async def _started(
             ("ledger upkeep", ledger.run_upkeep(broker.job_ids)),
             ("ledger watch", ledger.watch()),
             ("health", readiness.run(bound.health)),
-            ("doors", doors.run()),
+            ("access", access.run()),
             ("calls", bound.calls.run()),
             ("device watch", executor.watch()),
             ("loop watch", metrics.watch_loop()),
@@ -259,14 +266,14 @@ async def _started(
         await bound.server.start()
         stack.push_async_callback(bound.server.stop, 0.0)
         await stack.enter_async_context(
-            announced(settings.state_dir, bound.address, metrics_address)
+            _announced(settings.state_dir, bound.address, metrics_address)
         )
         laps.done("listen")
         readiness.answering()
         _keep_what_is_here()
         _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
-        doors.announce()
-        yield _Parts(executor, broker, operations, readiness, bound, manager)
+        access.announce()
+        yield _Parts(executor, broker, readiness, bound, manager)
 
 
 def _keep_what_is_here() -> None:
@@ -298,14 +305,13 @@ async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> N
 
 async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None:
     """Stop admission, let jobs end within the grace, end what is left, then the parts."""
-    parts.operations.note_draining()
     grace_s = settings.drain_grace_s if lifecycle.grace_s is None else lifecycle.grace_s
     parts.manager.stopping(grace_s + _CLEAR_UP_S)
-    await parts.readiness.drain(parts.bound.health)
+    parts.readiness.report(parts.bound.health)
     parts.broker.close()
     parts.manager.status(f"draining: {counted(parts.broker.num_jobs, 'job')} left")
     empty = asyncio.ensure_future(parts.broker.wait_empty())
-    hurried = asyncio.ensure_future(lifecycle.wait_hurried())
+    hurried = asyncio.ensure_future(lifecycle.hurried.wait())
     await asyncio.wait({empty, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
     hurried.cancel()
     if not empty.done():
@@ -322,26 +328,12 @@ async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None
     await parts.bound.server.stop(_FLUSH_S)
 
 
-ENDPOINT_FILE = "endpoint.json"
-"""Where this daemon listens; there while it serves."""
-
-
-def require_own(state_dir: Path) -> None:
-    """Refuse a directory that somebody else may change, before anything in it is believed."""
-    require_trusted_directory("state_dir", state_dir)
-
-
-def prepare(state_dir: Path) -> None:
-    """Make the directory where there is none."""
-    make_directory("state_dir", state_dir)
-
-
 @contextlib.asynccontextmanager
-async def announced(
+async def _announced(
     state_dir: Path, listen: Address | UnixSocket, metrics: Address
 ) -> AsyncIterator[None]:
     """Say where we listen while we do."""
-    endpoint = state_dir / ENDPOINT_FILE
+    endpoint = state_dir / _ENDPOINT_FILE
     where = json.dumps({"listen": str(listen), "metrics": str(metrics)})
     try:
         # In a thread, as it is synced, and calls are answered already.

@@ -17,7 +17,6 @@ import sage_fed
 from sage_fed.calibrate import Calibrator, Site
 from sage_fed.cards import Fingerprint, RateCard, available_cards, is_version, own_cards
 from sage_fed.core import (
-    TIER_ROLES,
     CalibrationEvent,
     CardFit,
     CardStatus,
@@ -30,6 +29,7 @@ from sage_fed.core import (
     TierState,
     TierStatus,
 )
+from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import Executor
 from sage_fed.engine import DeviceDescription
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 class Operations:
     """Satisfies `sage_fed.service.Operations`.
 
-    `drain` asks the daemon to stop; `device_fallback` is why the device is not the one wanted.
+    `device_fallback` is why the device is not the one that the settings name.
     """
 
     def __init__(
@@ -58,12 +58,13 @@ class Operations:
         cards: CardInForce,
         calibrator: Calibrator,
         *,
+        lifecycle: Lifecycle,
         tokenizers: Mapping[Tier, Tokenizer],
         ledger: Ledger,
         device_fallback: str,
-        drain: Callable[[float | None], None],
     ) -> None:
         self._settings = settings
+        self._lifecycle = lifecycle
         self._executor = executor
         self._broker = broker
         self._cards = cards
@@ -71,25 +72,23 @@ class Operations:
         self._tokenizers = tokenizers
         self._ledger = ledger
         self._device_fallback = device_fallback
-        self._drain = drain
-        self._draining = False
         self._started_s = time.monotonic()
 
     def models(self) -> tuple[ModelStatus, ...]:
-        """Return both tiers' models, whatever their state."""
-        return tuple(self._model(tier) for tier in TIER_ROLES)
+        """Return every tier's model, whatever their state."""
+        return tuple(self._model(tier) for tier in self._settings.tiers)
 
     def status(self) -> DaemonStatus:
         """Return the daemon at a glance."""
         return DaemonStatus(
             version=sage_fed.__version__,
             uptime_s=time.monotonic() - self._started_s,
-            draining=self._draining,
+            draining=self._lifecycle.stopping.is_set(),
             device=self._settings.device,
             device_fallback=self._device_fallback,
             rate_card=self._cards.card.version,
             cost_ratio=self._cards.card.cost_ratio(),
-            tiers=tuple(self._executor.load(tier) for tier in TIER_ROLES),
+            tiers=tuple(self._executor.load(tier) for tier in self._settings.tiers),
             rate_card_fit=self._cards.fit,
             rate_card_note=self._cards.note,
             ledger_trouble=self._ledger.trouble,
@@ -99,17 +98,12 @@ class Operations:
 
     def drain(self, grace_s: float | None) -> int:
         """Start to drain; None is the setting's grace. Returns the jobs that still run."""
-        self._draining = True
-        self._drain(grace_s)
+        self._lifecycle.drain(grace_s)
         return self._broker.num_jobs
-
-    def note_draining(self) -> None:
-        """Say from now on that the daemon drains (a signal asked for it)."""
-        self._draining = True
 
     def calibrate(self, *, quick: bool, adopt: bool) -> AsyncGenerator[CalibrationEvent, None]:
         """Measure the engines and write a card."""
-        if self._draining:
+        if self._lifecycle.stopping.is_set():
             raise TierUnavailable("the daemon is draining")
         return self._calibrator.run(quick=quick, adopt=adopt)
 
@@ -172,9 +166,9 @@ class CardInForce:
 
     Args:
         setting: as configured; `AUTO_CARD` chooses by fingerprint.
-        card: in force until both tiers are loaded, and after that unless a better one is found.
+        card: in force until every tier is loaded, and after that unless a better one is found.
         own: the operator's own cards, for `AUTO_CARD`.
-        fingerprint: of what is loaded, once both models are known.
+        fingerprint: of what is loaded, once every model is known.
     """
 
     def __init__(

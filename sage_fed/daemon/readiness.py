@@ -14,11 +14,11 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 from sage_fed.core import Tier, TierState, TierStatus
-from sage_fed.device import Heartbeat
+from sage_fed.device import Executor, Heartbeat
 from sage_fed.service import Health
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
@@ -74,7 +74,6 @@ class Readiness:
         self._changed = asyncio.Event()
         self._where: tuple[str, str] | None = None
         self._answering = False
-        self._draining = False
         self._ledger_accepts = True
 
     def listening(self, listen: Address | UnixSocket, metrics_url: str) -> None:
@@ -127,7 +126,7 @@ class Readiness:
     def _failed(self, status: TierStatus, before: TierStatus | None) -> None:
         """Stop where a start failed, or where this process has no tier and no hope of one.
 
-        A tier that is loaded again is waited for, alone or beside the other. With both down and
+        A tier that is loaded again is waited for, alone or beside others. With all down and
         one that could not be loaded again, a new process is the better hope.
         """
         if status.tier not in self._loaded:
@@ -146,7 +145,7 @@ class Readiness:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            health.update(self._states(), takes_jobs=self._ledger_accepts and not self._draining)
+            self.report(health)
             tactical = self._statuses.get(Tier.TACTICAL)
             serves = tactical is not None and tactical.state is TierState.READY
             if self._answering and serves and not self._announced:
@@ -154,13 +153,12 @@ class Readiness:
                 self._announced = True
                 self._manager.ready()
 
-    async def drain(self, health: Health) -> None:
-        """Tell load balancers to send nothing more."""
-        self._draining = True
-        health.update(self._states(), takes_jobs=False)
-
-    def _states(self) -> dict[Tier, TierState]:
-        return {tier: status.state for tier, status in self._statuses.items()}
+    def report(self, health: Health) -> None:
+        """Tell load balancers which tiers serve; nothing takes jobs any more once we stop."""
+        health.update(
+            {tier: status.state for tier, status in self._statuses.items()},
+            takes_jobs=self._ledger_accepts and not self._lifecycle.stopping.is_set(),
+        )
 
 
 def status_line(statuses: Iterable[TierStatus]) -> str:
@@ -184,14 +182,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Lifecycle:
-    """The daemon's stop: asked for once, then only hurried. Event loop only."""
+    """The daemon's stop: asked for once, then only hurried. Event loop only.
+
+    `stopping` is set once a stop is asked for, `hurried` once it must not wait for jobs any more;
+    `failure` is why a part of the daemon is gone, `grace_s` None is the setting's.
+    """
 
     def __init__(self) -> None:
         self.exit_code = 0
         self.grace_s: float | None = None
         self.failure = ""
-        self._stopping = asyncio.Event()
-        self._hurried = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self.hurried = asyncio.Event()
 
     def install_signals(self) -> None:
         """Listen to the signals that end a daemon on the running loop."""
@@ -211,34 +213,26 @@ class Lifecycle:
 
     def drain(self, grace_s: float | None = None) -> None:
         """Ask for a stop once running jobs have ended; None is the setting's grace."""
-        if not self._stopping.is_set():
+        if not self.stopping.is_set():
             self.grace_s = grace_s
-            self._stopping.set()
+            self.stopping.set()
 
     def fail(self, why: str) -> None:
         """Ask for a stop because a part of the daemon is gone; the exit code says so."""
         _log.critical("stopping: %s", why)
         self.failure = self.failure or why
         self.exit_code = 1
-        self._stopping.set()
-        self._hurried.set()
-
-    async def wait_stopping(self) -> None:
-        """Wait until a stop is asked for."""
-        await self._stopping.wait()
-
-    async def wait_hurried(self) -> None:
-        """Wait until the stop must not wait for jobs any more."""
-        await self._hurried.wait()
+        self.stopping.set()
+        self.hurried.set()
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if not self._stopping.is_set():
+        if not self.stopping.is_set():
             _log.info("%s: draining; send it again to stop at once", number.name)
             self.drain()
-        elif not self._hurried.is_set():
+        elif not self.hurried.is_set():
             _log.warning("%s again: stopping at once", number.name)
             self.exit_code = 128 + number
-            self._hurried.set()
+            self.hurried.set()
 
 
 _ROUNDS = 4
@@ -248,21 +242,10 @@ _UNWATCHED_S = 10.0
 """Between two looks where no manager waits for one."""
 
 
-class Watched(Protocol):
-    """As much of the executor as is looked at."""
-
-    @property
-    def heartbeat(self) -> Heartbeat | None:
-        """The device thread's last sign of life."""
-
-    def ping(self) -> None:
-        """Ask for another one."""
-
-
 class Pulse:
     """Judges one heartbeat after the other; between two of them the thread is pinged.
 
-    A thread gets on if it has turned its loop since it was last asked to, whether it had work or
+    A thread progresses if it has turned its loop since it was last asked to, whether it had work or
     not, and if, while it has work, it ends a step now and then. Either may take `step_timeout_s`:
     a step may be a long one, and nothing is heard of it before it ends.
     """
@@ -273,8 +256,8 @@ class Pulse:
         self._worked_s = 0.0
         self._steps_done = -1
 
-    def gets_on(self, beat: Heartbeat, now_s: float) -> bool:
-        """Whether the thread gets on, as of `now_s` on the clock of the heartbeats."""
+    def progresses(self, beat: Heartbeat, now_s: float) -> bool:
+        """Whether the thread progresses, as of `now_s` on the clock of the heartbeats."""
         if self._asked_s is None or beat.last_progress_s >= self._asked_s:
             self._asked_s = now_s
         if not beat.busy or beat.steps_done != self._steps_done:
@@ -282,25 +265,20 @@ class Pulse:
         return now_s - min(self._asked_s, self._worked_s) <= self._step_timeout_s
 
 
-async def keep_watch(
-    executor: Watched,
-    manager: ServiceManager,
-    step_timeout_s: float,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Feed the manager's watchdog for as long as the device's thread gets on."""
+async def keep_watch(executor: Executor, manager: ServiceManager, step_timeout_s: float) -> None:
+    """Feed the manager's watchdog for as long as the device's thread makes progress."""
     pulse = Pulse(step_timeout_s)
     interval_s = manager.watchdog_s / _ROUNDS if manager.watchdog_s else _UNWATCHED_S
     hangs = False
     while True:
         beat = executor.heartbeat
         if beat is not None:
-            hung, hangs = hangs, not pulse.gets_on(beat, clock())
+            hung, hangs = hangs, not pulse.progresses(beat, time.monotonic())
             if not hangs:
                 manager.alive()
                 if hung:
-                    _log.warning("the device's thread gets on again")
-                    manager.status("the device gets on again")
+                    _log.warning("the device's thread makes progress again")
+                    manager.status("the device makes progress again")
             elif not hung:
                 _log.critical(
                     "the device's thread has made no progress for %.0f s "
