@@ -86,7 +86,7 @@ def test_without_observations_there_is_no_quantile() -> None:
 def test_a_fresh_daemons_page_can_be_read_and_drawn() -> None:
     """Before any traffic every line is there, with dashes and zeros."""
     page = Metrics(version="1.2.3").exposition().decode()
-    reading = reading_of(between(page, page), now_s=0.0)
+    reading = reading_of(between(page, page))
     picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
 
     assert "1.2.3" in picture
@@ -100,7 +100,7 @@ def test_a_ledger_that_takes_nothing_is_in_the_heading() -> None:
     metrics = Metrics(version="1.2.3")
     metrics.ledger_writable(writable=False)
     page = metrics.exposition().decode()
-    reading = reading_of(between(page, page), now_s=0.0)
+    reading = reading_of(between(page, page))
     picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
 
     assert "the ledger takes no entries" in " ".join(picture.split())
@@ -114,7 +114,7 @@ def test_the_event_loops_lag_and_its_part_of_a_core_are_shown() -> None:
         metrics._series.observe("event_loop_lag_seconds", 0.02)
     metrics._series.count("event_loop_cpu_seconds_total", 1.0)
     page = metrics.exposition().decode()
-    reading = reading_of(between(before, page), now_s=0.0)
+    reading = reading_of(between(before, page))
     picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
     assert (0.025, 0.5) == (pytest.approx(reading.loop_lag_p99_s, abs=0.001), reading.loop_share)
     (line,) = (line for line in picture.splitlines() if "event loop" in line)

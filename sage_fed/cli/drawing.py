@@ -231,7 +231,7 @@ def drawn(reading: Reading, address: str, *, width: int, style: str = "") -> Ren
 
 
 def _heading(reading: Reading, address: str) -> Text:
-    ready = all(tier.state == "ready" for tier in reading.tiers)
+    ready = bool(reading.tiers) and all(tier.state == "ready" for tier in reading.tiers)
     heading = Text("sage-fed ", style="bold")
     heading.append(f"{printable(reading.version)}  ", style="none")
     heading.append("ready" if ready else "not ready", style=_GOOD if ready else _BAD)

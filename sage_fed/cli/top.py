@@ -15,9 +15,9 @@ import math
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 import typer
@@ -30,6 +30,7 @@ from sage_fed.errors import CannotConnect, Unauthenticated
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
+R = TypeVar("R")
 DEFAULT_METRICS = "127.0.0.1:9659"
 
 
@@ -147,7 +148,7 @@ class Watch:
             self.away, self.admitted = _why(error), not isinstance(error, NotAdmitted)
             return None
         self.away, self._last = "", page
-        return None if before is None else reading_of(Between(before, page), time.time())
+        return None if before is None else reading_of(Between(before, page, time.time()))
 
     def one_reading(self, interval_s: float) -> Reading:
         """Look twice.
@@ -171,9 +172,6 @@ def _why(error: Exception) -> str:
     strerror = getattr(error, "strerror", None)
     why = str(strerror or error or type(error).__name__)
     return why[:1].lower() + why[1:]
-
-
-_P = "sage_fed_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,63 +217,13 @@ class Percentiles:
     p95_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class TierReading:
-    """One tier. Rates are per second; shares are of 1; None is "nothing to say"."""
-
-    tier: str
-    state: str
-    model: str
-    running: float | None
-    waiting: float | None
-    oldest_waiting_s: float | None
-    requests_per_s: float | None
-    output_tokens_per_s: float | None
-    prompt_tokens_per_s: float | None
-    first_token: Percentiles | None
-    between_tokens: Percentiles | None
-    between_tokens_contended: Percentiles | None
-    device_share: float | None
-    bandwidth_share: float | None
-    kv_used_share: float | None
-    kv_cached_share: float | None
-    charged_atp_per_s: float | None
-    held_atp: float | None
-    route_share: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The daemon between two looks and at the second."""
-
-    version: str
-    up_s: float | None
-    rate_card: str
-    rate_card_stale: bool
-    device_fallback: bool
-    ledger_writable: bool
-    tiers: tuple[TierReading, ...]
-    endings_per_s: Mapping[str, float]
-    cost_ratio_card: float | None
-    cost_ratio_live: float | None
-    denied_atp_per_s: float | None
-    commit_p99_s: float | None
-    loop_lag_p99_s: float | None
-    loop_share: float | None
-    memory_available_bytes: float | None
-    daemon_bytes: float | None
-    gpu_power_watts: float | None
-    open_calls: float | None
-    connections: float | None
-    unread_replies: float | None
-    unread_bytes: float | None
-
-
 class Between:
     """Two pages; the counters of a daemon that restarted in between count from zero."""
 
-    def __init__(self, before: Page, after: Page) -> None:
+    def __init__(self, before: Page, after: Page, now_s: float = 0.0) -> None:
         self.after = after
+        self.now_s = now_s
+        """Of the second look, since the epoch."""
         self._before = before
         self._seconds = after.at_s - before.at_s
         started = "process_start_time_seconds"
@@ -319,74 +267,131 @@ class Between:
         return now - (self._before.total(name, **labels) or 0.0)
 
 
-def reading_of(pages: Between, now_s: float) -> Reading:
-    """Read everything that `sage-fed top` shows; `now_s` is since the epoch."""
-    page = pages.after
-    started_s = page.total("process_start_time_seconds")
-    live = page.total(f"{_P}cost_ratio", source="live", phase="decode")
-    decisions = pages.rate(f"{_P}route_decisions_total")
-    return Reading(
-        version=page.label(f"{_P}build_info", "version"),
-        up_s=None if started_s is None else now_s - started_s,
-        rate_card=page.label(f"{_P}rate_card_info", "version"),
-        rate_card_stale=bool(page.total(f"{_P}rate_card_stale")),
-        device_fallback=bool(page.total(f"{_P}device_fallback")),
-        # An older daemon does not say; it would have other troubles.
-        ledger_writable=page.total(f"{_P}ledger_writable") != 0,
-        tiers=tuple(
-            _tier(pages, tier, decisions) for tier in page.values(f"{_P}tier_state", "tier")
-        ),
-        endings_per_s=_endings(pages),
-        cost_ratio_card=page.total(f"{_P}cost_ratio", source="card", phase="decode"),
-        cost_ratio_live=live,
-        denied_atp_per_s=pages.rate(f"{_P}atp_denied_total"),
-        commit_p99_s=pages.quantile(0.99, f"{_P}ledger_commit_seconds"),
-        loop_lag_p99_s=pages.quantile(0.99, f"{_P}event_loop_lag_seconds"),
-        loop_share=pages.rate(f"{_P}event_loop_cpu_seconds_total"),
-        memory_available_bytes=page.total(f"{_P}memory_available_bytes"),
-        daemon_bytes=page.total("process_resident_memory_bytes"),
-        gpu_power_watts=page.total(f"{_P}gpu_power_watts"),
-        open_calls=page.total(f"{_P}open_calls"),
-        connections=page.total(f"{_P}connections"),
-        unread_replies=page.total(f"{_P}unread_replies"),
-        unread_bytes=page.total(f"{_P}unread_bytes"),
-    )
+def read(how: Callable[[Between, Mapping[str, str]], object]) -> Any:  # noqa: ANN401 - a field of any type
+    """Return a reading's field that is read so, from two pages and the labels of its tier."""
+    return field(metadata={"read": how})
 
 
-def _tier(pages: Between, tier: str, decisions: float | None) -> TierReading:
-    page = pages.after
-    kv_total = page.total(f"{_P}kv_cache_tokens", tier=tier)
-    routes = pages.rate(f"{_P}route_decisions_total", chosen=tier)
-    return TierReading(
-        tier=tier,
-        state=page.label(f"{_P}tier_state", "state", tier=tier),
-        model=page.label(f"{_P}model_info", "name", tier=tier),
-        running=page.total(f"{_P}requests_running", tier=tier),
-        waiting=page.total(f"{_P}requests_waiting", tier=tier),
-        oldest_waiting_s=page.total(f"{_P}oldest_waiting_age_seconds", tier=tier),
-        requests_per_s=pages.rate(f"{_P}requests_total", tier=tier),
-        output_tokens_per_s=pages.rate(f"{_P}engine_tokens_total", tier=tier, phase="decode"),
-        prompt_tokens_per_s=pages.rate(f"{_P}engine_tokens_total", tier=tier, phase="prefill"),
-        first_token=pages.percentiles(f"{_P}time_to_first_token_seconds", tier=tier),
-        between_tokens=pages.percentiles(f"{_P}inter_token_latency_seconds", tier=tier),
-        between_tokens_contended=pages.percentiles(
-            f"{_P}inter_token_latency_seconds", tier=tier, contended="true"
-        ),
-        device_share=pages.rate(f"{_P}engine_step_seconds_sum", tier=tier),
-        bandwidth_share=page.total(f"{_P}decode_bandwidth_ratio", tier=tier),
-        kv_used_share=_over(page.total(f"{_P}kv_cache_tokens", tier=tier, state="used"), kv_total),
-        kv_cached_share=_over(
-            page.total(f"{_P}kv_cache_tokens", tier=tier, state="cached"), kv_total
-        ),
-        charged_atp_per_s=pages.rate(f"{_P}atp_charged_total", tier=tier),
-        held_atp=page.total(f"{_P}atp_held", tier=tier),
-        route_share=_over(routes, decisions),
+def now(series: str, **labels: str) -> Any:  # noqa: ANN401
+    """Return the field of a gauge, summed over the other labels."""
+    return read(lambda pages, tier: pages.after.total(_name(series), **labels, **tier))
+
+
+def rate(series: str, **labels: str) -> Any:  # noqa: ANN401
+    """Return the field of a counter's increase per second."""
+    return read(lambda pages, tier: pages.rate(_name(series), **labels, **tier))
+
+
+def label(series: str, name: str) -> Any:  # noqa: ANN401
+    """Return the field of a label."""
+    return read(lambda pages, tier: pages.after.label(_name(series), name, **tier))
+
+
+def flag(series: str) -> Any:  # noqa: ANN401
+    """Return the field of a gauge that is 1 or 0."""
+    return read(lambda pages, _: bool(pages.after.total(_name(series))))
+
+
+def latencies(series: str, **labels: str) -> Any:  # noqa: ANN401
+    """Return the field of a histogram's `Percentiles`."""
+    return read(lambda pages, tier: pages.percentiles(_name(series), **labels, **tier))
+
+
+@dataclass(frozen=True, slots=True)
+class TierReading:
+    """One tier. Rates are per second; shares are of 1; None is "nothing to say"."""
+
+    tier: str = read(lambda _, tier: tier["tier"])
+    state: str = label("tier_state", "state")
+    model: str = label("model_info", "name")
+    running: float | None = now("requests_running")
+    waiting: float | None = now("requests_waiting")
+    oldest_waiting_s: float | None = now("oldest_waiting_age_seconds")
+    requests_per_s: float | None = rate("requests_total")
+    output_tokens_per_s: float | None = rate("engine_tokens_total", phase="decode")
+    prompt_tokens_per_s: float | None = rate("engine_tokens_total", phase="prefill")
+    first_token: Percentiles | None = latencies("time_to_first_token_seconds")
+    between_tokens: Percentiles | None = latencies("inter_token_latency_seconds")
+    between_tokens_contended: Percentiles | None = latencies(
+        "inter_token_latency_seconds", contended="true"
     )
+    device_share: float | None = rate("engine_step_seconds_sum")
+    bandwidth_share: float | None = now("decode_bandwidth_ratio")
+    kv_used_share: float | None = read(lambda pages, tier: _kv_share(pages, tier, "used"))
+    kv_cached_share: float | None = read(lambda pages, tier: _kv_share(pages, tier, "cached"))
+    charged_atp_per_s: float | None = rate("atp_charged_total")
+    held_atp: float | None = now("atp_held")
+    route_share: float | None = read(lambda pages, tier: _route_share(pages, tier["tier"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The daemon between two looks and at the second."""
+
+    version: str = label("build_info", "version")
+    up_s: float | None = read(lambda pages, _: _up_s(pages))
+    rate_card: str = label("rate_card_info", "version")
+    rate_card_stale: bool = flag("rate_card_stale")
+    device_fallback: bool = flag("device_fallback")
+    # An older daemon does not say; it would have other troubles.
+    ledger_writable: bool = read(lambda pages, _: pages.after.total(_name("ledger_writable")) != 0)
+    tiers: tuple[TierReading, ...] = read(
+        lambda pages, _: tuple(
+            _filled(TierReading, pages, tier=tier)
+            for tier in pages.after.values(_name("tier_state"), "tier")
+        )
+    )
+    endings_per_s: Mapping[str, float] = read(lambda pages, _: _endings(pages))
+    cost_ratio_card: float | None = now("cost_ratio", source="card", phase="decode")
+    cost_ratio_live: float | None = now("cost_ratio", source="live", phase="decode")
+    denied_atp_per_s: float | None = rate("atp_denied_total")
+    commit_p99_s: float | None = read(lambda pages, _: _p99(pages, "ledger_commit_seconds"))
+    loop_lag_p99_s: float | None = read(lambda pages, _: _p99(pages, "event_loop_lag_seconds"))
+    loop_share: float | None = rate("event_loop_cpu_seconds_total")
+    memory_available_bytes: float | None = now("memory_available_bytes")
+    daemon_bytes: float | None = now("process_resident_memory_bytes")
+    gpu_power_watts: float | None = now("gpu_power_watts")
+    open_calls: float | None = now("open_calls")
+    connections: float | None = now("connections")
+    unread_replies: float | None = now("unread_replies")
+    unread_bytes: float | None = now("unread_bytes")
+
+
+def reading_of(pages: Between) -> Reading:
+    """Read everything that `sage-fed top` shows."""
+    return _filled(Reading, pages)
+
+
+def _filled(kind: type[R], pages: Between, **tier: str) -> R:
+    return kind(**{each.name: each.metadata["read"](pages, tier) for each in fields(kind)})  # type: ignore[arg-type] # both are dataclasses
+
+
+def _name(series: str) -> str:
+    return series if series.startswith("process_") else f"sage_fed_{series}"
+
+
+def _up_s(pages: Between) -> float | None:
+    started_s = pages.after.total("process_start_time_seconds")
+    return None if started_s is None else pages.now_s - started_s
+
+
+def _p99(pages: Between, series: str) -> float | None:
+    return pages.quantile(0.99, _name(series))
+
+
+def _kv_share(pages: Between, tier: Mapping[str, str], state: str) -> float | None:
+    series = _name("kv_cache_tokens")
+    return _over(pages.after.total(series, state=state, **tier), pages.after.total(series, **tier))
+
+
+def _route_share(pages: Between, tier: str) -> float | None:
+    series = _name("route_decisions_total")
+    return _over(pages.rate(series, chosen=tier), pages.rate(series))
 
 
 def _endings(pages: Between) -> dict[str, float]:
     """Jobs that ended, per second, by outcome and code; the most frequent first."""
-    name = f"{_P}requests_total"
+    name = _name("requests_total")
     kinds = {(s.labels["outcome"], s.labels["code"]) for s in pages.after.having(name)}
     rates = {
         f"{outcome} {code}" if outcome != code else outcome: pages.rate(
