@@ -85,7 +85,7 @@ class Alone:
                     start=len(tokens) + index - 1 if index else 0,
                     token_ids=(newest[i],) if index else tokens,
                     blocks=blocks[i],
-                    draw=Draw(_GREEDY, index),
+                    draws=(Draw(_GREEDY, index),),
                 )
                 for i, tokens in enumerate(asked)
             ]

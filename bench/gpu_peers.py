@@ -149,13 +149,13 @@ def _engine(engine: Engine, prompts: Prompts, new: int) -> None:
     each = -(-(_PROMPT + new) // BLOCK_SIZE)
     blocks = [tuple(range(i * each, (i + 1) * each)) for i in range(len(prompts))]
     for i, prompt in enumerate(prompts):
-        engine.run(_step([Chunk(i, 0, prompt[:-1], blocks[i], None)]))
+        engine.run(_step([Chunk(i, 0, prompt[:-1], blocks[i])]))
     flights = []
     for number in range(new):
         chunks = [
             Chunk(
                 i, _PROMPT - 1 + number, (PENDING,) if number else prompt[-1:], blocks[i],
-                Draw(Sampling(), number),
+                (Draw(Sampling(), number),),
             )
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip

@@ -116,7 +116,7 @@ def _answers(engine: Engine, sequences: Sequences) -> list[int]:
     token, answer = sequences.tokens[0][start], []
     for number in range(_EQUAL_TOKENS):
         position = start - _EQUAL_TOKENS + number
-        chunk = Chunk(0, position, (token,), sequences.blocks[0], Draw(Sampling(), number))
+        chunk = Chunk(0, position, (token,), sequences.blocks[0], (Draw(Sampling(), number),))
         (drawn,) = engine.run(Step(sequences.tier, (chunk,)))
         token = drawn.token_id
         answer.append(token)

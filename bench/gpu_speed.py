@@ -54,15 +54,15 @@ class Sequences:
     def decode(self, lengths: Sequence[int]) -> Step:
         """The step that adds token `length` to each sequence, which attends to `length`."""
         return self._step(
-            Chunk(i, length - 1, (self.tokens[i][length - 1],), self.blocks[i], _GREEDY)
+            Chunk(i, length - 1, (self.tokens[i][length - 1],), self.blocks[i], (_GREEDY,))
             for i, length in enumerate(lengths)
         )
 
     def prefill(self, number: int, start: int, tokens: int, *, draws: bool = True) -> Step:
         """The step that feeds one sequence's tokens from `start` on."""
         piece = self.tokens[number][start : start + tokens]
-        draw = _GREEDY if draws else None
-        return self._step([Chunk(number, start, piece, self.blocks[number], draw)])
+        drawn = (_GREEDY,) if draws else ()
+        return self._step([Chunk(number, start, piece, self.blocks[number], drawn)])
 
     def _step(self, chunks: Iterable[Chunk]) -> Step:
         return Step(self.tier, tuple(chunks))

@@ -123,7 +123,7 @@ def steps(model: Path, precision: str, rounds: int) -> list[dict[str, Any]]:
         for context in (32, 512):
             blocks = -(-(context + 1) // BLOCK_SIZE)
             chunks = tuple(
-                Chunk(i, context, (5,), tuple(range(i * blocks, (i + 1) * blocks)), DRAW)
+                Chunk(i, context, (5,), tuple(range(i * blocks, (i + 1) * blocks)), (DRAW,))
                 for i in range(batch)
             )
             seconds = step_s(engine, chunks, rounds)
@@ -137,7 +137,7 @@ def steps(model: Path, precision: str, rounds: int) -> list[dict[str, Any]]:
                 }
             )
     prompt = tuple(range(100, 612))
-    seconds = step_s(engine, (Chunk(0, 0, prompt, tuple(range(33)), DRAW),), 3)
+    seconds = step_s(engine, (Chunk(0, 0, prompt, tuple(range(33)), (DRAW,)),), 3)
     found.append(
         {
             "precision": precision,

@@ -77,7 +77,7 @@ class OurSubject:
             draw = Draw(_GREEDY, index)
             step = Step(
                 Tier.TACTICAL,
-                tuple(Chunk(i, start[i], fed[i], blocks[i], draw) for i in range(len(prompts))),
+                tuple(Chunk(i, start[i], fed[i], blocks[i], (draw,)) for i in range(len(prompts))),
             )
             drawn = self._engine.run(step)
             now = time.perf_counter() - began

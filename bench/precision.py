@@ -126,7 +126,7 @@ def _step(
         tokens, start = (
             (prompt, 0) if not place else ((answer[place - 1],), len(prompt) + place - 1)
         )
-        chunks.append(Chunk(i, start, tokens, blocks[i], Draw(Sampling(), place)))
+        chunks.append(Chunk(i, start, tokens, blocks[i], (Draw(Sampling(), place),)))
     forward = engine._forward  # noqa: SLF001 - clients get tokens, never bare logits
     assert forward is not None
     forwarded = forward.begin(chunks).advance(None)

@@ -16,7 +16,8 @@ BLOCK_SIZE = 16
 """Tokens in one KV block; a sequence owns whole blocks."""
 
 PENDING = -1
-"""In a chunk, as its first token: what the step launched before this one draws for `seq_id`.
+"""In a chunk, as its first token: what the step launched before this one draws last for
+`seq_id`.
 
 The host need not know it yet. It has to be known where a draw of the same chunk lists what was
 `seen`, because that is the host's to say.
@@ -28,7 +29,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How to choose the token that follows a chunk.
+    """How to choose the token that follows a position.
 
     `index` counts the sequence's output tokens; with `sampling.seed` it determines the
     random number, so the choice does not depend on what else is in the batch.
@@ -47,14 +48,21 @@ class Chunk:
     `start` is the position of `token_ids[0]`; every earlier position is in the cache already.
     `blocks` are the sequence's KV blocks in order, enough for `start + len(token_ids)`. Full ones
     before `start` may be shared with other sequences; they are only read.
-    `draw` is None where no token is wanted yet (a prompt piece that is not the last).
+    Its last `len(draws)` positions are drawn from, one `SampledToken` each, in order: none where no
+    token is wanted yet (a prompt piece that is not the last), several where draft tokens are
+    verified. What each draw has `seen` is then the accepted tokens and the draft before it.
     """
 
     seq_id: int
     start: int
     token_ids: tuple[int, ...]
     blocks: tuple[int, ...]
-    draw: Draw | None
+    draws: tuple[Draw, ...] = ()
+
+    @property
+    def num_drafted(self) -> int:
+        """How many of its last tokens are draft tokens, which its draws verify."""
+        return max(len(self.draws) - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The token chosen for a chunk with a `draw`; `logprob` only where it was asked for.
+    """The token chosen for one draw of a chunk; `logprob` only where it was asked for.
 
     `token_id` is `NO_TOKEN` where the model's numbers have broken down for this sequence.
     """
@@ -135,7 +143,7 @@ class InFlightStep(Protocol):
         """Seconds that the device took, once waited for; None where it has no clock of its own."""
 
     def wait(self) -> tuple[SampledToken, ...]:
-        """Wait for the device; one `SampledToken` a chunk with a `draw`, in the chunks' order.
+        """Wait for the device; one `SampledToken` a draw, in the chunks' order.
 
         Not of a paused step.
         """

@@ -171,26 +171,27 @@ class FakeEngine:
             before, self.newest = self.newest, {}  # what it was to draw, it does not
             self.fail(step)
             self.newest = before
-        drawn = tuple(d for chunk in step.chunks if (d := self._chunk(chunk)))
+        drawn = tuple(token for chunk in step.chunks for token in self._chunk(chunk))
         self.newest = {d.seq_id: d.token_id for d in drawn}
         return drawn
 
-    def _chunk(self, chunk: Chunk) -> SampledToken | None:
+    def _chunk(self, chunk: Chunk) -> list[SampledToken]:
         assert all(0 <= block < self.num_blocks for block in chunk.blocks)
         if chunk.token_ids[0] == PENDING and chunk.seq_id not in self.newest:
             # Behind a step that came to nothing: nonsense, like a real device's.
-            return SampledToken(chunk.seq_id, 0)
+            return [SampledToken(chunk.seq_id, 0)] * len(chunk.draws)
         slots = [
             chunk.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(chunk.start + len(chunk.token_ids))
         ]
         for slot, token_id in zip(slots[chunk.start :], chunk.token_ids, strict=True):
             self.cache[slot] = self.newest[chunk.seq_id] if token_id == PENDING else token_id
-        if chunk.draw is None:
-            return None
         history = [self.cache[slot] for slot in slots]
-        token_id = draw(history, chunk.draw.sampling.seed, chunk.draw.index)
-        return SampledToken(chunk.seq_id, token_id)
+        first = len(history) - len(chunk.draws) + 1
+        return [
+            SampledToken(chunk.seq_id, draw(history[: first + row], one.sampling.seed, one.index))
+            for row, one in enumerate(chunk.draws)
+        ]
 
     def close(self) -> None:
         """Note it."""

@@ -39,7 +39,7 @@ def sequential(engine: Engine, spec: SequenceSpec) -> list[int]:
     while len(output) < spec.max_new_tokens:
         seen = (*spec.prompt, *output) if spec.sampling.repetition_penalty != 1.0 else ()
         draw = Draw(spec.sampling, len(output), tuple(dict.fromkeys(seen)))
-        chunk = Chunk(spec.seq_id, start, fed, blocks, draw)
+        chunk = Chunk(spec.seq_id, start, fed, blocks, (draw,))
         (drawn,) = engine.run(Step(spec.tier, (chunk,)))
         if drawn.token_id in engine.eos_token_ids and not spec.ignore_eos:
             break

@@ -19,7 +19,7 @@ T, S = Tier.TACTICAL, Tier.STRATEGIC
 def decode(tier: Tier, batch: int = 1, context: int = 31) -> Step:
     """One token of each of `batch` sequences, on two blocks each."""
     draw = Draw(Sampling(), 0)
-    chunks = (Chunk(-1 - i, context, (1,), (2 * i, 2 * i + 1), draw) for i in range(batch))
+    chunks = (Chunk(-1 - i, context, (1,), (2 * i, 2 * i + 1), (draw,)) for i in range(batch))
     return Step(tier, tuple(chunks))
 
 

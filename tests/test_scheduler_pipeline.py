@@ -40,8 +40,7 @@ def test_the_second_step_is_fed_what_the_first_draws() -> None:
     bench.add(spec(0, prompt=5, new=6))
     first, second = bench.launch(), bench.launch()
     assert (5, (PENDING,)) == (second.chunks[0].start, second.chunks[0].token_ids)
-    assert second.chunks[0].draw is not None
-    assert 1 == second.chunks[0].draw.index
+    assert [1] == [draw.index for draw in second.chunks[0].draws]
     assert bench.scheduler.next_step(0.0) is None, "two are enough"
     bench.land(first)
     third = bench.launch()

@@ -332,7 +332,7 @@ class Point:
                     # Ids below 256 are in every vocabulary.
                     token_ids=tuple((index + 7 * i) % 256 for i in range(self.tokens)),
                     blocks=tuple(range(index * each, (index + 1) * each)),
-                    draw=draw,
+                    draws=(draw,),
                 )
                 for index in range(self.batch)
             ),

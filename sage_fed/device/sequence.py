@@ -305,24 +305,27 @@ class Sequence:
         end = length if self.decodes else min(length, start + prefill_limit)
         assert start < end
         known = tuple(self.token_ids[start:end])
+        draws: tuple[Draw, ...] = ()
+        if end == length:
+            draws = (Draw(self.spec.sampling, self.num_drawn, self._seen),)
         return Chunk(
             seq_id=self.spec.seq_id,
             start=start,
             token_ids=known or (PENDING,),
             blocks=self.blocks,
-            draw=Draw(self.spec.sampling, self.num_drawn, self._seen) if end == length else None,
+            draws=draws,
         )
 
     def launch(self, chunk: Chunk) -> None:
         """Note that a chunk is in a step in flight."""
         self.num_fed += len(chunk.token_ids)
-        self.num_pending += chunk.draw is not None
+        self.num_pending += len(chunk.draws)
         self.num_flights += 1
 
     def land(self, chunk: Chunk, pool: BlockPool | None) -> None:
         """Note that a chunk's step has landed; blocks that it filled go public in `pool`."""
         self.num_flights -= 1
-        self.num_pending -= chunk.draw is not None
+        self.num_pending -= len(chunk.draws)
         if self.num_stored + len(chunk.token_ids) > len(self.token_ids):
             return  # it was fed a token that ended it or was dropped: what was stored means nothing
         self._stored(len(chunk.token_ids), pool)
@@ -331,7 +334,7 @@ class Sequence:
         """Note that a chunk's step came to nothing; it will be fed again."""
         self.num_flights -= 1
         self.num_fed -= len(chunk.token_ids)
-        self.num_pending -= chunk.draw is not None
+        self.num_pending -= len(chunk.draws)
 
     def find(self, pool: BlockPool) -> tuple[int, ...]:
         """Return the blocks of its beginning that are stored already.

@@ -99,10 +99,10 @@ class BatchBuilder:
                 token_ids += chunk.token_ids
                 positions += range(chunk.start, chunk.start + len(chunk.token_ids))
                 add_slots(chunk, slots, stale)
-                if chunk.draw is not None:
-                    rows.append(len(token_ids) - 1)
-                    drawing.append(index)
-                    draws.append(chunk.draw)
+                count = len(chunk.draws)
+                rows += range(len(token_ids) - count, len(token_ids))
+                drawing += [index] * count
+                draws += chunk.draws
             group_rows = slice(first, len(token_ids))
             plans.append(self._plan([chunks[index] for index in members], group_rows, packer))
         common = [packer.add(v) for v in (token_ids, positions, slots, stale, rows)]
@@ -129,6 +129,7 @@ class BatchBuilder:
         assert max(chunk.token_ids) < self._vocab_size, "a token id beyond the vocabulary"
         assert end <= len(chunk.blocks) * BLOCK_SIZE, "a chunk without blocks for its tokens"
         assert end <= self._max_context_tokens, "a chunk beyond the context"
+        assert len(chunk.draws) <= len(chunk.token_ids), "more draws than tokens"
 
     def _plan(
         self, members: Sequence[Chunk], rows: slice, packer: Packer

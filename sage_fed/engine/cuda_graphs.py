@@ -118,7 +118,7 @@ class GraphForward:
         static, replay = self._graphs[bucket]
         static.fill(chunks)
         replay()
-        drawing = tuple(index for index, chunk in enumerate(chunks) if chunk.draw is not None)
+        drawing = tuple(index for index, chunk in enumerate(chunks) if chunk.draws)
         if not drawing:
             return Forwarded(None, (), ())
         assert self._logits is not None
@@ -129,7 +129,7 @@ class GraphForward:
             packer.add(drawing)
             (rows,) = packer.move(logits.device)
             logits, best = logits.index_select(0, rows), best.index_select(0, rows)
-        draws = tuple(chunk.draw for chunk in chunks if chunk.draw is not None)
+        draws = tuple(draw for chunk in chunks for draw in chunk.draws)
         return Forwarded(logits, draws, drawing, best)
 
     def _work(self, bucket: Bucket, static: StaticBatch) -> Work:
@@ -337,6 +337,8 @@ class Buckets:
 
     def fit(self, chunks: Sequence[Chunk]) -> Bucket | None:
         """The smallest bucket that holds the chunks, where there is one worth its padding."""
+        if any(len(chunk.draws) > 1 for chunk in chunks):
+            return None  # a graph's outputs have one row a sequence
         longest = max(len(chunk.token_ids) for chunk in chunks)
         width = max(-(-(c.start + len(c.token_ids)) // BLOCK_SIZE) for c in chunks)
         batch = _at_least(self._batches, len(chunks))

@@ -256,7 +256,9 @@ class InFlightStep:
             assert self._landing is not None
             results = self._landing.wait()
             choices = self._picked.choices(results) if self._picked and results is not None else []
-            rows = sorted(zip(self._drawing, self.seq_ids, choices, strict=True))
+            rows = sorted(
+                zip(self._drawing, self.seq_ids, choices, strict=True), key=lambda row: row[0]
+            )
             self._drawn = tuple(
                 SampledToken(seq_id, token_id, logprob) for _, seq_id, (token_id, logprob) in rows
             )

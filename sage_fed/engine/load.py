@@ -50,6 +50,7 @@ from sage_fed.engine.precision import choose_formats, precision_of
 from sage_fed.engine.weights import ModelWeights, WeightsBuilder
 from sage_fed.errors import ModelLoadError
 from sage_fed.model_files import resolve_model
+from sage_fed.steps import BLOCK_SIZE
 
 _LOG = logging.getLogger(__name__)
 _LOADED = 0.9
@@ -337,14 +338,14 @@ def prepare(
         max_context_tokens=context,
         dtype=dtype,
         device=device,
-        pending_rows=num_blocks if capture else 0,
+        pending_rows=num_blocks * BLOCK_SIZE if capture else 0,
     )
     decoder = Decoder(spec, weights, cache, rotary)
     if capture is None:
         return Prepared(TorchForward(batches, decoder), None)
     began_s, free = time.monotonic(), _free(device)
-    # A sequence owns at least a block, so no step has more draws.
-    newest = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+    # A step draws at most once for each slot of the cache.
+    newest = torch.zeros(num_blocks * BLOCK_SIZE, dtype=torch.int64, device=device)
     forward = GraphForward(
         TorchForward(batches, decoder, newest),
         batches,

@@ -308,7 +308,7 @@ def _load_engine(
         stamps: list[float] = []
         for index in range(new_tokens):
             draw = Draw(_GREEDY, index)
-            chunks = (Chunk(i, start, tokens, blocks[i], draw) for i, tokens in enumerate(fed))
+            chunks = (Chunk(i, start, tokens, blocks[i], (draw,)) for i, tokens in enumerate(fed))
             sampled = engine.run(Step(tier, tuple(chunks)))
             stamps.append(time.perf_counter() - began)
             start += len(fed[0])

@@ -42,8 +42,8 @@ class Running:
             tokens = self.prompt[self.done : self.done + size]
             last = self.done + len(tokens) == len(self.prompt)
         seen = (*self.prompt, *self.output) if self.sampling.repetition_penalty != 1 else ()
-        draw = Draw(self.sampling, len(self.output), seen) if last else None
-        return Chunk(self.seq_id, self.done, tokens, self.blocks, draw)
+        draws = (Draw(self.sampling, len(self.output), seen),) if last else ()
+        return Chunk(self.seq_id, self.done, tokens, self.blocks, draws)
 
 
 class Driver:
@@ -73,7 +73,7 @@ class Driver:
         moving = [self.running[i] for i in seq_ids or self.running]
         chunks = [sequence.chunk() for sequence in moving]
         drawn = self.engine.run(Step(Tier.TACTICAL, tuple(chunks)))
-        assert [c.seq_id for c in chunks if c.draw is not None] == [d.seq_id for d in drawn]
+        assert [c.seq_id for c in chunks if c.draws] == [d.seq_id for d in drawn]
         for sequence, chunk in zip(moving, chunks, strict=True):
             sequence.done += len(chunk.token_ids)
         for choice in drawn:

@@ -140,7 +140,7 @@ def test_steps_in_flight_draw_what_steps_that_wait_do(checkpoint: Checkpoints) -
     for number in range(10):
         token_ids = prompt if number == 0 else (PENDING,)
         start = 0 if number == 0 else len(prompt) + number - 1
-        chunk = Chunk(3, start, token_ids, (7, 1, 4), Draw(Sampling(), number))
+        chunk = Chunk(3, start, token_ids, (7, 1, 4), (Draw(Sampling(), number),))
         flights.append(engine.launch(Step(Tier.TACTICAL, (chunk,))))
     for flight in flights:
         answer += [drawn.token_id for drawn in flight.wait()]

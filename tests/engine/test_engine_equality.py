@@ -143,13 +143,13 @@ def test_what_a_block_held_before_cannot_reach_its_next_owner(
 
 def test_a_step_without_draws_yields_nothing(engine_of: Engines) -> None:
     """A prompt piece that is not the last one fills the cache and draws no token."""
-    chunk = Chunk(1, 0, prompt_of(20), (3, 4), None)
+    chunk = Chunk(1, 0, prompt_of(20), (3, 4))
     assert () == engine_of("llama").run(Step(Tier.TACTICAL, (chunk,)))
 
 
 def test_a_step_can_be_run_again(engine_of: Engines) -> None:
     """Repeating a step, as after running out of memory, yields the same tokens."""
-    step = Step(Tier.TACTICAL, (Chunk(1, 0, prompt_of(20), (3, 4), Draw(Sampling(), 0)),))
+    step = Step(Tier.TACTICAL, (Chunk(1, 0, prompt_of(20), (3, 4), (Draw(Sampling(), 0),)),))
     assert engine_of("llama").run(step) == engine_of("llama").run(step)
 
 
@@ -176,13 +176,13 @@ def test_running_out_of_memory_fails_the_step_only(
 @pytest.mark.parametrize(
     ("chunk", "problem"),
     [
-        (Chunk(1, 0, (), (0,), None), "without tokens"),
-        (Chunk(1, 0, (1,) * 17, (0,), None), "without blocks"),
-        (Chunk(1, 256, (1,), tuple(range(17)), None), "beyond the context"),
-        (Chunk(1, 0, (131,), (0,), None), "beyond the vocabulary"),
-        (Chunk(1, 0, (-2,), (0,), None), "below the vocabulary"),
-        (Chunk(77, 0, (PENDING,), (0,), None), "no token of the sequence is pending"),
-        (Chunk(1, 0, (1, PENDING), (0,), None), "only a chunk's first token can be pending"),
+        (Chunk(1, 0, (), (0,)), "without tokens"),
+        (Chunk(1, 0, (1,) * 17, (0,)), "without blocks"),
+        (Chunk(1, 256, (1,), tuple(range(17))), "beyond the context"),
+        (Chunk(1, 0, (131,), (0,)), "beyond the vocabulary"),
+        (Chunk(1, 0, (-2,), (0,)), "below the vocabulary"),
+        (Chunk(77, 0, (PENDING,), (0,)), "no token of the sequence is pending"),
+        (Chunk(1, 0, (1, PENDING), (0,)), "only a chunk's first token can be pending"),
     ],
 )
 def test_a_contradictory_chunk_is_a_bug(engine_of: Engines, chunk: Chunk, problem: str) -> None:

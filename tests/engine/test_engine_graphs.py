@@ -126,12 +126,12 @@ def test_several_tokens_a_sequence_are_verified_in_one_padded_step(
     prompts = [prompt_of(length) for length in (30, 15, 63)]
     answers = [checkpoint("qwen3").greedy(prompt, 5) for prompt in prompts]
     blocks = [tuple(range(i * 8, i * 8 + 8)) for i in range(3)]
-    start = [Chunk(i, 0, prompt, blocks[i], Draw(GREEDY, 0)) for i, prompt in enumerate(prompts)]
+    start = [Chunk(i, 0, prompt, blocks[i], (Draw(GREEDY, 0),)) for i, prompt in enumerate(prompts)]
     first = engine.run(Step(T, tuple(start)))
     assert [answer[0] for answer in answers] == [d.token_id for d in first]
     counts = (3, 2, 3)
     chunks = tuple(
-        Chunk(i, len(prompts[i]), answers[i][:count], blocks[i], Draw(GREEDY, count))
+        Chunk(i, len(prompts[i]), answers[i][:count], blocks[i], (Draw(GREEDY, count),))
         for i, count in enumerate(counts)
     )
     assert Bucket(4, 3, 16) == _forward(engine)._buckets.fit(chunks)
@@ -186,7 +186,7 @@ def test_buckets_are_the_next_size_up() -> None:
 
     def fit(*sequences: tuple[int, int]) -> Bucket | None:
         return buckets.fit(
-            [Chunk(i, start, (1,) * count, (), None) for i, (start, count) in enumerate(sequences)]
+            [Chunk(i, start, (1,) * count, ()) for i, (start, count) in enumerate(sequences)]
         )
 
     assert Bucket(1, 1, 16) == fit((0, 1))
@@ -229,10 +229,10 @@ def test_a_pending_token_is_what_the_step_before_drew(
         chunks = []
         for i in order:
             if number == 0:
-                chunks.append(Chunk(i, 0, prompts[i], blocks[i], Draw(GREEDY, 0)))
+                chunks.append(Chunk(i, 0, prompts[i], blocks[i], (Draw(GREEDY, 0),)))
             else:
                 start = len(prompts[i]) + number - 1
-                chunks.append(Chunk(i, start, (PENDING,), blocks[i], Draw(GREEDY, number)))
+                chunks.append(Chunk(i, start, (PENDING,), blocks[i], (Draw(GREEDY, number),)))
         flights.append(engine.launch(Step(T, tuple(chunks))))
         if len(flights) > 1 or not graphs:
             land()
@@ -249,7 +249,7 @@ def test_two_engines_fly_by_turns(checkpoint: Checkpoints, graphs_of: Engines) -
     for number in range(6):
         token_ids = prompt if number == 0 else (PENDING,)
         start = 0 if number == 0 else len(prompt) + number - 1
-        chunk = Chunk(3, start, token_ids, (7, 1, 4), Draw(GREEDY, number))
+        chunk = Chunk(3, start, token_ids, (7, 1, 4), (Draw(GREEDY, number),))
         flights = {name: graphs_of(name).launch(Step(T, (chunk,))) for name in names}
         for name, flight in flights.items():
             answers[name] += [drawn.token_id for drawn in flight.wait()]
@@ -263,7 +263,7 @@ def test_flights_land_once_and_in_order(checkpoint: Checkpoints) -> None:
         model=str(checkpoint("llama").path), kv_cache_bytes=1 << 20, kernels="torch"
     )
     engine = load_engine(options, lambda _: None, EagerCapture())
-    step = Step(T, (Chunk(0, 0, (5, 6), (0,), Draw(GREEDY, 0)),))
+    step = Step(T, (Chunk(0, 0, (5, 6), (0,), (Draw(GREEDY, 0),)),))
     first, second = engine.launch(step), engine.launch(step)
     with pytest.raises(AssertionError, match="in the order of their launches"):
         second.wait()

@@ -125,7 +125,7 @@ def test_bf16_logits_are_near_those_of_fp32(
     del library
     prompt = prompt_of(45)
     expected = checkpoint(name).logits(prompt)[-1]
-    chunk = [Chunk(0, 0, prompt, (3, 1, 4), DRAW)]
+    chunk = [Chunk(0, 0, prompt, (3, 1, 4), (DRAW,))]
     errors = {
         kernels: (logits_of(engine(checkpoint(name), kernels=kernels), chunk)[0] - expected)
         .norm()
@@ -142,14 +142,14 @@ def test_company_and_pieces_change_little_in_bf16(
     """A prompt in pieces, beside decoding strangers, has the logits that it has alone."""
     del library
     loaded, prompt, table = engine(checkpoint(name)), prompt_of(70), tuple(range(10, 15))
-    alone = logits_of(loaded, [Chunk(0, 0, prompt, table, DRAW)])[0]
-    strangers = [Chunk(i, 0, prompt_of(5 + i), (20 + i,), None) for i in range(5)]
-    logits_of(loaded, [*strangers, Chunk(0, 0, prompt, table, DRAW)])
-    loaded._forward.begin([Chunk(0, 0, prompt[:33], table, None)]).advance(None)
-    company = [Chunk(i, 5 + i, (9 + i,), (20 + i,), DRAW) for i in range(5)]
-    together = logits_of(loaded, [*company, Chunk(0, 33, prompt[33:69], table, None)])
+    alone = logits_of(loaded, [Chunk(0, 0, prompt, table, (DRAW,))])[0]
+    strangers = [Chunk(i, 0, prompt_of(5 + i), (20 + i,)) for i in range(5)]
+    logits_of(loaded, [*strangers, Chunk(0, 0, prompt, table, (DRAW,))])
+    loaded._forward.begin([Chunk(0, 0, prompt[:33], table)]).advance(None)
+    company = [Chunk(i, 5 + i, (9 + i,), (20 + i,), (DRAW,)) for i in range(5)]
+    together = logits_of(loaded, [*company, Chunk(0, 33, prompt[33:69], table)])
     assert together.shape[0] == 5
-    last = logits_of(loaded, [company[0], Chunk(0, 69, prompt[69:], table, DRAW)])[1]
+    last = logits_of(loaded, [company[0], Chunk(0, 69, prompt[69:], table, (DRAW,))])[1]
     assert (last - alone).norm() < 0.02 * alone.norm()
 
 
@@ -188,7 +188,10 @@ def test_quantised_logits_are_near_those_of_torch(
     These random models amplify that: torch's own bf16 is up to 0.11 from fp32 in them.
     """
     del library
-    chunks = [Chunk(0, 0, prompt_of(45), (3, 1, 4), DRAW), Chunk(1, 0, prompt_of(9), (2,), DRAW)]
+    chunks = [
+        Chunk(0, 0, prompt_of(45), (3, 1, 4), (DRAW,)),
+        Chunk(1, 0, prompt_of(9), (2,), (DRAW,)),
+    ]
     of = {
         kernels: logits_of(engine(checkpoint(name), precision=precision, kernels=kernels), chunks)
         for kernels in ("native", "torch")
@@ -222,11 +225,11 @@ def test_attention_over_blocks_of_keys_is_exact(
     ]
     tables = [tuple(range(i * 16, i * 16 + 16)) for i in range(len(prompts))]
     expected = [wide.logits(prompt)[-1] for prompt in prompts]
-    whole = [Chunk(i, 0, p, tables[i], DRAW) for i, p in enumerate(prompts)]
+    whole = [Chunk(i, 0, p, tables[i], (DRAW,)) for i, p in enumerate(prompts)]
     cut = [len(prompt) // 3 for prompt in prompts]
-    pieces = [Chunk(i, 0, p[: cut[i]], tables[i], None) for i, p in enumerate(prompts) if cut[i]]
-    rest = [Chunk(i, cut[i], p[cut[i] :], tables[i], DRAW) for i, p in enumerate(prompts)]
-    newest = [Chunk(i, len(p) - 1, p[-1:], tables[i], DRAW) for i, p in enumerate(prompts)]
+    pieces = [Chunk(i, 0, p[: cut[i]], tables[i]) for i, p in enumerate(prompts) if cut[i]]
+    rest = [Chunk(i, cut[i], p[cut[i] :], tables[i], (DRAW,)) for i, p in enumerate(prompts)]
+    newest = [Chunk(i, len(p) - 1, p[-1:], tables[i], (DRAW,)) for i, p in enumerate(prompts)]
     for chunks in (whole, newest, rest, newest[:2]):
         if chunks is rest:
             loaded._forward.begin(pieces).advance(None)
@@ -238,7 +241,7 @@ def test_the_best_token_is_that_of_the_logits(library: Library, checkpoint: Chec
     """The pass finds each row's argmax on the way."""
     del library
     loaded = engine(checkpoint("llama"))
-    chunks = [Chunk(i, 0, prompt_of(3 + i), (i,), DRAW) for i in range(7)]
+    chunks = [Chunk(i, 0, prompt_of(3 + i), (i,), (DRAW,)) for i in range(7)]
     with torch.inference_mode():
         forwarded = loaded._forward.begin(chunks).advance(None)
         assert forwarded.logits is not None

@@ -29,11 +29,11 @@ def engine(source: Checkpoint, kernels: str, precision: str = "fp32") -> Engine:
 def steps_of(tier: Tier) -> list[Step]:
     """A prompt in two pieces, the second with others of which not all draw, and its next token."""
     first, rest = prompt_of(70)[:40], prompt_of(70)[40:]
-    beside = (Chunk(2, 0, prompt_of(9), (9,), None), Chunk(3, 0, prompt_of(5), (10,), DRAW))
+    beside = (Chunk(2, 0, prompt_of(9), (9,)), Chunk(3, 0, prompt_of(5), (10,), (DRAW,)))
     return [
-        Step(tier, (Chunk(1, 0, first, BLOCKS, None),)),
-        Step(tier, (Chunk(1, 40, rest, BLOCKS, DRAW), *beside)),
-        Step(tier, (Chunk(1, 70, (17,), BLOCKS, DRAW), Chunk(3, 5, (8,), (10,), DRAW))),
+        Step(tier, (Chunk(1, 0, first, BLOCKS),)),
+        Step(tier, (Chunk(1, 40, rest, BLOCKS, (DRAW,)), *beside)),
+        Step(tier, (Chunk(1, 70, (17,), BLOCKS, (DRAW,)), Chunk(3, 5, (8,), (10,), (DRAW,)))),
     ]
 
 

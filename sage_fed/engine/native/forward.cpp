@@ -225,11 +225,14 @@ class Session {
       w_.chunk_of_row.insert(w_.chunk_of_row.end(), size_t(chunk.num_rows), c);
       first_row_[size_t(c)] = row;
       row += chunk.num_rows;
-      if (!chunk.draws) continue;
-      const int64_t last = chunk.num_rows - 1, out = int64_t(w_.drawn_rows.size());
-      for (int32_t head = 0; head < all; head += heads_of_one)
-        w_.last_tasks.push_back({c, row - 1, 1, chunk.start + last, out, head, heads_of_one});
-      w_.drawn_rows.push_back(row - 1);
+      const int32_t last_heads = chunk.draws == 1 ? heads_of_one : 1;
+      for (int64_t r = chunk.num_rows - chunk.draws; r < chunk.num_rows; r += rows_each) {
+        const int64_t at = first_row_[size_t(c)] + r, out = int64_t(w_.drawn_rows.size());
+        const int64_t count = std::min(rows_each, chunk.num_rows - r);
+        for (int32_t head = 0; head < all; head += last_heads)
+          w_.last_tasks.push_back({c, at, count, chunk.start + r, out, head, last_heads});
+        for (int64_t i = 0; i < count; ++i) w_.drawn_rows.push_back(at + i);
+      }
     }
   }
 

@@ -88,12 +88,11 @@ class NativeForward:
             assert max(chunk.token_ids) < self._num_ids, "a token id beyond the vocabulary"
             assert used <= len(chunk.blocks), "a chunk without blocks for its tokens"
             assert end <= self._max_context_tokens, "a chunk beyond the context"
-            draws = chunk.draw is not None
-            described.extend((chunk.start, len(chunk.token_ids), len(blocks), draws))
+            assert len(chunk.draws) <= len(chunk.token_ids), "more draws than tokens"
+            described.extend((chunk.start, len(chunk.token_ids), len(blocks), len(chunk.draws)))
             token_ids.extend(chunk.token_ids)
             blocks.extend(chunk.blocks[:used])
-            if draws:
-                drawing.append(index)
+            drawing += [index] * len(chunk.draws)
         logits = self._logits_of(len(drawing))
         best = torch.empty(len(drawing), dtype=torch.int64)
         step = StepStruct(
@@ -105,7 +104,7 @@ class NativeForward:
             logits=logits.data_ptr(),
             best=best.data_ptr(),
         )
-        draws_of = tuple(draw for chunk in chunks if (draw := chunk.draw) is not None)
+        draws_of = tuple(draw for chunk in chunks for draw in chunk.draws)
         leaves = Forwarded(logits if drawing else None, draws_of, tuple(drawing), best)
         kept = (token_ids, described, blocks, best)
         return _NativePass(self._library, self._session, step, leaves, kept)

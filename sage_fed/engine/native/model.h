@@ -60,7 +60,7 @@ struct Chunk {
   int64_t start;
   int64_t num_rows;
   int64_t first_block;  // into Step::blocks
-  int64_t draws;        // 1: logits of its last row are wanted
+  int64_t draws;        // logits of so many of its last rows are wanted
 };
 
 struct Step {
@@ -68,8 +68,8 @@ struct Step {
   const Chunk* chunks;
   const int64_t* blocks;
   int64_t num_tokens, num_chunks;
-  float* logits;  // [chunks that draw, valid_ids]
-  int64_t* best;  // [chunks that draw]: the first id of the highest logit; -1: no numbers
+  float* logits;  // [draws, valid_ids]
+  int64_t* best;  // [draws]: the first id of the highest logit; -1: no numbers
 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
