@@ -6,7 +6,7 @@ from fake_engine import FakeEngine, reference
 
 from sage_fed.core import Tier
 from sage_fed.device import Ended, Outcome, Scheduler, SequenceSpec, TierLimits
-from sage_fed.device.tier_scheduler import TierSchedule
+from sage_fed.device.tier_scheduler import TierScheduler
 from sage_fed.steps import Step
 
 T = Tier.TACTICAL
@@ -30,14 +30,14 @@ class Bench:
         self.queried = self.hit = self.preempted = 0
 
     @property
-    def schedule(self) -> TierSchedule:
+    def schedule(self) -> TierScheduler:
         """The tier's inside."""
         return self.scheduler._tiers[T]
 
     @property
     def running(self) -> set[int]:
         """Ids of the sequences that run."""
-        return set(self.schedule._running.by_id)
+        return set(self.schedule.running)
 
     def add(self, *asked: SequenceSpec) -> None:
         """Queue sequences."""
@@ -57,7 +57,7 @@ class Bench:
         return step
 
     def _interruptions(self) -> dict[int, int]:
-        running = self.schedule._running.by_id
+        running = self.schedule.running
         return {seq_id: seq.preemptions for seq_id, seq in running.items()}
 
     def land(self, step: Step, *, fits: bool = True) -> Outcome:
@@ -69,12 +69,12 @@ class Bench:
             outcome = self.scheduler.complete(step, drawn, now=self.now, elapsed_s=self.step_s)
         else:
             outcome = self.scheduler.out_of_memory(step, now=self.now, elapsed_s=self.step_s)
-        for d in outcome.drawn:
+        for d in outcome.tokens:
             self.tokens[d.seq_id].append(d.token_id)
         self.ended |= {e.seq_id: e for e in outcome.ended}
-        self.queried += outcome.num_queried_tokens
-        self.hit += outcome.num_hit_tokens
-        self.preempted += outcome.num_preempted
+        self.queried += outcome.report.num_queried_tokens
+        self.hit += outcome.report.num_hit_tokens
+        self.preempted += outcome.report.num_preempted
         return outcome
 
     def step(self) -> Step:

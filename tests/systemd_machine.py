@@ -46,12 +46,12 @@ class Finder(importlib.machinery.PathFinder):
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            launch = module.Flights.launch
+            launch = module.InFlightSteps.launch
             def wedged_launch(self, engine, step, pause_after_s=None):
                 if pathlib.Path("/run/hang").exists():
                     threading.Event().wait()
                 return launch(self, engine, step, pause_after_s)
-            module.Flights.launch = wedged_launch
+            module.InFlightSteps.launch = wedged_launch
         spec.loader.exec_module = exec_module
         return spec
 

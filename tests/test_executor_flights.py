@@ -10,7 +10,7 @@ from fake_engine import FakeEngine, FakeInFlightStep, out_of_memory_once, refere
 
 from sage_fed.core import Tier, TierState
 from sage_fed.device import EndReason
-from sage_fed.device.device_thread import Flights
+from sage_fed.device.device_thread import InFlightSteps
 from sage_fed.steps import Step
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
@@ -78,16 +78,16 @@ async def test_a_stop_lands_what_is_in_flight() -> None:
 def test_the_device_s_own_time_counts_where_it_is_known() -> None:
     """Without it, a flight is charged from the landing before it; with it, what the device says."""
     engine = FakeEngine(pipelined=True)
-    flights = Flights(engine.clock)
+    flights = InFlightSteps(engine.clock)
     step = Step(T, ())
     flights.launch(engine, step)
     flights.launch(engine, step)
     engine.clock.now += 1.0  # the host's own
     assert flights.full
-    assert pytest.approx(1.01) == flights.land()[1]
-    assert pytest.approx(0.01) == flights.land()[1]
+    assert pytest.approx(1.01) == flights.wait()[1]
+    assert pytest.approx(0.01) == flights.wait()[1]
     flights.launch(engine, step)
     flight = engine.flights[0]
     assert isinstance(flight, FakeInFlightStep)
     flight.device_s = 0.5
-    assert ((), 0.5) == flights.land()
+    assert ((), 0.5) == flights.wait()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.device import Scheduler, TierLimits
-from sage_fed.device.scheduler import Interleave, shared_chunk_tokens
+from sage_fed.device.scheduler import DeviceClaim, shared_chunk_tokens
 from sage_fed.device.tier_scheduler import StepRates
 from sage_fed.steps import Step
 
@@ -23,7 +23,7 @@ class Device:
     """Both tiers on a device that takes `base_s[tier] + tokens * token_s[tier]` for a step."""
 
     def __init__(self, share: float = 0.5) -> None:
-        self.scheduler = Scheduler(tactical_share=share)
+        self.scheduler = Scheduler(fast_share=share)
         for tier in TIER_ROLES:
             self.scheduler.open_tier(tier, LIMITS, frozenset())
         self.engine = FakeEngine(num_blocks=2000)
@@ -96,10 +96,10 @@ def test_an_idle_tier_has_no_claim_on_the_past() -> None:
 def test_a_part_is_what_a_tactical_step_pays_for() -> None:
     """At a half share it is as long as one, at three quarters a third of one."""
     rates = StepRates()
-    assert Interleave(0.5).part_s(rates) > 0.0
+    assert DeviceClaim(0.5).part_s(rates) > 0.0
     rates.record(num_tokens=1, prefills=False, elapsed_s=0.012)
-    assert pytest.approx(0.012) == Interleave(0.5).part_s(rates)
-    assert pytest.approx(0.004) == Interleave(0.75).part_s(rates)
+    assert pytest.approx(0.012) == DeviceClaim(0.5).part_s(rates)
+    assert pytest.approx(0.004) == DeviceClaim(0.75).part_s(rates)
 
 
 def test_only_a_strategic_step_pauses_and_only_for_a_tactical_tier() -> None:

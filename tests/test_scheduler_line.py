@@ -22,7 +22,7 @@ def of(account: str, seq_id: int, **fields: object) -> SequenceSpec:
 
 def served(bench: Bench, account: str) -> int:
     """An account's counter."""
-    return bench.schedule._line._accounts[account].served
+    return bench.schedule.queue._accounts[account].served
 
 
 def test_a_flood_does_not_keep_another_account_waiting() -> None:
@@ -110,7 +110,7 @@ def test_who_was_cut_short_is_not_counted_for_the_rest() -> None:
     bench.scheduler.cancel(0, bench.now)
     assert 8 == served(bench, "a")
     bench.scheduler.cancel(1, bench.now)
-    assert {} == bench.schedule._line._accounts
+    assert {} == bench.schedule.queue._accounts
 
 
 ASKED = st.tuples(
@@ -168,7 +168,7 @@ def test_nobody_waits_for_ever(
         assert bench.now < due_s + 8 * 80, "what runs ends, so it starts"
         flood()
         if bench.now == due_s:
-            waiting = {seq.spec.account for seq in bench.schedule._line} - {"victim"}
+            waiting = {seq.spec.account for seq in bench.schedule.queue} - {"victim"}
         first = len(bench.starts)
         bench.step()
         started = bench.starts[first:]
@@ -217,7 +217,7 @@ def test_accounts_that_always_ask_are_served_the_same(
     token_weights = TokenWeights(weights[0], 0, weights[1])
     worst = max(prompt * weights[0] + new * weights[1] for prompt, new in sizes)
     for _ in range(80):
-        waiting = Counter(seq.spec.account for seq in bench.schedule._line)
+        waiting = Counter(seq.spec.account for seq in bench.schedule.queue)
         for i, (prompt, new) in enumerate(sizes):
             for _ in range(max_batch + 1 - waiting[f"a{i}"]):
                 bench.add(of(f"a{i}", next(ids), prompt=prompt, new=new, weights=token_weights))

@@ -84,7 +84,7 @@ def test_an_account_that_is_far_behind_interrupts() -> None:
     bench.add(of("b", 2, prompt=10, new=10))
     for _ in range(28):
         bench.step()
-        served = {name: a.served for name, a in bench.schedule._line._accounts.items()}
+        served = {name: a.served for name, a in bench.schedule.queue._accounts.items()}
         if 2 in bench.running:
             break
         assert served["a"] - served["b"] <= 22 or bench.now < 6.0
@@ -99,7 +99,7 @@ def test_a_small_lead_is_no_claim() -> None:
     busy(bench, of("a", 0, prompt=1, new=100), steps=1)
     bench.add(of("b", 1, prompt=10, new=10))
     while 1 not in bench.running:
-        lead = bench.schedule._line.lead_uatp(
+        lead = bench.schedule.queue.lead_uatp(
             bench.schedule.find(1),
             bench.schedule.find(0),  # type: ignore[arg-type]
         )
@@ -185,7 +185,7 @@ def test_the_last_of_its_chances_has_its_worst_case() -> None:
     bench.add(*(spec(i, prompt=16, new=112) for i in range(5)))
     while bench.scheduler.has_work:
         bench.step()
-        for seq in bench.schedule._running.by_id.values():
+        for seq in bench.schedule.running.values():
             if seq.preemptions:
                 assert 128 // BLOCK_SIZE == len(seq.blocks)
     assert max(bench.starts.count(i) for i in range(5)) == 2
@@ -242,5 +242,5 @@ def test_an_interruption_is_only_a_pause(
         assert bench.starts.count(seq_id) <= 1 + max_preemptions + math.log(total, growth)
     assert bench.preempted == len(bench.starts) - len(jobs)
     assert pytest.approx(bench.busy_s) == sum(ended.device_s for ended in bench.ended.values())
-    assert {} == bench.schedule._line._accounts
+    assert {} == bench.schedule.queue._accounts
     assert 0 == bench.kv()[0]

@@ -60,7 +60,7 @@ class Traffic(RuleBasedStateMachine):
 
     def take(self, outcome: Outcome) -> None:
         """Deliver to the clients."""
-        for drawn in outcome.drawn:
+        for drawn in outcome.tokens:
             assert drawn.seq_id not in self.ended
             self.outputs[drawn.seq_id].append(drawn.token_id)
         self.end(*outcome.ended)
@@ -212,19 +212,19 @@ class Traffic(RuleBasedStateMachine):
         """Every block is free, kept, or owned by as many live sequences as the pool says."""
         for schedule in self.scheduler._tiers.values():
             pool = schedule.pool
-            owned = Counter(b for seq in schedule._running.by_id.values() for b in seq.blocks)
+            owned = Counter(b for seq in schedule.running.values() for b in seq.blocks)
             assert owned == Counter(pool._owners)
             assert sorted([*owned, *pool._free, *pool._kept]) == list(range(LIMITS.num_blocks))
             assert pool._by_key == {key: block for block, key in pool._keys.items()}
             assert not pool._keys.keys() & set(pool._free)
-            interrupted = [seq for seq in schedule._line if seq.num_output or seq.preemptions]
-            assert len(schedule._line) <= LIMITS.max_waiting + len(interrupted)
-            assert len(schedule._running.by_id) <= LIMITS.max_batch
+            interrupted = [seq for seq in schedule.queue if seq.num_output or seq.preemptions]
+            assert len(schedule.queue) <= LIMITS.max_waiting + len(interrupted)
+            assert len(schedule.running) <= LIMITS.max_batch
             assert all(s.preemptions > 0 for s in interrupted)
-            live = (*schedule._line, *schedule._running.by_id.values())
+            live = (*schedule.queue, *schedule.running.values())
             assert sum(seq.prefill_left for seq in live) == schedule.queued_prompt_tokens
             accounts = Counter(seq.spec.account for seq in live)
-            known = schedule._line._accounts
+            known = schedule.queue._accounts
             assert accounts == Counter({name: a.live for name, a in known.items()})
 
     def teardown(self) -> None:
@@ -335,7 +335,7 @@ def test_chunks_of_a_prompt_are_consecutive_and_complete(prompts: list[int], chu
 )
 def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: float) -> None:
     """With endless work on both, tactical waits for one step at most and strategic for 64."""
-    scheduler = Scheduler(tactical_share=share)
+    scheduler = Scheduler(fast_share=share)
     engine = FakeEngine(num_blocks=1000)
     for tier in TIER_ROLES:
         scheduler.open_tier(tier, TierLimits(1000, 10_000), frozenset())

@@ -28,7 +28,7 @@ def run(bench: Bench, step_s: Callable[[int], float], seconds: float) -> Counter
     while bench.now < until_s:
         step = bench.launch()
         bench.step_s = step_s(step.num_tokens)
-        for drawn in bench.land(step).drawn:
+        for drawn in bench.land(step).tokens:
             tokens[bench.specs[drawn.seq_id].account] += 1
     return tokens
 

@@ -44,7 +44,7 @@ class Bench:
         drawn = self.engine.run(step)
         self.now += 0.01
         outcome = self.scheduler.complete(step, drawn, now=self.now, elapsed_s=0.01)
-        for d in outcome.drawn:
+        for d in outcome.tokens:
             self.tokens[d.seq_id].append(d.token_id)
         self.ended |= {e.seq_id: e for e in outcome.ended}
         return step
@@ -281,7 +281,7 @@ def test_a_sequence_on_the_device_is_cancelled_at_the_step_boundary() -> None:
     assert () == bench.scheduler.cancel(0, bench.now)
     drawn = bench.engine.run(step)
     outcome = bench.scheduler.complete(step, drawn, now=1.0, elapsed_s=0.01)
-    assert () == outcome.drawn
+    assert () == outcome.tokens
     assert [(0, EndReason.CANCELLED, 1)] == [
         (e.seq_id, e.reason, e.output_tokens) for e in outcome.ended
     ]

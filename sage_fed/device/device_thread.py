@@ -1,27 +1,10 @@
 """The one thread that touches the device: takes messages, runs steps, hands results over.
 
-Owns the engines and the scheduler. Knows nothing of the event loop but the hand-over.
-An engine that raises anything but DeviceOutOfMemory is broken, as is one whose model gives no
-numbers any more: its tier's sequences end FAILED, its memory is freed, and the other tier goes on
-until somebody brings a new engine. If the thread itself fails, or the device is lost for this
-process, its last word says so and the event loop ends every stream.
-
-The steps that are on the device: launched, and not yet landed.
-
-Owns their order, which is the device's, and the time that each took. Knows no scheduler.
-Fails as the engines do, in `launch`, in `resume` or in `land`.
-
-A step's time is the device's own where it has a clock: then the steps of both tiers, one behind
-the other, are each charged what they took, and the host's work beside them costs nothing. Where
-it has none, the time is from the launch, or from the landing before it if that came later; of a
-step that paused, the time of its parts, without what ran in between.
-
-Timed steps that serve nobody: what a calibration asks of the device.
-
-Owns the probes that have not ended and the KV blocks that the first of them holds. Live work
-goes first: a probe holds blocks only while there is none, and one that was interrupted starts
-again from its first step, because what came between has changed the caches it measures.
-The device's thread only, but for `Probe`, which any thread may end, once.
+Owns the engines, the scheduler, and the steps that are on the device. Knows of the event loop only
+the outbox. An engine that raises anything but DeviceOutOfMemory is broken, as is one whose model
+gives no numbers any more: its tier's sequences end FAILED, its memory is freed, and the other tiers
+go on until a new engine comes. If the thread itself fails, or the device is lost for this process,
+its last word says so and the event loop ends every stream.
 """
 
 from __future__ import annotations
@@ -49,7 +32,7 @@ from sage_fed.device.scheduler import Scheduler
 from sage_fed.device.sequence import Ended, EndReason
 from sage_fed.device.tier_scheduler import Outcome
 from sage_fed.errors import DeviceBusy, DeviceLost, DeviceOutOfMemory, SageFedError, TierUnavailable
-from sage_fed.steps import Engine, InFlightStep, SampledToken, Step, StepKind, StepReport
+from sage_fed.steps import Engine, InFlightStep, SampledToken, Step
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +66,10 @@ class DeviceThread:
         self._inbox = inbox
         self._outbox = outbox
         self._scheduler = scheduler
-        self._probes = ProbeDesk(scheduler, self._publish)
+        self._probes = ProbeQueue(scheduler, self._publish)
         self._clock = clock
         self._engines: dict[Tier, Engine] = {}
-        self._flights = Flights(clock)
+        self._in_flight = InFlightSteps(clock)
         self._steps_done = 0
         self._thread = threading.Thread(target=self._main, name="sage-fed-device", daemon=True)
 
@@ -114,10 +97,10 @@ class DeviceThread:
                 ended += self._handle(message)
             if any(isinstance(message, Stop) for message in messages):
                 # Only now: an engine that came with the same messages has to be closed too.
-                if paused := self._flights.paused:
-                    self._fly(paused, None)
-                while self._flights:
-                    self._land()
+                if paused := self._in_flight.paused:
+                    self._run(paused, None)
+                while self._in_flight:
+                    self._finish()
                 self._end_all(ended)
                 return EndReason.SHUTDOWN
             self._beat(busy=True)
@@ -134,21 +117,21 @@ class DeviceThread:
             # Only now, with the step that follows ready to run.
             self._outbox.send()
             if step is not None:
-                self._fly(step, self._scheduler.pause_after_s(step))
-            elif not self._flights and self._probes.has_work:
+                self._run(step, self._scheduler.pause_after_s(step))
+            elif not self._in_flight and self._probes.has_work:
                 self._run_probe()
             # While a step is on the device, the next is built and launched behind it.
-            if self._flights and (step is None or self._flights.full):
-                self._land()
+            if self._in_flight and (step is None or self._in_flight.full):
+                self._finish()
             busy = self._busy
-            if self._flights or not busy:
+            if self._in_flight or not busy:
                 # Nothing waits for this thread: the device is at work, or there is no work.
                 self._outbox.send()
             self._beat(busy=busy)
 
     @property
     def _busy(self) -> bool:
-        return bool(self._flights) or self._scheduler.has_work or self._probes.has_work
+        return bool(self._in_flight) or self._scheduler.has_work or self._probes.has_work
 
     def _handle(self, message: Message) -> tuple[Ended, ...]:
         if isinstance(message, Submit):
@@ -181,92 +164,75 @@ class DeviceThread:
             opened=Opened(message.limits, engine.defaults),
         )
 
-    def _fly(self, step: Step, pause_after_s: float | None) -> None:
-        """Launch a step, or resume it; the time that it pauses is the other tier's."""
-        resumed = step is self._flights.paused
-        begun_s = self._clock() - (self._flights.paused_s if resumed else 0.0)
+    def _run(self, step: Step, pause_after_s: float | None) -> None:
+        """Launch a step, or resume it; the time that it pauses is the other tiers'."""
+        resumed = step is self._in_flight.paused
+        begun_s = self._clock() - (self._in_flight.paused_s if resumed else 0.0)
         try:
             if resumed:
-                self._flights.resume(pause_after_s)
+                self._in_flight.resume(pause_after_s)
             else:
-                self._flights.launch(self._engines[step.tier], step, pause_after_s)
-            if step is self._flights.paused:
-                self._scheduler.paused(step, self._flights.paused_s)
-        except DeviceOutOfMemory:
-            self._give_way(step, self._clock() - begun_s)
-        except DeviceLost:
-            raise
-        except Exception:  # an engine may break in any way; only its own tier goes with it
-            logger.exception("the %s tier's engine is broken", step.tier.name)
-            self._break(step, self._clock() - begun_s)
+                self._in_flight.launch(self._engines[step.tier], step, pause_after_s)
+            if step is self._in_flight.paused:
+                self._scheduler.paused(step, self._in_flight.paused_s)
+        except Exception as error:  # noqa: BLE001 - an engine may break in any way
+            self._fail(step, error, self._clock() - begun_s)
 
-    def _land(self) -> None:
-        """Take in the oldest step in flight and hand over what came of it."""
-        step, begun_s = self._flights.next_to_land, self._clock()
+    def _finish(self) -> None:
+        """Take in the oldest step in flight and hand its results over."""
+        step, begun_s = self._in_flight.oldest, self._clock()
         try:
-            drawn, elapsed_s = self._flights.land()
-            outcome = self._scheduler.complete(step, drawn, now=self._clock(), elapsed_s=elapsed_s)
-        except DeviceOutOfMemory:
-            self._give_way(step, self._clock() - begun_s)
-        except DeviceLost:
-            raise
-        except Exception:  # as above
-            logger.exception("the %s tier's engine is broken", step.tier.name)
-            self._break(step, self._clock() - begun_s)
+            sampled, elapsed_s = self._in_flight.wait()
+            outcome = self._scheduler.complete(
+                step, sampled, now=self._clock(), elapsed_s=elapsed_s
+            )
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(step, error, self._clock() - begun_s)
         else:
-            self._tell(step, outcome, elapsed_s)
+            self._tell(outcome)
             if self._scheduler.unsound(step.tier):
                 logger.error("the %s tier's model gives no numbers any more", step.tier.name)
                 ended = self._scheduler.close_tier(step.tier, EndReason.FAILED, self._clock())
                 self._give_up(step.tier, ended)
 
-    def _give_way(self, step: Step, elapsed_s: float) -> None:
-        """End as few sequences as possible after a step that did not fit."""
-        logger.warning("a step of the %s tier did not fit the device", step.tier.name)
-        outcome = self._scheduler.out_of_memory(step, now=self._clock(), elapsed_s=elapsed_s)
-        self._tell(step, outcome, elapsed_s, memory_short=True)
+    def _fail(self, step: Step, error: Exception, elapsed_s: float) -> None:
+        """End as few sequences as possible after a step that its engine did not finish."""
+        if isinstance(error, DeviceLost):
+            raise error
+        now, tier = self._clock(), step.tier
+        if isinstance(error, DeviceOutOfMemory):
+            logger.warning("a step of the %s tier did not fit the device", tier.name)
+            self._tell(self._scheduler.out_of_memory(step, now=now, elapsed_s=elapsed_s))
+        else:  # only its own tier goes with a broken engine
+            logger.error("the %s tier's engine is broken", tier.name, exc_info=error)
+            self._give_up(tier, self._scheduler.broken(step, now=now, elapsed_s=elapsed_s))
 
-    def _tell(
-        self, step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool = False
-    ) -> None:
+    def _tell(self, outcome: Outcome) -> None:
         self._steps_done += 1
-        self._publish(step.tier)
-        self._outbox.put(
-            tokens=outcome.drawn,
-            ended=outcome.ended,
-            report=_report(step, outcome, elapsed_s, memory_short=memory_short),
-        )
+        self._publish(outcome.report.tier)
+        self._outbox.put(tokens=outcome.tokens, ended=outcome.ended, report=outcome.report)
 
     def _run_probe(self) -> None:
-        """Run one step that serves nobody; nothing of it is reported but its time."""
+        """Run one step of a probe; nothing of it is reported but its time."""
         step = self._probes.next_step()
         if step is None:
             return
         begun_s = self._clock()
         try:
-            self._flights.launch(self._engines[step.tier], step)
-            _, elapsed_s = self._flights.land()
+            self._in_flight.launch(self._engines[step.tier], step)
+            _, elapsed_s = self._in_flight.wait()
         except DeviceOutOfMemory as error:
-            self._probes.fail(error)
-        except DeviceLost:
-            raise
-        except Exception:  # as for live work
-            logger.exception("the %s tier's engine is broken", step.tier.name)
-            self._break(step, self._clock() - begun_s)
+            self._probes.end(error)
+        except Exception as error:  # noqa: BLE001 - as for live work
+            self._fail(step, error, self._clock() - begun_s)
         else:
             self._steps_done += 1
             self._probes.note(elapsed_s)
 
-    def _break(self, step: Step, elapsed_s: float) -> None:
-        """Give up the tier whose engine raised in this step."""
-        self._give_up(
-            step.tier, self._scheduler.broken(step, now=self._clock(), elapsed_s=elapsed_s)
-        )
-
     def _give_up(self, tier: Tier, ended: tuple[Ended, ...]) -> None:
         """Say that a tier has failed, which the scheduler knows already, and free its engine."""
         engine = self._engines.pop(tier)
-        self._flights.drop(tier)
+        self._in_flight.drop(tier)
         info = engine.info
         self._publish()
         message = "the engine failed; the daemon's log has the details"
@@ -312,28 +278,6 @@ class DeviceThread:
         self.heartbeat = Heartbeat(self._steps_done, self._clock(), busy)
 
 
-def _report(step: Step, outcome: Outcome, elapsed_s: float, *, memory_short: bool) -> StepReport:
-    num_decode = step.num_tokens - outcome.num_prefill_tokens
-    if not outcome.num_prefill_tokens:
-        kind = StepKind.DECODE
-    else:
-        kind = StepKind.MIXED if num_decode else StepKind.PREFILL
-    return StepReport(
-        tier=step.tier,
-        kind=kind,
-        num_steps=1,
-        num_prefill_tokens=outcome.num_prefill_tokens,
-        num_decode_tokens=num_decode,
-        num_sequences=len(step.chunks),
-        elapsed_s=elapsed_s,
-        out_of_memory=memory_short,
-        num_context_tokens=step.num_context_tokens,
-        num_queried_tokens=outcome.num_queried_tokens,
-        num_hit_tokens=outcome.num_hit_tokens,
-        num_preempted=outcome.num_preempted,
-    )
-
-
 def close_engine(engine: Engine) -> None:
     """Close an engine for good; a broken one that does not even close is only logged."""
     try:
@@ -342,8 +286,8 @@ def close_engine(engine: Engine) -> None:
         logger.exception("an engine did not close")
 
 
-@dataclass(frozen=True, slots=True)
-class Airborne:
+@dataclass(slots=True, eq=False)
+class _LaunchedStep:
     """A step in flight; `launched_s` is when its launch, or its last part, began.
 
     On the executor's clock. `overlaps` says that its engine may still be at work: the host can
@@ -351,48 +295,40 @@ class Airborne:
     """
 
     step: Step
-    flight: InFlightStep
+    running: InFlightStep
     launched_s: float
     overlaps: bool
     before_s: float = 0.0
 
 
-class Flights:
-    """Steps of any tier in the order of their launches, and one that is paused beside them."""
+class InFlightSteps:
+    """Steps of any tier in the order of their launches, and one that is paused beside them.
+
+    A step's time is the device's own where it has a clock: then the steps of all tiers, one behind
+    the other, are each charged what they took, and the host's work beside them costs nothing. Where
+    it has none, the time is from the launch, or from the end of the step before it if that came
+    later; of a step that paused, the time of its parts, without what ran in between.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._airborne: deque[Airborne] = deque()
-        self._paused: Airborne | None = None
-        self._landed_s = clock()
+        self._launched: deque[_LaunchedStep] = deque()
+        self._paused: _LaunchedStep | None = None
+        self._finished_s = clock()
 
     def __len__(self) -> int:
-        """How many can land."""
-        return len(self._airborne)
+        """How many can be waited for."""
+        return len(self._launched)
 
     @property
     def full(self) -> bool:
-        """Whether one has to land before the next launch: one waits behind another, or is done."""
-        return len(self._airborne) > 1 or not self._airborne[-1].overlaps
+        """Whether one has to end before the next launch: one waits behind another, or is done."""
+        return len(self._launched) > 1 or not self._launched[-1].overlaps
 
     @property
-    def next_to_land(self) -> Step:
-        """The oldest step in flight; there is one."""
-        return self._airborne[0].step
-
-    def launch(self, engine: Engine, step: Step, pause_after_s: float | None = None) -> None:
-        """Put a step behind the others; whatever the launch raises, it is not in flight."""
-        launched_s = self._clock()
-        flight = engine.launch(step, pause_after_s)
-        self._take_off(Airborne(step, flight, launched_s, engine.pipelined))
-
-    def resume(self, pause_after_s: float | None) -> None:
-        """Go on with the paused step; whatever this raises, it is not in flight any more."""
-        paused, self._paused = self._paused, None
-        assert paused is not None
-        resumed = replace(paused, launched_s=self._clock())
-        resumed.flight.resume(pause_after_s)
-        self._take_off(resumed)
+    def oldest(self) -> Step:
+        """The step to wait for next; there is one."""
+        return self._launched[0].step
 
     @property
     def paused(self) -> Step | None:
@@ -404,42 +340,59 @@ class Flights:
         """Seconds that the paused step has taken so far; 0 where there is none."""
         return self._paused.before_s if self._paused else 0.0
 
-    def land(self) -> tuple[tuple[SampledToken, ...], float]:
-        """Wait for the oldest step: what it drew, and the seconds that it took.
+    def launch(self, engine: Engine, step: Step, pause_after_s: float | None = None) -> None:
+        """Put a step behind the others; whatever the launch raises, it is not in flight."""
+        launched_s = self._clock()
+        running = engine.launch(step, pause_after_s)
+        self._add(_LaunchedStep(step, running, launched_s, engine.pipelined))
+
+    def resume(self, pause_after_s: float | None) -> None:
+        """Go on with the paused step; whatever this raises, it is not in flight any more."""
+        paused, self._paused = self._paused, None
+        assert paused is not None
+        paused.launched_s = self._clock()
+        paused.running.resume(pause_after_s)
+        self._add(paused)
+
+    def wait(self) -> tuple[tuple[SampledToken, ...], float]:
+        """Wait for the oldest step: what it sampled, and the seconds that it took.
 
         Whatever this raises, the step is not in flight any more.
         """
-        airborne = self._airborne.popleft()
-        earlier_s = self._landed_s
+        launched = self._launched.popleft()
+        earlier_s = self._finished_s
         try:
-            drawn = airborne.flight.wait()
+            sampled = launched.running.wait()
         finally:
-            self._landed_s = self._clock()
-        device_s = airborne.flight.device_s
+            self._finished_s = self._clock()
+        device_s = launched.running.device_s
         if device_s is None:
-            last_s = self._landed_s - max(airborne.launched_s, earlier_s)
-            device_s = airborne.before_s + last_s
-        return drawn, device_s
+            last_s = self._finished_s - max(launched.launched_s, earlier_s)
+            device_s = launched.before_s + last_s
+        return sampled, device_s
 
     def drop(self, tier: Tier) -> None:
-        """Forget the flights of a tier whose engine is broken."""
-        self._airborne = deque(a for a in self._airborne if a.step.tier is not tier)
-        if self._paused and self._paused.step.tier is tier:
+        """Forget the steps of a tier whose engine is broken."""
+        self._launched = deque(one for one in self._launched if one.step.tier != tier)
+        if self._paused and self._paused.step.tier == tier:
             self._paused = None
 
-    def _take_off(self, airborne: Airborne) -> None:
-        if not airborne.flight.paused:
-            self._airborne.append(airborne)
+    def _add(self, launched: _LaunchedStep) -> None:
+        if not launched.running.paused:
+            self._launched.append(launched)
             return
         assert self._paused is None, "one step is paused at a time"
-        part_s = self._clock() - airborne.launched_s
-        self._paused = replace(airborne, before_s=airborne.before_s + part_s)
+        launched.before_s += self._clock() - launched.launched_s
+        self._paused = launched
 
 
-class ProbeDesk:
+class ProbeQueue:
     """The probes under way, one after the other, in the order in which they came.
 
-    `changed` is called after blocks were taken or given back, and before anyone hears of it.
+    Owns the KV blocks that the first of them holds. Live work goes first: a probe holds blocks only
+    while there is none, and one that was interrupted starts again from its first step, because what
+    came between has changed the caches it measures. `changed` is called after blocks were taken or
+    given back, and before anything is told of it.
     """
 
     def __init__(self, scheduler: Scheduler, changed: Callable[[], None]) -> None:
@@ -472,7 +425,7 @@ class ProbeDesk:
         self._changed()
 
     def next_step(self) -> Step | None:
-        """Return the next step on blocks that nobody else owns; None where no probe can run."""
+        """Return the next step on blocks of its own; None where no probe can run."""
         while self.has_work:
             if self._lease or self._take(self._probes[0]):
                 return self._placed(self._probes[0].steps[len(self._elapsed_s)])
@@ -482,11 +435,12 @@ class ProbeDesk:
         """Take in the device's time of the step that `next_step` returned."""
         self._elapsed_s.append(elapsed_s)
         if len(self._elapsed_s) == len(self._probes[0].steps):
-            self._end(tuple(self._elapsed_s))
+            self.end(tuple(self._elapsed_s))
 
-    def fail(self, error: SageFedError) -> None:
-        """End the probe whose step failed."""
-        self._end(error)
+    def end(self, outcome: tuple[float, ...] | SageFedError) -> None:
+        """End the probe that is first."""
+        self.step_aside()
+        self._probes.pop(0).end(outcome)
 
     def close_tier(self, tier: Tier, why: str) -> None:
         """End the probes of a tier that is gone."""
@@ -504,15 +458,11 @@ class ProbeDesk:
         for tier, count in probe.num_blocks.items():
             blocks = self._scheduler.reserve(tier, count)
             if blocks is None:
-                self._end(DeviceBusy(f"the {tier.name} tier has no {count} free KV blocks"))
+                self.end(DeviceBusy(f"the {tier.name} tier has no {count} free KV blocks"))
                 return False
             self._lease[tier] = blocks
         self._changed()
         return True
-
-    def _end(self, outcome: tuple[float, ...] | SageFedError) -> None:
-        self.step_aside()
-        self._probes.pop(0).end(outcome)
 
     def _placed(self, step: Step) -> Step:
         own = self._lease[step.tier]

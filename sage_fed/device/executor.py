@@ -87,7 +87,7 @@ class Executor:
     """Two engines on one device, shared by many streams.
 
     Args:
-        tiers: how to load each tier and its bounds; loaded in the order of depth.
+        tiers: how to load each tier and its bounds; loaded in the order of rank.
         observers: told of steps and of tiers.
         tactical_share: of device time, while both tiers have work.
         step_timeout_s: how long the device may be busy without a sign of life; see `watch`.
@@ -139,7 +139,7 @@ class Executor:
         self._device = DeviceThread(
             inbox=self._inbox,
             outbox=self._outbox,
-            scheduler=Scheduler(tactical_share=self._tactical_share),
+            scheduler=Scheduler(fast_share=self._tactical_share),
             clock=self._clock,
         )
         self._device.start()
@@ -156,7 +156,7 @@ class Executor:
         """Tell a device that hangs from one that works, until cancelled.
 
         A device that was busy for `step_timeout_s` without a sign of life has failed: every
-        stream ends, and both tiers are down, because one thread serves both. Where the device
+        sequence ends, and all tiers are down, because one thread serves them. Where the device
         comes back after all, they serve again; after as long a time once more they never will.
         """
         stall = Stall(look_s)

@@ -4,13 +4,11 @@ Owns the free list, the owners' count of each block, and the published blocks by
 nothing of sequences or of what is stored in a block. Fails only by assertion: taking more than
 is available, or giving back what is not owned, is our bug.
 
-A block that nobody owns but that is published is *kept*: it counts as available, because the
+A block that has no owner but is published is *kept*: it counts as available, because the
 one that was left alone longest is forgotten when the free list is short.
 
-Keys under which full KV blocks are found again by a later sequence.
-
-Owns the hash. Knows no blocks. A key stands for everything that a block's contents depend on:
-the account, and every token id from the sequence's beginning to the block's end.
+A key (`BlockKeys`) stands for everything that a block's contents depend on: the account, and every
+token id from the sequence's beginning to the block's end.
 
 Keys are compared instead of token ids, so a collision would hand one prompt the keys and values
 of another. 256 bits of BLAKE2b make that impossible in practice, by accident and on purpose
@@ -59,7 +57,7 @@ class BlockPool:
 
     @property
     def num_kept(self) -> int:
-        """Blocks that nobody owns, and that can be found again."""
+        """Blocks without an owner that can be found again."""
         return len(self._kept)
 
     def find(self, keys: Iterable[bytes]) -> tuple[int, ...]:
@@ -81,7 +79,7 @@ class BlockPool:
         return count <= len(self._free) or count <= self.num_spare(shared)
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Own published `blocks` together with whoever else does."""
+        """Own published `blocks` together with their other owners."""
         for block in blocks:
             assert block in self._keys, "only what was published can be shared"
             self._kept.pop(block, None)
@@ -115,7 +113,7 @@ class BlockPool:
                 del self._by_key[key]
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """End one owner's claim to `blocks`; published ones are kept once nobody owns them.
+        """End one owner's claim to `blocks`; published ones are kept once they have no owner.
 
         Of one sequence's kept blocks the last is forgotten first: without those before it, it
         could not be found.

@@ -1,41 +1,36 @@
-"""Who starts next: fair between accounts by ATP served, by priority and age within one.
+"""Which sequence starts next, and what one account may cost another on a tier.
 
 Owns the waiting sequences and each account's counter of what it was served. Knows no blocks,
-no batch and no clock: `now` is given.
+no batch and no clock: `now` is given. Cannot fail.
 
-Between accounts: the one that was served least goes first (the virtual token counter of Sheng
-et al., "Fairness in Serving Large Language Models", OSDI 2024, with prices as weights). The
-prompt counts when a sequence starts, each output token when it is delivered. An account that
-comes back is lifted to the least counter of those that are here: nobody saves up by waiting.
-A debt is remembered as long as it exceeds that least counter.
+Between accounts (`RequestQueue`): the one that was served least goes first (the virtual token
+counter of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, with prices as
+weights). The prompt counts when a sequence starts, each output token when it is delivered. An
+account that comes back is lifted to the least counter of those that are here: waiting saves nothing
+up. A debt is remembered as long as it exceeds that least counter.
 
 Within an account a sequence ranks by the time it was submitted, less `ageing_s` for each level of
-priority. So an account's priorities order its own work and cost nobody else anything.
+priority. So an account's priorities order its own work and cost others nothing.
 
 The bound: an account of which nothing started for `overdue_s` while it waited goes before every
 account that has waited less, whatever the counters say. From then on at most one sequence of each
 other account that waits at that moment starts before its own first one; within the account only
-what was submitted at most `2 * ageing_s` later can pass. The first in line is never passed by a
+what was submitted at most `2 * ageing_s` later can pass. The head is never passed by a
 smaller one behind it: a long prompt would otherwise wait for ever.
 
-What one account may cost another on a tier: places in the batch, and the length of steps.
+That alone leaves two ways to stop others: to be there first with as many sequences as the batch
+has places, and to make every step so long that the others' tokens do not come.
 
-`line` decides who starts, by what was served. That alone leaves two ways to stop others: to be
-there first with as many sequences as the batch has places, and to make every step so long that
-nobody else's tokens come.
-
-Places: an account has an even share of them, `max_batch` over the accounts that are there. It may
-have more while nobody asks; then what it has above its share gives way at once (`preemption`).
+Places (`PlaceShares`): an account has an even share of them, `max_batch` over the accounts that are
+there. It may have more while no other asks; then what it has above its share gives way at once.
 What another account has just used within its share is kept for its next sequence for a
-while, so that short jobs in a row do not interrupt somebody each.
+while, so that short jobs in a row do not interrupt a sequence each.
 
-Steps: each account is to get a step in `k` times what one of its own would take, with `k` the
-number of accounts or 2. An account that gets less is behind, and the next step has the sequences
-of those that are behind only. Their own steps take at most the sum of what they take alone, so all
-of them can be had; nobody starves, because who is left out falls behind. Where rows cost nearly
-nothing (a GPU bound by its bandwidth) nobody is ever behind, and every step has everybody.
-
-Knows no sequence and no clock. Cannot fail.
+Steps (`StepShares`): each account is to get a step in `k` times what one of its own would take,
+with `k` the number of accounts or 2. An account that gets less is behind, and the next step has the
+sequences of those that are behind only. Their own steps take at most the sum of what they take
+alone, so all of them can be had; none starves, because one that is left out falls behind. Where
+rows cost nearly nothing (a GPU bound by its bandwidth) none is ever behind, and every step has all.
 """
 
 from __future__ import annotations
@@ -57,7 +52,7 @@ class _Account:
     waits_since: float = 0.0
 
 
-class Line:
+class RequestQueue:
     """The sequences of one tier that wait, and the accounts of those and of the running ones."""
 
     def __init__(self, *, ageing_s: float, overdue_s: float) -> None:
@@ -106,7 +101,7 @@ class Line:
         self._queue(seq, now)
 
     def head(self, now: float, passed: Collection[str] = ()) -> Sequence | None:
-        """Return who starts next; nobody of the accounts that are `passed` over."""
+        """Return the sequence that starts next; none of the accounts that are `passed` over."""
         waiting = self._waiting
         if passed:
             waiting = {name: account for name, account in waiting.items() if name not in passed}
@@ -116,7 +111,7 @@ class Line:
         return first.waiting[0]
 
     def start(self, seq: Sequence, now: float) -> None:
-        """Take a sequence, which is the first of its account, out of the line to run."""
+        """Take a sequence, which is the first of its account, out of the queue to run."""
         account = self._dequeue(seq)
         account.waits_since = now
         self.count(seq)
@@ -149,8 +144,8 @@ class Line:
         """Return since when nothing of a waiting sequence's account has started."""
         return max(self._accounts[seq.spec.account].waits_since, seq.submitted_s)
 
-    def weakness(self, seq: Sequence) -> tuple[int, float, int]:
-        """Return a key that grows with the claims of others: the weakest is interrupted first."""
+    def interruption_key(self, seq: Sequence) -> tuple[int, float, int]:
+        """Return a key that grows with the claims of others: the greatest is interrupted first."""
         return (self._accounts[seq.spec.account].served, *self._rank(seq))
 
     def _claim(self, account: _Account, now: float) -> tuple[bool, float, float, int]:
@@ -191,11 +186,11 @@ class Line:
     def _forget_debts(self) -> None:
         """Drop the absent accounts that would be lifted above their counter if they came back."""
         least = self._least_served()
-        nobody = not any(account.live for account in self._accounts.values())
+        any_live = any(account.live for account in self._accounts.values())
         self._accounts = {
             name: account
             for name, account in self._accounts.items()
-            if account.live or (not nobody and account.served > least)
+            if account.live or (any_live and account.served > least)
         }
 
 
@@ -210,7 +205,7 @@ _LEAST_SLOWDOWN = 2
 """How many times as long others may make an account's steps, however few accounts there are."""
 
 _MAX_RUN = 64
-"""Steps that somebody may be left out of in a row, at most: as many as the other tier's."""
+"""Steps that an account may be left out of in a row, at most: as many as the other tier's."""
 
 
 def even_share(whole: int, num_accounts: int) -> int:

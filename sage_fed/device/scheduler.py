@@ -1,51 +1,74 @@
-"""Both tiers' sequences and the order of their steps: the state machine the executor drives.
+"""All tiers' sequences and the order of their steps: the state machine that the thread drives.
 
-Owns the tiers' schedules and the interleaving. No torch, no thread, no clock: `now` (monotonic
-seconds) and measured step times are given, so every decision can be tested without a device.
-A tier is opened when its engine is loaded and closed when that engine is broken or done.
+Owns the tiers' schedulers and the interleaving of their steps. No torch, no thread, no clock: `now`
+(monotonic seconds) and measured step times are given, so every decision can be tested without a
+device. A tier is opened when its engine is loaded and closed when that engine is broken or done.
 
-Which tier steps next, and how long a strategic step and its prefill chunk may be.
+Tiers are ordered by rank: the lowest is the fast one, which waits for deeper ones least. The rule
+pays afterwards, with measured time: a step that took S seconds, while a shallower tier had work or
+got some soon after, gives that tier the next `S * share / (1 - share)` seconds of the device. So
+nothing is predicted, the ratio of steps follows the models as they are, and a deep step never
+follows a deep step while shallower work is waiting. A deep tier cannot starve: what it owes is
+bounded by `MAX_FAST_RUN` steps, also where one of its steps took absurdly long.
 
-Owns the tactical tier's claim on device time. Knows no sequences and no queues.
-
-The rule pays afterwards, with measured time: a strategic step that took S seconds, while
-tactical work was waiting or came soon after, gives the tactical tier the next
-`S * share / (1 - share)` seconds of the device. So nothing is predicted, the ratio of steps
-follows the models as they are, and a strategic step never follows a strategic step while
-tactical work is waiting. The strategic tier cannot starve: what it owes is bounded by
-`MAX_TACTICAL_RUN` steps, also where one of its steps took absurdly long.
-
-Where an engine can pause between layers, all this holds of the parts of a strategic step: each is
-about as long as one tactical step pays for, so that tactical tokens wait for a part, not a step.
+Where an engine can pause between layers, all this holds of the parts of a deep step: each is about
+as long as one fast step pays for, so that the fast tier's tokens wait for a part, not a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sage_fed.core import Tier, TierLoad, TierState
+from sage_fed.core import Tier, TierLoad
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
-from sage_fed.device.tier_scheduler import Outcome, StepRates, TierSchedule
+from sage_fed.device.tier_scheduler import Outcome, StepRates, TierScheduler
 from sage_fed.errors import TierUnavailable
-from sage_fed.steps import BLOCK_SIZE, SampledToken, Step
+from sage_fed.steps import SampledToken, Step
 
-_TACTICAL_NEAR_S = 10.0
-"""How long after its last step the tactical tier is expected to have work again soon.
+MAX_FAST_RUN = 64
+"""Steps of a tier in a row, at most, while a deeper one has work."""
 
-A request that comes in the middle of a strategic step waits for all of it. With prompts cut only
-while tactical work is there, the first request after a pause would wait for a whole chunk."""
+_NEAR_S = 10.0
+"""How long after its last step a shallower tier is expected to have work again soon.
+
+A request that comes in the middle of a deep step waits for all of it. With prompts cut only while
+shallower work is there, the first request after a pause would wait for a whole chunk."""
+
+_CHUNK_FAST_STEPS = 4.0
+"""What a deep prefill chunk may cost, in decode steps of the fast tier."""
+
+_CHUNK_SHORTEST_STEPS = 2.0
+"""Or, if that is more, in shortest deep steps: below about one, a chunk is pure overhead,
+because any step reads all the weights; above one, a chunk grows until its tokens cost time."""
+
+_FIRST_PART_S = 0.020
+"""A part of a deep step until a fast step has been measured."""
+
+_SHORTEST_PART_S = 0.002
+"""A pause costs the host a turn of its loop; parts are to be long against that."""
+
+_FIRST_CHUNK_TOKENS = 64
+"""Chunk length until prefill has been measured."""
+
+_MIN_CHUNK_TOKENS = 16
 
 
 class Scheduler:
-    """Admits, builds steps, takes in results. One caller."""
+    """Admits, builds steps, takes in results. One caller.
 
-    def __init__(self, *, tactical_share: float = 0.5) -> None:
-        self._tiers: dict[Tier, TierSchedule] = {}
-        self._interleave = Interleave(tactical_share)
-        self._tactical_seen_s: float | None = None
+    `fast_share` is a tier's part of the device's time while it and a deeper one have work.
+    """
+
+    def __init__(self, *, fast_share: float = 0.5) -> None:
+        self._fast_share = fast_share
+        self._tiers: dict[Tier, TierScheduler] = {}
+        """By rank."""
+        self._claims: dict[Tier, DeviceClaim] = {}
+        self._seen_s: dict[Tier, float] = {}
+        """When each tier last had work."""
         self._paused: Step | None = None
         self._noted_s = 0.0
-        """Of the paused step's time, what the interleaving has been told."""
+        """Of the paused step's time, what the claims have been told."""
 
     def open_tier(
         self,
@@ -61,14 +84,16 @@ class Scheduler:
         `pipelined` allows two of its steps in flight; with `num_parts` above 1 a step may pause.
         """
         assert tier not in self._tiers
-        self._tiers[tier] = TierSchedule(
+        self._tiers[tier] = TierScheduler(
             tier, limits, eos_token_ids, pipelined=pipelined, num_parts=num_parts
         )
+        self._tiers = dict(sorted(self._tiers.items()))
+        self._claims.setdefault(tier, DeviceClaim(self._fast_share))
 
     def close_tier(self, tier: Tier, reason: EndReason, now: float) -> tuple[Ended, ...]:
         """End all of a tier's sequences and admit no more; a closed tier is no error."""
         schedule = self._tiers.pop(tier, None)
-        if self._paused and self._paused.tier is tier:
+        if self._paused and self._paused.tier == tier:
             self._paused = None
         return schedule.end_all(reason, now) if schedule else ()
 
@@ -106,45 +131,38 @@ class Scheduler:
     def next_step(self, now: float) -> Step | None:
         """Return what to run next, or None where there is nothing to do.
 
-        That may be the paused step, to be resumed. Also None where a step in flight has to land
-        before the next can be built. With tactical work waiting, what follows a strategic step,
-        or a part of one, is a tactical step, launched at once. A tier's step follows its own in
-        flight only where its engine is pipelined, and a strategic one only where no tactical
-        request is to be expected: it would wait for both.
+        That may be the paused step, to be resumed. Also None where a step in flight has to be
+        completed before the next can be built. With shallower work waiting, what follows a deep
+        step, or a part of one, is a shallower one, launched at once. A tier's step follows its own
+        in flight only where its engine is pipelined, and a deep one only where no request of a
+        shallower tier is to be expected: it would wait for both.
         """
-        tactical = self._tiers.get(Tier.TACTICAL)
-        strategic = self._tiers.get(Tier.STRATEGIC)
-        tactical_works = tactical is not None and tactical.has_work
-        if tactical_works:
-            self._tactical_seen_s = now
-        strategic_works = strategic is not None and strategic.has_work
-        if tactical_works and strategic is not None and strategic.in_flight and not self._paused:
-            tier: Tier | None = Tier.TACTICAL
-        else:
-            tier = self._interleave.pick(tactical=tactical_works, strategic=strategic_works)
+        tier = self._next_tier(now)
         if tier is None:
             return None
-        if self._paused and tier is self._paused.tier:
+        if self._paused and tier == self._paused.tier:
             return self._paused
         schedule = self._tiers[tier]
         limit = schedule.limits.prefill_chunk_tokens
-        if tier == Tier.STRATEGIC and tactical is not None and self._tactical_near(now):
+        fast = self._fast_beside(tier)
+        if fast is not None and self._is_near(tier, now):
             if schedule.in_flight:
                 return None
-            shared = shared_chunk_tokens(tactical.rates, schedule.rates, schedule.num_parts)
+            shared = shared_chunk_tokens(fast.rates, schedule.rates, schedule.num_parts)
             limit = min(limit, shared)
         return schedule.build(limit, now)
 
     def pause_after_s(self, step: Step) -> float | None:
-        """How much of a step to run before the other tier is asked; None: all of it.
+        """Return how much of a step to run before shallower tiers are asked; None: all of it.
 
-        Only a strategic step pauses, and also where no tactical work is there yet: a request that
-        comes in the middle of it would wait for the rest.
+        A deep step pauses also where no shallower work is there yet: a request that comes in the
+        middle of it would wait for the rest. One step is paused at a time.
         """
-        tactical = self._tiers.get(Tier.TACTICAL)
-        if step.tier == Tier.TACTICAL or tactical is None or self._tiers[step.tier].num_parts == 1:
+        fast = self._fast_beside(step.tier)
+        other_is_paused = self._paused is not None and self._paused is not step
+        if fast is None or other_is_paused or self._tiers[step.tier].num_parts == 1:
             return None
-        return self._interleave.part_s(tactical.rates)
+        return self._claims[fast.tier].part_s(fast.rates)
 
     def paused(self, step: Step, elapsed_s: float) -> None:
         """Take note that a step has paused, which has taken `elapsed_s` of the device so far."""
@@ -152,10 +170,10 @@ class Scheduler:
         self._paused, self._noted_s = step, elapsed_s
 
     def complete(
-        self, step: Step, drawn: Iterable[SampledToken], *, now: float, elapsed_s: float
+        self, step: Step, sampled: Iterable[SampledToken], *, now: float, elapsed_s: float
     ) -> Outcome:
         """Take in what a step computed; `elapsed_s` is the device's time for it."""
-        outcome = self._tiers[step.tier].complete(step, drawn, now=now, elapsed_s=elapsed_s)
+        outcome = self._tiers[step.tier].complete(step, sampled, now=now, elapsed_s=elapsed_s)
         self._note(step, elapsed_s)
         return outcome
 
@@ -166,12 +184,10 @@ class Scheduler:
         return outcome
 
     def broken(self, step: Step, *, now: float, elapsed_s: float) -> tuple[Ended, ...]:
-        """End all of a tier's sequences after a step that broke its engine.
-
-        Those that were in it bear its time; a probe's step was nobody's.
-        """
-        self._tiers[step.tier].bear(step, elapsed_s)
-        return self.close_tier(step.tier, EndReason.FAILED, now)
+        """End all of a tier's sequences after a step that broke its engine; see `TierScheduler`."""
+        ended = self._tiers[step.tier].broken(step, now=now, elapsed_s=elapsed_s)
+        self.close_tier(step.tier, EndReason.FAILED, now)
+        return ended
 
     def unsound(self, tier: Tier) -> bool:
         """Whether an open tier's model has given several sequences in a row no numbers."""
@@ -193,112 +209,92 @@ class Scheduler:
     def load(self, tier: Tier) -> TierLoad | None:
         """Return an open tier's load as it is now."""
         schedule = self._tiers.get(tier)
-        if schedule is None:
-            return None
-        return TierLoad(
-            tier=tier,
-            state=TierState.READY,
-            running=schedule.num_running,
-            waiting=schedule.num_waiting,
-            waiting_limit=schedule.limits.max_waiting,
-            kv_tokens_used=schedule.pool.num_owned * BLOCK_SIZE,
-            kv_tokens_cached=schedule.pool.num_kept * BLOCK_SIZE,
-            kv_tokens_total=schedule.pool.num_blocks * BLOCK_SIZE,
-            max_context_tokens=schedule.limits.max_context_tokens,
-            queued_prompt_tokens=schedule.queued_prompt_tokens,
-            decode_step_s=schedule.rates.decode_step_s,
-            prefill_tokens_per_s=schedule.rates.prefill_tokens_per_s,
-            retry_after_s=schedule.retry_after_s,
-            running_limit=schedule.limits.max_batch,
-        )
+        return schedule.load if schedule else None
 
-    def _tactical_near(self, now: float) -> bool:
-        seen_s = self._tactical_seen_s
-        return seen_s is not None and now - seen_s < _TACTICAL_NEAR_S
+    def _next_tier(self, now: float) -> Tier | None:
+        """Choose the tier that steps next: the shallowest that has work and is due its time."""
+        working = [tier for tier, schedule in self._tiers.items() if schedule.has_work]
+        for tier in working:
+            self._seen_s[tier] = now
+        for tier in working[:-1]:
+            deep_in_flight = any(s.in_flight for t, s in self._tiers.items() if t.rank > tier.rank)
+            if (deep_in_flight and not self._paused) or self._claims[tier].is_due:
+                return tier
+        return working[-1] if working else None
+
+    def _fast_beside(self, tier: Tier) -> TierScheduler | None:
+        """Return the lowest-ranked open tier, if that is another and shallower one."""
+        fast = next(iter(self._tiers))
+        return self._tiers[fast] if fast.rank < tier.rank else None
+
+    def _is_near(self, tier: Tier, now: float) -> bool:
+        """Whether a shallower tier has work, or may get some soon."""
+        seen_s = (self._seen_s[t] for t in self._tiers if t.rank < tier.rank and t in self._seen_s)
+        return any(now - one < _NEAR_S for one in seen_s)
 
     def _note(self, step: Step, elapsed_s: float) -> None:
-        """Tell the interleaving of what a step has taken since it was told last."""
+        """Tell the claims of what a step has taken since they were told last."""
         if step is self._paused:
             elapsed_s -= self._noted_s
             self._paused = None
-        contended = any(s.has_work for t, s in self._tiers.items() if t is not step.tier)
-        self._interleave.note(step.tier, elapsed_s, contended=contended)
+        contended = any(s.has_work for t, s in self._tiers.items() if t.rank > step.tier.rank)
+        self._claims[step.tier].stepped(elapsed_s, contended=contended)
+        for tier in self._tiers:
+            if tier.rank < step.tier.rank:
+                self._claims[tier].waited(elapsed_s)
 
 
-MAX_TACTICAL_RUN = 64
-"""Tactical steps in a row, at most, while strategic work is waiting."""
+class DeviceClaim:
+    """A tier's claim on the device's time, `share` of it while a deeper one has work, too."""
 
-_CHUNK_TACTICAL_STEPS = 4.0
-"""What a strategic prefill chunk may cost, in tactical decode steps."""
+    def __init__(self, share: float) -> None:
+        assert 0.0 < share < 1.0
+        self._own_per_deep = share / (1.0 - share)
+        self._due_s = 0.0
+        self._run = 0
+        """Steps in a row since a deeper tier's."""
 
-_CHUNK_SHORTEST_STEPS = 2.0
-"""Or, if that is more, in shortest strategic steps: below about one, a chunk is pure overhead,
-because any step reads all the weights; above one, a chunk grows until its tokens cost time."""
+    @property
+    def is_due(self) -> bool:
+        """Whether the tier steps before the deeper ones that have work."""
+        return self._run == 0 or (self._due_s > 0.0 and self._run < MAX_FAST_RUN)
 
-_FIRST_PART_S = 0.020
-"""A part of a strategic step until a tactical step has been measured."""
+    def waited(self, elapsed_s: float) -> None:
+        """Account for a deeper tier's step."""
+        owed_s = elapsed_s * self._own_per_deep
+        # What was paid too much, by less than a step, counts: parts are as short as that.
+        paid_s = min(max(-self._due_s, 0.0), owed_s)
+        self._due_s = owed_s - paid_s
+        self._run = 0
 
-_SHORTEST_PART_S = 0.002
-"""A pause costs the host a turn of its loop; parts are to be long against that."""
-
-_FIRST_CHUNK_TOKENS = 64
-"""Chunk length until prefill has been measured."""
-
-_MIN_CHUNK_TOKENS = 16
-
-
-class Interleave:
-    """Chooses between two tiers; `tactical_share` of device time while both have work."""
-
-    def __init__(self, tactical_share: float) -> None:
-        assert 0.0 < tactical_share < 1.0
-        self._tactical_per_strategic = tactical_share / (1.0 - tactical_share)
-        self._tactical_due_s = 0.0
-        self._tactical_run = 0
-
-    def pick(self, *, tactical: bool, strategic: bool) -> Tier | None:
-        """Return the tier that steps next, given which have work."""
-        if not (tactical and strategic):
-            return Tier.TACTICAL if tactical else Tier.STRATEGIC if strategic else None
-        if self._tactical_run == 0:
-            return Tier.TACTICAL
-        paid = self._tactical_due_s <= 0.0 or self._tactical_run >= MAX_TACTICAL_RUN
-        return Tier.STRATEGIC if paid else Tier.TACTICAL
-
-    def note(self, tier: Tier, elapsed_s: float, *, contended: bool) -> None:
-        """Account for a step; `contended` says whether the other tier had work meanwhile."""
-        if tier == Tier.STRATEGIC:
-            owed_s = elapsed_s * self._tactical_per_strategic
-            # What was paid too much, by less than a step, counts: parts are as short as that.
-            paid_s = min(max(-self._tactical_due_s, 0.0), owed_s)
-            self._tactical_due_s = owed_s - paid_s
-            self._tactical_run = 0
-        elif contended:
-            self._tactical_due_s -= elapsed_s
-            self._tactical_run += 1
+    def stepped(self, elapsed_s: float, *, contended: bool) -> None:
+        """Account for a step of the tier; `contended`: a deeper one had work meanwhile."""
+        if contended:
+            self._due_s -= elapsed_s
+            self._run += 1
         else:
             # Alone on the device: a tier that had no work has no claim on the past.
-            self._tactical_due_s = 0.0
-            self._tactical_run = 0
+            self._due_s = 0.0
+            self._run = 0
 
-    def part_s(self, tactical: StepRates) -> float:
-        """Return how long a part of a strategic step is to be: what a tactical step pays for."""
-        step_s = tactical.decode_step_s
+    def part_s(self, rates: StepRates) -> float:
+        """Return how long a part of a deep step is to be: what a step of the tier pays for."""
+        step_s = rates.decode_step_s
         if step_s is None:
             return _FIRST_PART_S
-        return max(step_s / self._tactical_per_strategic, _SHORTEST_PART_S)
+        return max(step_s / self._own_per_deep, _SHORTEST_PART_S)
 
 
-def shared_chunk_tokens(tactical: StepRates, strategic: StepRates, num_parts: int) -> int:
-    """Return how many prompt tokens a strategic step may take while tactical work is waiting.
+def shared_chunk_tokens(fast: StepRates, deep: StepRates, num_parts: int) -> int:
+    """Return how many prompt tokens a deep step may take while fast work is waiting.
 
-    Of a step that pauses, one of the `num_parts` is to cost a tactical step, not the whole.
+    Of a step that pauses, one of the `num_parts` is to cost a fast step, not the whole.
     """
-    tokens_per_s = strategic.prefill_tokens_per_s
+    tokens_per_s = deep.prefill_tokens_per_s
     if tokens_per_s is None:
         return _FIRST_CHUNK_TOKENS
     allowed_s = max(
-        max(_CHUNK_TACTICAL_STEPS, num_parts) * (tactical.decode_step_s or 0.0),
-        _CHUNK_SHORTEST_STEPS * (strategic.shortest_step_s or 0.0),
+        max(_CHUNK_FAST_STEPS, num_parts) * (fast.decode_step_s or 0.0),
+        _CHUNK_SHORTEST_STEPS * (deep.shortest_step_s or 0.0),
     )
     return max(int(tokens_per_s * allowed_s), _MIN_CHUNK_TOKENS)

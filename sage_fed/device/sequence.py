@@ -1,15 +1,8 @@
-"""What is said of a sequence from outside: what is asked for, and how it ended.
+"""One sequence: what is asked for, a tier's bounds for it, how far it is, and how it ended.
 
-Knows neither how far a sequence is nor who else runs.
-
-A tier's bounds: what it takes on, and what can never run on it.
-
-Knows no sequence under way. Fails with InvalidField for what could never run.
-
-One sequence: what was asked for, how far it is, and how it ended.
-
-Owns a sequence's tokens, its position, its blocks and its account of device time.
-Knows nothing of other sequences, of queues or of the device.
+Owns a sequence's tokens, its position, its draft, its blocks and its account of device time.
+Knows nothing of other sequences, of queues or of the device. Fails with `InvalidField` for what
+could never run on a tier.
 """
 
 from __future__ import annotations
@@ -55,6 +48,9 @@ class SequenceSpec:
     share the tier fairly by what was served to them, which `weights` measure.
     `stop_token_ids` end it as the model's end tokens do, also where `ignore_eos` ignores those.
     `prefix_cache` False neither looks for known blocks nor leaves any behind.
+    `draft_tokens` are verified before anything is decoded: of them, the output keeps the longest
+    prefix that equals the model's own choice, so they change its time and nothing else. `drafter`
+    is the tier that drafts after that; none does yet.
     """
 
     seq_id: int
@@ -68,6 +64,8 @@ class SequenceSpec:
     account: str = ""
     prefix_cache: bool = True
     weights: TokenWeights = TokenWeights()
+    draft_tokens: tuple[int, ...] = ()
+    drafter: Tier | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +77,7 @@ class Ended:
     `prompt_tokens` have their keys and values (less than the prompt's where it ended early);
     `cached_tokens` of them were found in the prefix cache, the others were fed to the model.
     `output_tokens` were delivered (a token that ends the text is neither delivered nor counted);
+    `verified_tokens` of its draft were scored, and `accepted_tokens` of those are in the output.
     `stop_token_id` is the one of `stop_token_ids` that ended it.
     `device_s` is its part of its steps' time, by tokens: over all sequences it adds up to
     the time that the device was busy.
@@ -96,6 +95,8 @@ class Ended:
     output_tokens: int = 0
     device_s: float = 0.0
     stop_token_id: int | None = None
+    verified_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +173,12 @@ class Sequence:
     """A sequence between `add` and its ending; `order` is its place among all that were added.
 
     `token_ids` are the prompt and what was delivered; the first `num_stored` of them have their
-    keys and values in `blocks`. `num_fed` tokens were handed to the device, in `num_flights` steps
-    that have not landed, which will draw the `num_pending` tokens that follow.
+    keys and values in `blocks`. `num_fed` tokens were handed to the device, in `num_in_flight`
+    steps that are not computed yet, which will sample the `num_pending` tokens that follow, or more
+    where they verify `num_drafted` draft tokens.
 
-    A sequence that is interrupted loses its blocks and feeds all of its tokens again, for which
-    nobody is charged: `prompt_done` and `cached_tokens` only say how its prompt was reached first.
+    A sequence that is interrupted loses its blocks and feeds all of its tokens again, which is not
+    charged: `prompt_done` and `cached_tokens` only say how its prompt was reached first.
     `counted_uatp` is what its account was counted for it.
     """
 
@@ -188,7 +190,8 @@ class Sequence:
     num_stored: int = 0
     num_fed: int = 0
     num_pending: int = 0
-    num_flights: int = 0
+    num_drafted: int = 0
+    num_in_flight: int = 0
     num_output: int = 0
     prompt_done: int = 0
     cached_tokens: int = 0
@@ -203,6 +206,10 @@ class Sequence:
     ending: EndReason | None = None
     """Why it ends once no step in flight has a chunk of it any more."""
     stop_token_id: int | None = None
+    verified_tokens: int = 0
+    accepted_tokens: int = 0
+    _follows_draft: bool = True
+    """Whether the output so far equals the draft's beginning."""
     _keys: BlockKeys = field(init=False)
     _seen: tuple[int, ...] = ()
     _seen_set: set[int] = field(default_factory=set)
@@ -215,37 +222,37 @@ class Sequence:
             self._seen_set.update(self._seen)
 
     @property
-    def num_drawn(self) -> int:
-        """Output tokens that were drawn, or will be by a step in flight."""
+    def num_sampled(self) -> int:
+        """Output tokens that were sampled, or will be by a step in flight."""
         return self.num_output + self.num_pending
 
     @property
     def length(self) -> int:
-        """Its tokens, with those that steps in flight will draw."""
+        """Its tokens, with those that steps in flight will sample."""
         return len(self.token_ids) + self.num_pending
 
     @property
     def decodes(self) -> bool:
-        """Whether all but its newest token, which was drawn, has been fed."""
+        """Whether all but its newest token, which was sampled, has been fed."""
         # Asked several times a token: written out, without a property of a property.
         pending = self.num_pending
-        drawn = self.num_output + pending
-        return drawn > 0 and self.num_fed + 1 == len(self.token_ids) + pending
+        sampled = self.num_output + pending
+        return sampled > 0 and self.num_fed + 1 == len(self.token_ids) + pending
 
     @property
     def prefill_left(self) -> int:
-        """Tokens that have to be fed to the model before the next draw, beyond a newest one."""
+        """Tokens that have to be fed before the next is sampled, beyond a newest one."""
         return 0 if self.decodes else self.length - self.num_fed
 
     @property
     def done(self) -> bool:
         """Whether it is fed nothing more, whatever the steps in flight bring."""
-        return self.ending is not None or self.num_drawn >= self.spec.max_new_tokens
+        return self.ending is not None or self.num_sampled >= self.spec.max_new_tokens
 
     @property
-    def needs_landing(self) -> bool:
-        """Whether its next draw depends on a token that only the device knows yet."""
-        return self.num_pending > 0 and self.spec.sampling.penalises
+    def awaits_tokens(self) -> bool:
+        """Whether its next chunk depends on tokens that only the device knows yet."""
+        return self.num_drafted > 0 or (self.num_pending > 0 and self.spec.sampling.penalises)
 
     @property
     def served_uatp(self) -> int:
@@ -280,7 +287,7 @@ class Sequence:
 
     def interrupt(self) -> tuple[int, ...]:
         """Stop, to start again later; returns its blocks, which it loses."""
-        assert not self.num_flights, "the device may still write to its blocks"
+        assert not self.num_in_flight, "the device may still write to its blocks"
         blocks, self.blocks = self.blocks, ()
         self.num_stored = self.num_fed = 0
         self.preemptions += 1
@@ -288,10 +295,10 @@ class Sequence:
 
     @property
     def has_repaid(self) -> bool:
-        """Whether it has got on since its last start by as much as that has cost at most."""
-        got_on = len(self.token_ids) - self.num_at_start
+        """Whether it has advanced since its last start by as much as that has cost at most."""
+        gained = len(self.token_ids) - self.num_at_start
         weights = self.spec.weights
-        return got_on > 0 and got_on * weights.decode >= self.num_at_start * weights.prefill
+        return gained > 0 and gained * weights.decode >= self.num_at_start * weights.prefill
 
     @property
     def blocks_missing(self) -> int:
@@ -299,42 +306,51 @@ class Sequence:
         return 0 if self.done else blocks_for(self.length) - len(self.blocks)
 
     def next_chunk(self, prefill_limit: int) -> Chunk:
-        """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill."""
+        """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill.
+
+        Where that ends with the newest token, what is left of the draft goes with it, as far as
+        the limit and the blocks go, to be verified.
+        """
         start, length = self.num_fed, self.length
         # A newest token is one, whatever the limit.
         end = length if self.decodes else min(length, start + prefill_limit)
         assert start < end
-        known = tuple(self.token_ids[start:end])
+        known = tuple(self.token_ids[start:end]) or (PENDING,)
+        draft: tuple[int, ...] = ()
         draws: tuple[Draw, ...] = ()
         if end == length:
-            draws = (Draw(self.spec.sampling, self.num_drawn, self._seen),)
-        return Chunk(
-            seq_id=self.spec.seq_id,
-            start=start,
-            token_ids=known or (PENDING,),
-            blocks=self.blocks,
-            draws=draws,
-        )
+            room = min(prefill_limit - len(known), len(self.blocks) * BLOCK_SIZE - end)
+            draft = self._draft(room) if self.spec.draft_tokens else ()
+            draws = self._draws(draft)
+        return Chunk(self.spec.seq_id, start, known + draft, self.blocks, draws)
 
     def launch(self, chunk: Chunk) -> None:
         """Note that a chunk is in a step in flight."""
-        self.num_fed += len(chunk.token_ids)
-        self.num_pending += len(chunk.draws)
-        self.num_flights += 1
+        self.num_drafted = chunk.num_drafted
+        self.num_fed += len(chunk.token_ids) - chunk.num_drafted
+        self.num_pending += bool(chunk.draws)
+        self.num_in_flight += 1
 
-    def land(self, chunk: Chunk, pool: BlockPool | None) -> None:
-        """Note that a chunk's step has landed; blocks that it filled go public in `pool`."""
-        self.num_flights -= 1
-        self.num_pending -= len(chunk.draws)
-        if self.num_stored + len(chunk.token_ids) > len(self.token_ids):
+    def computed(self, chunk: Chunk, num_accepted: int, pool: BlockPool | None) -> None:
+        """Note that a chunk was computed, and what it delivered appended.
+
+        `num_accepted` of its draft tokens are in the output; the others' keys and values are
+        overwritten by what follows. Blocks that it filled are published in `pool`.
+        """
+        num_rejected = chunk.num_drafted - num_accepted
+        self._no_longer_in_flight(chunk)
+        self.verified_tokens += chunk.num_drafted
+        self.accepted_tokens += num_accepted
+        self.num_fed += num_accepted
+        count = len(chunk.token_ids) - num_rejected
+        if self.num_stored + count > len(self.token_ids):
             return  # it was fed a token that ended it or was dropped: what was stored means nothing
-        self._stored(len(chunk.token_ids), pool)
+        self._stored(count, pool)
 
-    def fall_back(self, chunk: Chunk) -> None:
+    def undo(self, chunk: Chunk) -> None:
         """Note that a chunk's step came to nothing; it will be fed again."""
-        self.num_flights -= 1
-        self.num_fed -= len(chunk.token_ids)
-        self.num_pending -= len(chunk.draws)
+        self._no_longer_in_flight(chunk)
+        self.num_fed -= len(chunk.token_ids) - chunk.num_drafted
 
     def find(self, pool: BlockPool) -> tuple[int, ...]:
         """Return the blocks of its beginning that are stored already.
@@ -347,7 +363,11 @@ class Sequence:
         return pool.find(self._keys.of(index, self.token_ids) for index in range(whole))
 
     def append(self, token_id: int, now: float) -> None:
-        """Note a drawn token that is delivered."""
+        """Note a sampled token that is delivered."""
+        draft = self.spec.draft_tokens
+        if draft and self._follows_draft:
+            index = self.num_output
+            self._follows_draft = index < len(draft) and draft[index] == token_id
         self.token_ids.append(token_id)
         self.num_output += 1
         if self.first_token_s is None:
@@ -370,7 +390,32 @@ class Sequence:
             output_tokens=self.num_output,
             device_s=self.device_s,
             stop_token_id=self.stop_token_id,
+            verified_tokens=self.verified_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
+
+    def _draft(self, room: int) -> tuple[int, ...]:
+        """Return at most `room` tokens of what is left of a draft that the output follows."""
+        if self.num_pending or not self._follows_draft:
+            return ()
+        # One more token than was drafted is sampled.
+        count = min(room, self.spec.max_new_tokens - self.num_output - 1)
+        return self.spec.draft_tokens[self.num_output :][: max(count, 0)]
+
+    def _draws(self, draft: tuple[int, ...]) -> tuple[Draw, ...]:
+        """Return the draw of the next token, and of the one behind each draft token."""
+        seen = [self._seen] * (len(draft) + 1)
+        if self.spec.sampling.penalises:
+            for index, token_id in enumerate(draft):
+                known = token_id in self._seen_set or token_id in draft[:index]
+                seen[index + 1] = seen[index] if known else (*seen[index], token_id)
+        sampling, first = self.spec.sampling, self.num_sampled
+        return tuple(Draw(sampling, first + row, ids) for row, ids in enumerate(seen))
+
+    def _no_longer_in_flight(self, chunk: Chunk) -> None:
+        self.num_drafted = 0
+        self.num_pending -= bool(chunk.draws)
+        self.num_in_flight -= 1
 
     def _stored(self, count: int, pool: BlockPool | None) -> None:
         first = self.num_stored // BLOCK_SIZE

@@ -1,7 +1,7 @@
 """Loads the engines one after the other, on a thread of its own.
 
-Owns an engine until the device's thread has taken it. Tactical comes first in `setups`, so it
-serves while strategic is read. A model that cannot be loaded is its tier's failure: it is
+Owns an engine until the device's thread has taken it. The lowest rank comes first, so it serves
+while deeper tiers are read. A model that cannot be loaded is its tier's failure: it is
 reported and the next one is loaded.
 
 What state each tier is in, as clients see it, and when one that failed is loaded again.
