@@ -15,6 +15,8 @@ T = Tier.TACTICAL
 class Bench:
     """The tactical tier; each step takes `step_s`. `starts` are in order, later ones too."""
 
+    tier = T
+
     def __init__(self, num_blocks: int = 64, *, step_s: float = 0.01, **fields: float) -> None:
         self.scheduler = Scheduler()
         self.limits = TierLimits(num_blocks, 512, **fields)  # type: ignore[arg-type]

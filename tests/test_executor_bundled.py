@@ -190,6 +190,30 @@ async def test_two_steps_in_flight_change_no_token(alone: dict[Tier, Engine]) ->
 
 
 @pytest.mark.parametrize("tier", TIER_ROLES)
+async def test_a_draft_changes_no_token(alone: dict[Tier, Engine], tier: Tier) -> None:
+    """Right, wrong from some token on, or wrong at once: rows of one chunk are the model's own."""
+    chance = random.Random(5)
+    samplings = (Sampling(temperature=0.0), Sampling(temperature=0.8, seed=3))
+    asked: list[SequenceSpec] = []
+    for seq_id, right in enumerate((20, 7, 0, 20, 7, 0)):
+        prompt = tuple(chance.randrange(VOCAB) for _ in range(30))
+        sampling = samplings[seq_id % 2]
+        plain = SequenceSpec(seq_id, tier, prompt, 21, sampling, ignore_eos=True)
+        own = sequential(alone[tier], plain)
+        draft = (*own[:right], *((token_id + 1) % VOCAB for token_id in own[right:20]))
+        asked.append(replace(plain, draft_tokens=tuple(draft)))
+    executor = Executor({tier: TierSetup(loading(tier), prefill_chunk_tokens=40)})
+    await executor.start()
+    async with asyncio.timeout(DEADLINE_S):
+        assert TierState.READY is (await executor.loaded(tier)).state
+        results = await asyncio.gather(*(read(submit(executor, spec)) for spec in asked))
+    await executor.stop(0.0)
+    for spec, (tokens, _) in zip(asked, results, strict=True):
+        assert sequential(alone[tier], spec) == tokens
+    assert [20, 7, 0] * 2 == [ended.accepted_tokens for _, ended in results]
+
+
+@pytest.mark.parametrize("tier", TIER_ROLES)
 async def test_a_prompt_found_again_gives_the_same_tokens(
     alone: dict[Tier, Engine], tier: Tier
 ) -> None:

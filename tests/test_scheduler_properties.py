@@ -22,13 +22,14 @@ LIMITS = TierLimits(
 CROWDED = replace(
     LIMITS, kv_overcommit=4.0, ageing_s=1.0, overdue_s=5.0, preempt_after_s=0.5, max_preemptions=3
 )
-TIERS = st.sampled_from(TIER_ROLES)
+THREE = (Tier(0, "fast"), Tier(1, "middle"), Tier(2, "deep"))
 
 
 class Traffic(RuleBasedStateMachine):
     """Clients, a device that is sometimes out of memory, and cancels at any moment."""
 
     limits = LIMITS
+    tiers = TIER_ROLES
     depth = 1
     num_parts = 1
 
@@ -38,9 +39,9 @@ class Traffic(RuleBasedStateMachine):
         pipelined = self.depth > 1
         self.engines = {
             tier: FakeEngine(num_blocks=LIMITS.num_blocks, pipelined=pipelined)
-            for tier in TIER_ROLES
+            for tier in self.tiers
         }
-        for tier in TIER_ROLES:
+        for tier in self.tiers:
             self.scheduler.open_tier(
                 tier,
                 self.limits,
@@ -53,6 +54,7 @@ class Traffic(RuleBasedStateMachine):
         self.ended: dict[int, Ended] = {}
         self.flying: deque[Step] = deque()
         self.paused: Step | None = None
+        self.divided: Step | None = None
         self.part_s = 0.0
         self.now = 0.0
         self.busy_s = 0.0
@@ -60,9 +62,9 @@ class Traffic(RuleBasedStateMachine):
 
     def take(self, outcome: Outcome) -> None:
         """Deliver to the clients."""
-        for drawn in outcome.tokens:
-            assert drawn.seq_id not in self.ended
-            self.outputs[drawn.seq_id].append(drawn.token_id)
+        for token in outcome.tokens:
+            assert token.seq_id not in self.ended
+            self.outputs[token.seq_id].append(token.token_id)
         self.end(*outcome.ended)
 
     def end(self, *endings: Ended) -> None:
@@ -72,7 +74,7 @@ class Traffic(RuleBasedStateMachine):
             self.ended[ended.seq_id] = ended
 
     @rule(
-        tier=TIERS,
+        number=st.integers(0, 2),
         prompt=st.integers(1, 70),
         new=st.integers(1, 40),
         account=st.sampled_from(["a", "b"]),
@@ -81,10 +83,12 @@ class Traffic(RuleBasedStateMachine):
         priority=st.sampled_from(Priority),
         ignore_eos=st.booleans(),
         penalty=st.sampled_from([1.0, 1.1]),
+        drafted=st.integers(0, 30),
+        right=st.integers(0, 30),
     )
     def add(
         self,
-        tier: Tier,
+        number: int,
         prompt: int,
         new: int,
         account: str,
@@ -93,8 +97,11 @@ class Traffic(RuleBasedStateMachine):
         priority: Priority,
         ignore_eos: bool,
         penalty: float,
+        drafted: int,
+        right: int,
     ) -> None:
         """A client asks; what can never fit and what finds the queue full is refused."""
+        tier = self.tiers[number % len(self.tiers)]
         if tier in self.closed:
             return
         asked = spec(
@@ -109,6 +116,9 @@ class Traffic(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             sampling=Sampling(seed=len(self.specs), repetition_penalty=penalty),
         )
+        expected = reference(asked)
+        draft = (*expected[:right], *range(10**6, 10**6 + drafted))[:drafted]
+        asked = replace(asked, draft_tokens=draft)
         load = self.scheduler.load(tier)
         assert load is not None
         try:
@@ -141,16 +151,16 @@ class Traffic(RuleBasedStateMachine):
             self.flying.append(step)
             self.paused = None
         elif step is not None:
-            assert self.paused is None or step.tier == Tier.TACTICAL
+            assert self.paused is None or step.tier < self.paused.tier
             self.flying.append(step)
 
     @precondition(lambda self: self.flying and self.num_parts > 1)
     @rule(elapsed_s=st.floats(0.0, 1.0))
     def pause(self, elapsed_s: float) -> None:
-        """A strategic step lets the other tier in."""
+        """A deep step makes way for a shallower tier."""
         if self.scheduler.pause_after_s(self.flying[0]) is None:
             return
-        self.paused = self.flying.popleft()
+        self.paused = self.divided = self.flying.popleft()
         self.now += elapsed_s
         self.busy_s += elapsed_s
         self.part_s += elapsed_s
@@ -158,7 +168,7 @@ class Traffic(RuleBasedStateMachine):
 
     def whole_s(self, step: Step, elapsed_s: float) -> float:
         """What a step that ends now has taken with its last part."""
-        if step.tier == Tier.TACTICAL:
+        if step is not self.divided:
             return elapsed_s
         part_s, self.part_s = self.part_s, 0.0
         return part_s + elapsed_s
@@ -202,10 +212,10 @@ class Traffic(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.flying and not self.paused and len(self.ended) > 12)
     @rule()
-    def break_strategic(self) -> None:
-        """An engine breaks: its sequences end, the other tier's do not notice."""
-        self.end(*self.scheduler.close_tier(Tier.STRATEGIC, EndReason.FAILED, self.now))
-        self.closed.add(Tier.STRATEGIC)
+    def break_deepest(self) -> None:
+        """An engine breaks: its sequences end, the other tiers' do not notice."""
+        self.end(*self.scheduler.close_tier(self.tiers[-1], EndReason.FAILED, self.now))
+        self.closed.add(self.tiers[-1])
 
     @invariant()
     def blocks_have_one_owner(self) -> None:
@@ -222,14 +232,14 @@ class Traffic(RuleBasedStateMachine):
             assert len(schedule.running) <= LIMITS.max_batch
             assert all(s.preemptions > 0 for s in interrupted)
             live = (*schedule.queue, *schedule.running.values())
-            assert sum(seq.prefill_left for seq in live) == schedule.queued_prompt_tokens
+            assert sum(seq.prefill_left for seq in live) == schedule.load.queued_prompt_tokens
             accounts = Counter(seq.spec.account for seq in live)
             known = schedule.queue._accounts
             assert accounts == Counter({name: a.live for name, a in known.items()})
 
     def teardown(self) -> None:
         """Whatever was begun ends within a bounded number of steps, with the right tokens."""
-        for _ in range(LIMITS.max_waiting * 2 * 100):
+        for _ in range(LIMITS.max_waiting * len(self.tiers) * 100):
             while self.flying:
                 self.land(0.01, 1)
             self.launch()
@@ -250,6 +260,11 @@ class Traffic(RuleBasedStateMachine):
                 )
                 assert len(self.specs[seq_id].prompt) == ended.prompt_tokens
             assert 0 <= ended.cached_tokens <= ended.prompt_tokens
+            asked = self.specs[seq_id]
+            assert ended.accepted_tokens <= min(ended.verified_tokens, len(output))
+            assert (
+                output[: ended.accepted_tokens] == list(asked.draft_tokens)[: ended.accepted_tokens]
+            )
             if not self.specs[seq_id].prefix_cache:
                 assert 0 == ended.cached_tokens
         paid_s = sum(ended.device_s for ended in self.ended.values())
@@ -286,7 +301,31 @@ class CrowdedPipelinedTraffic(CrowdedTraffic):
     depth = 2
 
 
-TRAFFIC = settings(max_examples=3 * settings.default.max_examples // 5, stateful_step_count=40)
+class OneTierTraffic(CrowdedTraffic):
+    """The same with a single tier."""
+
+    tiers = TIER_ROLES[:1]
+
+
+class ThreeTierTraffic(CrowdedTraffic):
+    """The same with a tier between the fast and the deep one."""
+
+    tiers = THREE
+
+
+class ThreePipelinedTierTraffic(ThreeTierTraffic):
+    """The same, a step behind another."""
+
+    depth = 2
+
+
+class ThreePausingTierTraffic(ThreeTierTraffic):
+    """The same, and steps of both deeper tiers pause."""
+
+    num_parts = 4
+
+
+TRAFFIC = settings(max_examples=2 * settings.default.max_examples // 5, stateful_step_count=40)
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = TRAFFIC
@@ -300,6 +339,14 @@ TestCrowdedPausingTraffic = CrowdedPausingTraffic.TestCase
 TestCrowdedPausingTraffic.settings = TRAFFIC
 TestCrowdedPipelinedTraffic = CrowdedPipelinedTraffic.TestCase
 TestCrowdedPipelinedTraffic.settings = TRAFFIC
+TestOneTierTraffic = OneTierTraffic.TestCase
+TestOneTierTraffic.settings = TRAFFIC
+TestThreeTierTraffic = ThreeTierTraffic.TestCase
+TestThreeTierTraffic.settings = TRAFFIC
+TestThreePipelinedTierTraffic = ThreePipelinedTierTraffic.TestCase
+TestThreePipelinedTierTraffic.settings = TRAFFIC
+TestThreePausingTierTraffic = ThreePausingTierTraffic.TestCase
+TestThreePausingTierTraffic.settings = TRAFFIC
 
 
 @given(
@@ -329,25 +376,33 @@ def test_chunks_of_a_prompt_are_consecutive_and_complete(prompts: list[int], chu
 
 
 @given(
-    tactical_s=st.floats(0.0, 1.0),
-    strategic_s=st.floats(0.0, 100.0),
+    times_s=st.lists(st.floats(0.0, 100.0), min_size=1, max_size=3),
     share=st.floats(0.05, 0.95),
 )
-def test_neither_tier_starves(tactical_s: float, strategic_s: float, share: float) -> None:
-    """With endless work on both, tactical waits for one step at most and strategic for 64."""
+def test_no_tier_starves(times_s: list[float], share: float) -> None:
+    """With endless work on all, a tier waits for one deeper step at most, and a deep one for 64.
+
+    With three, the middle tier's 64 steps may each be preceded by 64 of the fast one.
+    """
     scheduler = Scheduler(fast_share=share)
     engine = FakeEngine(num_blocks=1000)
-    for tier in TIER_ROLES:
+    tiers = THREE[: len(times_s)]
+    step_s = dict(zip(tiers, times_s, strict=True))
+    for tier in tiers:
         scheduler.open_tier(tier, TierLimits(1000, 10_000), frozenset())
-        scheduler.add(spec(tier.rank, tier, new=5000), 0.0)
+        scheduler.add(spec(tier.rank, tier, new=9000), 0.0)
     order = []
-    for _ in range(300):
+    for _ in range(300 if len(tiers) < 3 else 65 * 65 + 10):
         step = scheduler.next_step(0.0)
         assert step is not None
-        order.append(step.tier)
-        elapsed_s = tactical_s if step.tier == Tier.TACTICAL else strategic_s
-        scheduler.complete(step, engine.run(step), now=0.0, elapsed_s=elapsed_s)
-    assert order[0] == Tier.TACTICAL
-    text = "".join("t" if tier == Tier.TACTICAL else "S" for tier in order)
-    assert "SS" not in text
-    assert "t" * 65 not in text
+        order.append(str(step.tier.rank))
+        sampled = engine.run(step)
+        scheduler.complete(step, sampled, now=0.0, elapsed_s=step_s[step.tier])
+    text = "".join(order)
+    assert text.startswith("012"[: len(tiers)]) or len(tiers) == 3
+    for tier in tiers[1:]:
+        assert str(tier.rank) * 2 not in text
+        assert str(tier.rank) in text
+    if len(tiers) > 1:
+        assert "0" * 65 not in text
+        assert "22" not in text.replace("0", "")

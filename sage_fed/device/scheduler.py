@@ -217,6 +217,8 @@ class Scheduler:
         for tier in working:
             self._seen_s[tier] = now
         for tier in working[:-1]:
+            if self._paused and tier == self._paused.tier:
+                return tier  # only shallower tiers go before the rest of a paused step
             deep_in_flight = any(s.in_flight for t, s in self._tiers.items() if t.rank > tier.rank)
             if (deep_in_flight and not self._paused) or self._claims[tier].is_due:
                 return tier

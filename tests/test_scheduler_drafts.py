@@ -1,0 +1,111 @@
+"""Draft tokens that a sequence is given: verified in one step, kept as far as they are right."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engine import EOS, reference, spec
+from scheduler_bench import Bench
+
+from sage_fed.core import Sampling
+from sage_fed.device import EndReason
+from sage_fed.steps import Chunk
+
+WRONG = 1_000_000
+
+
+def drafting(bench: Bench, *, right: int, wrong: int = 0, **fields: object) -> list[Chunk]:
+    """The chunks of a sequence of 12 tokens whose draft is right at its beginning."""
+    plain = spec(0, new=12, **fields)  # type: ignore[arg-type]
+    draft = (*reference(plain)[:right], *range(WRONG, WRONG + wrong))
+    bench.add(spec(0, new=12, draft_tokens=draft, **fields))  # type: ignore[arg-type]
+    chunks = []
+    while bench.scheduler.has_work:
+        chunks += bench.step().chunks
+    assert reference(plain) == bench.tokens[0]
+    return chunks
+
+
+def test_a_right_draft_is_one_step() -> None:
+    """The prompt and the draft are fed together; the model's own token comes on top."""
+    bench = Bench()
+    (chunk,) = drafting(bench, right=11)
+    assert (5 + 11, 12, 11) == (len(chunk.token_ids), len(chunk.draws), chunk.num_drafted)
+    assert list(range(12)) == [draw.index for draw in chunk.draws]
+    ended = bench.ended[0]
+    assert (EndReason.LENGTH, 12) == (ended.reason, ended.output_tokens)
+    assert (11, 11) == (ended.verified_tokens, ended.accepted_tokens)
+
+
+@pytest.mark.parametrize("right", [0, 1, 6])
+def test_a_wrong_draft_is_kept_up_to_where_it_is_wrong(right: int) -> None:
+    """Then the model's own token, and from there on it decodes as if there had been no draft."""
+    bench = Bench()
+    chunks = drafting(bench, right=right, wrong=11 - right)
+    assert 12 - right == len(chunks)
+    assert [5 + right + i for i in range(11 - right)] == [chunk.start for chunk in chunks[1:]]
+    ended = bench.ended[0]
+    assert (11, right) == (ended.verified_tokens, ended.accepted_tokens)
+    assert (0, 16) == bench.kv(), "what was stored of a wrong draft is not found again"
+
+
+def test_a_draft_longer_than_the_output_may_be_is_cut() -> None:
+    """No row is spent on a token that could not be delivered."""
+    bench = Bench()
+    (chunk,) = drafting(bench, right=12, wrong=30)
+    assert 11 == chunk.num_drafted
+
+
+def test_a_long_draft_is_verified_in_pieces() -> None:
+    """It shares the step's limit of prompt tokens with the prompts."""
+    bench = Bench(prefill_chunk_tokens=4)
+    chunks = drafting(bench, right=11)
+    assert [4, 4, 4, 4] == [len(chunk.token_ids) for chunk in chunks]
+    assert [0, 3, 3, 3] == [chunk.num_drafted for chunk in chunks]
+
+
+def test_a_drafted_end_of_text_ends_it() -> None:
+    """And what was drafted behind it is not delivered."""
+    seed = next(s for s in range(200) if 2 <= len(_until_end(s)) <= 9)
+    expected = _until_end(seed)
+    bench = Bench()
+    bench.scheduler._tiers.clear()
+    bench.scheduler.open_tier(bench.tier, bench.limits, frozenset({EOS}))
+    asked = spec(
+        0,
+        new=12,
+        ignore_eos=False,
+        sampling=Sampling(seed=seed),
+        draft_tokens=(*expected, EOS, 3, 4),
+    )
+    bench.add(asked)
+    bench.step()
+    ended = bench.ended[0]
+    assert (EndReason.EOS, expected) == (ended.reason, bench.tokens[0])
+    assert len(expected) == ended.accepted_tokens
+
+
+def _until_end(seed: int) -> list[int]:
+    return reference(spec(0, new=12, ignore_eos=False, sampling=Sampling(seed=seed)))
+
+
+def test_each_row_is_penalised_for_what_stands_before_it() -> None:
+    """The accepted tokens and the draft before the row, each id once."""
+    bench = Bench()
+    plain = spec(0, new=12)
+    draft = (*reference(plain)[:3], reference(plain)[0])
+    sampling = Sampling(repetition_penalty=1.5)
+    bench.add(spec(0, new=12, draft_tokens=draft, sampling=sampling))
+    (chunk,) = bench.launch().chunks
+    prompt = tuple(dict.fromkeys(plain.prompt))
+    for row, draw in enumerate(chunk.draws):
+        assert tuple(dict.fromkeys((*prompt, *draft[:row]))) == draw.seen
+
+
+def test_a_draft_waits_for_no_other_sequence() -> None:
+    """One verifies in the step in which another decodes; both get their own tokens."""
+    bench = Bench()
+    bench.add(spec(1, new=20))
+    bench.step()
+    chunks = drafting(bench, right=5, wrong=2)
+    assert [8, 1] == sorted((len(chunk.draws) for chunk in chunks[:2]), reverse=True)
+    assert reference(spec(1, new=20)) == bench.tokens[1]
