@@ -202,7 +202,7 @@ async def test_a_draft_changes_no_token(alone: dict[Tier, Engine], tier: Tier) -
         own = sequential(alone[tier], plain)
         draft = (*own[:right], *((token_id + 1) % VOCAB for token_id in own[right:20]))
         asked.append(replace(plain, draft_tokens=tuple(draft)))
-    executor = Executor({tier: TierSetup(loading(tier), prefill_chunk_tokens=40)})
+    executor = Executor({tier: TierSetup(loading(tier))})
     await executor.start()
     async with asyncio.timeout(DEADLINE_S):
         assert TierState.READY is (await executor.loaded(tier)).state
