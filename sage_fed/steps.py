@@ -191,7 +191,7 @@ class Engine(Protocol):
         """The checkpoint's own sampling."""
 
     def launch(self, step: Step, pause_after_s: float | None = None) -> InFlightStep:
-        """Queue one forward pass behind those in flight; where not pipelined, run it.
+        """Queue one forward pass behind those launched; where not pipelined, run it.
 
         With `pause_after_s` run as many of its parts as that time is enough for, and one at
         least; then the step may be paused. Until it is done this engine launches no other.

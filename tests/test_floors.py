@@ -151,6 +151,19 @@ def test_a_library_stays_with_its_owner(path: Path) -> None:
         assert allowed, f"{ids(path)} imports {name}"
 
 
+@pytest.mark.parametrize(
+    "name", ["scheduler", "tier_scheduler", "request_queue", "kv_blocks", "sequence"]
+)
+def test_the_scheduler_is_pure(name: str) -> None:
+    """No event loop, thread, clock or third-party library: its decisions are tested without any."""
+    known = {"__future__", "array", "bisect", "collections", "dataclasses", "enum", "hashlib"}
+    known |= {"itertools", "math", "sage_fed"}
+    imported = imports_of(PACKAGE / "device" / f"{name}.py")
+    assert set() == {one.split(".")[0] for one in imported} - known
+    impure = {f"sage_fed.device.{other}" for other in ("device_thread", "executor", "messages")}
+    assert set() == set(imported) & impure
+
+
 def test_only_the_inertia_report_imports_the_published_method() -> None:
     """Importing `generate` takes seconds: no daemon and no other command may pay for it."""
     importers = {ids(p) for p in FILES if "sage_fed.engine.reference" in imports_of(p)}

@@ -109,7 +109,7 @@ class DeviceThread:
             step = self._scheduler.next_step(self._clock())
             # Before the endings are told and before the step takes its time: who reads the load
             # after an ending finds its blocks free, and places in the queue are free at once.
-            # Where nothing came and nobody waits, building a step has changed none of it.
+            # Where nothing came and nothing waits, building a step has changed none of it.
             if messages or any(load.waiting for load in self.loads.values()):
                 self._publish()
             if ended:
@@ -179,7 +179,7 @@ class DeviceThread:
             self._fail(step, error, self._clock() - begun_s)
 
     def _finish(self) -> None:
-        """Take in the oldest step in flight and hand its results over."""
+        """Take in the oldest launched step and hand its results over."""
         step, begun_s = self._in_flight.oldest, self._clock()
         try:
             sampled, elapsed_s = self._in_flight.wait()
@@ -288,7 +288,7 @@ def close_engine(engine: Engine) -> None:
 
 @dataclass(slots=True, eq=False)
 class _LaunchedStep:
-    """A step in flight; `launched_s` is when its launch, or its last part, began.
+    """A launched step; `launched_s` is when its launch, or its last part, began.
 
     On the executor's clock. `overlaps` says that its engine may still be at work: the host can
     use the time. `before_s` is what the parts before the last one took.
@@ -341,13 +341,13 @@ class InFlightSteps:
         return self._paused.before_s if self._paused else 0.0
 
     def launch(self, engine: Engine, step: Step, pause_after_s: float | None = None) -> None:
-        """Put a step behind the others; whatever the launch raises, it is not in flight."""
+        """Put a step behind the others; whatever the launch raises, it is not on the device."""
         launched_s = self._clock()
         running = engine.launch(step, pause_after_s)
         self._add(_LaunchedStep(step, running, launched_s, engine.pipelined))
 
     def resume(self, pause_after_s: float | None) -> None:
-        """Go on with the paused step; whatever this raises, it is not in flight any more."""
+        """Go on with the paused step; whatever this raises, it is not on the device any more."""
         paused, self._paused = self._paused, None
         assert paused is not None
         paused.launched_s = self._clock()
@@ -357,7 +357,7 @@ class InFlightSteps:
     def wait(self) -> tuple[tuple[SampledToken, ...], float]:
         """Wait for the oldest step: what it sampled, and the seconds that it took.
 
-        Whatever this raises, the step is not in flight any more.
+        Whatever this raises, the step is not on the device any more.
         """
         launched = self._launched.popleft()
         earlier_s = self._finished_s

@@ -207,7 +207,7 @@ class Executor:
         return True
 
     async def probe(self, steps: Sequence[Step], timeout_s: float) -> tuple[float, ...]:
-        """Run steps that serve nobody and return the device's seconds of each.
+        """Run steps that serve no job and return the device's seconds of each.
 
         They run one after the other while no live sequence has work. Where one comes, it goes
         first, and the steps are run again from the first when it has ended. A chunk's `blocks`

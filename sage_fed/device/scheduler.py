@@ -81,7 +81,8 @@ class Scheduler:
     ) -> None:
         """Begin to admit sequences of a tier.
 
-        `pipelined` allows two of its steps in flight; with `num_parts` above 1 a step may pause.
+        `pipelined` allows two of its steps on the device; with more than one of `num_parts` a
+        step may pause.
         """
         assert tier not in self._tiers
         self._tiers[tier] = TierScheduler(
@@ -120,7 +121,7 @@ class Scheduler:
     ) -> tuple[Ended, ...]:
         """End a sequence at the next step boundary.
 
-        The ending is returned here, or by `complete` if the sequence is in a step in flight.
+        The ending is returned here, or by `complete` if the sequence is in a launched step.
         An unknown id is no error: the sequence may have ended a moment ago.
         """
         for schedule in self._tiers.values():
@@ -131,10 +132,10 @@ class Scheduler:
     def next_step(self, now: float) -> Step | None:
         """Return what to run next, or None where there is nothing to do.
 
-        That may be the paused step, to be resumed. Also None where a step in flight has to be
+        That may be the paused step, to be resumed. Also None where a launched step has to be
         completed before the next can be built. With shallower work waiting, what follows a deep
         step, or a part of one, is a shallower one, launched at once. A tier's step follows its own
-        in flight only where its engine is pipelined, and a deep one only where no request of a
+        launched one only where its engine is pipelined, and a deep one only where no request of a
         shallower tier is to be expected: it would wait for both.
         """
         tier = self._next_tier(now)

@@ -204,7 +204,7 @@ class Sequence:
     last_token_s: float | None = None
     device_s: float = 0.0
     ending: EndReason | None = None
-    """Why it ends once no step in flight has a chunk of it any more."""
+    """Why it ends once no launched step has a chunk of it any more."""
     stop_token_id: int | None = None
     verified_tokens: int = 0
     accepted_tokens: int = 0
@@ -223,12 +223,12 @@ class Sequence:
 
     @property
     def num_sampled(self) -> int:
-        """Output tokens that were sampled, or will be by a step in flight."""
+        """Output tokens that were sampled, or will be by a launched step."""
         return self.num_output + self.num_pending
 
     @property
     def length(self) -> int:
-        """Its tokens, with those that steps in flight will sample."""
+        """Its tokens, with those that launched steps will sample."""
         return len(self.token_ids) + self.num_pending
 
     @property
@@ -246,7 +246,7 @@ class Sequence:
 
     @property
     def done(self) -> bool:
-        """Whether it is fed nothing more, whatever the steps in flight bring."""
+        """Whether it is fed nothing more, whatever the launched steps bring."""
         return self.ending is not None or self.num_sampled >= self.spec.max_new_tokens
 
     @property
@@ -325,7 +325,7 @@ class Sequence:
         return Chunk(self.spec.seq_id, start, known + draft, self.blocks, draws)
 
     def launch(self, chunk: Chunk) -> None:
-        """Note that a chunk is in a step in flight."""
+        """Note that a chunk is in a launched step."""
         self.num_drafted = chunk.num_drafted
         self.num_fed += len(chunk.token_ids) - chunk.num_drafted
         self.num_pending += bool(chunk.draws)

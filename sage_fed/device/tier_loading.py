@@ -38,7 +38,7 @@ class TierSetup:
     """How to get a tier's engine, and how much it may take on.
 
     `load` blocks; it is given a callback for its progress from 0 to 1, which raises where
-    nobody waits for the engine any more.
+    the engine is not waited for any more.
     """
 
     load: Callable[[Callable[[float], None]], Engine]
@@ -93,7 +93,7 @@ class Loader:
                 self._load(tier, setup)
         except RuntimeError:
             # The event loop has closed without stopping the executor.
-            logger.exception("the loader has nobody to report to")
+            logger.exception("the loader has no event loop to report to")
         finally:
             self.exited.set_result(None)
 
@@ -254,7 +254,7 @@ class BackOff:
 class Stall:
     """For how long the device has been busy without a sign of life, by looks every `look_s`.
 
-    Time counts only while somebody looks: a process that was stopped, or a machine that slept,
+    Time counts only between looks: a process that was stopped, or a machine that slept,
     has not been waiting for its device.
     """
 

@@ -1,6 +1,6 @@
 """One tier's steps: built from its running sequences, taken in when computed, each ending once.
 
-Owns the tier's steps in flight, its KV blocks, and which sequences run in them. Knows nothing of
+Owns the tier's launched steps, its KV blocks, and which sequences run in them. Knows nothing of
 the other tiers, of threads or of a clock: `now` is given. Errors that callers can cause are raised
 by `add` only (`InvalidField`, `QueueFull`); a wrong call anywhere else is our bug and asserts. Who
 starts next is the decision of `request_queue`.
@@ -117,7 +117,7 @@ class _ScheduledStep:
 
 
 class TierScheduler:
-    """The sequences of one tier; one step is in flight at most, or two where `pipelined`."""
+    """The sequences of one tier; one step is launched at most, or two where `pipelined`."""
 
     def __init__(
         self,
@@ -144,13 +144,13 @@ class TierScheduler:
         self._pipelined = pipelined
         self._in_flight: deque[_ScheduledStep] = deque()
         self._claimant: int | None = None
-        """Whom others have been interrupted for: it starts next, whoever was served less."""
+        """The sequence that others were interrupted for: it starts next, whatever was served."""
         self._out_of_memory_alone: int | None = None
         self._spoiled_in_a_row = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether there are sequences; with no step in flight, one can be built for them.
+        """Whether there are sequences; with no launched step, one can be built for them.
 
         The first in the queue always fits an empty tier.
         """
@@ -216,7 +216,7 @@ class TierScheduler:
         return (self._end(seq, reason, now),)
 
     def end_all(self, reason: EndReason, now: float) -> tuple[Ended, ...]:
-        """End every sequence at once, a step in flight or not; the engine is not used again."""
+        """End every sequence at once, a launched step or not; the engine is not used again."""
         self._in_flight.clear()
         everyone = (*self.running.values(), *self.queue)
         return tuple(self._end(seq, reason, now) for seq in everyone)
@@ -227,7 +227,7 @@ class TierScheduler:
         At most `prefill_limit` prompt and draft tokens; sequences start in the queue's order while
         some of the limit, a place in the batch and their blocks are left, less those that the
         prefix cache has. Where accounts have fallen behind because of others' rows, it is a step of
-        theirs only. None where a step in flight has to be completed first.
+        theirs only. None where a launched step has to be completed first.
         """
         assert self.has_work
         if not self._may_build():
@@ -255,7 +255,7 @@ class TierScheduler:
             left -= self._feed(started, left, chunks, scheduled)
             members.append(started)
         if not chunks:
-            assert self._in_flight, "with nothing in flight, some sequence can be fed"
+            assert self._in_flight, "with nothing launched, some sequence can be fed"
             return None
         scheduled.step, scheduled.members = Step(self.tier, tuple(chunks)), tuple(members)
         self._in_flight.append(scheduled)
@@ -411,7 +411,7 @@ class TierScheduler:
         self._shares.stepped(elapsed_s, present, alone_s)
 
     def _take_out(self, step: Step, elapsed_s: float) -> _ScheduledStep:
-        """Return a step, the oldest or one that was never launched, that is in flight no more."""
+        """Return a step, the oldest or one that was never launched, and forget it."""
         scheduled = next(one for one in self._in_flight if one.step is step)
         self._in_flight.remove(scheduled)
         scheduled.charge(elapsed_s)
@@ -485,7 +485,7 @@ class TierScheduler:
     def _make_room(self, now: float) -> int | None:
         """Interrupt sequences for those that have a better claim; return how many.
 
-        None, and none is interrupted, where a step in flight has to be completed before that: the
+        None, and none is interrupted, where a launched step has to be completed before that: the
         device may still write to their blocks.
         """
         num_interrupted = self._grow(now) if self.limits.kv_overcommit > 1.0 else 0
@@ -504,7 +504,7 @@ class TierScheduler:
     def _grow(self, now: float) -> int | None:
         """Give each sequence the block of its next token, where it has none.
 
-        Returns how many were interrupted for that; None where it waits for the step in flight.
+        Returns how many were interrupted for that; None where it waits for the launched step.
         """
         num_interrupted = 0
         for seq in tuple(self.running.values()):

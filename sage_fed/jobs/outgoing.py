@@ -118,7 +118,7 @@ class OutgoingStream:
             self._raise_error()
 
     async def answer(self) -> tuple[Started, Delta, Finished]:
-        """Wait for the whole answer, for a reader who has no use for its parts.
+        """Wait for the whole answer, for a reader that has no use for its parts.
 
         Raises:
             SageFedError: what ended the job instead.
