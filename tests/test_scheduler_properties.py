@@ -382,7 +382,7 @@ def test_chunks_of_a_prompt_are_consecutive_and_complete(prompts: list[int], chu
 def test_no_tier_starves(times_s: list[float], share: float) -> None:
     """With endless work on all, a tier waits for one deeper step at most, and a deep one for 64.
 
-    With three, the middle tier's 64 steps may each be preceded by 64 of the fast one.
+    So it is also between the deeper two of three, whatever the fast one has done meanwhile.
     """
     scheduler = Scheduler(fast_share=share)
     engine = FakeEngine(num_blocks=1000)
@@ -392,17 +392,17 @@ def test_no_tier_starves(times_s: list[float], share: float) -> None:
         scheduler.open_tier(tier, TierLimits(1000, 10_000), frozenset())
         scheduler.add(spec(tier.rank, tier, new=9000), 0.0)
     order = []
-    for _ in range(300 if len(tiers) < 3 else 65 * 65 + 10):
+    for _ in range(300):
         step = scheduler.next_step(0.0)
         assert step is not None
         order.append(str(step.tier.rank))
         sampled = engine.run(step)
         scheduler.complete(step, sampled, now=0.0, elapsed_s=step_s[step.tier])
     text = "".join(order)
-    assert text.startswith("012"[: len(tiers)]) or len(tiers) == 3
-    for tier in tiers[1:]:
-        assert str(tier.rank) * 2 not in text
-        assert str(tier.rank) in text
+    assert text[0] == "0"
     if len(tiers) > 1:
         assert "0" * 65 not in text
-        assert "22" not in text.replace("0", "")
+        assert not any(pair in text for pair in ("11", "12", "21", "22"))
+        deeper = text.replace("0", "")
+        assert deeper
+        assert len(tiers) == 2 or ("22" not in deeper and "1" * 65 not in deeper)
