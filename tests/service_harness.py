@@ -78,7 +78,7 @@ DELTAS = (
 )
 FINISHED = Finished(
     StopReason.LENGTH,
-    Usage(3, 1, 4),
+    Usage.single(Tier.TACTICAL, 3, 1, 4),
     Timing(0.001, 0.002, 0.003, 0.004, 0.005),
     Price(4_300_000, 5_000_000, "default-1"),
     balance_uatp=95_700_000,

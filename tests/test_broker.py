@@ -31,6 +31,8 @@ from sage_fed.core import (
     Finished,
     JobSpec,
     Logprob,
+    Phase,
+    PhaseTokens,
     Price,
     Prompt,
     Route,
@@ -56,8 +58,7 @@ from sage_fed.errors import (
     RequestIdConflict,
     TierUnavailable,
 )
-from sage_fed.jobs import Broker, Encoder, OutgoingStream, Planner, admission
-from sage_fed.jobs.admission import resolve_sampling
+from sage_fed.jobs import Admission, Broker, Encoder, OutgoingStream, Services, admission
 from sage_fed.jobs.broker import Job, timing_of
 from sage_fed.jobs.outgoing import SequenceText
 from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hashes
@@ -188,23 +189,18 @@ async def rig(
             await executor.start()
             for tier in TIER_ROLES:
                 await executor.loaded(tier)
-            planner = Planner(
+            asked = Admission(
                 Encoder(dict.fromkeys(TIER_ROLES, tokenizer), workers),
                 executor,
                 CARD,
                 policy=RoutingPolicy(),
                 default_new_tokens=16,
+                max_jobs=16,
+                max_account_jobs=lambda _: max_account_jobs,
             )
             broker = Broker(
                 tasks,
-                planner=planner,
-                ledger=ledger,
-                executor=executor,
-                metrics=metrics,
-                workers=workers,
-                max_jobs=16,
-                hold_ttl_s=hold_ttl_s,
-                max_account_jobs=lambda _: max_account_jobs,
+                Services(asked, ledger, executor, metrics, workers, hold_ttl_s=hold_ttl_s),
             )
             made = Rig(broker, executor, ledger, metrics, path)
             made.engines, made.deaths = engines, deaths
@@ -226,7 +222,7 @@ async def test_a_job_is_charged_what_it_made(tmp_path: Path) -> None:
         started, finished = events[0], finished_of(events)
         assert isinstance(started, Started)
         assert 5 * 50_000 + 4 * 1_000_000 == started.held_uatp
-        assert Usage(5, 0, 4) == finished.usage
+        assert Usage.single(Tier.TACTICAL, 5, 0, 4) == finished.usage
         assert 4_250_000 == finished.price.charged_uatp
         assert 4_250_000 == await r.spent_uatp()
         assert GRANTED_UATP - 4_250_000 == finished.balance_uatp
@@ -237,7 +233,7 @@ async def test_a_prompt_that_is_found_again_is_charged_as_cached(tmp_path: Path)
     async with rig(tmp_path) as r:
         prompt = Prompt(token_ids=tuple(range(10, 50)))
         first, second = [await r.run(job(prompt=prompt)) for _ in range(2)]
-        assert [Usage(40, 0, 4), Usage(40, 32, 4)] == [
+        assert [Usage.single(Tier.TACTICAL, 40, cached, 4) for cached in (0, 32)] == [
             finished_of(events).usage for events in (first, second)
         ]
         price = finished_of(second).price
@@ -361,7 +357,7 @@ async def test_a_bug_between_hold_and_work_gives_the_hold_back(
         def bug(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(Planner, "plan", bug)
+        monkeypatch.setattr(Admission, "sequence", bug)
         with pytest.raises(Internal):
             await r.submit(job())
         await r.settled()
@@ -460,7 +456,7 @@ async def test_a_cancelled_job_is_charged_for_what_it_delivered(tmp_path: Path) 
         stream.cancel()
         engine.let_pass(5)
         await r.settled()
-        price = charge(CARD, Tier.TACTICAL, Usage(5, 0, 2))
+        price = charge(CARD, Usage.single(Tier.TACTICAL, 5, 0, 2))
         assert price == await r.spent_uatp()
         again = await r.run(job(new=400, client_request_id="one"))
         assert StopReason.CANCELLED is finished_of(again).stop_reason
@@ -518,7 +514,7 @@ async def test_a_stop_token_is_of_every_tier_that_may_serve(tmp_path: Path) -> N
     larger.mkdir()
     write_padded_tokenizer(MODELS / "demo-tactical", larger, 600)
     async with rig(tmp_path) as r:
-        encoder = r.broker._planner.encoder
+        encoder = r.broker._admission.encoder
         encoder.tokenizers = {**encoder.tokenizers, Tier.STRATEGIC: Tokenizer.load(larger)}
         sampling = {"stop_token_ids": (1, 550)}
         await r.run(job(requested=Tier.STRATEGIC, sampling=sampling))
@@ -545,7 +541,7 @@ async def test_a_job_is_charged_by_the_card_that_it_was_held_by(tmp_path: Path) 
     async with rig(tmp_path) as r:
         engine = r.gate()
         stream = await r.submit(job(new=4))
-        r.broker._planner.use(dear)
+        r.broker._admission.use(dear)
         engine.let_pass(10)
         finished = finished_of(await read(stream))
         assert (CARD.version, 4_250_000) == (
@@ -814,8 +810,8 @@ def test_a_kept_result_reads_back_as_it_was(
     started = Started("job-1", Route(Tier.TACTICAL, "auto_simple", requested), 9, 3, 2**63, 16)
     output = Delta("Grüß\n", (7,), logprobs, 1)
     finished = Finished(
-        StopReason.CANCELLED, Usage(3, 1, 1), Timing(0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
-        Price(5, 9, "card"), 100,
+        StopReason.CANCELLED, Usage.single(Tier.TACTICAL, 3, 1, 1),
+        Timing(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), Price(5, 9, "card"), 100,
     )  # fmt: skip
     again = Result.from_bytes(Result(started, output, finished).to_bytes())
     assert Result(replace(started, replayed=True), output, finished) == again
@@ -830,8 +826,8 @@ async def test_a_job_that_does_not_say_gets_what_fits(
         asked = job(prompt=Prompt(token_ids=(9,) * prompt), sampling={"max_new_tokens": None})
         quote = await r.broker.quote(asked)
         assert ("explicit", new) == (quote.decision.reason, quote.max_new_tokens)
-        seeds = {resolve_sampling(replace(asked, sampling=SamplingRequest()), None).seed}
-        seeds |= {resolve_sampling(replace(asked, sampling=SamplingRequest()), None).seed}
+        open_seed = replace(asked, sampling=SamplingRequest())
+        seeds = {(await r.broker._admission.draft(open_seed, 0.0)).seed for _ in range(2)}
         assert 2 == len(seeds)
         assert all(0 <= seed < 2**63 for seed in seeds)
         full = await r.broker.quote(replace(asked, prompt=Prompt(token_ids=(9,) * 600)))
@@ -853,12 +849,12 @@ async def test_a_job_that_does_not_say_gets_what_fits(
 def test_a_jobs_times_are_what_it_came_to(reached: dict[str, float], timing: Timing) -> None:
     """Queue, prompt, tokens, first token and all of it, each from where it begins."""
     ended = Ended(1, EndReason.LENGTH, submitted_s=11.0, ended_s=25.0, device_s=0.5, **reached)
-    assert timing == timing_of(ended, arrived_s=10.0, now=30.0)
+    assert timing == timing_of([ended], arrived_s=10.0, now=30.0)
 
 
 def test_a_job_that_never_ran_took_only_its_waiting() -> None:
     """Nothing is known but when it came and when it was over."""
-    assert Timing(0.0, 0.0, 0.0, 0.0, 20.0) == timing_of(None, arrived_s=10.0, now=30.0)
+    assert Timing(0.0, 0.0, 0.0, 0.0, 20.0) == timing_of([], arrived_s=10.0, now=30.0)
 
 
 async def test_a_quote_does_not_take_its_own_calls_deadline_for_the_jobs(tmp_path: Path) -> None:
@@ -964,7 +960,9 @@ def test_what_an_answer_can_take_at_most_is_never_less_than_it_does(
     started = Started("job-" + "f" * 16, route, 2**53, 10**6, 2**64 - 1, 10**6)
     finished = Finished(
         StopReason.STOP_STRING,
-        Usage(10**6, 10**6, 10**6),
+        Usage(
+            10**6, 10**6, 10**6, tuple(PhaseTokens(Tier.STRATEGIC, phase, 10**6) for phase in Phase)
+        ),
         Timing(*([1 / 3] * 6)),
         Price(2**53, 2**53, "x" * 64),
         balance_uatp=2**53,

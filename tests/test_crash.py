@@ -183,8 +183,8 @@ def assert_promises_kept(seen: list[Seen], lines: tuple[Entry, ...]) -> None:
         if job.finished is not None:
             assert job.started is not None
             assert job.finished.price.charged_uatp == price[job.started.job_id]
-            usage = Usage(job.started.prompt_tokens, 0, job.new_tokens)
-            assert charge(RateCard.load(), job.tier, usage) == price[job.started.job_id]
+            usage = Usage.single(job.tier, job.started.prompt_tokens, 0, job.new_tokens)
+            assert charge(RateCard.load(), usage) == price[job.started.job_id]
 
 
 def test_no_crash_loses_or_spends_money_twice(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_grace_that_is_over_ends_streams_with_what_they_have(start: Start) -> 
         finished = ending(events)
     assert StopReason.ABORTED is finished.stop_reason
     assert 0 < finished.usage.output_tokens < 1500
-    price = charge(RateCard.load(), Tier.STRATEGIC, finished.usage)
+    price = charge(RateCard.load(), finished.usage)
     assert price == finished.price.charged_uatp
     assert 100_000 * UATP_PER_ATP - price == finished.balance_uatp
     assert 0 == daemon.process.wait(WAIT_S)

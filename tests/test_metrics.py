@@ -88,13 +88,15 @@ event_loop_lag_seconds event_loop_cpu_seconds_total
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(version="0.1.0", decisions=possible_decisions())
+    return Metrics(version="0.1.0", decisions=possible_decisions(TIER_ROLES))
 
 
-def finished(reason: StopReason = StopReason.END_OF_TEXT, output_tokens: int = 5) -> Finished:
+def finished(
+    reason: StopReason = StopReason.END_OF_TEXT, output_tokens: int = 5, tier: Tier = TACTICAL
+) -> Finished:
     return Finished(
         reason,
-        Usage(prompt_tokens=20, cached_tokens=4, output_tokens=output_tokens),
+        Usage.single(tier, 20, 4, output_tokens),
         Timing(queue_s=0.01, prefill_s=0.02, decode_s=0.4, time_to_first_token_s=0.03, total_s=0.5),
         Price(charged_uatp=6 * ATP, held_uatp=10 * ATP, rate_card="card"),
         balance_uatp=0,
@@ -121,7 +123,7 @@ def exercise(metrics: Metrics) -> None:
         metrics.hold_placed(tier, 10 * ATP)
         metrics.hold_settled(tier, 10 * ATP, 6 * ATP)
         metrics.hold_settled(tier, ATP, 0)
-        metrics.job_finished(tier, finished())
+        metrics.job_finished(tier, finished(tier=tier))
         metrics.tokens_delivered(tier, 2, 0.02)
         metrics.job_replayed(tier)
         for kind in StepKind:
@@ -170,7 +172,7 @@ def test_promtool_finds_nothing_to_complain_about(metrics: Metrics) -> None:
 
 def test_traffic_brings_no_series_that_was_not_there_before() -> None:
     """What can be known in advance starts at zero, so that rates and alerts see the first event."""
-    metrics = Metrics(decisions=possible_decisions())
+    metrics = Metrics(decisions=possible_decisions(TIER_ROLES))
     before = labels_of(metrics)
     learned = {"sage_fed_model_info", "sage_fed_rate_card_info", "sage_fed_cost_ratio"}
 
@@ -283,7 +285,7 @@ def test_series_have_as_many_tiers_as_the_daemon(number: int) -> None:
 )
 def test_every_ending_counts_its_work(metrics: Metrics, reason: StopReason, outcome: str) -> None:
     """Aborted work is in every figure, under its own outcome."""
-    metrics.job_finished(STRATEGIC, finished(reason))
+    metrics.job_finished(STRATEGIC, finished(reason, tier=STRATEGIC))
     tier = {"tier": "strategic"}
 
     assert 1 == value(metrics, "requests_total", **tier, outcome=outcome, code=reason.value)
@@ -312,7 +314,12 @@ def test_a_job_without_a_token_has_no_time_to_first_token(metrics: Metrics) -> N
         (None, InvalidField("f", "m"), None, ("none", "refused", "invalid_field")),
         (TACTICAL, QueueFull("full"), None, ("tactical", "refused", "queue_full")),
         (STRATEGIC, DeviceOutOfMemory("m"), None, ("strategic", "failed", "device_out_of_memory")),
-        (TACTICAL, QueueFull("late"), Usage(7, 0, 3), ("tactical", "failed", "queue_full")),
+        (
+            TACTICAL,
+            QueueFull("late"),
+            Usage.single(TACTICAL, 7, 0, 3),
+            ("tactical", "failed", "queue_full"),
+        ),
     ],
 )
 def test_refusals_and_failures_are_told_apart(

@@ -135,19 +135,19 @@ def test_an_own_card_cannot_take_a_bundled_cards_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tier", "usage", "expected_uatp"),
+    ("usage", "expected_uatp"),
     [
-        (Tier.TACTICAL, Usage(0, 0, 100), 100_000_000),
-        (Tier.STRATEGIC, Usage(0, 0, 100), 659_000_000),
-        (Tier.TACTICAL, Usage(40, 0, 1), 3_000_000),
-        (Tier.TACTICAL, Usage(40, 20, 0), 1_100_000),
-        (Tier.STRATEGIC, Usage(1, 1, 0), 32_950),
-        (Tier.STRATEGIC, Usage(0, 0, 0), 0),
+        (Usage.single(Tier.TACTICAL, 0, 0, 100), 100_000_000),
+        (Usage.single(Tier.STRATEGIC, 0, 0, 100), 659_000_000),
+        (Usage.single(Tier.TACTICAL, 40, 0, 1), 3_000_000),
+        (Usage.single(Tier.TACTICAL, 40, 20, 0), 1_100_000),
+        (Usage.single(Tier.STRATEGIC, 1, 1, 0), 32_950),
+        (Usage.single(Tier.STRATEGIC, 0, 0, 0), 0),
     ],
 )
-def test_usage_is_priced_by_phase(tier: Tier, usage: Usage, expected_uatp: int) -> None:
+def test_usage_is_priced_by_phase(usage: Usage, expected_uatp: int) -> None:
     """Prompt, cached and output tokens each cost their own rate, exactly."""
-    assert expected_uatp == charge(CARD, tier, usage)
+    assert expected_uatp == charge(CARD, usage)
 
 
 @given(st.sampled_from(TIERS), TOKENS, TOKENS, st.data())
@@ -156,15 +156,12 @@ def test_the_charge_never_exceeds_the_worst_case(
 ) -> None:
     """Whatever a job within its bounds did, the hold covers it; doing all of it uses it up."""
     done = data.draw(st.integers(0, prompt_tokens))
-    usage = Usage(
-        prompt_tokens=done,
-        cached_tokens=data.draw(st.integers(0, done)),
-        output_tokens=data.draw(st.integers(0, max_new_tokens)),
-    )
+    cached = data.draw(st.integers(0, done))
+    usage = Usage.single(tier, done, cached, data.draw(st.integers(0, max_new_tokens)))
     held = quote(CARD, tier, prompt_tokens, max_new_tokens).worst_case_uatp
 
-    assert 0 <= charge(CARD, tier, usage) <= held
-    assert held == charge(CARD, tier, Usage(prompt_tokens, 0, max_new_tokens))
+    assert 0 <= charge(CARD, usage) <= held
+    assert held == charge(CARD, Usage.single(tier, prompt_tokens, 0, max_new_tokens))
 
 
 @given(st.sampled_from(TIERS), TOKENS, TOKENS, st.integers(1, 1000))
@@ -172,12 +169,12 @@ def test_more_work_costs_more_and_caching_costs_less(
     tier: Tier, prompt_tokens: int, output_tokens: int, more: int
 ) -> None:
     """Prices are strictly monotone in prompt and output, and fall with the cached share."""
-    base = charge(CARD, tier, Usage(prompt_tokens, 0, output_tokens))
+    base = charge(CARD, Usage.single(tier, prompt_tokens, 0, output_tokens))
 
-    assert base < charge(CARD, tier, Usage(prompt_tokens + more, 0, output_tokens))
-    assert base < charge(CARD, tier, Usage(prompt_tokens, 0, output_tokens + more))
+    assert base < charge(CARD, Usage.single(tier, prompt_tokens + more, 0, output_tokens))
+    assert base < charge(CARD, Usage.single(tier, prompt_tokens, 0, output_tokens + more))
     cached = min(more, prompt_tokens)
-    assert base >= charge(CARD, tier, Usage(prompt_tokens, cached, output_tokens))
+    assert base >= charge(CARD, Usage.single(tier, prompt_tokens, cached, output_tokens))
 
 
 @given(st.sampled_from(TIERS), TOKENS, TOKENS, st.integers(0, 10**13))

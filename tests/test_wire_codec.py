@@ -43,6 +43,7 @@ AT_HOME = {
     (core.JobSpec, "trace"): None,
     (core.JobSpec, "one_reply"): False,
     (core.Refusal, "denied_uatp"): 0,
+    (core.Refusal, "allowed_jobs"): 0,
 }
 """Fields that do not travel, and what stands for them."""
 

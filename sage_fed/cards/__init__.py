@@ -17,6 +17,7 @@ from sage_fed.cards.rate_card import (
     measured_spreads,
     own_cards,
     quote,
+    quote_program,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "measured_spreads",
     "own_cards",
     "quote",
+    "quote_program",
 ]

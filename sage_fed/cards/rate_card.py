@@ -46,6 +46,7 @@ from sage_fed.core import (
     ModelInfo,
     Offer,
     Phase,
+    Program,
     Tier,
     Usage,
 )
@@ -373,15 +374,23 @@ def quote(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -
     )
 
 
-def charge(card: RateCard, tier: Tier, usage: Usage) -> int:
-    """Return the price in uATP of what was done, never above the worst case of its bounds."""
-    assert 0 <= usage.cached_tokens <= usage.prompt_tokens, "cached tokens are prompt tokens"
-    rates = card.lines[tier]
-    return (
-        (usage.prompt_tokens - usage.cached_tokens) * rates[Phase.PREFILL].uatp
-        + usage.cached_tokens * rates[Phase.CACHED].uatp
-        + usage.output_tokens * rates[Phase.DECODE].uatp
+def quote_program(card: RateCard, program: Program) -> Offer:
+    """Return what a job asks for if every stage of it runs; `Offer.tier` answers last."""
+    offers = [
+        quote(card, stage.tier, len(stage.prompt), stage.max_new_tokens) for stage in program.stages
+    ]
+    verify_uatp = sum(
+        stage.max_draft_tokens * card.lines[stage.tier][Phase.VERIFY].uatp
+        for stage in program.stages
     )
+    answer = offers[-1]
+    before_uatp = sum(offer.worst_case_uatp for offer in offers[:-1])
+    return replace(answer, prompt_uatp=answer.prompt_uatp + before_uatp + verify_uatp)
+
+
+def charge(card: RateCard, usage: Usage) -> int:
+    """Return the price in uATP of what was done; never above what its program asked for."""
+    return sum(card.lines[done.tier][done.phase].uatp * done.tokens for done in usage.by_phase)
 
 
 def available_cards(directory: Path | None = None) -> tuple[str, ...]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from sage_fed.core.money import Price
-from sage_fed.core.tiers import Tier, TierLoad
+from sage_fed.core.tiers import Phase, Tier, TierLoad
 
 
 class Priority(enum.IntEnum):
@@ -183,8 +183,8 @@ class Route:
 class Refusal:
     """A named "no"; `retry_after_s` None means that waiting does not help.
 
-    `estimate_s` is how long the job would take, `denied_uatp` what it could cost, where that
-    is the reason.
+    Where that is the reason, `estimate_s` is how long the job would take, `denied_uatp` what it
+    could cost, `allowed_jobs` how many the account may run at once.
     """
 
     reason: str
@@ -192,6 +192,7 @@ class Refusal:
     retry_after_s: float | None = None
     estimate_s: float | None = None
     denied_uatp: int = 0
+    allowed_jobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +242,39 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseTokens:
+    """Tokens of one kind that one tier computed for a job."""
+
+    tier: Tier
+    phase: Phase
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one job."""
+    """Token counts of one job.
+
+    The first three are of the answer that its client got. `by_phase` is all that was computed
+    for it, on any tier: the price is its sum over the rate card. Kinds that did not occur are left
+    out.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    by_phase: tuple[PhaseTokens, ...] = ()
+
+    @classmethod
+    def single(cls, tier: Tier, prompt: int, cached: int, output: int) -> Usage:
+        """Return the usage of one sequence: `cached` of the `prompt` tokens were not computed."""
+        assert 0 <= cached <= prompt, "cached tokens are prompt tokens"
+        phases = {Phase.PREFILL: prompt - cached, Phase.CACHED: cached, Phase.DECODE: output}
+        counts = (PhaseTokens(tier, phase, tokens) for phase, tokens in phases.items() if tokens)
+        return cls(prompt, cached, output, tuple(counts))
+
+    def then(self, answer: Usage) -> Usage:
+        """Return the usage of a job that did this before it made `answer`."""
+        return replace(answer, by_phase=self.by_phase + answer.by_phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +320,38 @@ class Delta:
         """About how many numbers it has: how long it takes to translate."""
         alternatives = 1 + len(self.logprobs[-1].top) if self.logprobs else 0
         return len(self.token_ids) + alternatives * len(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One sequence of a job on one tier.
+
+    `draft_tokens` are verified before anything else is made; `drafter` is the tier that proposes
+    more while it runs, if one does. As planned, a stage has room for `max_draft_tokens`.
+    """
+
+    tier: Tier
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    draft_tokens: tuple[int, ...] = ()
+    max_draft_tokens: int = 0
+    drafter: Tier | None = None
+
+
+def _no_more(_answer: Delta, _planned: Stage) -> Stage | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The stages that a job may run, in order, and the decision between them.
+
+    `decide` is shown what a stage made and the next one as planned. It returns that one with its
+    draft tokens, and the client sees nothing of what was made so far; or None: that is the answer.
+    """
+
+    stages: tuple[Stage, ...]
+    decide: Callable[[Delta, Stage], Stage | None] = _no_more
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,13 +110,14 @@ def _source(settings: Settings, tier: Tier) -> str | Path:
 
 def build_metrics(settings: Settings) -> Metrics:
     """Return every series, with what is known before anything runs."""
+    tiers = tuple(settings.tiers)
     metrics = Metrics(
-        tiers=tuple(settings.tiers),
+        tiers=tiers,
         version=sage_fed.__version__,
-        decisions=possible_decisions(),
+        decisions=possible_decisions(tiers),
         per_account_balance=settings.metrics.per_account_balance,
     )
-    published = RateCard.load(tiers=tuple(settings.tiers))
+    published = RateCard.load(tiers=tiers)
     metrics.cost_ratios("configured", {phase: published.cost_ratio(phase) for phase in Phase})
     return metrics
 

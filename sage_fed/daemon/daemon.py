@@ -45,7 +45,7 @@ from sage_fed.daemon.readiness import Laps, Lifecycle, Readiness, StartProgress,
 from sage_fed.device import Executor
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import SageFedError
-from sage_fed.jobs import Broker, Encoder, Planner
+from sage_fed.jobs import Admission, Broker, Encoder, Services
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import BoundServer, build_server
@@ -187,7 +187,7 @@ async def _started(
                 has_rivals=lambda account: broker.has_rivals(account),  # noqa: PLW0108 - made below
             )
         )
-        planner = Planner(
+        admission = Admission(
             Encoder(tokenizers, workers),
             executor,
             cards.card,
@@ -196,20 +196,22 @@ async def _started(
                 strategic_prompt_tokens=settings.routing.strategic_prompt_tokens,
             ),
             default_new_tokens=settings.limits.default_new_tokens,
+            max_jobs=settings.limits.max_jobs,
+            max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
         )
-        cards.use = planner.use
+        cards.use = admission.use
         tasks = asyncio.TaskGroup()
         broker = Broker(
             tasks,
-            planner=planner,
-            ledger=ledger,
-            executor=executor,
-            metrics=metrics,
-            workers=workers,
-            max_jobs=settings.limits.max_jobs,
-            hold_ttl_s=settings.ledger.hold_ttl_s,
-            max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
-            tracing=tracing,
+            Services(
+                admission,
+                ledger,
+                executor,
+                metrics,
+                workers,
+                hold_ttl_s=settings.ledger.hold_ttl_s,
+                tracing=tracing,
+            ),
         )
         calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)
         operations = Operations(

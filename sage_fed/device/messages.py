@@ -170,7 +170,7 @@ class Inbox:
     def note_waiting(self, tier: Tier, count: int, retry_after_s: float | None) -> None:
         """Say how many of the tier's sequences wait, once all that was taken is dealt with."""
         with self._changed:
-            under_way = sum(isinstance(m, Submit) and m.spec.tier is tier for m in self._messages)
+            under_way = sum(isinstance(m, Submit) and m.spec.tier == tier for m in self._messages)
             self._waiting[tier] = count + under_way
             self._retry_after_s[tier] = retry_after_s
 

@@ -1,10 +1,7 @@
-"""One job's life: plan, hold, run, deliver, settle.
+"""One job's life: admission, hold, stages, delivery, settlement."""
 
-Import from here: `Broker` and the stream that it hands to a reader.
-"""
-
-from sage_fed.jobs.admission import Encoder, Planner
-from sage_fed.jobs.broker import Broker
+from sage_fed.jobs.admission import Admission, Encoder
+from sage_fed.jobs.broker import Broker, Services
 from sage_fed.jobs.outgoing import OutgoingStream
 
-__all__ = ["Broker", "Encoder", "OutgoingStream", "Planner"]
+__all__ = ["Admission", "Broker", "Encoder", "OutgoingStream", "Services"]

@@ -1,84 +1,113 @@
-"""From a request to a plan: encode, price, decide. No side effect.
+"""May a job run, on which tier, and with what: asked once, on the event loop.
 
-Owns what `Quote` shows and what a job runs with, so that a quote is for exactly the job that
-would run; and where a prompt is encoded: on the event loop what takes about a millisecond, in a
-thread in its account's turn what takes longer, not at all what no tier can take.
-Reads the tiers' load; the account's budget is handed to it, because the decision is made where
-the balance is, inside the ledger's transaction.
-Fails with `InvalidField` for a prompt that cannot be encoded and with `RateLimited` for an account
-that has as much waiting as it may; a refusal is a value.
+Owns the places in the tiers' queues, where and when a prompt is encoded, and what a job would run
+and cost on every tier: `Quote` and the job itself read the same draft, so that a quote is for
+exactly the job that would run. What depends on the balance is confirmed inside the ledger's
+transaction, by the same `decide`. Nothing below refuses a job for a reason that is looked at here.
+Knows neither streams nor the books. A refusal is a value; fails with `InvalidField` for a prompt
+that cannot be encoded and with `RateLimited` for an account that has as much waiting as it may.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sage_fed.cards import RateCard
-from sage_fed.cards import quote as price
+from sage_fed.cards import RateCard, quote, quote_program
 from sage_fed.core import (
     Budget,
     GenerationDefaults,
     JobSpec,
     Offer,
+    Phase,
+    Program,
     Prompt,
     Quote,
     Refusal,
     Route,
     RouteQuote,
     Sampling,
+    Stage,
     Tier,
     TierLoad,
+    counted,
 )
-from sage_fed.device import Executor
+from sage_fed.device import Executor, SequenceSpec, TokenWeights
 from sage_fed.errors import InvalidField
 from sage_fed.jobs.results import most_reply_bytes, most_result_bytes
-from sage_fed.routing import RouteRequest, RoutingPolicy, estimate_s, refuse_unread, route
+from sage_fed.routing import (
+    Reason,
+    RouteRequest,
+    RoutingPolicy,
+    candidates,
+    estimate_s,
+    refuse_unread,
+    route,
+)
 from sage_fed.text import Tokenizer
 from sage_fed.workers import Workers
 
 MAX_REPLY_BYTES = 4 * 2**20
 """What a gRPC client takes that was not told otherwise."""
 
-_ENOUGH_UATP = 2**63 - 1
-"""A balance that every job can be paid from."""
+_RETRY_FULL_S = 1.0
+_RETRY_DRAINING_S = 5.0
+"""A daemon that is stopped for an update is back about then; another one may answer at once."""
+
+_INLINE_SIZE = 1024
+"""Encoding this much takes about a millisecond at most, whatever it is; more goes to a thread."""
+
+_MESSAGE_SIZE = 32
+"""What a message costs besides its characters: the template's loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A job with its size and price on every tier, before anyone decided.
+    """A job with what it would run and cost on every tier, before one is chosen.
 
-    `card` is frozen here: a newer one never reprices this job.
+    `card` is frozen here: a newer one never reprices this job. `programs` is empty for a prompt
+    that was not read, because its length alone says that no tier takes it.
     """
 
     spec: JobSpec
-    prompt: Encoded
+    programs: Mapping[Tier, Program]
     offers: Mapping[Tier, Offer]
     card: RateCard
+    seed: int
     deadline_at_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything a job runs with."""
+class Place:
+    """A job's place in the queue of every tier that may serve it, until it is in one of them."""
 
-    route: Route
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    tokenizer: Tokenizer
-    stop_token_ids: frozenset[int]
-    card: RateCard
-    offer: Offer
+    def __init__(self, tiers: set[Tier], reserved: Counter[Tier]) -> None:
+        self.tiers = tiers
+        self._reserved = reserved
+        reserved.update(tiers)
+
+    def reserve(self, tier: Tier) -> None:
+        """Take a place at one more tier."""
+        self.tiers.add(tier)
+        self._reserved[tier] += 1
+
+    def release(self) -> None:
+        """Give back what is reserved; a second time there is nothing left."""
+        self._reserved.subtract(self.tiers)
+        self.tiers.clear()
 
 
-class Planner:
-    """Makes drafts and decides them.
+class Admission:
+    """Who may run what.
 
     Args:
         default_new_tokens: for a job that does not say; less where the context is shorter.
+        max_jobs: accepted and not ended, over all tiers and accounts.
+        max_account_jobs: accepted and not ended, or ended and not read, of one account; 0 is no
+            limit.
     """
 
     def __init__(
@@ -89,30 +118,68 @@ class Planner:
         *,
         policy: RoutingPolicy,
         default_new_tokens: int,
+        max_jobs: int,
+        max_account_jobs: Callable[[str], int] = lambda _: 0,
     ) -> None:
         self.encoder = encoder
         self.card = card
+        """What the next draft is priced with."""
+        self.draining = False
+        """Whether no job is admitted any more."""
         self._executor = executor
         self._policy = policy
         self._default_new_tokens = default_new_tokens
+        self._max_jobs = max_jobs
+        self._max_account_jobs = max_account_jobs
+        self._reserved: Counter[Tier] = Counter()
 
     def use(self, card: RateCard) -> None:
         """Price with this card from the next draft on."""
         self.card = card
 
-    def refuse_unread(self, spec: JobSpec, coming: Mapping[Tier, int]) -> Refusal | None:
-        """Return the refusal of a job that no tier takes now; None where one may.
+    def admit(
+        self, spec: JobSpec, num_jobs: int, account_jobs: Callable[[], int], *, answered: bool
+    ) -> Place | Refusal:
+        """Reserve a place for a job, before its prompt is read; or say why there is none.
 
-        `coming` are jobs that were taken on and are not in their tier's queue yet: its last places
-        are theirs. Without them one more would be held for, refused by the queue and given back.
+        Under overload most jobs are refused here: no task, no tokens, no price, no hold.
+
+        Args:
+            spec: what is asked for.
+            num_jobs: jobs under way.
+            account_jobs: counts those of its account.
+            answered: whether the books have its answer, so that no tier need take it.
         """
-        loads = self.loads()
-        for tier, count in coming.items():
+        allowed = self._max_account_jobs(spec.account)
+        if allowed and account_jobs() >= allowed:
+            text = f"account {spec.account} may run {counted(allowed, 'job')} at once"
+            return Refusal(Reason.ACCOUNT_JOBS, text, _RETRY_FULL_S, allowed_jobs=allowed)
+        if self.draining:
+            text = "the daemon is draining and takes no more jobs"
+            return Refusal(Reason.DRAINING, text, _RETRY_DRAINING_S)
+        # Not what readers have not taken: that counts against their own account and connection
+        # (`service.calls`), and never makes another's job fail.
+        if num_jobs >= self._max_jobs:
+            text = f"{counted(self._max_jobs, 'job')} under way, and no more at once"
+            return Refusal(Reason.TOO_MANY_JOBS, text, _RETRY_FULL_S)
+        if answered:
+            return Place(set(), self._reserved)
+        loads = self._loads_with_reserved()
+        refusal = refuse_unread(spec, loads)
+        return refusal or Place(_open(spec, loads), self._reserved)
+
+    def loads_for(self, spec: JobSpec, place: Place) -> Mapping[Tier, TierLoad]:
+        """Return the tiers' loads as the job sees them: with room where it has a place.
+
+        It gets a place at tiers that had none before and have one now.
+        """
+        loads = self._loads_with_reserved()
+        for tier in _open(spec, loads) - place.tiers:
+            place.reserve(tier)
+        for tier in place.tiers:
             load = loads[tier]
-            free = 0 if load.waiting else max(load.running_limit - load.running, 0)
-            if count > free:
-                loads[tier] = replace(load, waiting=load.waiting + count - free)
-        return refuse_unread(spec, loads, self._policy)
+            loads[tier] = replace(load, waiting=min(load.waiting, load.waiting_limit - 1))
+        return loads
 
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode a job, and price it on every tier that can be fed its prompt.
@@ -126,34 +193,39 @@ class Planner:
         prompt = await self.encoder.encode(
             spec.prompt, spec.account, max_tokens=self._longest_prompt()
         )
-        strange = self._strange(prompt)
-        if strange and (spec.requested in strange or len(strange) == len(prompt.ids)):
-            tier = spec.requested if spec.requested in strange else next(iter(strange))
-            raise _no_row(spec, tier, strange[tier])
+        unfit = self._without_rows(spec, prompt)
+        programs: dict[Tier, Program] = {}
+        offers: dict[Tier, Offer] = {}
+        for tier, num_tokens in prompt.num_tokens.items():
+            new = self._new_tokens(spec, tier, num_tokens)
+            if prompt.unread:
+                offers[tier] = replace(quote(self.card, tier, num_tokens, new), unread=True)
+            elif tier not in unfit:
+                programs[tier] = self.program(tier, prompt.ids, new)
+                offers[tier] = quote_program(self.card, programs[tier])
         deadline_s = spec.deadline_s
-        offers = {
-            tier: price(self.card, tier, num_tokens, self._new_tokens(spec, tier, num_tokens))
-            for tier, num_tokens in prompt.num_tokens.items()
-            if tier not in strange
-        }
-        if prompt.unread:
-            offers = {tier: replace(offer, unread=True) for tier, offer in offers.items()}
         return Draft(
             spec=spec,
-            prompt=prompt,
+            programs=programs,
             offers=offers,
             card=self.card,
+            # 63 bits: a client that reads JSON numbers as int64 can send it back.
+            seed=secrets.randbits(63) if spec.sampling.seed is None else spec.sampling.seed,
             deadline_at_s=None if deadline_s is None else arrived_s + deadline_s,
         )
 
-    def loads(self) -> dict[Tier, TierLoad]:
-        """Return what the tiers are doing at this moment."""
-        return {tier: self._executor.load(tier) for tier in self.encoder.tokenizers}
+    def program(self, tier: Tier, ids: Mapping[Tier, tuple[int, ...]], new: int) -> Program:
+        """Return what a job runs that a tier serves; `ids` is its prompt on every tier."""
+        return Program((Stage(tier, ids[tier], new),))
 
     def decide(
-        self, draft: Draft, budget: Budget, loads: Mapping[Tier, TierLoad]
+        self, draft: Draft, budget: Budget | None, loads: Mapping[Tier, TierLoad]
     ) -> Route | Refusal:
-        """Decide; may be called from any thread, because it reads nothing but its arguments."""
+        """Decide; may be called from any thread, because it reads nothing but its arguments.
+
+        Without a budget the refusal is one that no balance could change: those need not wait for
+        the ledger, which has the admitted ones to write.
+        """
         deadline_at_s = draft.deadline_at_s
         return route(
             RouteRequest(
@@ -188,48 +260,41 @@ class Planner:
                 "is kept for a client_request_id; leave that out, or ask",
             )  # fmt: skip
 
-    def hopeless(self, draft: Draft, loads: Mapping[Tier, TierLoad]) -> Refusal | None:
-        """Return the refusal that no balance could change; None where it depends on that.
-
-        Under overload most jobs are refused for want of a place; those need not wait for the
-        ledger, which has the admitted ones to write.
-        """
-        account = draft.spec.account
-        rich = Budget(account, _ENOUGH_UATP, 0, 0, _ENOUGH_UATP, 0, strategic_floor_uatp=0)
-        decision = self.decide(draft, rich, loads)
-        return decision if isinstance(decision, Refusal) else None
-
-    def plan(self, draft: Draft, chosen: Route) -> Plan:
-        """Return what runs for a route that `decide` chose."""
-        tier = chosen.tier
-        return Plan(
-            route=chosen,
-            prompt=draft.prompt.ids[tier],
-            sampling=resolve_sampling(draft.spec, self._executor.defaults(tier)),
-            tokenizer=self.encoder.tokenizers[tier],
-            stop_token_ids=stop_token_ids(draft.spec, self.encoder.tokenizers[tier]),
-            card=draft.card,
-            offer=draft.offers[tier],
+    def sequence(self, draft: Draft, stage: Stage, seq_id: int) -> SequenceSpec:
+        """Return the sequence that runs a stage of the job."""
+        spec, rates = draft.spec, draft.card.lines[stage.tier]
+        return SequenceSpec(
+            seq_id=seq_id,
+            tier=stage.tier,
+            prompt=stage.prompt,
+            max_new_tokens=stage.max_new_tokens,
+            sampling=_resolve_sampling(spec, self._executor.defaults(stage.tier), draft.seed),
+            ignore_eos=spec.sampling.ignore_eos,
+            stop_token_ids=_stop_token_ids(spec, self.encoder.tokenizers[stage.tier]),
+            priority=spec.priority,
+            account=spec.account,
+            # What its tokens count for between accounts: what they cost.
+            weights=TokenWeights(
+                rates[Phase.PREFILL].uatp, rates[Phase.CACHED].uatp, rates[Phase.DECODE].uatp
+            ),
         )
 
     def quote(self, draft: Draft, budget: Budget) -> Quote:
         """Return every route's worst case and the decision that would be taken now."""
-        loads = self.loads()
+        loads = self._loads()
         decision = self.decide(draft, budget, loads)
         shown = decision.tier if isinstance(decision, Route) else draft.spec.requested
-        size = draft.offers[shown or min(draft.offers, key=lambda tier: tier.rank)]
+        size = draft.offers[shown or min(draft.offers)]
         return Quote(
             decision=decision,
             tiers=tuple(
                 RouteQuote(
                     tier=tier,
-                    worst_case_uatp=priced.worst_case_uatp,
-                    affordable=priced.worst_case_uatp <= budget.balance_uatp,
-                    estimated_s=estimate_s(
-                        loads[tier], priced.prompt_tokens, priced.max_new_tokens
-                    ),
+                    worst_case_uatp=offer.worst_case_uatp,
+                    affordable=offer.worst_case_uatp <= budget.balance_uatp,
+                    estimated_s=estimate_s(loads[tier], offer.prompt_tokens, offer.max_new_tokens),
                 )
-                for tier, priced in draft.offers.items()
+                for tier, offer in draft.offers.items()
             ),
             rate_card=draft.card.version,
             prompt_tokens=size.prompt_tokens,
@@ -237,27 +302,49 @@ class Planner:
             balance_uatp=budget.balance_uatp,
         )
 
-    def _strange(self, prompt: Encoded) -> dict[Tier, _Strange]:
-        """Return the tiers whose models, as far as they are loaded, lack an id of the prompt."""
-        found = {}
+    def _loads(self) -> dict[Tier, TierLoad]:
+        return {tier: self._executor.load(tier) for tier in self.encoder.tokenizers}
+
+    def _loads_with_reserved(self) -> dict[Tier, TierLoad]:
+        """Return the loads as if jobs that have a place were in their queues.
+
+        The last places are theirs: else one more would be held for and given back.
+        """
+        loads = self._loads()
+        for tier, load in loads.items():
+            free = 0 if load.waiting else max(load.running_limit - load.running, 0)
+            if (more := self._reserved[tier] - free) > 0:
+                loads[tier] = replace(load, waiting=load.waiting + more)
+        return loads
+
+    def _without_rows(self, spec: JobSpec, prompt: Encoded) -> set[Tier]:
+        """Return the tiers whose models, as far as they are loaded, lack an id of the prompt.
+
+        Raises:
+            InvalidField: the tier that the job names does, or every tier.
+        """
+        found: dict[Tier, InvalidField] = {}
         for tier, ids in prompt.ids.items():
             limits = self._executor.limits(tier)
             num_ids = None if limits is None else limits.num_ids
             if num_ids is not None and ids and (largest := max(ids)) >= num_ids:
-                found[tier] = _Strange(largest, ids.index(largest), num_ids)
-        return found
+                found[tier] = _no_row(spec, tier, largest, ids.index(largest), num_ids)
+        if spec.requested in found:
+            raise found[spec.requested]
+        if found and len(found) == len(prompt.ids):
+            raise next(iter(found.values()))
+        return set(found)
 
     def _check_stop_tokens(self, spec: JobSpec) -> None:
         """Refuse ids that a tier which may serve the job does not have."""
-        fixed = spec.requested is not None and not spec.allow_downgrade
-        for tier, tokenizer in self.encoder.tokenizers.items():
-            if not fixed or tier is spec.requested:
+        for tier in candidates(spec, self.encoder.tokenizers):
+            if (tokenizer := self.encoder.tokenizers.get(tier)) is not None:
                 ids = spec.sampling.stop_token_ids
                 tokenizer.require_ids("job.sampling.stop_token_ids", ids)
 
     def _longest_prompt(self) -> int | None:
         """Return the most tokens that any tier takes; None while one is not loaded."""
-        contexts = [load.max_context_tokens for load in self.loads().values()]
+        contexts = [load.max_context_tokens for load in self._loads().values()]
         return max(contexts) - 1 if all(contexts) else None
 
     def _new_tokens(self, spec: JobSpec, tier: Tier, prompt_tokens: int) -> int:
@@ -267,64 +354,6 @@ class Planner:
         # A context of 0 is not loaded yet; a prompt that fills it is refused by the router.
         room = context - prompt_tokens if context else self._default_new_tokens
         return max(1, min(self._default_new_tokens, room))
-
-
-@dataclass(frozen=True, slots=True)
-class _Strange:
-    """A prompt's id at `index` that its tokenizer has, and the model, of `num_ids`, has not."""
-
-    id: int
-    index: int
-    num_ids: int
-
-
-def _no_row(spec: JobSpec, tier: Tier, strange: _Strange) -> InvalidField:
-    sent = not spec.prompt.messages
-    field = f"job.token_ids.ids[{strange.index}]" if sent else "job.chat.messages"
-    what = f"{strange.id} is" if sent else f"they encode to the token {strange.id}, which is"
-    return InvalidField(
-        field,
-        f"{what} a token of the {tier.name} tier's tokenizer that its model has no row for; "
-        f"its ids are 0 to {strange.num_ids - 1}",
-    )
-
-
-def stop_token_ids(spec: JobSpec, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokens that end a job's text: those it names, and those its stop strings spell.
-
-    A control token is not in the text, so no string can match it there.
-    """
-    spelled = map(tokenizer.control_id, spec.sampling.stop)
-    return frozenset(spec.sampling.stop_token_ids).union(id_ for id_ in spelled if id_ is not None)
-
-
-def resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None) -> Sampling:
-    """Fill what the client left open with the checkpoint's own defaults, and draw a seed."""
-    asked, own = spec.sampling, defaults or GenerationDefaults()
-    # 63 bits: a client that reads JSON numbers as int64 can send it back.
-    values: dict[str, Any] = {"seed": secrets.randbits(63)}
-    for name in Sampling.__slots__:
-        value = getattr(asked, name)
-        value = getattr(own, name, None) if value is None else value
-        if value is not None:
-            values[name] = value
-    return Sampling(**values)
-
-
-def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> InvalidField:
-    field = "max_new_tokens" if spec.sampling.top_logprobs is None else "top_logprobs"
-    return InvalidField(
-        f"job.sampling.{field}",
-        f"{most} tokens can take {size / 2**20:.1f} MiB, more than the {limit / 2**20:g} MiB that "
-        f"{what} for less",
-    )
-
-
-_INLINE_SIZE = 1024
-"""Encoding this much takes about a millisecond at most, whatever it is; more goes to a thread."""
-
-_MESSAGE_SIZE = 32
-"""What a message costs besides its characters: the template's loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +374,11 @@ class Encoded:
 
 
 class Encoder:
-    """The tokenizers of the tiers; those that share one share the work."""
+    """The tokenizers of the tiers; those that share one share the work.
+
+    On the event loop it encodes what takes about a millisecond; what takes longer, in a thread in
+    its account's turn; what certainly no tier can take, not at all.
+    """
 
     def __init__(self, tokenizers: Mapping[Tier, Tokenizer], workers: Workers) -> None:
         self.tokenizers = tokenizers
@@ -396,3 +429,50 @@ class Encoder:
 
 def _read(ids: Mapping[Tier, tuple[int, ...]]) -> Encoded:
     return Encoded({tier: len(own) for tier, own in ids.items()}, ids)
+
+
+def _open(spec: JobSpec, loads: Mapping[Tier, TierLoad]) -> set[Tier]:
+    """Return the tiers with room among those that may serve the job."""
+    tiers = (tier for tier in candidates(spec, loads) if tier in loads)
+    return {tier for tier in tiers if loads[tier].waiting < loads[tier].waiting_limit}
+
+
+def _no_row(spec: JobSpec, tier: Tier, id_: int, index: int, num_ids: int) -> InvalidField:
+    sent = not spec.prompt.messages
+    field = f"job.token_ids.ids[{index}]" if sent else "job.chat.messages"
+    what = f"{id_} is" if sent else f"they encode to the token {id_}, which is"
+    return InvalidField(
+        field,
+        f"{what} a token of the {tier.name} tier's tokenizer that its model has no row for; "
+        f"its ids are 0 to {num_ids - 1}",
+    )
+
+
+def _stop_token_ids(spec: JobSpec, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a job's text: those it names, and those its stop strings spell.
+
+    A control token is not in the text, so no string can match it there.
+    """
+    spelled = map(tokenizer.control_id, spec.sampling.stop)
+    return frozenset(spec.sampling.stop_token_ids).union(id_ for id_ in spelled if id_ is not None)
+
+
+def _resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None, seed: int) -> Sampling:
+    """Fill what the client left open with the checkpoint's own defaults."""
+    asked, own = spec.sampling, defaults or GenerationDefaults()
+    values: dict[str, Any] = {}
+    for name in Sampling.__slots__:
+        value = getattr(asked, name)
+        value = getattr(own, name, None) if value is None else value
+        if value is not None:
+            values[name] = value
+    return Sampling(**{**values, "seed": seed})
+
+
+def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> InvalidField:
+    field = "max_new_tokens" if spec.sampling.top_logprobs is None else "top_logprobs"
+    return InvalidField(
+        f"job.sampling.{field}",
+        f"{most} tokens can take {size / 2**20:.1f} MiB, more than the {limit / 2**20:g} MiB that "
+        f"{what} for less",
+    )

@@ -329,7 +329,9 @@ class Delivery:
     ) -> None:
         self.stop_reason: StopReason | None = None
         self.contended = False
-        """Whether the other tier had work when the first token came."""
+        """Whether another tier had work when the first token came."""
+        self._hidden: list[tuple[str, Sequence[int], Sequence[Logprob]]] | None = None
+        """What the newest sequence made, where the reader does not see it (yet)."""
         self._spec = spec
         self._stream = stream
         self._arrived_s = arrived_s
@@ -338,6 +340,31 @@ class Delivery:
         self._exemplar = exemplar
         self._seq_id: int | None = None
         self._last_push_s = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the newest sequence that its reader gets, or would get."""
+        if self._hidden is None:
+            return self._stream.num_tokens
+        return sum(len(token_ids) for _, token_ids, _ in self._hidden)
+
+    def whole(self) -> Delta:
+        """Return what the newest sequence made, as one delta."""
+        if self._hidden is None:
+            return self._stream.whole()
+        token_ids = [token for _, ids, _ in self._hidden for token in ids]
+        return Delta(
+            text="".join(text for text, _, _ in self._hidden),
+            token_ids=tuple(token_ids),
+            logprobs=tuple(entry for _, _, logprobs in self._hidden for entry in logprobs),
+            output_tokens=len(token_ids),
+        )
+
+    def show(self) -> None:
+        """Deliver what the newest sequence made, if it was hidden."""
+        hidden, self._hidden = self._hidden or (), None
+        for output in hidden:
+            self._stream.push(*output)
 
     def stop(self, reason: StopReason) -> None:
         """Have the job end at the next step; the first reason counts."""
@@ -348,20 +375,32 @@ class Delivery:
             self._executor.cancel(self._seq_id)
 
     async def run(
-        self, sequence: SequenceSpec, decoder: IncrementalDecoder, started: Started | None
+        self,
+        sequence: SequenceSpec,
+        decoder: IncrementalDecoder,
+        started: Started,
+        *,
+        shown: bool = True,
     ) -> Ended | None:
         """Run a sequence and deliver its tokens; None where it was stopped before it began.
 
-        `started` is written once the executor has accepted the job's first sequence.
+        Args:
+            sequence: what runs, after those before it have ended.
+            decoder: of its tokens.
+            started: written once the executor has accepted the job's first sequence.
+            shown: whether the reader sees what it makes; else `show` may deliver it later.
         """
+        if self.stop_reason is StopReason.STOP_STRING:
+            self.stop_reason = None  # of the sequence before
         if self.stop_reason is not None:
             return None
         text = SequenceText(decoder, self._spec.sampling.stop)
         ending = self._executor.submit(sequence, lambda tokens: self._take(tokens, sequence, text))
         self._seq_id = sequence.seq_id
+        self._hidden = None if shown else []
         timer = self._deadline()
         try:
-            if started is not None:
+            if not self._stream.job_id:
                 self._stream.start(started)
             with self._metrics.at_work(sequence.tier):
                 ended = await ending
@@ -374,7 +413,7 @@ class Delivery:
                 timer.cancel()
         if self.stop_reason not in DROPS_OUTPUT:
             if rest := text.finish():
-                self._stream.push(rest, ())
+                self._write(rest, (), ())
             if text.matched:
                 self.stop_reason = StopReason.STOP_STRING
         return ended
@@ -397,12 +436,19 @@ class Delivery:
         token_ids = [token.token_id for token in tokens]
         piece, count = text.push(token_ids)
         logprobs = [token.logprob for token in tokens[:count] if token.logprob is not None]
-        self._stream.push(piece, token_ids[:count], logprobs)
-        self._note_gap(sequence.tier, count)
+        self._write(piece, token_ids[:count], logprobs)
+        if self._hidden is None:
+            self._note_gap(sequence.tier, count)
         if text.matched:
             # Also where a deadline or an abort came first: the text is complete.
             self.stop_reason = StopReason.STOP_STRING
             self._executor.cancel(sequence.seq_id)
+
+    def _write(self, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprob]) -> None:
+        if self._hidden is None:
+            self._stream.push(text, token_ids, logprobs)
+        else:
+            self._hidden.append((text, token_ids, logprobs))
 
     def _note_gap(self, tier: Tier, num_tokens: int) -> None:
         now, before = time.monotonic(), self._last_push_s

@@ -23,6 +23,8 @@ from sage_fed.core import (
     JobSpec,
     Logprob,
     Message,
+    Phase,
+    PhaseTokens,
     Price,
     Prompt,
     Route,
@@ -76,6 +78,7 @@ class Result:
             "finished": {
                 **asdict(self.finished),
                 "stop_reason": self.finished.stop_reason.value,
+                "usage": _plain_usage(self.finished.usage),
             },
         }
         lines: list[object] = [head]
@@ -108,12 +111,12 @@ class Result:
             token_ids += more.get("token_ids", [])
             logprobs += [_logprob(*entry) for entry in more.get("logprobs", [])]
         route = started.pop("route")
-        requested = route.pop("requested")
+        tier, requested = Tier.named(route.pop("tier")), route.pop("requested")
         return cls(
             started=replace(
                 Started(
                     route=Route(
-                        tier=Tier.named(route.pop("tier")),
+                        tier=tier,
                         requested=Tier.named(requested) if requested else None,
                         **route,
                     ),
@@ -129,12 +132,28 @@ class Result:
             ),
             finished=Finished(
                 stop_reason=StopReason(finished["stop_reason"]),
-                usage=Usage(**finished["usage"]),
+                usage=_usage(tier, finished["usage"]),
                 timing=Timing(**finished["timing"]),
                 price=Price(**finished["price"]),
                 balance_uatp=finished["balance_uatp"],
             ),
         )
+
+
+def _plain_usage(usage: Usage) -> dict[str, Any]:
+    by_phase = [(done.tier.name, done.phase.value, done.tokens) for done in usage.by_phase]
+    return {**asdict(usage), "by_phase": by_phase}
+
+
+def _usage(tier: Tier, plain: dict[str, Any]) -> Usage:
+    """Return a kept usage; one from before there were stages is of one sequence on `tier`."""
+    if "by_phase" not in plain:
+        return Usage.single(tier, *plain.values())
+    by_phase = tuple(
+        PhaseTokens(Tier.named(name), Phase(phase), tokens)
+        for name, phase, tokens in plain.pop("by_phase")
+    )
+    return Usage(**plain, by_phase=by_phase)
 
 
 async def write_result(result: Result, account: str, workers: Workers) -> bytes:

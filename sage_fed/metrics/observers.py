@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from prometheus_client import (
     CollectorRegistry,
@@ -67,6 +68,18 @@ _SLOW_WAIT_S = 0.2
 _LOOP_INTERVAL_S = 0.05
 _MAX_LOOP_SAMPLES = 1000
 """Of one delay of the event loop: 50 s of it."""
+
+
+_TOKEN_TYPES: Mapping[Phase, tuple[str, ...]] = MappingProxyType(
+    {
+        Phase.PREFILL: ("prompt",),
+        Phase.CACHED: ("prompt", "cached"),
+        Phase.DECODE: ("output",),
+        Phase.DRAFT: ("draft",),
+        Phase.VERIFY: ("verify",),
+    }
+)
+"""The values of the label `type` that count a token of a phase."""
 
 
 class Metrics:
@@ -144,13 +157,13 @@ class Metrics:
         if before and after:
             return
         for other in self._at_work:
-            if other is not tier:
+            if other != tier:
                 label = CONTENDED[self.contended(other)]
                 self._wait_of[other] = self._waits.labels(other.name, label)
 
     def contended(self, tier: Tier) -> bool:
         """Return whether another tier has work now."""
-        return any(jobs for other, jobs in self._at_work.items() if other is not tier)
+        return any(jobs for other, jobs in self._at_work.items() if other != tier)
 
     def tokens_delivered(
         self, tier: Tier, num_tokens: int, gap_s: float, exemplar: Mapping[str, str] | None = None
@@ -214,9 +227,9 @@ class Metrics:
 
     def _count_work(self, tier: str, outcome: str, usage: Usage, device_s: float) -> None:
         count = self._series.count
-        count("tokens_total", usage.prompt_tokens, tier, "prompt", outcome)
-        count("tokens_total", usage.cached_tokens, tier, "cached", outcome)
-        count("tokens_total", usage.output_tokens, tier, "output", outcome)
+        for done in usage.by_phase:
+            for kind in _TOKEN_TYPES[done.phase]:
+                count("tokens_total", done.tokens, done.tier.name, kind, outcome)
         count("device_seconds_total", device_s, tier, outcome)
 
     # Money

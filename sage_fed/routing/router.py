@@ -2,21 +2,20 @@
 
 The rules never bend: the budget is the hard limit; more budget never yields a lower tier; a
 downgrade happens only if the client allowed it, and the route says so.
-Owns the decision, its reason codes and the texts of refusals, which tell what to do next with
-numbers. Knows neither clocks, ledgers, cards nor engines: prices come as offers, rates and queues
-as loads. Never raises; `refusal_error` makes the exception for callers that want one.
+Owns the decision, its reason codes, and the texts of refusals, which tell with numbers what to do
+next. Knows neither clocks, ledgers, cards nor engines: prices come as offers, rates and queues as
+loads. Never raises; `refusal_error` makes the exception for callers that want one.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from sage_fed.core import (
-    TIER_ROLES,
     UATP_PER_ATP,
     Budget,
     JobSpec,
@@ -32,9 +31,17 @@ from sage_fed.errors import (
     DeadlineInfeasible,
     InvalidField,
     QueueFull,
+    RateLimited,
     SageFedError,
     TierUnavailable,
 )
+
+_QUEUE_RETRY_S = 1.0
+_UNAVAILABLE_RETRY_S = 5.0
+
+_LONGEST_S = 1e9
+"""Thirty years: every longer estimate says the same, and a refusal, JSON and a protobuf duration
+can say this one. A rate next to zero would make it infinite."""
 
 
 class Obstacle(enum.StrEnum):
@@ -55,21 +62,24 @@ class Obstacle(enum.StrEnum):
 
     @property
     def about_money(self) -> bool:
-        """Whether a dearer tier cannot be the way round it."""
+        """Whether a deeper tier cannot be the way round it."""
         return self in (Obstacle.FLOOR, Obstacle.MAX_COST, Obstacle.BUDGET)
 
 
 class Reason(enum.StrEnum):
-    """Why a route was taken, or why none was."""
+    """Why a route was taken, or why none was.
+
+    Codes are metric labels and part of the wire contract: add, never rename.
+    """
 
     EXPLICIT = "explicit"
     """The tier that was asked for."""
     AUTO_SIMPLE = "auto_simple"
-    """Below the complexity threshold, or without a hint and short: tactical."""
+    """The lowest tier: the job is below the complexity threshold, or without a hint and short."""
     AUTO_COMPLEX = "auto_complex"
-    """At or above the complexity threshold: strategic."""
+    """The deepest tier: at or above the complexity threshold."""
     AUTO_LARGE = "auto_large"
-    """No hint, but a long prompt: strategic."""
+    """The deepest tier: no hint, but a long prompt."""
 
     # The daemon chose, and the tier that it would have chosen could not take the job.
     AUTO_CONTEXT = "auto_context"
@@ -81,7 +91,7 @@ class Reason(enum.StrEnum):
     AUTO_MAX_COST = "auto_max_cost"
     AUTO_BUDGET = "auto_budget"
 
-    # The client chose strategic and allowed less; strategic could not take the job.
+    # The client chose a tier and allowed a lower one; its own could not take the job.
     DOWNGRADE_LOADING = "downgrade_loading"
     DOWNGRADE_UNAVAILABLE = "downgrade_unavailable"
     DOWNGRADE_QUEUE = "downgrade_queue"
@@ -91,6 +101,12 @@ class Reason(enum.StrEnum):
     DOWNGRADE_BUDGET = "downgrade_budget"
 
     # Refusals.
+    ACCOUNT_JOBS = "account_jobs"
+    """The account runs as many jobs as it may; found by `jobs`, before a tier is looked at."""
+    DRAINING = "draining"
+    """The daemon takes no more jobs; found by `jobs`."""
+    TOO_MANY_JOBS = "too_many_jobs"
+    """The daemon runs as many jobs as it may; found by `jobs`."""
     PROMPT_TOO_LONG = "prompt_too_long"
     """The prompt alone fills the tier's context."""
     OUTPUT_TOO_LONG = "output_too_long"
@@ -106,176 +122,183 @@ class Reason(enum.StrEnum):
     CANNOT_AFFORD = "cannot_afford"
     """The worst case is above the balance."""
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether no tier serves the job."""
+        return not self.startswith(("explicit", "auto_", "downgrade_"))
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingPolicy:
     """The operator's choices.
 
-    AUTO is strategic from a complexity hint of `complexity_threshold` on; without a hint, from
-    `strategic_prompt_tokens` on. The other two are the retry delays told to clients.
+    AUTO is the deepest tier from a complexity hint of `complexity_threshold` on; without a hint,
+    from `strategic_prompt_tokens` on.
     """
 
     complexity_threshold: float = 0.5
     strategic_prompt_tokens: int = 1024
-    queue_retry_s: float = 1.0
-    unavailable_retry_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """Everything a decision depends on.
 
-    `offers` and `loads` may lack a tier that cannot serve (its tokenizer is not loaded yet).
-    `deadline_s` is what is left of the job's deadline; None: it has none.
+    `loads` has every tier of the daemon, at least one; `offers` may lack one that cannot be fed
+    the prompt. `budget` None asks for what holds whatever the account has: its refusal is final,
+    its route may still be refused for money. `deadline_s` is what is left of the job's deadline;
+    None: it has none.
     """
 
     job: JobSpec
     offers: Mapping[Tier, Offer]
     loads: Mapping[Tier, TierLoad]
-    budget: Budget
+    budget: Budget | None
     policy: RoutingPolicy = field(default_factory=RoutingPolicy)
     deadline_s: float | None = None
 
 
-Blocked = tuple[Obstacle, Refusal]
+@dataclass(frozen=True, slots=True)
+class _Blocked:
+    """A tier that cannot take the job, and what its client is told of that."""
 
-_REFUSALS = (
-    Reason.PROMPT_TOO_LONG,
-    Reason.OUTPUT_TOO_LONG,
-    Reason.TIER_LOADING,
-    Reason.TIER_UNAVAILABLE,
-    Reason.QUEUE_FULL,
-    Reason.DEADLINE_INFEASIBLE,
-    Reason.BELOW_FLOOR,
-    Reason.ABOVE_MAX_COST,
-    Reason.CANNOT_AFFORD,
-)
+    tier: Tier
+    kind: Obstacle
+    refusal: Refusal
 
 
 def route(request: RouteRequest) -> Route | Refusal:
-    """The tier that serves the job, with the reason, or why none does."""
-    requested = request.job.requested
-    tier, reason = (requested, Reason.EXPLICIT) if requested else _preference(request)
-    blocked = obstacle(request, tier)
-    if blocked is None:
-        return Route(tier, reason.value, requested)
-    fallback = _fallback(request, tier, blocked[0])
-    if fallback is None:
-        return _with_way_out(request, blocked[1])
-    blocked_too = obstacle(request, fallback)
-    if blocked_too is not None:
-        return _plainer(blocked, blocked_too) if fallback.rank else _plainer(blocked_too, blocked)
-    prefix = "downgrade" if requested else "auto"
-    return Route(
-        fallback,
-        Reason(f"{prefix}_{blocked[0]}").value,
-        requested,
-        downgraded=requested is not None,
-    )
+    """Return the tier that serves the job, with the reason, or why none does."""
+    job, blocked = request.job, list[_Blocked]()
+    preferred, reason = _preference(request)
+    for tier in candidates(job, request.loads, preferred):
+        if blocked and not _may_pass(job, blocked[-1], tier):
+            break
+        if (obstacle := _obstacle(request, tier)) is not None:
+            blocked.append(obstacle)
+        elif not blocked:
+            return Route(tier, reason, job.requested)
+        else:
+            prefix = "auto" if job.requested is None else "downgrade"
+            instead = Reason(f"{prefix}_{blocked[0].kind}")
+            return Route(tier, instead, job.requested, downgraded=job.requested is not None)
+    refusal = _most_useful(blocked)
+    if job.requested is not None and not job.allow_downgrade:
+        # A client that would not take less is told when less is to be had.
+        less = route(replace(request, job=replace(job, allow_downgrade=True)))
+        if isinstance(less, Route):
+            return _with_way_out(refusal, less.tier, "would")
+    return refusal
 
 
-def refuse_unread(
-    job: JobSpec, loads: Mapping[Tier, TierLoad], policy: RoutingPolicy
-) -> Refusal | None:
-    """The refusal of a job that no tier takes now, whatever its size and price; None: one may.
+def refuse_unread(job: JobSpec, loads: Mapping[Tier, TierLoad]) -> Refusal | None:
+    """Return the refusal of a job that no tier takes now, whatever its size; None: one may.
 
     It costs next to nothing: under overload most jobs are refused, and reading their prompts
     would take the time of those that are not.
     """
-    tactical, strategic = (shut(tier, loads.get(tier), policy) for tier in TIER_ROLES)
-    if job.requested == Tier.TACTICAL:
-        return tactical and tactical[1]
-    if strategic is None:
-        return None
-    if tactical is not None:
-        both = job.requested is None or job.allow_downgrade
-        return _plainer(tactical, strategic) if both else strategic[1]
-    if job.requested is None or job.allow_downgrade:
-        return None
-    message = f"{strategic[1].message}; with allow_downgrade the tactical tier may serve it"
-    return replace(strategic[1], message=message)
+    blocked = list[_Blocked]()
+    for tier in candidates(job, loads):
+        if (obstacle := _shut(tier, loads.get(tier))) is None:
+            return None
+        blocked.append(obstacle)
+    refusal = _most_useful(blocked)
+    if job.requested is not None and not job.allow_downgrade:
+        for tier in candidates(replace(job, allow_downgrade=True), loads)[1:]:
+            if _shut(tier, loads[tier]) is None:
+                return _with_way_out(refusal, tier, "may")
+    return refusal
 
 
-def possible_decisions() -> Iterator[tuple[Tier | None, Tier | None, Reason]]:
-    """Every (requested, chosen, reason) there can be: the bound of a metric's labels.
+def candidates(
+    job: JobSpec, tiers: Collection[Tier], preferred: Tier | None = None
+) -> tuple[Tier, ...]:
+    """Return the tiers that may serve the job, in the order in which they are tried.
+
+    First comes the one that it names, or `preferred` (None: the deepest) where the daemon chooses;
+    then what is lower, the deepest first; where the daemon chooses then what is deeper.
+    """
+    first = job.requested or preferred or max(tiers)
+    if job.requested is not None and not job.allow_downgrade:
+        return (first,)
+    lower = sorted((tier for tier in tiers if tier < first), reverse=True)
+    deeper = sorted(tier for tier in tiers if tier > first) if job.requested is None else ()
+    return (first, *lower, *deeper)
+
+
+def possible_decisions(
+    tiers: Collection[Tier],
+) -> Iterator[tuple[Tier | None, Tier | None, Reason]]:
+    """Return every (requested, chosen, reason) there can be: the bound of a metric's labels.
 
     A chosen tier of None is a refusal.
     """
-    for tier in TIER_ROLES:
+    lowest, deepest = min(tiers), max(tiers)
+    yield None, lowest, Reason.AUTO_SIMPLE
+    if deepest > lowest:
+        yield None, deepest, Reason.AUTO_COMPLEX
+        yield None, deepest, Reason.AUTO_LARGE
+    for tier in tiers:
         yield tier, tier, Reason.EXPLICIT
-    yield None, Tier.TACTICAL, Reason.AUTO_SIMPLE
-    yield None, Tier.STRATEGIC, Reason.AUTO_COMPLEX
-    yield None, Tier.STRATEGIC, Reason.AUTO_LARGE
-    for kind in Obstacle:
-        yield None, Tier.TACTICAL, Reason(f"auto_{kind}")
-        if not kind.about_money:
-            yield None, Tier.STRATEGIC, Reason(f"auto_{kind}")
-        if kind is not Obstacle.CONTEXT:
-            yield Tier.STRATEGIC, Tier.TACTICAL, Reason(f"downgrade_{kind}")
-    for requested in (None, *TIER_ROLES):
-        for reason in _REFUSALS:
-            if (requested, reason) != (Tier.TACTICAL, Reason.BELOW_FLOOR):
+        for kind in Obstacle:
+            if tier < deepest or (tier > lowest and not kind.about_money):
+                yield None, tier, Reason(f"auto_{kind}")
+            if kind is not Obstacle.CONTEXT:
+                for lower in tiers:
+                    if lower < tier:
+                        yield tier, lower, Reason(f"downgrade_{kind}")
+    for requested in (None, *tiers):
+        for reason in Reason:
+            # What an account may run at once is counted with its calls.
+            counted = reason.is_refusal and reason is not Reason.ACCOUNT_JOBS
+            if counted and (requested, reason) != (lowest, Reason.BELOW_FLOOR):
                 yield requested, None, reason
 
 
 def _preference(request: RouteRequest) -> tuple[Tier, Reason]:
-    """What AUTO would choose if nothing stood in the way: the hint, else the size."""
-    policy, complexity = request.policy, request.job.complexity
-    if complexity is not None:
-        if complexity >= policy.complexity_threshold:
-            return Tier.STRATEGIC, Reason.AUTO_COMPLEX
-        return Tier.TACTICAL, Reason.AUTO_SIMPLE
+    """Return the tier that is tried first: the one asked for, else by hint or size."""
+    job, policy, tiers = request.job, request.policy, request.loads
+    if job.requested is not None:
+        return job.requested, Reason.EXPLICIT
+    lowest, deepest = min(tiers), max(tiers)
     longest = max((offer.prompt_tokens for offer in request.offers.values()), default=0)
-    if longest >= policy.strategic_prompt_tokens:
-        return Tier.STRATEGIC, Reason.AUTO_LARGE
-    return Tier.TACTICAL, Reason.AUTO_SIMPLE
+    if job.complexity is not None:
+        deep, reason = job.complexity >= policy.complexity_threshold, Reason.AUTO_COMPLEX
+    else:
+        deep, reason = longest >= policy.strategic_prompt_tokens, Reason.AUTO_LARGE
+    return (deepest, reason) if deep and deepest > lowest else (lowest, Reason.AUTO_SIMPLE)
 
 
-def _fallback(request: RouteRequest, tier: Tier, kind: Obstacle) -> Tier | None:
-    """The other tier, where the rules allow it to serve instead."""
-    job = request.job
-    if job.requested is None:
-        if tier == Tier.STRATEGIC:
-            return Tier.TACTICAL
-        # Up only round an obstacle that money did not raise: with a larger budget the
-        # tactical tier would be free, and more budget must not yield the lower tier.
-        return None if kind.about_money else Tier.STRATEGIC
+def _may_pass(job: JobSpec, blocked: _Blocked, tier: Tier) -> bool:
+    """Whether `tier` may be tried after one that is blocked."""
+    if tier > blocked.tier:
+        # Up only round an obstacle that money did not raise: with a larger budget the lower
+        # tier would be free, and more budget must not yield the lower tier.
+        return not blocked.kind.about_money
     # A job too long for the tier it names is malformed, whatever it allows.
-    if tier == Tier.STRATEGIC and job.allow_downgrade and kind is not Obstacle.CONTEXT:
-        return Tier.TACTICAL
-    return None
+    return blocked.tier != job.requested or blocked.kind is not Obstacle.CONTEXT
 
 
-def _with_way_out(request: RouteRequest, refusal: Refusal) -> Refusal:
-    """Tells a client that would not take less when less is to be had."""
-    allowed = replace(request, job=replace(request.job, allow_downgrade=True))
-    if request.job.allow_downgrade or isinstance(route(allowed), Refusal):
-        return refusal
-    return replace(
-        refusal, message=f"{refusal.message}; with allow_downgrade the tactical tier would serve it"
-    )
+def _most_useful(blocked: Collection[_Blocked]) -> Refusal:
+    """Return of several refusals the one to act on."""
+    lowest = min(blocked, key=lambda obstacle: obstacle.tier)
+    # Whatever else passes, a job that cannot pay the cheapest tier cannot pay a dearer one.
+    if lowest.kind.about_money:
+        return lowest.refusal
+    waits = {
+        obstacle.tier: math.inf if (wait_s := obstacle.refusal.retry_after_s) is None else wait_s
+        for obstacle in blocked
+    }
+    return min(blocked, key=lambda obstacle: (waits[obstacle.tier], obstacle.tier)).refusal
 
 
-def _plainer(tactical: Blocked, strategic: Blocked) -> Refusal:
-    """Of two refusals the one to act on."""
-    # Whatever else passes, a job that cannot pay the cheaper tier cannot pay the dearer one.
-    if tactical[0].about_money:
-        return tactical[1]
-
-    def wait_s(blocked: Blocked) -> float:
-        retry_s = blocked[1].retry_after_s
-        return math.inf if retry_s is None else retry_s
-
-    return min(tactical, strategic, key=wait_s)[1]
-
-
-_LONGEST_S = 1e9
-"""Thirty years: every longer estimate says the same, and a refusal, JSON and a protobuf duration
-can say this one. A rate next to zero would make it infinite."""
+def _with_way_out(refusal: Refusal, tier: Tier, would: str) -> Refusal:
+    advice = f"with allow_downgrade the {tier.name} tier {would} serve it"
+    return replace(refusal, message=f"{refusal.message}; {advice}")
 
 
 def estimate_s(load: TierLoad, prompt_tokens: int, max_new_tokens: int) -> float | None:
-    """Seconds for a job's worst case: the queued prompts, its own prompt, every token; finite.
+    """Return the seconds of a worst case: the queued prompts, its own, every token; finite.
 
     None until the tier has been measured by traffic. The time that running jobs still keep
     their places is not foreseeable and left out, so this errs towards admitting.
@@ -286,51 +309,55 @@ def estimate_s(load: TierLoad, prompt_tokens: int, max_new_tokens: int) -> float
     return min(start_s + max_new_tokens * load.decode_step_s, _LONGEST_S)
 
 
-def obstacle(request: RouteRequest, tier: Tier) -> Blocked | None:
-    """The first thing that keeps `tier` from taking the job; None: nothing does."""
-    return _obstacle_of_state(request, tier) or _obstacle_of_money(request, tier)
-
-
-def shut(tier: Tier, load: TierLoad | None, policy: RoutingPolicy) -> Blocked | None:
-    """What keeps `tier` from taking any job at all now; None: it may take one."""
+def _shut(tier: Tier, load: TierLoad | None) -> _Blocked | None:
+    """Return what keeps `tier` from taking any job at all now; None: it may take one."""
     if load is None:
-        return Obstacle.UNAVAILABLE, unavailable(tier, "not served here", policy)
+        return _unavailable(tier, "not served here")
     if load.state is TierState.LOADING:
-        return Obstacle.LOADING, loading(tier, policy)
+        text = f"the {tier.name} tier is loading its model; ask again soon"
+        refusal = Refusal(Reason.TIER_LOADING, text, _UNAVAILABLE_RETRY_S)
+        return _Blocked(tier, Obstacle.LOADING, refusal)
     if load.state is not TierState.READY:
-        return Obstacle.UNAVAILABLE, unavailable(tier, load.state.value, policy)
+        return _unavailable(tier, load.state.value)
     if load.waiting >= load.waiting_limit:
-        return Obstacle.QUEUE, queue_full(load, policy)
+        text = QueueFull.of_tier(tier.name, load.waiting).message
+        refusal = Refusal(Reason.QUEUE_FULL, text, load.retry_after_s or _QUEUE_RETRY_S)
+        return _Blocked(tier, Obstacle.QUEUE, refusal)
     return None
 
 
-def _obstacle_of_state(request: RouteRequest, tier: Tier) -> Blocked | None:
-    load, offer, policy = request.loads.get(tier), request.offers.get(tier), request.policy
+def _unavailable(tier: Tier, state: str) -> _Blocked:
+    text = f"the {tier.name} tier is {state} and takes no jobs; ask again later or another daemon"
+    refusal = Refusal(Reason.TIER_UNAVAILABLE, text, _UNAVAILABLE_RETRY_S)
+    return _Blocked(tier, Obstacle.UNAVAILABLE, refusal)
+
+
+def _obstacle(request: RouteRequest, tier: Tier) -> _Blocked | None:
+    """Return the first thing that keeps `tier` from taking the job; None: nothing does."""
+    load, offer = request.loads.get(tier), request.offers.get(tier)
     context = load.max_context_tokens if load else 0  # 0 until the model is loaded
     if offer and 0 < context < offer.prompt_tokens + max(offer.max_new_tokens, 1):
-        return Obstacle.CONTEXT, too_long(offer, context)
-    if (blocked := shut(tier, load, policy)) is not None:
+        return _Blocked(tier, Obstacle.CONTEXT, _too_long(offer, context))
+    if (blocked := _shut(tier, load)) is not None:
         return blocked
     if load is None or offer is None:
-        return Obstacle.UNAVAILABLE, unavailable(tier, "not served here", policy)
+        return _unavailable(tier, "not served here")
     # Not measured yet is no reason to refuse; a deadline that has passed is.
     needed_s = estimate_s(load, offer.prompt_tokens, offer.max_new_tokens) or 0.0
     deadline_s = request.deadline_s
     if deadline_s is not None and (deadline_s <= 0 or needed_s > deadline_s):
-        fitting = _fitting_tokens(load, offer, deadline_s)
-        return Obstacle.DEADLINE, too_slow(offer, needed_s, deadline_s, fitting)
-    return None
+        return _Blocked(tier, Obstacle.DEADLINE, _too_slow(offer, load, needed_s, deadline_s))
+    return _obstacle_of_money(request, offer)
 
 
-def _obstacle_of_money(request: RouteRequest, tier: Tier) -> Blocked | None:
-    budget, max_cost_uatp = request.budget, request.job.max_cost_uatp
-    offer = request.offers[tier]
-    if tier == Tier.STRATEGIC and budget.balance_uatp <= budget.strategic_floor_uatp:
-        return Obstacle.FLOOR, below_floor(offer, budget)
-    if max_cost_uatp is not None and offer.worst_case_uatp > max_cost_uatp:
-        return Obstacle.MAX_COST, above_max_cost(offer, max_cost_uatp)
-    if offer.worst_case_uatp > budget.balance_uatp:
-        return Obstacle.BUDGET, cannot_afford(offer, budget)
+def _obstacle_of_money(request: RouteRequest, offer: Offer) -> _Blocked | None:
+    tier, budget, most_uatp = offer.tier, request.budget, request.job.max_cost_uatp
+    if budget and tier.rank > 0 and budget.balance_uatp <= budget.strategic_floor_uatp:
+        return _Blocked(tier, Obstacle.FLOOR, _below_floor(offer, budget))
+    if most_uatp is not None and offer.worst_case_uatp > most_uatp:
+        return _Blocked(tier, Obstacle.MAX_COST, _above_max_cost(offer, most_uatp))
+    if budget and offer.worst_case_uatp > budget.balance_uatp:
+        return _Blocked(tier, Obstacle.BUDGET, _cannot_afford(offer, budget))
     return None
 
 
@@ -341,7 +368,7 @@ def _prefill_s(load: TierLoad, prompt_tokens: int) -> float | None:
 
 
 def _fitting_tokens(load: TierLoad, offer: Offer, deadline_s: float) -> int:
-    """How many of the job's new tokens would meet the deadline; 0 where none do."""
+    """Return how many of the job's new tokens would meet the deadline; 0 where none do."""
     start_s = _prefill_s(load, offer.prompt_tokens)
     if start_s is None or not load.decode_step_s or start_s >= deadline_s:
         return 0
@@ -350,31 +377,31 @@ def _fitting_tokens(load: TierLoad, offer: Offer, deadline_s: float) -> int:
 
 
 def refusal_error(refusal: Refusal, account: str) -> SageFedError:
-    """The error that tells `account` of this refusal."""
+    """Return the error that tells `account` of this refusal."""
+    text, retry_s = refusal.message, refusal.retry_after_s
     match Reason(refusal.reason):
         case Reason.PROMPT_TOO_LONG:
-            return InvalidField("job.prompt", refusal.message)
+            return InvalidField("job.prompt", text)
         case Reason.OUTPUT_TOO_LONG:
-            return InvalidField("job.sampling.max_new_tokens", refusal.message)
-        case Reason.TIER_LOADING | Reason.TIER_UNAVAILABLE:
-            return TierUnavailable(refusal.message, refusal.retry_after_s)
-        case Reason.QUEUE_FULL:
-            return QueueFull(refusal.message, refusal.retry_after_s)
+            return InvalidField("job.sampling.max_new_tokens", text)
+        case Reason.TIER_LOADING | Reason.TIER_UNAVAILABLE | Reason.DRAINING:
+            return TierUnavailable(text, retry_s)
+        case Reason.QUEUE_FULL | Reason.TOO_MANY_JOBS:
+            return QueueFull(text, retry_s)
         case Reason.DEADLINE_INFEASIBLE:
-            return DeadlineInfeasible(refusal.message, estimate_s=refusal.estimate_s or 0.0)
-        case Reason.BELOW_FLOOR | Reason.ABOVE_MAX_COST | Reason.CANNOT_AFFORD:
-            return CannotAfford(
-                refusal.message,
-                account=account,
-                detail=refusal.reason,
-                retry_after_s=refusal.retry_after_s,
+            return DeadlineInfeasible(text, estimate_s=refusal.estimate_s or 0.0)
+        case Reason.BELOW_FLOOR | Reason.ABOVE_MAX_COST | Reason.CANNOT_AFFORD as reason:
+            return CannotAfford(text, account=account, detail=reason, retry_after_s=retry_s)
+        case Reason.ACCOUNT_JOBS:
+            limit, allowed = "concurrent_jobs", refusal.allowed_jobs
+            return RateLimited(
+                text, account=account, limit=limit, allowed=allowed, retry_after_s=retry_s
             )
         case other:
             raise AssertionError(f"{other} is no refusal")
 
 
-def too_long(offer: Offer, max_context_tokens: int) -> Refusal:
-    """The prompt, or prompt and output together, exceed the tier's context."""
+def _too_long(offer: Offer, max_context_tokens: int) -> Refusal:
     room = max_context_tokens - offer.prompt_tokens
     name = offer.tier.name
     if room < 1:
@@ -391,89 +418,58 @@ def too_long(offer: Offer, max_context_tokens: int) -> Refusal:
     )
 
 
-def loading(tier: Tier, policy: RoutingPolicy) -> Refusal:
-    """The tier's model is being loaded."""
-    return Refusal(
-        Reason.TIER_LOADING,
-        f"the {tier.name} tier is loading its model; ask again soon",
-        policy.unavailable_retry_s,
-    )
-
-
-def unavailable(tier: Tier, state: str, policy: RoutingPolicy) -> Refusal:
-    """The tier failed, is draining or does not exist here."""
-    return Refusal(
-        Reason.TIER_UNAVAILABLE,
-        f"the {tier.name} tier is {state} and takes no jobs; ask again later or another daemon",
-        policy.unavailable_retry_s,
-    )
-
-
-def queue_full(load: TierLoad, policy: RoutingPolicy) -> Refusal:
-    """The tier's queue has no place."""
-    return Refusal(
-        Reason.QUEUE_FULL,
-        QueueFull.of_tier(load.tier.name, load.waiting).message,
-        load.retry_after_s or policy.queue_retry_s,
-    )
-
-
-def too_slow(offer: Offer, estimate_s: float, deadline_s: float, fitting_tokens: int) -> Refusal:
-    """The worst case takes longer than the job has."""
+def _too_slow(offer: Offer, load: TierLoad, needed_s: float, deadline_s: float) -> Refusal:
+    fitting_tokens = _fitting_tokens(load, offer, deadline_s)
     advice = f"ask for at most {fitting_tokens:,} new tokens or " if fitting_tokens > 0 else ""
     return Refusal(
         Reason.DEADLINE_INFEASIBLE,
-        f"{offer.max_new_tokens:,} new tokens would take about {estimate_s:.2f} s on the "
+        f"{offer.max_new_tokens:,} new tokens would take about {needed_s:.2f} s on the "
         f"{offer.tier.name} tier and {max(deadline_s, 0.0):.2f} s are left; {advice}"
         "give it a later deadline",
-        estimate_s=estimate_s,
+        estimate_s=needed_s,
     )
 
 
-def below_floor(offer: Offer, budget: Budget) -> Refusal:
-    """The balance is reserved for tactical work."""
+def _below_floor(offer: Offer, budget: Budget) -> Refusal:
     floor = budget.strategic_floor_uatp
-    retry_s = refill_s(budget, max(floor + 1, offer.worst_case_uatp))
+    retry_s = _refill_s(budget, max(floor + 1, offer.worst_case_uatp))
     return Refusal(
         Reason.BELOW_FLOOR,
-        f"the balance of {atp(budget.balance_uatp)} ATP is not above the account's strategic "
-        f"floor of {atp(floor)} ATP; {_wait(retry_s)}ask for the tactical tier",
+        f"the balance of {_atp(budget.balance_uatp)} ATP is not above the account's strategic "
+        f"floor of {_atp(floor)} ATP; {_wait(retry_s)}ask for the tactical tier",
         retry_s,
         denied_uatp=offer.worst_case_uatp,
     )
 
 
-def above_max_cost(offer: Offer, max_cost_uatp: int) -> Refusal:
-    """The job may not cost that much."""
+def _above_max_cost(offer: Offer, max_cost_uatp: int) -> Refusal:
     return Refusal(
         Reason.ABOVE_MAX_COST,
-        f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.name} tier, "
-        f"above its max_cost_uatp of {atp(max_cost_uatp)} ATP; raise that"
+        f"the job may cost up to {_atp(offer.worst_case_uatp)} ATP on the {offer.tier.name} tier, "
+        f"above its max_cost_uatp of {_atp(max_cost_uatp)} ATP; raise that"
         f"{_smaller(offer, max_cost_uatp)}",
         denied_uatp=offer.worst_case_uatp,
     )
 
 
-def cannot_afford(offer: Offer, budget: Budget) -> Refusal:
-    """The balance does not cover the worst case."""
-    retry_s = refill_s(budget, offer.worst_case_uatp)
+def _cannot_afford(offer: Offer, budget: Budget) -> Refusal:
+    retry_s = _refill_s(budget, offer.worst_case_uatp)
     capacity = (
-        f"; the account never holds more than {atp(budget.capacity_uatp)} ATP"
+        f"; the account never holds more than {_atp(budget.capacity_uatp)} ATP"
         if offer.worst_case_uatp > budget.capacity_uatp
         else ""
     )
     return Refusal(
         Reason.CANNOT_AFFORD,
-        f"the job may cost up to {atp(offer.worst_case_uatp)} ATP on the {offer.tier.name} tier "
-        f"and {atp(budget.balance_uatp)} ATP are available{capacity}; "
+        f"the job may cost up to {_atp(offer.worst_case_uatp)} ATP on the {offer.tier.name} tier "
+        f"and {_atp(budget.balance_uatp)} ATP are available{capacity}; "
         f"{_wait(retry_s)}have the budget raised{_smaller(offer, budget.balance_uatp)}",
         retry_s,
         denied_uatp=offer.worst_case_uatp,
     )
 
 
-def refill_s(budget: Budget, needed_uatp: int) -> float | None:
-    """Seconds until the refill alone lifts the balance to `needed_uatp`; None: it never does."""
+def _refill_s(budget: Budget, needed_uatp: int) -> float | None:
     short_uatp = needed_uatp - budget.balance_uatp
     if short_uatp <= 0:
         return 0.0
@@ -482,8 +478,7 @@ def refill_s(budget: Budget, needed_uatp: int) -> float | None:
     return short_uatp / budget.refill_uatp_per_s
 
 
-def atp(uatp: int) -> str:
-    """An amount for people: exact, without needless zeros."""
+def _atp(uatp: int) -> str:
     text = f"{Decimal(uatp) / UATP_PER_ATP:,.6f}"
     return text.rstrip("0").rstrip(".")
 

@@ -185,14 +185,28 @@ class Route(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ..., tier_name: _Optional[str] = ..., requested_name: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "output_tokens")
+    __slots__ = ("prompt_tokens", "cached_tokens", "output_tokens", "by_phase")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BY_PHASE_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+    by_phase: _containers.RepeatedCompositeFieldContainer[PhaseTokens]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., by_phase: _Optional[_Iterable[_Union[PhaseTokens, _Mapping]]] = ...) -> None: ...
+
+class PhaseTokens(_message.Message):
+    __slots__ = ("tier", "phase", "tokens", "tier_name")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    phase: Phase
+    tokens: int
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., phase: _Optional[_Union[Phase, str]] = ..., tokens: _Optional[int] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "decode_s", "time_to_first_token_s", "total_s", "device_s")
