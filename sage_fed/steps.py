@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
-from sage_fed.core import GenerationDefaults, Logprob, ModelInfo, Sampling, Tier
+from sage_fed.core import Logprob, ModelInfo, Sampling, Tier
 
 BLOCK_SIZE = 16
 """Tokens in one KV block; a sequence owns whole blocks."""
@@ -187,7 +187,7 @@ class Engine(Protocol):
         """Tokens that end a text."""
 
     @property
-    def defaults(self) -> GenerationDefaults:
+    def defaults(self) -> Sampling:
         """The checkpoint's own sampling."""
 
     def launch(self, step: Step, pause_after_s: float | None = None) -> InFlightStep:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sage_fed.core import GenerationDefaults, ModelInfo, Tier
+from sage_fed.core import ModelInfo, Sampling, Tier
 from sage_fed.device import SequenceSpec
 from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, SampledToken, Step
@@ -105,7 +105,7 @@ class FakeEngine:
     flights: list[FakeInFlightStep] = field(default_factory=list)
     closed: bool = False
     info: ModelInfo = field(default_factory=info)
-    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    defaults: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         self.cache: dict[int, int] = {}

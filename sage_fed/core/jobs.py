@@ -60,7 +60,7 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling with every default resolved; what the engine runs."""
+    """Sampling with every default resolved; what the engine runs, or what a checkpoint sets."""
 
     temperature: float = 0.0
     top_p: float = 1.0

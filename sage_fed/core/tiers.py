@@ -65,17 +65,6 @@ class TierState(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What a checkpoint's own generation configuration says; greedy where it is silent."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    min_p: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A loaded model, as operators and clients see it; `revision` "" for a local directory.
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from sage_fed.core import GenerationDefaults, Tier, TierLoad, TierState, TierStatus
+from sage_fed.core import Sampling, Tier, TierLoad, TierState, TierStatus
 from sage_fed.device.device_thread import DeviceThread, Heartbeat
 from sage_fed.device.messages import (
     Batch,
@@ -256,7 +256,7 @@ class Executor:
         """Return a tier's state, load progress and model."""
         return self._states.of(tier)
 
-    def defaults(self, tier: Tier) -> GenerationDefaults | None:
+    def defaults(self, tier: Tier) -> Sampling | None:
         """Return the loaded checkpoint's own sampling; None until it is loaded."""
         opened = self._states.opened.get(tier)
         return opened.defaults if opened else None

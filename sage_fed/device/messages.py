@@ -20,7 +20,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from sage_fed.core import GenerationDefaults, Tier, TierStatus
+from sage_fed.core import Sampling, Tier, TierStatus
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
 from sage_fed.errors import QueueFull, SageFedError
 from sage_fed.steps import Engine, SampledToken, Step, StepKind, StepReport
@@ -256,7 +256,7 @@ class Opened:
     """What the event loop has to know of a tier that now serves."""
 
     limits: TierLimits
-    defaults: GenerationDefaults
+    defaults: Sampling
 
 
 @dataclass(slots=True)

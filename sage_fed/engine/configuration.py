@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sage_fed.core import GenerationDefaults
+from sage_fed.core import Sampling
 from sage_fed.errors import ModelLoadError
 from sage_fed.model_files import HEAD_BYTES, misnomer
 
@@ -563,7 +563,7 @@ def unread_generation(directory: Path) -> Iterator[str]:
             yield f"generation_config.json: {key} is set, which the engine does not follow"
 
 
-def read_generation(directory: Path) -> tuple[GenerationDefaults, frozenset[int]]:
+def read_generation(directory: Path) -> tuple[Sampling, frozenset[int]]:
     """The defaults, and the ids that end a text.
 
     Raises:
@@ -576,9 +576,9 @@ def read_generation(directory: Path) -> tuple[GenerationDefaults, frozenset[int]
     return _defaults(generation), ends
 
 
-def _defaults(generation: dict[str, Any]) -> GenerationDefaults:
+def _defaults(generation: dict[str, Any]) -> Sampling:
     sampled = bool(generation.get("do_sample"))
-    defaults = GenerationDefaults(
+    defaults = Sampling(
         temperature=_number(generation, "temperature", 1.0) if sampled else 0.0,
         top_p=_number(generation, "top_p", 1.0) if sampled else 1.0,
         top_k=int(_number(generation, "top_k", _TOP_K)) if sampled else 0,

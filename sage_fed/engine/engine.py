@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from sage_fed.core import GenerationDefaults, ModelInfo
+from sage_fed.core import ModelInfo, Sampling
 from sage_fed.engine.batch import Landing, begin
 from sage_fed.engine.decoder import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
@@ -46,7 +46,7 @@ class Engine:
         max_context_tokens: int,
         num_ids: int,
         eos_token_ids: frozenset[int],
-        defaults: GenerationDefaults,
+        defaults: Sampling,
         newest: torch.Tensor | None = None,
         unknown_ids: tuple[int, ...] = (),
     ) -> None:

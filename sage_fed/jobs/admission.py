@@ -15,12 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sage_fed.cards import RateCard, quote, quote_program
 from sage_fed.core import (
     Budget,
-    GenerationDefaults,
     JobSpec,
     Offer,
     Phase,
@@ -457,16 +455,11 @@ def _stop_token_ids(spec: JobSpec, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(spec.sampling.stop_token_ids).union(id_ for id_ in spelled if id_ is not None)
 
 
-def _resolve_sampling(spec: JobSpec, defaults: GenerationDefaults | None, seed: int) -> Sampling:
+def _resolve_sampling(spec: JobSpec, defaults: Sampling | None, seed: int) -> Sampling:
     """Fill what the client left open with the checkpoint's own defaults."""
-    asked, own = spec.sampling, defaults or GenerationDefaults()
-    values: dict[str, Any] = {}
-    for name in Sampling.__slots__:
-        value = getattr(asked, name)
-        value = getattr(own, name, None) if value is None else value
-        if value is not None:
-            values[name] = value
-    return Sampling(**{**values, "seed": seed})
+    asked = {name: getattr(spec.sampling, name) for name in Sampling.__slots__}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return replace(defaults or Sampling(), **{**given, "seed": seed})
 
 
 def _too_large(spec: JobSpec, most: int, size: int, limit: int, what: str) -> InvalidField:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, SHAPE, Checkpoint, edit_json, prompt_of, save_random
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from sage_fed.core import GenerationDefaults
+from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine, locate
 from sage_fed.errors import ModelLoadError
 from sage_fed.steps import BLOCK_SIZE
@@ -295,20 +295,20 @@ def test_bf16_is_served_in_half_the_memory(checkpoint: Checkpoints) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"do_sample": False, "temperature": 0.7, "top_k": 20}, GenerationDefaults()),
+        ({"do_sample": False, "temperature": 0.7, "top_k": 20}, Sampling()),
         (
             {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.1},
-            GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1),
+            Sampling(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1),
         ),
         # Transformers' own default, which it uses where the file names none.
-        ({"do_sample": True}, GenerationDefaults(temperature=1.0, top_k=50)),
-        ({"do_sample": True, "top_k": None}, GenerationDefaults(temperature=1.0, top_k=50)),
-        ({"do_sample": True, "top_k": 0}, GenerationDefaults(temperature=1.0)),
-        ({"repetition_penalty": 1.1}, GenerationDefaults(repetition_penalty=1.1)),
+        ({"do_sample": True}, Sampling(temperature=1.0, top_k=50)),
+        ({"do_sample": True, "top_k": None}, Sampling(temperature=1.0, top_k=50)),
+        ({"do_sample": True, "top_k": 0}, Sampling(temperature=1.0)),
+        ({"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
     ],
 )
 def test_generation_defaults_are_the_checkpoints_own(
-    copy: Path, values: dict[str, object], expected: GenerationDefaults
+    copy: Path, values: dict[str, object], expected: Sampling
 ) -> None:
     """Sampling only where the checkpoint asks for it; a penalty in any case."""
     (copy / "generation_config.json").write_text(json.dumps(values))
@@ -319,7 +319,7 @@ def test_without_a_generation_config_a_model_is_greedy(copy: Path) -> None:
     """No file, no sampling; the end of text is then the configuration's."""
     (copy / "generation_config.json").unlink()
     engine = load(copy)
-    assert (GenerationDefaults(), frozenset({7})) == (engine.defaults, engine.eos_token_ids)
+    assert (Sampling(), frozenset({7})) == (engine.defaults, engine.eos_token_ids)
 
 
 def test_a_list_of_ends_is_read(copy: Path) -> None:
