@@ -18,9 +18,10 @@ from lean_client import Reply
 from sage_fed.core import Message, Sampling, Tier, TierState
 from sage_fed.daemon.build import tier_setup
 from sage_fed.device import Executor, SequenceSpec
+from sage_fed.engine import generate
 from sage_fed.model_files import resolve_model
 from sage_fed.settings import Settings
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Engine, SampledToken, Step
+from sage_fed.steps import BLOCK_SIZE, Engine, SampledToken
 from sage_fed.tasks import task_at
 from sage_fed.text import Tokenizer
 from sage_fed.v1 import inference_pb2 as pb
@@ -72,26 +73,8 @@ class Alone:
         assert self.engine is not None
         # Blocks from the end of the pool: the executor's prefix cache fills from its beginning.
         each = -(-(max(map(len, asked)) + num_new) // BLOCK_SIZE)
-        blocks = [
-            tuple(self.engine.num_blocks - 1 - i * each - j for j in range(each))
-            for i in range(len(asked))
-        ]
-        begun = time.perf_counter()
-        newest = [0] * len(asked)
-        for index in range(num_new):
-            chunks = [
-                Chunk(
-                    seq_id=i,
-                    start=len(tokens) + index - 1 if index else 0,
-                    token_ids=(newest[i],) if index else tokens,
-                    blocks=blocks[i],
-                    draws=(Draw(_GREEDY, index),),
-                )
-                for i, tokens in enumerate(asked)
-            ]
-            for drawn in self.engine.run(Step(Tier.TACTICAL, tuple(chunks))):
-                newest[drawn.seq_id] = drawn.token_id
-        return time.perf_counter() - begun
+        first = self.engine.num_blocks - each * len(asked)
+        return generate(self.engine, asked, _GREEDY, num_new, first_block=first).at_s[-1]
 
     async def run_executor(self, asked: list[tuple[int, ...]], num_new: int) -> float:
         """The device's thread and the hand-over to a reader each; seconds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,15 +13,16 @@ if str(ROOT) not in sys.path:
 
 import peers_plan as plan  # noqa: E402 - after the path
 
-from sage_fed.core import Sampling, Tier  # noqa: E402
+from sage_fed.core import Sampling  # noqa: E402
 from sage_fed.engine import (  # noqa: E402
     PRECISIONS,
     Engine,
     EngineOptions,
+    generate,
     load_engine,
     set_cpu_threads,
 )
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step  # noqa: E402
+from sage_fed.steps import BLOCK_SIZE  # noqa: E402
 
 _KV_BYTES = 2**28
 _GREEDY = Sampling(temperature=0.0)
@@ -66,24 +66,5 @@ class OurSubject:
         self, prompts: Sequence[Sequence[int]], new_tokens: int
     ) -> tuple[plan.Times, list[int]]:
         """Prefill every prompt in one step, then decode all of them together."""
-        each = -(-(len(prompts[0]) + new_tokens) // BLOCK_SIZE)
-        blocks = [tuple(range(i * each, (i + 1) * each)) for i in range(len(prompts))]
-        began = time.perf_counter()
-        fed = [tuple(prompt) for prompt in prompts]
-        start = [0] * len(prompts)
-        times: plan.Times = [[] for _ in prompts]
-        first: list[int] = []
-        for index in range(new_tokens):
-            draw = Draw(_GREEDY, index)
-            step = Step(
-                Tier.TACTICAL,
-                tuple(Chunk(i, start[i], fed[i], blocks[i], (draw,)) for i in range(len(prompts))),
-            )
-            drawn = self._engine.run(step)
-            now = time.perf_counter() - began
-            for i, token in enumerate(drawn):
-                start[i] += len(fed[i])
-                fed[i] = (token.token_id,)
-                times[i].append(now)
-            first.append(drawn[0].token_id)
-        return times, first
+        made = generate(self._engine, prompts, _GREEDY, new_tokens)
+        return [list(made.at_s) for _ in prompts], list(made.outputs[0])

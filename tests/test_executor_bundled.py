@@ -13,9 +13,9 @@ from surroundings import MODELS
 
 from sage_fed.core import TIER_ROLES, Sampling, Tier, TierState, TierStatus
 from sage_fed.device import Ended, EndReason, Executor, SequenceSpec, TierSetup
-from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine import Engine, EngineOptions, generate, load_engine
 from sage_fed.engine.cuda_graphs import EagerCapture
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step, StepReport
+from sage_fed.steps import StepReport
 
 DEADLINE_S = 90.0
 VOCAB = 490
@@ -34,18 +34,11 @@ def alone() -> dict[Tier, Engine]:
 
 def sequential(engine: Engine, spec: SequenceSpec) -> list[int]:
     """The sequence's output where nothing else is on the device and nothing is cut."""
-    blocks = tuple(range(-(-(len(spec.prompt) + spec.max_new_tokens) // BLOCK_SIZE)))
-    fed, start, output = spec.prompt, 0, list[int]()
-    while len(output) < spec.max_new_tokens:
-        seen = (*spec.prompt, *output) if spec.sampling.repetition_penalty != 1.0 else ()
-        draw = Draw(spec.sampling, len(output), tuple(dict.fromkeys(seen)))
-        chunk = Chunk(spec.seq_id, start, fed, blocks, (draw,))
-        (drawn,) = engine.run(Step(spec.tier, (chunk,)))
-        if drawn.token_id in engine.eos_token_ids and not spec.ignore_eos:
-            break
-        output.append(drawn.token_id)
-        start, fed = start + len(fed), (drawn.token_id,)
-    return output
+    ends = () if spec.ignore_eos else engine.eos_token_ids
+    made = generate(
+        engine, [spec.prompt], spec.sampling, spec.max_new_tokens, tier=spec.tier, ends=ends
+    )
+    return list(made.outputs[0])
 
 
 def traffic(chance: random.Random, count: int) -> list[SequenceSpec]:

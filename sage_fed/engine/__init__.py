@@ -6,7 +6,7 @@ a checkpoint, so that its tokenizer can be read from the same directory.
 
 from sage_fed.engine.checkpoint import locate
 from sage_fed.engine.configuration import ModelSpec, read_spec
-from sage_fed.engine.engine import Engine
+from sage_fed.engine.engine import Engine, Generated, generate
 from sage_fed.engine.load import EngineOptions, load_engine
 from sage_fed.engine.machine import (
     DeviceDescription,
@@ -36,12 +36,14 @@ __all__ = [
     "DeviceDescription",
     "Engine",
     "EngineOptions",
+    "Generated",
     "ModelSpec",
     "begin_host_peak",
     "check_destination",
     "describe_device",
     "device_at_hand",
     "free_bytes",
+    "generate",
     "host_peak_bytes",
     "load_engine",
     "locate",

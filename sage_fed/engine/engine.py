@@ -7,19 +7,21 @@ A step fails with `DeviceOutOfMemory` where the device had no room, and may then
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from sage_fed.core import ModelInfo, Sampling
+from sage_fed.core import ModelInfo, Sampling, Tier
 from sage_fed.engine.batch import Landing, begin
 from sage_fed.engine.decoder import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory
-from sage_fed.steps import PENDING, Chunk, SampledToken, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, SampledToken, Step
+from sage_fed.steps import Engine as AnyEngine
 
 
 class Engine:
@@ -263,3 +265,53 @@ class InFlightStep:
                 SampledToken(seq_id, token_id, logprob) for _, seq_id, (token_id, logprob) in rows
             )
         return self._drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The output of each prompt, and the seconds from the call to the end of each step."""
+
+    outputs: tuple[tuple[int, ...], ...]
+    at_s: tuple[float, ...]
+
+
+def generate(
+    engine: AnyEngine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    num_new: int,
+    *,
+    tier: Tier = Tier.TACTICAL,
+    ends: Container[int] = (),
+    first_block: int = 0,
+) -> Generated:
+    """Decode prompts together, without a scheduler: all of each at once, then a token a step.
+
+    A sequence ends after `num_new` tokens, or before one of `ends`. The KV blocks from
+    `first_block` on are used, as many as all sequences' longest need each.
+
+    Raises:
+        DeviceOutOfMemory: a step did not fit.
+    """
+    began = time.perf_counter()
+    each = -(-(max(map(len, prompts)) + num_new) // BLOCK_SIZE)
+    starts = range(first_block, first_block + each * len(prompts), each)
+    blocks = [tuple(range(start, start + each)) for start in starts]
+    fed = {i: tuple(prompt) for i, prompt in enumerate(prompts)}
+    outputs: list[list[int]] = [[] for _ in prompts]
+    at_s: list[float] = []
+    while fed and len(at_s) < num_new:
+        chunks = []
+        for i, tokens in fed.items():
+            start = len(prompts[i]) + len(outputs[i]) - len(tokens)
+            seen = (*prompts[i], *outputs[i]) if sampling.repetition_penalty != 1 else ()
+            draw = Draw(sampling, len(outputs[i]), tuple(dict.fromkeys(seen)))
+            chunks.append(Chunk(i, start, tokens, blocks[i], (draw,)))
+        for sampled in engine.run(Step(tier, tuple(chunks))):
+            if sampled.token_id in ends:
+                del fed[sampled.seq_id]
+            else:
+                outputs[sampled.seq_id].append(sampled.token_id)
+                fed[sampled.seq_id] = (sampled.token_id,)
+        at_s.append(time.perf_counter() - began)
+    return Generated(tuple(map(tuple, outputs)), tuple(at_s))

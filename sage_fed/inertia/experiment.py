@@ -25,6 +25,7 @@ from sage_fed.engine import (
     EngineOptions,
     begin_host_peak,
     describe_device,
+    generate,
     host_peak_bytes,
     load_engine,
     locate,
@@ -34,13 +35,11 @@ from sage_fed.engine import (
 )
 from sage_fed.engine.reference import ReferenceModel
 from sage_fed.errors import DeviceOutOfMemory, ModelLoadError
-from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
+from sage_fed.steps import BLOCK_SIZE
 
 _WARM_TOKENS = 3
 _SPECIAL_IDS = 256
 """The lowest ids are special tokens and bytes in many tokenizers."""
-
-_GREEDY = Sampling(temperature=0.0)
 
 
 class Method(enum.Enum):
@@ -299,21 +298,8 @@ def _load_engine(
     )
     engine = load_engine(options, progress)
 
-    def generate(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
-        """Run every prompt in one step, then one token of each sequence a step."""
-        began = time.perf_counter()
-        blocks = [tuple(range(i * blocks_each, (i + 1) * blocks_each)) for i in range(len(prompts))]
-        fed = [tuple(prompt) for prompt in prompts]
-        start = 0
-        stamps: list[float] = []
-        for index in range(new_tokens):
-            draw = Draw(_GREEDY, index)
-            chunks = (Chunk(i, start, tokens, blocks[i], (draw,)) for i, tokens in enumerate(fed))
-            sampled = engine.run(Step(tier, tuple(chunks)))
-            stamps.append(time.perf_counter() - began)
-            start += len(fed[0])
-            fed = [(one.token_id,) for one in sampled]
-        return stamps
+    def stamps(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+        return list(generate(engine, prompts, Sampling(), new_tokens, tier=tier).at_s)
 
     info = engine.info
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("sage-fed", "torch"))
@@ -329,4 +315,4 @@ def _load_engine(
         load_s=info.load_s,
         software=f"{', '.join(versions)}, {info.kernels} kernels",
     )
-    return _Subject(run, generate, engine.close)
+    return _Subject(run, stamps, engine.close)
