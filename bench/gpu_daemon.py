@@ -120,7 +120,7 @@ def _drive(
     from gpu_clients import Clients, cancel_storm, percentiles_between, shares  # noqa: PLC0415
 
     from sage_fed.cli import top  # noqa: PLC0415
-    from sage_fed.client.channel import wait_serving  # noqa: PLC0415
+    from sage_fed.client import wait_serving  # noqa: PLC0415
 
     for tier in TIER_ROLES:
         if not wait_serving(endpoint.listen, tier.name, _START_S):

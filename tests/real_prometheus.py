@@ -22,8 +22,7 @@ from typing import Any, Unpack
 
 import yaml
 
-from sage_fed.client import Client
-from sage_fed.client.client import JobFields
+from sage_fed.client import Client, JobFields
 from sage_fed.core import Finished, Started, Tier
 from sage_fed.errors import SageFedError
 

@@ -24,8 +24,7 @@ from typer.testing import CliRunner
 from waiting import WAIT_S, until
 
 from sage_fed.cli.app import build_app
-from sage_fed.client import Client
-from sage_fed.client.channel import open_channel
+from sage_fed.client import Client, open_channel
 from sage_fed.core import UATP_PER_ATP, Tier
 from sage_fed.errors import (
     CallFailed,

@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from waiting import WAIT_S, until
 
 from sage_fed.cli.app import build_app
-from sage_fed.client import Answer, Client
-from sage_fed.client.client import job_of
+from sage_fed.client import Answer, Client, job_of
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,

@@ -30,9 +30,7 @@ from service_harness import (
 from typer.testing import CliRunner
 
 from sage_fed.cli.app import build_app
-from sage_fed.client import Client, LoadReport
-from sage_fed.client.channel import error_of
-from sage_fed.client.client import EntryPage
+from sage_fed.client import Client, EntryPage, LoadReport, error_of
 from sage_fed.core import Budget, BudgetChange, Day, EntryKind
 from sage_fed.errors import (
     CalibrationRunning,

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sage_fed
-from sage_fed.client.client import job_of
+from sage_fed.client import job_of
 from sage_fed.core import (
     TIER_ROLES,
     Caller,

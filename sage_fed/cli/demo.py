@@ -33,8 +33,7 @@ from sage_fed.cli.options import ledger_file
 from sage_fed.cli.render import atp_number, format_rate, format_seconds, plain_line, printable
 from sage_fed.cli.streams import exit_on_signals
 from sage_fed.cli.top import fetch
-from sage_fed.client import Client
-from sage_fed.client.channel import wait_serving
+from sage_fed.client import Client, wait_serving
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,
