@@ -667,19 +667,17 @@ async def test_a_request_id_runs_once_at_a_time(tmp_path: Path) -> None:
         )
 
 
-async def test_a_full_queue_gives_the_hold_back(tmp_path: Path) -> None:
-    """Refused with a retry delay, whether the router or the executor notices."""
+async def test_a_full_queue_admits_no_more(tmp_path: Path) -> None:
+    """The batch's free places are filled beyond the queue's limit; then jobs are refused."""
     async with rig(tmp_path, max_waiting=2) as r:
         engine = r.gate()
         streams = [await r.submit(job(new=2))]
         await entered(engine)
-        # All at once, so that the router sees room for each of them.
-        asked = await asyncio.gather(
-            *(r.submit(job(new=2)) for _ in range(6)), return_exceptions=True
-        )
-        refusals = [answer for answer in asked if isinstance(answer, BaseException)]
-        streams += [answer for answer in asked if isinstance(answer, OutgoingStream)]
-        assert [QueueFull] * 4 == [type(refusal) for refusal in refusals]
+        # All at once: none has started yet, and there are places in the batch for each of them.
+        streams += await asyncio.gather(*(r.submit(job(new=2)) for _ in range(6)))
+        with pytest.raises(QueueFull) as full:
+            await r.submit(job(new=2))
+        assert full.value.retry_after_s
         engine.let_pass(100)
         endings = [finished_of(await read(stream)) for stream in streams]
         await r.settled()

@@ -7,7 +7,7 @@ from fake_engine import FakeEngine, reference, spec
 
 from sage_fed.core import Priority, Sampling, Tier
 from sage_fed.device import BlockPool, Ended, EndReason, Scheduler, TierLimits, blocks_for
-from sage_fed.errors import InvalidField, QueueFull, TierUnavailable
+from sage_fed.errors import InvalidField, TierUnavailable
 from sage_fed.steps import Step
 
 T = Tier.TACTICAL
@@ -168,21 +168,18 @@ def test_what_just_fits_runs() -> None:
     assert EndReason.LENGTH is bench.ended[0].reason
 
 
-def test_the_waiting_list_is_bounded() -> None:
-    """One too many is refused with a time to come back."""
+def test_a_full_queue_says_when_to_come_back() -> None:
+    """At the worst case of the nearest ending; admission refuses by that."""
     bench = Bench(limits(max_batch=1, max_waiting=2))
     bench.add(0, new=100)
     bench.step()
     bench.step()
     bench.add(1)
     bench.add(2)
-    with pytest.raises(QueueFull) as full:
-        bench.add(3)
-    assert pytest.approx(98 * 0.01) == full.value.retry_after_s
-    assert (
-        "2 jobs wait for the tactical tier, which is its limit; ask again soon"
-        == full.value.message
-    )
+    load = bench.scheduler.load(T)
+    assert load is not None
+    assert (2, 2) == (load.waiting, load.waiting_limit)
+    assert pytest.approx(98 * 0.01) == load.retry_after_s
 
 
 def test_a_closed_tier_admits_nothing() -> None:

@@ -271,7 +271,7 @@ class DeviceThread:
             load = self._scheduler.load(tier)
             assert load is not None
             loads[tier] = load
-            self._inbox.note_waiting(tier, load.waiting, load.retry_after_s)
+            self._inbox.note_waiting(tier, load.waiting)
         self.loads = loads
 
     def _beat(self, *, busy: bool) -> None:

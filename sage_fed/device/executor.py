@@ -2,7 +2,7 @@
 
 Owns the sequences that live and the recovery: a tier whose engine broke is loaded again, a device
 that hangs is told from a busy one. All methods run on the event loop and none of them blocks it.
-Fails with InvalidField, QueueFull or TierUnavailable before a sequence is accepted; an accepted
+Fails with InvalidField or TierUnavailable before a sequence is accepted; an accepted
 one ends with exactly one `Ended`, also if the device's thread dies or does not come back.
 """
 
@@ -115,7 +115,7 @@ class Executor:
         self.pacer = Pacer(max_stream_messages_per_s)
         """Of the streams that the tokens go to."""
         self._clock = clock
-        self._inbox = Inbox({tier: setup.max_waiting for tier, setup in tiers.items()})
+        self._inbox = Inbox()
         self._live: dict[int, _LiveSequence] = {}
         self._none_live = asyncio.Event()
         self._none_live.set()
@@ -185,12 +185,11 @@ class Executor:
         Raises:
             TierUnavailable: the tier is loading, failed, unknown or draining.
             InvalidField: the sequence can never fit.
-            QueueFull: too many wait already.
         """
         assert spec.seq_id not in self._live, "a sequence id is in use once"
         self._states.serving(spec.tier).limits.check(spec)
         submitted_s = self._clock()
-        self._inbox.submit(Submit(spec, submitted_s))
+        self._inbox.post(Submit(spec, submitted_s))
         ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._live[spec.seq_id] = _LiveSequence(spec, submitted_s, take, ended)
         self._none_live.clear()

@@ -15,14 +15,15 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 from sage_fed.core import Sampling, Tier, TierStatus
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
-from sage_fed.errors import QueueFull, SageFedError
+from sage_fed.errors import SageFedError
 from sage_fed.steps import Engine, SampledToken, Step, StepKind, StepReport
 
 MAX_PROBE_STEPS = 4096
@@ -118,39 +119,24 @@ Message = Submit | Cancel | OpenTier | Probe | Ping | Stop
 
 
 class Inbox:
-    """Messages to the device's thread, in order; bounded by the sequences that live.
+    """Messages to the device's thread, in order; bounded by the jobs that were admitted.
 
     Counts the sequences that have not started, those under way included.
     """
 
-    def __init__(self, max_waiting: Mapping[Tier, int]) -> None:
-        self._max_waiting = dict(max_waiting)
-        self._waiting = dict.fromkeys(self._max_waiting, 0)
-        self._retry_after_s: dict[Tier, float | None] = {}
+    def __init__(self) -> None:
+        self._waiting: Counter[Tier] = Counter()
         self._messages: list[Message] = []
         self._changed = threading.Condition()
         self._closed = False
 
-    def submit(self, message: Submit) -> None:
-        """Give a sequence to the device's thread.
-
-        Raises:
-            QueueFull: the tier's bound of sequences has not started yet.
-        """
-        tier = message.spec.tier
-        with self._changed:
-            if self._waiting[tier] >= self._max_waiting[tier]:
-                retry_after_s = self._retry_after_s.get(tier) or 1.0
-                raise QueueFull.of_tier(tier.name, self._waiting[tier], retry_after_s)
-            self._waiting[tier] += 1
-            self._messages.append(message)
-            self._changed.notify()
-
-    def post(self, message: Cancel | OpenTier | Probe | Ping | Stop) -> bool:
-        """Say something else; False where the thread has ended."""
+    def post(self, message: Message) -> bool:
+        """Give a message to the device's thread; False where that has ended."""
         with self._changed:
             if self._closed:
                 return False
+            if isinstance(message, Submit):
+                self._waiting[message.spec.tier] += 1
             if isinstance(message, Ping) and message in self._messages:
                 # A thread that hangs is asked again and again: one question is enough.
                 return True
@@ -167,12 +153,11 @@ class Inbox:
             messages, self._messages = self._messages, []
             return messages
 
-    def note_waiting(self, tier: Tier, count: int, retry_after_s: float | None) -> None:
+    def note_waiting(self, tier: Tier, count: int) -> None:
         """Say how many of the tier's sequences wait, once all that was taken is dealt with."""
         with self._changed:
             under_way = sum(isinstance(m, Submit) and m.spec.tier == tier for m in self._messages)
             self._waiting[tier] = count + under_way
-            self._retry_after_s[tier] = retry_after_s
 
     def waiting(self, tier: Tier) -> int:
         """Return how many sequences of the tier have not started."""
@@ -413,15 +398,6 @@ class Outbox:
 
 
 def _sum(a: StepReport, b: StepReport) -> StepReport:
-    return replace(
-        a,
-        num_steps=a.num_steps + b.num_steps,
-        num_prefill_tokens=a.num_prefill_tokens + b.num_prefill_tokens,
-        num_decode_tokens=a.num_decode_tokens + b.num_decode_tokens,
-        num_sequences=a.num_sequences + b.num_sequences,
-        elapsed_s=a.elapsed_s + b.elapsed_s,
-        num_context_tokens=a.num_context_tokens + b.num_context_tokens,
-        num_queried_tokens=a.num_queried_tokens + b.num_queried_tokens,
-        num_hit_tokens=a.num_hit_tokens + b.num_hit_tokens,
-        num_preempted=a.num_preempted + b.num_preempted,
-    )
+    """Return a report of the steps of both, which are of one tier and kind."""
+    names = (f.name for f in fields(StepReport) if f.name.startswith(("num_", "elapsed_")))
+    return replace(a, **{name: getattr(a, name) + getattr(b, name) for name in names})

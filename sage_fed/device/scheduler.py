@@ -108,7 +108,6 @@ class Scheduler:
 
         Raises:
             InvalidField: it could never run on its tier.
-            QueueFull: the tier's waiting list is full.
             TierUnavailable: the tier is not open.
         """
         schedule = self._tiers.get(spec.tier)

@@ -1,18 +1,12 @@
-"""Loads the engines one after the other, on a thread of its own.
+"""The tiers' engines and states: loaded, serving, failed, and loaded again.
 
-Owns an engine until the device's thread has taken it. The lowest rank comes first, so it serves
-while deeper tiers are read. A model that cannot be loaded is its tier's failure: it is
-reported and the next one is loaded.
+`Loader` reads the engines one after the other on a thread of its own, and owns an engine until the
+device's thread has taken it. The lowest rank comes first, so it serves while deeper tiers are read.
+A model that cannot be loaded is its tier's failure: it is reported and the next one is loaded.
 
-What state each tier is in, as clients see it, and when one that failed is loaded again.
-
-Owns the tiers' states and bounds, as the threads say them, and what lies over them: a drain, a
-device that does not answer, the end. Event loop only; starts nothing itself. Fails with
-TierUnavailable where it is asked for a tier that does not serve.
-
-When a tier that failed is loaded again, and when a device that says nothing is given up.
-
-Owns the counting only: no thread, no task, no tier. Cannot fail.
+`TierStates` owns what clients see of each tier, as the threads say it, and what lies over that: a
+drain, a device that does not answer, the end. `Stall` tells a device that hangs from a busy one.
+Both are the event loop's and start nothing themselves.
 """
 
 from __future__ import annotations
@@ -31,6 +25,16 @@ from sage_fed.errors import SageFedError, TierUnavailable
 from sage_fed.steps import Engine
 
 logger = logging.getLogger(__name__)
+
+_RETRY_LOADING_S = 5.0
+
+FIRST_S = 1.0
+MOST_S = 60.0
+SOUND_S = 300.0
+"""A tier that has served for so long has recovered: its next failure is a first one again."""
+
+LOOK_S = 0.5
+"""How often the device's heartbeat is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +129,8 @@ class Loader:
         self._outbox.send()
 
 
-logger = logging.getLogger(__name__)
-
-_RETRY_LOADING_S = 5.0
-
-
 class TierStates:
-    """The tiers' states.
+    """The tiers' states. Fails with TierUnavailable where it is asked for one that does not serve.
 
     Args:
         tiers: all LOADING at first.
@@ -219,15 +218,6 @@ class TierStates:
             self._statuses[tier] = replace(
                 status, state=TierState.FAILED, message=message, retry_s=None
             )
-
-
-FIRST_S = 1.0
-MOST_S = 60.0
-SOUND_S = 300.0
-"""A tier that has served for so long has recovered: its next failure is a first one again."""
-
-LOOK_S = 0.5
-"""How often the device's heartbeat is looked at."""
 
 
 class BackOff:

@@ -1,9 +1,9 @@
 """One tier's steps: built from its running sequences, taken in when computed, each ending once.
 
 Owns the tier's launched steps, its KV blocks, and which sequences run in them. Knows nothing of
-the other tiers, of threads or of a clock: `now` is given. Errors that callers can cause are raised
-by `add` only (`InvalidField`, `QueueFull`); a wrong call anywhere else is our bug and asserts. Who
-starts next is the decision of `request_queue`.
+the other tiers, of threads or of a clock: `now` is given. Only `add` raises an error that a caller
+can cause (`InvalidField`); a wrong call anywhere else is our bug and asserts. Who starts next is
+the decision of `request_queue`, and how many may wait that of admission.
 
 Where the engine is pipelined, a second step may be built while the first is on the device: a
 sequence whose newest token is still being sampled is fed `PENDING`. One that turns out to have
@@ -26,7 +26,6 @@ from sage_fed.core import Tier, TierLoad, TierState
 from sage_fed.device.kv_blocks import BlockPool
 from sage_fed.device.request_queue import PlaceShares, RequestQueue, StepShares, even_share
 from sage_fed.device.sequence import Ended, EndReason, Sequence, SequenceSpec, TierLimits
-from sage_fed.errors import QueueFull
 from sage_fed.steps import (
     BLOCK_SIZE,
     NO_TOKEN,
@@ -192,11 +191,8 @@ class TierScheduler:
 
         Raises:
             InvalidField: it could never run.
-            QueueFull: `max_waiting` sequences wait already.
         """
         self.limits.check(spec)
-        if len(self.queue) >= self.limits.max_waiting:
-            raise QueueFull.of_tier(self.tier.name, len(self.queue), self._retry_after_s())
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
         self.queue.add(Sequence(spec, submitted_s, order=next(self._orders)))
 
