@@ -32,7 +32,7 @@ class InvalidField(SageFedError):
 
 
 class Unauthenticated(SageFedError):
-    """No token, or one that nobody has."""
+    """No token, or an unknown one."""
 
     reason = "UNAUTHENTICATED"
 
@@ -272,7 +272,7 @@ class NoConnection(enum.Enum):
 
 
 class CannotConnect(SageFedError):
-    """Client side: nobody answers at the address, or the connection broke; `cause` is why."""
+    """Client side: no daemon answers at the address, or the connection broke; `cause` is why."""
 
     reason = "CANNOT_CONNECT"
 

@@ -73,7 +73,7 @@ class AdminServiceServicer:
 
     def Abort(self, request, context):
         """Ends a running job of any account; its client gets what was made, and is charged for that.
-        Also ends a call whose reply nobody reads, or closes a connection with all that it carries.
+        Also ends a call whose reply is not read, or closes a connection with all that it carries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
