@@ -270,7 +270,7 @@ def ragged(
             return answers
         if step is not None:
             outcome = scheduler.complete(step, engine.run(step), now=now, elapsed_s=1e-3)
-            for drawn in outcome.drawn:
+            for drawn in outcome.tokens:
                 answers[drawn.seq_id].append(drawn)
     raise AssertionError("unreachable")
 
