@@ -33,12 +33,14 @@ class Draw:
 
     `index` counts the sequence's output tokens; with `sampling.seed` it determines the
     random number, so the choice does not depend on what else is in the batch.
-    `seen` are the token ids that a repetition penalty applies to; empty when it is 1.
+    `seen` are the token ids that a repetition penalty applies to; empty when it is 1. `counts` are
+    (token id, how often the output has it), empty without presence and frequency penalties.
     """
 
     sampling: Sampling
     index: int
     seen: tuple[int, ...] = ()
+    counts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

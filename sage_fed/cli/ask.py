@@ -185,6 +185,12 @@ class SamplingOptions(OptionGroup):
     repetition_penalty: float | None = option(
         "--repetition-penalty", "Above 1 avoids repetition.", "R"
     )
+    presence_penalty: float | None = option(
+        "--presence-penalty", "Above 0 avoids tokens that the answer has already.", "R"
+    )
+    frequency_penalty: float | None = option(
+        "--frequency-penalty", "Above 0 avoids them the more, the more often it has them.", "R"
+    )
     seed: int | None = option("--seed", "Same seed, same text.", "N", min=0)
     stop: list[str] | None = option("--stop", "End before this text; may be repeated.", "TEXT")
     stop_token_ids: list[int] | None = option(

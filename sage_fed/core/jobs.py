@@ -56,6 +56,8 @@ class SamplingRequest:
     top_logprobs: int | None = None
     deadline_s: float | None = None
     stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     top_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @property
     def greedy(self) -> bool:
@@ -78,7 +82,12 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether a draw depends on the tokens before it, which the host then has to know."""
-        return self.repetition_penalty != 1.0
+        return self.repetition_penalty != 1.0 or self.counts_output
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether a draw depends on how often the output has each token."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +137,8 @@ PAYLOAD_FIELDS = (
     "sampling.top_logprobs",
     "sampling.deadline_s",
     "sampling.stop_token_ids",
+    "sampling.presence_penalty",
+    "sampling.frequency_penalty",
 )
 """The fields that say what a request asks for: two with equal ones are the same request.
 
@@ -472,3 +483,5 @@ class JobFields(TypedDict, total=False):
     top_logprobs: int | None
     deadline_s: float | None
     stop_token_ids: Sequence[int] | None
+    presence_penalty: float | None
+    frequency_penalty: float | None

@@ -1,6 +1,6 @@
 """From logits to tokens: penalties, filters, draws and log-probabilities, row by row.
 
-Order, as in `transformers`: repetition penalty, temperature, top_k, top_p, min_p; each filter
+Order, as in `transformers`: penalties, temperature, top_k, top_p, min_p; each filter
 sees the distribution renormalised over what the previous ones left. (vLLM applies min_p before
 top_k; being relative to the best token it commutes with top_k, but not with top_p.)
 The draw inverts the cumulative distribution at one uniform number, so it is a function of the
@@ -111,34 +111,43 @@ def _is_plain(sampling: Sampling) -> bool:
 
 
 def _pack_penalties(draws: Sequence[Draw], num_ids: int, packer: Packer) -> tuple[int, ...]:
-    """Pack rows, ids and penalties of tokens that were seen; nothing where there are none."""
-    rows, ids, penalties = array("q"), array("q"), array("d")
+    """Pack rows, ids, factors and offsets of penalised tokens; nothing where there are none."""
+    rows, ids, factors, offsets = array("q"), array("q"), array("d"), array("d")
     for row, draw in enumerate(draws):
-        penalty = draw.sampling.repetition_penalty
-        if penalty != 1.0:
-            seen = [token for token in set(draw.seen) if token < num_ids]
-            ids.extend(seen)
-            rows.extend([row] * len(seen))
-            penalties.extend([penalty] * len(seen))
+        sampling = draw.sampling
+        factor = dict.fromkeys(draw.seen, sampling.repetition_penalty)
+        offset = {
+            token: sampling.presence_penalty + count * sampling.frequency_penalty
+            for token, count in draw.counts
+        }
+        penalised = [token for token in {**factor, **offset} if token < num_ids]
+        rows.extend([row] * len(penalised))
+        ids.extend(penalised)
+        factors.extend(factor.get(token, 1.0) for token in penalised)
+        offsets.extend(offset.get(token, 0.0) for token in penalised)
     if not ids:
         return ()
-    return packer.add(rows), packer.add(ids), packer.add_doubles(penalties)
+    doubles = (packer.add_doubles(factors), packer.add_doubles(offsets))
+    return packer.add(rows), packer.add(ids), *doubles
 
 
 def _penalised(logits: torch.Tensor, packed: Vectors) -> torch.Tensor:
-    """Scale the logits of seen tokens away from choice, as CTRL (arXiv 1909.05858) does.
+    """Return logits [rows, ids], of any floating type, with the penalties of earlier tokens.
 
-    A penalty that is next to nothing scales beyond fp32; that ends at its bounds, because what is
-    not finite is the model's fault, never a setting's.
+    First the repetition penalty, which scales away from choice as CTRL (arXiv 1909.05858) does,
+    then presence and frequency penalties are subtracted, as the OpenAI API defines them:
+    `logit - presence - count * frequency` for a token that the output has `count` times. What
+    becomes larger than the type ends at its bounds, because what is not finite is the model's
+    fault, never a setting's.
     """
     if not packed:
         return logits
-    rows, ids, penalties = packed
-    factor = penalties.view(torch.float64).float()
-    seen_logits = logits[rows, ids]
-    worse = torch.where(seen_logits > 0, seen_logits / factor, seen_logits * factor)
+    rows, ids, *doubles = packed
+    factor, offset = (values.view(torch.float64).float() for values in doubles)
+    before = logits[rows, ids]
+    worse = torch.where(before > 0, before / factor, before * factor) - offset
     bound = torch.finfo(worse.dtype).max
-    bounded = torch.where(seen_logits.isfinite(), worse.clamp(-bound, bound), worse)
+    bounded = torch.where(before.isfinite(), worse.clamp(-bound, bound), worse)
     return logits.index_put((rows, ids), bounded)
 
 

@@ -147,6 +147,8 @@ BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
         "SamplingParams.top_p": (Number(0.0, 1.0, above=True),),
         "SamplingParams.min_p": (Number(0.0, 1.0),),
         "SamplingParams.repetition_penalty": (Number(0.0, 2.0, above=True),),
+        "SamplingParams.presence_penalty": (Number(-2.0, 2.0),),
+        "SamplingParams.frequency_penalty": (Number(-2.0, 2.0),),
         "SamplingParams.max_new_tokens": (Number(1, "max_new_tokens"),),
         "SamplingParams.stop": (
             Count(0, "max_stop_strings", "strings"),

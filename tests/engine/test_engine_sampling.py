@@ -45,8 +45,14 @@ FILTERS = [
     Sampling(temperature=1.5, top_p=0.95, min_p=0.1, repetition_penalty=1.5),
     Sampling(temperature=1.0, repetition_penalty=2.0),
     Sampling(temperature=1.0, repetition_penalty=0.7, top_k=6),
+    Sampling(temperature=1.0, presence_penalty=1.5),
+    Sampling(temperature=1.0, frequency_penalty=-0.8),
+    Sampling(temperature=0.9, presence_penalty=-0.4, frequency_penalty=0.7, top_p=0.9),
+    Sampling(temperature=1.0, presence_penalty=0.5, repetition_penalty=1.4, top_k=9),
 ]
 SEEN = (3, 5, 3, 17)
+OUTPUT = (5, 3, 3, 99, 7)
+"""Of which 99 is no id of the rows below, as a token of a padded vocabulary is."""
 
 
 def random_logits(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -54,10 +60,19 @@ def random_logits(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def reference_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """What `transformers` would draw from, in double precision."""
-    chain = LogitsProcessorList()
+    """What `transformers` would draw from, in double precision.
+
+    Presence and frequency penalties, which it does not have, are the formula of OpenAI's API
+    reference: `mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence`.
+    """
+    logits = logits.double().clone()
     if sampling.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        scale = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        logits = scale(torch.tensor([SEEN]), logits[None])[0]
+    for j in range(logits.shape[0]):
+        count = OUTPUT.count(j)
+        logits[j] -= count * sampling.frequency_penalty + (count > 0) * sampling.presence_penalty
+    chain = LogitsProcessorList()
     chain.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         chain.append(TopKLogitsWarper(sampling.top_k))
@@ -72,7 +87,8 @@ def reference_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.T
 def draw_many(logits: torch.Tensor, sampling: Sampling, count: int = NUM_DRAWS) -> list[int]:
     """`count` draws of one distribution, as one batch of rows with indices 0, 1, ..."""
     seen = SEEN if sampling.repetition_penalty != 1.0 else ()
-    draws = [Draw(sampling, index, seen) for index in range(count)]
+    counts = tuple(Counter(OUTPUT).items()) if sampling.counts_output else ()
+    draws = [Draw(sampling, index, seen, counts) for index in range(count)]
     return [token for token, _ in choose(logits.expand(count, -1), draws)]
 
 
@@ -163,6 +179,19 @@ def test_greedy_obeys_the_repetition_penalty() -> None:
     sampling = Sampling(repetition_penalty=1.3)
     draws = [Draw(sampling, 0, (0,)), Draw(sampling, 0, (2, 99)), Draw(sampling, 0, (0,))]
     assert [1, 0, 1] == [token for token, _ in choose(logits, draws)]
+
+
+def test_a_frequency_penalty_counts_and_a_presence_penalty_does_not() -> None:
+    """Greedy: what the output has thrice falls behind what it has once, only for the former."""
+    logits = torch.tensor([[4.0, 3.9, -1.0]] * 4)
+    often = ((0, 3), (1, 1))
+    draws = [
+        Draw(Sampling(frequency_penalty=0.2), 4, counts=often),
+        Draw(Sampling(presence_penalty=0.2), 4, counts=often),
+        Draw(Sampling(presence_penalty=0.2), 4, counts=((0, 1),)),
+        Draw(Sampling(frequency_penalty=-2.0), 4, counts=((2, 3),)),
+    ]
+    assert [1, 0, 1, 2] == [token for token, _ in choose(logits, draws)]
 
 
 @pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e-300])
