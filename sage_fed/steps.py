@@ -7,6 +7,7 @@ and `metrics` need not know the executor that reports its steps.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,35 @@ class Draw:
     index: int
     seen: tuple[int, ...] = ()
     counts: tuple[tuple[int, int], ...] = ()
+
+
+class History:
+    """The earlier tokens of one sequence, as far as its penalties look at them."""
+
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...]) -> None:
+        self._sampling = sampling
+        self._repetition = sampling.repetition_penalty != 1.0
+        # Kept as a tuple of distinct ids that grows rarely, because each step's Draw holds it.
+        self._seen = tuple(dict.fromkeys(prompt)) if self._repetition else ()
+        self._seen_set = set(self._seen)
+        self._counts: Counter[int] = Counter()
+
+    def add(self, token_id: int) -> None:
+        """Note a token of the output."""
+        if self._repetition and token_id not in self._seen_set:
+            self._seen_set.add(token_id)
+            self._seen = (*self._seen, token_id)
+        if self._sampling.counts_output:
+            self._counts[token_id] += 1
+
+    def draw(self, index: int, draft: tuple[int, ...] = ()) -> Draw:
+        """Return the draw of output token `index`, behind these draft tokens."""
+        seen, counts = self._seen, self._counts
+        if draft and self._repetition:
+            seen += tuple(id_ for id_ in dict.fromkeys(draft) if id_ not in self._seen_set)
+        if draft and self._sampling.counts_output:
+            counts = counts + Counter(draft)
+        return Draw(self._sampling, index, seen, tuple(counts.items()))
 
 
 @dataclass(frozen=True, slots=True)

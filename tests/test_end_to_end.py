@@ -578,6 +578,17 @@ def test_log_probabilities_come_with_every_token(client: Client) -> None:
         assert (entry.token_id, entry.logprob) == entry.top[0]
 
 
+def test_a_presence_penalty_keeps_an_answer_from_repeating_itself(client: Client) -> None:
+    """The same greedy question with it has more different tokens, and the same without it."""
+    ask = {"tier": T, "temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
+    plain = client.generate("reverse: abcabcabc", **ask).token_ids
+    penalised = client.generate(
+        "reverse: abcabcabc", presence_penalty=2.0, frequency_penalty=2.0, **ask
+    ).token_ids
+    assert len(set(plain)) < len(set(penalised))
+    assert plain == client.generate("reverse: abcabcabc", presence_penalty=0.0, **ask).token_ids
+
+
 def test_token_ids_and_a_conversation_are_prompts_too(client: Client) -> None:
     """Ids are taken as they are; a conversation goes through the template."""
     ask = {"tier": T, "temperature": 0.0, "max_new_tokens": 8}

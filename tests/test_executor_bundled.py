@@ -47,6 +47,7 @@ def traffic(chance: random.Random, count: int) -> list[SequenceSpec]:
         Sampling(),
         Sampling(),
         Sampling(repetition_penalty=1.3),
+        Sampling(presence_penalty=0.7, frequency_penalty=0.4),
         Sampling(temperature=0.8, top_p=0.95, seed=5),
     ]
     return [
@@ -237,6 +238,7 @@ async def test_an_interruption_changes_no_token(alone: dict[Tier, Engine], tier:
     samplings = [
         Sampling(),
         Sampling(repetition_penalty=1.3),
+        Sampling(presence_penalty=0.7, frequency_penalty=0.4),
         Sampling(temperature=0.9, top_p=0.9, seed=11, top_logprobs=0),
     ]
     asked = [

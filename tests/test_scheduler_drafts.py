@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from fake_engine import EOS, reference, spec
 from scheduler_bench import Bench
@@ -99,6 +101,22 @@ def test_each_row_is_penalised_for_what_stands_before_it() -> None:
     prompt = tuple(dict.fromkeys(plain.prompt))
     for row, draw in enumerate(chunk.draws):
         assert tuple(dict.fromkeys((*prompt, *draft[:row]))) == draw.seen
+        assert () == draw.counts
+
+
+def test_each_row_counts_the_output_before_it_and_no_prompt() -> None:
+    """A presence or frequency penalty looks at the output: its tokens, and the draft's."""
+    bench = Bench()
+    plain = spec(0, new=12)
+    draft = (*reference(plain)[:3], reference(plain)[0])
+    bench.add(spec(0, new=12, draft_tokens=draft, sampling=Sampling(frequency_penalty=0.5)))
+    (chunk,) = bench.step().chunks
+    assert [Counter(draft[:row]) for row in range(5)] == [dict(draw.counts) for draw in chunk.draws]
+    assert {()} == {draw.seen for draw in chunk.draws}
+    while bench.scheduler.has_work:
+        (chunk,) = bench.step().chunks
+        (draw,) = chunk.draws
+        assert Counter(bench.tokens[0][: draw.index]) == dict(draw.counts)
 
 
 def test_a_draft_waits_for_no_other_sequence() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sage_fed.core import Priority, Sampling, Tier
 from sage_fed.device.kv_blocks import BlockKeys, BlockPool, blocks_for
 from sage_fed.errors import InvalidField
-from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, History
 
 
 class EndReason(enum.Enum):
@@ -211,15 +211,12 @@ class Sequence:
     _follows_draft: bool = True
     """Whether the output so far equals the draft's beginning."""
     _keys: BlockKeys = field(init=False)
-    _seen: tuple[int, ...] = ()
-    _seen_set: set[int] = field(default_factory=set)
+    _history: History = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.spec.prompt)
         self._keys = BlockKeys(self.spec.account)
-        if self.spec.sampling.penalises:
-            self._seen = tuple(dict.fromkeys(self.spec.prompt))
-            self._seen_set.update(self._seen)
+        self._history = History(self.spec.sampling, self.spec.prompt)
 
     @property
     def num_sampled(self) -> int:
@@ -373,7 +370,7 @@ class Sequence:
         if self.first_token_s is None:
             self.first_token_s = now
         self.last_token_s = now
-        self._note_seen(token_id)
+        self._history.add(token_id)
 
     def ended(self, reason: EndReason, now: float) -> Ended:
         """Return the ending as it looks at `now`."""
@@ -404,13 +401,9 @@ class Sequence:
 
     def _draws(self, draft: tuple[int, ...]) -> tuple[Draw, ...]:
         """Return the draw of the next token, and of the one behind each draft token."""
-        seen = [self._seen] * (len(draft) + 1)
-        if self.spec.sampling.penalises:
-            for index, token_id in enumerate(draft):
-                known = token_id in self._seen_set or token_id in draft[:index]
-                seen[index + 1] = seen[index] if known else (*seen[index], token_id)
-        sampling, first = self.spec.sampling, self.num_sampled
-        return tuple(Draw(sampling, first + row, ids) for row, ids in enumerate(seen))
+        first = self.num_sampled
+        rows = range(len(draft) + 1)
+        return tuple(self._history.draw(first + row, draft[:row]) for row in rows)
 
     def _no_longer_in_flight(self, chunk: Chunk) -> None:
         self.num_drafted = 0
@@ -430,10 +423,3 @@ class Sequence:
         if first < last and pool is not None and self.spec.prefix_cache:
             for index in range(first, last):
                 pool.publish(self.blocks[index], self._keys.of(index, self.token_ids))
-
-    def _note_seen(self, token_id: int) -> None:
-        # Kept as a tuple of distinct ids that grows rarely, because each step's Draw holds it.
-        if not self.spec.sampling.penalises or token_id in self._seen_set:
-            return
-        self._seen_set.add(token_id)
-        self._seen = (*self._seen, token_id)

@@ -20,7 +20,7 @@ from sage_fed.engine.batch import Landing, begin
 from sage_fed.engine.decoder import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory
-from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, SampledToken, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, History, SampledToken, Step
 from sage_fed.steps import Engine as AnyEngine
 
 
@@ -299,19 +299,19 @@ def generate(
     blocks = [tuple(range(start, start + each)) for start in starts]
     fed = {i: tuple(prompt) for i, prompt in enumerate(prompts)}
     outputs: list[list[int]] = [[] for _ in prompts]
+    histories = [History(sampling, tuple(prompt)) for prompt in prompts]
     at_s: list[float] = []
     while fed and len(at_s) < num_new:
         chunks = []
         for i, tokens in fed.items():
             start = len(prompts[i]) + len(outputs[i]) - len(tokens)
-            seen = (*prompts[i], *outputs[i]) if sampling.repetition_penalty != 1 else ()
-            draw = Draw(sampling, len(outputs[i]), tuple(dict.fromkeys(seen)))
-            chunks.append(Chunk(i, start, tokens, blocks[i], (draw,)))
+            chunks.append(Chunk(i, start, tokens, blocks[i], (histories[i].draw(len(outputs[i])),)))
         for sampled in engine.run(Step(tier, tuple(chunks))):
             if sampled.token_id in ends:
                 del fed[sampled.seq_id]
             else:
                 outputs[sampled.seq_id].append(sampled.token_id)
+                histories[sampled.seq_id].add(sampled.token_id)
                 fed[sampled.seq_id] = (sampled.token_id,)
         at_s.append(time.perf_counter() - began)
     return Generated(tuple(map(tuple, outputs)), tuple(at_s))

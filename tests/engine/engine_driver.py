@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,8 @@ class Running:
             tokens = self.prompt[self.done : self.done + size]
             last = self.done + len(tokens) == len(self.prompt)
         seen = (*self.prompt, *self.output) if self.sampling.repetition_penalty != 1 else ()
-        draws = (Draw(self.sampling, len(self.output), seen),) if last else ()
+        counts = tuple(Counter(self.output).items()) if self.sampling.counts_output else ()
+        draws = (Draw(self.sampling, len(self.output), seen, counts),) if last else ()
         return Chunk(self.seq_id, self.done, tokens, self.blocks, draws)
 
 
