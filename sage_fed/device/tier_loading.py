@@ -255,11 +255,7 @@ class Stall:
 
     def look(self, heartbeat: Heartbeat) -> float:
         """Return for how long there was none, `look_s` after the look before this one."""
-        same = self._last is not None and heartbeat.busy and _pulse(heartbeat) == _pulse(self._last)
+        same = heartbeat.busy and heartbeat == self._last
         self._stalled_s = self._stalled_s + self._look_s if same else 0.0
         self._last = heartbeat
         return self._stalled_s
-
-
-def _pulse(heartbeat: Heartbeat) -> tuple[int, float]:
-    return heartbeat.steps_done, heartbeat.last_progress_s
