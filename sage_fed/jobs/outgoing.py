@@ -76,6 +76,8 @@ class OutgoingStream:
         self._num_dropped = 0
         self._num_read = 0
         """Pieces that the reader has taken."""
+        self._token_size = 1
+        """What one token adds to `Delta.size`, about."""
 
     @property
     def job_id(self) -> str:
@@ -141,13 +143,14 @@ class OutgoingStream:
         next_s = 0.0
         while True:
             self.away_since_s = 0.0
-            if not self._ended and self._has_unread:
+            if next_s and not self._ended and self._num_read < len(self._ends):
                 await self._rest(next_s - time.monotonic())
-            if self._has_unread:
+            if self._num_read < len(self._ends):
                 delta = self._take()
-                self.away_since_s = time.monotonic()
+                self.away_since_s = now = time.monotonic()
                 # What is behind already is not to rest as well.
-                next_s = 0.0 if self._has_unread else self.away_since_s + self._pacer.interval_s
+                is_behind = self._num_read < len(self._ends)
+                next_s = 0.0 if is_behind else now + self._pacer.interval_s
                 yield delta
             elif self._ended:
                 self._raise_error()
@@ -172,14 +175,19 @@ class OutgoingStream:
         """
         assert self._started is not None
         assert not self._ended
-        before = self.num_tokens
+        before = len(self._token_ids)
         self._token_ids += token_ids
-        self._logprobs += logprobs
-        num_parts = -(-len(token_ids) * self._token_size // MOST_IN_MESSAGE) or 1
-        for part in range(1, num_parts + 1):
-            begin, end = (len(text) * n // num_parts for n in (part - 1, part))
-            self._pieces.append(text[begin:end])
+        if logprobs:
+            self._logprobs += logprobs
+            self._token_size = 2 + len(logprobs[-1].top)
+        num_parts = -(-len(token_ids) * self._token_size // MOST_IN_MESSAGE)
+        for part in range(1, num_parts):
+            cut = len(text) // (num_parts - part + 1)
+            self._pieces.append(text[:cut])
             self._ends.append(before + len(token_ids) * part // num_parts)
+            text = text[cut:]
+        self._pieces.append(text)
+        self._ends.append(len(self._token_ids))
         if not self._resting:
             self._wake()
 
@@ -202,34 +210,26 @@ class OutgoingStream:
         self._wake()
 
     @property
-    def _has_unread(self) -> bool:
-        return self._num_read < len(self._ends)
-
-    @property
     def _num_read_tokens(self) -> int:
         if self._left:
             return self.num_tokens
         return self._ends[self._num_read - 1] if self._num_read else self._num_dropped
 
-    @property
-    def _token_size(self) -> int:
-        """What one token adds to `Delta.size`, about."""
-        return 2 + len(self._logprobs[-1].top) if self._logprobs else 1
-
     def _take(self) -> Delta:
         """Take what is unread, as far as it fits into one message."""
-        first, first_token = self._num_read, self._num_read_tokens
+        first, ends, dropped = self._num_read, self._ends, self._num_dropped
+        first_token = ends[first - 1] if first else dropped
         most = first_token + MOST_IN_MESSAGE // self._token_size
         after = first + 1
-        while after < len(self._ends) and self._ends[after] <= most:
+        while after < len(ends) and ends[after] <= most:
             after += 1
-        self._num_read = after
-        tokens = slice(first_token - self._num_dropped, self._ends[after - 1] - self._num_dropped)
+        self._num_read, end = after, ends[after - 1]
+        tokens = slice(first_token - dropped, end - dropped)
         return Delta(
             text="".join(self._pieces[first:after]),
             token_ids=tuple(self._token_ids[tokens]),
-            logprobs=tuple(self._logprobs[tokens]),
-            output_tokens=self._ends[after - 1],
+            logprobs=tuple(self._logprobs[tokens]) if self._logprobs else (),
+            output_tokens=end,
         )
 
     def _drop_read(self) -> None:
@@ -435,8 +435,10 @@ class Delivery:
             return
         token_ids = [token.token_id for token in tokens]
         piece, count = text.push(token_ids)
-        logprobs = [token.logprob for token in tokens[:count] if token.logprob is not None]
-        self._write(piece, token_ids[:count], logprobs)
+        if count < len(tokens):
+            tokens, token_ids = tokens[:count], token_ids[:count]
+        logprobs = [token.logprob for token in tokens if token.logprob is not None]
+        self._write(piece, token_ids, logprobs)
         if self._hidden is None:
             self._note_gap(sequence.tier, count)
         if text.matched:
