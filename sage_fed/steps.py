@@ -70,7 +70,7 @@ class History:
             seen += tuple(id_ for id_ in dict.fromkeys(draft) if id_ not in self._seen_set)
         if draft and self._sampling.counts_output:
             counts = counts + Counter(draft)
-        return Draw(self._sampling, index, seen, tuple(counts.items()))
+        return Draw(self._sampling, index, seen, tuple(counts.items()) if counts else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,6 @@ class Chunk:
     token_ids: tuple[int, ...]
     blocks: tuple[int, ...]
     draws: tuple[Draw, ...] = ()
-
-    @property
-    def num_drafted(self) -> int:
-        """How many of its last tokens are draft tokens, which its draws verify."""
-        return max(len(self.draws) - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)

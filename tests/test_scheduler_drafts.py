@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from fake_engine import EOS, reference, spec
+from fake_engine import EOS, FakeEngine, reference, spec
 from scheduler_bench import Bench
 
 from sage_fed.core import Sampling
@@ -31,7 +32,7 @@ def test_a_right_draft_is_one_step() -> None:
     """The prompt and the draft are fed together; the model's own token comes on top."""
     bench = Bench()
     (chunk,) = drafting(bench, right=11)
-    assert (5 + 11, 12, 11) == (len(chunk.token_ids), len(chunk.draws), chunk.num_drafted)
+    assert (5 + 11, 12) == (len(chunk.token_ids), len(chunk.draws))
     assert list(range(12)) == [draw.index for draw in chunk.draws]
     ended = bench.ended[0]
     assert (EndReason.LENGTH, 12) == (ended.reason, ended.output_tokens)
@@ -54,7 +55,7 @@ def test_a_draft_longer_than_the_output_may_be_is_cut() -> None:
     """No row is spent on a token that could not be delivered."""
     bench = Bench()
     (chunk,) = drafting(bench, right=12, wrong=30)
-    assert 11 == chunk.num_drafted
+    assert 12 == len(chunk.draws)
 
 
 def test_a_long_draft_is_verified_in_pieces() -> None:
@@ -62,7 +63,7 @@ def test_a_long_draft_is_verified_in_pieces() -> None:
     bench = Bench(prefill_chunk_tokens=4)
     chunks = drafting(bench, right=11)
     assert [4, 4, 4, 4] == [len(chunk.token_ids) for chunk in chunks]
-    assert [0, 3, 3, 3] == [chunk.num_drafted for chunk in chunks]
+    assert [0, 4, 4, 4] == [len(chunk.draws) for chunk in chunks]
 
 
 def test_a_drafted_end_of_text_ends_it() -> None:
@@ -127,3 +128,21 @@ def test_a_draft_waits_for_no_other_sequence() -> None:
     chunks = drafting(bench, right=5, wrong=2)
     assert [8, 1] == sorted((len(chunk.draws) for chunk in chunks[:2]), reverse=True)
     assert reference(spec(1, new=20)) == bench.tokens[1]
+
+
+def test_no_step_is_built_behind_a_draft() -> None:
+    """How many of it are kept is not known; an earlier piece of the prompt that ends is no news."""
+    bench = Bench(prefill_chunk_tokens=10)
+    bench.scheduler._tiers.clear()
+    bench.scheduler.open_tier(bench.tier, bench.limits, frozenset(), pipelined=True)
+    bench.engine = FakeEngine(pipelined=True)
+    plain = spec(0, prompt=15, new=9)
+    bench.add(replace(plain, draft_tokens=(*reference(plain)[:2], WRONG)))
+    first, second = bench.launch(), bench.launch()
+    assert [0, 4] == [len(step.chunks[0].draws) for step in (first, second)]
+    bench.land(first)
+    assert bench.scheduler.next_step(bench.now) is None
+    bench.land(second)
+    while bench.scheduler.has_work:
+        bench.step()
+    assert reference(plain) == bench.tokens[0]

@@ -316,15 +316,17 @@ class Sequence:
         draft: tuple[int, ...] = ()
         draws: tuple[Draw, ...] = ()
         if end == length:
-            room = min(prefill_limit - len(known), len(self.blocks) * BLOCK_SIZE - end)
-            draft = self._draft(room) if self.spec.draft_tokens else ()
-            draws = self._draws(draft)
+            if self.spec.draft_tokens:
+                room = min(prefill_limit - len(known), len(self.blocks) * BLOCK_SIZE - end)
+                draft = self._draft(room)
+            draws = self._draws(draft) if draft else (self._history.draw(self.num_sampled),)
         return Chunk(self.spec.seq_id, start, known + draft, self.blocks, draws)
 
     def launch(self, chunk: Chunk) -> None:
         """Note that a chunk is in a launched step."""
-        self.num_drafted = chunk.num_drafted
-        self.num_fed += len(chunk.token_ids) - chunk.num_drafted
+        num_drafted = len(chunk.draws) - 1 if len(chunk.draws) > 1 else 0
+        self.num_drafted += num_drafted
+        self.num_fed += len(chunk.token_ids) - num_drafted
         self.num_pending += bool(chunk.draws)
         self.num_in_flight += 1
 
@@ -334,20 +336,19 @@ class Sequence:
         `num_accepted` of its draft tokens are in the output; the others' keys and values are
         overwritten by what follows. Blocks that it filled are published in `pool`.
         """
-        num_rejected = chunk.num_drafted - num_accepted
-        self._no_longer_in_flight(chunk)
-        self.verified_tokens += chunk.num_drafted
-        self.accepted_tokens += num_accepted
-        self.num_fed += num_accepted
-        count = len(chunk.token_ids) - num_rejected
+        count = len(chunk.token_ids)
+        if num_drafted := self._no_longer_in_flight(chunk):
+            self.verified_tokens += num_drafted
+            self.accepted_tokens += num_accepted
+            self.num_fed += num_accepted
+            count -= num_drafted - num_accepted
         if self.num_stored + count > len(self.token_ids):
             return  # it was fed a token that ended it or was dropped: what was stored means nothing
         self._stored(count, pool)
 
     def undo(self, chunk: Chunk) -> None:
         """Note that a chunk's step came to nothing; it will be fed again."""
-        self._no_longer_in_flight(chunk)
-        self.num_fed -= len(chunk.token_ids) - chunk.num_drafted
+        self.num_fed -= len(chunk.token_ids) - self._no_longer_in_flight(chunk)
 
     def find(self, pool: BlockPool) -> tuple[int, ...]:
         """Return the blocks of its beginning that are stored already.
@@ -405,10 +406,13 @@ class Sequence:
         rows = range(len(draft) + 1)
         return tuple(self._history.draw(first + row, draft[:row]) for row in rows)
 
-    def _no_longer_in_flight(self, chunk: Chunk) -> None:
-        self.num_drafted = 0
+    def _no_longer_in_flight(self, chunk: Chunk) -> int:
+        """Note it, and return how many draft tokens the chunk has."""
+        num_drafted = len(chunk.draws) - 1 if len(chunk.draws) > 1 else 0
+        self.num_drafted -= num_drafted
         self.num_pending -= bool(chunk.draws)
         self.num_in_flight -= 1
+        return num_drafted
 
     def _stored(self, count: int, pool: BlockPool | None) -> None:
         first = self.num_stored // BLOCK_SIZE

@@ -261,7 +261,10 @@ class TierScheduler:
         self, step: Step, sampled: Iterable[SampledToken], *, now: float, elapsed_s: float
     ) -> Outcome:
         """Take in what a step computed: one token for each draw, in the order of the chunks."""
-        tokens = iter(tuple(sampled))
+        tokens = tuple(sampled)
+        wanted = [chunk.seq_id for chunk in step.chunks for _ in chunk.draws]
+        assert [token.seq_id for token in tokens] == wanted, "the engine answers each draw once"
+        spoiled = {token.seq_id for token in tokens if token.token_id == NO_TOKEN}
         scheduled = self._take_out(step, elapsed_s)
         report = scheduled.report(elapsed_s)
         if scheduled.void:
@@ -275,19 +278,21 @@ class TierScheduler:
         )
         self._note_shares(scheduled, elapsed_s)
         delivered: list[SampledToken] = []
+        pool, first = self.pool if self.limits.prefix_cache else None, 0
         for seq, chunk in scheduled.rows:
-            own = tuple(itertools.islice(tokens, len(chunk.draws)))
-            assert [chunk.seq_id] * len(chunk.draws) == [token.seq_id for token in own], (
-                "the engine answers each draw once, in order"
-            )
-            if any(token.token_id == NO_TOKEN for token in own):
+            num_accepted, num_draws = 0, len(chunk.draws)
+            if seq.spec.seq_id in spoiled:
                 self._spoil(seq, chunk)
-                continue
-            num_accepted = self._take_tokens(seq, chunk, own, delivered, now)
-            seq.computed(chunk, num_accepted, self.pool if self.limits.prefix_cache else None)
-            if seq.ending is None:
-                self.queue.count(seq)
-        assert next(tokens, None) is None, "the engine answers each draw once"
+            else:
+                if num_draws > 1:
+                    own = tokens[first : first + num_draws]
+                    num_accepted = self._take_tokens(seq, chunk, own, delivered, now)
+                elif num_draws and seq.ending is None:
+                    seq.ending = self._take_token(seq, tokens[first], delivered, now)
+                seq.computed(chunk, num_accepted, pool)
+                if seq.ending is None:
+                    self.queue.count(seq)
+            first += num_draws
         return Outcome(report, tuple(delivered), self._end_due(scheduled.members, now))
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
@@ -345,10 +350,11 @@ class TierScheduler:
         chunk = seq.next_chunk(left)
         seq.launch(chunk)
         chunks.append(chunk)
-        num_prefill = len(chunk.token_ids) - chunk.num_drafted if prefills else 0
+        num_drafted = seq.num_drafted
+        num_prefill = len(chunk.token_ids) - num_drafted if prefills else 0
         scheduled.num_prefill += num_prefill
-        scheduled.num_verified += chunk.num_drafted
-        return num_prefill + chunk.num_drafted
+        scheduled.num_verified += num_drafted
+        return num_prefill + num_drafted
 
     def _take_tokens(
         self,
@@ -362,7 +368,7 @@ class TierScheduler:
 
         Returns how many draft tokens were accepted: the model's own choice equals them.
         """
-        drafted = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafted :]
+        drafted = chunk.token_ids[len(chunk.token_ids) - len(sampled) + 1 :]
         num_matching, before = 0, seq.num_output
         for index, token in enumerate(sampled):
             if seq.ending is not None:
