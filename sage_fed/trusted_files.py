@@ -146,12 +146,20 @@ def make_directory(what: str, directory: Path) -> None:
     except OSError as error:
         raise os_error(f"{what}: cannot create {directory}", error) from None
     require_trusted_directory(what, directory)
-    for above in directory.resolve().parents:
+    _warn_of_open_parents(what, directory)
+
+
+def _warn_of_open_parents(what: str, path: Path) -> None:
+    """Log each directory above `path` in which anyone may put another thing in its place.
+
+    Not refused: a read-only mount, as of a container's configuration, may have such a mode.
+    """
+    for above in path.resolve().parents:
         mode = above.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             _log.warning(
-                "%s: anyone may write %s, and so put another directory in the place of %s",
-                what, above, directory,
+                "%s: anyone may write %s, and so put another %s in the place of %s",
+                what, above, "directory" if path.is_dir() else "file", path,
             )  # fmt: skip
 
 
@@ -167,6 +175,7 @@ def open_trusted(what: str, path: Path, owners: Collection[int] | None = None) -
     file = os.fdopen(descriptor, "rb")
     try:
         require_trusted(what, path, os.fstat(descriptor), owners, opened=descriptor)
+        _warn_of_open_parents(what, path)
         os.set_blocking(descriptor, True)
     except BaseException:
         file.close()

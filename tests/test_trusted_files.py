@@ -56,6 +56,20 @@ def test_what_nobody_else_may_write_is_trusted(place: Path, mode: int) -> None:
         assert b"ours" == file.read()
 
 
+@pytest.mark.parametrize(("mode", "warned"), [(0o755, False), (0o1777, False), (0o777, True)])
+def test_a_file_that_anyone_may_replace_is_warned_of(
+    place: Path, mode: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its directory decides; where only owners may rename, as in /tmp, it is safe."""
+    place.write_text("ours")
+    place.parent.chmod(mode)
+    with open_trusted("it", place):
+        pass
+    assert warned == (
+        f"it: anyone may write {place.parent}, and so put another file" in caplog.text
+    )
+
+
 @pytest.mark.parametrize("mode", [0o602, 0o666, 0o777])
 def test_what_anyone_may_write_is_not(place: Path, mode: int) -> None:
     """The error names the path, its mode and the command that mends it."""

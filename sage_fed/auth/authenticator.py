@@ -66,6 +66,13 @@ class Register:
     tokens: tuple[Token, ...] = ()
     certificates: tuple[Certificate, ...] = ()
 
+    @property
+    def accounts(self) -> frozenset[str]:
+        """Every account that needs a budget: a monitor runs no jobs."""
+        callers = [token.caller for token in self.tokens]
+        callers += [certificate.caller for certificate in self.certificates]
+        return frozenset(c.account for c in callers if c.role is not Role.MONITOR)
+
 
 def digest_of(token: str | bytes) -> bytes:
     """Return what is kept of a token (32 bytes); a plain SHA-256, as random bits need no salt."""
@@ -102,8 +109,8 @@ class Authenticator:
     def from_settings(cls, settings: Settings, admin: Token, register: Register) -> Authenticator:
         """Build what the settings describe, with the admin token of this machine.
 
-        Callers without a token are let in from this machine only, and never as admins; where
-        clients show certificates, an unknown one is not nobody's.
+        Callers without a token are accepted from this machine only, and never as admins, and
+        nowhere where clients show certificates.
         """
         account = settings.auth.anonymous_account
         local = settings.listen.is_loopback and settings.tls.client_ca is None
@@ -111,12 +118,9 @@ class Authenticator:
         return cls([admin], anonymous, register)
 
     def use(self, register: Register) -> None:
-        """Let in those of `register` from now on, and nobody else but our own."""
+        """Accept the callers of `register` from now on, and our own, but no others."""
         tokens = (*self._own, *register.tokens)
-        callers = [token.caller for token in tokens]
-        callers += [certificate.caller for certificate in register.certificates]
-        # A monitor runs no jobs: it needs no budget.
-        self._accounts = frozenset(c.account for c in callers if c.role is not Role.MONITOR)
+        self._accounts = Register(tokens, register.certificates).accounts
         self._tokens = {token.digest: token for token in tokens}
         self._certificates = {
             parse_identity(certificate.identity): certificate
@@ -125,8 +129,7 @@ class Authenticator:
 
     def accounts(self) -> frozenset[str]:
         """Return every account that may call: each needs a budget."""
-        nobody = {self._anonymous.account} if self._anonymous is not None else set()
-        return self._accounts | nobody
+        return self._accounts | ({self._anonymous.account} if self._anonymous else set())
 
     @property
     def anonymous(self) -> Caller | None:
@@ -135,7 +138,7 @@ class Authenticator:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are let in, the admin token of this machine aside."""
+        """Tokens that hold, the admin token of this machine aside."""
         return len(self._tokens) - len(self._own)
 
     def caller(
@@ -163,7 +166,7 @@ class Authenticator:
     def _bearer(self, authorization: Sequence[str | bytes]) -> Caller:
         digest = digest_of(_token_of(authorization))
         token = self._tokens.get(digest)
-        # What the look-up's time could tell is about digests, which nobody can choose; the
+        # What the look-up's time could tell is about digests, which cannot be chosen; the
         # comparison that decides takes the same time for every digest.
         if not hmac.compare_digest(token.digest if token is not None else bytes(32), digest):
             token = None
@@ -255,7 +258,7 @@ _FORMS = {
     NameKind.URI: (re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.*[^:/].*"), "a URI with its scheme"),
     NameKind.EMAIL: (re.compile(r"[^@\s]+@[^@\s]+"), "an e-mail address"),
 }
-"""What a name of a kind looks like; one that does not is in no certificate, and lets nobody in."""
+"""What a name of a kind looks like; others are in no certificate."""
 
 
 def parse_identity(rule: str) -> Identity:
@@ -341,7 +344,7 @@ class Throttle:
         """Count one call, before its message is read.
 
         Raises:
-            RateLimited: it is one too many; it says when the next one is let in.
+            RateLimited: it is one too many; it says when the next one may come.
         """
         item = self._item(account)
         if item is not None and not self._limiter.hit(item, account):
@@ -353,7 +356,7 @@ class Throttle:
         One that is larger than a whole minute's calls takes a whole minute.
 
         Raises:
-            RateLimited: it is too much; it says when the next one may be let in.
+            RateLimited: it is too much; it says when the next one may come.
         """
         more = max(num_bytes - 1, 0) // CALL_BYTES
         item = self._item(account) if more else None

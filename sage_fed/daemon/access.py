@@ -160,9 +160,8 @@ class Access:
     async def _reload_tokens(self) -> str:
         register = await asyncio.to_thread(read_tokens, self._settings)
         known = self.authenticator.accounts()
-        accounts = Authenticator([], None, register).accounts()
-        if accounts - known:
-            await self._open_accounts(accounts - known)
+        if new := register.accounts - known:
+            await self._open_accounts(new)
         self.authenticator.use(register)
         return f"the tokens file has changed: {self._describe()}"
 
