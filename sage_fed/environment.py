@@ -1,4 +1,4 @@
-"""The variables that begin with SAGE_FED_: which are a client's, and which are nobody's setting.
+"""The variables that begin with SAGE_FED_: which are a client's, and which are no settings.
 
 Owns their names. Every other one is a key of the settings, which are read, and complained of, by
 `settings`. Knows no key, and imports nothing that a command would have to wait for.

@@ -32,7 +32,7 @@ MAX_PENDING = 10_000
 """Records that wait for the writer; more are counted and forgotten."""
 
 _FLUSH_S = 2.0
-"""How long the last lines may take, at the end, where nobody reads them."""
+"""How long the last lines may take, at the end, where they are not read."""
 
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SECRET = re.compile(r"(?i)(bearer\s+|sagefed_)[\w.~+/=-]+")

@@ -1,8 +1,8 @@
 """Files that are read or written with trust: who may change them, and how they are replaced.
 
-Owns the one rule of whom a path is trusted from: it belongs to this process's user or to root, and
-nobody else may write it. A group may where nobody else is in it, as the group of a user's own that
-many systems give to every new file; never where an access control list lets others.
+Owns the one rule of whose paths are trusted: they belong to this process's user or to root, and no
+other user may write them. A group may where no other user is in it, as the group of a user's own
+that many systems give to every new file; never where an access control list allows others.
 Owns also what an error of the kernel means to a start: a path
 that is wrong is a setting (`ConfigError`), a machine that has no room or no working disk is not
 (`MachineFault`), and may pass.
@@ -51,7 +51,7 @@ def owners_beside(path: Path) -> frozenset[int]:
     """
     trusted = {os.geteuid(), 0}
     if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # whoever opens the path finds out why
+        with contextlib.suppress(OSError):  # opening the path says why
             trusted.add(path.parent.stat().st_uid)
     return frozenset(trusted)
 
@@ -64,12 +64,12 @@ def require_trusted(
     *,
     opened: int | None = None,
 ) -> None:
-    """Refuse a file or directory that somebody else may change.
+    """Refuse a file or directory that another user may change.
 
     Args:
         what: the setting that it is, as the error begins.
         path: as the error names it.
-        status: of what was opened, so that nobody exchanges it meanwhile.
+        status: of what was opened, so that it is not exchanged meanwhile.
         owners: whose it may be; None is this process's user's or root's.
         opened: its descriptor, where it was opened.
 
@@ -114,7 +114,7 @@ def refuse_link(what: str, path: Path) -> None:
 
 
 def require_trusted_directory(what: str, directory: Path) -> None:
-    """Refuse a directory that somebody else may change; one that is not there yet passes.
+    """Refuse a directory that another user may change; one that is not there yet passes.
 
     Raises:
         ConfigError: it is not to be trusted, or is no directory.
@@ -164,13 +164,13 @@ def _warn_of_open_parents(what: str, path: Path) -> None:
 
 
 def open_trusted(what: str, path: Path, owners: Collection[int] | None = None) -> BinaryIO:
-    """Open a file to read that nobody else may change; see `require_trusted`.
+    """Open a file to read that no other user may change; see `require_trusted`.
 
     Raises:
         OSError: it cannot be opened.
         ConfigError: it is not to be trusted.
     """
-    # Not blocking: a pipe that nobody writes would keep a start waiting for ever.
+    # Not blocking: a pipe without a writer would keep a start waiting for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")
     try:
@@ -201,7 +201,7 @@ def replace_file(
         path: where it is to be.
         content: all of it.
         mode: of the file, once it is written.
-        owner: user and group, where root writes it for somebody else.
+        owner: user and group, where root writes it for another user.
 
     Raises:
         OSError: nothing has changed.
@@ -235,7 +235,7 @@ def _has_list(file: Path | int) -> bool:
 
 
 def _own_group(status: os.stat_result) -> bool:
-    """Whether nobody is in the file's group but this process's user, and root.
+    """Whether the file's group has no member but this process's user, and root.
 
     The group has to have the user's name, or be root's: who is in another one a directory service
     need not tell. Where neither has a name, as in a container, their numbers are the same.

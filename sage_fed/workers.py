@@ -251,7 +251,7 @@ class Workers:
         if not future.cancelled():
             error = future.exception()
             if piece.done.done():
-                pass  # nobody waits for it any more
+                pass  # its caller was cancelled
             elif error is not None:
                 piece.done.set_exception(error)
             else:

@@ -90,7 +90,7 @@ def test_the_list_shows_who_may_call_and_until_when(tmp_path: Path) -> None:
         (("create", "--account", "arm", "--name", "two\nlines"), "printable"),
         (("create", "--account", "arm", "--name", "taken"), "taken is taken"),
         (("create",), "--account"),
-        (("revoke", "nobody"), "nobody of the id or name nobody"),
+        (("revoke", "nobody"), "no entry of the id or name nobody"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

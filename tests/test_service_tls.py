@@ -146,7 +146,7 @@ async def test_a_client_certificate_says_who_calls(tmp_path: Path) -> None:
             ask(boss, None, lambda client: client.load())
             with pytest.raises(Forbidden):
                 ask(arm, None, lambda client: client.load())
-            with pytest.raises(Unauthenticated, match="names nobody"):
+            with pytest.raises(Unauthenticated, match="names no caller"):
                 ask(guest, None, lambda client: client.generate("hello"))
             with pytest.raises(CannotConnect):
                 ask(None, "admin-token", lambda client: client.generate("hello"))

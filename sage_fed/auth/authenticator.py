@@ -153,7 +153,7 @@ class Authenticator:
 
         Raises:
             Unauthenticated: no token where one is needed, a malformed header, or a token or
-                certificate that nobody has. A wrong one is refused even where none is needed.
+                certificate that is unknown. A wrong one is refused even where none is needed.
         """
         if authorization:
             return self._bearer(authorization)
@@ -171,7 +171,7 @@ class Authenticator:
         if not hmac.compare_digest(token.digest if token is not None else bytes(32), digest):
             token = None
         if token is None:
-            raise Unauthenticated("nobody has this token")
+            raise Unauthenticated("this token is unknown")
         if self._clock() >= token.expires_s:
             raise Unauthenticated("this token has expired; ask the operator for another one")
         return token.caller
@@ -186,7 +186,7 @@ class Authenticator:
         if len(found) > 1:
             raise Unauthenticated("the certificate names several callers; send a token as well")
         if not found:
-            raise Unauthenticated("the certificate names nobody who may call")
+            raise Unauthenticated("the certificate names no caller")
         return found.pop()
 
 

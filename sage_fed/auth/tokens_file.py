@@ -97,7 +97,7 @@ def read_register(
         optional: whether it may be absent, which is an empty one.
 
     Raises:
-        ConfigError: unreadable, somebody else may change it, not TOML, or an entry that cannot be
+        ConfigError: unreadable, another user may change it, not TOML, or an entry that cannot be
             used; names entry and key.
         MachineFault: the disk does not give it now.
     """
@@ -162,7 +162,7 @@ def remove(path: Path, accounts: Mapping[str, AccountSettings], wanted: str) -> 
         found = [entry for entry, _ in known if wanted in (entry.id, entry.name)]
         if not found:
             raise ConfigError(
-                f"{path} has nobody of the id or name {wanted}; see `sage-fed token list`"
+                f"{path} has no entry of the id or name {wanted}; see `sage-fed token list`"
             )
         if len(found) > 1:
             raise ConfigError(

@@ -209,7 +209,7 @@ def read_access_files(settings: Settings) -> AccessFiles:
 
 
 def throttle_of(settings: Settings) -> Throttle | None:
-    """Return what counts calls; None where nobody has a limit."""
+    """Return what counts calls; None where no account has a limit."""
     named = [settings.account_rates(name) for name in settings.accounts]
     if not any(rates.requests_per_minute for rates in (settings.rate_limits, *named)):
         return None

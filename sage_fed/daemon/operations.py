@@ -109,7 +109,7 @@ class Operations:
 
     async def adopt_card(self, version: str) -> CardStatus:
         """Put a card in force for new jobs, until the daemon restarts."""
-        # A path would let whoever may call read any file of this machine.
+        # With a path any caller could read any file of this machine.
         if not is_version(version):
             raise InvalidField("version", "is not a rate card's version")
         directory = self._settings.own_cards_dir
@@ -310,7 +310,7 @@ def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metric
     """Read the card that the settings name, and with `AUTO_CARD` those to choose from; blocks.
 
     Raises:
-        ConfigError: the named card is not there or cannot be read, or somebody else may put cards
+        ConfigError: the named card is not there or cannot be read, or another user may put cards
             into the operator's directory.
     """
     require_trusted_directory("cards_dir", settings.own_cards_dir)

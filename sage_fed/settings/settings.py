@@ -530,7 +530,7 @@ class TlsSettings(Section):
     )
     client_ca: Annotated[UserPath | None, EmptyIsNone] = Field(
         default=None,
-        description="Certificates that sign clients'; with it nobody connects without one.",
+        description="Certificates that sign clients'; with it no client connects without one.",
     )
     allow_plaintext: bool = Field(
         default=False,
@@ -687,7 +687,7 @@ class Settings(Section):
             self._encrypted("metrics_listen", self.metrics_listen)
         if isinstance(self.listen, UnixSocket) and self.tls.client_ca is not None:
             raise conflict(
-                "nobody shows a certificate on a Unix socket: its file's mode says who may "
+                "no client shows a certificate on a Unix socket: its file's mode says who may "
                 "connect; remove tls.client_ca, or listen on HOST:PORT",
                 "listen",
                 "tls.client_ca",

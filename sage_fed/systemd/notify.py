@@ -25,10 +25,10 @@ _MAX_STATUS_CHARS = 400
 
 
 class ServiceManager:
-    """The service manager that started this process, or nobody.
+    """The service manager that started this process, if one did.
 
     Args:
-        address: of its socket: a path, or `@NAME` for an abstract one; empty for nobody.
+        address: of its socket: a path, or `@NAME` for an abstract one; empty for none.
         watchdog_s: how long it waits for `alive` before it kills us; None where it does not.
     """
 

@@ -277,7 +277,7 @@ def carry_out(changes: Iterable[Change], root: Path) -> None:
         place = _under(root, change.path)
         if change.action in (Action.CREATE, Action.UPDATE):
             place.parent.mkdir(parents=True, exist_ok=True)
-            # Whoever's umask: the service's user has to read it, and there are no secrets in it.
+            # Whatever the umask: the service's user has to read it, and there are no secrets in it.
             replace_file(place, change.content, mode=0o644)
         elif change.action is Action.REMOVE:
             place.unlink(missing_ok=True)
