@@ -13,7 +13,7 @@ import pytest
 from sage_fed.core import Tier, TierState, TierStatus
 from sage_fed.daemon.readiness import Pulse, status_line
 from sage_fed.device import Heartbeat
-from sage_fed.systemd import ServiceManager
+from sage_fed.systemd.notify import ServiceManager
 
 
 class Listener:

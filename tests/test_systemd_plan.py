@@ -14,8 +14,15 @@ from typer.testing import CliRunner
 
 from sage_fed.cli.app import build_app
 from sage_fed.settings import load_settings, profile_names
-from sage_fed.systemd import Action, Machine, installation, to_install, to_uninstall, unreachable
-from sage_fed.systemd.unit import UNITS
+from sage_fed.systemd.unit import (
+    UNITS,
+    Action,
+    Machine,
+    installation,
+    to_install,
+    to_uninstall,
+    unreachable,
+)
 
 ROOT = Path(__file__).parent.parent
 DROP_INS = sorted(path.stem for path in (UNITS / "drop-ins").glob("*.conf"))

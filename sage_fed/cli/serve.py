@@ -32,12 +32,12 @@ from sage_fed.cli.options import OptionGroup, grouped, option
 from sage_fed.cli.render import LineProgress, print_json, print_table
 from sage_fed.cli.streams import complain, leave_on_interrupt
 from sage_fed.errors import SageFedError
-from sage_fed.systemd import (
+from sage_fed.systemd.notify import ServiceManager
+from sage_fed.systemd.unit import (
     Action,
     Change,
     Installation,
     Machine,
-    ServiceManager,
     carry_out,
     installation,
     place_for,

@@ -1,4 +1,4 @@
-"""From settings to parts: engines, tokenizers, books, metrics, traces and the device.
+"""From settings to parts: engines, tokenizers, books, cards, metrics, traces and the device.
 
 Owns what of each part follows from the settings. Does not know when parts come and go.
 Fails with `ConfigError`, `ModelLoadError`, `LedgerCorrupt`, `LedgerUnusable` or `Occupied`.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sage_fed
-from sage_fed.cards import RateCard
-from sage_fed.core import Phase, Tier, counted
+from sage_fed.calibrate import Site
+from sage_fed.cards import Fingerprint, RateCard, own_cards
+from sage_fed.core import ModelInfo, Phase, Tier, counted
+from sage_fed.daemon.operations import CardInForce
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import TierSetup
 from sage_fed.engine import DeviceDescription, Engine, EngineOptions, device_at_hand, load_engine
@@ -24,8 +26,9 @@ from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics, MetricsServer, PageAccess
 from sage_fed.model_files import resolve_model
 from sage_fed.routing import possible_decisions
-from sage_fed.settings import Address, Settings, atp_from_uatp, uatp_from_atp
+from sage_fed.settings import AUTO_CARD, Address, Settings, atp_from_uatp, uatp_from_atp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
+from sage_fed.trusted_files import require_trusted_directory
 
 if TYPE_CHECKING:
     from sage_fed.tracing import Tracing
@@ -243,3 +246,47 @@ def on_device_at_hand(settings: Settings, metrics: Metrics) -> tuple[Settings, s
             why,
         )
     return settings, why
+
+
+def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metrics) -> CardInForce:
+    """Read the card that the settings name, and with `AUTO_CARD` those to choose from; blocks.
+
+    Raises:
+        ConfigError: the named card is not there or cannot be read, or another user may put cards
+            into the operator's directory.
+    """
+    require_trusted_directory("cards_dir", settings.own_cards_dir)
+    tiers = tuple(settings.tiers)
+    own: tuple[RateCard, ...] = ()
+    if settings.rate_card == AUTO_CARD:
+        card = RateCard.load(tiers=tiers)
+        own, errors = own_cards(settings.own_cards_dir, tiers)
+        for error in errors:
+            _log.warning("a rate card is passed over: %s", error.message)
+    else:
+        card = RateCard.load(settings.rate_card, settings.own_cards_dir, tiers)
+
+    def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
+        return Fingerprint.of(device.name, device.threads, sage_fed.__version__, models)
+
+    return CardInForce(settings.rate_card, card, own, fingerprint, metrics)
+
+
+def site_of(settings: Settings, device: DeviceDescription, bandwidth: float) -> Site:
+    """Return what a calibration is told of this daemon."""
+    _, _, index = settings.device.partition("cuda:")
+    tiers = {
+        f"{tier.name}.{key}": str(getattr(own, key))
+        for tier, own in settings.tiers.items()
+        for key in ("kv_cache_bytes", "max_context_tokens", "max_batch", "prefill_chunk_tokens")
+    }
+    return Site(
+        device=device.name,
+        threads=device.threads,
+        version=sage_fed.__version__,
+        cuda_index=int(index) if index else None,
+        read_bandwidth_bytes_per_s=bandwidth,
+        settings={"device": settings.device, "cpu_threads": str(settings.cpu_threads), **tiers},
+        cards_dir=settings.own_cards_dir,
+        tiers=tuple(settings.tiers),
+    )

@@ -31,16 +31,18 @@ from sage_fed.core import counted
 from sage_fed.daemon.access import Access, read_access_files, throttle_of
 from sage_fed.daemon.build import (
     build_metrics,
+    card_in_force,
     expose,
     load_tokenizers,
     on_device_at_hand,
     open_accounts,
     open_ledger,
     page_url,
+    site_of,
     start_watching,
     tier_setup,
 )
-from sage_fed.daemon.operations import Operations, card_in_force, site_of
+from sage_fed.daemon.operations import Operations
 from sage_fed.daemon.readiness import Laps, Lifecycle, Readiness, StartProgress, keep_watch
 from sage_fed.device import Executor
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
@@ -50,7 +52,7 @@ from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import BoundServer, build_server
 from sage_fed.settings import Address, Settings, UnixSocket
-from sage_fed.systemd import ServiceManager
+from sage_fed.systemd.notify import ServiceManager
 from sage_fed.trusted_files import (
     make_directory,
     os_error,

@@ -14,8 +14,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import sage_fed
-from sage_fed.calibrate import Calibrator, Site
-from sage_fed.cards import Fingerprint, RateCard, available_cards, is_version, own_cards
+from sage_fed.calibrate import Calibrator
+from sage_fed.cards import Fingerprint, RateCard, available_cards, is_version
 from sage_fed.core import (
     CalibrationEvent,
     CardFit,
@@ -31,7 +31,6 @@ from sage_fed.core import (
 )
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import Executor
-from sage_fed.engine import DeviceDescription
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
 from sage_fed.jobs import Broker
 from sage_fed.ledger import Ledger
@@ -39,7 +38,6 @@ from sage_fed.metrics import Metrics
 from sage_fed.settings import AUTO_CARD, Settings
 from sage_fed.steps import StepReport
 from sage_fed.text import Tokenizer
-from sage_fed.trusted_files import require_trusted_directory
 
 _log = logging.getLogger(__name__)
 
@@ -304,47 +302,3 @@ def _warning(card: RateCard) -> str:
 def _age(card: RateCard) -> float:
     assert card.measured is not None
     return card.measured.at.timestamp()
-
-
-def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metrics) -> CardInForce:
-    """Read the card that the settings name, and with `AUTO_CARD` those to choose from; blocks.
-
-    Raises:
-        ConfigError: the named card is not there or cannot be read, or another user may put cards
-            into the operator's directory.
-    """
-    require_trusted_directory("cards_dir", settings.own_cards_dir)
-    tiers = tuple(settings.tiers)
-    own: tuple[RateCard, ...] = ()
-    if settings.rate_card == AUTO_CARD:
-        card = RateCard.load(tiers=tiers)
-        own, errors = own_cards(settings.own_cards_dir, tiers)
-        for error in errors:
-            _log.warning("a rate card is passed over: %s", error.message)
-    else:
-        card = RateCard.load(settings.rate_card, settings.own_cards_dir, tiers)
-
-    def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
-        return Fingerprint.of(device.name, device.threads, sage_fed.__version__, models)
-
-    return CardInForce(settings.rate_card, card, own, fingerprint, metrics)
-
-
-def site_of(settings: Settings, device: DeviceDescription, bandwidth: float) -> Site:
-    """Return what a calibration is told of this daemon."""
-    _, _, index = settings.device.partition("cuda:")
-    tiers = {
-        f"{tier.name}.{key}": str(getattr(own, key))
-        for tier, own in settings.tiers.items()
-        for key in ("kv_cache_bytes", "max_context_tokens", "max_batch", "prefill_chunk_tokens")
-    }
-    return Site(
-        device=device.name,
-        threads=device.threads,
-        version=sage_fed.__version__,
-        cuda_index=int(index) if index else None,
-        read_bandwidth_bytes_per_s=bandwidth,
-        settings={"device": settings.device, "cpu_threads": str(settings.cpu_threads), **tiers},
-        cards_dir=settings.own_cards_dir,
-        tiers=tuple(settings.tiers),
-    )

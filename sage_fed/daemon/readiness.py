@@ -22,7 +22,7 @@ from sage_fed.device import Executor, Heartbeat
 from sage_fed.service import Health
 from sage_fed.settings import Address, Settings, UnixSocket
 from sage_fed.steps import StepReport
-from sage_fed.systemd import ServiceManager
+from sage_fed.systemd.notify import ServiceManager
 
 _LOAD_PATIENCE_S = 300.0
 """Between two signs of progress of a load; a whole one was seen to take 272 s."""

@@ -4,33 +4,3 @@ Floor 1. `notify` is sd_notify(3), `unit` is what an installation consists of, `
 unit and its drop-ins, which `deploy/systemd` shows for an installation by hand.
 Knows no other part: neither the daemon nor its settings.
 """
-
-from sage_fed.systemd.notify import ServiceManager
-from sage_fed.systemd.unit import (
-    Action,
-    Change,
-    Installation,
-    Machine,
-    PlannedFile,
-    carry_out,
-    installation,
-    place_for,
-    to_install,
-    to_uninstall,
-    unreachable,
-)
-
-__all__ = [
-    "Action",
-    "Change",
-    "Installation",
-    "Machine",
-    "PlannedFile",
-    "ServiceManager",
-    "carry_out",
-    "installation",
-    "place_for",
-    "to_install",
-    "to_uninstall",
-    "unreachable",
-]
