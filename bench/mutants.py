@@ -108,7 +108,7 @@ def outcomes() -> dict[str, dict[str, int | None]]:
 
 
 def package_of(name: str) -> str:
-    """The package of a mutant's name: `sage_fed.routing.router.x_route__mutmut_1`."""
+    """The package of a mutant's name: `sage_fed.routing.x_route__mutmut_1`."""
     return name.split(".")[1]
 
 

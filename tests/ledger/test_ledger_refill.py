@@ -17,7 +17,7 @@ from sage_fed.ledger.entries import (
     Now,
     system_clock,
 )
-from sage_fed.routing.router import refill_s
+from sage_fed.routing import refill_s
 
 
 @pytest.fixture
