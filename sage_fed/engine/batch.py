@@ -235,7 +235,7 @@ class Packer:
         return packed.split_with_sizes(self._sizes)
 
 
-class Landing:
+class ResultCopy:
     """A tensor on its way to the host; `device_s` is what the device took since `begin`.
 
     Constructed behind the work on the device's current stream, whose results it waits for.

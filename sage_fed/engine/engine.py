@@ -1,6 +1,6 @@
 """A loaded model that runs the scheduler's steps.
 
-Owns the device's memory for one tier, and the order of the steps that are in flight on it.
+Owns the device's memory for one tier, and the order of the steps that are launched on it.
 Knows nothing of queues, prompts as text, prices or time. Used by one thread at a time.
 A step fails with `DeviceOutOfMemory` where the device had no room, and may then be run again.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sage_fed.core import ModelInfo, Sampling, Tier
-from sage_fed.engine.batch import Landing, begin
+from sage_fed.engine.batch import ResultCopy, begin
 from sage_fed.engine.decoder import Forward, Forwarded, Pass
 from sage_fed.engine.sampling import Picked, pick
 from sage_fed.errors import DeviceLost, DeviceOutOfMemory
@@ -62,7 +62,7 @@ class Engine:
         self._device = device
         self._newest = newest
         self._unknown = torch.tensor(unknown_ids, device=device) if unknown_ids else None
-        self._flights: deque[InFlightStep] = deque()
+        self._launched: deque[InFlightStep] = deque()
         self._pending: Mapping[int, int] = {}
         """What `PENDING` means for each sequence of the newest step: its token or, pipelined,
         -1 - its row of `newest`."""
@@ -100,33 +100,35 @@ class Engine:
         """
         assert self._forward is not None, "a closed engine was asked to run"
         assert not self._broken, "a broken engine was asked to run"
-        assert self.pipelined or not self._flights, "a flight has to land before the next"
+        assert self.pipelined or not self._launched, "a step has to end before the next"
         if self.num_parts == 1:
             pause_after_s = None
         with _told_as_ours(step):
             begun = begin(self._device)
             under_way = self._forward.begin([self._resolved(chunk) for chunk in step.chunks])
-            flight = InFlightStep(self, step, under_way, begun)
-            self._advance(flight, pause_after_s)
-        self._flights.append(flight)
-        return flight
+            launched = InFlightStep(self, step, under_way, begun)
+            self._advance(launched, pause_after_s)
+        self._launched.append(launched)
+        return launched
 
     @torch.inference_mode()
-    def resume(self, flight: InFlightStep, pause_after_s: float | None) -> None:
-        """Go on with a paused flight; fails as `launch` does, and then it is not in flight."""
+    def resume(self, launched: InFlightStep, pause_after_s: float | None) -> None:
+        """Go on with a paused step; fails as `launch` does, and then it is not launched."""
         assert self._forward is not None, "a closed engine was asked to run"
-        self._flights.remove(flight)
-        with _told_as_ours(flight.step):
-            self._advance(flight, pause_after_s)
-        self._flights.append(flight)
+        self._launched.remove(launched)
+        with _told_as_ours(launched.step):
+            self._advance(launched, pause_after_s)
+        self._launched.append(launched)
 
-    def landed(self, flight: InFlightStep) -> tuple[SampledToken, ...]:
-        """What a flight drew; waits for the device, and an exception leaves the engine broken."""
-        assert self._flights, "a flight lands once, and before its engine is closed"
-        assert not flight.paused, "a paused flight has to be resumed"
-        assert self._flights.popleft() is flight, "flights land in the order of their launches"
+    def results_of(self, launched: InFlightStep) -> tuple[SampledToken, ...]:
+        """What a step sampled; waits for the device, and an exception leaves the engine broken."""
+        assert self._launched, "a step is waited for once, and before its engine is closed"
+        assert not launched.paused, "a paused step has to be resumed"
+        assert self._launched.popleft() is launched, (
+            "steps are waited for in the order of their launches"
+        )
         try:
-            return flight.read()
+            return launched.read()
         except torch.AcceleratorError as error:
             raise _lost(error) from error
         except BaseException:
@@ -137,12 +139,12 @@ class Engine:
         """Free the device's memory; the engine cannot be used afterwards."""
         self._forward = None
         self._newest = None
-        self._flights.clear()
+        self._launched.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _advance(self, flight: InFlightStep, pause_after_s: float | None) -> None:
-        forwarded = flight.advance(pause_after_s)
+    def _advance(self, launched: InFlightStep, pause_after_s: float | None) -> None:
+        forwarded = launched.advance(pause_after_s)
         if forwarded is None:
             return
         picked = None
@@ -152,13 +154,13 @@ class Engine:
                 forwarded.logits.index_fill_(1, self._unknown, -torch.inf)
                 best = None  # it may have been one of those
             picked = pick(forwarded.logits, forwarded.draws, best)
-        flight.arrive(forwarded, picked, self._device)
+        launched.arrive(forwarded, picked, self._device)
         if self._newest is None:
-            self._pending = {drawn.seq_id: drawn.token_id for drawn in flight.read()}
+            self._pending = {drawn.seq_id: drawn.token_id for drawn in launched.read()}
         else:
             if picked is not None:
-                self._newest[: len(flight.seq_ids)].copy_(picked.tokens)
-            self._pending = {seq_id: -1 - row for row, seq_id in enumerate(flight.seq_ids)}
+                self._newest[: len(launched.seq_ids)].copy_(picked.tokens)
+            self._pending = {seq_id: -1 - row for row, seq_id in enumerate(launched.seq_ids)}
 
     def _resolved(self, chunk: Chunk) -> Chunk:
         """The chunk with what `PENDING` stands for, on the host or on the device."""
@@ -216,7 +218,7 @@ class InFlightStep:
         self._begun = begun
         self._drawing: tuple[int, ...] = ()
         self._picked: Picked | None = None
-        self._landing: Landing | None = None
+        self._copying: ResultCopy | None = None
         self._drawn: tuple[SampledToken, ...] | None = None
 
     @property
@@ -227,7 +229,7 @@ class InFlightStep:
     @property
     def device_s(self) -> float | None:
         """Seconds that the device took for the step and what the host queued of it meanwhile."""
-        return self._landing.device_s if self._landing else None
+        return self._copying.device_s if self._copying else None
 
     def resume(self, pause_after_s: float | None) -> None:
         """Go on; see `sage_fed.steps.InFlightStep`."""
@@ -235,7 +237,7 @@ class InFlightStep:
 
     def wait(self) -> tuple[SampledToken, ...]:
         """Wait for the device; an exception leaves the engine broken."""
-        return self._engine.landed(self)
+        return self._engine.results_of(self)
 
     def advance(self, pause_after_s: float | None) -> Forwarded | None:
         """Go on with the pass; None where it paused."""
@@ -250,13 +252,13 @@ class InFlightStep:
         self._drawing = forwarded.drawing
         self.seq_ids = tuple(self.step.chunks[index].seq_id for index in forwarded.drawing)
         self._picked = picked
-        self._landing = Landing(picked.results if picked else None, self._begun, device)
+        self._copying = ResultCopy(picked.results if picked else None, self._begun, device)
 
     def read(self) -> tuple[SampledToken, ...]:
         """What was drawn, in the order of the step's chunks; waits for it the first time."""
         if self._drawn is None:
-            assert self._landing is not None
-            results = self._landing.wait()
+            assert self._copying is not None
+            results = self._copying.wait()
             choices = self._picked.choices(results) if self._picked and results is not None else []
             rows = sorted(
                 zip(self._drawing, self.seq_ids, choices, strict=True), key=lambda row: row[0]

@@ -257,8 +257,8 @@ def test_two_engines_fly_by_turns(checkpoint: Checkpoints, graphs_of: Engines) -
         assert checkpoint(name).greedy(prompt, 6) == tuple(answers[name])
 
 
-def test_flights_land_once_and_in_order(checkpoint: Checkpoints) -> None:
-    """Landing out of turn, twice, or after the engine was closed is a bug of the caller."""
+def test_steps_are_waited_for_once_and_in_order(checkpoint: Checkpoints) -> None:
+    """Waiting out of turn, twice, or after the engine was closed is a bug of the caller."""
     options = EngineOptions(
         model=str(checkpoint("llama").path), kv_cache_bytes=1 << 20, kernels="torch"
     )
@@ -269,10 +269,10 @@ def test_flights_land_once_and_in_order(checkpoint: Checkpoints) -> None:
         second.wait()
     plain = load_engine(options, lambda _: None)
     flight = plain.launch(step)
-    with pytest.raises(AssertionError, match="has to land before the next"):
+    with pytest.raises(AssertionError, match="has to end before the next"):
         plain.launch(step)
     assert flight.wait()
-    with pytest.raises(AssertionError, match="lands once"):
+    with pytest.raises(AssertionError, match="waited for once"):
         flight.wait()
     engine.close()
     with pytest.raises(AssertionError, match="before its engine is closed"):
