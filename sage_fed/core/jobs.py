@@ -276,10 +276,29 @@ class Usage:
     by_phase: tuple[PhaseTokens, ...] = ()
 
     @classmethod
-    def single(cls, tier: Tier, prompt: int, cached: int, output: int) -> Usage:
-        """Return the usage of one sequence: `cached` of the `prompt` tokens were not computed."""
+    def single(
+        cls,
+        tier: Tier,
+        prompt: int,
+        cached: int,
+        output: int,
+        *,
+        verified: int = 0,
+        accepted: int = 0,
+    ) -> Usage:
+        """Return the usage of one sequence.
+
+        `cached` of the `prompt` tokens were not computed. Of the `output`, `accepted` tokens are
+        draft tokens, of which `verified` were scored; the others were decoded.
+        """
         assert 0 <= cached <= prompt, "cached tokens are prompt tokens"
-        phases = {Phase.PREFILL: prompt - cached, Phase.CACHED: cached, Phase.DECODE: output}
+        assert 0 <= accepted <= min(verified, output), "what is accepted was verified"
+        phases = {
+            Phase.PREFILL: prompt - cached,
+            Phase.CACHED: cached,
+            Phase.VERIFY: verified,
+            Phase.DECODE: output - accepted,
+        }
         counts = (PhaseTokens(tier, phase, tokens) for phase, tokens in phases.items() if tokens)
         return cls(prompt, cached, output, tuple(counts))
 

@@ -269,6 +269,8 @@ class Admission:
             sampling=_resolve_sampling(spec, self._executor.defaults(stage.tier), draft.seed),
             ignore_eos=spec.sampling.ignore_eos,
             stop_token_ids=_stop_token_ids(spec, self.encoder.tokenizers[stage.tier]),
+            draft_tokens=stage.draft_tokens,
+            drafter=stage.drafter,
             priority=spec.priority,
             account=spec.account,
             # What its tokens count for between accounts: what they cost.

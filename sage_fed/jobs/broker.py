@@ -447,10 +447,18 @@ class Job:
                 sequence, tokenizer.decoder(), started, shown=not planned
             )
             if ended is None:
-                return
+                break
             failure = _failure_of(ended, stage.tier)
             made = self._delivery.num_tokens if failure is None else ended.output_tokens
-            usage = Usage.single(stage.tier, ended.prompt_tokens, ended.cached_tokens, made)
+            usage = Usage.single(
+                stage.tier,
+                ended.prompt_tokens,
+                ended.cached_tokens,
+                made,
+                verified=ended.verified_tokens,
+                # A stop string may have cut the output within the draft.
+                accepted=min(ended.accepted_tokens, made),
+            )
             self._usage = self._usage.then(usage)
             self._endings.append(ended)
             if failure is not None:

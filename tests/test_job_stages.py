@@ -1,0 +1,181 @@
+"""A job whose program has two stages: one hold, two sequences, a decision between them.
+
+The programs are made here; the only one that the daemon makes is of one stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_broker import CARD, PROMPT, WAIT_S, Rig, finished_of, job, read, rig
+
+from sage_fed.cards import charge, quote_program
+from sage_fed.core import Delta, Phase, Program, Stage, Started, StopReason, Tier, Usage
+from sage_fed.errors import DeviceOutOfMemory, SageFedError, TierUnavailable
+from sage_fed.jobs import Admission
+from sage_fed.ledger import check
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+
+Decide = Callable[[Delta, Stage], Stage | None]
+
+
+def escalate(answer: Delta, planned: Stage) -> Stage:
+    """Have the answer verified."""
+    return replace(planned, draft_tokens=answer.token_ids)
+
+
+def spoil(answer: Delta, planned: Stage) -> Stage:
+    """Have a draft verified that is wrong from its third token on."""
+    wrong = (token_id + 1 for token_id in answer.token_ids[2:])
+    return replace(planned, draft_tokens=(*answer.token_ids[:2], *wrong))
+
+
+def keep(_answer: Delta, _planned: Stage) -> None:
+    """Be content with the first answer."""
+
+
+@asynccontextmanager
+async def two_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decide: Decide
+) -> AsyncIterator[Rig]:
+    """Jobs for the strategic tier ask the tactical one first."""
+
+    def program(_: Admission, tier: Tier, ids: Any, new: int) -> Program:  # noqa: ANN401 - a mapping
+        last = Stage(tier, ids[tier], new)
+        if tier == T:
+            return Program((last,))
+        return Program((Stage(T, ids[T], new), replace(last, max_draft_tokens=new)), decide)
+
+    monkeypatch.setattr(Admission, "program", program)
+    async with rig(tmp_path) as r:
+        yield r
+
+
+def usage(tier: Tier, phase: Phase, found: Usage) -> int:
+    return sum(n.tokens for n in found.by_phase if (n.tier, n.phase) == (tier, phase))
+
+
+async def alone(tmp_path: Path, **fields: Any) -> tuple[int, ...]:  # noqa: ANN401 - of a job
+    """What the strategic tier alone answers."""
+    (tmp_path / "alone").mkdir()
+    async with rig(tmp_path / "alone") as r:
+        return tokens_of(await r.run(job(requested=S, **fields)))
+
+
+def tokens_of(events: list[Any]) -> tuple[int, ...]:
+    return tuple(id_ for event in events if isinstance(event, Delta) for id_ in event.token_ids)
+
+
+@pytest.mark.parametrize(("decide", "accepted"), [(escalate, 12), (spoil, 2)])
+async def test_an_escalated_answer_is_the_second_tiers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decide: Decide, accepted: int
+) -> None:
+    """Its client sees one answer, pays both stages by tier and phase, and the hold covers both."""
+    expected = await alone(tmp_path, new=12)
+    async with two_stages(tmp_path, monkeypatch, decide) as r:
+        events = await r.run(job(new=12, requested=S))
+        started, finished = events[0], finished_of(events)
+        assert isinstance(started, Started)
+        assert expected == tokens_of(events)
+        assert (5, 12) == (finished.usage.prompt_tokens, finished.usage.output_tokens)
+        done = {(n.tier, n.phase): n.tokens for n in finished.usage.by_phase}
+        # The last token of a whole draft is not verified: it would make one too many.
+        verified = 11
+        assert {
+            (T, Phase.PREFILL): 5, (T, Phase.DECODE): 12, (S, Phase.PREFILL): 5,
+            (S, Phase.VERIFY): verified, (S, Phase.DECODE): 12 - min(accepted, verified),
+        } == done  # fmt: skip
+        program = Program((Stage(T, PROMPT, 12), Stage(S, PROMPT, 12, max_draft_tokens=12)))
+        assert quote_program(CARD, program).worst_case_uatp == started.held_uatp
+        assert charge(CARD, finished.usage) == finished.price.charged_uatp <= started.held_uatp
+        assert finished.price.charged_uatp == await r.spent_uatp()
+
+
+async def test_an_answer_that_is_kept_is_shown_at_once_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the second stage is paid, and the hold's rest is given back."""
+    async with two_stages(tmp_path, monkeypatch, keep) as r:
+        events = await r.run(job(new=6, requested=S))
+        finished = finished_of(events)
+        assert 6 == len(tokens_of(events))
+        assert Usage.single(T, 5, 0, 6) == finished.usage
+        assert charge(CARD, finished.usage) == await r.spent_uatp()
+
+
+async def test_its_result_is_kept_for_a_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeated request id gets the same answer, usage and price, and is charged nothing."""
+    async with two_stages(tmp_path, monkeypatch, escalate) as r:
+        asked = job(new=6, requested=S, client_request_id="one")
+        first, again = await r.run(asked), await r.run(asked)
+        assert tokens_of(first) == tokens_of(again)
+        assert finished_of(first).usage == finished_of(again).usage
+        assert finished_of(first).price.charged_uatp == await r.spent_uatp()
+
+
+@pytest.mark.parametrize("stage", [T, S])
+async def test_a_job_is_cancelled_in_either_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Tier
+) -> None:
+    """It stops there, what was computed is charged, and no sequence and no hold is left."""
+    async with two_stages(tmp_path, monkeypatch, spoil) as r:
+        engine = r.gate(stage)
+        stream = await r.submit(job(new=100, requested=S))
+        engine.let_pass(3)
+        async with asyncio.timeout(WAIT_S):
+            while r.counted("engine_tokens_total", tier=stage.name, phase="decode") in (None, 0):
+                await asyncio.sleep(0)
+        stream.cancel()
+        engine.let_pass(1_000)
+        await r.settled()
+        assert 0 < await r.spent_uatp()
+
+
+async def test_a_deadline_between_the_stages_shows_what_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer was computed and is charged, so its client gets it."""
+
+    def late(answer: Delta, planned: Stage) -> Stage:
+        (running,) = r.broker._jobs.values()
+        running.stop(StopReason.DEADLINE)
+        return escalate(answer, planned)
+
+    async with two_stages(tmp_path, monkeypatch, late) as r:
+        events = await r.run(job(new=6, requested=S))
+        finished = finished_of(events)
+        assert 6 == len(tokens_of(events))
+        assert Usage.single(T, 5, 0, 6) == finished.usage
+        assert StopReason.LENGTH is finished.stop_reason
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(DeviceOutOfMemory("full"), DeviceOutOfMemory), (ValueError("bug"), TierUnavailable)],
+)
+async def test_a_failure_of_the_second_stage_ends_the_job_and_charges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, error: type[SageFedError]
+) -> None:
+    """What the first stage did is counted as wasted; the whole hold is given back."""
+    async with two_stages(tmp_path, monkeypatch, escalate) as r:
+
+        def fail(_: object) -> None:
+            raise fault
+
+        r.engines[S].fail = fail
+        stream = await r.submit(job(new=6, requested=S))
+        with pytest.raises(error):
+            await read(stream)
+        await r.settled()
+        assert 0 == await r.spent_uatp()
+        assert 6 == r.counted("tokens_total", tier="tactical", type="output", outcome="failed")
+        assert () == check(r.path).violations
