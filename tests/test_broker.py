@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from surroundings import MODELS
 
-from sage_fed.cards import RateCard, charge
+from sage_fed.cards.rate_card import RateCard, charge
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,

@@ -31,7 +31,7 @@ from sage_fed.calibrate.measurement import (
     spread_of,
     warning_of,
 )
-from sage_fed.cards import Basis, RateCard
+from sage_fed.cards.rate_card import Basis, RateCard
 from sage_fed.core import (
     TIER_ROLES,
     CalibrationProgress,

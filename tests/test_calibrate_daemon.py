@@ -11,7 +11,7 @@ from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
 from waiting import until
 
-from sage_fed.cards import DEFAULT_CARD, RateCard, card_text
+from sage_fed.cards.rate_card import DEFAULT_CARD, RateCard, card_text
 from sage_fed.client import Client
 from sage_fed.core import (
     TIER_ROLES,

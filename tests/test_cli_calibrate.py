@@ -13,7 +13,7 @@ from service_harness import CARD, POINTS, RESULT, Harness, in_thread, serving
 from test_pricing_cards import MEASURED as CARD_MEASURED
 from typer.testing import CliRunner, Result
 
-from sage_fed.cards import RateCard, card_text
+from sage_fed.cards.rate_card import RateCard, card_text
 from sage_fed.cli.app import build_app
 from sage_fed.core import TIER_ROLES, Phase, Tier
 from sage_fed.errors import CalibrationRunning

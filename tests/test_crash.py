@@ -19,7 +19,7 @@ import apsw
 from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
 
-from sage_fed.cards import RateCard, charge
+from sage_fed.cards.rate_card import RateCard, charge
 from sage_fed.client import Client
 from sage_fed.core import (
     TIER_ROLES,

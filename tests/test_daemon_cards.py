@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_pricing_cards import CARD, INFO, MEASURED
 
-from sage_fed.cards import (
+from sage_fed.cards.rate_card import (
     DEFAULT_CARD,
     MAX_SPREAD,
     Basis,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from test_broker import CARD, PROMPT, WAIT_S, Rig, finished_of, job, read, rig
 
-from sage_fed.cards import charge, quote_program
+from sage_fed.cards.rate_card import charge, quote_program
 from sage_fed.core import Delta, Phase, Program, Stage, Started, StopReason, Tier, Usage
 from sage_fed.errors import DeviceOutOfMemory, SageFedError, TierUnavailable
 from sage_fed.jobs import Admission

@@ -23,7 +23,7 @@ from forked_daemon import ForkedProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from surroundings import MODELS
 
-from sage_fed.cards import RateCard, charge
+from sage_fed.cards.rate_card import RateCard, charge
 from sage_fed.client import Client, wait_serving
 from sage_fed.core import (
     TIER_ROLES,

@@ -27,7 +27,7 @@ from surroundings import require_tool
 from waiting import until
 
 from sage_fed import errors
-from sage_fed.cards import RateCard
+from sage_fed.cards.rate_card import RateCard
 from sage_fed.core import (
     TIER_ROLES,
     Finished,

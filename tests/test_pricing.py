@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_fed.cards import (
+from sage_fed.cards.rate_card import (
     BUNDLED_CARDS,
     DEFAULT_CARD,
     Basis,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_fed.cards import Basis, Fingerprint, Measured, RateCard, card_text, own_cards
+from sage_fed.cards.rate_card import Basis, Fingerprint, Measured, RateCard, card_text, own_cards
 from sage_fed.core import TIER_ROLES, MeasuredPoint, ModelInfo, Phase, Tier
 from sage_fed.errors import ConfigError
 

@@ -21,8 +21,7 @@ from waiting import WAIT_S
 
 from sage_fed.auth import digest_of, new_token
 from sage_fed.auth.tokens_file import read_register
-from sage_fed.cards import RateCard
-from sage_fed.cards.rate_card import BUNDLED_CARDS
+from sage_fed.cards.rate_card import BUNDLED_CARDS, RateCard
 from sage_fed.cli.options import admin_token
 from sage_fed.errors import ConfigError, MachineFault
 from sage_fed.ledger import AccountTerms, Ledger, backup

@@ -38,7 +38,7 @@ from sage_fed.calibrate.measurement import (
     spread_of,
     warning_of,
 )
-from sage_fed.cards import Fingerprint, Measured, RateCard, available_cards, card_text
+from sage_fed.cards.rate_card import Fingerprint, Measured, RateCard, available_cards, card_text
 from sage_fed.core import (
     TIER_ROLES,
     CalibrationEvent,

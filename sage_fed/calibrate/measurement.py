@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, median, quantiles
 from types import MappingProxyType
 
-from sage_fed.cards import Basis, Rate, measured_spreads
+from sage_fed.cards.rate_card import Basis, Rate, measured_spreads
 from sage_fed.core import UATP_PER_ATP, CalibrationProgress, MeasuredPoint, Phase, Sampling, Tier
 from sage_fed.device import Executor, TierLimits, blocks_for
 from sage_fed.errors import DeviceBusy, DeviceOutOfMemory

@@ -278,7 +278,7 @@ class Calibrated:
     @property
     def sound(self) -> bool:
         """Whether `rate_card = "auto"` would take the card."""
-        from sage_fed.cards import MAX_SPREAD  # noqa: PLC0415 - pydantic takes half a second
+        from sage_fed.cards.rate_card import MAX_SPREAD  # noqa: PLC0415 - pydantic takes half a second
 
         spreads = [spread for prices in self.spreads.values() for spread in prices.values()]
         spreads.append(self.result.cost_ratio_spread)
@@ -340,7 +340,7 @@ def _print_result(done: Calibrated, command: str) -> None:
     ratio = f"{result.cost_ratio:.3f} : 1, spread ±{result.cost_ratio_spread:.1%}"
     in_force = "now, until the daemon restarts" if result.adopted else f"no; `{command}`"
     if not done.sound:
-        from sage_fed.cards import MAX_SPREAD  # noqa: PLC0415 - as above
+        from sage_fed.cards.rate_card import MAX_SPREAD  # noqa: PLC0415 - as above
 
         in_force += (
             f"; rate_card = auto does not take it: a spread above {MAX_SPREAD:.0%} is of the "

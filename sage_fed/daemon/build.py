@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import sage_fed
 from sage_fed.calibrate import Site
-from sage_fed.cards import Fingerprint, RateCard, own_cards
+from sage_fed.cards.rate_card import Fingerprint, RateCard, own_cards
 from sage_fed.core import ModelInfo, Phase, Tier, counted
 from sage_fed.daemon.operations import CardInForce
 from sage_fed.daemon.readiness import Lifecycle

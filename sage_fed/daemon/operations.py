@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import sage_fed
 from sage_fed.calibrate import Calibrator
-from sage_fed.cards import Fingerprint, RateCard, available_cards, is_version
+from sage_fed.cards.rate_card import Fingerprint, RateCard, available_cards, is_version
 from sage_fed.core import (
     CalibrationEvent,
     CardFit,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from sage_fed.cards import RateCard, quote, quote_program
+from sage_fed.cards.rate_card import RateCard, quote, quote_program
 from sage_fed.core import (
     Budget,
     JobSpec,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sage_fed.cards import charge
+from sage_fed.cards.rate_card import charge
 from sage_fed.core import (
     Budget,
     Finished,
