@@ -3,7 +3,7 @@
 Owns the layout: per layer [num_blocks * BLOCK_SIZE, 2 * kv_heads * head_dim], a token's keys
 and then its values, so that one scatter stores a step's tokens and one gather reads a context.
 Who owns which block is the scheduler's business. Memory is claimed once, at load: a budget in
-bytes, because on unified memory "what is free" is nobody's to take.
+bytes, because on unified memory "what is free" belongs to no process.
 
 Attention of a ragged batch over the paged cache, group by group.
 

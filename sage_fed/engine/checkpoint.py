@@ -138,7 +138,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint, all of which exist.
 
     The single file goes before the index of several, as in `transformers`: an index beside it was
-    left by whoever merged the shards.
+    left over when the shards were merged.
 
     Raises:
         ModelLoadError: none, a missing shard, pickled weights only, or weights that another file

@@ -20,7 +20,7 @@ each and a block table of such a width; what fits none of them is run as it come
 A bucket's batch as tensors that stay where they are, so that a graph can be made over them.
 
 Owns the static inputs and the padding. Padding rows are whole: they are token 0 at position 0 of
-a scratch block that belongs to no sequence, so they compute ordinary numbers, write where nobody
+a scratch block that belongs to no sequence, so they compute ordinary numbers, write where no one
 reads, and are cut off from the results. Knows no weights.
 """
 

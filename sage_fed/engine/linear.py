@@ -46,7 +46,7 @@ class LinearBuilder(Protocol):
     def storage(self) -> Mapping[str, torch.Tensor]:
         """What the pieces fill, by names of the format's own.
 
-        Whoever has a copy of all of it, made under the same `LinearFormat.layout`, may fill it
+        A caller with a copy of all of it, made under the same `LinearFormat.layout`, may fill it
         instead of placing pieces.
         """
 

@@ -19,7 +19,7 @@ Fails never: what the system does not tell is None.
 
 Where the engine keeps what it can make again: compiled kernels, quantised weights.
 
-Owns the rule for the place, and that nobody else may write there: what is found there is run,
+Owns the rule for the place, and that no other user may write there: what is found there is run,
 or served. Fails with `OSError`.
 
 What the device is called, for provenance: the part of it that only torch can say.

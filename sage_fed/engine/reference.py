@@ -1,6 +1,6 @@
 """The method that the published measurement used: `transformers` and its `generate`.
 
-Owns one model that was loaded by `transformers`, and the times of its tokens. It serves nobody:
+Owns one model that was loaded by `transformers`, and the times of its tokens. It serves no job:
 it is here to be measured beside the engine, with the same checkpoint, ids and device.
 Not among the engine's own names: importing all of `generate` takes seconds, which no daemon pays.
 Fails with a `ModelLoadError` that names the model, or `DeviceOutOfMemory`.

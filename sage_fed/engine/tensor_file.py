@@ -70,7 +70,7 @@ class TensorFile:
         try:
             self._identity = self._identify()
             if sys.platform == "linux":
-                # Or two threads that take turns look like somebody who jumps about.
+                # Or two threads that take turns look like random access.
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self.metadata, self.tensors = self._header()
         except BaseException:
@@ -96,7 +96,7 @@ class TensorFile:
             done += count
 
     def check_unchanged(self) -> None:
-        """Raise if somebody wrote to the file since it was opened."""
+        """Raise if the file was written since it was opened."""
         if self._identify() != self._identity:
             raise ModelLoadError(f"{self.name} was changed while it was read")
 

@@ -300,7 +300,7 @@ def control_tokens(backend: tokenizers.Tokenizer, templates: Iterable[str]) -> d
     Those are the special ones; those of the added ones that a template writes (`templates` are its
     source, and texts of its own making) unless they are blank, as tokens for runs of spaces are;
     and those that look like `<|this|>`. A single character that is in the vocabulary anyway is a
-    word, whatever it is declared: nobody could write it in another way.
+    word, whatever it is declared: it cannot be written in another way.
     """
     written = "\n".join(templates)
     return {
@@ -347,7 +347,7 @@ class ControlEncoder:
             content: f"{secret}{chr(_PRIVATE + _DIGITS + id_)}"
             for id_, content in enumerate(control)
         }
-        # New tokens get ids from here on, which are nobody else's, whatever gaps there are.
+        # New tokens get ids from here on, which no other token has, whatever gaps there are.
         self._first_new = num_ids(backend)
         gaps = self._first_new - backend.get_vocab_size(with_added_tokens=False)
         fill = [tokenizers.AddedToken(f"{secret}{i}", normalized=False) for i in range(gaps)]

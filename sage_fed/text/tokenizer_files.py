@@ -133,7 +133,7 @@ def source_of(hf: Any) -> TokenizerSource:  # noqa: ANN401 - transformers does n
     template = hf.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    # A copy: whoever made `hf` may change its flags.
+    # A copy: the owner of `hf` may change its flags.
     backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
     return TokenizerSource(backend, dict(hf.special_tokens_map), template)
 

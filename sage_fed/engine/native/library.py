@@ -1,13 +1,13 @@
 """The kernels' C interface in Python: structs, signatures, and who frees what.
 
-Every call releases the GIL for as long as it lasts. Pointers are plain integers: whoever calls
+Every call releases the GIL for as long as it lasts. Pointers are plain integers: the caller
 keeps the memory behind them alive. The structs mirror `model.h`; their sizes are compared when
 the library is loaded.
 
 The kernels' shared library: compiled once a machine, found again at the next start.
 
 Owns the compiler's command line and the cache directory. A cached library is used only if it
-belongs to us, lies in a directory that nobody else may enter, and has the checksum that was
+belongs to us, lies in a directory that no other user may enter, and has the checksum that was
 noted when it was built. Knows nothing of what the library does.
 Never fails loudly: what keeps the kernels from being had is returned as `Unavailable`.
 """
@@ -294,7 +294,7 @@ def build_library() -> Built | Unavailable:
     target = directory / f"{key}-{_identity(compiler)}.so"
     try:
         with _alone(directory):
-            # Whoever had the lock before may just have built it.
+            # The lock's owner before may just have built it.
             if (found := _cached(directory, key, compiler)) is not None:
                 return Built(found, compiled=False)
             _LOG.info("compiling the CPU kernels, once for this machine and version")
@@ -325,7 +325,7 @@ def _compiler() -> Path | None:
 
 
 def _cache_directory() -> Path | Unavailable:
-    """Our own directory: whoever could write there could run code as us."""
+    """Our own directory: another who could write there could run code as us."""
     try:
         return private(default_directory("kernels"))
     except PermissionError as error:
