@@ -1,15 +1,10 @@
-"""The preallocated pool of keys and values, in blocks of `BLOCK_SIZE` tokens.
+"""The paged KV cache of one model, and attention of a ragged batch over it.
 
-Owns the layout: per layer [num_blocks * BLOCK_SIZE, 2 * kv_heads * head_dim], a token's keys
-and then its values, so that one scatter stores a step's tokens and one gather reads a context.
-Who owns which block is the scheduler's business. Memory is claimed once, at load: a budget in
-bytes, because on unified memory "what is free" belongs to no process.
-
-Attention of a ragged batch over the paged cache, group by group.
-
-A group is a run of the batch's rows that one kernel call can serve. What does not change from
-layer to layer (block tables, masks) is prepared once per step; `attend` runs once per layer,
-after the step's own keys and values have been stored.
+Owns the layout of the pool, which is claimed once, at load, as so many bytes: per layer
+[num_blocks * BLOCK_SIZE, 2 * kv_heads * head_dim], a token's keys and then its values, so that one
+scatter stores a step's tokens and one gather reads a context. A group is a run of the batch's rows
+that one kernel call can serve; what does not change from layer to layer (block tables, masks) is
+prepared once a step. The scheduler decides who owns which block.
 """
 
 from __future__ import annotations

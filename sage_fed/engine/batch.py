@@ -1,15 +1,9 @@
 """One step's ragged batch as tensors: which token goes where, and who attends to what.
 
-Tokens of all chunks are laid out one after another: first the chunks of one token (decode),
-grouped by context length, then the longer ones. Everything the device needs to know crosses
-in one copy. Knows no weights. A chunk that contradicts itself is a bug of the caller (assert).
-
-What crosses between host and device: one copy to it and one copy back per step.
-
-Owns the packing of a step's integers and doubles, and the copy of its results.
-On CUDA both copies go through pinned memory and only queue: a pageable copy would wait for
-everything that the device still has to do. Torch's own allocator of pinned memory gives a
-buffer out again only when the copies from it are done, so nothing here is reused too early.
+Owns the order of rows (first the chunks of one token, grouped by context length, then the longer
+ones), and the crossing to the device and back: one copy each. On CUDA both go through pinned memory
+and only queue; torch gives a pinned buffer out again only when its copies are done. Knows no
+weights. A chunk that contradicts itself is a bug of the caller (assert).
 """
 
 from __future__ import annotations

@@ -1,23 +1,13 @@
-"""A checkpoint on disk: where it is, which files hold its weights, and their streaming.
+"""A checkpoint's weights: where they are, how they get into memory, and what is kept of them.
 
 Accepts a local directory, or a hub id with the commit it is pinned to. Weights come from
 safetensors only: a pickle runs code when it is read. They are read straight into their final
-places, some megabytes at a time (`stream`).
-Where files contradict each other, what `transformers` makes of them is done here too
-(docs/decisions/0029).
-Fails with a `ModelLoadError` that names the file or the tensor.
-
-A model's weights into memory: from what an earlier start has kept, or from the checkpoint.
-
-Owns the choice between the two and the progress of both. Fails with `ModelLoadError`.
-
-Quantised weights as they lie in memory, kept for the next start.
-
-A 7B in int4 is then a quarter of the bytes to read, and nothing has to be quantised again.
-Owns the files: one a model, in the safetensors form, named by what it was made of and how;
-written whole or not at all, checked when read, old ones removed. Never a pickle.
-Knows neither layers nor formats. Fails never: what cannot be kept is a warning, and what cannot
-be used is a warning and made again.
+places, some megabytes at a time. Where files contradict each other, they mean what `transformers`
+makes of them (docs/decisions/0029).
+Quantised weights are kept for the next start as they lie in memory, one safetensors file a model,
+named by what it was made of and how; it is written whole or not at all, and checked when read.
+Fails with a `ModelLoadError` that names the file or the tensor. What cannot be kept, or used
+again, is a warning.
 """
 
 from __future__ import annotations

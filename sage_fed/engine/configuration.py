@@ -1,20 +1,10 @@
-"""Which decoder a checkpoint holds: its shape, its rotary scaling, its biases.
+"""What a checkpoint's JSON files say: its decoder's shape, its rotary scaling, its own sampling.
 
-Owns what the engine's forward pass can run, out of what `configuration` reads.
-Knows no weights and no device. Anything that the forward pass would compute wrongly is
-refused here with a `ModelLoadError` that names it, before a byte of weights is read.
-
-A checkpoint's `config.json`: its values, with its architecture's defaults for absent ones.
-
-Owns what an architecture says where the file does not, as the configuration classes of
-`transformers` have it (a test compares the two); those take a second to import, and may run code
-that comes with a checkpoint. Knows no weights and no device.
-Fails with a `ModelLoadError` that names the key.
-
-A checkpoint's own generation defaults and end-of-text tokens.
-
-Reads `generation_config.json` where there is one; without it a model is greedy. A text ends where
-that or `config.json` says: a checkpoint often forgets a token in one of them.
+Owns what the engine's forward pass can run, the defaults of each architecture for what a file
+leaves out (as the configuration classes of `transformers` have them; a test compares the two), and
+the tokens that end a text. Knows no weights and no device.
+Anything that would be computed wrongly is refused with a `ModelLoadError` that names the key,
+before a byte of weights is read.
 """
 
 from __future__ import annotations

@@ -1,27 +1,13 @@
-"""The pass by graphs: a step is padded to its bucket, copied in, and replayed.
+"""The forward pass by CUDA graphs: a step is padded to a bucket, copied in, and replayed.
 
-Owns the graphs and their shared outputs. Knows no sampling. What fits no bucket goes the plain
-way, token by token the same. Fails with torch's own out-of-memory error.
-
-The seam of CUDA graphs: work over tensors that stay where they are, done again and again.
-
-Owns how such work is compiled and recorded. Knows nothing of models. What is captured may
-neither allocate on the host nor wait for the device; in return a replay costs one launch instead
-of hundreds. Compiling needs Triton and a C compiler; where one of them is absent graphs are made
-of torch's own kernels, and `name` says so.
-`EagerCapture` records nothing and simply does the work again, on any device: the same code over
-the same static tensors, so whatever a graph would get wrong by them shows without a GPU.
-
-Which shapes of a step are prepared beforehand, and which of them a step is padded to.
-
-Owns the choice of sizes and the search. A bucket is a batch of sequences with so many new tokens
-each and a block table of such a width; what fits none of them is run as it comes.
-
-A bucket's batch as tensors that stay where they are, so that a graph can be made over them.
-
-Owns the static inputs and the padding. Padding rows are whole: they are token 0 at position 0 of
-a scratch block that belongs to no sequence, so they compute ordinary numbers, write where no one
-reads, and are cut off from the results. Knows no weights.
+Owns the buckets (so many sequences with so many new tokens each, and block tables of one width),
+their static inputs, and what is captured over them: one launch instead of hundreds. Padding rows
+are whole: token 0 at position 0 of a scratch block that belongs to no sequence, cut off from the
+results. What fits no bucket, a chunk with several draws among it, runs as it comes, token for token
+the same. Compiling needs Triton and a C compiler; without them graphs are made of torch's own
+kernels, and `name` says so. `EagerCapture` records nothing and does the same work again on any
+device, so that a mistake in the static tensors shows without a GPU.
+Knows no sampling. Fails with torch's out-of-memory error.
 """
 
 from __future__ import annotations

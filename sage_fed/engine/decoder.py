@@ -1,25 +1,12 @@
-"""A decoder layer on both sides of its attention, as pure functions of tensors.
+"""The forward pass of a decoder over a ragged batch: chunks in, logits of the wanted rows out.
 
-Owns the arithmetic between the cache and the cache: norms, projections, rotation, activation,
-residuals. Nothing here changes what it was given, so all of it can be compiled: then what lies
-between two products is one kernel, not five. Layers of one model have equal shapes and share
-the compiled code.
-
-The forward pass of a dense decoder over a ragged batch.
-
-Same arithmetic as `transformers` in fp32; in half precision norms are computed in fp32 and
-rounded once. Owns the order: a layer's arithmetic is `layer`'s, its cache `kv_cache`'s.
-Knows nothing of sequences, sampling or files.
-
-The seam between a step and what computes it: chunks in, logits of the wanted rows out.
-
-Owns the words (`Forward`, `Forwarded`) and torch's way of doing it, on any device.
-Knows nothing of sampling, sequences or time. Fails with torch's own out-of-memory error.
-
-Rotary position embeddings: frequencies of each scaling, and their application.
-
-The rotation pairs element i with i + head_dim / 2, as the Hugging Face layout of the
-weights expects. Tables are computed in fp32 and stored in the model's type.
+Same arithmetic as `transformers` in fp32; in half precision norms are computed in fp32 and rounded
+once. What stands between the cache and the cache (norms, projections, rotation, activation,
+residuals) changes nothing that it was given, so it can be compiled; layers of one model share the
+code. Rotary embeddings pair element i with i + head_dim / 2, as the weights' layout expects; their
+tables are computed in fp32 and stored in the model's type.
+Owns `Forward`, what an engine asks of any way to compute a step. Knows nothing of sequences,
+sampling or files. Fails with torch's own out-of-memory error.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """From a checkpoint to a running engine: every check and every allocation, in order.
 
-The device is the one that was asked for, or loading fails: there is no quiet fallback.
-Fails with a `ModelLoadError` that names the culprit.
-
-From weights to a forward pass: native, torch's, or graphs that are captured before it serves.
-
-Owns the choice, and what it costs in time and memory. Knows no files. Fails with torch's
+Owns the choice between native kernels, torch's, and graphs that are captured before READY, and
+what each costs in time and memory. The device is the one that was asked for, or loading fails:
+there is no silent fallback. Fails with a `ModelLoadError` that names the culprit, and with torch's
 out-of-memory error where the graphs do not fit beside the model.
 """
 

@@ -1,30 +1,12 @@
-"""Which device a name stands for.
+"""The machine that a model runs on: devices, threads, memory, and a directory for what is kept.
 
-A device that was named is that one or an error, never another one; only `auto` leaves the
-choice to what is there. Fails with `ModelLoadError`.
-
-How many threads one forward pass on the CPU may use: a setting of the process.
-
-Torch keeps it for the whole process, so the daemon sets it once, before any engine is loaded.
-
-Memory for weights: on the host in large pages where the kernel gives them.
-
-A gigabyte in small pages takes longer to be found page by page than to be read from the page
-cache, and every decode step walks through all of it. Fails with torch's own error, or with
-`MemoryError`, where there is not enough.
-
-How much memory models take here: the device's, and the host's while they are loaded.
-
-Fails never: what the system does not tell is None.
-
-Where the engine keeps what it can make again: compiled kernels, quantised weights.
-
-Owns the rule for the place, and that no other user may write there: what is found there is run,
-or served. Fails with `OSError`.
-
-What the device is called, for provenance: the part of it that only torch can say.
-
-Fails with `ModelLoadError` where the device is absent.
+A device that was named is that one or an error; only `auto` leaves the choice to what is there.
+Threads of a forward pass on the CPU are a setting of the process. Weights lie in large pages where
+the kernel gives them: a gigabyte in small ones takes longer to be found than to be read. The
+directory for compiled kernels and quantised weights is one that no other user may write, because
+what is found there is run, or served.
+Fails with `ModelLoadError` for a device, and with `OSError` for the directory; what the system
+does not tell about memory is None.
 """
 
 from __future__ import annotations

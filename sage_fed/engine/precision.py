@@ -1,19 +1,10 @@
-"""The precisions that a tier may ask for: what weights are stored in, and what computes.
+"""Precisions and kernels: what weights are stored in, what computes, and how fast memory is read.
 
-Owns the names and what each needs of a device. Knows no layer and no kernel (`formats` does).
+Owns the names, what each needs of a device, and the one choice of kernels from precision, device
+and what was asked for. "auto" takes the fastest that is there, the model's info names it, and what
+keeps a CPU from the native ones is logged. The memory's bandwidth is the limit that decoding is
+measured against: a step reads every weight once.
 Fails with `ModelLoadError`: an unknown name, or a device that cannot.
-
-Which kernels run a model: the one place that decides it, and says so.
-
-Owns the choice from precision, device and what was asked for. A choice that cannot be had is an
-error; "auto" takes the fastest that is there, the model's info names it, and what keeps a CPU
-from the native ones is logged.
-Fails with `ModelLoadError`.
-
-How fast the device reads its memory: the limit that decoding is measured against.
-
-A decode step reads every weight once, so bytes per second over this figure is the share of
-what the hardware allows. Fails with `ModelLoadError` where the device is absent or full.
 """
 
 from __future__ import annotations

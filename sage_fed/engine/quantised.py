@@ -1,8 +1,7 @@
-"""What the quantised numbers are: the one definition that every kernel has to agree with.
+"""Quantised weights: the numbers, where they lie, and their products in torch.
 
-Pure functions of rows of weights, on any device; a row never depends on its neighbours, so
-row ranges of a fused layer can be quantised as they arrive. Knows no layer and no kernel.
-
+The numbers are defined here, and every kernel has to agree with them. They are pure functions of
+rows, so row ranges of a fused layer can be quantised as they arrive:
 int8: symmetric per output channel. scale = max|w| / 127 in fp32, q = round(w / scale), to even.
 int4: groups of 32 inputs, the last one padded with zeros. q in 0..15 stands for (q - 8) * scale.
 scale = -e / 8 rounded to bf16, e being the element of the largest magnitude, with its sign (the
@@ -10,30 +9,13 @@ positive one of two): so the extreme is met exactly by the longer side of -8..7,
 11 % less error than max|w| / 7 on normal weights. Two to a byte, the even input in the low half.
 fp8: e4m3 per output channel. scale = max|w| / 448 in fp32.
 
-Quantised linear layers in plain torch: on any device, and correct before fast.
-
-Owns the products of int8, int4 and fp8 weights as `quantise` defines them. Integer weights
-are exact in bf16, so scales are applied to products, not to rounded weights. On the CPU ATen's
-own kernel for packed int4 serves where shapes suit it; native kernels (`formats` chooses) are
-faster.
-
-Quantised linear layers as CUDA runs them fastest in plain torch and what torch compiles.
-
-Owns the choice by kind and shape; the numbers are `quantise`'s, and shapes that a kernel cannot
-take stay with `quantised`. A decode step reads every weight once, so what counts is that they
-are read narrow:
-int8 is widened where it is multiplied. Compiled, that is one kernel, for one row a reduction, for
-several Triton's product; uncompiled the widened copy is written and read again, five bytes for
-one, which is right and slow.
-int4 goes through ATen's kernel of Tensor Cores in groups of 32 (`_weight_int4pack_mm`, sm_80 and
-newer, bf16 only), compiled or not.
-fp8 of one row is widened like int8; several rows are multiplied as fp8, their activations rounded
-to it with a scale per token.
-
-Where quantised weights lie, and how they get there: quantised as they arrive.
-
-Owns the storage that `quantised` computes with: canonical rows, and ATen's packing of int4 on
-the CPU. Fails with torch's out-of-memory errors.
+Products: integer weights are exact in bf16, so scales are applied to products. On the CPU ATen's
+kernel for packed int4 serves where shapes suit it. On CUDA a decode step reads every weight once,
+so they are read narrow: int8 is widened where it is multiplied (compiled, that is one kernel; else
+the widened copy is written and read again); int4 goes through ATen's kernel of Tensor Cores in
+groups of 32 (sm_80 and newer, bf16 only); fp8 of one row is widened like int8, several rows are
+multiplied as fp8 with a scale per token.
+Fails with torch's out-of-memory errors.
 """
 
 from __future__ import annotations

@@ -11,10 +11,8 @@ A row with a NaN or an infinite best has no token: `argmax` finds either, so one
 logit of each row tells, which costs one gather of as many numbers as there are rows.
 Every function works on the device and waits for nothing: settings cross to it in one copy,
 results come back in another, and `Picked.choices` reads them when they are there.
-
-Random numbers without state: a request's n-th number is a function of its seed and n.
-
-So the tokens of a request depend neither on what else is in the batch nor on restarts.
+Random numbers have no state: a request's n-th is a function of its seed and n, so its tokens depend
+neither on what else is in the batch nor on restarts.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
-"""A safetensors file: which tensor lies where, and reading some of it.
+"""Safetensors files: which tensor lies where, and reading them into their places.
 
-Owns the header, which is checked as strictly as the format demands: a file comes from
-strangers. Reads by position into memory that the caller owns, so that no page of the file is
-ever mapped: a mapped file counts as memory of the process, and one that is cut while it is read
-kills it. Fails with `ModelLoadError` that names the file.
-
-Tensors from files into their places: read ahead by threads, taken by the caller.
-
-What the place keeps as the file has it is read straight to where it stays; all else goes
-through a few reused buffers (pinned for CUDA, where copies run behind the host). Large tensors
-come in pieces, so memory stays bounded and progress moves.
-Knows neither names nor formats. Fails with `ModelLoadError`, or with what a place raises.
+Owns the header, which is checked as strictly as the format demands: a file comes from strangers.
+Reads by position into memory that the caller owns, so that no page of the file is ever mapped: a
+mapped file counts as memory of the process, and one that is cut while it is read kills it. Threads
+read ahead. What a place keeps as the file has it goes straight there; all else goes through a few
+reused buffers (pinned for CUDA, where copies run behind the host). Large tensors come in pieces, so
+memory stays bounded and progress moves.
+Knows neither names nor formats. Fails with `ModelLoadError` that names the file, or with what a
+place raises.
 """
 
 from __future__ import annotations

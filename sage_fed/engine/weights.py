@@ -3,10 +3,6 @@
 Query, key and value projections are one layer, gate and up projections another: a step of a
 small batch is bound by launches and memory traffic, so fewer and larger products are faster.
 Knows tensor names; reads no files (`checkpoint` does). Allocates everything when constructed.
-
-The first thing a token meets: its row of a table, of its own or of the head.
-
-Fails never: ids are checked where a step is laid out.
 """
 
 from __future__ import annotations

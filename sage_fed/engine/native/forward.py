@@ -1,14 +1,11 @@
-"""A step as one call into the kernels: chunks become a few integer arrays, and logits come back.
+"""A step as one call into the native kernels, and the packed panels that they stream.
 
 Owns the description of the model that the kernels keep, and through it the lifetime of every
-buffer in it. Knows no sampling and no files. The GIL is released for the whole pass.
+buffer in it. A layer's memory is claimed when its builder is made and filled row range by row
+range, so the model is in memory once; quantisation is the canonical one (see `quantised`), done in
+C++. Knows no sampling and no files. The GIL is released for the whole pass.
 Fails with torch's own out-of-memory error where there was no room for a step's activations;
 the cache is then as good as before.
-
-Linear layers in packed panels: what the kernels stream.
-
-A layer's memory is claimed when its builder is made and filled row range by row range, so the
-model is in memory once. Quantisation is the canonical one (see `quantise`), done in C++.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
-"""The kernels' C interface in Python: structs, signatures, and who frees what.
+"""The native kernels' shared library: compiled once a machine, loaded, and its C interface.
 
-Every call releases the GIL for as long as it lasts. Pointers are plain integers: the caller
-keeps the memory behind them alive. The structs mirror `model.h`; their sizes are compared when
-the library is loaded.
-
-The kernels' shared library: compiled once a machine, found again at the next start.
-
-Owns the compiler's command line and the cache directory. A cached library is used only if it
-belongs to us, lies in a directory that no other user may enter, and has the checksum that was
-noted when it was built. Knows nothing of what the library does.
-Never fails loudly: what keeps the kernels from being had is returned as `Unavailable`.
+Owns the compiler's command line, the cache directory and the structs, which mirror `model.h`; their
+sizes are compared when the library is loaded. A cached library is used only if it belongs to us,
+lies in a directory that no other user may enter, and has the checksum that was noted when it was
+built. Every call releases the GIL for as long as it lasts. Pointers are plain integers: the caller
+keeps the memory behind them alive.
+What keeps the kernels from being had is returned as `Unavailable`.
 """
 
 from __future__ import annotations
