@@ -12,7 +12,6 @@ from scheduler_bench import Bench
 
 from sage_fed.core import Priority
 from sage_fed.device import SequenceSpec, TokenWeights
-from sage_fed.errors import QueueFull
 
 
 def of(account: str, seq_id: int, **fields: object) -> SequenceSpec:
@@ -113,6 +112,8 @@ def test_who_was_cut_short_is_not_counted_for_the_rest() -> None:
     assert {} == bench.schedule.queue._accounts
 
 
+MAX_WAITING = 6
+
 ASKED = st.tuples(
     st.integers(0, 3), st.sampled_from(Priority), st.integers(1, 60), st.integers(1, 20)
 )
@@ -138,29 +139,22 @@ def test_nobody_waits_for_ever(
     The others fill the waiting list again at every step, with whatever they like.
     """
     bench = Bench(
-        8, step_s=1.0, max_batch=3, max_waiting=6, overdue_s=10.0, ageing_s=5.0,
+        8, step_s=1.0, max_batch=3, max_waiting=MAX_WAITING, overdue_s=10.0, ageing_s=5.0,
         preempt_after_s=preempt_after_s, kv_overcommit=overcommit,
     )  # fmt: skip
     victim, ids, endless = 0, count(1), cycle(others)
 
     def flood() -> None:
-        while True:
+        while len(bench.schedule.queue) < MAX_WAITING:  # as admission sees to
             account, priority, length, new = next(endless)
-            try:
-                asked = of(f"o{account}", next(ids), prompt=length, new=new, priority=priority)
-                bench.add(asked)
-            except QueueFull:
-                return
+            bench.add(of(f"o{account}", next(ids), prompt=length, new=new, priority=priority))
 
     for _ in range(before):
         flood()
         bench.step()
-    while True:  # a place in the waiting list is all that it has to find for itself
-        try:
-            bench.add(of("victim", victim, prompt=prompt, new=9, priority=Priority.LOW))
-            break
-        except QueueFull:
-            bench.step()
+    while len(bench.schedule.queue) >= MAX_WAITING:  # a place is all that it has to find for itself
+        bench.step()
+    bench.add(of("victim", victim, prompt=prompt, new=9, priority=Priority.LOW))
     due_s = bench.now + 10.0
     waiting: set[str] = set()
     passed: list[str] = []
