@@ -25,7 +25,7 @@ import torch
 from forked_daemon import ForkedProcess
 
 from sage_fed.core import Tier
-from sage_fed.daemon import tiers
+from sage_fed.daemon import build
 from sage_fed.engine import Engine, EngineOptions
 from sage_fed.engine.decoder import Forward, Pass, Queued
 from sage_fed.steps import Chunk
@@ -109,7 +109,7 @@ class FaultyForward:
 
 def install(folder: str) -> None:
     """In the daemon's process, before it starts: wrap whatever is loaded."""
-    load: Callable[[EngineOptions, Callable[[float], None]], Engine] = tiers.load_engine
+    load: Callable[[EngineOptions, Callable[[float], None]], Engine] = build.load_engine
 
     def load_faulty(options: EngineOptions, progress: Callable[[float], None]) -> Engine:
         engine = load(options, progress)
@@ -117,4 +117,4 @@ def install(folder: str) -> None:
         engine._forward = FaultyForward(engine._forward, Path(folder) / options.name)
         return engine
 
-    tiers.load_engine = load_faulty  # type: ignore[assignment]
+    build.load_engine = load_faulty  # type: ignore[assignment]
