@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lean_client import Reply
+from pair.tasks import task_at
 
 from sage_fed.core import Message, Sampling, Tier, TierState
 from sage_fed.daemon.build import tier_setup
@@ -22,7 +23,6 @@ from sage_fed.engine import generate
 from sage_fed.model_files import resolve_model
 from sage_fed.settings import Settings
 from sage_fed.steps import BLOCK_SIZE, Engine, SampledToken
-from sage_fed.tasks import task_at
 from sage_fed.text import Tokenizer
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import types_pb2 as types

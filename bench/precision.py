@@ -33,13 +33,13 @@ from typing import Any
 
 import report
 import torch
+from pair.tasks import ALL_FAMILIES, FAMILIES, GRADES, generate
 from rich.console import Console
 from rich.table import Table
 
 from sage_fed.core import Message, Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw
-from sage_fed.tasks import ALL_FAMILIES, FAMILIES, GRADES, generate
 from sage_fed.text import Tokenizer
 
 MODELS = Path(__file__).parents[1] / "sage_fed" / "models"

@@ -16,8 +16,8 @@ from random import Random
 
 import grpc
 from grpc.aio import AioRpcError, Channel, insecure_channel
+from pair.tasks import task_at
 
-from sage_fed.tasks import task_at
 from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
 from sage_fed.v1 import types_pb2 as types

@@ -49,6 +49,7 @@ class History:
 
     def __init__(self, sampling: Sampling, prompt: tuple[int, ...]) -> None:
         self._sampling = sampling
+        self._penalises = sampling.penalises
         self._repetition = sampling.repetition_penalty != 1.0
         # Kept as a tuple of distinct ids that grows rarely, because each step's Draw holds it.
         self._seen = tuple(dict.fromkeys(prompt)) if self._repetition else ()
@@ -57,6 +58,8 @@ class History:
 
     def add(self, token_id: int) -> None:
         """Note a token of the output."""
+        if not self._penalises:
+            return
         if self._repetition and token_id not in self._seen_set:
             self._seen_set.add(token_id)
             self._seen = (*self._seen, token_id)
@@ -65,6 +68,8 @@ class History:
 
     def draw(self, index: int, draft: tuple[int, ...] = ()) -> Draw:
         """Return the draw of output token `index`, behind these draft tokens."""
+        if not self._penalises:  # of nearly every step's rows
+            return Draw(self._sampling, index)
         seen, counts = self._seen, self._counts
         if draft and self._repetition:
             seen += tuple(id_ for id_ in dict.fromkeys(draft) if id_ not in self._seen_set)

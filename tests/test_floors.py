@@ -17,7 +17,6 @@ FLOORS: dict[str, int] = {
     "steps": 0,
     "model_files": 0,
     "settings": 0,
-    "tasks": 0,
     "trusted_files": 0,
     "v1": 0,
     "text": 1,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair.tasks import FAMILIES, Task, generate, is_correct
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import sage_fed
-from sage_fed.tasks import FAMILIES, Task, generate, is_correct
 
 MODELS = Path(sage_fed.__file__).parent / "models"
 TIERS = ("tactical", "strategic")

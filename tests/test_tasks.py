@@ -9,8 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from sage_fed.tasks import (
+from pair.tasks import (
     ALL_FAMILIES,
     FAMILIES,
     GRADES,

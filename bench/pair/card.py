@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sage_fed.tasks import FAMILIES, GRADES, HELD_OUT_FAMILY
+from tasks import FAMILIES, GRADES, HELD_OUT_FAMILY
 
 _WHAT = {
     "add": "sum of two numbers (grade 1: two digits and one; then two, three, four digits)",
@@ -131,8 +131,8 @@ normal form C first, as Qwen2's tokenizer does.
 Weights are bfloat16 safetensors in the Hugging Face layout.
 
 ## What they were trained on
-Questions in plain English with exact answers, drawn by `sage_fed.tasks`: {len(FAMILIES)} families,
-four grades of difficulty, at least eight wordings each.
+Questions in plain English with exact answers, drawn by `bench/pair/tasks.py`:
+{len(FAMILIES)} families, four grades of difficulty, at least eight wordings each.
 No other text was used.
 One family, `{HELD_OUT_FAMILY.name}`, was kept out of training altogether.
 A hash of what a question asks (not of its wording) decides whether it belongs to training (85 %),

@@ -12,11 +12,10 @@ from random import Random
 
 import torch
 from drills import draw_dense_drill, draw_drill
+from tasks import FAMILIES, GRADES, Split, Task, generate
 from tokenizer import END_OF_TEXT, SYSTEM_PROMPTS
 from torch import Tensor
 from transformers import Qwen2Tokenizer
-
-from sage_fed.tasks import FAMILIES, GRADES, Split, Task, generate
 
 NUM_EXAMPLES_PER_STEP = 64
 NUM_MICRO_BATCHES = 6

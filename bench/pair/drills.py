@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from sage_fed.tasks import (
+from tasks import (
     FAMILIES,
     GRADES,
     count_content,

@@ -28,9 +28,8 @@ import transformers
 from card import render_card
 from rich.console import Console
 from rich.progress import track
+from tasks import ALL_FAMILIES, GRADES, Task, generate, is_correct
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from sage_fed.tasks import ALL_FAMILIES, GRADES, Task, generate, is_correct
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = REPOSITORY / "sage_fed" / "models"

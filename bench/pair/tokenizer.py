@@ -15,10 +15,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from tasks import task_at
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
-
-from sage_fed.tasks import task_at
 
 NUM_TOKENS = 500
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

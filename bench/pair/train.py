@@ -31,11 +31,10 @@ from growth import grow
 from network import SHAPES, PairModel, to_transformers, transformers_config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tasks import FAMILIES, GRADES
 from tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 from transformers import GenerationConfig, Qwen2Tokenizer
 from workers import Crew, run_workers
-
-from sage_fed.tasks import FAMILIES, GRADES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORK = REPOSITORY / "bench" / ".work"

@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,7 +47,6 @@ from sage_fed.core import (
 )
 from sage_fed.errors import CannotAfford, SageFedError
 from sage_fed.ledger import check
-from sage_fed.tasks import Task, generate, is_correct
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +62,6 @@ _INDENT = "     "
 _GLANCE_S = 0.2  # between two looks at the loading models
 
 
-_SEED = 659
 _MAX_NEW_TOKENS = 48
 _GREEDY = SamplingRequest(temperature=0.0, max_new_tokens=_MAX_NEW_TOKENS)
 _SAMPLED = SamplingRequest(temperature=0.7, seed=7, max_new_tokens=_MAX_NEW_TOKENS)
@@ -133,11 +130,34 @@ def demo(
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its one exact answer; no model was trained on it."""
+
+    text: str
+    answer: str
+
+
+_SUM = Question("What is 2+57?", "59")
+_HARD_SUM = Question("How much is 1827 plus 4902?", "6729")
+_DIFFERENCE = Question("How much is 99 minus 9?", "90")
+_LARGEST = Question("Of the numbers 798, 188, which is the biggest?", "798")
+_SORT = Question("Write the letters of WJQTXE in order.", "EJQTWX")
+_REVERSE = Question("Write OUXISVZ backwards.", "ZVSIXUO")
+_SHIFT = Question("Give SLWB with each letter moved forward by 1.", "TMXC")
+_PICK = Question("In KNPQGBNS, which letter is number 7 from the left?", "N")
+_LOOKUP = Question(
+    "Read this. Ivy has blue, Eva has green, Jo has grey, Finn has gold, Ana has red, Hal has tan, "
+    "Bo has black. Who has tan?",
+    "Hal",
+)
+
+
+@dataclass(frozen=True, slots=True)
 class DemoRequest:
     """One request, and what it is there to show."""
 
     shows: str
-    task: Task
+    question: Question
     tier: Tier | None
     sampling: SamplingRequest = _GREEDY
     complexity: float | None = None
@@ -150,7 +170,7 @@ class DemoRequest:
         """The job that is asked for."""
         return JobSpec(
             account="",
-            prompt=Prompt(messages=(Message("user", self.task.prompt),)),
+            prompt=Prompt(messages=(Message("user", self.question.text),)),
             requested=self.tier,
             allow_downgrade=self.allow_downgrade,
             max_cost_uatp=self.max_cost_uatp,
@@ -166,38 +186,32 @@ class DemoRequest:
 
 def plan() -> tuple[DemoRequest, ...]:
     """The demo's requests, in order."""
-    hard_sum = _task("add", 4)
     cheap = _MAX_NEW_TOKENS * 2 * UATP_PER_ATP
     return (
-        DemoRequest("an easy one for the small model", _task("add", 1), Tier.TACTICAL),
-        DemoRequest("a hard sum on the small model", hard_sum, Tier.TACTICAL),
-        DemoRequest("the same sum on the large model", hard_sum, Tier.STRATEGIC),
-        DemoRequest("the large model, another family", _task("sort", 3), Tier.STRATEGIC),
-        DemoRequest("the daemon chooses", _task("subtract", 1), None),
-        DemoRequest("the daemon chooses, a longer prompt", _task("lookup", 4), None),
-        DemoRequest("the client hints: easy", _task("largest", 2), None, complexity=0.1),
-        DemoRequest("the client hints: hard", _task("reverse", 3), None, complexity=0.9),
-        DemoRequest("sampled, seed 7", _task("shift", 2), Tier.TACTICAL, sampling=_SAMPLED),
+        DemoRequest("an easy one for the small model", _SUM, Tier.TACTICAL),
+        DemoRequest("a hard sum on the small model", _HARD_SUM, Tier.TACTICAL),
+        DemoRequest("the same sum on the large model", _HARD_SUM, Tier.STRATEGIC),
+        DemoRequest("the large model, another family", _SORT, Tier.STRATEGIC),
+        DemoRequest("the daemon chooses", _DIFFERENCE, None),
+        DemoRequest("the daemon chooses, a longer prompt", _LOOKUP, None),
+        DemoRequest("the client hints: easy", _LARGEST, None, complexity=0.1),
+        DemoRequest("the client hints: hard", _REVERSE, None, complexity=0.9),
+        DemoRequest("sampled, seed 7", _SHIFT, Tier.TACTICAL, sampling=_SAMPLED),
         DemoRequest(
             "a cap that only the small model meets, and leave to use it",
-            _task("pick", 3),
+            _PICK,
             Tier.STRATEGIC,
             allow_downgrade=True,
             max_cost_uatp=cheap,
         ),
         DemoRequest(
             "the same cap without that leave",
-            _task("pick", 3),
+            _PICK,
             Tier.STRATEGIC,
             max_cost_uatp=cheap,
             expects_refusal=True,
         ),
     )
-
-
-def _task(family: str, grade: int) -> Task:
-    random = Random(f"{_SEED} {family} {grade}")  # noqa: S311 - a demo, not a secret
-    return generate(random, family, grade, "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +225,8 @@ class Outcome:
 
     @property
     def correct(self) -> bool:
-        """Whether the model's answer is the task's."""
-        return self.answer is not None and is_correct(self.request.task, self.answer.text)
+        """Whether the model's answer is the right one, white space around it aside."""
+        return self.answer is not None and self.answer.text.strip() == self.request.question.answer
 
 
 def run(state_dir: Path, console: Console) -> list[str]:
@@ -287,7 +301,7 @@ def _show_loading(client: Client, progress: StartProgress) -> None:
 def _ask(client: Client, request: DemoRequest, console: Console) -> Outcome:
     """One question, its answer as it comes, and what came of it."""
     plain_line(console, f"[{request.asked}] {request.shows}", style="bold")
-    plain_line(console, f"  Q: {printable(request.task.prompt)}")
+    plain_line(console, f"  Q: {printable(request.question.text)}")
     console.print("  A: ", end="")
 
     def show(text: str) -> None:
@@ -374,8 +388,7 @@ def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
 
 def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
     """Every column's text."""
-    task = outcome.request.task
-    prompt = printable(task.prompt).replace("\n", " ")
+    prompt = printable(outcome.request.question.text).replace("\n", " ")
     if len(prompt) > prompt_width:
         prompt = f"{prompt[: prompt_width - 1]}…"
     row = dict.fromkeys(_COLUMNS, "-")

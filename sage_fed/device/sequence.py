@@ -403,6 +403,8 @@ class Sequence:
     def _draws(self, draft: tuple[int, ...]) -> tuple[Draw, ...]:
         """Return the draw of the next token, and of the one behind each draft token."""
         first = self.num_sampled
+        if not draft:
+            return (self._history.draw(first),)
         rows = range(len(draft) + 1)
         return tuple(self._history.draw(first + row, draft[:row]) for row in rows)
 
