@@ -58,9 +58,10 @@ from sage_fed.errors import (
     RequestIdConflict,
     TierUnavailable,
 )
-from sage_fed.jobs import Admission, Broker, Encoder, OutgoingStream, Services, admission
-from sage_fed.jobs.broker import Job, timing_of
-from sage_fed.jobs.outgoing import SequenceText
+from sage_fed.jobs import admission
+from sage_fed.jobs.admission import Admission, Encoder
+from sage_fed.jobs.broker import Broker, Job, Services, timing_of
+from sage_fed.jobs.outgoing import OutgoingStream, SequenceText
 from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hashes
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention, check
 from sage_fed.metrics import Metrics

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_executor_probe import prepare, used
 
-from sage_fed.calibrate import Calibrator, Pace, Site
-from sage_fed.calibrate.calibrator import save_card, stem_of
+from sage_fed.calibrate.calibrator import Calibrator, Site, save_card, stem_of
 from sage_fed.calibrate.measurement import (
     Measurement,
+    Pace,
     interleaved,
     median_error,
     points_of,

@@ -19,7 +19,7 @@ from test_broker import CARD, PROMPT, WAIT_S, Rig, finished_of, job, read, rig
 from sage_fed.cards.rate_card import charge, quote_program
 from sage_fed.core import Delta, Phase, Program, Stage, Started, StopReason, Tier, Usage
 from sage_fed.errors import DeviceOutOfMemory, SageFedError, TierUnavailable
-from sage_fed.jobs import Admission
+from sage_fed.jobs.admission import Admission
 from sage_fed.ledger import check
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC

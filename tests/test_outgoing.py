@@ -14,8 +14,7 @@ from sage_fed.core import Delta, Event, Logprob
 from sage_fed.device import Pacer
 from sage_fed.device.messages import AWAY_S, COUNT_S
 from sage_fed.errors import DeviceBusy
-from sage_fed.jobs import OutgoingStream
-from sage_fed.jobs.outgoing import MOST_IN_MESSAGE, SequenceText
+from sage_fed.jobs.outgoing import MOST_IN_MESSAGE, OutgoingStream, SequenceText
 from sage_fed.text import Tokenizer
 
 NEVER = 1e-6

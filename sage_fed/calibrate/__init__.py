@@ -3,8 +3,3 @@
 `measurement` times steps through the executor and makes prices of the times; `calibrator` runs
 that for one caller at a time, and writes the card and its report.
 """
-
-from sage_fed.calibrate.calibrator import Calibrator, Site
-from sage_fed.calibrate.measurement import FULL, QUICK, Pace
-
-__all__ = ["FULL", "QUICK", "Calibrator", "Pace", "Site"]

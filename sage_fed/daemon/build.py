@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sage_fed
-from sage_fed.calibrate import Site
+from sage_fed.calibrate.calibrator import Site
 from sage_fed.cards.rate_card import Fingerprint, RateCard, own_cards
 from sage_fed.core import ModelInfo, Phase, Tier, counted
 from sage_fed.daemon.operations import CardInForce

@@ -26,7 +26,7 @@ from pathlib import Path
 import uvloop
 
 from sage_fed.auth import mint_admin_token
-from sage_fed.calibrate import Calibrator
+from sage_fed.calibrate.calibrator import Calibrator
 from sage_fed.core import counted
 from sage_fed.daemon.access import Access, read_access_files, throttle_of
 from sage_fed.daemon.build import (
@@ -47,7 +47,8 @@ from sage_fed.daemon.readiness import Laps, Lifecycle, Readiness, StartProgress,
 from sage_fed.device import Executor
 from sage_fed.engine import describe_device, read_bandwidth_bytes_per_s, set_cpu_threads
 from sage_fed.errors import SageFedError
-from sage_fed.jobs import Admission, Broker, Encoder, Services
+from sage_fed.jobs.admission import Admission, Encoder
+from sage_fed.jobs.broker import Broker, Services
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import BoundServer, build_server

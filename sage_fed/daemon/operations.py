@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import sage_fed
-from sage_fed.calibrate import Calibrator
+from sage_fed.calibrate.calibrator import Calibrator
 from sage_fed.cards.rate_card import Fingerprint, RateCard, available_cards, is_version
 from sage_fed.core import (
     CalibrationEvent,
@@ -32,7 +32,7 @@ from sage_fed.core import (
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import Executor
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
-from sage_fed.jobs import Broker
+from sage_fed.jobs.broker import Broker
 from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
 from sage_fed.settings import AUTO_CARD, Settings

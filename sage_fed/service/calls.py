@@ -33,7 +33,7 @@ from sage_fed.settings import LimitSettings
 from sage_fed.wire.error_status import status_of
 
 if TYPE_CHECKING:
-    from sage_fed.jobs import OutgoingStream
+    from sage_fed.jobs.outgoing import OutgoingStream
     from sage_fed.metrics import Metrics
 
 SWEEP_S = 0.5

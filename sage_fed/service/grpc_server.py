@@ -56,7 +56,7 @@ from sage_fed.trusted_files import os_error
 from sage_fed.workers import Workers
 
 if TYPE_CHECKING:
-    from sage_fed.jobs import Broker
+    from sage_fed.jobs.broker import Broker
     from sage_fed.metrics import Metrics
     from sage_fed.tracing import Tracing
 

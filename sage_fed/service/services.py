@@ -47,7 +47,8 @@ from sage_fed.wire.codec import decode, encode
 from sage_fed.workers import Workers
 
 if TYPE_CHECKING:
-    from sage_fed.jobs import Broker, OutgoingStream
+    from sage_fed.jobs.broker import Broker
+    from sage_fed.jobs.outgoing import OutgoingStream
 
 M = TypeVar("M", bound=Message)
 
@@ -190,7 +191,7 @@ def _named_as_in(request: types_pb2.JobSpec | inference_pb2.CountTokensRequest) 
 
 
 if TYPE_CHECKING:
-    from sage_fed.jobs import Broker
+    from sage_fed.jobs.broker import Broker
 
 DEFAULT_PAGE_SIZE = 50
 
