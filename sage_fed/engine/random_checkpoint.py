@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from sage_fed.engine.tensor_file import header_bytes
 from sage_fed.errors import CannotWrite
 
 _MAX_SHARD_BYTES = 4_000_000_000  # the published 7B comes in four files of just below 4 GB
@@ -28,12 +29,7 @@ _CHUNK_ELEMENTS = 4 * 2**20
 _GENERATORS = 2  # normal numbers cost more than writing them does
 _STD = 0.02
 _SINGLE = "model.safetensors"
-_TYPES: dict[str, tuple[torch.dtype, str, str]] = {
-    # precision -> its type, its name in a safetensors header and in a configuration
-    "bf16": (torch.bfloat16, "BF16", "bfloat16"),
-    "fp16": (torch.float16, "F16", "float16"),
-    "fp32": (torch.float32, "F32", "float32"),
-}
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WEIGHT_TYPES = tuple(_TYPES)
 
 
@@ -81,11 +77,11 @@ class CheckpointPlan:
     @property
     def parameters(self) -> int:
         """Elements of all weights."""
-        return self.num_bytes // _TYPES[self.weight_type][0].itemsize
+        return self.num_bytes // _TYPES[self.weight_type].itemsize
 
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of one tensor."""
-        return torch.Size(shape).numel() * _TYPES[self.weight_type][0].itemsize
+        return torch.Size(shape).numel() * _TYPES[self.weight_type].itemsize
 
 
 def plan_checkpoint(
@@ -97,7 +93,7 @@ def plan_checkpoint(
 ) -> CheckpointPlan:
     """Lay a checkpoint out; `num_layers` fewer than the real one has make a quick test."""
     shape = replace(shape, layers=num_layers or shape.layers)
-    itemsize = _TYPES[weight_type][0].itemsize
+    itemsize = _TYPES[weight_type].itemsize
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, size in _tensors(shape):
@@ -197,7 +193,9 @@ def _write_shards(
         name = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else _SINGLE
         weight_map |= dict.fromkeys(shard, name)
         with (directory / name).open("wb") as file:
-            _write_header(file, plan, shard)
+            dtype = _TYPES[plan.weight_type]
+            planned = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in shard.items()}
+            file.write(header_bytes(planned, {"format": "pt"}))
             for values in _random_chunks(plan, shard, seed, tensors):
                 file.write(values.view(torch.uint8).numpy().data)
                 done += values.nbytes
@@ -208,21 +206,6 @@ def _write_shards(
         _write_json(directory / f"{_SINGLE}.index.json", index)
 
 
-def _write_header(file: BinaryIO, plan: CheckpointPlan, shard: dict[str, tuple[int, ...]]) -> None:
-    """The safetensors header: its length (8 bytes, little endian), then JSON."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shard.items():
-        end = offset + plan.tensor_bytes(shape)
-        dtype = _TYPES[plan.weight_type][1]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format's alignment
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-
-
 def _random_chunks(
     plan: CheckpointPlan, shard: dict[str, tuple[int, ...]], seed: int, first_tensor: int
 ) -> Iterator[torch.Tensor]:
@@ -230,7 +213,7 @@ def _random_chunks(
 
     A chunk's numbers depend on the seed, its tensor and its place, not on the threads.
     """
-    dtype = _TYPES[plan.weight_type][0]
+    dtype = _TYPES[plan.weight_type]
     waiting: deque[Future[torch.Tensor]] = deque()
     with ThreadPoolExecutor(_GENERATORS, thread_name_prefix="random-weights") as pool:
         for tensor, (name, shape) in enumerate(shard.items(), first_tensor):
@@ -258,7 +241,7 @@ def _config(plan: CheckpointPlan) -> dict[str, Any]:
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": None,
-        "dtype": _TYPES[plan.weight_type][2],
+        "dtype": str(_TYPES[plan.weight_type]).removeprefix("torch."),
         "eos_token_id": None,
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
