@@ -155,10 +155,12 @@ def test_a_full_queue_refuses_the_next(client: Client) -> None:
     """One runs, one waits, the third is refused with a delay; the others are not disturbed."""
     fields = {"tier": Tier.STRATEGIC, "max_new_tokens": 500, "ignore_eos": True}
     with ExitStack() as stack:
-        streams = [
+        running, waiting = (
             stack.enter_context(closing(client.stream(QUESTION, **fields))) for _ in range(2)
-        ]
-        assert [Started, Started] == [type(next(stream)) for stream in streams]
+        )
+        # Its first token says that it has left the queue.
+        assert [Started, Delta] == [type(next(running)), type(next(running))]
+        assert Started is type(next(waiting))
         with pytest.raises(QueueFull) as raised:
             client.generate(QUESTION, **fields)
     assert raised.value.retry_after_s is not None

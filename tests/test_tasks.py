@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pair.tasks import (
+from tasks import (
     ALL_FAMILIES,
     FAMILIES,
     GRADES,
