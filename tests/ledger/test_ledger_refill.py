@@ -17,7 +17,7 @@ from sage_fed.ledger.entries import (
     Now,
     system_clock,
 )
-from sage_fed.routing import refill_s
+from sage_fed.routing import _refill_s
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_refused_hold_is_accepted_after_the_wait_it_was_told(refill: int, amou
     desk.clock.advance_ns(123_456_789)
     with pytest.raises(CannotAfford):
         desk.hold("early", amount)
-    wait_s = refill_s(desk.budget(), amount)
+    wait_s = _refill_s(desk.budget(), amount)
 
     desk.clock.advance(math.ceil(wait_s * 1000) / 1000)
     desk.hold("right", amount)
