@@ -160,6 +160,52 @@ async def test_a_deadline_between_the_stages_shows_what_was_made(
         assert StopReason.LENGTH is finished.stop_reason
 
 
+@pytest.mark.parametrize("reason", [StopReason.DEADLINE, StopReason.ABORTED, StopReason.CANCELLED])
+async def test_a_stop_behind_a_hidden_stop_string_starts_no_second_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: StopReason
+) -> None:
+    """The first answer is complete: it is shown and charged, and nothing more is made."""
+
+    def late(answer: Delta, planned: Stage) -> Stage:
+        (running,) = r.broker._jobs.values()
+        running.stop(reason)
+        return escalate(answer, planned)
+
+    async with two_stages(tmp_path, monkeypatch, late) as r:
+        whole = await r.run(job(new=8))
+        text = "".join(event.text for event in whole if isinstance(event, Delta))
+        events = await r.run(job(new=40, requested=S, sampling={"stop": (text[3:6],)}))
+        finished = finished_of(events)
+        shown = "".join(event.text for event in events if isinstance(event, Delta))
+        assert text[:3] == shown
+        assert StopReason.STOP_STRING is finished.stop_reason
+        assert {T} == {done.tier for done in finished.usage.by_phase}
+        assert check(r.path).violations == ()
+
+
+@pytest.mark.parametrize("stage", [T, S])
+async def test_a_deadline_passes_in_either_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Tier
+) -> None:
+    """It ends there; a client sees what that stage made until then, and pays both."""
+    async with two_stages(tmp_path, monkeypatch, spoil) as r:
+        engine = r.gate(stage)
+        stream = await r.submit(job(new=100, requested=S, sampling={"deadline_s": WAIT_S}))
+        engine.let_pass(3)
+        async with asyncio.timeout(WAIT_S):
+            counted = partial(r.counted, "engine_tokens_total", tier=stage.name, phase="decode")
+            while not counted():  # noqa: ASYNC110 - a counter tells nobody
+                await asyncio.sleep(0)
+        (running,) = r.broker._jobs.values()
+        running.stop(StopReason.DEADLINE)  # as its timer does
+        engine.let_pass(1_000)
+        finished = finished_of(await read(stream))
+        assert StopReason.DEADLINE is finished.stop_reason
+        assert (stage == S) == any(done.tier == S for done in finished.usage.by_phase)
+        assert finished.price.charged_uatp == charge(CARD, finished.usage) == await r.spent_uatp()
+        assert check(r.path).violations == ()
+
+
 @pytest.mark.parametrize(
     ("fault", "error"),
     [(DeviceOutOfMemory("full"), DeviceOutOfMemory), (ValueError("bug"), TierUnavailable)],

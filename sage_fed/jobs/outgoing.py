@@ -339,6 +339,8 @@ class Delivery:
         self._metrics = metrics
         self._exemplar = exemplar
         self._seq_id: int | None = None
+        self._asked_to_stop = False
+        """Also behind a stop string, which ends a sequence and not the job's later ones."""
         self._last_push_s = 0.0
 
     @property
@@ -368,7 +370,10 @@ class Delivery:
 
     def stop(self, reason: StopReason) -> None:
         """Have the job end at the next step; the first reason counts."""
-        if self.stop_reason is not None or self._stream.ended:
+        if self._stream.ended:
+            return
+        self._asked_to_stop = True
+        if self.stop_reason is not None:
             return
         self.stop_reason = reason
         if self._seq_id is not None:
@@ -390,10 +395,9 @@ class Delivery:
             started: written once the executor has accepted the job's first sequence.
             shown: whether the reader sees what it makes; else `show` may deliver it later.
         """
-        if self.stop_reason is StopReason.STOP_STRING:
-            self.stop_reason = None  # of the sequence before
-        if self.stop_reason is not None:
+        if self._asked_to_stop:
             return None
+        self.stop_reason = None  # the stop string of the sequence before
         text = SequenceText(decoder, self._spec.sampling.stop)
         ending = self._executor.submit(sequence, lambda tokens: self._take(tokens, sequence, text))
         self._seq_id = sequence.seq_id
