@@ -77,12 +77,8 @@ _SERIES = (
     "sage_fed_cost_ratio",
 )
 
-_COLUMNS = (
-    "prompt", "asked", "tier: reason", "right?", "tokens", "first", "tok/s", "ATP", "left",
-)  # fmt: skip
-_NUMBERS = frozenset({"tokens", "first", "tok/s", "ATP", "left"})
 _WIDE = 118  # columns of the terminal
-_WIDE_ONLY = frozenset({"asked", "first", "tok/s", "left"})
+_WIDE_ONLY = ("asked", ">first", ">tok/s", ">left")
 _WIDE_PROMPT, _NARROW_PROMPT = 25, 21
 
 _WRONG = "wrong answers are expected of models this small: see sage_fed/models/MODEL_CARD.md"
@@ -366,19 +362,12 @@ def print_terms(budget: Budget, console: Console) -> None:
 
 def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
     """One row a request; a narrow terminal gets what its answers above have not told."""
+    from sage_fed.cli.drawing import draw  # noqa: PLC0415 - as all drawing
+
     wide = console.width >= _WIDE
-    shown = _COLUMNS if wide else tuple(name for name in _COLUMNS if name not in _WIDE_ONLY)
-    from rich.text import Text  # noqa: PLC0415 - as all drawing
-
-    from sage_fed.cli.drawing import plain_table  # noqa: PLC0415
-
-    table = plain_table(console)
-    for name in shown:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
-    for outcome in outcomes:
-        row = _row(outcome, _WIDE_PROMPT if wide else _NARROW_PROMPT)
-        table.add_row(*(Text(row[name]) for name in shown))
-    console.print(table)
+    rows = [_row(outcome, _WIDE_PROMPT if wide else _NARROW_PROMPT) for outcome in outcomes]
+    hidden = () if wide else _WIDE_ONLY
+    draw([{name: row[name] for name in row if name not in hidden} for row in rows], console)
     answered = [outcome for outcome in outcomes if outcome.answer is not None]
     right = sum(outcome.correct for outcome in answered)
     console.print(f"\n{right} of {len(answered)} answers right", highlight=False)
@@ -391,21 +380,30 @@ def _row(outcome: Outcome, prompt_width: int) -> dict[str, str]:
     prompt = printable(outcome.request.question.text).replace("\n", " ")
     if len(prompt) > prompt_width:
         prompt = f"{prompt[: prompt_width - 1]}…"
-    row = dict.fromkeys(_COLUMNS, "-")
-    row |= {"prompt": prompt, "asked": outcome.request.asked}
+    row = {
+        "prompt": prompt,
+        "asked": outcome.request.asked,
+        "tier: reason": outcome.refusal or outcome.failure,
+        "right?": "-",
+        ">tokens": "-",
+        ">first": "-",
+        ">tok/s": "-",
+        ">ATP": "0.00",
+        ">left": "-",
+    }
     answer = outcome.answer
     if answer is None or answer.started is None or answer.finished is None:
-        return row | {"tier: reason": outcome.refusal or outcome.failure, "ATP": "0.00"}
+        return row
     route, finished = answer.started.route, answer.finished
     rate = format_rate(finished.usage.output_tokens - 1, finished.timing.decode_s)
     return row | {
         "tier: reason": f"{route.tier.name}: {route.reason}",
         "right?": "yes" if outcome.correct else "no",
-        "tokens": str(finished.usage.output_tokens),
-        "first": format_seconds(finished.timing.time_to_first_token_s),
-        "tok/s": rate or "-",
-        "ATP": atp_number(finished.price.charged_uatp),
-        "left": atp_number(finished.balance_uatp),
+        ">tokens": str(finished.usage.output_tokens),
+        ">first": format_seconds(finished.timing.time_to_first_token_s),
+        ">tok/s": rate or "-",
+        ">ATP": atp_number(finished.price.charged_uatp),
+        ">left": atp_number(finished.balance_uatp),
     }
 
 

@@ -65,11 +65,9 @@ class _Console(Console):
 def stdout_console() -> Console:
     """A console for tables: as wide as the terminal, or wide enough when piped."""
     console = _Console(highlight=False, theme=_THEME)
-    return (
-        console
-        if console.is_terminal
-        else _Console(highlight=False, theme=_THEME, width=_PLAIN_WIDTH)
-    )
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    return console
 
 
 def stderr_console() -> Console:
@@ -77,18 +75,14 @@ def stderr_console() -> Console:
     return _Console(stderr=True, theme=_THEME)
 
 
-def plain_table(console: Console) -> Table:
-    """An empty table; its lines are for eyes, in a pipe there are columns only."""
+def draw(rows: Sequence[Mapping[str, str]], console: Console | None = None) -> None:
+    """Print a table, the numbers of the columns with a `>` to the right."""
+    console = console or stdout_console()
+    # The lines are for eyes: in a pipe there are columns only.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     if console.is_terminal:
         # The line between the columns is a space, too.
-        return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-
-
-def draw(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print a table on stdout, the numbers of the columns with a `>` to the right."""
-    console = stdout_console()
-    table = plain_table(console)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, heading in enumerate(rows[0] if rows else ()):
         # Folded, never cut: an id is there to be copied. What names the row stays whole.
         justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"

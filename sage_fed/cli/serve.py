@@ -28,7 +28,7 @@ import typer
 
 from sage_fed.cli import options
 from sage_fed.cli.exits import daemon_exit_code, explain, reported
-from sage_fed.cli.options import OptionGroup, grouped, option
+from sage_fed.cli.options import OptionGroup, grouped, option, report
 from sage_fed.cli.render import LineProgress, print_json, print_table
 from sage_fed.cli.streams import complain, leave_on_interrupt
 from sage_fed.errors import SageFedError
@@ -166,15 +166,18 @@ def config(*, given: SettingsFlags, as_json: options.AsJson = False) -> None:
     Each with where its value came from: flag, environment, file, profile or default.
     """
     flags = given.by_key()
-    with reported(as_json=as_json):
-        found = effective(flags, given.config_file)
-        if as_json:
-            print_json(found.objects())
-        else:
-            print_table(
-                {"setting": key, "value": value, "from": origin}
-                for key, value, origin in found.rows()
-            )
+    report(
+        lambda: effective(flags, given.config_file),
+        _print_settings,
+        lambda found: found.objects(),
+        as_json=as_json,
+    )
+
+
+def _print_settings(found: Effective) -> None:
+    print_table(
+        {"setting": key, "value": value, "from": origin} for key, value, origin in found.rows()
+    )
 
 
 def effective(flags: dict[str, Any], config_file: Path | None) -> Effective:
@@ -192,31 +195,6 @@ _VERSION_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewService(OptionGroup):
-    """What systemd is to run."""
-
-    machine: Machine = option(
-        "--machine", "jetson, cuda or cpu: what the service runs on.", "KIND", default=MISSING
-    )
-    instance: str = option("--instance", "A further one: sage-fed@NAME.", "NAME", default="")
-    profile: str = option(
-        "--profile",
-        "Packaged settings for a new configuration; jetson-thor, qwen2.5 or demo by machine.",
-        "NAME",
-        default="",
-    )
-    now: bool = option(
-        "--now", "Enable and start it, too; not in an image (--root).", default=False
-    )
-    dry_run: bool = option("--dry-run", "Show the files, and write none.", default=False)
-    root: Path = option(
-        "--root", "Write below DIR, an image; nothing is started.", "DIR", default=Path("/")
-    )
-    program: Path | None = option("--program", "The sage-fed that it runs; else this one.", "FILE")
-    as_json: options.AsJson = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class OldService(OptionGroup):
     """What systemd is to run no more."""
 
@@ -226,6 +204,25 @@ class OldService(OptionGroup):
         "--root", "Write below DIR, an image; nothing is started.", "DIR", default=Path("/")
     )
     as_json: options.AsJson = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewService(OldService):
+    """What systemd is to run."""
+
+    machine: Machine = option(
+        "--machine", "jetson, cuda or cpu: what the service runs on.", "KIND", default=MISSING
+    )
+    profile: str = option(
+        "--profile",
+        "Packaged settings for a new configuration; jetson-thor, qwen2.5 or demo by machine.",
+        "NAME",
+        default="",
+    )
+    now: bool = option(
+        "--now", "Enable and start it, too; not in an image (--root).", default=False
+    )
+    program: Path | None = option("--program", "The sage-fed that it runs; else this one.", "FILE")
 
 
 class ServiceUnchanged(SageFedError):
