@@ -25,7 +25,6 @@ from sage_fed.cli.render import (
     join_parts,
     parse_atp,
     printable,
-    to_plain,
 )
 from sage_fed.cli.streams import between_words
 from sage_fed.core import (
@@ -40,6 +39,7 @@ from sage_fed.core import (
     Timing,
     Usage,
     counted,
+    to_plain,
 )
 from sage_fed.errors import (
     CannotAfford,

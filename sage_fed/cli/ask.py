@@ -33,7 +33,6 @@ from sage_fed.cli.render import (
     print_fields,
     print_table,
     printable,
-    to_plain,
 )
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client
@@ -165,9 +164,9 @@ def answer_object(answer: Answer) -> dict[str, object]:
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
-        "logprobs": to_plain(answer.logprobs),
-        "started": to_plain(answer.started),
-        "finished": to_plain(answer.finished),
+        "logprobs": answer.logprobs,
+        "started": answer.started,
+        "finished": answer.finished,
     }
 
 

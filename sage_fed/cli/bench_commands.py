@@ -31,7 +31,6 @@ from sage_fed.cli.render import (
     print_fields,
     print_json,
     print_table,
-    to_plain,
 )
 from sage_fed.cli.streams import leave_on_interrupt
 from sage_fed.core import CalibrationProgress, CalibrationResult, MeasuredPoint, Phase
@@ -367,7 +366,7 @@ def _row(point: MeasuredPoint) -> dict[str, str]:
     beside = point.co_resident_s
     return {
         "tier": point.tier.name,
-        "phase": str(to_plain(point.phase)),
+        "phase": point.phase.value,
         ">batch": str(point.batch),
         ">context": str(point.context_tokens),
         ">tokens": str(point.tokens),

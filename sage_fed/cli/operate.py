@@ -284,12 +284,12 @@ def drain(
 class BudgetTerms(OptionGroup):
     """What an account gets; None leaves it as it is."""
 
-    balance: int | None = _amount("--balance", "What it has now; at most the capacity.")
-    capacity: int | None = _amount(
+    balance_uatp: int | None = _amount("--balance", "What it has now; at most the capacity.")
+    capacity_uatp: int | None = _amount(
         "--capacity", "Up to where it refills; a new account's balance by default."
     )
-    refill: int | None = _amount("--refill", "What it gains a second.")
-    strategic_floor: int | None = _amount(
+    refill_uatp_per_s: int | None = _amount("--refill", "What it gains a second.")
+    strategic_floor_uatp: int | None = _amount(
         "--strategic-floor", "Below this only tactical work is done."
     )
 
@@ -306,13 +306,7 @@ def set_budget(
     What is not given stays as it is.
     """
     daemon.report(
-        lambda client: client.set_budget(
-            account,
-            balance_uatp=terms.balance,
-            capacity_uatp=terms.capacity,
-            refill_uatp_per_s=terms.refill,
-            strategic_floor_uatp=terms.strategic_floor,
-        ),
+        lambda client: client.set_budget(account, **asdict(terms)),
         lambda books: typer.echo(
             f"{books.account}: {format_atp(books.balance_uatp)} of "
             f"{format_atp(books.capacity_uatp)}, refill {format_atp(books.refill_uatp_per_s)}/s, "

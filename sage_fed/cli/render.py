@@ -1,15 +1,13 @@
 """How amounts, times and values look on a terminal, in JSON and, for a start, in the log.
 
-Owns: formatting and parsing of ATP, seconds, bytes; the JSON form of our dataclasses; fields under
-each other; a start's progress as log lines.
+Owns: formatting and parsing of ATP, seconds, bytes; fields under each other; a start's progress as
+log lines.
 Does not know: where a value came from; rich, until a table is drawn.
 Fails: `ValueError` for an amount that is no amount.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
 import shutil
 import sys
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from sage_fed.cli.streams import between_words
-from sage_fed.core import UATP_PER_ATP, CardFit, DaemonStatus, Tier
+from sage_fed.core import UATP_PER_ATP, CardFit, DaemonStatus, Tier, to_plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,27 +106,6 @@ def join_parts(parts: Iterable[str], width: int) -> list[str]:
 def printable(text: str) -> str:
     """The text without terminal control codes: a model's output must not drive the terminal."""
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
-
-
-def to_plain(value: object) -> object:
-    """Dataclasses, enums and tuples as the dicts, strings and lists that JSON has."""
-    if isinstance(value, Tier):
-        return value.name
-    if isinstance(value, enum.IntEnum):
-        return value.name.lower()
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {str(to_plain(key)): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [to_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def print_json(value: object) -> None:

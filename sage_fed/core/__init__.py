@@ -59,6 +59,7 @@ from sage_fed.core.money import (
     Price,
     counted,
     escaped,
+    to_plain,
 )
 from sage_fed.core.tiers import (
     TIER_ROLES,
@@ -142,4 +143,5 @@ __all__ = [
     "counted",
     "escaped",
     "parse_traceparent",
+    "to_plain",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from sage_fed.core.tiers import Tier
 
@@ -16,6 +18,25 @@ MAX_UATP = 2**53
 def counted(number: int, one: str, several: str = "") -> str:
     """`1 job`, `1,024 jobs`; `several` where it is not `one` with an s."""
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def to_plain(value: object) -> Any:  # noqa: ANN401 - whatever JSON has for it
+    """Return dataclasses, enums and tuples as the dicts, strings and lists that JSON has."""
+    if isinstance(value, Tier):
+        return value.name
+    if isinstance(value, enum.IntEnum):
+        return value.name.lower()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(to_plain(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
 
 
 def escaped(text: str) -> str:

@@ -6,13 +6,11 @@ the JSON, once written, keeps its meaning: results of several versions are compa
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from sage_fed import __version__
-from sage_fed.core import Tier
+from sage_fed.core import to_plain
 from sage_fed.inertia.analysis import Analysis, Conclusion
 from sage_fed.inertia.experiment import Findings, Method, Point, Run
 
@@ -26,35 +24,18 @@ def markdown(findings: Findings, analysis: Analysis) -> str:
 
 def record(findings: Findings, analysis: Analysis) -> dict[str, Any]:
     """Return everything as JSON values, derived figures included."""
-    runs = [
-        {**_plain(run), "points": [_plain_point(point) for point in run.points]}
-        for run in findings.runs
-    ]
-    return {
+    plain: dict[str, Any] = {
         "report": "inertia",
         "version": __version__,
-        **_plain(findings),
+        **to_plain(findings),
         "software": findings.software,
         "worklog": worklog(findings, analysis),
-        "runs": runs,
-        **_plain(analysis),
+        **to_plain(analysis),
     }
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any part of the findings
-    if isinstance(value, Tier):
-        return value.name
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return value
-
-
-def _plain_point(point: Point) -> dict[str, Any]:
-    return {**_plain(point), "hundred_s": point.hundred_s, "tokens_per_s": point.tokens_per_s}
+    for run, known in zip(plain["runs"], findings.runs, strict=True):
+        for point, of in zip(run["points"], known.points, strict=True):
+            point |= {"hundred_s": of.hundred_s, "tokens_per_s": of.tokens_per_s}
+    return plain
 
 
 def worklog(findings: Findings, analysis: Analysis) -> str:
