@@ -75,7 +75,7 @@ _MAX_CARD_BYTES = 2**20
 # The values of a card's keys; a validator's context is the sequence of tiers to read.
 
 
-def _or_else(message: str) -> WrapValidator:
+def or_else(message: str) -> WrapValidator:
     """Refuse what does not validate with this text."""
 
     def check(value: Any, validate: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - TOML's
@@ -130,10 +130,10 @@ def _stripped(text: str) -> str:
 
 T = TypeVar("T")
 Text = Annotated[str, Strict(), AfterValidator(_stripped)]
-Count = Annotated[int, Strict(), Field(ge=0), _or_else("must be a whole number of at least 0")]
-Positive = Annotated[int, Strict(), Field(ge=1), _or_else("must be a whole number of at least 1")]
+Count = Annotated[int, Strict(), Field(ge=0), or_else("must be a whole number of at least 0")]
+Positive = Annotated[int, Strict(), Field(ge=1), or_else("must be a whole number of at least 1")]
 Number = Annotated[
-    float, Strict(), Field(ge=0, allow_inf_nan=False), _or_else("must be a number of at least 0")
+    float, Strict(), Field(ge=0, allow_inf_nan=False), or_else("must be a number of at least 0")
 ]
 ByTier = Annotated[
     Mapping[Annotated[Tier, PlainValidator(_tier)], T],
@@ -215,7 +215,7 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits, the same for the same fields on any machine."""
-        text = json.dumps(_plain(self), sort_keys=True)
+        text = json.dumps(as_toml(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
@@ -304,7 +304,7 @@ class RateCard:
 
     version: Text
     title: Text
-    created: Annotated[dt.date, Strict(), _or_else("must be a date")]
+    created: Annotated[dt.date, Strict(), or_else("must be a date")]
     device: Text
     software: Text
     provenance: Text
@@ -473,7 +473,7 @@ def _parse(path: Path, tiers: Sequence[Tier]) -> RateCard:
     try:
         card = TypeAdapter(RateCard).validate_python(table, context=tiers)
     except ValidationError as error:
-        refuse(*_complaint(error))
+        refuse(*complaint(error))
     if card.version != path.stem or not is_version(card.version):
         refuse("version", f"must be the file's name, {path.stem}, in a-z 0-9 . _ -")
     for tier, rates in card.lines.items():
@@ -501,7 +501,7 @@ _MESSAGES = {
 }
 
 
-def _complaint(error: ValidationError) -> tuple[str, str]:
+def complaint(error: ValidationError) -> tuple[str, str]:
     """Return the key that the first error is about, as the file has it, and what is wrong."""
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
@@ -518,7 +518,7 @@ def _complaint(error: ValidationError) -> tuple[str, str]:
 
 def card_text(card: RateCard) -> str:
     """Return the TOML of a card, which `RateCard.load` reads back as the same card."""
-    plain = _plain(card)
+    plain = as_toml(card)
     if card.fingerprint is not None:
         plain["fingerprint"] = {"id": card.fingerprint.digest, **plain["fingerprint"]}
     if card.measured is not None and not card.measured.warning:
@@ -531,21 +531,21 @@ def card_text(card: RateCard) -> str:
     return tomlkit.dumps(document)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any part of a card
+def as_toml(value: Any) -> Any:  # noqa: ANN401 - any part of a card
     """Return a part of a card as TOML's types, under its file's keys, without what is None."""
     if isinstance(value, Tier):
         return value.name
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {as_toml(key): as_toml(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [as_toml(item) for item in value]
     if not is_dataclass(value):
         return value
     plain: dict[str, Any] = {}
     for field in fields(value):
-        item = _plain(getattr(value, field.name))
+        item = as_toml(getattr(value, field.name))
         if field.name in _NESTED:
             plain |= item
         elif field.name == "uatp":
