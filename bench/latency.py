@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sage_fed.cli.demo import DemoDaemon
-from sage_fed.cli.top import fetch, total
+from sage_fed.cli.top import Page, fetch
 from sage_fed.settings import load_settings
 from sage_fed.v1 import inference_pb2 as pb
 
@@ -84,9 +84,9 @@ class Commits:
 
     def since(self) -> float:
         """Mean seconds of a commit since the last call."""
-        page = fetch(self.url)
-        number = total(page, "sage_fed_ledger_commit_seconds_count")
-        seconds = total(page, "sage_fed_ledger_commit_seconds_sum")
+        page = Page.read(fetch(self.url), time.monotonic())
+        number = page.total("sage_fed_ledger_commit_seconds_count") or 0.0
+        seconds = page.total("sage_fed_ledger_commit_seconds_sum") or 0.0
         mean_s = (seconds - self.seconds) / max(1.0, number - self.number)
         self.number, self.seconds = number, seconds
         return mean_s

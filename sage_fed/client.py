@@ -513,7 +513,11 @@ def error_of(error: grpc.RpcError, address: str, tls: Tls | None = None) -> Sage
     if known is not None:
         return known
     if code is grpc.StatusCode.UNAVAILABLE:
-        return no_connection(message, address, tls)
+        cause = _cause(message, tls)
+        why = _WORDS.get(cause)
+        return CannotConnect(
+            address, f"cannot connect to {address}: {why}" if why else None, cause=cause
+        )
     return CallFailed(message or code.name.lower(), status=code.name)
 
 
@@ -541,14 +545,6 @@ _WORDS: Mapping[NoConnection, str] = MappingProxyType(
         NoConnection.CERTIFICATE_REFUSED: "it hung up on the certificate that it was shown",
     }
 )
-
-
-def no_connection(details: str, address: str, tls: Tls | None) -> CannotConnect:
-    """Return the error for what gRPC said; `tls` is what the client tried it with."""
-    cause = _cause(details, tls)
-    why = _WORDS.get(cause)
-    message = f"cannot connect to {address}: {why}" if why else None
-    return CannotConnect(address, message, cause=cause)
 
 
 def _cause(details: str, tls: Tls | None) -> NoConnection:

@@ -12,7 +12,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from sage_fed.cli import options, top
+from sage_fed.cli import options
 from sage_fed.cli.ask import Answer, footer
 from sage_fed.cli.demo import Outcome, plan, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
@@ -27,6 +27,7 @@ from sage_fed.cli.render import (
     printable,
 )
 from sage_fed.cli.streams import between_words
+from sage_fed.cli.top import Page
 from sage_fed.core import (
     Delta,
     Finished,
@@ -199,18 +200,18 @@ def test_assignments_are_pairs() -> None:
 
 def test_samples_of_a_metrics_page() -> None:
     """Names, labels with escapes and values are read; comments are not."""
-    page = (
+    text = (
         "# HELP x_total things\n# TYPE x_total counter\n"
         'x_total{tier="tactical",why="a \\"b\\""} 3.0\n'
         'x_total{tier="strategic",why="c"} 4\ny 1e-05\n'
     )
-    read = list(top.samples(page))
-    assert ["x_total", "x_total", "y"] == [sample.name for sample in read]
-    assert 'a "b"' == read[0].labels["why"]
-    assert (7.0, 4.0, 0.0) == (
-        top.total(page, "x_total"),
-        top.total(page, "x_total", tier="strategic"),
-        top.total(page, "z_total"),
+    page = Page.read(text, 0.0)
+    assert {"x_total": 2, "y": 1} == {name: len(read) for name, read in page.series.items()}
+    assert ('a "b"', "c") == page.values("x_total", "why")
+    assert (7.0, 4.0, None) == (
+        page.total("x_total"),
+        page.total("x_total", tier="strategic"),
+        page.total("z_total"),
     )
 
 

@@ -20,7 +20,6 @@ import typer
 from sage_fed.cli.streams import complain
 from sage_fed.core import SamplingRequest
 from sage_fed.errors import (
-    CalibrationRunning,
     CannotAfford,
     CannotConnect,
     ConfigError,
@@ -91,7 +90,6 @@ _TABLE: tuple[tuple[type[SageFedError], ExitCode, str], ...] = (
     (LedgerDown, ExitCode.UNAVAILABLE, ""),
     (TierUnavailable, ExitCode.UNAVAILABLE, "see `sage-fed status`"),
     (DeviceBusy, ExitCode.UNAVAILABLE, ""),
-    (CalibrationRunning, ExitCode.ERROR, ""),
     (InvalidField, ExitCode.USAGE, ""),
     (Occupied, ExitCode.ERROR, ""),
     (ConfigError, ExitCode.USAGE, "see `sage-fed config`"),

@@ -318,7 +318,12 @@ class Operator(Caller):
 
     def call(self, work: Callable[[Client], T]) -> T:
         """Connect as an operator, do the work, disconnect."""
-        token = operator_token(self.read_token(), self.state_dir)
+        token = self.read_token()
+        if not token:
+            from sage_fed.cli.serve import effective  # noqa: PLC0415 - pydantic takes half a second
+
+            found = effective({"state_dir": self.state_dir}, None)
+            token = admin_token(found.settings.state_dir)
         return Connection.call(replace(self, token=token, token_file=None), work)
 
 
@@ -337,15 +342,6 @@ def read_token(token: str | None, token_file: Path | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"token_file: {token_file} cannot be read: {why}") from None
-
-
-def operator_token(token: str | None, state_dir: str | None) -> str:
-    """Return the given token, or the one of this machine's daemon."""
-    if token:
-        return token
-    from sage_fed.cli.serve import effective  # noqa: PLC0415 - pydantic takes half a second
-
-    return admin_token(effective({"state_dir": state_dir}, None).settings.state_dir)
 
 
 def admin_token(state_dir: Path) -> str:

@@ -262,7 +262,8 @@ def _install(wanted: NewService) -> Outcome:
     version = _systemd_version()
     if live and not version and not wanted.dry_run:
         raise ServiceUnchanged("there is no systemctl here; --root DIR prepares an image")
-    program = wanted.program or _this_program()
+    # Else the `sage-fed` beside the interpreter that runs us.
+    program = wanted.program or (Path(sys.executable).parent / "sage-fed").absolute()
     doubt = "" if wanted.program else _doubt(program)
     if doubt and not wanted.dry_run:
         raise ServiceUnchanged(doubt)
@@ -313,11 +314,6 @@ def _check_profile(name: str) -> None:
         raise typer.BadParameter(
             f"{name!r} is not one of {', '.join(profile_names())}", param_hint="--profile"
         )
-
-
-def _this_program() -> Path:
-    """The `sage-fed` beside the interpreter that runs us."""
-    return (Path(sys.executable).parent / "sage-fed").absolute()
 
 
 def _doubt(program: Path) -> str:

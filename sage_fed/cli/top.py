@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 DEFAULT_METRICS = "127.0.0.1:9659"
+_TIMEOUT_S = 10.0
 
 
 def top(
@@ -183,10 +184,17 @@ class Page:
 
     @classmethod
     def read(cls, text: str, at_s: float) -> Page:
-        """Read a page's text."""
+        """Read a page's text.
+
+        Raises:
+            ValueError: it is not in Prometheus's text format.
+        """
+        from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - 30 ms
+
         found: dict[str, list[Sample]] = {}
-        for sample in samples(text):
-            found.setdefault(sample.name, []).append(sample)
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append(sample)
         return cls(at_s, {name: tuple(of) for name, of in found.items()})
 
     def having(self, name: str, **labels: str) -> Iterator[Sample]:
@@ -405,27 +413,3 @@ def _endings(pages: Between) -> dict[str, float]:
 
 def _over(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
-
-
-_TIMEOUT_S = 10.0
-
-
-def samples(text: str) -> Iterator[Sample]:
-    """Yield every sample of a page.
-
-    Raises:
-        ValueError: it is not in Prometheus's text format.
-    """
-    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - 30 ms
-
-    for family in text_string_to_metric_families(text):
-        yield from family.samples
-
-
-def total(text: str, name: str, **labels: str) -> float:
-    """The sum of a series over all labels but the given ones; 0.0 where there is none."""
-    return sum(
-        sample.value
-        for sample in samples(text)
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
