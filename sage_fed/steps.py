@@ -133,6 +133,7 @@ class StepKind(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+    DRAFT = "draft"
 
 
 @dataclass(frozen=True, slots=True)

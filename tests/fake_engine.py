@@ -29,12 +29,19 @@ def draw(history: list[int], seed: int, index: int) -> int:
     return state % VOCAB
 
 
-def reference(spec: SequenceSpec) -> list[int]:
+def sample(history: list[int], seed: int, index: int, wrong: int = 0) -> int:
+    """Draw; `wrong` of a hundred tokens, the same ones each time, are others."""
+    token_id = draw(history, seed, index)
+    luck = draw([*history, token_id], seed + 1, index + 1)
+    return (token_id + 1) % VOCAB if luck * 100 < wrong * VOCAB else token_id
+
+
+def reference(spec: SequenceSpec, wrong: int = 0) -> list[int]:
     """What the sequence has to deliver, computed alone."""
     history = list(spec.prompt)
     output: list[int] = []
     while len(output) < spec.max_new_tokens:
-        token_id = draw(history, spec.sampling.seed, len(output))
+        token_id = sample(history, spec.sampling.seed, len(output), wrong)
         if token_id == EOS and not spec.ignore_eos:
             break
         output.append(token_id)
@@ -104,6 +111,8 @@ class FakeEngine:
     num_parts: int = 1
     flights: list[FakeInFlightStep] = field(default_factory=list)
     closed: bool = False
+    wrong: int = 0
+    """Of a hundred tokens, so many are not what `reference` says: a drafter's."""
     info: ModelInfo = field(default_factory=info)
     defaults: Sampling = field(default_factory=Sampling)
 
@@ -189,7 +198,10 @@ class FakeEngine:
         history = [self.cache[slot] for slot in slots]
         first = len(history) - len(chunk.draws) + 1
         return [
-            SampledToken(chunk.seq_id, draw(history[: first + row], one.sampling.seed, one.index))
+            SampledToken(
+                chunk.seq_id,
+                sample(history[: first + row], one.sampling.seed, one.index, self.wrong),
+            )
             for row, one in enumerate(chunk.draws)
         ]
 

@@ -195,7 +195,7 @@ async def test_a_draft_changes_no_token(alone: dict[Tier, Engine], tier: Tier) -
         plain = SequenceSpec(seq_id, tier, prompt, 21, sampling, ignore_eos=True)
         own = sequential(alone[tier], plain)
         draft = (*own[:right], *((token_id + 1) % VOCAB for token_id in own[right:20]))
-        asked.append(replace(plain, draft_tokens=tuple(draft)))
+        asked.append(replace(plain, speculates=True, draft_tokens=tuple(draft)))
     executor = Executor({tier: TierSetup(loading(tier))})
     await executor.start()
     async with asyncio.timeout(DEADLINE_S):
@@ -204,7 +204,8 @@ async def test_a_draft_changes_no_token(alone: dict[Tier, Engine], tier: Tier) -
     await executor.stop(0.0)
     for spec, (tokens, _) in zip(asked, results, strict=True):
         assert sequential(alone[tier], spec) == tokens
-    assert [20, 7, 0] * 2 == [ended.accepted_tokens for _, ended in results]
+    for right, (_, ended) in zip((20, 7, 0) * 2, results, strict=True):
+        assert min(right, 4) <= ended.accepted_tokens <= ended.verified_tokens
 
 
 @pytest.mark.parametrize("tier", TIER_ROLES)

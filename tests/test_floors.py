@@ -151,12 +151,16 @@ def test_a_library_stays_with_its_owner(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scheduler", "tier_scheduler", "request_queue", "kv_blocks", "sequence"]
+    "name",
+    [
+        *("scheduler", "tier_scheduler", "request_queue", "kv_blocks", "sequence"),
+        *("drafting", "draft_sources"),
+    ],
 )
 def test_the_scheduler_is_pure(name: str) -> None:
     """No event loop, thread, clock or third-party library: its decisions are tested without any."""
     known = {"__future__", "array", "bisect", "collections", "dataclasses", "enum", "hashlib"}
-    known |= {"itertools", "math", "sage_fed"}
+    known |= {"heapq", "itertools", "math", "sage_fed"}
     imported = imports_of(PACKAGE / "device" / f"{name}.py")
     assert set() == {one.split(".")[0] for one in imported} - known
     impure = {f"sage_fed.device.{other}" for other in ("device_thread", "executor", "messages")}

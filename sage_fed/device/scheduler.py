@@ -17,9 +17,10 @@ as long as one fast step pays for, so that the fast tier's tokens wait for a par
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sage_fed.core import Tier, TierLoad
+from sage_fed.device.drafting import Drafting
 from sage_fed.device.sequence import Ended, EndReason, SequenceSpec, TierLimits
 from sage_fed.device.tier_scheduler import Outcome, StepRates, TierScheduler
 from sage_fed.errors import TierUnavailable
@@ -63,6 +64,9 @@ class Scheduler:
         self._fast_share = fast_share
         self._tiers: dict[Tier, TierScheduler] = {}
         """By rank."""
+        self._drafting: dict[Tier, Drafting] = {}
+        self._leaving: list[Drafting] = []
+        """Of closed tiers, with a drafter's step in flight."""
         self._claims: dict[Tier, DeviceClaim] = {}
         self._seen_s: dict[Tier, float] = {}
         """When each tier last had work."""
@@ -88,7 +92,11 @@ class Scheduler:
         self._tiers[tier] = TierScheduler(
             tier, limits, eos_token_ids, pipelined=pipelined, num_parts=num_parts
         )
-        self._tiers = dict(sorted(self._tiers.items()))
+        schedule, ordered = self._tiers[tier], sorted(self._tiers.items())
+        self._tiers.clear()
+        self._tiers.update(ordered)
+        schedule.reclaim = lambda enough: self._reclaim(schedule, enough)
+        self._drafting[tier] = Drafting(schedule, self._tiers.get)
         self._claims.setdefault(tier, DeviceClaim(self._fast_share))
 
     def close_tier(self, tier: Tier, reason: EndReason, now: float) -> tuple[Ended, ...]:
@@ -96,7 +104,16 @@ class Scheduler:
         schedule = self._tiers.pop(tier, None)
         if self._paused and self._paused.tier == tier:
             self._paused = None
-        return schedule.end_all(reason, now) if schedule else ()
+        if schedule is None:
+            return ()
+        ended = schedule.end_all(reason, now)
+        own = self._drafting.pop(tier)
+        own.close()
+        if own.in_flight:
+            self._leaving.append(own)
+        for drafting in (*self._drafting.values(), *self._leaving):
+            drafting.close_drafter(schedule)
+        return ended
 
     @property
     def has_work(self) -> bool:
@@ -123,8 +140,9 @@ class Scheduler:
         The ending is returned here, or by `complete` if the sequence is in a launched step.
         An unknown id is no error: the sequence may have ended a moment ago.
         """
-        for schedule in self._tiers.values():
+        for tier, schedule in self._tiers.items():
             if ended := schedule.cancel(seq_id, reason, now):
+                self._drafting[tier].prune()
                 return ended
         return ()
 
@@ -142,15 +160,22 @@ class Scheduler:
             return None
         if self._paused and tier == self._paused.tier:
             return self._paused
-        schedule = self._tiers[tier]
+        schedule, drafting = self._tiers[tier], self._drafting[tier]
+        if drafting.in_flight:
+            return None
         limit = schedule.limits.prefill_chunk_tokens
         fast = self._fast_beside(tier)
-        if fast is not None and self._is_near(tier, now):
+        near = fast is not None and self._is_near(tier, now)
+        if fast is not None and near:
             if schedule.in_flight:
                 return None
             shared = shared_chunk_tokens(fast.rates, schedule.rates, schedule.num_parts)
             limit = min(limit, shared)
-        return schedule.build(limit, now)
+        step = drafting.next_step(near=near)
+        if step is None:
+            step = schedule.build(limit, now)
+            drafting.built()
+        return step
 
     def pause_after_s(self, step: Step) -> float | None:
         """Return how much of a step to run before shallower tiers are asked; None: all of it.
@@ -166,26 +191,36 @@ class Scheduler:
 
     def paused(self, step: Step, elapsed_s: float) -> None:
         """Take note that a step has paused, which has taken `elapsed_s` of the device so far."""
-        self._note(step, elapsed_s)
+        self._note(step, elapsed_s, step.tier)
         self._paused, self._noted_s = step, elapsed_s
 
     def complete(
         self, step: Step, sampled: Iterable[SampledToken], *, now: float, elapsed_s: float
     ) -> Outcome:
         """Take in what a step computed; `elapsed_s` is the device's time for it."""
+        if (drafting := self._drafts_for(step)) is not None:
+            self._note(step, elapsed_s, drafting.tier)
+            return drafting.complete(step, sampled, now=now, elapsed_s=elapsed_s)
         outcome = self._tiers[step.tier].complete(step, sampled, now=now, elapsed_s=elapsed_s)
-        self._note(step, elapsed_s)
+        self._note(step, elapsed_s, step.tier)
+        self._drafting[step.tier].prune()
         return outcome
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
         """End as few sequences as possible after a step that did not fit the device."""
+        if (drafting := self._drafts_for(step)) is not None:
+            self._note(step, elapsed_s, drafting.tier)
+            return drafting.out_of_memory(step, now=now, elapsed_s=elapsed_s)
         outcome = self._tiers[step.tier].out_of_memory(step, now=now, elapsed_s=elapsed_s)
-        self._note(step, elapsed_s)
+        self._note(step, elapsed_s, step.tier)
+        self._drafting[step.tier].prune()
         return outcome
 
     def broken(self, step: Step, *, now: float, elapsed_s: float) -> tuple[Ended, ...]:
         """End all of a tier's sequences after a step that broke its engine; see `TierScheduler`."""
-        ended = self._tiers[step.tier].broken(step, now=now, elapsed_s=elapsed_s)
+        drafting = self._drafts_for(step)
+        ended = drafting.broken(step, now=now, elapsed_s=elapsed_s) if drafting else ()
+        ended += self._tiers[step.tier].broken(step, now=now, elapsed_s=elapsed_s)
         self.close_tier(step.tier, EndReason.FAILED, now)
         return ended
 
@@ -197,7 +232,10 @@ class Scheduler:
     def reserve(self, tier: Tier, num_blocks: int) -> tuple[int, ...] | None:
         """Take KV blocks of a tier for a measurement; None where so many are not available."""
         schedule = self._tiers.get(tier)
-        if schedule is None or not schedule.pool.fits(num_blocks):
+        if schedule is None:
+            return None
+        schedule.reclaim(lambda: schedule.pool.fits(num_blocks))
+        if not schedule.pool.fits(num_blocks):
             return None
         return schedule.pool.take(num_blocks)
 
@@ -234,15 +272,30 @@ class Scheduler:
         seen_s = (self._seen_s[t] for t in self._tiers if t.rank < tier.rank and t in self._seen_s)
         return any(now - one < _NEAR_S for one in seen_s)
 
-    def _note(self, step: Step, elapsed_s: float) -> None:
-        """Tell the claims of what a step has taken since they were told last."""
+    def _drafts_for(self, step: Step) -> Drafting | None:
+        """Return what a step drafts for; None for a tier's own step."""
+        everyone = (*self._drafting.values(), *self._leaving)
+        owner = next((drafting for drafting in everyone if drafting.owns(step)), None)
+        if owner in self._leaving:
+            self._leaving.remove(owner)
+        return owner
+
+    def _reclaim(self, schedule: TierScheduler, enough: Callable[[], bool]) -> None:
+        for drafting in self._drafting.values():
+            drafting.reclaim(schedule, enough)
+
+    def _note(self, step: Step, elapsed_s: float, payer: Tier) -> None:
+        """Tell the claims of what a step has taken since they were told last.
+
+        `payer` is the tier that it was for: its own, or the one that its drafts are for.
+        """
         if step is self._paused:
             elapsed_s -= self._noted_s
             self._paused = None
-        contended = any(s.has_work for t, s in self._tiers.items() if t.rank > step.tier.rank)
-        self._claims[step.tier].stepped(elapsed_s, contended=contended)
+        contended = any(s.has_work for t, s in self._tiers.items() if t.rank > payer.rank)
+        self._claims[payer].stepped(elapsed_s, contended=contended)
         for tier in self._tiers:
-            if tier.rank < step.tier.rank:
+            if tier.rank < payer.rank:
                 self._claims[tier].waited(elapsed_s)
 
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.device.draft_sources import Estimates, SequenceDrafts
 from sage_fed.device.kv_blocks import BlockKeys, BlockPool, blocks_for
 from sage_fed.errors import InvalidField
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, History
@@ -48,9 +49,9 @@ class SequenceSpec:
     share the tier fairly by what was served to them, which `weights` measure.
     `stop_token_ids` end it as the model's end tokens do, also where `ignore_eos` ignores those.
     `prefix_cache` False neither looks for known blocks nor leaves any behind.
-    `draft_tokens` are verified before anything is decoded: of them, the output keeps the longest
-    prefix that equals the model's own choice, so they change its time and nothing else. `drafter`
-    is the tier that drafts after that; none does yet.
+    With `speculates`, tokens are drafted where that is sooner: from `draft_tokens` (an answer that
+    is known), the prompt and the output, and by the tier `drafter`, if there is one. The output
+    keeps a draft as far as it is the model's own choice: drafts change its time and nothing else.
     """
 
     seq_id: int
@@ -64,6 +65,7 @@ class SequenceSpec:
     account: str = ""
     prefix_cache: bool = True
     weights: TokenWeights = TokenWeights()
+    speculates: bool = False
     draft_tokens: tuple[int, ...] = ()
     drafter: Tier | None = None
 
@@ -77,10 +79,11 @@ class Ended:
     `prompt_tokens` have their keys and values (less than the prompt's where it ended early);
     `cached_tokens` of them were found in the prefix cache, the others were fed to the model.
     `output_tokens` were delivered (a token that ends the text is neither delivered nor counted);
-    `verified_tokens` of its draft were scored, and `accepted_tokens` of those are in the output.
+    `drafted_tokens` were made by its drafter in `draft_s` of the device's time; `verified_tokens`,
+    of whatever origin, were scored, and `accepted_tokens` of those are in the output.
     `stop_token_id` is the one of `stop_token_ids` that ended it.
-    `device_s` is its part of its steps' time, by tokens: over all sequences it adds up to
-    the time that the device was busy.
+    `device_s` is its part of its own tier's steps' time, by tokens: over all sequences, with
+    `draft_s`, it adds up to the time that the device was busy.
     """
 
     seq_id: int
@@ -97,6 +100,8 @@ class Ended:
     stop_token_id: int | None = None
     verified_tokens: int = 0
     accepted_tokens: int = 0
+    drafted_tokens: int = 0
+    draft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +190,7 @@ class Sequence:
     spec: SequenceSpec
     submitted_s: float
     order: int
+    estimates: Estimates | None = None
     token_ids: list[int] = field(init=False)
     blocks: tuple[int, ...] = ()
     num_stored: int = 0
@@ -204,12 +210,17 @@ class Sequence:
     last_token_s: float | None = None
     device_s: float = 0.0
     ending: EndReason | None = None
-    """Why it ends once no launched step has a chunk of it any more."""
+    """Why it ends once no launched step is for it any more."""
     stop_token_id: int | None = None
     verified_tokens: int = 0
     accepted_tokens: int = 0
-    _follows_draft: bool = True
-    """Whether the output so far equals the draft's beginning."""
+    drafted_tokens: int = 0
+    draft_s: float = 0.0
+    num_drafting: int = 0
+    """Launched steps of a drafter that are for it."""
+    drafts: SequenceDrafts | None = field(init=False, default=None)
+    speculates_now: bool = False
+    """Whether its next step waits for a draft: then no step is built behind one of its own."""
     _keys: BlockKeys = field(init=False)
     _history: History = field(init=False)
 
@@ -217,6 +228,9 @@ class Sequence:
         self.token_ids = list(self.spec.prompt)
         self._keys = BlockKeys(self.spec.account)
         self._history = History(self.spec.sampling, self.spec.prompt)
+        if self.spec.speculates:
+            spec = self.spec
+            self.drafts = SequenceDrafts(spec.prompt, spec.draft_tokens, self.estimates)
 
     @property
     def num_sampled(self) -> int:
@@ -242,6 +256,11 @@ class Sequence:
         return 0 if self.decodes else self.length - self.num_fed
 
     @property
+    def is_in_flight(self) -> bool:
+        """Whether a launched step, its own tier's or a drafter's, is for it."""
+        return self.num_in_flight > 0 or self.num_drafting > 0
+
+    @property
     def done(self) -> bool:
         """Whether it is fed nothing more, whatever the launched steps bring."""
         return self.ending is not None or self.num_sampled >= self.spec.max_new_tokens
@@ -249,7 +268,9 @@ class Sequence:
     @property
     def awaits_tokens(self) -> bool:
         """Whether its next chunk depends on tokens that only the device knows yet."""
-        return self.num_drafted > 0 or (self.num_pending > 0 and self.spec.sampling.penalises)
+        if self.num_drafted > 0:
+            return True
+        return self.num_pending > 0 and (self.speculates_now or self.spec.sampling.penalises)
 
     @property
     def served_uatp(self) -> int:
@@ -305,8 +326,8 @@ class Sequence:
     def next_chunk(self, prefill_limit: int) -> Chunk:
         """Return the newest token, or at most `prefill_limit` tokens of what is left to prefill.
 
-        Where that ends with the newest token, what is left of the draft goes with it, as far as
-        the limit and the blocks go, to be verified.
+        Where that ends with the newest token, its draft goes with it, as far as the limit and the
+        blocks go, to be verified.
         """
         start, length = self.num_fed, self.length
         # A newest token is one, whatever the limit.
@@ -316,7 +337,7 @@ class Sequence:
         draft: tuple[int, ...] = ()
         draws: tuple[Draw, ...] = ()
         if end == length:
-            if self.spec.draft_tokens:
+            if self.drafts and self.drafts.proposal:
                 room = min(prefill_limit - len(known), len(self.blocks) * BLOCK_SIZE - end)
                 draft = self._draft(room)
             draws = self._draws(draft) if draft else (self._history.draw(self.num_sampled),)
@@ -341,6 +362,8 @@ class Sequence:
             self.verified_tokens += num_drafted
             self.accepted_tokens += num_accepted
             self.num_fed += num_accepted
+            assert self.drafts is not None
+            self.drafts.note_verified(num_accepted, num_drafted)
             count -= num_drafted - num_accepted
         if self.num_stored + count > len(self.token_ids):
             return  # it was fed a token that ended it or was dropped: what was stored means nothing
@@ -362,10 +385,8 @@ class Sequence:
 
     def append(self, token_id: int, now: float) -> None:
         """Note a sampled token that is delivered."""
-        draft = self.spec.draft_tokens
-        if draft and self._follows_draft:
-            index = self.num_output
-            self._follows_draft = index < len(draft) and draft[index] == token_id
+        if self.drafts:
+            self.drafts.note_output(token_id)
         self.token_ids.append(token_id)
         self.num_output += 1
         if self.first_token_s is None:
@@ -390,15 +411,21 @@ class Sequence:
             stop_token_id=self.stop_token_id,
             verified_tokens=self.verified_tokens,
             accepted_tokens=self.accepted_tokens,
+            drafted_tokens=self.drafted_tokens,
+            draft_s=self.draft_s,
         )
 
+    def draw(self, index: int, draft: tuple[int, ...]) -> Draw:
+        """Return the draw of output token `index`, behind the output so far and these tokens."""
+        return self._history.draw(index, draft)
+
     def _draft(self, room: int) -> tuple[int, ...]:
-        """Return at most `room` tokens of what is left of a draft that the output follows."""
-        if self.num_pending or not self._follows_draft:
+        """Return at most `room` tokens of the proposal."""
+        if self.num_pending or self.drafts is None:
             return ()
         # One more token than was drafted is sampled.
         count = min(room, self.spec.max_new_tokens - self.num_output - 1)
-        return self.spec.draft_tokens[self.num_output :][: max(count, 0)]
+        return self.drafts.proposal[: max(count, 0)]
 
     def _draws(self, draft: tuple[int, ...]) -> tuple[Draw, ...]:
         """Return the draw of the next token, and of the one behind each draft token."""

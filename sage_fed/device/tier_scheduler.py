@@ -19,10 +19,11 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from sage_fed.core import Tier, TierLoad, TierState
+from sage_fed.device.draft_sources import Estimates
 from sage_fed.device.kv_blocks import BlockPool
 from sage_fed.device.request_queue import PlaceShares, RequestQueue, StepShares, even_share
 from sage_fed.device.sequence import Ended, EndReason, Sequence, SequenceSpec, TierLimits
@@ -51,6 +52,9 @@ _WINDOW = 64
 
 _NEWEST = 0.1
 """The newest step's weight in what a step of so many rows takes."""
+
+_OFTEN = 3
+"""Steps of so many rows from which on their time is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +137,16 @@ class TierScheduler:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
         self.rates = StepRates()
+        self.estimates = Estimates()
+        """How often drafts are accepted here."""
+        self.reclaim: Callable[[Callable[[], bool]], None] = lambda _enough: None
+        """Takes blocks back that are lent to deeper tiers' drafts, until there are enough."""
         self.running: dict[int, Sequence] = {}
         """By sequence id, in the order in which they started."""
         self.queue = RequestQueue(ageing_s=limits.ageing_s, overdue_s=limits.overdue_s)
         self._places = PlaceShares(limits.max_batch)
         self._shares = StepShares()
-        self._eos_token_ids = eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self._orders = itertools.count()
         self._pipelined = pipelined
         self._in_flight: deque[_ScheduledStep] = deque()
@@ -194,7 +202,7 @@ class TierScheduler:
         """
         self.limits.check(spec)
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
-        self.queue.add(Sequence(spec, submitted_s, order=next(self._orders)))
+        self.queue.add(Sequence(spec, submitted_s, next(self._orders), self.estimates))
 
     def find(self, seq_id: int) -> Sequence | None:
         """Return the sequence, waiting or running, if it has not ended."""
@@ -205,8 +213,8 @@ class TierScheduler:
         seq = self.find(seq_id)
         if seq is None:
             return ()
-        if seq.num_in_flight:
-            # The device may still write to its blocks.
+        if seq.is_in_flight:
+            # The device may still write to its blocks, and its time is not known yet.
             seq.ending = seq.ending or reason
             return ()
         return (self._end(seq, reason, now),)
@@ -269,11 +277,12 @@ class TierScheduler:
         report = scheduled.report(elapsed_s)
         if scheduled.void:
             self._undo(scheduled)
-            return Outcome(report, (), self._end_due(scheduled.members, now))
+            return Outcome(report, (), self.end_due(scheduled.members, now))
         self._out_of_memory_alone = None
         self.rates.record(
             num_tokens=step.num_tokens,
-            prefills=scheduled.num_prefill + scheduled.num_verified > 0,
+            prefills=scheduled.num_prefill > 0,
+            verifies=scheduled.num_verified > 0,
             elapsed_s=elapsed_s,
         )
         self._note_shares(scheduled, elapsed_s)
@@ -293,7 +302,7 @@ class TierScheduler:
                 if seq.ending is None:
                     self.queue.count(seq)
             first += num_draws
-        return Outcome(report, tuple(delivered), self._end_due(scheduled.members, now))
+        return Outcome(report, tuple(delivered), self.end_due(scheduled.members, now))
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:
         """Give way after a step that did not fit the device; it has changed nothing.
@@ -315,7 +324,7 @@ class TierScheduler:
             if not spared:
                 victim.ending = EndReason.OUT_OF_MEMORY
         report = scheduled.report(elapsed_s, out_of_memory=True)
-        return Outcome(report, (), self._end_due(members, now))
+        return Outcome(report, (), self.end_due(members, now))
 
     def broken(self, step: Step, *, now: float, elapsed_s: float) -> tuple[Ended, ...]:
         """End every sequence after a step that broke the engine.
@@ -384,7 +393,7 @@ class TierScheduler:
         self, seq: Sequence, token: SampledToken, delivered: list[SampledToken], now: float
     ) -> EndReason | None:
         self._spoiled_in_a_row = 0
-        if token.token_id in self._eos_token_ids and not seq.spec.ignore_eos:
+        if token.token_id in self.eos_token_ids and not seq.spec.ignore_eos:
             return EndReason.EOS
         if token.token_id in seq.spec.stop_token_ids:
             seq.stop_token_id = token.token_id
@@ -424,12 +433,12 @@ class TierScheduler:
         for seq, chunk in scheduled.rows:
             seq.undo(chunk)
 
-    def _end_due(self, members: Iterable[Sequence], now: float) -> tuple[Ended, ...]:
+    def end_due(self, members: Iterable[Sequence], now: float) -> tuple[Ended, ...]:
         """End those of a step that have a reason to, and are in no step behind it."""
         return tuple(
             self._end(seq, seq.ending, now)
             for seq in members
-            if seq.ending is not None and not seq.num_in_flight
+            if seq.ending is not None and not seq.is_in_flight
         )
 
     def _spoil(self, seq: Sequence, chunk: Chunk) -> None:
@@ -475,7 +484,9 @@ class TierScheduler:
         shared = seq.find(self.pool) if self.limits.prefix_cache else ()
         num_own = self.limits.blocks_to_start(seq) - len(shared)
         if not self.pool.fits(num_own, shared):
-            return None
+            self.reclaim(lambda: self.pool.fits(num_own, shared))
+            if not self.pool.fits(num_own, shared):
+                return None
         self._claimant = None
         self.queue.start(seq, now)
         self.pool.share(shared)
@@ -511,6 +522,8 @@ class TierScheduler:
         num_interrupted = 0
         for seq in tuple(self.running.values()):
             while seq.spec.seq_id in self.running and seq.blocks_missing > 0:
+                if not self.pool.num_available:
+                    self.reclaim(lambda: self.pool.num_available > 0)
                 if self.pool.num_available:
                     seq.blocks += self.pool.take(1)
                 elif self._in_flight:
@@ -549,6 +562,8 @@ class TierScheduler:
         limits, queue, pool, running = self.limits, self.queue, self.pool, self.running.values()
         shared = set(head.find(pool)) if limits.prefix_cache else set()
         missing = limits.blocks_to_start(head) - len(shared)
+        if missing > pool.num_spare(shared):
+            self.reclaim(lambda: missing <= pool.num_spare(shared))
         spare = pool.num_spare(shared)
         places = limits.max_batch - len(running)
         if places > 0 and missing <= spare:
@@ -602,20 +617,28 @@ class StepRates:
         self._prefill: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._prefill_tokens_per_s: float | None = None
         self._by_rows: dict[int, float] = {}
+        self._times_seen: Counter[int] = Counter()
         self._rows: list[int] = []
         """The numbers of rows that have been seen, in ascending order."""
 
-    def record(self, *, num_tokens: int, prefills: bool, elapsed_s: float) -> None:
-        """Note a completed step of `num_tokens` tokens, with prompt tokens among them or not."""
+    def record(
+        self, *, num_tokens: int, prefills: bool, elapsed_s: float, verifies: bool = False
+    ) -> None:
+        """Note a completed step of `num_tokens` tokens, with prompt tokens among them or not.
+
+        A step that verifies drafts, or makes them, has its rows' time, and is no step that decodes.
+        """
         elapsed_s = max(elapsed_s, 1e-9)
         if prefills:
             self._prefill.append((num_tokens, elapsed_s))
             self._prefill_tokens_per_s = self._slope()
             return
-        if len(self._decode_s) == _WINDOW:
-            del self._by_time[bisect_left(self._by_time, self._decode_s.popleft())]
-        self._decode_s.append(elapsed_s)
-        insort(self._by_time, elapsed_s)
+        if not verifies:
+            if len(self._decode_s) == _WINDOW:
+                del self._by_time[bisect_left(self._by_time, self._decode_s.popleft())]
+            self._decode_s.append(elapsed_s)
+            insort(self._by_time, elapsed_s)
+        self._times_seen[num_tokens] += 1
         known_s = self._by_rows.get(num_tokens)
         if known_s is None:
             insort(self._rows, num_tokens)
@@ -642,6 +665,29 @@ class StepRates:
         above = self._rows[place]
         return below_s + (self._by_rows[above] - below_s) * (num_rows - below) / (above - below)
 
+    def row_costs(self, most: int) -> list[float]:
+        """Return what steps of 0 to `most` rows take, fewer where that cannot be told.
+
+        More rows never take less. Up to twice the most that was seen are assumed to go on as the
+        last ones did, and what was seen seldom to have taken no more than that: so each number of
+        rows is tried, and one that was slow by accident is tried again. Empty: nothing was seen.
+        """
+        if not self._rows:
+            return []
+        costs, slope, last = [0.0], 0.0, 0
+        for rows in self._rows:
+            cost = self._by_rows[rows]
+            if last and self._times_seen[rows] < _OFTEN:
+                cost = min(cost, costs[-1] + slope * (rows - last))
+            cost = max(cost, costs[-1])
+            before = costs[-1] if last else cost
+            slope = (cost - before) / (rows - last)
+            costs += [before + slope * (n - last) for n in range(last + 1, rows)] + [cost]
+            last = rows
+            if last >= most:
+                return costs[: most + 1]
+        return costs + [costs[-1] + slope * n for n in range(1, min(last, most - last) + 1)]
+
     @property
     def decode_step_s(self) -> float | None:
         """Median time of a step that only decodes."""
@@ -650,6 +696,12 @@ class StepRates:
         if len(times) % 2:
             return times[middle]
         return (times[middle - 1] + times[middle]) / 2 if times else None
+
+    def tokens_in(self, num_steps: float) -> int:
+        """Return how many prompt tokens take as long as so many decode steps."""
+        if self._prefill_tokens_per_s is None or self.decode_step_s is None:
+            return 4 * BLOCK_SIZE
+        return max(int(self._prefill_tokens_per_s * num_steps * self.decode_step_s), BLOCK_SIZE)
 
     @property
     def shortest_step_s(self) -> float | None:

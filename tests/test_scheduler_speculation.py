@@ -1,0 +1,330 @@
+"""Speculation: a deep tier's tokens are its own, whoever drafted them, and come sooner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from fake_engine import EOS, FakeEngine, reference, spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sage_fed.core import Sampling, Tier
+from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
+from sage_fed.device.drafting import Candidate, allot
+from sage_fed.steps import Step, StepKind
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+
+
+@dataclass
+class Pair:
+    """Two tiers over fake engines; a step takes `base_s` of its tier and `row_s` a token."""
+
+    wrong: int = 0
+    num_blocks: int = 64
+    base_s: dict[Tier, float] = field(default_factory=lambda: {T: 0.01, S: 0.1})
+    row_s: dict[Tier, float] = field(default_factory=lambda: {T: 0.0002, S: 0.002})
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler()
+        self.engines = {
+            T: FakeEngine(num_blocks=self.num_blocks, wrong=self.wrong),
+            S: FakeEngine(num_blocks=256),
+        }
+        for tier, engine in self.engines.items():
+            limits = TierLimits(engine.num_blocks, 512, **self.limits)  # type: ignore[arg-type]
+            self.scheduler.open_tier(tier, limits, frozenset({EOS}))
+        self.now = 0.0
+        self.tokens: dict[int, list[int]] = {}
+        self.ended: dict[int, Ended] = {}
+        self.steps: list[Step] = []
+        self.kinds: list[StepKind] = []
+
+    def add(self, *asked: SequenceSpec) -> None:
+        """Queue sequences."""
+        for one in asked:
+            self.scheduler.add(one, self.now)
+            self.tokens[one.seq_id] = []
+
+    def step(self, *, fits: bool = True) -> Step:
+        """Run the next step."""
+        step = self.scheduler.next_step(self.now)
+        assert step is not None
+        sampled = self.engines[step.tier].run(step)
+        elapsed_s = self.base_s[step.tier] + self.row_s[step.tier] * step.num_tokens
+        self.now += elapsed_s
+        done = self.scheduler.complete if fits else None
+        if done is None:
+            outcome = self.scheduler.out_of_memory(step, now=self.now, elapsed_s=elapsed_s)
+        else:
+            outcome = done(step, sampled, now=self.now, elapsed_s=elapsed_s)
+        self.steps.append(step)
+        self.kinds.append(outcome.report.kind)
+        for token in outcome.tokens:
+            self.tokens[token.seq_id].append(token.token_id)
+        self.ended |= {one.seq_id: one for one in outcome.ended}
+        return step
+
+    def run(self, *asked: SequenceSpec) -> float:
+        """Run sequences to their end, each with the tokens that it has alone; seconds taken."""
+        begun = self.now
+        self.add(*asked)
+        while self.scheduler.has_work:
+            self.step()
+        for one in asked:
+            assert reference(one) == self.tokens[one.seq_id]
+        assert {0} == {self.used(tier) for tier in self.engines}, "every block is given back"
+        return self.now - begun
+
+    def used(self, tier: Tier) -> int:
+        """KV tokens that are in use."""
+        load = self.scheduler.load(tier)
+        assert load is not None
+        return load.kv_tokens_used
+
+
+def asked(seq_id: int, new: int = 64, **fields: object) -> SequenceSpec:
+    """A strategic sequence that speculates."""
+    values: dict[str, object] = {"speculates": True, "drafter": T, **fields}
+    return spec(seq_id, S, new=new, **values)  # type: ignore[arg-type]
+
+
+def alone(seq_id: int, new: int = 64, **fields: object) -> SequenceSpec:
+    """The same one, without drafts."""
+    return asked(seq_id, new, speculates=False, drafter=None, **fields)
+
+
+@pytest.mark.parametrize("wrong", [0, 20, 60, 100])
+def test_the_tokens_are_the_deep_tiers_own(wrong: int) -> None:
+    """However often the drafter is wrong."""
+    Pair(wrong).run(asked(0))
+
+
+def test_a_drafter_that_is_right_saves_steps() -> None:
+    """Nearly all tokens are drafted, several a verification."""
+    pair = Pair()
+    slow_s = pair.run(alone(0, 128))
+    num_steps = sum(step.tier == S for step in pair.steps)
+    fast_s = pair.run(asked(0, 128))
+    assert slow_s > 2.0 * fast_s
+    assert num_steps > 4 * sum(step.tier == S for step in pair.steps[num_steps:])
+    ended = pair.ended[0]
+    assert ended.drafted_tokens >= ended.accepted_tokens > 100
+    assert 0.0 < ended.draft_s < ended.device_s
+
+
+def test_a_drafter_that_is_wrong_costs_little() -> None:
+    """After a few tries it is left alone, and asked again now and then."""
+    pair = Pair(wrong=100)
+    for seq_id in range(3):
+        plain_s = pair.run(alone(seq_id, 256))
+        assert pair.run(asked(seq_id, 256)) < 1.03 * plain_s
+    assert pair.kinds.count(StepKind.DRAFT) > 0
+
+
+def test_a_known_answer_needs_no_drafter() -> None:
+    """It is verified at no step of a model, in pieces that grow."""
+    pair = Pair()
+    pair.run(asked(1, 40, drafter=None))
+    answer = tuple(reference(asked(2, 40)))
+    taken_s = pair.run(asked(2, 40, drafter=None, draft_tokens=answer))
+    assert StepKind.DRAFT not in pair.kinds
+    assert 40 == pair.ended[2].output_tokens
+    assert 0 == pair.ended[2].drafted_tokens
+    assert taken_s < 0.4 * pair.run(alone(3, 40))
+
+
+def test_an_answer_is_aligned_again_behind_a_difference() -> None:
+    """One token in the middle of a given answer differs: the rest of it is still used."""
+    pair = Pair()
+    pair.run(alone(9, 64))
+    expected = reference(asked(0, 64))
+    answer = [*expected]
+    answer[10] = (answer[10] + 1) % 50
+    pair.run(asked(0, 64, drafter=None, draft_tokens=tuple(answer)))
+    assert pair.ended[0].accepted_tokens > 50
+
+
+def test_drafts_of_several_sequences_share_their_steps() -> None:
+    """A step of the drafter, and one of the deep tier, has a row or more of each."""
+    pair = Pair()
+    pair.run(*(asked(seq_id) for seq_id in range(4)))
+    drafts = [s for s, kind in zip(pair.steps, pair.kinds, strict=True) if kind is StepKind.DRAFT]
+    assert max(len(step.chunks) for step in drafts) == 4
+
+
+def test_a_shallow_sequence_goes_before_drafts() -> None:
+    """Drafts are the deep tier's time: the fast tier has its share as beside deep steps."""
+    pair = Pair()
+    pair.run(asked(0))
+    begun, num = pair.now, len(pair.steps)
+    pair.add(asked(1, 200), spec(2, T, new=50))
+    while 2 not in pair.ended:
+        pair.step()
+    own_s = sum(
+        pair.base_s[T] + pair.row_s[T] * step.num_tokens
+        for step, kind in zip(pair.steps[num:], pair.kinds[num:], strict=True)
+        if step.tier == T and kind is not StepKind.DRAFT
+    )
+    assert own_s > 0.45 * (pair.now - begun)
+
+
+def test_drafts_give_their_blocks_to_the_tiers_own_sequences() -> None:
+    """A fast sequence that lacks blocks has those of drafts; the deep one goes on without."""
+    pair = Pair(num_blocks=8)
+    pair.add(asked(0, 200, prompt=20))
+    while pair.used(T) == 0:
+        pair.step()
+    pair.add(spec(1, T, prompt=100, new=20))
+    while 1 not in pair.ended:
+        pair.step()
+    while pair.scheduler.has_work:
+        pair.step()
+    assert reference(asked(0, 200, prompt=20)) == pair.tokens[0]
+    assert reference(spec(1, T, prompt=100, new=20)) == pair.tokens[1]
+
+
+def test_a_cancelled_sequence_leaves_nothing_at_the_drafter() -> None:
+    """Also in the middle of a round."""
+    pair = Pair()
+    pair.add(asked(0, 200))
+    while StepKind.DRAFT not in pair.kinds:
+        pair.step()
+    assert pair.used(T) > 0
+    pair.scheduler.cancel(0, pair.now)
+    assert pair.used(T) == 0
+    assert not pair.scheduler.has_work
+
+
+def test_a_draft_step_out_of_memory_ends_nothing() -> None:
+    """The drafts are given up for a while."""
+    pair = Pair()
+    pair.add(asked(0, 100))
+    while StepKind.DRAFT not in pair.kinds:
+        pair.step()
+    while (step := pair.scheduler.next_step(pair.now)) and step.tier == S:
+        sampled = pair.engines[S].run(step)
+        outcome = pair.scheduler.complete(step, sampled, now=pair.now, elapsed_s=0.1)
+        pair.tokens[0] += [token.token_id for token in outcome.tokens]
+    assert step is not None
+    assert () == pair.scheduler.out_of_memory(step, now=pair.now, elapsed_s=0.01).ended
+    assert pair.used(T) == 0
+    while pair.scheduler.has_work:
+        pair.step()
+    assert reference(asked(0, 100)) == pair.tokens[0]
+
+
+def test_a_closed_drafter_is_gone_without() -> None:
+    """The deep tier's sequences go on, and speculate again when it is back."""
+    pair = Pair()
+    pair.add(asked(0, 300))
+    while StepKind.DRAFT not in pair.kinds:
+        pair.step()
+    pair.scheduler.close_tier(T, EndReason.FAILED, pair.now)
+    num = len(pair.steps)
+    for _ in range(5):
+        pair.step()
+    assert {S} == {step.tier for step in pair.steps[num:]}
+    pair.scheduler.open_tier(T, TierLimits(64, 512), frozenset({EOS}))
+    num = len(pair.steps)
+    while pair.scheduler.has_work:
+        pair.step()
+    assert reference(asked(0, 300)) == pair.tokens[0]
+    assert StepKind.DRAFT in pair.kinds[num:]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    wrong=st.sampled_from([0, 10, 50, 100]),
+    num_blocks=st.sampled_from([6, 12, 64]),
+    row_s=st.floats(0.0, 0.05),
+    data=st.data(),
+)
+def test_any_traffic_has_its_own_tokens(
+    wrong: int, num_blocks: int, row_s: float, data: st.DataObject
+) -> None:
+    """Joins, leaves, interruptions, cache hits, ends of text, penalties, drafts right and wrong."""
+    pair = Pair(wrong, num_blocks, row_s={T: row_s / 5, S: row_s}, limits={"max_batch": 4})
+    wanted: dict[int, SequenceSpec] = {}
+    cancelled = set()
+    for seq_id in range(data.draw(st.integers(1, 8))):
+        tier = data.draw(st.sampled_from([S, S, T]))
+        one = spec(
+            seq_id,
+            tier,
+            prompt=data.draw(st.integers(1, 40)),
+            new=data.draw(st.integers(1, 40)),
+            system=data.draw(st.sampled_from([0, 16, 32])),
+            account=data.draw(st.sampled_from("ab")),
+            ignore_eos=data.draw(st.booleans()),
+            prefix_cache=data.draw(st.booleans()),
+            sampling=Sampling(
+                seed=seq_id, repetition_penalty=data.draw(st.sampled_from([1.0, 1.1]))
+            ),
+            speculates=data.draw(st.booleans()),
+            drafter=T if tier == S else None,
+        )
+        expected = reference(one)
+        right = data.draw(st.integers(0, 40))
+        draft = (*expected[:right], *data.draw(st.lists(st.integers(0, 49), max_size=10)))
+        if one.speculates:
+            one = SequenceSpec(
+                **{f: getattr(one, f) for f in one.__slots__} | {"draft_tokens": draft}
+            )
+        wanted[seq_id] = one
+        pair.add(one)
+        for _ in range(data.draw(st.integers(0, 20))):
+            if pair.scheduler.has_work:
+                pair.step()
+        if data.draw(st.integers(0, 9)) == 0 and seq_id not in pair.ended:
+            cancelled.add(seq_id)
+            pair.scheduler.cancel(seq_id, pair.now)
+    while pair.scheduler.has_work:
+        pair.step()
+    for seq_id, one in wanted.items():
+        expected = reference(one, wrong if one.tier == T else 0)
+        if seq_id in cancelled:
+            expected = expected[: len(pair.tokens[seq_id])]
+        assert expected == pair.tokens[seq_id]
+    assert {0} == {pair.used(tier) for tier in pair.engines}
+
+
+def test_the_plan_is_none_where_rows_cost_as_much_as_steps() -> None:
+    """A device that is saturated by its rows gains nothing from more of them."""
+    costs = [0.01 * rows for rows in range(64)]
+    candidates = [Candidate(0.9, 8, drafted=True)] * 4
+    assert [0] * 4 == allot(candidates, 4, costs, [0.0, 0.001, 0.002, 0.003, 0.004])
+
+
+def test_the_plan_follows_acceptance() -> None:
+    """Rows go to the sequences whose drafts are accepted more often."""
+    costs = [0.0, *(0.1 + 0.004 * rows for rows in range(63))]
+    candidates = [Candidate(0.95, 16, drafted=False), Candidate(0.3, 16, drafted=False)]
+    good, bad = allot(candidates, 2, costs, [0.0] * 3)
+    assert good > 4 * max(bad, 1)
+
+
+@given(
+    acceptances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6),
+    base_s=st.floats(0.001, 1.0),
+    row_s=st.floats(0.0, 0.1),
+    draft_s=st.floats(0.0, 0.5),
+)
+def test_a_plan_is_never_slower_than_none(
+    acceptances: list[float], base_s: float, row_s: float, draft_s: float
+) -> None:
+    """By its own figures."""
+    verify = [0.0, *(base_s + row_s * rows for rows in range(1, 100))]
+    drafting = [0.0, *(draft_s for _ in acceptances)]
+    num_rows = len(acceptances)
+    lengths = allot(
+        [Candidate(a, 8, drafted=True) for a in acceptances], num_rows, verify, drafting
+    )
+    gain = num_rows + sum(
+        sum(a ** (depth + 1) for depth in range(length))
+        for a, length in zip(acceptances, lengths, strict=True)
+    )
+    taken_s = verify[num_rows + sum(lengths)] + max(lengths) * draft_s
+    assert gain / taken_s >= num_rows / verify[num_rows] * (1.0 - 1e-9)
