@@ -269,6 +269,7 @@ class Admission:
             sampling=_resolve_sampling(spec, self._executor.defaults(stage.tier), draft.seed),
             ignore_eos=spec.sampling.ignore_eos,
             stop_token_ids=_stop_token_ids(spec, self.encoder.tokenizers[stage.tier]),
+            speculates=stage.drafter is not None or bool(stage.draft_tokens),
             draft_tokens=stage.draft_tokens,
             drafter=stage.drafter,
             priority=spec.priority,
