@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
@@ -191,21 +191,30 @@ def route(request: RouteRequest) -> Route | Refusal:
     return refusal
 
 
-def refuse_unread(job: JobSpec, loads: Mapping[Tier, TierLoad]) -> Refusal | None:
+def refuse_unread(
+    job: JobSpec,
+    loads: Mapping[Tier, TierLoad],
+    needs: Callable[[Tier], Collection[Tier]] = lambda tier: (tier,),
+) -> Refusal | None:
     """Return the refusal of a job that no tier takes now, whatever its size; None: one may.
 
     It costs next to nothing: under overload most jobs are refused, and reading their prompts
     would take the time of those that are not.
+
+    Args:
+        job: what is asked for.
+        loads: of every tier.
+        needs: says on which tiers a job has stages that this one serves.
     """
     blocked = list[_Blocked]()
     for tier in candidates(job, loads):
-        if (obstacle := _shut(tier, loads.get(tier))) is None:
+        if (obstacle := _shut(tier, needs(tier), loads)) is None:
             return None
         blocked.append(obstacle)
     refusal = _most_useful(blocked)
     if job.requested is not None and not job.allow_downgrade:
         for tier in candidates(replace(job, allow_downgrade=True), loads)[1:]:
-            if _shut(tier, loads[tier]) is None:
+            if _shut(tier, needs(tier), loads) is None:
                 return _with_way_out(refusal, tier, "may")
     return refusal
 
@@ -309,8 +318,28 @@ def estimate_s(load: TierLoad, prompt_tokens: int, max_new_tokens: int) -> float
     return min(start_s + max_new_tokens * load.decode_step_s, _LONGEST_S)
 
 
-def _shut(tier: Tier, load: TierLoad | None) -> _Blocked | None:
-    """Return what keeps `tier` from taking any job at all now; None: it may take one."""
+def needed_s(loads: Mapping[Tier, TierLoad], offer: Offer) -> float | None:
+    """Return the seconds that all stages of a job take at most; None until all are measured."""
+    parts = [
+        estimate_s(loads[stage.tier], stage.prompt_tokens, stage.max_new_tokens)
+        for stage in offer.stages
+    ]
+    known = [part for part in parts if part is not None]
+    return min(sum(known), _LONGEST_S) if len(known) == len(parts) else None
+
+
+def _shut(tier: Tier, needed: Collection[Tier], loads: Mapping[Tier, TierLoad]) -> _Blocked | None:
+    """Return what keeps `tier` from taking any job at all now; None: it may take one.
+
+    It needs all of the tiers that the job has stages on.
+    """
+    for of in needed:
+        if (obstacle := _closed(of, loads.get(of))) is not None:
+            return replace(obstacle, tier=tier)
+    return None
+
+
+def _closed(tier: Tier, load: TierLoad | None) -> _Blocked | None:
     if load is None:
         return _unavailable(tier, "not served here")
     if load.state is TierState.LOADING:
@@ -334,19 +363,23 @@ def _unavailable(tier: Tier, state: str) -> _Blocked:
 
 def _obstacle(request: RouteRequest, tier: Tier) -> _Blocked | None:
     """Return the first thing that keeps `tier` from taking the job; None: nothing does."""
-    load, offer = request.loads.get(tier), request.offers.get(tier)
-    context = load.max_context_tokens if load else 0  # 0 until the model is loaded
-    if offer and 0 < context < offer.prompt_tokens + max(offer.max_new_tokens, 1):
-        return _Blocked(tier, Obstacle.CONTEXT, _too_long(offer, context))
-    if (blocked := _shut(tier, load)) is not None:
+    loads, offer = request.loads, request.offers.get(tier)
+    stages = offer.stages if offer else ()
+    for stage in stages:
+        load = loads.get(stage.tier)
+        context = load.max_context_tokens if load else 0  # 0 until the model is loaded
+        if 0 < context < stage.prompt_tokens + max(stage.max_new_tokens, 1):
+            return _Blocked(tier, Obstacle.CONTEXT, _too_long(stage, context))
+    needed = [stage.tier for stage in stages] or [tier]
+    if (blocked := _shut(tier, needed, loads)) is not None:
         return blocked
-    if load is None or offer is None:
+    if offer is None:
         return _unavailable(tier, "not served here")
     # Not measured yet is no reason to refuse; a deadline that has passed is.
-    needed_s = estimate_s(load, offer.prompt_tokens, offer.max_new_tokens) or 0.0
+    most_s = needed_s(loads, offer) or 0.0
     deadline_s = request.deadline_s
-    if deadline_s is not None and (deadline_s <= 0 or needed_s > deadline_s):
-        return _Blocked(tier, Obstacle.DEADLINE, _too_slow(offer, load, needed_s, deadline_s))
+    if deadline_s is not None and (deadline_s <= 0 or most_s > deadline_s):
+        return _Blocked(tier, Obstacle.DEADLINE, _too_slow(offer, loads, most_s, deadline_s))
     return _obstacle_of_money(request, offer)
 
 
@@ -367,13 +400,19 @@ def _prefill_s(load: TierLoad, prompt_tokens: int) -> float | None:
     return (load.queued_prompt_tokens + prompt_tokens) / load.prefill_tokens_per_s
 
 
-def _fitting_tokens(load: TierLoad, offer: Offer, deadline_s: float) -> int:
-    """Return how many of the job's new tokens would meet the deadline; 0 where none do."""
-    start_s = _prefill_s(load, offer.prompt_tokens)
-    if start_s is None or not load.decode_step_s or start_s >= deadline_s:
+def _fitting_tokens(loads: Mapping[Tier, TierLoad], offer: Offer, deadline_s: float) -> int:
+    """Return how many new tokens of every stage would meet the deadline; 0 where none do."""
+    start_s = step_s = 0.0
+    for stage in offer.stages:
+        load = loads[stage.tier]
+        prefill_s = _prefill_s(load, stage.prompt_tokens)
+        if prefill_s is None or not load.decode_step_s:
+            return 0
+        start_s, step_s = start_s + prefill_s, step_s + load.decode_step_s
+    if start_s >= deadline_s:
         return 0
     # Bounded before it is rounded: over a step time next to zero the quotient is infinite.
-    return int(min((deadline_s - start_s) / load.decode_step_s, offer.max_new_tokens))
+    return int(min((deadline_s - start_s) / step_s, offer.max_new_tokens))
 
 
 def refusal_error(refusal: Refusal, account: str) -> SageFedError:
@@ -418,15 +457,17 @@ def _too_long(offer: Offer, max_context_tokens: int) -> Refusal:
     )
 
 
-def _too_slow(offer: Offer, load: TierLoad, needed_s: float, deadline_s: float) -> Refusal:
-    fitting_tokens = _fitting_tokens(load, offer, deadline_s)
+def _too_slow(
+    offer: Offer, loads: Mapping[Tier, TierLoad], most_s: float, deadline_s: float
+) -> Refusal:
+    fitting_tokens = _fitting_tokens(loads, offer, deadline_s)
     advice = f"ask for at most {fitting_tokens:,} new tokens or " if fitting_tokens > 0 else ""
     return Refusal(
         Reason.DEADLINE_INFEASIBLE,
-        f"{offer.max_new_tokens:,} new tokens would take about {needed_s:.2f} s on the "
+        f"{offer.max_new_tokens:,} new tokens would take about {most_s:.2f} s on the "
         f"{offer.tier.name} tier and {max(deadline_s, 0.0):.2f} s are left; {advice}"
         "give it a later deadline",
-        estimate_s=needed_s,
+        estimate_s=most_s,
     )
 
 

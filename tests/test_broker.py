@@ -37,6 +37,7 @@ from sage_fed.core import (
     Prompt,
     Route,
     SamplingRequest,
+    StageTiming,
     Started,
     StopReason,
     Tier,
@@ -62,7 +63,7 @@ from sage_fed.jobs import admission
 from sage_fed.jobs.admission import Admission, Encoder
 from sage_fed.jobs.broker import Broker, Job, Services, timing_of
 from sage_fed.jobs.outgoing import OutgoingStream, SequenceText
-from sage_fed.jobs.results import Result, most_reply_bytes, most_result_bytes, payload_hashes
+from sage_fed.jobs.results import Result, most_answer_bytes, payload_hashes
 from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention, check
 from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
@@ -801,19 +802,31 @@ async def test_a_quote_names_each_tier_with_its_price(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("requested", [None, Tier.TACTICAL])
-@pytest.mark.parametrize("logprobs", [(), (Logprob(7, -0.5, ((7, -0.5), (8, -1.5))),)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 70])
+@pytest.mark.parametrize("top", [None, 0, 2])
+@pytest.mark.parametrize("tier", [Tier.TACTICAL, Tier.called("deep")])
 def test_a_kept_result_reads_back_as_it_was(
-    requested: Tier | None, logprobs: tuple[Logprob, ...]
+    requested: Tier | None, num_tokens: int, top: int | None, tier: Tier
 ) -> None:
-    """Also of a job that left the tier to the daemon; it is marked as replayed."""
-    started = Started("job-1", Route(Tier.TACTICAL, "auto_simple", requested), 9, 3, 2**63, 16)
-    output = Delta("Grüß\n", (7,), logprobs, 1)
+    """Also of a job that left the tier to the daemon, or of a third one; marked as replayed."""
+    started = Started("job-1", Route(tier, "auto_simple", requested), 9, 3, 2**63, 16)
+    logprob = Logprob(7, -0.5, ((7, -0.5), (8, -1.5))[:top])
+    logprobs = () if top is None else (logprob,) * num_tokens
+    output = Delta("Grüß\n", tuple(range(num_tokens)), logprobs, num_tokens)
+    stages = (StageTiming(Tier.TACTICAL, 0.1, 0.1, 0.1, 0.1), StageTiming(tier, 0.0, 0.1, 0.2, 0.5))
     finished = Finished(
-        StopReason.CANCELLED, Usage.single(Tier.TACTICAL, 3, 1, 1),
-        Timing(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), Price(5, 9, "card"), 100,
+        StopReason.CANCELLED, Usage.single(tier, 3, 1, num_tokens),
+        Timing(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, stages), Price(5, 9, "card"), 100,
     )  # fmt: skip
     again = Result.from_bytes(Result(started, output, finished).to_bytes())
     assert Result(replace(started, replayed=True), output, finished) == again
+
+
+@pytest.mark.parametrize("data", [b"", b"\4", b'{"format":4}'])
+def test_bytes_of_another_format_are_no_result(data: bytes) -> None:
+    """As of a later version."""
+    with pytest.raises(ValueError, match="another format"):
+        Result.from_bytes(data)
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(5, 16), (500, 12), (511, 1)])
@@ -848,7 +861,12 @@ async def test_a_job_that_does_not_say_gets_what_fits(
 def test_a_jobs_times_are_what_it_came_to(reached: dict[str, float], timing: Timing) -> None:
     """Queue, prompt, tokens, first token and all of it, each from where it begins."""
     ended = Ended(1, EndReason.LENGTH, submitted_s=11.0, ended_s=25.0, device_s=0.5, **reached)
-    assert timing == timing_of([ended], arrived_s=10.0, now=30.0)
+    found = timing_of([(Tier.TACTICAL, ended)], arrived_s=10.0, now=30.0)
+    assert timing == replace(found, stages=())
+    (stage,) = found.stages
+    assert (Tier.TACTICAL, timing.queue_s, timing.device_s) == (
+        stage.tier, stage.queue_s, stage.device_s,
+    )  # fmt: skip
 
 
 def test_a_job_that_never_ran_took_only_its_waiting() -> None:
@@ -928,7 +946,7 @@ async def test_an_answer_that_could_not_be_kept_is_refused_before_it_is_held(
     tmp_path: Path,
 ) -> None:
     """Where it has a request id, which would have to answer a repeat; without one it runs."""
-    kept = Retention(one_result_bytes=6000)
+    kept = Retention(one_result_bytes=5000)
     async with rig(tmp_path, retention=kept) as r:
         with pytest.raises(InvalidField, match="is kept for a client_request_id") as refusal:
             await r.submit(job(new=100, client_request_id="one"))
@@ -974,8 +992,8 @@ def test_what_an_answer_can_take_at_most_is_never_less_than_it_does(
     )
     kept = Result(started, output, finished).to_bytes()
 
-    assert reply.ByteSize() <= most_reply_bytes(spec, num_tokens, text_bytes)
-    assert len(kept) <= most_result_bytes(spec, num_tokens, text_bytes)
+    most_bytes = most_answer_bytes(spec, num_tokens, text_bytes)
+    assert max(reply.ByteSize(), len(kept)) <= most_bytes
     assert spec == replace(spec, one_reply=True)
     assert payload_hashes(spec) == payload_hashes(replace(spec, one_reply=True))
 
@@ -985,8 +1003,8 @@ def test_the_default_limits_refuse_nothing_for_its_size() -> None:
     limits = LimitSettings()
     spec = job(sampling={"top_logprobs": limits.max_top_logprobs})
     longest = 256
-    assert admission.MAX_REPLY_BYTES > most_reply_bytes(spec, limits.max_new_tokens, longest)
-    assert Retention().one_result_bytes > most_result_bytes(spec, limits.max_new_tokens, longest)
+    most_bytes = most_answer_bytes(spec, limits.max_new_tokens, longest)
+    assert min(admission.MAX_REPLY_BYTES, Retention().one_result_bytes) > most_bytes
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["served", "refused"])

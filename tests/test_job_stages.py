@@ -14,11 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import entered
 from test_broker import CARD, PROMPT, WAIT_S, Rig, finished_of, job, read, rig
 
-from sage_fed.cards.rate_card import charge, quote_program
-from sage_fed.core import Delta, Phase, Program, Stage, Started, StopReason, Tier, Usage
-from sage_fed.errors import DeviceOutOfMemory, SageFedError, TierUnavailable
+from sage_fed.cards.rate_card import charge, charge_by_tier, quote_program
+from sage_fed.core import (
+    UATP_PER_ATP,
+    Delta,
+    JobSpec,
+    Phase,
+    Program,
+    Prompt,
+    Stage,
+    Started,
+    StopReason,
+    Tier,
+    Usage,
+)
+from sage_fed.errors import DeviceOutOfMemory, QueueFull, SageFedError, TierUnavailable
 from sage_fed.jobs.admission import Admission
 from sage_fed.ledger import check
 
@@ -44,18 +57,21 @@ def keep(_answer: Delta, _planned: Stage) -> None:
 
 @asynccontextmanager
 async def two_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decide: Decide
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    decide: Decide,
+    **options: Any,  # noqa: ANN401 - the rig's
 ) -> AsyncIterator[Rig]:
     """Jobs for the strategic tier ask the tactical one first."""
 
-    def program(_: Admission, tier: Tier, ids: Any, new: int) -> Program:  # noqa: ANN401 - a mapping
+    def program(_: Admission, _spec: JobSpec, tier: Tier, ids: Any, new: int) -> Program:  # noqa: ANN401 - a mapping
         last = Stage(tier, ids[tier], new)
         if tier == T:
             return Program((last,))
         return Program((Stage(T, ids[T], new), replace(last, max_draft_tokens=new)), decide)
 
     monkeypatch.setattr(Admission, "program", program)
-    async with rig(tmp_path) as r:
+    async with rig(tmp_path, **options) as r:
         yield r
 
 
@@ -225,3 +241,127 @@ async def test_a_failure_of_the_second_stage_ends_the_job_and_charges_nothing(
         assert 0 == await r.spent_uatp()
         assert 6 == r.counted("tokens_total", tier="tactical", type="output", outcome="failed")
         assert () == check(r.path).violations
+
+
+@pytest.mark.parametrize("decide", [spoil, keep])
+async def test_time_and_money_are_booked_to_the_tier_of_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decide: Decide
+) -> None:
+    """Each tier's series have its own part, and what was held there is charged or given back."""
+    async with two_stages(tmp_path, monkeypatch, decide) as r:
+        events = await r.run(job(new=6, requested=S))
+        finished = finished_of(events)
+        ran = [T, S] if decide is spoil else [T]
+        assert ran == [stage.tier for stage in finished.timing.stages]
+        for stage in finished.timing.stages:
+            told = r.counted("device_seconds_total", tier=stage.tier.name, outcome="finished")
+            assert stage.device_s == told > 0
+            assert 1 == r.counted("queue_seconds_count", tier=stage.tier.name)
+            assert 1 == r.counted("decode_seconds_count", tier=stage.tier.name)
+        assert finished.timing.device_s == sum(of.device_s for of in finished.timing.stages)
+        done = charge_by_tier(CARD, finished.usage)
+        program = Program((Stage(T, PROMPT, 6), Stage(S, PROMPT, 6, max_draft_tokens=6)))
+        for tier, held_uatp in quote_program(CARD, program).worst_case_by_tier.items():
+            charged_atp = done.get(tier, 0) / UATP_PER_ATP
+            labels = {"tier": tier.name}
+            assert held_uatp / UATP_PER_ATP == r.counted("atp_reserved_total", **labels)
+            assert charged_atp == r.counted("atp_charged_total", **labels)
+            refunded_atp = held_uatp / UATP_PER_ATP - charged_atp
+            assert refunded_atp == pytest.approx(r.counted("atp_refunded_total", **labels))
+
+
+async def test_a_failed_jobs_time_is_booked_to_the_tier_of_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage was computed for nobody, on its own tier; all that was held is given back."""
+    async with two_stages(tmp_path, monkeypatch, escalate) as r:
+
+        def fail(_: object) -> None:
+            raise DeviceOutOfMemory("full")
+
+        r.engines[S].fail = fail
+        with pytest.raises(DeviceOutOfMemory):
+            await r.run(job(new=6, requested=S))
+        await r.settled()
+        assert 0 < (r.counted("device_seconds_total", tier="tactical", outcome="failed") or 0)
+        for tier in (T, S):
+            held = r.counted("atp_reserved_total", tier=tier.name)
+            assert held == r.counted("atp_refunded_total", tier=tier.name) != 0
+
+
+@pytest.mark.parametrize("decide", [spoil, keep])
+async def test_a_later_stage_has_its_place_until_it_is_in_the_queue_or_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decide: Decide
+) -> None:
+    """Nobody else is given it meanwhile, and everybody may have it from then on."""
+    async with two_stages(tmp_path, monkeypatch, decide, max_waiting=1) as r:
+        reserved = r.broker._admission._reserved
+        first, second = r.gate(T), r.gate(S)
+        settle, left = r.ledger.settle, []
+
+        async def settled(*arguments: Any) -> Any:  # noqa: ANN401 - the ledger's
+            left.append(+reserved)
+            return await settle(*arguments)
+
+        monkeypatch.setattr(r.ledger, "settle", settled)
+        stream = await r.submit(job(new=4, requested=S))
+        await entered(first)
+        assert {S: 1} == +reserved
+        first.let_pass(100)
+        if decide is spoil:
+            await entered(second)
+            assert {} == +reserved
+            second.let_pass(100)
+        assert finished_of(await read(stream))
+        assert [{}] == left
+
+
+async def test_a_program_needs_room_at_every_tier_of_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first stage's queue is full, the job is refused before its prompt is read."""
+    async with two_stages(tmp_path, monkeypatch, escalate, max_waiting=1) as r:
+        engine = r.gate(T)
+        waiting = [await r.submit(job(new=4))]
+        await entered(engine)
+        waiting.append(await r.submit(job(new=4)))
+        with pytest.raises(QueueFull, match="for the tactical tier"):
+            await r.submit(job(prompt=Prompt(token_ids=(10**9,)), requested=S))
+        engine.let_pass(10_000)
+        for stream in waiting:
+            await read(stream)
+        assert finished_of(await r.run(job(new=4, requested=S)))
+
+
+async def test_jobs_that_wait_for_their_holds_keep_no_place_that_they_will_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A burst of small AUTO jobs does not have a job refused that names the deeper tier."""
+    async with rig(tmp_path, max_waiting=1) as r:
+        admission, held = r.broker._admission, asyncio.Event()
+        at_the_ledger, hold = 0, r.ledger.hold
+
+        async def wait(*arguments: Any) -> Any:  # noqa: ANN401 - the ledger's
+            nonlocal at_the_ledger
+            at_the_ledger += 1
+            await held.wait()
+            return await hold(*arguments)
+
+        monkeypatch.setattr(r.ledger, "hold", wait)
+        for fields in ({}, {"client_request_id": "one"}):
+            before = at_the_ledger
+            asked = asyncio.create_task(r.submit(job(requested=None, **fields)))
+            async with asyncio.timeout(WAIT_S):
+                while at_the_ledger == before:  # noqa: ASYNC110 - it is counted above
+                    await asyncio.sleep(0)
+            assert {T: 1} == +admission._reserved
+            held.set()
+            await read(await asked)
+            held.clear()
+        hard = asyncio.create_task(r.submit(job(requested=None, complexity=1.0)))
+        async with asyncio.timeout(WAIT_S):
+            while at_the_ledger < 3:  # noqa: ASYNC110 - it is counted above
+                await asyncio.sleep(0)
+        assert {T: 1, S: 1} == +admission._reserved, "a small balance leads lower"
+        held.set()
+        await read(await hard)

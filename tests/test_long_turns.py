@@ -16,11 +16,32 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
-from service_harness import FINISHED, ROUTE, STARTED, WAIT_S, ScriptedJobs, serving
+from service_harness import FINISHED, STARTED, WAIT_S, ScriptedJobs, serving
 
-from sage_fed.core import Delta, JobSpec, Logprob, Message, Prompt, SamplingRequest
+from sage_fed.core import (
+    Delta,
+    Finished,
+    JobSpec,
+    Logprob,
+    Message,
+    Price,
+    Prompt,
+    Route,
+    SamplingRequest,
+    StopReason,
+    Tier,
+    Timing,
+    Usage,
+)
 from sage_fed.errors import InvalidField, QueueFull, SageFedError
-from sage_fed.jobs.results import Result, payload_hashes, read_result, request_key, write_result
+from sage_fed.jobs.results import (
+    Result,
+    _frames,
+    payload_hashes,
+    read_result,
+    request_key,
+    write_result,
+)
 from sage_fed.ledger import RequestKey
 from sage_fed.service.edge import MAX_FIELDS, require_few_fields
 from sage_fed.settings import LimitSettings
@@ -205,25 +226,48 @@ async def test_a_long_answer_is_kept_and_replayed_beside_the_loop() -> None:
     assert (LONG, FINISHED) == (again.output, again.finished)
     assert again.started.replayed
     assert turns.longest_s < MOST_S
-    longest_line = max(map(len, data.split(b"\n")))
-    assert longest_line < 40_000, "the interpreter's lock is held for a line"
+    longest = max(len(frame) for frame in _frames(data))
+    assert longest < 40_000, "the interpreter's lock is held for a frame"
 
 
-def test_what_an_earlier_version_kept_is_replayed() -> None:
-    """One document with names, as format 1 has it."""
-    output = Delta("Grüß", (1, 2), (Logprob(1, -0.5, ((1, -0.5), (9, -1.0))),), 2)
-    data = Result(STARTED, output, FINISHED).to_bytes()
-    head, *_ = data.split(b"\n")
-    old = head.replace(b'"format":2', b'"format":1').replace(
-        b'"output_tokens":2}',
-        b'"token_ids":[1,2],"logprobs":[{"token_id":1,"logprob":-0.5,"top":[[1,-0.5],[9,-1.0]]}],'
-        b'"output_tokens":2}',
+KEPT_2 = (
+    '{"format":2,"started":{"job_id":"job-1","route":{"tier":"TIER","reason":"auto_simple",'
+    '"requested":null,"downgraded":false},"held_uatp":9,"prompt_tokens":3,"seed":9223372036854775808'
+    ',"max_new_tokens":16,"replayed":false},"output":{"text":"Gr\\u00fc\\u00df\\n","output_tokens":2},'
+    '"finished":{"stop_reason":"cancelled","usage":{"prompt_tokens":3,"cached_tokens":1,'
+    '"output_tokens":2,"by_phase":[["TIER","prefill",2],["TIER","cached",1],["TIER","decode",2]]},'
+    '"timing":{"queue_s":0.1,"prefill_s":0.2,"decode_s":0.3,"time_to_first_token_s":0.4,'
+    '"total_s":0.5,"device_s":0.6},"price":{"charged_uatp":5,"held_uatp":9,"rate_card":"card"},'
+    '"balance_uatp":100}}\n{"token_ids":[1,2]}\n'
+    '{"logprobs":[[1,-0.5,[[1,-0.5],[9,-1.0]]],[2,-0.25,[[2,-0.25],[9,-1.5]]]]}'
+)
+"""What the version before the wire's messages wrote, of a tier."""
+
+
+@pytest.mark.parametrize("tier", [Tier.TACTICAL, Tier.called("deep")])
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_an_earlier_version_kept_is_replayed(tier: Tier, version: int) -> None:
+    """Lines of JSON, or one document with names; also of a tier that is neither of the roles."""
+    kept = KEPT_2.replace("TIER", tier.name)
+    if version == 1:
+        head, *_ = kept.split("\n")
+        kept = head.replace('"format":2', '"format":1').replace(
+            '"output_tokens":2},"finished"',
+            '"token_ids":[1,2],"logprobs":[{"token_id":1,"logprob":-0.5,"top":[[1,-0.5],[9,-1.0]]},'
+            '{"token_id":2,"logprob":-0.25,"top":[[2,-0.25],[9,-1.5]]}],"output_tokens":2},"finished"',
+        )
+    logprobs = (
+        Logprob(1, -0.5, ((1, -0.5), (9, -1.0))),
+        Logprob(2, -0.25, ((2, -0.25), (9, -1.5))),
     )
-    assert output == Result.from_bytes(old).output
-    assert output == Result.from_bytes(data).output
-    assert ROUTE == Result.from_bytes(data).started.route
-    with pytest.raises(ValueError, match="another format"):
-        Result.from_bytes(head.replace(b'"format":2', b'"format":3'))
+    result = Result.from_bytes(kept.encode())
+    assert Delta("Grüß\n", (1, 2), logprobs, 2) == result.output
+    assert Route(tier, "auto_simple", None) == result.started.route
+    assert result.started.replayed
+    assert Finished(
+        StopReason.CANCELLED, Usage.single(tier, 3, 1, 2),
+        Timing(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), Price(5, 9, "card"), 100,
+    ) == result.finished  # fmt: skip
 
 
 async def test_a_long_request_has_the_same_hash_wherever_it_is_made() -> None:

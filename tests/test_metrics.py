@@ -38,6 +38,7 @@ from sage_fed.core import (
     Refusal,
     Route,
     RunningJob,
+    StageTiming,
     StopReason,
     Tier,
     TierLoad,
@@ -97,7 +98,14 @@ def finished(
     return Finished(
         reason,
         Usage.single(tier, 20, 4, output_tokens),
-        Timing(queue_s=0.01, prefill_s=0.02, decode_s=0.4, time_to_first_token_s=0.03, total_s=0.5),
+        Timing(
+            queue_s=0.01,
+            prefill_s=0.02,
+            decode_s=0.4,
+            time_to_first_token_s=0.03,
+            total_s=0.5,
+            stages=(StageTiming(tier, queue_s=0.01, prefill_s=0.02, decode_s=0.4, device_s=0.0),),
+        ),
         Price(charged_uatp=6 * ATP, held_uatp=10 * ATP, rate_card="card"),
         balance_uatp=0,
     )
@@ -120,9 +128,9 @@ def exercise(metrics: Metrics) -> None:
     """One of everything, so that every series has samples."""
     for tier in TIER_ROLES:
         metrics.tier_changed(TierStatus(tier, TierState.READY, 1.0, INFO, restarts=1))
-        metrics.hold_placed(tier, 10 * ATP)
-        metrics.hold_settled(tier, 10 * ATP, 6 * ATP)
-        metrics.hold_settled(tier, ATP, 0)
+        metrics.hold_placed({tier: 10 * ATP})
+        metrics.hold_settled({tier: 10 * ATP}, {tier: 6 * ATP})
+        metrics.hold_settled({tier: ATP}, {})
         metrics.job_finished(tier, finished(tier=tier))
         metrics.tokens_delivered(tier, 2, 0.02)
         metrics.job_replayed(tier)
@@ -223,7 +231,7 @@ def test_balances_are_exported_only_on_request() -> None:
 def test_two_daemons_in_one_process_do_not_clash() -> None:
     """Each has its own registry and counts for itself; the global registry stays empty of ours."""
     one, other = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
-    one.hold_placed(TACTICAL, ATP)
+    one.hold_placed({TACTICAL: ATP})
 
     assert 1.0 == value(one, "atp_reserved_total", tier="tactical")
     assert 0.0 == value(other, "atp_reserved_total", tier="tactical")
@@ -399,10 +407,10 @@ def test_only_a_slow_gap_between_tokens_names_its_job(metrics: Metrics) -> None:
 
 def test_held_atp_is_either_charged_or_refunded(metrics: Metrics) -> None:
     """Reserved equals charged plus refunded once every hold has ended; in ATP."""
-    metrics.hold_placed(TACTICAL, 10 * ATP)
-    metrics.hold_placed(TACTICAL, 4 * ATP)
-    metrics.hold_settled(TACTICAL, 10 * ATP, 5 * ATP // 2)
-    metrics.hold_settled(TACTICAL, 4 * ATP, 0)
+    metrics.hold_placed({TACTICAL: 10 * ATP})
+    metrics.hold_placed({TACTICAL: 4 * ATP})
+    metrics.hold_settled({TACTICAL: 10 * ATP}, {TACTICAL: 5 * ATP // 2})
+    metrics.hold_settled({TACTICAL: 4 * ATP}, {})
 
     tier = {"tier": "tactical"}
     assert 14.0 == value(metrics, "atp_reserved_total", **tier)
@@ -706,7 +714,7 @@ def test_available_memory_is_the_kernels_figure(tmp_path: Path) -> None:
 
 def test_the_endpoint_serves_until_it_is_closed(metrics: Metrics) -> None:
     """A scrape over HTTP gives the registry's exposition; after close nobody listens."""
-    metrics.hold_placed(TACTICAL, ATP)
+    metrics.hold_placed({TACTICAL: ATP})
     with metrics.serve("127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as response:

@@ -326,6 +326,37 @@ def test_an_estimate_is_finite(rates: dict[str, Any]) -> None:
     assert 1e9 == estimate_s(load(STRATEGIC, **rates), 500, 100)
 
 
+@pytest.mark.parametrize(
+    ("tactical", "offer", "deadline_s", "reason", "text"),
+    [
+        ({"max_context_tokens": 60}, {}, None, Reason.OUTPUT_TOO_LONG, "tactical tier's context"),
+        (FULL, {}, None, Reason.QUEUE_FULL, "wait for the tactical tier"),
+        (LOADING, {}, None, Reason.TIER_LOADING, "the tactical tier is loading"),
+        (SLOW, {}, 30.0, Reason.DEADLINE_INFEASIBLE, "about 61.14 s"),
+        ({}, {"max_new_tokens": 1000}, None, Reason.CANNOT_AFFORD, "up to 1,671 ATP"),
+        ({}, {}, None, None, ""),
+    ],
+)
+def test_every_stage_of_a_program_has_to_fit(
+    tactical: dict[str, Any],
+    offer: dict[str, Any],
+    deadline_s: float | None,
+    reason: Reason | None,
+    text: str,
+) -> None:
+    """Context, queue, state, time and price of an earlier stage count as the answer's do."""
+    request = Case(STRATEGIC, tactical=tactical, deadline_s=deadline_s).request()
+    first = replace(request.offers[TACTICAL], **offer)
+    offers = {STRATEGIC: replace(request.offers[STRATEGIC], earlier=(first,))}
+    decision = route(replace(request, offers=offers))
+
+    if reason is None:
+        assert Route(STRATEGIC, Reason.EXPLICIT, STRATEGIC) == decision
+    else:
+        assert isinstance(decision, Refusal)
+        assert (reason, True) == (decision.reason, text in decision.message), decision.message
+
+
 # What a search found once; each is tried every time.
 NO_PREFILL = Case(TACTICAL, tactical={"prefill_tokens_per_s": 5e-324}, deadline_s=1.0)
 NO_STEP = Case(

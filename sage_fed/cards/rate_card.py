@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from decimal import ROUND_CEILING, Decimal, localcontext
@@ -47,6 +48,7 @@ from sage_fed.core import (
     Offer,
     Phase,
     Program,
+    Stage,
     Tier,
     Usage,
 )
@@ -376,21 +378,27 @@ def quote(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -
 
 def quote_program(card: RateCard, program: Program) -> Offer:
     """Return what a job asks for if every stage of it runs; `Offer.tier` answers last."""
-    offers = [
-        quote(card, stage.tier, len(stage.prompt), stage.max_new_tokens) for stage in program.stages
-    ]
-    verify_uatp = sum(
-        stage.max_draft_tokens * card.lines[stage.tier][Phase.VERIFY].uatp
-        for stage in program.stages
-    )
-    answer = offers[-1]
-    before_uatp = sum(offer.worst_case_uatp for offer in offers[:-1])
-    return replace(answer, prompt_uatp=answer.prompt_uatp + before_uatp + verify_uatp)
+    *earlier, answer = (_quote_stage(card, stage) for stage in program.stages)
+    return replace(answer, earlier=tuple(earlier))
+
+
+def _quote_stage(card: RateCard, stage: Stage) -> Offer:
+    offer = quote(card, stage.tier, len(stage.prompt), stage.max_new_tokens)
+    verify_uatp = stage.max_draft_tokens * card.lines[stage.tier][Phase.VERIFY].uatp
+    return replace(offer, prompt_uatp=offer.prompt_uatp + verify_uatp)
 
 
 def charge(card: RateCard, usage: Usage) -> int:
     """Return the price in uATP of what was done; never above what its program asked for."""
-    return sum(card.lines[done.tier][done.phase].uatp * done.tokens for done in usage.by_phase)
+    return sum(charge_by_tier(card, usage).values())
+
+
+def charge_by_tier(card: RateCard, usage: Usage) -> dict[Tier, int]:
+    """Return each tier's part of the price."""
+    parts: Counter[Tier] = Counter()
+    for done in usage.by_phase:
+        parts[done.tier] += card.lines[done.tier][done.phase].uatp * done.tokens
+    return dict(parts)
 
 
 def available_cards(directory: Path | None = None) -> tuple[str, ...]:

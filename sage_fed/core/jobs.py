@@ -308,11 +308,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class StageTiming:
+    """Durations of one sequence of a job on its tier, in seconds, as `Timing` has the job's."""
+
+    tier: Tier
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    device_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Durations of one job in seconds; 0.0 for a phase that was not reached.
 
     `device_s` is the job's part of its steps' device time: over all jobs it adds up to the time
-    that the device was busy.
+    that the device was busy. `stages` is what each of its sequences took of that, in their order.
     """
 
     queue_s: float
@@ -321,6 +332,7 @@ class Timing:
     time_to_first_token_s: float
     total_s: float
     device_s: float = 0.0
+    stages: tuple[StageTiming, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +394,11 @@ class Program:
 
     stages: tuple[Stage, ...]
     decide: Callable[[Delta, Stage], Stage | None] = _no_more
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers in whose queues it needs places, each once; a drafter waits in none."""
+        return tuple(dict.fromkeys(stage.tier for stage in self.stages))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -63,7 +64,8 @@ class Offer:
     """What one tier would ask for a job: the prompt's price and a price per output token.
 
     Integers of one rate card, so every price made from them is exact. Of an unread prompt, which is
-    longer than any tier takes, `prompt_tokens` are the fewest that it can have.
+    longer than any tier takes, `prompt_tokens` are the fewest that it can have. `earlier` is what
+    the stages before the answer's may ask for besides.
     """
 
     tier: Tier
@@ -72,15 +74,30 @@ class Offer:
     prompt_uatp: int
     decode_uatp: int
     unread: bool = False
+    earlier: tuple[Offer, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Offer, ...]:
+        """What each stage asks for, in their order."""
+        return *self.earlier, self
 
     @property
     def worst_case_uatp(self) -> int:
-        """The price if every token is made."""
-        return self.prompt_uatp + self.max_new_tokens * self.decode_uatp
+        """The price if every stage runs and every token is made."""
+        return sum(self.worst_case_by_tier.values())
+
+    @property
+    def worst_case_by_tier(self) -> dict[Tier, int]:
+        """Each tier's part of the worst case."""
+        parts: Counter[Tier] = Counter()
+        for stage in self.stages:
+            parts[stage.tier] += stage.prompt_uatp + stage.max_new_tokens * stage.decode_uatp
+        return dict(parts)
 
     def tokens_within(self, amount_uatp: int) -> int:
-        """The largest `max_new_tokens` that `amount_uatp` would cover; 0 where none is."""
-        return max(0, (amount_uatp - self.prompt_uatp) // self.decode_uatp)
+        """The largest `max_new_tokens` of every stage that `amount_uatp` covers; 0: none is."""
+        prompt_uatp = sum(stage.prompt_uatp for stage in self.stages)
+        return max(0, (amount_uatp - prompt_uatp) // sum(s.decode_uatp for s in self.stages))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,18 @@ class Tier:
                 return tier
         raise ValueError(f"{name!r} is no tier")
 
+    @classmethod
+    def called(cls, name: str) -> Tier:
+        """Return the role of this name, or a tier of which no more than its name is known."""
+        known = (tier for tier in TIER_ROLES if tier.name == name)
+        return next(known, cls(_UNRANKED, name))
+
     def __str__(self) -> str:
         return self.name
 
+
+_UNRANKED = 255
+"""The rank of a tier that only another daemon, or an earlier one, knows."""
 
 Tier.TACTICAL = Tier(0, "tactical")
 Tier.STRATEGIC = Tier(1, "strategic")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sage_fed.cards.rate_card import RateCard, quote, quote_program
 from sage_fed.core import (
@@ -36,13 +37,13 @@ from sage_fed.core import (
 )
 from sage_fed.device import Executor, SequenceSpec, TokenWeights
 from sage_fed.errors import InvalidField
-from sage_fed.jobs.results import most_reply_bytes, most_result_bytes
+from sage_fed.jobs.results import most_answer_bytes
 from sage_fed.routing import (
     Reason,
     RouteRequest,
     RoutingPolicy,
     candidates,
-    estimate_s,
+    needed_s,
     refuse_unread,
     route,
 )
@@ -80,22 +81,27 @@ class Draft:
 
 
 class Place:
-    """A job's place in the queue of every tier that may serve it, until it is in one of them."""
+    """A job's place in the queue of every tier that it may still need.
 
-    def __init__(self, tiers: set[Tier], reserved: Counter[Tier]) -> None:
-        self.tiers = tiers
+    Before its prompt is read those are the tiers of every program that may serve it; until its hold
+    is decided, those that its balance may still lead to; from then on those of the stages that are
+    not in their queues yet.
+    """
+
+    def __init__(self, tiers: Collection[Tier], reserved: Counter[Tier]) -> None:
+        self.tiers = frozenset(tiers)
         self._reserved = reserved
-        reserved.update(tiers)
+        reserved.update(self.tiers)
 
-    def reserve(self, tier: Tier) -> None:
-        """Take a place at one more tier."""
-        self.tiers.add(tier)
-        self._reserved[tier] += 1
+    def cover(self, tiers: Collection[Tier]) -> None:
+        """Have a place at each of these tiers, and at no other."""
+        self._reserved.subtract(self.tiers)
+        self.tiers = frozenset(tiers)
+        self._reserved.update(self.tiers)
 
     def release(self) -> None:
         """Give back what is reserved; a second time there is nothing left."""
-        self._reserved.subtract(self.tiers)
-        self.tiers.clear()
+        self.cover(())
 
 
 class Admission:
@@ -130,6 +136,7 @@ class Admission:
         self._max_jobs = max_jobs
         self._max_account_jobs = max_account_jobs
         self._reserved: Counter[Tier] = Counter()
+        self._unread: Mapping[Tier, tuple[int, ...]] = dict.fromkeys(encoder.tokenizers, ())
 
     def use(self, card: RateCard) -> None:
         """Price with this card from the next draft on."""
@@ -161,10 +168,10 @@ class Admission:
             text = f"{counted(self._max_jobs, 'job')} under way, and no more at once"
             return Refusal(Reason.TOO_MANY_JOBS, text, _RETRY_FULL_S)
         if answered:
-            return Place(set(), self._reserved)
+            return Place((), self._reserved)
         loads = self._loads_with_reserved()
-        refusal = refuse_unread(spec, loads)
-        return refusal or Place(_open(spec, loads), self._reserved)
+        refusal = refuse_unread(spec, loads, partial(self._needs, spec))
+        return refusal or Place(self._open(spec, loads), self._reserved)
 
     def loads_for(self, spec: JobSpec, place: Place) -> Mapping[Tier, TierLoad]:
         """Return the tiers' loads as the job sees them: with room where it has a place.
@@ -172,12 +179,22 @@ class Admission:
         It gets a place at tiers that had none before and have one now.
         """
         loads = self._loads_with_reserved()
-        for tier in _open(spec, loads) - place.tiers:
-            place.reserve(tier)
+        place.cover(place.tiers | self._open(spec, loads))
         for tier in place.tiers:
             load = loads[tier]
             loads[tier] = replace(load, waiting=min(load.waiting, load.waiting_limit - 1))
         return loads
+
+    def narrow(self, spec: JobSpec, place: Place, chosen: Tier) -> None:
+        """Give back the places that no balance leads to, once `chosen` is what a full one leads to.
+
+        A smaller one can only lead lower. Without this, jobs that wait for their holds would fill
+        the queue of a tier that few of them go to, and one that names it would be refused. Until
+        here a place at each is right: which one a prompt leads to is not known before it is read,
+        and what is read without a place may have been read for nothing.
+        """
+        served = candidates(spec, self.encoder.tokenizers)
+        place.cover(place.tiers & self._need_any(spec, (of for of in served if of <= chosen)))
 
     async def draft(self, spec: JobSpec, arrived_s: float) -> Draft:
         """Encode a job, and price it on every tier that can be fed its prompt.
@@ -198,9 +215,9 @@ class Admission:
             new = self._new_tokens(spec, tier, num_tokens)
             if prompt.unread:
                 offers[tier] = replace(quote(self.card, tier, num_tokens, new), unread=True)
-            elif tier not in unfit:
-                programs[tier] = self.program(tier, prompt.ids, new)
-                offers[tier] = quote_program(self.card, programs[tier])
+            elif unfit.isdisjoint(self._needs(spec, tier)):
+                programs[tier] = program = self.program(spec, tier, prompt.ids, new)
+                offers[tier] = quote_program(self.card, program)
         deadline_s = spec.deadline_s
         return Draft(
             spec=spec,
@@ -212,8 +229,13 @@ class Admission:
             deadline_at_s=None if deadline_s is None else arrived_s + deadline_s,
         )
 
-    def program(self, tier: Tier, ids: Mapping[Tier, tuple[int, ...]], new: int) -> Program:
-        """Return what a job runs that a tier serves; `ids` is its prompt on every tier."""
+    def program(
+        self, _spec: JobSpec, tier: Tier, ids: Mapping[Tier, tuple[int, ...]], new: int
+    ) -> Program:
+        """Return what a job runs that a tier serves; `ids` is its prompt on every tier.
+
+        It is asked with empty prompts, too, for the tiers that the job will need.
+        """
         return Program((Stage(tier, ids[tier], new),))
 
     def decide(
@@ -245,16 +267,18 @@ class Admission:
             InvalidField: it could be too large.
         """
         spec, most = draft.spec, draft.offers[tier].max_new_tokens
-        text_bytes = self.encoder.tokenizers[tier].most_text_bytes
-        reply_bytes = most_reply_bytes(spec, most, text_bytes)
-        if spec.one_reply and reply_bytes > MAX_REPLY_BYTES:
+        # Any stage's answer may be the one.
+        text_bytes = max(
+            self.encoder.tokenizers[of.tier].most_text_bytes for of in draft.offers[tier].stages
+        )
+        size = most_answer_bytes(spec, most, text_bytes)
+        if spec.one_reply and size > MAX_REPLY_BYTES:
             raise _too_large(
-                spec, most, reply_bytes, MAX_REPLY_BYTES, "one reply may have; stream it, or ask"
+                spec, most, size, MAX_REPLY_BYTES, "one reply may have; stream it, or ask"
             )
-        result_bytes = most_result_bytes(spec, most, text_bytes)
-        if spec.client_request_id and result_bytes > max_result_bytes:
+        if spec.client_request_id and size > max_result_bytes:
             raise _too_large(
-                spec, most, result_bytes, max_result_bytes,
+                spec, most, size, max_result_bytes,
                 "is kept for a client_request_id; leave that out, or ask",
             )  # fmt: skip
 
@@ -293,7 +317,7 @@ class Admission:
                     tier=tier,
                     worst_case_uatp=offer.worst_case_uatp,
                     affordable=offer.worst_case_uatp <= budget.balance_uatp,
-                    estimated_s=estimate_s(loads[tier], offer.prompt_tokens, offer.max_new_tokens),
+                    estimated_s=needed_s(loads, offer),
                 )
                 for tier, offer in draft.offers.items()
             ),
@@ -318,6 +342,23 @@ class Admission:
                 loads[tier] = replace(load, waiting=load.waiting + more)
         return loads
 
+    def _needs(self, spec: JobSpec, tier: Tier) -> tuple[Tier, ...]:
+        """Return the tiers on which a job has stages that `tier` serves."""
+        if tier not in self._unread:
+            return (tier,)  # which is not served here, and refused for that
+        return self.program(spec, tier, self._unread, 0).tiers
+
+    def _open(self, spec: JobSpec, loads: Mapping[Tier, TierLoad]) -> frozenset[Tier]:
+        """Return the tiers that a job may need, but for those of programs that lack room."""
+        full = {tier for tier, load in loads.items() if load.waiting >= load.waiting_limit}
+        served = (tier for tier in candidates(spec, loads) if tier in loads)
+        return self._need_any(
+            spec, (tier for tier in served if full.isdisjoint(self._needs(spec, tier)))
+        )
+
+    def _need_any(self, spec: JobSpec, tiers: Iterable[Tier]) -> frozenset[Tier]:
+        return frozenset().union(*(self._needs(spec, tier) for tier in tiers))
+
     def _without_rows(self, spec: JobSpec, prompt: Encoded) -> set[Tier]:
         """Return the tiers whose models, as far as they are loaded, lack an id of the prompt.
 
@@ -338,7 +379,8 @@ class Admission:
 
     def _check_stop_tokens(self, spec: JobSpec) -> None:
         """Refuse ids that a tier which may serve the job does not have."""
-        for tier in candidates(spec, self.encoder.tokenizers):
+        served = candidates(spec, self.encoder.tokenizers)
+        for tier in self._need_any(spec, served):
             if (tokenizer := self.encoder.tokenizers.get(tier)) is not None:
                 ids = spec.sampling.stop_token_ids
                 tokenizer.require_ids("job.sampling.stop_token_ids", ids)
@@ -430,12 +472,6 @@ class Encoder:
 
 def _read(ids: Mapping[Tier, tuple[int, ...]]) -> Encoded:
     return Encoded({tier: len(own) for tier, own in ids.items()}, ids)
-
-
-def _open(spec: JobSpec, loads: Mapping[Tier, TierLoad]) -> set[Tier]:
-    """Return the tiers with room among those that may serve the job."""
-    tiers = (tier for tier in candidates(spec, loads) if tier in loads)
-    return {tier for tier in tiers if loads[tier].waiting < loads[tier].waiting_limit}
 
 
 def _no_row(spec: JobSpec, tier: Tier, id_: int, index: int, num_ids: int) -> InvalidField:

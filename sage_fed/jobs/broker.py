@@ -16,11 +16,11 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sage_fed.cards.rate_card import charge
+from sage_fed.cards.rate_card import charge_by_tier
 from sage_fed.core import (
     Budget,
     Finished,
@@ -31,6 +31,7 @@ from sage_fed.core import (
     Refusal,
     Route,
     RunningJob,
+    StageTiming,
     Started,
     StopReason,
     Tier,
@@ -296,9 +297,10 @@ class Job:
         self._place = place
         self._services = services
         self._started: Started | None = None
+        self._held_uatp: Mapping[Tier, int] = {}
         self._usage = _NOTHING
         """Of the sequences that have ended."""
-        self._endings: list[Ended] = []
+        self._endings: list[tuple[Tier, Ended]] = []
         # What a slow bucket shows: the id that the ledger, the log and the client know, too.
         self._exemplar = {"job_id": job_id}
         if spec.trace is not None:
@@ -363,7 +365,7 @@ class Job:
             await self._work(draft, started)
         except BaseException:
             # Also when this task is cancelled: an open hold would only end by expiry.
-            await asyncio.shield(self._void(started, "failed"))
+            await asyncio.shield(self._void("failed"))
             raise
         await self._settle(draft, started)
 
@@ -400,19 +402,27 @@ class Job:
             )
 
         try:
-            if not spec.client_request_id:  # which may have been answered before, fit or not
-                decide(None)
+            likely: Route | Refusal
+            if spec.client_request_id:  # which may have been answered before, fit or not
+                likely = services.admission.decide(draft, None, loads)
+            else:
+                likely = decide(None)
+            if isinstance(likely, Route):
+                services.admission.narrow(spec, self._place, likely.tier)
             held = await services.ledger.hold(key, request)
         finally:
             if decided is not None:
                 services.metrics.route_decided(spec.requested, *decided)
         if isinstance(held, Replay):
+            self._place.release()
             return held
         assert decided is not None, "what is held was decided"
         route = decided[0]
         assert isinstance(route, Route)
-        services.metrics.hold_placed(route.tier, held.held_uatp)
         offer = draft.offers[route.tier]
+        self._held_uatp = offer.worst_case_by_tier
+        services.metrics.hold_placed(self._held_uatp)
+        self._place.cover(draft.programs[route.tier].tiers)
         return Started(
             job_id=self.job_id,
             route=route,
@@ -440,9 +450,8 @@ class Job:
         while True:
             sequence = self._services.admission.sequence(draft, stage, next(self._services.seq_ids))
             tokenizer = self._services.admission.encoder.tokenizers[stage.tier]
-            # From here on it is in the tier's queue; that of a later stage takes it without a
-            # place, because what has begun is not refused, and counts it before the next job.
-            self._place.release()
+            # From here on it is in this stage's queue itself.
+            self._place.cover({later.tier for later in planned})
             ended = await self._delivery.run(
                 sequence, tokenizer.decoder(), started, shown=not planned
             )
@@ -460,7 +469,7 @@ class Job:
                 accepted=min(ended.accepted_tokens, made),
             )
             self._usage = self._usage.then(usage)
-            self._endings.append(ended)
+            self._endings.append((stage.tier, ended))
             if failure is not None:
                 raise failure
             if not planned:
@@ -471,16 +480,20 @@ class Job:
             if following is None:
                 break
             stage = following
+        self._place.release()
         if self._delivery.stop_reason is not StopReason.CANCELLED:
             self._delivery.show()
 
     async def _settle(self, draft: Draft, started: Started) -> None:
         """Charge what was done, release the rest, and write the ending."""
         services, route = self._services, started.route
-        charged_uatp = charge(draft.card, self._usage)
+        charged_by_tier = charge_by_tier(draft.card, self._usage)
+        charged_uatp = sum(charged_by_tier.values())
         finished = Finished(
             stop_reason=_stop_reason_of(
-                self._delivery.stop_reason, self._endings, self.spec.sampling.stop_token_ids
+                self._delivery.stop_reason,
+                self._endings[-1][1] if self._endings else None,
+                self.spec.sampling.stop_token_ids,
             ),
             usage=self._usage,
             timing=timing_of(self._endings, self._arrived_s, time.monotonic()),
@@ -489,7 +502,7 @@ class Job:
             balance_uatp=0,
         )
         if not charged_uatp:
-            balance_uatp = await self._void(started, "nothing was done")
+            balance_uatp = await self._void("nothing was done")
         else:
             stored = None
             if self.spec.client_request_id:
@@ -500,7 +513,7 @@ class Job:
             )
             balance_uatp = settlement.balance_uatp
             services.metrics.balance_changed(self.spec.account, balance_uatp)
-            services.metrics.hold_settled(route.tier, started.held_uatp, charged_uatp)
+            services.metrics.hold_settled(self._held_uatp, charged_by_tier)
         services.metrics.job_finished(
             route.tier, finished, contended=self._delivery.contended, exemplar=self._exemplar
         )
@@ -509,10 +522,10 @@ class Job:
             self.stream.start(started)
         self.stream.end(replace(finished, balance_uatp=balance_uatp))
 
-    async def _void(self, started: Started, why: str) -> int:
+    async def _void(self, why: str) -> int:
         """Release all that is held; return the balance."""
         release = await self._services.ledger.void(self.job_id, why)
-        self._services.metrics.hold_settled(started.route.tier, release.held_uatp, 0)
+        self._services.metrics.hold_settled(self._held_uatp, {})
         return release.balance_uatp
 
     def _fail(self, error: SageFedError) -> None:
@@ -521,8 +534,8 @@ class Job:
             total_s = time.monotonic() - self._arrived_s
             # Without a settlement all that was done was done for nothing.
             wasted = self._usage if self._endings else None
-            device_s = sum(ended.device_s for ended in self._endings)
-            self._services.metrics.job_failed(tier, error, total_s, wasted, device_s)
+            stages = timing_of(self._endings, self._arrived_s, self._arrived_s).stages
+            self._services.metrics.job_failed(tier, error, total_s, wasted, stages)
         self._tell(error, error.reason.lower())
         # Its frames lead back to the job: see `run`.
         self.stream.end(error.with_traceback(None))
@@ -581,16 +594,15 @@ def _failure_of(ended: Ended, tier: Tier) -> SageFedError | None:
 
 
 def _stop_reason_of(
-    asked: StopReason | None, endings: Sequence[Ended], stop_token_ids: Collection[int]
+    asked: StopReason | None, ended: Ended | None, stop_token_ids: Collection[int]
 ) -> StopReason:
     """Return why a job stopped.
 
     Args:
         asked: what it was asked to stop for, if it was.
-        endings: of its sequences; none where no one got to the executor.
+        ended: its last sequence; None where no one got to the executor.
         stop_token_ids: those that the client named; any other was spelled by a stop string.
     """
-    ended = endings[-1] if endings else None
     if asked in DROPS_OUTPUT:
         # Also where the sequence had ended by itself: what came after it was dropped.
         return asked
@@ -603,23 +615,30 @@ def _stop_reason_of(
     return asked or StopReason.ABORTED
 
 
-def timing_of(endings: Sequence[Ended], arrived_s: float, now: float) -> Timing:
+def timing_of(endings: Sequence[tuple[Tier, Ended]], arrived_s: float, now: float) -> Timing:
     """Return a job's durations; `arrived_s` and `now` are on the executor's clock.
 
     Where it ran several sequences, theirs together; the first token is the answer's.
     """
-    queue_s = prefill_s = decode_s = to_first_s = 0.0
-    for ended in endings:
-        started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
-        queue_s += (ended.ended_s if started is None else started) - ended.submitted_s
-        prefill_s += first - started if first is not None and started is not None else 0.0
-        decode_s += last - first if last is not None and first is not None else 0.0
-        to_first_s = first - arrived_s if first is not None else 0.0
+    stages = tuple(_stage_timing(tier, ended) for tier, ended in endings)
+    first_s = endings[-1][1].first_token_s if endings else None
     return Timing(
-        queue_s=queue_s,
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        time_to_first_token_s=to_first_s,
+        queue_s=sum(stage.queue_s for stage in stages),
+        prefill_s=sum(stage.prefill_s for stage in stages),
+        decode_s=sum(stage.decode_s for stage in stages),
+        time_to_first_token_s=0.0 if first_s is None else first_s - arrived_s,
         total_s=now - arrived_s,
-        device_s=sum(ended.device_s for ended in endings),
+        device_s=sum(stage.device_s for stage in stages),
+        stages=stages,
+    )
+
+
+def _stage_timing(tier: Tier, ended: Ended) -> StageTiming:
+    started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
+    return StageTiming(
+        tier=tier,
+        queue_s=(ended.ended_s if started is None else started) - ended.submitted_s,
+        prefill_s=0.0 if first is None or started is None else first - started,
+        decode_s=0.0 if last is None or first is None else last - first,
+        device_s=ended.device_s,
     )

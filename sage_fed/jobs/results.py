@@ -1,23 +1,22 @@
 """A settled job's whole answer as bytes, and back: what an idempotent replay returns.
 
-Owns the format of the `result` column of the ledger (JSON, versioned) and the hash that
-says whether two requests are the same job. Fails with ValueError on bytes it did not write.
-
-A long answer with its alternatives is a megabyte: it is written and read in a thread, a line of
-JSON for some tokens each, because the library holds the interpreter's lock for a line.
+Owns the format of the `result` column of the ledger (the wire's messages, versioned) and the hash
+that says whether two requests are the same job. Fails with ValueError on bytes it did not write.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 from sage_fed.core import (
     PAYLOAD_FIELDS,
+    Answer,
     Delta,
     Finished,
     JobSpec,
@@ -34,14 +33,25 @@ from sage_fed.core import (
     Timing,
     Usage,
 )
+from sage_fed.errors import CallFailed
 from sage_fed.ledger import RequestKey
+from sage_fed.v1 import inference_pb2
+from sage_fed.wire.codec import decode, encode
 from sage_fed.workers import Workers
 
-_FORMAT = 2
-_ONE_DOCUMENT = 1
-"""The format before, which is read as long as the books keep one: one line, `Logprob` by names."""
+_CODEC_FORMAT = b"\3"
+"""The first byte: frames of the wire's messages follow, each behind its length.
 
-_LINE_TOKENS = 32
+The first is the answer without its tokens; the others are deltas of some tokens each, because the
+library holds the interpreter's lock for a message, and a long answer is a megabyte.
+"""
+
+_JSON_FORMATS = (1, 2)
+"""The formats before, which begin with a brace and are read as long as the books keep one: lines of
+JSON. The first has one line, `Logprob` by names, and no usage by phase."""
+
+_FRAME_TOKENS = 32
+_LENGTH_BYTES = 4
 
 _OTHER_BYTES = 4096
 """More than all of an answer takes that does not grow with it."""
@@ -50,7 +60,7 @@ _INLINE_SIZE = 1024
 """Numbers and characters that take a millisecond at most; more goes to a thread."""
 
 _BYTES_PER_SIZE = 8
-"""Of JSON, to one number."""
+"""Of a kept answer, to one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,87 +72,87 @@ class Result:
     finished: Finished
 
     def to_bytes(self) -> bytes:
-        """Return the JSON that `from_bytes` reads."""
-        route, output = self.started.route, self.output
-        head = {
-            "format": _FORMAT,
-            "started": {
-                **asdict(self.started),
-                "route": {
-                    **asdict(route),
-                    "tier": route.tier.name,
-                    "requested": route.requested.name if route.requested else None,
-                },
-            },
-            "output": {"text": output.text, "output_tokens": output.output_tokens},
-            "finished": {
-                **asdict(self.finished),
-                "stop_reason": self.finished.stop_reason.value,
-                "usage": _plain_usage(self.finished.usage),
-            },
-        }
-        lines: list[object] = [head]
-        lines += [{"token_ids": part} for part in _parts(output.token_ids)]
-        lines += [
-            {"logprobs": [(entry.token_id, entry.logprob, entry.top) for entry in part]}
-            for part in _parts(output.logprobs)
-        ]
-        return b"\n".join(json.dumps(line, separators=(",", ":")).encode() for line in lines)
+        """Return what `from_bytes` reads."""
+        output = self.output
+        head = encode(
+            Answer(self.started, output.text, (), (), self.finished), inference_pb2.GenerateResponse
+        )
+        frames = [head.SerializeToString()]
+        for at in range(0, len(output.token_ids), _FRAME_TOKENS):
+            part = slice(at, at + _FRAME_TOKENS)
+            tokens = replace(
+                output, text="", token_ids=output.token_ids[part], logprobs=output.logprobs[part]
+            )
+            frames.append(encode(tokens, inference_pb2.Delta).SerializeToString())
+        lengths = (len(frame).to_bytes(_LENGTH_BYTES, "big") for frame in frames)
+        pieces = itertools.chain.from_iterable(zip(lengths, frames, strict=True))
+        return _CODEC_FORMAT + b"".join(pieces)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Result:
-        """Read what `to_bytes` wrote; the result is marked as replayed.
+        """Read what `to_bytes` wrote, or wrote before; the result is marked as replayed.
 
         Raises:
-            ValueError: another format.
+            ValueError: another format, or something that only a later version knows.
         """
-        first, *others = data.split(b"\n")
-        document: dict[str, Any] = json.loads(first)
-        if document.get("format") not in {_FORMAT, _ONE_DOCUMENT}:
+        if data.startswith(b"{"):
+            return _from_json(data)
+        if not data.startswith(_CODEC_FORMAT):
             raise ValueError("a stored result of another format")
-        started, output, finished = document["started"], document["output"], document["finished"]
-        token_ids: list[int] = output.get("token_ids", [])
-        logprobs = [
-            _logprob(entry["token_id"], entry["logprob"], entry["top"])
-            for entry in output.get("logprobs", [])
-        ]
-        for line in others:
-            more: dict[str, Any] = json.loads(line)
-            token_ids += more.get("token_ids", [])
-            logprobs += [_logprob(*entry) for entry in more.get("logprobs", [])]
-        route = started.pop("route")
-        tier, requested = Tier.named(route.pop("tier")), route.pop("requested")
+        first, *others = _frames(data)
+        try:
+            head = decode(Answer, inference_pb2.GenerateResponse.FromString(first))
+            parts = [decode(Delta, inference_pb2.Delta.FromString(other)) for other in others]
+        except CallFailed as error:
+            raise ValueError("a stored result of a later version") from error
+        token_ids = tuple(itertools.chain.from_iterable(part.token_ids for part in parts))
+        logprobs = tuple(itertools.chain.from_iterable(part.logprobs for part in parts))
         return cls(
-            started=replace(
-                Started(
-                    route=Route(
-                        tier=tier,
-                        requested=Tier.named(requested) if requested else None,
-                        **route,
-                    ),
-                    **started,
-                ),
-                replayed=True,
-            ),
-            output=Delta(
-                text=output["text"],
-                token_ids=tuple(token_ids),
-                logprobs=tuple(logprobs),
-                output_tokens=output["output_tokens"],
-            ),
-            finished=Finished(
-                stop_reason=StopReason(finished["stop_reason"]),
-                usage=_usage(tier, finished["usage"]),
-                timing=Timing(**finished["timing"]),
-                price=Price(**finished["price"]),
-                balance_uatp=finished["balance_uatp"],
-            ),
+            started=replace(head.started, replayed=True),
+            output=Delta(head.text, token_ids, logprobs, len(token_ids)),
+            finished=head.finished,
         )
 
 
-def _plain_usage(usage: Usage) -> dict[str, Any]:
-    by_phase = [(done.tier.name, done.phase.value, done.tokens) for done in usage.by_phase]
-    return {**asdict(usage), "by_phase": by_phase}
+def _frames(data: bytes) -> Iterator[bytes]:
+    at = len(_CODEC_FORMAT)
+    while at < len(data):
+        begin = at + _LENGTH_BYTES
+        at = begin + int.from_bytes(data[at:begin], "big")
+        yield data[begin:at]
+
+
+def _from_json(data: bytes) -> Result:
+    first, *others = data.split(b"\n")
+    document: dict[str, Any] = json.loads(first)
+    if document.get("format") not in _JSON_FORMATS:
+        raise ValueError("a stored result of another format")
+    started, output, finished = document["started"], document["output"], document["finished"]
+    token_ids: list[int] = output.get("token_ids", [])
+    logprobs = [
+        _logprob(entry["token_id"], entry["logprob"], entry["top"])
+        for entry in output.get("logprobs", [])
+    ]
+    for line in others:
+        more: dict[str, Any] = json.loads(line)
+        token_ids += more.get("token_ids", [])
+        logprobs += [_logprob(*entry) for entry in more.get("logprobs", [])]
+    route = started.pop("route")
+    tier, requested = Tier.called(route.pop("tier")), route.pop("requested")
+    requested = Tier.called(requested) if requested else None
+    return Result(
+        started=replace(
+            Started(route=Route(tier=tier, requested=requested, **route), **started), replayed=True
+        ),
+        output=Delta(output["text"], tuple(token_ids), tuple(logprobs), output["output_tokens"]),
+        finished=Finished(
+            stop_reason=StopReason(finished["stop_reason"]),
+            usage=_usage(tier, finished["usage"]),
+            timing=Timing(**finished["timing"]),
+            price=Price(**finished["price"]),
+            balance_uatp=finished["balance_uatp"],
+        ),
+    )
 
 
 def _usage(tier: Tier, plain: dict[str, Any]) -> Usage:
@@ -150,10 +160,14 @@ def _usage(tier: Tier, plain: dict[str, Any]) -> Usage:
     if "by_phase" not in plain:
         return Usage.single(tier, *plain.values())
     by_phase = tuple(
-        PhaseTokens(Tier.named(name), Phase(phase), tokens)
+        PhaseTokens(Tier.called(name), Phase(phase), tokens)
         for name, phase, tokens in plain.pop("by_phase")
     )
     return Usage(**plain, by_phase=by_phase)
+
+
+def _logprob(token_id: int, logprob: float, top: Sequence[Sequence[Any]]) -> Logprob:
+    return Logprob(token_id, logprob, tuple((other, value) for other, value in top))
 
 
 async def write_result(result: Result, account: str, workers: Workers) -> bytes:
@@ -190,28 +204,15 @@ async def request_key(spec: JobSpec, workers: Workers) -> RequestKey:
     return RequestKey(spec.account, spec.client_request_id, hashes)
 
 
-def most_reply_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
-    """Return what the answer as one message can take at most.
+def most_answer_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
+    """Return what the answer can take at most, as one message and as it is kept for a repeat.
 
-    A token is its text, an id of five bytes, and each of its log-probabilities an id, a double and
-    their tags.
+    A token is its text, an id of five bytes with its part of a frame, and each of its
+    log-probabilities an id, a double and their tags.
     """
-    return _OTHER_BYTES + max_new_tokens * (most_text_bytes + 5 + 20 * _num_logprobs(spec))
-
-
-def most_result_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
-    """Return what the answer can take at most as it is kept for a repeat.
-
-    JSON escapes a byte of text in six, writes an id in 11 characters and a log-probability with
-    its id in 40.
-    """
-    return _OTHER_BYTES + max_new_tokens * (6 * most_text_bytes + 11 + 40 * _num_logprobs(spec))
-
-
-def _num_logprobs(spec: JobSpec) -> int:
-    """Return how many log-probabilities each token of an answer comes with."""
     top = spec.sampling.top_logprobs
-    return 0 if top is None else 1 + top
+    num_logprobs = 0 if top is None else 1 + top
+    return _OTHER_BYTES + max_new_tokens * (most_text_bytes + 6 + 20 * num_logprobs)
 
 
 def payload_hashes(spec: JobSpec) -> tuple[bytes, ...]:
@@ -279,12 +280,3 @@ def _payload_hash_1(spec: JobSpec) -> bytes:
     if sampling.stop_token_ids:
         text += f" stop_token_ids={sampling.stop_token_ids!r}"
     return hashlib.sha256(text.encode()).digest()
-
-
-def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    """Return the values in pieces of a line."""
-    return (values[i : i + _LINE_TOKENS] for i in range(0, len(values), _LINE_TOKENS))
-
-
-def _logprob(token_id: int, logprob: float, top: Sequence[Sequence[Any]]) -> Logprob:
-    return Logprob(token_id, logprob, tuple((other, value) for other, value in top))

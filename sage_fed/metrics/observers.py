@@ -30,6 +30,7 @@ from sage_fed.core import (
     Phase,
     Refusal,
     Route,
+    StageTiming,
     Tier,
     TierState,
     TierStatus,
@@ -194,15 +195,17 @@ class Metrics:
         outcome = ABORTED if finished.stop_reason in ABORTS else FINISHED
         series.count("requests_total", 1, name, outcome, finished.stop_reason.value)
         series.observe("request_duration_seconds", timing.total_s, name, outcome, exemplar=exemplar)
-        series.observe("queue_seconds", timing.queue_s, name)
         if usage.output_tokens:
             labels, first_s = (name, CONTENDED[contended]), timing.time_to_first_token_s
             series.observe("time_to_first_token_seconds", first_s, *labels, exemplar=exemplar)
-            series.observe("prefill_seconds", timing.prefill_s, name)
-            series.observe("decode_seconds", timing.decode_s, name)
         series.observe("prompt_tokens", usage.prompt_tokens, name)
         series.observe("output_tokens", usage.output_tokens, name)
-        self._count_work(name, outcome, usage, timing.device_s)
+        for stage in timing.stages:
+            series.observe("queue_seconds", stage.queue_s, stage.tier.name)
+            if stage.prefill_s:  # it came to its first token
+                series.observe("prefill_seconds", stage.prefill_s, stage.tier.name)
+                series.observe("decode_seconds", stage.decode_s, stage.tier.name)
+        self._count_work(outcome, usage, timing.stages)
 
     def job_failed(
         self,
@@ -210,38 +213,45 @@ class Metrics:
         error: SageFedError,
         seconds: float,
         usage: Usage | None = None,
-        device_s: float = 0.0,
+        stages: Sequence[StageTiming] = (),
     ) -> None:
-        """Count a job that ended with an error; `usage` is what was computed and not delivered."""
+        """Count a job that ended with an error.
+
+        `usage` is what its `stages` computed, which was not delivered.
+        """
         code, name = error.reason.lower(), _name(tier)
         outcome = FAILED if code in FAULTS or usage is not None else REFUSED
         known = code if code in FAULTS or code in REFUSALS else "other"
         self._series.count("requests_total", 1, name, outcome, known)
         self._series.observe("request_duration_seconds", seconds, name, outcome)
         if usage is not None:
-            self._count_work(name, FAILED, usage, device_s)
+            self._count_work(FAILED, usage, stages)
 
     def job_replayed(self, tier: Tier) -> None:
         """Count a repeated request id that was answered from the books."""
         self._series.count("requests_total", 1, tier.name, REPLAYED, REPLAYED)
 
-    def _count_work(self, tier: str, outcome: str, usage: Usage, device_s: float) -> None:
+    def _count_work(self, outcome: str, usage: Usage, stages: Sequence[StageTiming]) -> None:
         count = self._series.count
         for done in usage.by_phase:
             for kind in _TOKEN_TYPES[done.phase]:
                 count("tokens_total", done.tokens, done.tier.name, kind, outcome)
-        count("device_seconds_total", device_s, tier, outcome)
+        for stage in stages:
+            count("device_seconds_total", stage.device_s, stage.tier.name, outcome)
 
     # Money
 
-    def hold_placed(self, tier: Tier, held_uatp: int) -> None:
-        self._series.count("atp_reserved_total", held_uatp / UATP_PER_ATP, tier.name)
+    def hold_placed(self, held_uatp: Mapping[Tier, int]) -> None:
+        """Count what was held for the worst case, by the tiers that may do the work."""
+        for tier, held in held_uatp.items():
+            self._series.count("atp_reserved_total", held / UATP_PER_ATP, tier.name)
 
-    def hold_settled(self, tier: Tier, held_uatp: int, charged_uatp: int) -> None:
-        """Count a hold that ended with a price; 0 gives it back whole."""
-        refunded_uatp = held_uatp - charged_uatp
-        self._series.count("atp_charged_total", charged_uatp / UATP_PER_ATP, tier.name)
-        self._series.count("atp_refunded_total", refunded_uatp / UATP_PER_ATP, tier.name)
+    def hold_settled(self, held_uatp: Mapping[Tier, int], charged_uatp: Mapping[Tier, int]) -> None:
+        """Count a hold that ended with a price; a tier without one gives its part back whole."""
+        for tier, held in held_uatp.items():
+            charged = charged_uatp.get(tier, 0)
+            self._series.count("atp_charged_total", charged / UATP_PER_ATP, tier.name)
+            self._series.count("atp_refunded_total", (held - charged) / UATP_PER_ATP, tier.name)
 
     def balance_changed(self, account: str, balance_uatp: int) -> None:
         """Show an account's balance, where the operator wants account names in metrics."""

@@ -213,20 +213,38 @@ class PhaseTokens(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., phase: _Optional[_Union[Phase, str]] = ..., tokens: _Optional[int] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "decode_s", "time_to_first_token_s", "total_s", "device_s")
+    __slots__ = ("queue_s", "prefill_s", "decode_s", "time_to_first_token_s", "total_s", "device_s", "stages")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     DEVICE_S_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     decode_s: float
     time_to_first_token_s: float
     total_s: float
     device_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., device_s: _Optional[float] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[StageTiming]
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., device_s: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
+
+class StageTiming(_message.Message):
+    __slots__ = ("tier", "queue_s", "prefill_s", "decode_s", "device_s", "tier_name")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_S_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    device_s: float
+    tier_name: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., device_s: _Optional[float] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class Price(_message.Message):
     __slots__ = ("charged_uatp", "held_uatp", "rate_card")

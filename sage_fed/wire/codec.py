@@ -69,9 +69,6 @@ _WHOLE_NUMBERS: Mapping[int, tuple[int, int]] = MappingProxyType(
     }
 )
 
-_UNRANKED = 255
-"""The rank of a tier that only the other side knows."""
-
 _PART = 4096
 """Numbers that are copied without a break: some 50 microseconds."""
 
@@ -294,8 +291,7 @@ def _tier(field: FieldDescriptor, value: str, *, named: bool, optional: bool) ->
         if number in roles:
             return roles[number]
         if number in (0, auto) and (name or optional):
-            known = (tier for tier in TIER_ROLES if tier.name == name)
-            return next(known, Tier(_UNRANKED, name)) if name else None
+            return Tier.called(name) if name else None
         raise _newer(f"said Tier {number}, which")
 
     name = field.name
