@@ -13,8 +13,8 @@ the tests make each of the others with real servers.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import ipaddress
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -32,6 +32,7 @@ from grpc_status import rpc_status
 
 from sage_fed.core import (
     TIER_ROLES,
+    Address,
     Answer,
     Budget,
     BudgetChange,
@@ -54,6 +55,8 @@ from sage_fed.core import (
     Tier,
     TierName,
     TokenCount,
+    UnixSocket,
+    parse_listen,
 )
 from sage_fed.errors import CallFailed, CannotConnect, InvalidField, NoConnection, SageFedError
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
@@ -377,8 +380,6 @@ def _meaning(words: Mapping[str, T], word: object, field: str) -> T:
     return words[word]
 
 
-_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>\d{1,5})")
-
 OPTIONS: tuple[tuple[str, int], ...] = (
     # A whole answer with log-probabilities is larger than gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -410,23 +411,24 @@ def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     Raises:
         InvalidField: `address` is neither, or a file cannot be read.
     """
-    if address.startswith("unix:"):
-        if tls is not None:
-            raise InvalidField("tls", "a Unix socket speaks plain text; use it without")
-        if not re.fullmatch(r"unix:(//)?/[^\x00]+", address):
-            raise InvalidField("address", f"must be unix:/PATH, not {address!r}")
-        return grpc.insecure_channel(address, options=OPTIONS)
-    match = _ADDRESS.fullmatch(address)
-    if match is None or not _is_ipv6(match["ipv6"]) or not 1 <= int(match["port"]) <= 65535:
-        raise InvalidField(
-            "address",
-            "must be HOST:PORT, such as 127.0.0.1:6590 or [::1]:6590, or unix:/PATH, "
-            f"not {address!r}",
-        )
+    place = _place(address)
     if tls is None:
-        return grpc.insecure_channel(address, options=OPTIONS)
+        return grpc.insecure_channel(str(place), options=OPTIONS)
+    if isinstance(place, UnixSocket):
+        raise InvalidField("tls", "a Unix socket speaks plain text; use it without")
     named = (("grpc.ssl_target_name_override", tls.name),) if tls.name else ()
-    return grpc.secure_channel(address, _credentials(tls), options=(*OPTIONS, *named))
+    return grpc.secure_channel(str(place), _credentials(tls), options=(*OPTIONS, *named))
+
+
+def _place(address: str) -> Address | UnixSocket:
+    with contextlib.suppress(ValueError):
+        place = parse_listen(address)
+        if isinstance(place, UnixSocket) or place.port:
+            return place
+    raise InvalidField(
+        "address",
+        f"must be HOST:PORT, such as 127.0.0.1:6590 or [::1]:6590, or unix:/PATH, not {address!r}",
+    )
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
@@ -448,22 +450,12 @@ def _read(field: str, path: Path | None) -> bytes | None:
 
 
 def leaves_machine(address: str) -> bool:
-    """Whether what is sent to the address can be seen by others; an unknown name's can."""
-    host = address.rpartition(":")[0].strip("[]")
-    if address.startswith("unix:") or host.lower() == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
+    """Return whether what is sent to the address can be seen by others; an unknown name's can.
 
-
-def _is_ipv6(text: str | None) -> bool:
-    """Whether it is one, or nothing was in brackets."""
-    try:
-        return text is None or bool(ipaddress.IPv6Address(text))
-    except ValueError:
-        return False
+    Raises:
+        InvalidField: it is no address.
+    """
+    return not _place(address).is_loopback
 
 
 def metadata_of(token: str | None) -> tuple[tuple[str, str], ...]:

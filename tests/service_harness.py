@@ -18,6 +18,7 @@ import grpc
 
 from sage_fed.auth import Authenticator, Register, Throttle, Token
 from sage_fed.core import (
+    Address,
     CalibrationEvent,
     CalibrationProgress,
     CalibrationResult,
@@ -48,13 +49,14 @@ from sage_fed.core import (
     TierLoad,
     TierState,
     Timing,
+    UnixSocket,
     Usage,
 )
 from sage_fed.errors import NotFound
 from sage_fed.ledger import AccountTerms, Ledger
 from sage_fed.service.grpc_server import BoundServer, build_server
 from sage_fed.service.tls import LiveCertificate
-from sage_fed.settings import Address, LimitSettings, UnixSocket
+from sage_fed.settings import LimitSettings
 from sage_fed.workers import Workers
 
 T = TypeVar("T")

@@ -30,14 +30,14 @@ from service_harness import (
 )
 
 from sage_fed.client import Client
-from sage_fed.core import TIER_ROLES, OpenReply, TierState
+from sage_fed.core import TIER_ROLES, Address, OpenReply, TierState, UnixSocket
 from sage_fed.errors import RateLimited
 from sage_fed.ledger import AccountTerms
 from sage_fed.service import calls as calls_module
 from sage_fed.service.calls import UNAUTHENTICATED_OF_CONNECTION, Turn, Turns
 from sage_fed.service.connections import Connections, host_of
 from sage_fed.service.grpc_server import OWN_FILES, WINDOW_BYTES, connections_within
-from sage_fed.settings import Address, LimitSettings, UnixSocket
+from sage_fed.settings import LimitSettings
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
 ADMIN = "admin-token"

@@ -22,10 +22,11 @@ from surroundings import require_tool
 
 from sage_fed.auth import Authenticator
 from sage_fed.client import Client
+from sage_fed.core import Address
 from sage_fed.errors import CallFailed, CannotConnect, ConfigError
 from sage_fed.service import edge, grpc_server
 from sage_fed.service.grpc_server import MAX_METADATA_BYTES, build_server
-from sage_fed.settings import Address, LimitSettings
+from sage_fed.settings import LimitSettings
 from sage_fed.v1 import inference_pb2, types_pb2
 from sage_fed.workers import Workers
 

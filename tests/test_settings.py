@@ -13,23 +13,21 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, ValidationError
 
 import sage_fed
-from sage_fed.core import Role, Tier
+from sage_fed.core import Address, Role, Tier, UnixSocket, parse_listen
 from sage_fed.errors import ConfigError
 from sage_fed.ledger.books import MAX_TTL_S
 from sage_fed.ledger.entries import MAX_TEXT
 from sage_fed.model_files import resolve_model
 from sage_fed.settings import (
-    Address,
     Effective,
     Settings,
-    UnixSocket,
     atp_from_uatp,
     load_settings,
     profile_names,
     uatp_from_atp,
 )
 from sage_fed.settings.loading import leaves, plain_leaves, section_of, validation_problems
-from sage_fed.settings.values import format_size, parse_listen, parse_size
+from sage_fed.settings.values import format_size, parse_size
 
 DEMO = {"profile": "demo"}
 

@@ -5,11 +5,12 @@ Knows neither protobuf (that stops at `service`) nor torch nor SQLite.
 Amounts are integer micro-ATP (`*_uatp`), durations seconds (`*_s`), counts `num_*`
 or plain plurals, as in `docs/architecture.md`.
 
-`tiers`, `jobs` and `money` hold them; import them from here.
+`tiers`, `jobs`, `money` and `addresses` hold them; import them from here.
 """
 
 from __future__ import annotations
 
+from sage_fed.core.addresses import Address, UnixSocket, parse_listen
 from sage_fed.core.jobs import (
     PAYLOAD_FIELDS,
     Answer,
@@ -86,6 +87,7 @@ __all__ = [
     "PAYLOAD_FIELDS",
     "TIER_ROLES",
     "UATP_PER_ATP",
+    "Address",
     "Answer",
     "Budget",
     "BudgetChange",
@@ -141,9 +143,11 @@ __all__ = [
     "Timing",
     "TokenCount",
     "TraceContext",
+    "UnixSocket",
     "Usage",
     "counted",
     "escaped",
+    "parse_listen",
     "parse_traceparent",
     "to_plain",
 ]

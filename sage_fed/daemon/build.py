@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import sage_fed
 from sage_fed.calibrate.calibrator import Site
 from sage_fed.cards.rate_card import Fingerprint, RateCard, own_cards
-from sage_fed.core import ModelInfo, Phase, Tier, counted
+from sage_fed.core import Address, ModelInfo, Phase, Tier, counted
 from sage_fed.daemon.operations import CardInForce
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import TierSetup
@@ -26,7 +26,7 @@ from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics, MetricsServer, PageAccess
 from sage_fed.model_files import resolve_model
 from sage_fed.routing import possible_decisions
-from sage_fed.settings import AUTO_CARD, Address, Settings, atp_from_uatp, uatp_from_atp
+from sage_fed.settings import AUTO_CARD, Settings, atp_from_uatp, uatp_from_atp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
 from sage_fed.trusted_files import require_trusted_directory
 

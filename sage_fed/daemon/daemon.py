@@ -27,7 +27,7 @@ import uvloop
 
 from sage_fed.auth import mint_admin_token
 from sage_fed.calibrate.calibrator import Calibrator
-from sage_fed.core import counted
+from sage_fed.core import Address, UnixSocket, counted
 from sage_fed.daemon.access import Access, read_access_files, throttle_of
 from sage_fed.daemon.build import (
     build_metrics,
@@ -52,7 +52,7 @@ from sage_fed.jobs.broker import Broker, Services
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
 from sage_fed.service import BoundServer, build_server
-from sage_fed.settings import Address, Settings, UnixSocket
+from sage_fed.settings import Settings
 from sage_fed.systemd.notify import ServiceManager
 from sage_fed.trusted_files import (
     make_directory,

@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from sage_fed.core import Tier, TierState, TierStatus
+from sage_fed.core import Address, Tier, TierState, TierStatus, UnixSocket
 from sage_fed.device import Executor, Heartbeat
 from sage_fed.service import Health
-from sage_fed.settings import Address, Settings, UnixSocket
+from sage_fed.settings import Settings
 from sage_fed.steps import StepReport
 from sage_fed.systemd.notify import ServiceManager
 

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import unquote
 
-from sage_fed.settings import Address, UnixSocket
+from sage_fed.core import Address, UnixSocket
 
 _FILES = "/proc/self/fd"
 

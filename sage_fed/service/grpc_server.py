@@ -29,7 +29,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from sage_fed.auth import Authenticator, Throttle
-from sage_fed.core import TIER_ROLES, Tier, TierState
+from sage_fed.core import TIER_ROLES, Address, Tier, TierState, UnixSocket
 from sage_fed.errors import ConfigError, NotFound, Occupied, SageFedError
 from sage_fed.ledger import Ledger
 from sage_fed.service.calls import OpenCalls
@@ -51,7 +51,7 @@ from sage_fed.service.services import (
     Operations,
 )
 from sage_fed.service.tls import LiveCertificate
-from sage_fed.settings import Address, LimitSettings, UnixSocket
+from sage_fed.settings import LimitSettings
 from sage_fed.trusted_files import os_error
 from sage_fed.workers import Workers
 

@@ -22,8 +22,6 @@ from sage_fed.settings.settings import (
     TlsSettings,
 )
 from sage_fed.settings.values import (
-    Address,
-    UnixSocket,
     atp_from_uatp,
     parse_account,
     uatp_from_atp,
@@ -33,12 +31,10 @@ __all__ = [
     "AUTO_CARD",
     "PRECISIONS",
     "AccountSettings",
-    "Address",
     "Effective",
     "LimitSettings",
     "Settings",
     "TlsSettings",
-    "UnixSocket",
     "atp_from_uatp",
     "load_settings",
     "parse_account",

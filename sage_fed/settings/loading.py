@@ -25,7 +25,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from sage_fed.core import escaped
+from sage_fed.core import Address, UnixSocket, escaped
 from sage_fed.environment import (
     CLIENT_VARIABLES,
     ENV_PREFIX,
@@ -34,7 +34,7 @@ from sage_fed.environment import (
 )
 from sage_fed.errors import ConfigError
 from sage_fed.settings.settings import TOKENS_FILE, Settings
-from sage_fed.settings.values import Address, UnixSocket, format_size
+from sage_fed.settings.values import format_size
 from sage_fed.trusted_files import os_error, read_trusted
 
 DEFAULT_PROFILE = "qwen2.5"

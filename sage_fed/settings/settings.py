@@ -14,16 +14,9 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sage_fed.core import TIER_ROLES, Role, Tier
+from sage_fed.core import TIER_ROLES, Address, Role, Tier, UnixSocket, parse_listen
 from sage_fed.model_files import resolve_model
-from sage_fed.settings.values import (
-    Address,
-    UnixSocket,
-    parse_account,
-    parse_listen,
-    parse_size,
-    uatp_from_atp,
-)
+from sage_fed.settings.values import parse_account, parse_size, uatp_from_atp
 
 
 class Section(BaseModel):
