@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -242,8 +242,7 @@ class Client:
         return decode(CardStatus, self._ask(_ADMIN["AdoptRateCard"], request))
 
     def _ask(self, method: MethodDescriptor, request: ProtoMessage, *, timed: bool = True) -> Any:  # noqa: ANN401 - the method's reply
-        reply = GetMessageClass(method.output_type)
-        call = self._channel.unary_unary(_path(method), _raw, reply.FromString)
+        call = self._channel.unary_unary(*_form(method))
         timeout_s = self._timeout_s if timed else None
         try:
             return call(request, timeout=timeout_s, metadata=self._metadata)
@@ -253,11 +252,8 @@ class Client:
     def _stream(
         self, method: MethodDescriptor, request: ProtoMessage, kind: object
     ) -> Generator[Any, None, None]:
-        reply = GetMessageClass(method.output_type)
         read = decoder(kind, method.output_type)
-        call = self._channel.unary_stream(_path(method), _raw, reply.FromString)(
-            request, metadata=self._metadata
-        )
+        call = self._channel.unary_stream(*_form(method))(request, metadata=self._metadata)
         try:
             for event in call:
                 yield read(event)
@@ -267,12 +263,11 @@ class Client:
             call.cancel()  # type: ignore[no-untyped-call] # the stubs forgot its types
 
 
-def _path(method: MethodDescriptor) -> str:
-    return f"/{method.containing_service.full_name}/{method.name}"
-
-
-def _raw(message: ProtoMessage) -> bytes:
-    return message.SerializeToString()
+def _form(method: MethodDescriptor) -> tuple[str, Callable[[Any], bytes], Callable[[bytes], Any]]:
+    """Return a method's path, and how its request is written and its reply read."""
+    request, reply = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    return path, request.SerializeToString, reply.FromString
 
 
 _TIERS = {"auto": None} | {tier.name: tier for tier in TIER_ROLES}

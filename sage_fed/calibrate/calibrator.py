@@ -112,12 +112,9 @@ class Calibrator:
             models = self._models()
             # Now, and not when minutes of measuring would be lost.
             await asyncio.to_thread(_require_writable, site.cards_dir)
-            limits = {tier: self._executor.limits(tier) for tier in site.tiers}
-            measurement = Measurement(
-                self._executor,
-                {tier: known for tier, known in limits.items() if known is not None},
-                pace or (QUICK if quick else FULL),
-            )
+            known = ((tier, self._executor.limits(tier)) for tier in site.tiers)
+            limits = {tier: limits for tier, limits in known if limits is not None}
+            measurement = Measurement(self._executor, limits, pace or (QUICK if quick else FULL))
             async for progress in measurement.run():
                 yield progress
             yield CalibrationProgress("writing", 0.99, "", measurement.elapsed_s)

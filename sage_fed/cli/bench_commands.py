@@ -10,6 +10,7 @@ cannot be measured is in the report, with its reason; a checkpoint that was begu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -134,7 +135,9 @@ def inertia(*, wanted: InertiaOptions) -> None:
         set_cpu_threads(wanted.threads)
         with watched_bar(as_json=wanted.as_json) as show:
             findings = measure(
-                plan, _Shown(plan, show), lambda so_far: _write(so_far, wanted.output)
+                plan,
+                functools.partial(_show_run, plan, show),
+                lambda so_far: _write(so_far, wanted.output),
             )
         analysis = analyse(findings)
         if wanted.as_json:
@@ -161,18 +164,12 @@ def _write(findings: Findings, output: Path | None) -> None:
         raise CannotWrite(f"{output} cannot be written: {error.strerror}") from error
 
 
-class _Shown:
-    """The whole measurement as one bar: which run of how many, and what of it."""
-
-    def __init__(self, plan: Plan, show: Move) -> None:
-        self._runs = plan.runs
-        self._show = show
-
-    def __call__(self, run: int, text: str, share: float | None) -> None:
-        method, precision, tier = self._runs[run]
-        done = "" if share is None else f" {share:.0%}"
-        where = f"{run + 1}/{len(self._runs)} {method.value} {precision} {tier.name}"
-        self._show(run / len(self._runs), f"{where}: {text}{done}")
+def _show_run(plan: Plan, show: Move, run: int, text: str, share: float | None) -> None:
+    """Show the whole measurement as one bar: which run of how many, and what of it."""
+    method, precision, tier = plan.runs[run]
+    done = "" if share is None else f" {share:.0%}"
+    where = f"{run + 1}/{len(plan.runs)} {method.value} {precision} {tier.name}"
+    show(run / len(plan.runs), f"{where}: {text}{done}")
 
 
 def _found(given: str, option: str) -> tuple[str, str, str]:

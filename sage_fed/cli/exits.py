@@ -121,8 +121,15 @@ _CONNECT: Mapping[NoConnection, str] = MappingProxyType(
 
 _REFUSALS = (CannotAfford, QueueFull, RateLimited, TierUnavailable, DeadlineInfeasible, Forbidden)
 
-# The option by which a person gave a field; where it is not simply its name.
+# The option by which a person gave a field.
 _OPTIONS = {
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (
+            "address", "allow_downgrade", "complexity", "tier", "tls", "tls_ca", "tls_cert",
+            "tls_key", "token", *SamplingRequest.__slots__,
+        )
+    },
     "balance_uatp": "--balance",
     "capacity_uatp": "--capacity",
     "client_request_id": "--request-id",
@@ -131,14 +138,7 @@ _OPTIONS = {
     "max_cost_uatp": "--max-cost",
     "stop_token_ids": "--stop-token-id",
     "top_logprobs": "--logprobs",
-}
-_SPOKEN = {"max_cost_uatp": "--max-cost", "allow_downgrade": "--allow-downgrade"}
-_NAMESAKES = frozenset(
-    {
-        "address", "complexity", "tier", "tls", "tls_ca", "tls_cert", "tls_key", "token",
-        *(field for field in SamplingRequest.__slots__ if field not in _OPTIONS),
-    }
-)  # fmt: skip
+}  # fmt: skip
 
 
 def exit_code(error: SageFedError) -> ExitCode:
@@ -167,8 +167,8 @@ def explain(error: SageFedError) -> str:
 
 def as_options(sentence: str) -> str:
     """The daemon's sentence with the options of the command line instead of the wire's fields."""
-    for name, option in _SPOKEN.items():
-        sentence = sentence.replace(name, option)
+    for name in ("max_cost_uatp", "allow_downgrade"):
+        sentence = sentence.replace(name, _OPTIONS[name])
     return sentence
 
 
@@ -189,10 +189,7 @@ def _advice(error: SageFedError) -> str:
 
 def _option(field: str) -> str:
     """The option of a field such as `job.sampling.stop[1]`; others keep their path."""
-    name = field.rpartition(".")[2].partition("[")[0]
-    if name in _NAMESAKES:
-        return f"--{name.replace('_', '-')}"
-    return _OPTIONS.get(name, field)
+    return _OPTIONS.get(field.rpartition(".")[2].partition("[")[0], field)
 
 
 def error_object(error: SageFedError) -> dict[str, object]:
