@@ -42,11 +42,15 @@ class Shell:
         body: dict[str, object] = json.loads(result.stdout)
         return body
 
-    def settled_uatp(self) -> int:
-        """What the last job was charged, once none is running."""
+    def idle(self) -> None:
+        """Wait until no job is running."""
         deadline = time.monotonic() + 30
         while json.loads(self.admin("load", "--json").stdout)["jobs"]:
             assert time.monotonic() < deadline, "a job does not end"
+
+    def settled_uatp(self) -> int:
+        """What the last job was charged, once none is running."""
+        self.idle()
         entries = self.json("ledger", "--limit", "20")["entries"]
         amounts = [entry["amount_uatp"] for entry in entries if entry["kind"] == "settle"]  # type: ignore[attr-defined]
         return int(amounts[0])
@@ -385,7 +389,7 @@ def test_an_answer_that_cannot_be_written(shell: Shell) -> None:
 
 def test_no_job_is_said_in_words(shell: Shell) -> None:
     """An empty list is a sentence, not the head of a table."""
-    shell.settled_uatp()
+    shell.idle()
     output = shell.admin("load").stdout
     assert "no job is running" in output
     assert "priority" not in output

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import apsw
@@ -306,12 +306,6 @@ def _require_sound(request: HoldRequest) -> None:
         raise InvalidField("ttl_s", f"must be above 0 and at most {MAX_TTL_S:.0f}")
 
 
-_ACCOUNT = (
-    "SELECT account, charged_uatp, held_uatp, discharged_uatp, capacity_uatp, refill_uatp_per_s, "
-    "strategic_floor_uatp, refill_epoch, refill_ns, refill_remainder, declared_capacity_uatp, "
-    "declared_refill_uatp_per_s, declared_floor_uatp FROM account "
-)
-
 _DECLARED = {
     "capacity_uatp": "declared_capacity_uatp",
     "refill_uatp_per_s": "declared_refill_uatp_per_s",
@@ -379,6 +373,9 @@ class Account:
             refill_uatp_per_s=self.refill_uatp_per_s,
             strategic_floor_uatp=self.strategic_floor_uatp,
         )
+
+
+_ACCOUNT = f"SELECT {', '.join(column.name for column in fields(Account))} FROM account"  # noqa: S608 - columns of ours
 
 
 class Accounts:
