@@ -35,6 +35,7 @@ from rich.console import Console
 
 from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file
+from sage_fed.core import TIER_ROLES
 from sage_fed.ledger import check
 from sage_fed.ledger.ledger_files import snapshot
 from sage_fed.settings import LimitSettings
@@ -87,10 +88,18 @@ def values(of: FieldDescriptor, depth: int, *, likely: bool) -> st.SearchStrateg
     return values_of_type(of, depth, likely=likely)
 
 
+TIER_NAMES = tuple(tier.name for tier in TIER_ROLES)
+
+
 def words_of(of: FieldDescriptor) -> tuple[str, ...]:
     """The words that a field takes, where it takes no others."""
     found = bounds.BOUNDS.get(f"{of.containing_type.name}.{of.name}", ())
-    return next((bound.words for bound in found if isinstance(bound, bounds.OneOf)), ())
+    for bound in found:
+        if isinstance(bound, bounds.OneOf):
+            return bound.words
+        if isinstance(bound, bounds.TierName):
+            return TIER_NAMES
+    return ()
 
 
 def edges_of(of: FieldDescriptor) -> list[object]:
@@ -105,8 +114,8 @@ def edges_of(of: FieldDescriptor) -> list[object]:
             case bounds.Count(low=low) if not of.is_repeated or bound.each:
                 high = int(bounds.limit_of(bound.high, LIMITS))
                 edges += ["x" * low, "x" * min(high, 5000), "x" * min(high + 1, 5000)]
-            case bounds.OneOf(words=words):
-                edges += words
+            case bounds.OneOf() | bounds.TierName():
+                edges += words_of(of)
     return edges
 
 

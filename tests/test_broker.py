@@ -37,6 +37,7 @@ from sage_fed.core import (
     Prompt,
     Route,
     SamplingRequest,
+    Stage,
     StageTiming,
     Started,
     StopReason,
@@ -861,11 +862,22 @@ async def test_a_job_that_does_not_say_gets_what_fits(
 def test_a_jobs_times_are_what_it_came_to(reached: dict[str, float], timing: Timing) -> None:
     """Queue, prompt, tokens, first token and all of it, each from where it begins."""
     ended = Ended(1, EndReason.LENGTH, submitted_s=11.0, ended_s=25.0, device_s=0.5, **reached)
-    found = timing_of([(Tier.TACTICAL, ended)], arrived_s=10.0, now=30.0)
+    found = timing_of([(Stage(Tier.TACTICAL, (), 4), ended)], arrived_s=10.0, now=30.0)
     assert timing == replace(found, stages=())
     (stage,) = found.stages
     assert (Tier.TACTICAL, timing.queue_s, timing.device_s) == (
         stage.tier, stage.queue_s, stage.device_s,
+    )  # fmt: skip
+
+
+def test_a_drafters_time_is_the_jobs_and_of_its_own_tier() -> None:
+    """Over all jobs and tiers it adds up to the time that the device was busy."""
+    stage = Stage(Tier.STRATEGIC, (), 4, drafter=Tier.TACTICAL)
+    ended = Ended(1, EndReason.LENGTH, submitted_s=1.0, ended_s=2.0, device_s=0.5, draft_s=0.25)
+    timing = timing_of([(stage, ended)], arrived_s=1.0, now=2.0)
+    (told,) = timing.stages
+    assert (0.75, 0.5, Tier.TACTICAL, 0.25) == (
+        timing.device_s, told.device_s, told.drafter, told.draft_s,
     )  # fmt: skip
 
 

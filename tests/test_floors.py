@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sage_fed.routing import Reason
+
 PACKAGE = Path(__file__).parent.parent / "sage_fed"
 
 FLOORS: dict[str, int] = {
@@ -171,3 +173,61 @@ def test_only_the_inertia_report_imports_the_published_method() -> None:
     """Importing `generate` takes seconds: no daemon and no other command may pay for it."""
     importers = {ids(p) for p in FILES if "sage_fed.engine.reference" in imports_of(p)}
     assert {"inertia/experiment.py"} == importers
+
+
+REFUSED_ELSEWHERE: dict[str, tuple[int, str]] = {
+    # file -> how often it makes an error that could refuse a job, and why that is no second
+    # admission
+    "auth/authenticator.py": (1, "calls an address may make without a token"),
+    "service/calls.py": (1, "calls an account may have open"),
+    "workers.py": (1, "what an account has waiting for a thread"),
+    "calibrate/calibrator.py": (1, "a calibration"),
+    "daemon/operations.py": (1, "a calibration"),
+    "ledger/ledger.py": (2, "the books' own inbox"),
+    "ledger/books.py": (1, "the balance at the instant of the hold"),
+    "jobs/broker.py": (2, "a job that was let in, whose tier or daemon ended"),
+    "device/executor.py": (3, "steps of a calibration, and a device that is gone"),
+    "device/device_thread.py": (2, "steps of a calibration"),
+    "device/tier_loading.py": (1, "a tier that failed since"),
+    "device/scheduler.py": (1, "a tier that failed since"),
+}
+
+REFUSALS = {"QueueFull", "TierUnavailable", "RateLimited", "CannotAfford", "DeadlineInfeasible"}
+
+
+def calls_of(path: Path, names: set[str]) -> list[ast.Call]:
+    """The calls in a file of functions, classes or methods of these names."""
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", getattr(node.func, "attr", "")) in names
+    ]
+
+
+def test_whether_a_job_may_run_is_asked_in_one_place() -> None:
+    """Each reason is found once, in the router or admission, which one caller asks."""
+    asked = {
+        name: [str(path.relative_to(PACKAGE)) for path in FILES for _ in calls_of(path, {name})]
+        for name in ("Refusal", "admit", "refuse_unread", "route")
+    }
+    assert {"routing.py", "jobs/admission.py"} == set(asked["Refusal"])
+    assert ["jobs/broker.py"] == [file for file in asked["admit"] if file != "metrics/page.py"]
+    assert ["jobs/admission.py"] == asked["refuse_unread"]
+    # The router asks itself once more, for what would be possible with less.
+    assert ["jobs/admission.py", "routing.py"] == sorted(asked["route"])
+    reasons = sorted(
+        call.args[0].attr
+        for path in FILES
+        for call in calls_of(path, {"Refusal"})
+        if isinstance(call.args[0], ast.Attribute)
+    )
+    assert sorted(reason.name for reason in Reason if reason.is_refusal) == reasons
+
+
+def test_nothing_else_refuses_a_job_for_want_of_room_or_money() -> None:
+    """A new place that makes such an error is a second admission, or has its reason above."""
+    made = {str(path.relative_to(PACKAGE)): len(calls_of(path, REFUSALS)) for path in FILES}
+    told = {file: count for file, (count, _) in REFUSED_ELSEWHERE.items()}
+    # The router turns its refusals into errors, each once.
+    assert told | {"routing.py": len(REFUSALS)} == {file: n for file, n in made.items() if n}

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import prometheus_client
@@ -345,6 +346,16 @@ def test_refusals_and_failures_are_told_apart(
     assert 0.25 == value(metrics, "request_duration_seconds_sum", tier=name, outcome=outcome)
     if usage is not None:
         assert 3 == value(metrics, "tokens_total", tier=name, type="output", outcome="failed")
+
+
+def test_a_drafters_device_time_is_of_its_own_tier(metrics: Metrics) -> None:
+    """What a job's sequence and its drafter took is told apart."""
+    stage = StageTiming(STRATEGIC, 0.0, 0.1, 0.2, device_s=0.5, drafter=TACTICAL, draft_s=0.25)
+    ending = finished(tier=STRATEGIC)
+    ending = replace(ending, timing=replace(ending.timing, stages=(stage,)))
+    metrics.job_finished(STRATEGIC, ending)
+    for tier, device_s in (("strategic", 0.5), ("tactical", 0.25)):
+        assert device_s == value(metrics, "device_seconds_total", tier=tier, outcome="finished")
 
 
 def test_tokens_that_come_together_share_their_gap(metrics: Metrics) -> None:

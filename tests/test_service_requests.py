@@ -207,6 +207,20 @@ def test_every_tier_of_the_proto_has_its_meaning(value: types_pb2.Tier, tier: Ti
     assert tier is parse(types_pb2.JobSpec(text="hi", tier=value)).requested
 
 
+@pytest.mark.parametrize("name", ["tactical", "deep"])
+def test_a_job_may_name_any_of_the_daemons_tiers(name: str) -> None:
+    """What the job then asks for is that tier, also one that the proto has no value for."""
+    tiers = (*TIER_ROLES, Tier(2, "deep"))
+    call = Call(Caller("robot", Role.USER), 0.0, None, open_call=None)  # type: ignore[arg-type]
+    request = inference_pb2.GenerateRequest(job=types_pb2.JobSpec(text="hi", tier_name=name))
+    bounds.check(request, LIMITS, tiers=tiers)
+    (asked,) = (tier for tier in tiers if tier.name == name)
+    assert asked is parse_job(request, LIMITS, call, tiers).requested
+    with pytest.raises(InvalidField, match="must be one of strategic") as raised:
+        bounds.check(request, LIMITS, tiers=(Tier.STRATEGIC,))
+    assert "job.tier_name" == raised.value.field
+
+
 @pytest.mark.parametrize(
     ("field", "request_"),
     [

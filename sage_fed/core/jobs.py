@@ -309,13 +309,18 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """Durations of one sequence of a job on its tier, in seconds, as `Timing` has the job's."""
+    """Durations of one sequence of a job on its tier, in seconds, as `Timing` has the job's.
+
+    `draft_s` is the device time of its `drafter`, on that tier; `device_s` is without it.
+    """
 
     tier: Tier
     queue_s: float
     prefill_s: float
     decode_s: float
     device_s: float
+    drafter: Tier | None = None
+    draft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

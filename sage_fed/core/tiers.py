@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,10 +36,15 @@ class Tier:
         raise ValueError(f"{name!r} is no tier")
 
     @classmethod
-    def called(cls, name: str) -> Tier:
-        """Return the role of this name, or a tier of which no more than its name is known."""
-        known = (tier for tier in TIER_ROLES if tier.name == name)
-        return next(known, cls(_UNRANKED, name))
+    def called(cls, name: str, known: Iterable[Tier] | None = None) -> Tier:
+        """Return the tier of this name, or one of which no more than its name is known.
+
+        Args:
+            name: as settings, cards and the wire have it.
+            known: those that may be meant; None: the two roles.
+        """
+        found = (tier for tier in known or TIER_ROLES if tier.name == name)
+        return next(found, cls(_UNRANKED, name))
 
     def __str__(self) -> str:
         return self.name

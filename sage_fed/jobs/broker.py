@@ -31,6 +31,7 @@ from sage_fed.core import (
     Refusal,
     Route,
     RunningJob,
+    Stage,
     StageTiming,
     Started,
     StopReason,
@@ -300,7 +301,7 @@ class Job:
         self._held_uatp: Mapping[Tier, int] = {}
         self._usage = _NOTHING
         """Of the sequences that have ended."""
-        self._endings: list[tuple[Tier, Ended]] = []
+        self._endings: list[tuple[Stage, Ended]] = []
         # What a slow bucket shows: the id that the ledger, the log and the client know, too.
         self._exemplar = {"job_id": job_id}
         if spec.trace is not None:
@@ -469,7 +470,7 @@ class Job:
                 accepted=min(ended.accepted_tokens, made),
             )
             self._usage = self._usage.then(usage)
-            self._endings.append((stage.tier, ended))
+            self._endings.append((stage, ended))
             if failure is not None:
                 raise failure
             if not planned:
@@ -615,12 +616,12 @@ def _stop_reason_of(
     return asked or StopReason.ABORTED
 
 
-def timing_of(endings: Sequence[tuple[Tier, Ended]], arrived_s: float, now: float) -> Timing:
+def timing_of(endings: Sequence[tuple[Stage, Ended]], arrived_s: float, now: float) -> Timing:
     """Return a job's durations; `arrived_s` and `now` are on the executor's clock.
 
     Where it ran several sequences, theirs together; the first token is the answer's.
     """
-    stages = tuple(_stage_timing(tier, ended) for tier, ended in endings)
+    stages = tuple(_stage_timing(stage, ended) for stage, ended in endings)
     first_s = endings[-1][1].first_token_s if endings else None
     return Timing(
         queue_s=sum(stage.queue_s for stage in stages),
@@ -628,17 +629,19 @@ def timing_of(endings: Sequence[tuple[Tier, Ended]], arrived_s: float, now: floa
         decode_s=sum(stage.decode_s for stage in stages),
         time_to_first_token_s=0.0 if first_s is None else first_s - arrived_s,
         total_s=now - arrived_s,
-        device_s=sum(stage.device_s for stage in stages),
+        device_s=sum(stage.device_s + stage.draft_s for stage in stages),
         stages=stages,
     )
 
 
-def _stage_timing(tier: Tier, ended: Ended) -> StageTiming:
+def _stage_timing(stage: Stage, ended: Ended) -> StageTiming:
     started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
     return StageTiming(
-        tier=tier,
+        tier=stage.tier,
         queue_s=(ended.ended_s if started is None else started) - ended.submitted_s,
         prefill_s=0.0 if first is None or started is None else first - started,
         decode_s=0.0 if last is None or first is None else last - first,
         device_s=ended.device_s,
+        drafter=stage.drafter,
+        draft_s=ended.draft_s,
     )

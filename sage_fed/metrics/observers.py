@@ -238,6 +238,8 @@ class Metrics:
                 count("tokens_total", done.tokens, done.tier.name, kind, outcome)
         for stage in stages:
             count("device_seconds_total", stage.device_s, stage.tier.name, outcome)
+            if stage.drafter is not None:
+                count("device_seconds_total", stage.draft_s, stage.drafter.name, outcome)
 
     # Money
 

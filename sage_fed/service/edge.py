@@ -19,7 +19,15 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -32,7 +40,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
 from sage_fed.auth import Authenticator, Throttle, require_role
-from sage_fed.core import Caller, Role, TraceContext, parse_traceparent
+from sage_fed.core import TIER_ROLES, Caller, Role, Tier, TraceContext, parse_traceparent
 from sage_fed.errors import InvalidField, NotOneRequest, RateLimited, SageFedError, Unauthenticated
 from sage_fed.service.calls import OpenCall, OpenCalls
 from sage_fed.service.tls import names_in
@@ -95,7 +103,9 @@ class Edge:
         certificates: bool = False,
         on_denied: Callable[[str], None] = lambda _: None,
         tracing: Tracing | None = None,
+        tiers: Sequence[Tier] = TIER_ROLES,
     ) -> None:
+        self._tiers = tiers
         self._authenticator = authenticator
         self._calls = calls
         self._limits = limits
@@ -139,7 +149,7 @@ class Edge:
                 raise NotOneRequest("this method takes one request, and none came")
             self._count_message(open_call, call, len(raw))
             request = parse(request_class, raw)
-            bounds.check(request, self._limits)
+            bounds.check(request, self._limits, tiers=self._tiers)
             made = method(request, call)
             # Closed now, and not when it is garbage, where a write was cancelled or refused.
             # The first write sends the response headers; a refusal before it leaves the RPC

@@ -124,9 +124,10 @@ async def build_server(
         certificates=certificate is not None and certificate.needs_clients,
         on_denied=on_denied,
         tracing=tracing,
+        tiers=tiers,
     )
     services: Mapping[ServiceDescriptor, object] = {
-        INFERENCE_SERVICE: InferenceService(jobs, limits, workers),
+        INFERENCE_SERVICE: InferenceService(jobs, limits, workers, tiers),
         BUDGET_SERVICE: BudgetService(ledger, operations),
         MODEL_SERVICE: ModelService(operations),
         ADMIN_SERVICE: AdminService(jobs, ledger, operations, calls),

@@ -15,13 +15,14 @@ import binascii
 import contextlib
 import functools
 import struct
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from sage_fed.core import (
+    TIER_ROLES,
     Answer,
     BudgetChange,
     CalibrationEvent,
@@ -66,10 +67,13 @@ _IDS_PER_SIZE = 32
 class InferenceService:
     """Generate, GenerateStream, Quote and CountTokens."""
 
-    def __init__(self, jobs: Broker, limits: LimitSettings, workers: Workers) -> None:
+    def __init__(
+        self, jobs: Broker, limits: LimitSettings, workers: Workers, tiers: Sequence[Tier]
+    ) -> None:
         self._jobs = jobs
         self._limits = limits
         self._workers = workers
+        self._tiers = tiers
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, call: Call
@@ -116,7 +120,7 @@ class InferenceService:
         self, request: inference_pb2.CountTokensRequest, call: Call
     ) -> inference_pb2.CountTokensResponse:
         """Count a prompt's tokens as the tier's model would see them."""
-        asked = decode(JobSpec, request, account=call.caller.account)
+        asked = _of_tiers(decode(JobSpec, request, account=call.caller.account), self._tiers)
         call.open_call.done()
         with _named_as_in(request):
             counted = await self._jobs.count_tokens(
@@ -145,17 +149,19 @@ class InferenceService:
     async def _spec(self, request: JobRequest, call: Call) -> JobSpec:
         size = len(request.job.token_ids.ids) // _IDS_PER_SIZE
         if size <= _INLINE_SIZE:
-            return parse_job(request, self._limits, call)
+            return parse_job(request, self._limits, call, self._tiers)
         account = call.caller.account
         self._workers.require_room(account, size)
         return await self._workers.run(
-            account, size, lambda: parse_job(request, self._limits, call)
+            account, size, lambda: parse_job(request, self._limits, call, self._tiers)
         )
 
 
-def parse_job(request: JobRequest, limits: LimitSettings, call: Call) -> JobSpec:
+def parse_job(
+    request: JobRequest, limits: LimitSettings, call: Call, tiers: Sequence[Tier] = TIER_ROLES
+) -> JobSpec:
     """Return the job that a sound request describes, paid for by the caller."""
-    return decode(
+    spec = decode(
         JobSpec,
         request.job,
         account=call.caller.account,
@@ -163,6 +169,14 @@ def parse_job(request: JobRequest, limits: LimitSettings, call: Call) -> JobSpec
         trace=call.trace,
         one_reply=isinstance(request, inference_pb2.GenerateRequest),
     )
+    return _of_tiers(spec, tiers)
+
+
+def _of_tiers(spec: JobSpec, tiers: Sequence[Tier]) -> JobSpec:
+    """Return the job with the daemon's tier of the name that it asks for."""
+    if spec.requested is None or spec.requested in tiers:
+        return spec
+    return replace(spec, requested=Tier.called(spec.requested.name, tiers))
 
 
 def _call_deadline_s(remaining_s: float | None, limits: LimitSettings) -> float | None:

@@ -231,20 +231,26 @@ class Timing(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., device_s: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
 
 class StageTiming(_message.Message):
-    __slots__ = ("tier", "queue_s", "prefill_s", "decode_s", "device_s", "tier_name")
+    __slots__ = ("tier", "queue_s", "prefill_s", "decode_s", "device_s", "tier_name", "drafter", "drafter_name", "draft_s")
     TIER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
     DEVICE_S_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_NAME_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_S_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     queue_s: float
     prefill_s: float
     decode_s: float
     device_s: float
     tier_name: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., device_s: _Optional[float] = ..., tier_name: _Optional[str] = ...) -> None: ...
+    drafter: Tier
+    drafter_name: str
+    draft_s: float
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., device_s: _Optional[float] = ..., tier_name: _Optional[str] = ..., drafter: _Optional[_Union[Tier, str]] = ..., drafter_name: _Optional[str] = ..., draft_s: _Optional[float] = ...) -> None: ...
 
 class Price(_message.Message):
     __slots__ = ("charged_uatp", "held_uatp", "rate_card")

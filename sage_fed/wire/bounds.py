@@ -10,7 +10,7 @@ message holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
@@ -19,12 +19,20 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from sage_fed.core import MAX_UATP, TIER_ROLES
+from sage_fed.core import MAX_UATP, TIER_ROLES, Tier
 from sage_fed.errors import InvalidField
 from sage_fed.settings import LimitSettings
 
 Limit = float | str
 """A number, or the name of one in `limits`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """What a daemon's settings say of requests."""
+
+    limits: LimitSettings
+    tiers: Sequence[Tier]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +44,8 @@ class Number:
     above: bool = False
     unset: bool = False
 
-    def check(self, where: str, value: float, limits: LimitSettings) -> None:
-        high = limit_of(self.high, limits)
+    def check(self, where: str, value: float, daemon: Daemon) -> None:
+        high = limit_of(self.high, daemon.limits)
         # Written so that NaN, which is neither below nor above anything, is refused.
         inside = (self.low < value or (value == self.low and not self.above)) and value <= high
         if not inside and (value or not self.unset):
@@ -55,7 +63,7 @@ class Number:
 class NotNegative:
     """Zero or more."""
 
-    def check(self, where: str, value: float, _: LimitSettings) -> None:
+    def check(self, where: str, value: float, _: Daemon) -> None:
         if value < 0:
             raise InvalidField(where, "must not be negative")
 
@@ -73,12 +81,12 @@ class Count:
     printable: bool = False
     each: bool = False
 
-    def check(self, where: str, value: Any, limits: LimitSettings) -> None:  # noqa: ANN401 - what has a length
+    def check(self, where: str, value: Any, daemon: Daemon) -> None:  # noqa: ANN401 - what has a length
         if self.each:
             for at, item in enumerate(value):
-                replace(self, each=False).check(f"{where}[{at}]", item, limits)
+                replace(self, each=False).check(f"{where}[{at}]", item, daemon)
             return
-        high = limit_of(self.high, limits)
+        high = limit_of(self.high, daemon.limits)
         if not self.low <= len(value) <= high:
             text = f"must have {self.low} to {high} {self.noun}, not {len(value)}"
             raise InvalidField(where, text)
@@ -93,17 +101,29 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """One of some words; `unset`: or none, which is absent."""
+    """One of some words."""
 
     words: tuple[str, ...]
-    unset: bool = False
 
-    def check(self, where: str, value: str, _: LimitSettings) -> None:
-        if value not in self.words and (value or not self.unset):
+    def check(self, where: str, value: str, _: Daemon) -> None:
+        if value not in self.words:
             raise InvalidField(where, f"must be {self}")
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.words)}"
+
+
+@dataclass(frozen=True, slots=True)
+class TierName:
+    """The name of one of the daemon's tiers; or none, which is absent."""
+
+    def check(self, where: str, value: str, daemon: Daemon) -> None:
+        names = [tier.name for tier in daemon.tiers]
+        if value and value not in names:
+            raise InvalidField(where, f"must be one of {', '.join(names)}")
+
+    def __str__(self) -> str:
+        return "the name of one of the daemon's tiers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +132,8 @@ class Contents:
 
     high: Limit
 
-    def check(self, where: str, value: Any, limits: LimitSettings) -> None:  # noqa: ANN401 - messages
-        num_chars, high = 0, limit_of(self.high, limits)
+    def check(self, where: str, value: Any, daemon: Daemon) -> None:  # noqa: ANN401 - messages
+        num_chars, high = 0, limit_of(self.high, daemon.limits)
         for index, message in enumerate(value):
             num_chars += len(message.content)
             if num_chars > high:
@@ -124,15 +144,14 @@ class Contents:
         return f"{_said(self.high)} characters in all contents together"
 
 
-Bound = Number | NotNegative | Count | OneOf | Contents
+Bound = Number | NotNegative | Count | OneOf | TierName | Contents
 
 MAX_PAGE_SIZE = 1000
-_TIER_NAME = OneOf(tuple(tier.name for tier in TIER_ROLES), unset=True)
 
 BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
     {
         "JobSpec.text": (Count(1, "max_prompt_chars"),),
-        "JobSpec.tier_name": (_TIER_NAME,),
+        "JobSpec.tier_name": (TierName(),),
         "JobSpec.max_cost_uatp": (NotNegative(),),
         "JobSpec.complexity": (Number(0.0, 1.0),),
         "JobSpec.client_request_id": (Count(0, "max_request_id_chars", printable=True),),
@@ -158,8 +177,8 @@ BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
         "SamplingParams.deadline_s": (Number(0.0, "max_deadline_s", above=True),),
         "SamplingParams.stop_token_ids": (Count(0, "max_stop_token_ids", "token ids"),),
         "CountTokensRequest.text": (Count(1, "max_prompt_chars"),),
-        "CountTokensRequest.tier_name": (_TIER_NAME,),
-        "GetModelRequest.tier_name": (_TIER_NAME,),
+        "CountTokensRequest.tier_name": (TierName(),),
+        "GetModelRequest.tier_name": (TierName(),),
         "ListEntriesRequest.page_size": (Number(1, MAX_PAGE_SIZE, unset=True),),
         "AbortRequest.job_id": (Count(0, 256),),
         "AbortRequest.call_id": (Count(0, 256),),
@@ -185,13 +204,22 @@ EXCLUSIVE: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Fields of which exactly one is not empty."""
 
 
-def check(request: Message, limits: LimitSettings, path: str = "") -> None:
-    """Refuse a request that holds what it may not; `path` is how its sender names it.
+def check(
+    request: Message, limits: LimitSettings, path: str = "", *, tiers: Sequence[Tier] = TIER_ROLES
+) -> None:
+    """Refuse a request that holds what it may not.
+
+    Args:
+        request: what arrived.
+        limits: the daemon's.
+        path: how the request's sender names it.
+        tiers: the daemon's.
 
     Raises:
         InvalidField: the first field that is out of bounds.
     """
-    _check(_asked(request.DESCRIPTOR), request, limits, f"{path}." if path else "")
+    where = f"{path}." if path else ""
+    _check(_asked(request.DESCRIPTOR), request, Daemon(limits, tiers), where)
 
 
 def table() -> Iterator[tuple[str, str]]:
@@ -266,10 +294,11 @@ def _roles(descriptor: Descriptor) -> dict[int, str]:
     enum = descriptor.fields_by_name["tier"].enum_type
     assert enum is not None
     names = {of.number: of.name.removeprefix("TIER_").lower() for of in enum.values}
-    return {number: name for number, name in names.items() if name in _TIER_NAME.words}
+    roles = {tier.name for tier in TIER_ROLES}
+    return {number: name for number, name in names.items() if name in roles}
 
 
-def _check(asked: _Message, message: Any, limits: LimitSettings, path: str) -> None:  # noqa: ANN401 - of any type
+def _check(asked: _Message, message: Any, daemon: Daemon, path: str) -> None:  # noqa: ANN401 - of any type
     for oneof, members in asked.required:
         if message.WhichOneof(oneof) is None:
             text = f"one of {' and '.join(members.rsplit(', ', 1))} must be set"
@@ -285,14 +314,14 @@ def _check(asked: _Message, message: Any, limits: LimitSettings, path: str) -> N
             continue
         value = getattr(message, name)
         for bound in field.bounds:
-            bound.check(path + name, value, limits)
+            bound.check(path + name, value, daemon)
         if field.numbers is not None and value not in field.numbers:
             raise InvalidField(path + name, f"unknown value {value}")
         if field.inner is not None and field.repeated:
             for at, item in enumerate(value):
-                _check(field.inner, item, limits, f"{path}{name}[{at}].")
+                _check(field.inner, item, daemon, f"{path}{name}[{at}].")
         elif field.inner is not None:
-            _check(field.inner, value, limits, f"{path}{name}.")
+            _check(field.inner, value, daemon, f"{path}{name}.")
 
 
 def _check_exclusive(message: Any, names: tuple[str, ...], path: str) -> None:  # noqa: ANN401 - of any type
