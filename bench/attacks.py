@@ -52,11 +52,11 @@ from typing import Any
 import psutil
 import report
 from attackers import ATTACKS, FURTHER, Attack, Attacker, Target
+from behaviours import Client, Tally
 from driven_daemon import START_S, settle, wait_ready
 from grpc.aio import AioRpcError
 from rich.console import Console
 from rich.table import Table
-from stress_clients import Client, Tally
 
 from sage_fed.auth import digest_of, new_token
 from sage_fed.cli import top

@@ -16,24 +16,22 @@ import argparse
 import asyncio
 import contextlib
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import grpc
 import report
-from driven_daemon import START_S, TROUBLE, settle, wait_ready
+from behaviours import FLAGS, Client, Tally
+from driven_daemon import START_S, driven
+from load_generator import closed_loop
 from rich.console import Console
-from stress import FLAGS
-from stress_clients import Client, Tally
 
 from sage_fed.cli import top
-from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file
-from sage_fed.ledger import check
 from sage_fed.ledger.ledger_files import snapshot
 
 ALLOWED_S = 0.05
@@ -55,29 +53,15 @@ class Left:
 
 async def main(count: int, num_clients: int, seed: int, output: Path | None) -> int:
     """Run, check, report; the exit code."""
-    with tempfile.TemporaryDirectory(prefix="sage-fed-cancels-") as folder:
-        state_dir = Path(folder)
-        daemon = DemoDaemon(state_dir, *FLAGS)
-        left = Left()
+    left = Left()
+    async with driven(*FLAGS) as run:
         began_s = time.monotonic()
-        try:
-            endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
-            await wait_ready(endpoint)
-            await storm(endpoint.listen, count, num_clients, seed, left)
-            elapsed_s = time.monotonic() - began_s
-            violations = await settle(endpoint, state_dir)
-            page = await asyncio.to_thread(top.fetch, endpoint.metrics_url)
-        finally:
-            code = await asyncio.to_thread(daemon.stop, 60.0)
-        if code != 0:
-            violations.append(f"the daemon left with {code}: {daemon.log()}")
-        books = await asyncio.to_thread(check, ledger_file(state_dir))
-        violations += books.violations
-        if books.open_holds:
-            violations.append(f"{books.open_holds} holds are open in the books")
-        stops = stop_times(ledger_file(state_dir), left)
-        if TROUBLE.search((state_dir / "daemon.log").read_text()):
-            violations.append(f"the daemon logged a traceback: {daemon.log()}")
+        await storm(run.endpoint.listen, count, num_clients, seed, left)
+        elapsed_s = time.monotonic() - began_s
+        page = await asyncio.to_thread(top.fetch, run.endpoint.metrics_url)
+        books = await run.finish()
+        stops = stop_times(ledger_file(run.state_dir), left)
+    violations = run.violations
     step_s = longest_step_s(page)
     late = sum(stop > step_s + ALLOWED_S for stop in stops)
     result = {
@@ -106,34 +90,27 @@ async def main(count: int, num_clients: int, seed: int, output: Path | None) -> 
 
 async def storm(address: str, count: int, num_clients: int, seed: int, left: Left) -> None:
     """Let `count` jobs be left."""
-    numbers = iter(range(count))
-
-    async def one(index: int) -> None:
-        client = Client(address, Random(f"{seed} {index}"), Tally())
-        for _ in numbers:
-            async with asyncio.timeout(START_S):
-                await leave(client, left)
+    clients = [Client(address, Random(f"{seed} {n}"), Tally()) for n in range(num_clients)]
+    await closed_loop([partial(leave, client, left) for client in clients], iter(range(count)))
+    for client in clients:
         await client.drop()
 
-    async with asyncio.TaskGroup() as group:
-        for index in range(num_clients):
-            group.create_task(one(index))
 
-
-async def leave(client: Client, left: Left) -> None:
+async def leave(client: Client, left: Left, _: int) -> None:
     """Ask, and be gone after a while."""
     chance = client.random
     kind, moment_s = chance.choice(KINDS), chance.uniform(0.0, LONGEST_S) * chance.random()
     timeout_s = moment_s + 1e-3 if kind == "deadline" else 60.0
-    call = client.stream(client.job(chance.randint(1, 400)), timeout_s)
-    reading = asyncio.create_task(follow(call))
-    await asyncio.wait({reading}, timeout=moment_s)
-    gone_s = time.time()
-    if kind == "cancel":
-        call.cancel()
-    elif kind == "disconnect":
-        await client.drop()
-    job_id, ending = await reading
+    async with asyncio.timeout(START_S):
+        call = client.stream(client.job(chance.randint(1, 400)), timeout_s)
+        reading = asyncio.create_task(follow(call))
+        await asyncio.wait({reading}, timeout=moment_s)
+        gone_s = time.time()
+        if kind == "cancel":
+            call.cancel()
+        elif kind == "disconnect":
+            await client.drop()
+        job_id, ending = await reading
     left.endings[f"{kind}: {ending}"] += 1
     if job_id and ending in ("CANCELLED", "DEADLINE_EXCEEDED"):
         left.at_s[job_id] = gone_s

@@ -8,7 +8,7 @@ the hard case, in which Python is what is measured.
 
 The same number of sequences starts at once, the same prompts and settings every way, in
 interleaved rounds (A B A B ...). Tokens per second count from the start of the first to the end
-of the last, prefill included. The client is `lean_client`, in a process of its own; the engine
+of the last, prefill included. The client is `LeanClient`, in a process of its own; the engine
 and the executor run in this process, the daemon in another, each idle while another is measured.
 
 Run: python bench/daemon_overhead.py [--model DIR --precision bf16] [--quick].
@@ -28,9 +28,9 @@ from typing import Any
 import report
 import torch
 import uvloop
-from direct import METHOD, RICH, Alone, check, job, prompts, thread_cpu_s
+from direct import RICH, Alone, check, job, prompts, thread_cpu_s
 from driven_daemon import START_S, wait_ready
-from lean_client import LeanClient, Run
+from load_generator import METHOD, LeanClient, Run
 from rich.console import Console
 from rich.table import Table
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lean_client import Reply
+from load_generator import Reply, stream_request
 from pair.tasks import task_at
 
 from sage_fed.core import Message, Sampling, Tier, TierState
@@ -25,9 +25,7 @@ from sage_fed.settings import Settings
 from sage_fed.steps import BLOCK_SIZE, Engine, SampledToken
 from sage_fed.text import Tokenizer
 from sage_fed.v1 import inference_pb2 as pb
-from sage_fed.v1 import types_pb2 as types
 
-METHOD = "/sage_fed.v1.InferenceService/GenerateStream"
 _GREEDY = Sampling(temperature=0.0)
 
 RICH = ("--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000")
@@ -105,9 +103,7 @@ class Alone:
 
 def job(prompt: str, num_new: int) -> bytes:
     """One streamed greedy request as it travels."""
-    sampling = types.SamplingParams(temperature=0.0, max_new_tokens=num_new, ignore_eos=True)
-    spec = types.JobSpec(text=prompt, tier=types.TIER_TACTICAL, sampling=sampling)
-    return pb.GenerateStreamRequest(job=spec).SerializeToString()
+    return stream_request(prompt, num_new, temperature=0.0).SerializeToString()
 
 
 def check(replies: list[Reply], num_new: int) -> None:

@@ -1,21 +1,27 @@
-"""A daemon that a benchmark drives: whether it is ready, and afterwards whether it is idle.
+"""A daemon that a benchmark drives: its start and end, and whether it is idle afterwards.
 
-Owns: which amounts have to be nought when no client asks any more (jobs, KV tokens, holds), in the
-daemon's own answer and on its metrics page; what in its log is a bug.
+Owns: which amounts have to be zero when no client asks any more (jobs, KV tokens, holds), in the
+daemon's own answer and on its metrics page; its exit code, what in its log is a bug, its books.
 Does not know: what is asked of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import tempfile
 import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from sage_fed.cli import top
-from sage_fed.cli.demo import Endpoint
+from sage_fed.cli.demo import DemoDaemon, Endpoint
+from sage_fed.cli.options import ledger_file
+from sage_fed.ledger import CheckReport, check
 from sage_fed.v1 import admin_pb2, admin_pb2_grpc
 
 IDLE_SERIES = (
@@ -24,12 +30,56 @@ IDLE_SERIES = (
     "sage_fed_atp_held",
     "sage_fed_kv_cache_tokens",
 )
-"""Gauges that are nought when nobody asks; of the KV cache the used part."""
+"""Gauges that are zero when nobody asks; of the KV cache the used part."""
 
 SETTLE_S = 15.0
 START_S = 120.0
 TROUBLE = re.compile(r'Traceback|"exception"|internal error')
 """In the daemon's log: a bug of ours, whatever the client was told."""
+
+
+STOP_S = 60.0
+
+
+@dataclass
+class Driven:
+    """A running demo daemon, where it keeps its files, and what was found wrong so far."""
+
+    daemon: DemoDaemon
+    endpoint: Endpoint
+    state_dir: Path
+    violations: list[str] = field(default_factory=list)
+
+    async def finish(self) -> CheckReport:
+        """Let it settle and stop it, then look at its log and its books; the files stay."""
+        self.violations += await settle(self.endpoint, self.state_dir)
+        code = await asyncio.to_thread(self.daemon.stop, STOP_S)
+        if code != 0:
+            self.violations.append(f"the daemon left with {code}: {self.daemon.log()}")
+        if TROUBLE.search((self.state_dir / "daemon.log").read_text()):
+            self.violations.append(f"the daemon logged a traceback: {self.daemon.log()}")
+        books = await asyncio.to_thread(check, ledger_file(self.state_dir))
+        self.violations += books.violations
+        if books.open_holds:
+            self.violations.append(f"{books.open_holds} holds are open in the books")
+        return books
+
+
+@contextlib.asynccontextmanager
+async def driven(*flags: str, tokens: str = "") -> AsyncIterator[Driven]:
+    """Start a demo daemon with these flags, and a tokens file where one is given."""
+    with tempfile.TemporaryDirectory(prefix="sage-fed-bench-") as folder:
+        state_dir = Path(folder)
+        if tokens:
+            (state_dir / "tokens.toml").write_text(tokens)
+            flags += ("--set", f"auth.tokens_file={state_dir / 'tokens.toml'}")
+        daemon = DemoDaemon(state_dir, *flags)
+        try:
+            endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
+            await wait_ready(endpoint)
+            yield Driven(daemon, endpoint, state_dir)
+        finally:
+            await asyncio.to_thread(daemon.stop, STOP_S)
 
 
 async def wait_ready(endpoint: Endpoint) -> None:
@@ -65,7 +115,7 @@ async def settle(endpoint: Endpoint, state_dir: Path) -> list[str]:
 
 
 def leftovers(load: admin_pb2.GetLoadResponse, page: str) -> list[str]:
-    """Everything that should be nought when nobody asks, and is not."""
+    """Everything that should be zero when nobody asks, and is not."""
     amounts: dict[str, float] = {
         "jobs in GetLoad": len(load.jobs),
         "held uATP in GetLoad": load.held_uatp,
@@ -81,6 +131,6 @@ def leftovers(load: admin_pb2.GetLoadResponse, page: str) -> list[str]:
     amounts |= {name: sum(values) for name, values in series.items()}
     return [
         *(f"left over: {name} = {value:g}" for name, value in amounts.items() if value),
-        # A renamed series would be nought for ever.
+        # A renamed series would be zero for ever.
         *(f"not on the metrics page: {name}" for name, values in series.items() if not values),
     ]

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
-from gpu_shapes import Plan, Shape, random_engine
+from gpu_models import Plan, Shape, random_engine
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
 from sage_fed.core import Sampling, Tier

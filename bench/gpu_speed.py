@@ -1,32 +1,199 @@
-"""How fast each tier is alone, as a share of what the device could do.
+"""The device's own limits, and how near to them each tier and each precision comes.
 
-Owns: decode and prefill steps of chosen sizes on a resident pair, their times, the bytes and
-operations that each has to move, launch overhead, the ratio between the tiers.
-Does not know: schedulers and streams; a step here is what the executor would hand over.
+Owns: what a run was made with (date, versions, commit, device, driver, clocks and power; each is
+optional, because on unified-memory devices and in containers parts of it are absent); the
+measured rates of reading memory and of multiplying matrices, which every share is stated against;
+decode and prefill steps of chosen sizes on a resident pair, their times, bytes and operations;
+launch overhead; every precision, captured and with its graphs left alone; the ratio between the
+tiers. Does not know: correctness (`gpu_correctness`), schedulers and streams; a step here is what
+the executor would hand over.
 
 A step's time is the executor's: from the call to the tokens on the host; beside it stands that of
 a step behind which the next is in flight already, which is what the device alone takes. Both
 tiers are timed one after the other at every point, so a device that changes its clocks changes
 them for both.
+
+A narrower precision reads fewer bytes, so it has to be faster by about their ratio: int8 1.9, int4
+3.3 of bf16 with its int8 head. The ratio between the tiers is that of their bytes where a step is
+all reading, and falls towards that of their layers where it is all launching; `fit` says which.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
+import importlib.metadata
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
-import gpu_env
+import report
 import torch
-from gpu_shapes import Plan, Shape, hollow, random_engine
+from gpu_models import Filling, Plan, Shape, hollow, random_engine
 
-from sage_fed.core import Sampling, Tier
-from sage_fed.engine import Engine
+from sage_fed import __version__
+from sage_fed.core import TIER_ROLES, Sampling, Tier
+from sage_fed.engine import Engine, read_bandwidth_bytes_per_s
+from sage_fed.engine.cuda_graphs import GraphForward
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, Step
+
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = (
+    "torch", "triton", "transformers", "safetensors", "huggingface-hub", "grpcio", "apsw",
+    "pydantic", "prometheus-client",
+)  # fmt: skip
+_SMI_FIELDS = (
+    "name", "driver_version", "vbios_version", "pstate", "persistence_mode", "mig.mode.current",
+    "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+    "power.draw", "power.limit", "temperature.gpu",
+)  # fmt: skip
+
+
+def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Everything a figure has to carry."""
+    found: dict[str, Any] = {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "machine": {
+            "cpu": report.cpu_model(),
+            "cores": os.cpu_count(),
+            "load_1min": round(os.getloadavg()[0], 2),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "sage-fed": __version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "torch": {
+            "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        },
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["torch"] |= {
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+            "architectures": torch.cuda.get_arch_list(),
+        }
+        found["gpu"] = {
+            name: getattr(properties, name, None)
+            for name in (
+                "name", "total_memory", "multi_processor_count", "L2_cache_size",
+                "major", "minor", "is_integrated",
+            )
+        }  # fmt: skip
+        found["telemetry"] = telemetry(device)
+    return found
+
+
+def telemetry(device: torch.device) -> dict[str, str] | None:
+    """Clocks, power and temperature now, as the driver tells them; None where it does not."""
+    if device.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    # Not the index: CUDA_VISIBLE_DEVICES renumbers torch's devices and not the driver's.
+    which = ("-i", f"GPU-{uuid}") if uuid else ()
+    # A driver that does not know one of the fields refuses them all.
+    for fields in (_SMI_FIELDS, _SMI_FIELDS[:2]):
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *which]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        values = said.stdout.strip().splitlines()[0].split(",")
+        return dict(zip(fields, map(str.strip, values), strict=False))
+    return None
+
+
+def limits(device: torch.device, read_bytes: int, matrix: int) -> dict[str, Any]:
+    """What the device can do: bytes read per second, matrix operations per second.
+
+    Reading is tried as a sum and as the matrix-vector product that decoding is; the faster is
+    the limit. `engine_read` is what the daemon's own gauge compares itself with.
+    """
+    with torch.inference_mode():
+        rates = _memory_rates(device, read_bytes)
+        rates["engine_read"] = read_bandwidth_bytes_per_s(str(device))
+        left = torch.randn(matrix, matrix, device=device).bfloat16()
+        right = torch.randn(matrix, matrix, device=device).bfloat16()
+        multiply_s = median_s(device, lambda: left @ right)
+    return {
+        "bytes_per_s": {name: round(rate) for name, rate in rates.items()},
+        "read_limit_bytes_per_s": round(max(rates["sum"], rates["matrix_vector"])),
+        "bf16_matrix_flops_per_s": round(2 * matrix**3 / multiply_s),
+    }
+
+
+def _memory_rates(device: torch.device, nbytes: int) -> dict[str, float]:
+    """Bytes per second; a copy reads and writes, and both count."""
+    width = min(8192, nbytes // 2**12)
+    values = torch.empty(nbytes // 2 // width, width, dtype=torch.bfloat16, device=device)
+    values.normal_()
+    vector = torch.randn(width, device=device).bfloat16()
+    other = torch.empty_like(values)
+    return {
+        "sum": values.nbytes / median_s(device, values.sum),
+        "matrix_vector": values.nbytes / median_s(device, lambda: torch.mv(values, vector)),
+        "copy": 2 * values.nbytes / median_s(device, lambda: other.copy_(values)),
+    }
+
+
+def median_s(device: torch.device, work: Callable[[], object], repeats: int = 9) -> float:
+    """Seconds of `work` on the device: timed by its own events where it has them."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(float(begin.elapsed_time(end)) / 1e3)
+        else:
+            began_s = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began_s)
+    return statistics.median(times)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+changes` where files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=15, check=True
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "sage_fed", "bench")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
 
 _GREEDY = Draw(Sampling(), 0)
 _SPREAD_TOKENS = 16
@@ -88,8 +255,9 @@ def speed(
     pair: Sequence[Sequences], plan: Plan, device: torch.device, left: Left
 ) -> dict[str, Any]:
     """Every point of both tiers; points that no time was left for are listed as `cut`."""
-    limits = gpu_env.limits(device, plan.read_bytes, plan.matrix)
-    read, flops = limits["read_limit_bytes_per_s"], limits["bf16_matrix_flops_per_s"]
+    device_limits = limits(device, plan.read_bytes, plan.matrix)
+    read = device_limits["read_limit_bytes_per_s"]
+    flops = device_limits["bf16_matrix_flops_per_s"]
     decode: list[dict[str, Any]] = []
     prefill: list[dict[str, Any]] = []
     cut: list[str] = []
@@ -118,14 +286,14 @@ def speed(
                     continue
                 decode.append(decode_point(s, batch, context, plan, read))
     return {
-        "limits": limits,
+        "limits": device_limits,
         "decode": decode,
         "prefill": prefill,
         "overhead": overhead,
         "fit": fit(pair, decode),
         "ratio": ratios(decode, ("batch", "context")) + ratios(prefill, ("cached", "tokens")),
         "cut": cut,
-        "telemetry_after": gpu_env.telemetry(device),
+        "telemetry_after": telemetry(device),
     }
 
 
@@ -272,3 +440,117 @@ def _prefill_points(plan: Plan) -> list[tuple[int, int]]:
     longest = max(*plan.contexts, *plan.prefills)
     piece = sorted(plan.prefills)[len(plan.prefills) // 2]
     return [*((0, tokens) for tokens in plan.prefills), (longest - piece, piece)]
+
+
+_CONTEXT = 128
+_EQUAL_TOKENS = 24
+
+
+def precisions(plan: Plan, device: torch.device, kernels: str, left: Left) -> dict[str, Any]:
+    """Both tiers in every precision that time and device allow; the others are `cut`."""
+    read = limits(device, plan.read_bytes, plan.matrix)["read_limit_bytes_per_s"]
+    # Only what is measured here is captured: the largest batch, one width.
+    plan = dataclasses.replace(plan, contexts=(_CONTEXT,), prefills=(_CONTEXT // 2, _CONTEXT))
+    rows: dict[str, Any] = {}
+    cut: list[str] = []
+    for precision in plan.precisions:
+        pair: list[Sequences] = []
+        decode: list[dict[str, Any]] = []
+        for tier, shape in ((Tier.STRATEGIC, plan.strategic), (Tier.TACTICAL, plan.tactical)):
+            if left() <= 0:
+                cut.append(f"{precision} {tier.name}")
+                continue
+            build = partial(random_engine, device=str(device), precision=precision, kernels=kernels)
+            try:
+                row, sequences = _one(tier, shape, plan, read, build)
+            except Exception as error:
+                if type(error).__name__ == "PartTimeout":  # `gpu`'s own, which is `__main__`
+                    raise
+                row = {"error": f"{type(error).__name__}: {error}"[:1000], "equal": False}
+            else:
+                pair.insert(0, sequences)
+                decode += row["decode"]
+            rows.setdefault(precision, {})[tier.name] = row
+        if len(pair) == 2:
+            rows[precision]["fit"] = fit(pair, decode)
+            rows[precision]["ratio"] = ratios(decode, ("batch", "context"))
+    measured = [
+        row for tiers in rows.values() for row in (tiers.get(t.name) for t in TIER_ROLES) if row
+    ]
+    return {
+        "ok": all(row["equal"] for row in measured),
+        "read_limit_bytes_per_s": read,
+        "precisions": rows,
+        "speedup_over_bf16": _speedups(rows),
+        "cut": cut,
+    }
+
+
+def _one(
+    tier: Tier,
+    shape: Shape,
+    plan: Plan,
+    read: float,
+    build: Callable[..., tuple[Engine, Filling]],
+) -> tuple[dict[str, Any], Sequences]:
+    small = dataclasses.replace(shape, max_context=2 * _CONTEXT)
+    began = time.perf_counter()
+    engine, _ = build(small, seed=tier.rank, max_batch=max(plan.precision_batches))
+    built_s = time.perf_counter() - began
+    try:
+        batches = dataclasses.replace(plan, batches=plan.precision_batches)
+        sequences = fill(tier, small, engine, batches)
+        decode = [decode_point(sequences, b, _CONTEXT, plan, read) for b in plan.precision_batches]
+        captured = _answers(engine, sequences)
+        forward = engine._forward  # noqa: SLF001 - to leave its graphs alone
+        assert isinstance(forward, GraphForward)
+        forward._buckets = None  # noqa: SLF001 - likewise
+        plain = _answers(engine, sequences)
+        eager = [
+            decode_point(sequences, b, _CONTEXT, plan, read) for b in plan.precision_batches[:2]
+        ]
+    finally:
+        engine.close()
+    same = sum(a == b for a, b in zip(captured, plain, strict=True))
+    row = {
+        # Random weights make near ties: the first tokens have to agree, the last ones may part.
+        "equal": captured[0] == plain[0],
+        "equal_tokens": same,
+        "of_tokens": len(plain),
+        "info": dataclasses.asdict(engine.info),
+        "built_s": built_s,
+        "decode": decode,
+        "uncaptured": eager,
+    }
+    return row, sequences
+
+
+def _answers(engine: Engine, sequences: Sequences) -> list[int]:
+    """Greedy tokens of one sequence behind its filled context."""
+    start = _CONTEXT - 1
+    token, answer = sequences.tokens[0][start], []
+    for number in range(_EQUAL_TOKENS):
+        position = start - _EQUAL_TOKENS + number
+        chunk = Chunk(0, position, (token,), sequences.blocks[0], (Draw(Sampling(), number),))
+        (drawn,) = engine.run(Step(sequences.tier, (chunk,)))
+        token = drawn.token_id
+        answer.append(token)
+    return answer
+
+
+def _speedups(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Times of bf16 over each other precision's, at batch 1."""
+    found: dict[str, dict[str, float]] = {}
+    for precision in rows:
+        for tier in TIER_ROLES:
+            base, own = (
+                _batch_1(rows.get(name, {}).get(tier.name)) for name in ("bf16", precision)
+            )
+            if base and own and precision != "bf16":
+                found.setdefault(precision, {})[tier.name] = base / own
+    return found
+
+
+def _batch_1(row: dict[str, Any] | None) -> float | None:
+    decode: Sequence[dict[str, Any]] = (row or {}).get("decode") or ()
+    return next((r["in_flight_s"] or r["median_s"] for r in decode if r["batch"] == 1), None)

@@ -37,6 +37,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -44,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 import report
 import torch
+from load_generator import Load, before, closed_loop
 
 from sage_fed.core import TIER_ROLES, Tier, TierState, TierStatus
 from sage_fed.device import EndReason, Executor, SequenceSpec, TierSetup
@@ -51,7 +53,7 @@ from sage_fed.engine import Engine, EngineOptions, load_engine, set_cpu_threads
 from sage_fed.steps import InFlightStep, SampledToken, Step, StepKind, StepReport
 
 if TYPE_CHECKING:
-    from gpu_shapes import Plan
+    from gpu_models import Plan
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models"
@@ -63,16 +65,6 @@ _MAX_WAITING = 512
 _MIXED_PROMPT = 64
 
 Figures = dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """`streams` closed loops of one kind of request."""
-
-    tier: Tier
-    streams: int
-    prompt_tokens: int
-    new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,14 +199,14 @@ class Stage:
                     executors[tier] = executor
             now = time.monotonic()
             seen.from_s, seen.until_s = now + WARM_UP_SHARE * seconds, now + seconds
-            async with asyncio.timeout(seconds + PATIENCE_S), asyncio.TaskGroup() as streams:
-                for load in scene.loads:
-                    # Made beforehand: making them must not take the event loop's time.
-                    prompts = itertools.cycle([self._prompt(load) for _ in range(16)])
-                    for _ in range(load.streams):
-                        streams.create_task(
-                            self._stream(executors[load.tier], load, prompts.__next__, seen)
-                        )
+            clients = []
+            for load in scene.loads:
+                # Made beforehand: making them must not take the event loop's time.
+                prompts = itertools.cycle([self._prompt(load) for _ in range(16)])
+                stream = partial(self._stream, executors[load.tier], load, prompts.__next__, seen)
+                clients += [stream] * load.streams
+            async with asyncio.timeout(seconds + PATIENCE_S):
+                await closed_loop(clients, before(seen.until_s))
         return seen
 
     def _lend(self, tier: Tier) -> Callable[[Callable[[float], None]], Any]:
@@ -224,34 +216,38 @@ class Stage:
         return tuple(self._random.choices(range(self._valid_ids), k=load.prompt_tokens))
 
     async def _stream(
-        self, executor: Executor, load: Load, prompt: Callable[[], tuple[int, ...]], seen: Seen
+        self,
+        executor: Executor,
+        load: Load,
+        prompt: Callable[[], tuple[int, ...]],
+        seen: Seen,
+        begun: float,
     ) -> None:
-        while (begun := time.monotonic()) < seen.until_s:
-            spec = SequenceSpec(
-                next(self._ids), load.tier, prompt(), load.new_tokens, ignore_eos=True,
-                prefix_cache=False,  # the prompts repeat, and their prefill is the load
-            )  # fmt: skip
-            last: float | None = None
+        spec = SequenceSpec(
+            next(self._ids), load.tier, prompt(), load.new_tokens, ignore_eos=True,
+            prefix_cache=False,  # the prompts repeat, and their prefill is the load
+        )  # fmt: skip
+        last: float | None = None
 
-            def take(tokens: Sequence[SampledToken], begun: float = begun) -> None:
-                nonlocal last
-                now, count = time.monotonic(), len(tokens)
-                if seen.within(now):
-                    seen.delivered[load.tier] += count
-                    if last is None:
-                        seen.first_s[load.tier].append(now - begun)
-                    else:
-                        seen.gap_s[load.tier] += [(now - last) / count] * count
-                last = now
+        def take(tokens: Sequence[SampledToken]) -> None:
+            nonlocal last
+            now, count = time.monotonic(), len(tokens)
+            if seen.within(now):
+                seen.delivered[load.tier] += count
+                if last is None:
+                    seen.first_s[load.tier].append(now - begun)
+                else:
+                    seen.gap_s[load.tier] += [(now - last) / count] * count
+            last = now
 
-            ending = executor.submit(spec, take)
-            stop = asyncio.get_running_loop().call_later(
-                max(seen.until_s - begun, 0.0), executor.cancel, spec.seq_id
-            )
-            ended = await ending
-            stop.cancel()
-            if ended.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
-                raise RuntimeError(f"a {load.tier.name} sequence ended {ended.reason.value}")
+        ending = executor.submit(spec, take)
+        stop = asyncio.get_running_loop().call_later(
+            max(seen.until_s - begun, 0.0), executor.cancel, spec.seq_id
+        )
+        ended = await ending
+        stop.cancel()
+        if ended.reason not in {EndReason.LENGTH, EndReason.CANCELLED}:
+            raise RuntimeError(f"a {load.tier.name} sequence ended {ended.reason.value}")
 
 
 def measure(stage: Stage, scenes: Sequence[Scene], rounds: int, seconds: float) -> dict[str, Any]:

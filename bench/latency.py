@@ -12,7 +12,7 @@ sync is free), and each daemon's own metrics say how long its ledger took for a 
 it to durable: "besides commits" is without the one before the first token, or
 the two before the end. The same prompts run every way in
 interleaved rounds (A B A B ...). The executor runs in this process, each daemon in its own, all
-idle while another is measured; the client of the daemons is `lean_client`, which costs nothing,
+idle while another is measured; the client of the daemons is `LeanClient`, which costs nothing,
 and `--client grpc` shows what an ordinary Python client adds on the same cores.
 
 Run: python bench/latency.py [--rounds 4] [--client grpc] [--quick]. Two minutes.
@@ -26,7 +26,6 @@ import asyncio
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +35,9 @@ import grpc
 import report
 import torch
 import uvloop
-from direct import METHOD, RICH, Alone, job, prompts
+from direct import RICH, Alone, job, prompts
 from driven_daemon import START_S, wait_ready
-from lean_client import LeanClient
+from load_generator import METHOD, LeanClient, closed_loop, stream_times
 from rich.console import Console
 from rich.table import Table
 
@@ -92,28 +91,18 @@ class Commits:
         return mean_s
 
 
-async def closed_loop(
-    ask: Callable[[str], Awaitable[tuple[float, float]]], texts: Sequence[str], at_once: int
-) -> Times:
-    """Each worker asks its next question when its last is answered."""
-    questions, times = iter(texts), Times()
-
-    async def worker() -> None:
-        for text in questions:
-            times.append(await ask(text))
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(at_once):
-            group.create_task(worker())
-    return times
-
-
 def through_executor(alone: Alone) -> Way:
     """Without a daemon; encoding is the daemon's work, so it is not on this clock."""
 
     async def run(texts: Sequence[str], num_new: int, at_once: int) -> Times:
         encoded = {text: alone.encode(text) for text in texts}
-        return await closed_loop(lambda text: alone.ask(encoded[text], num_new), texts, at_once)
+        times = Times()
+
+        async def ask(text: str) -> None:
+            times.append(await alone.ask(encoded[text], num_new))
+
+        await closed_loop([ask] * at_once, iter(texts))
+        return times
 
     return run
 
@@ -134,14 +123,13 @@ def through_grpc(channel: grpc.aio.Channel) -> Way:
     call = channel.unary_stream(METHOD, response_deserializer=pb.GenerateStreamResponse.FromString)
 
     async def run(texts: Sequence[str], num_new: int, at_once: int) -> Times:
-        async def ask(text: str) -> tuple[float, float]:
-            begun, first = time.perf_counter(), 0.0
-            async for response in call(job(text, num_new), timeout=60.0):
-                if not first and response.HasField("delta"):
-                    first = time.perf_counter()
-            return first - begun, time.perf_counter() - begun
+        times = Times()
 
-        return await closed_loop(ask, texts, at_once)
+        async def ask(text: str) -> None:
+            times.append(await stream_times(call(job(text, num_new), timeout=60.0)))
+
+        await closed_loop([ask] * at_once, iter(texts))
+        return times
 
     return run
 

@@ -25,7 +25,6 @@ import asyncio
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -36,16 +35,14 @@ from typing import Any
 import grpc
 import psutil
 import report
-from driven_daemon import START_S, settle, wait_ready
+from behaviours import FLAGS
+from driven_daemon import driven
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status import rpc_status
+from load_generator import before, closed_loop, open_loop, stream_request, stream_times
 from rich.console import Console
-from stress import FLAGS
 
-from sage_fed.cli.demo import DemoDaemon
-from sage_fed.v1 import inference_pb2 as pb
 from sage_fed.v1 import inference_pb2_grpc as rpc
-from sage_fed.v1 import types_pb2 as types
 
 PLACES, WAITING = 8, 8
 NEW_TOKENS = 480
@@ -91,10 +88,7 @@ class Asker:
             grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)
         ]
         self._stubs = [rpc.InferenceServiceStub(channel) for channel in self._channels]
-        sampling = types.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        self._request = pb.GenerateStreamRequest(
-            job=types.JobSpec(text="count", tier=types.TIER_TACTICAL, sampling=sampling)
-        )
+        self._request = stream_request("count", new_tokens)
         self._asked = 0
 
     async def close(self) -> None:
@@ -107,11 +101,9 @@ class Asker:
         self._asked += 1
         stub = self._stubs[self._asked % CHANNELS]
         began_s = time.perf_counter()
-        first_s = 0.0
         try:
-            async for response in stub.GenerateStream(self._request, timeout=STUCK_S):
-                if not first_s and response.WhichOneof("event") == "delta":
-                    first_s = time.perf_counter() - began_s
+            call = stub.GenerateStream(self._request, timeout=STUCK_S)
+            first_s, answered_s = await stream_times(call)
         except grpc.aio.AioRpcError as error:
             elapsed_s = time.perf_counter() - began_s
             code = error.code().name
@@ -121,7 +113,7 @@ class Asker:
                 calls.wrong.append(f"{code}: {error.details()}")
         else:
             calls.codes["OK"] += 1
-            calls.answered_s.append(time.perf_counter() - began_s)
+            calls.answered_s.append(answered_s)
             calls.first_token_s.append(first_s)
 
 
@@ -134,8 +126,7 @@ def ask_aside(address: str, seconds: float, new_tokens: int) -> tuple[list[float
         os.nice(ASIDE_NICE)
     refused_s: list[float] = []
     wrong: list[str] = []
-    sampling = types.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    job = types.JobSpec(text="count", tier=types.TIER_TACTICAL, sampling=sampling)
+    request = stream_request("count", new_tokens)
     with grpc.insecure_channel(address) as channel:
         stub = rpc.InferenceServiceStub(channel)
         for number in range(int(seconds * ASIDE_PER_S)):
@@ -144,7 +135,7 @@ def ask_aside(address: str, seconds: float, new_tokens: int) -> tuple[list[float
                 start_s = time.perf_counter()
             time.sleep(max(start_s + number / ASIDE_PER_S - time.perf_counter(), 0.0))
             began_s = time.perf_counter()
-            call = stub.GenerateStream(pb.GenerateStreamRequest(job=job), timeout=STUCK_S)
+            call = stub.GenerateStream(request, timeout=STUCK_S)
             try:
                 next(call)
             except grpc.RpcError as error:
@@ -165,31 +156,23 @@ def retry_info(error: grpc.RpcError) -> bool:
 async def saturate(asker: Asker, seconds: float, clients: int) -> tuple[Calls, float]:
     """Closed loop: the endings, and jobs per second."""
     calls = Calls()
-    until = time.monotonic() + seconds
 
-    async def one() -> None:
-        while time.monotonic() < until:
-            await asker.ask(calls)
+    async def ask(_: object) -> None:
+        await asker.ask(calls)
 
     began_s = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(one())
+    await closed_loop([ask] * clients, before(began_s + seconds))
     return calls, calls.codes["OK"] / (time.monotonic() - began_s)
 
 
 async def flood(asker: Asker, rate: float, seconds: float) -> Calls:
     """Open loop: jobs arrive at a rate, whatever becomes of those before them."""
     calls = Calls()
-    began_s = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        for number in range(int(rate * seconds)):
-            late_s = began_s + number / rate - time.monotonic()
-            if late_s > 0:
-                await asyncio.sleep(late_s)
-            elif number % 16 == 0:
-                await asyncio.sleep(0)
-            group.create_task(asker.ask(calls))
+
+    async def ask(_: object) -> None:
+        await asker.ask(calls)
+
+    await open_loop(ask, rate, seconds)
     return calls
 
 
@@ -234,39 +217,28 @@ async def main(
 ) -> int:
     """Run, check, report; the exit code."""
     new_tokens = jobs.new_tokens
-    with tempfile.TemporaryDirectory(prefix="sage-fed-overload-") as folder:
-        daemon = DemoDaemon(Path(folder), *FLAGS, *LIMITS, *jobs.settings)
-        try:
-            endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
-            await wait_ready(endpoint)
-            asker = Asker(endpoint.listen, new_tokens)
-            await saturate(asker, 1.0, PLACES)  # warm
-            alone, _ = await saturate(asker, measure_s / 2, 1)
-            usual_s = sorted(alone.answered_s)[len(alone.answered_s) // 2]
-            full, capacity = await saturate(asker, measure_s, PLACES + WAITING)
-            own, its = psutil.Process(), psutil.Process(daemon.pid)
-            before = busy_s(own), busy_s(its)
-            began_s = time.monotonic()
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                aside = asyncio.get_running_loop().run_in_executor(
-                    pool, ask_aside, endpoint.listen, seconds, new_tokens
-                )
-                over = await flood(asker, factor * capacity - ASIDE_PER_S, seconds)
-                aside_s, aside_wrong = await aside
-            flooded_s = time.monotonic() - began_s
-            cores = [(busy_s(p) - b) / flooded_s for p, b in zip((own, its), before, strict=True)]
-            recovered_s = await recover(asker, usual_s)
-            violations = [
-                *over.wrong[:20],
-                *aside_wrong[:20],
-                *await settle(endpoint, Path(folder)),
-            ]
-            await asker.close()
-        finally:
-            code = await asyncio.to_thread(daemon.stop, 60.0)
-        if code != 0:
-            violations.append(f"the daemon left with {code}: {daemon.log()}")
+    async with driven(*FLAGS, *LIMITS, *jobs.settings) as run:
+        asker = Asker(run.endpoint.listen, new_tokens)
+        await saturate(asker, 1.0, PLACES)  # warm
+        alone, _ = await saturate(asker, measure_s / 2, 1)
+        usual_s = sorted(alone.answered_s)[len(alone.answered_s) // 2]
+        full, capacity = await saturate(asker, measure_s, PLACES + WAITING)
+        own, its = psutil.Process(), psutil.Process(run.daemon.pid)
+        busy_before = busy_s(own), busy_s(its)
+        began_s = time.monotonic()
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            aside = asyncio.get_running_loop().run_in_executor(
+                pool, ask_aside, run.endpoint.listen, seconds, new_tokens
+            )
+            over = await flood(asker, factor * capacity - ASIDE_PER_S, seconds)
+            aside_s, aside_wrong = await aside
+        flooded_s = time.monotonic() - began_s
+        cores = [(busy_s(p) - b) / flooded_s for p, b in zip((own, its), busy_before, strict=True)]
+        recovered_s = await recover(asker, usual_s)
+        await asker.close()
+        await run.finish()
+    violations = [*over.wrong[:20], *aside_wrong[:20], *run.violations]
     refused = report.percentiles(aside_s).get("p99", 0.0)
     if recovered_s > RECOVERED_IN_S:
         violations.append(f"it took {recovered_s:.1f} s to recover")

@@ -8,7 +8,9 @@ their limit is arithmetic, as it is for a prompt: about 1 GFLOP a token.
 Each engine runs in a process of its own, one at a time, with the same threads, prompts (random
 ids, no shared prefixes) and lengths, greedily and without an end-of-text. The rounds interleave
 (A B C, A B C, ...) and every figure is the median over them; `spread` is (max - min) / median.
-A peer that is not installed, or that fails, is in the table and the JSON as that.
+A peer that is not installed, or that fails, is in the table and the JSON as that. A ratio above 1
+is ahead of the best peer of as many bits a weight; for times to the first token it is the peer's
+time over ours.
 
 Run: python bench/peers.py --peers-python PEERS/bin/python [--rounds 3] [--engines NAME ...]
 Writes bench/results/peers.json. Three rounds of everything take 20 to 25 minutes on two cores,
@@ -30,25 +32,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peers_checkpoint
-import peers_ours
-import peers_plan as plan
-import peers_table
+import peers_ours  # puts this checkout on the path
+import peers_worker as plan
 import report
+from rich.console import Console
+from rich.table import Table
+
+from sage_fed.engine import SHAPES as REAL_SHAPES
+from sage_fed.engine import plan_checkpoint, write_checkpoint
+from sage_fed.engine.random_checkpoint import Shape
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 WORKER_S = 900.0
 CONVERT_S = 900.0
 _CONVERTERS = {"peers_llama": "llama", "peers_openvino": "openvino"}
+
+
+SHAPES: dict[str, Shape] = {
+    "qwen2.5-0.5b": REAL_SHAPES["qwen2.5-0.5b"],
+    "qwen2.5-1.5b": REAL_SHAPES["qwen2.5-1.5b"],
+    "tiny": Shape(128, 2, 2, 1, 256, 1024, tied=True, tokenizer_ids=1024),
+}
+_TOKENIZER = ROOT / "sage_fed" / "models" / "demo-tactical"
 
 
 @dataclass
@@ -77,7 +93,7 @@ class Run:
 
 def measure(run: Run, engines: Sequence[str]) -> tuple[dict[str, Found], dict[str, Any]]:
     """Convert what has to be, then every engine once a round."""
-    checkpoint = peers_checkpoint.make(run.shape, run.folder)
+    checkpoint = make_checkpoint(run.shape, run.folder)
     converted = run.folder / f"{run.shape}-converted"
     found = {name: Found(missing(name, run)) for name in engines}
     say("\n".join(f"{name}: {f.missing}" for name, f in found.items() if f.missing))
@@ -90,7 +106,7 @@ def measure(run: Run, engines: Sequence[str]) -> tuple[dict[str, Found], dict[st
             job = {
                 "engine": name, "checkpoint": str(checkpoint), "converted": str(converted),
                 "sizes": run.sizes, "threads": run.threads, "seed": index,
-                "vocab": peers_checkpoint.SHAPES[run.shape].vocab,
+                "vocab": SHAPES[run.shape].vocab,
             }  # fmt: skip
             module, _ = plan.ENGINES[name]
             record, failure = call(run, module, "peers_worker.py", [json.dumps(job)], WORKER_S)
@@ -99,6 +115,26 @@ def measure(run: Run, engines: Sequence[str]) -> tuple[dict[str, Found], dict[st
             else:
                 engine.rounds.append(record | {"load_1min": os.getloadavg()[0]})
     return found, notes
+
+
+def make_checkpoint(shape: str, folder: Path) -> Path:
+    """The checkpoint of `shape` under `folder`; as it is where it is there already."""
+    directory = folder / shape
+    if not directory.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(
+            plan_checkpoint(SHAPES[shape]),
+            directory,
+            seed=7,
+            progress=lambda _: None,
+            complete=_add_tokenizer,
+        )
+    return directory
+
+
+def _add_tokenizer(directory: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(_TOKENIZER / name, directory / name)
 
 
 def missing(name: str, run: Run) -> str:
@@ -127,8 +163,8 @@ def _convert(
         if all(user.missing for user in users):
             continue
         say(f"converting for {peer}")
-        arguments = [str(checkpoint), str(converted), peer]
-        record, failure = call(run, module, "peers_convert.py", arguments, CONVERT_S)
+        arguments = [str(checkpoint), str(converted)]
+        record, failure = call(run, module, f"{module}.py", arguments, CONVERT_S)
         notes[peer] = record
         if record is None:
             for user in users:
@@ -192,15 +228,90 @@ def _last_line(text: str) -> str:
     return (lines or ["no message"])[-1][:300]
 
 
+_SMALLER_IS_BETTER = frozenset({"ttft_s"})
+_NOT_COMPARED = frozenset({"all_prefilled_s"})
+
+
+def figures(engine: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Cell, figure, median."""
+    for cell, values in engine.get("cells", {}).items():
+        for figure, value in values.items():
+            if figure not in _NOT_COMPARED:
+                yield cell, figure, value["median"]
+
+
+def ratios(engines: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each of our cells against the best peer that was measured there."""
+    rows = []
+    for ours, peers in plan.PRECISION_PEERS.items():
+        theirs = {name: engines[name] for name in peers if engines.get(name, {}).get("cells")}
+        for cell, figure, value in figures(engines.get(ours, {})):
+            rivals = {name: _cell(engine, cell, figure) for name, engine in theirs.items()}
+            if not rivals:
+                continue
+            smaller = figure in _SMALLER_IS_BETTER
+            to = {
+                name: round(theirs / value if smaller else value / theirs, 3)
+                for name, theirs in rivals.items()
+            }
+            best = min(to, key=lambda name: to[name])
+            rows.append(
+                {
+                    "engine": ours, "cell": cell, "figure": figure, "ours": value,
+                    "best_peer": best, "best": rivals[best], "ratio": to[best],
+                    "ratio_to_each": to,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _cell(engine: Mapping[str, Any], cell: str, figure: str) -> float:
+    value: float = engine["cells"][cell][figure]["median"]
+    return value
+
+
+def show(engines: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Two tables on stderr."""
+    console = Console(stderr=True, width=150, markup=False)
+    cells = next((e["cells"] for e in engines.values() if e.get("cells")), {})
+    singles = [cell for cell in cells if cell.startswith("prompt")]
+    many = [cell for cell in cells if cell.startswith("concurrent")]
+    table = Table("engine", title="medians; decode in tokens/s, first token in ms, RSS in GB")
+    for cell in singles:
+        for what in ("decode", "first", "prefill/s"):
+            table.add_column(f"{what}\n{cell}", justify="right")
+    for cell in many:
+        table.add_column(cell.replace("concurrent ", "x"), justify="right")
+    table.add_column("RSS", justify="right")
+    for name, engine in engines.items():
+        if not engine.get("cells"):
+            table.add_row(name, str(engine["missing"])[:90])
+            continue
+        row = []
+        for cell in singles:
+            first_s = _cell(engine, cell, "ttft_s")
+            decode = _cell(engine, cell, "decode_tokens_per_s")
+            tokens = int(cell.split()[1])
+            row += [f"{decode:.1f}", f"{first_s * 1e3:.0f}", f"{tokens / first_s:.0f}"]
+        row += [f"{_cell(engine, cell, 'tokens_per_s'):.0f}" for cell in many]
+        table.add_row(name, *row, f"{engine['rss_bytes']['median'] / 1e9:.2f}")
+    console.print(table)
+    versus = Table("ours", "cell", "figure", "ours", "best peer", "theirs", "ratio")
+    for r in rows:
+        numbers = (f"{r['ours']:.4g}", r["best_peer"], f"{r['best']:.4g}", f"{r['ratio']:.2f}")
+        versus.add_row(r["engine"], r["cell"], r["figure"], *numbers)
+    console.print(versus)
+
+
 def main(run: Run, engines: Sequence[str], output: Path | None) -> None:
     """Measure, show, write."""
     found, notes = measure(run, engines)
     engines_found = {name: summary(engine) for name, engine in found.items()}
-    ratios = peers_table.ratios(engines_found)
-    peers_table.show(engines_found, ratios)
+    compared = ratios(engines_found)
+    show(engines_found, compared)
     result = {
         "shape": run.shape, "threads": run.threads, "rounds": run.rounds, "sizes": run.sizes,
-        "engines": engines_found, "conversions": notes, "ratios": ratios,
+        "engines": engines_found, "conversions": notes, "ratios": compared,
     }  # fmt: skip
     report.write("peers", result, output)
 
@@ -209,7 +320,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--peers-python", type=Path)
     parser.add_argument("--engines", nargs="*", choices=tuple(plan.ENGINES), metavar="NAME")
-    parser.add_argument("--shape", choices=tuple(peers_checkpoint.SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen2.5-0.5b")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="short lengths, one round")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))

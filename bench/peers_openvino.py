@@ -1,15 +1,29 @@
-"""OpenVINO GenAI's continuous batching pipeline, stepped by hand over raw token ids."""
+"""OpenVINO GenAI's continuous batching pipeline, stepped by hand over raw token ids.
+
+Owns: the engine, and the checkpoint in its format with a note of what its weights are made of.
+Fails: with the converter's own error; nothing half-made is left under its final name.
+
+To convert, under the peers' interpreter: python bench/peers_openvino.py CHECKPOINT FOLDER
+Exported by optimum-intel, with weights in FP16 (BF16, as the checkpoint has them, is as fast),
+and compressed to int8 by nncf (its default: asymmetric, per channel).
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import shutil
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai
-import peers_plan as plan
+import peers_worker as plan
 
 _CACHE_GB = 1
 
@@ -64,3 +78,56 @@ class OpenVinoSubject:
                         if i == 0:
                             first += output.generated_ids
         return times, first
+
+
+def convert(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Write openvino-fp16/ and openvino-int8/; what the weights are made of."""
+    found = {}
+    for variant, eight in (("fp16", False), ("int8", True)):
+        target, partial = folder / f"openvino-{variant}", folder / f"openvino-{variant}.partial"
+        if not target.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            _export(checkpoint, partial, eight=eight)
+            partial.rename(target)
+        found[variant] = _constants(target / "openvino_model.xml")
+    return found
+
+
+def _export(checkpoint: Path, target: Path, *, eight: bool) -> None:
+    import torch  # noqa: PLC0415
+    from openvino_tokenizers import convert_tokenizer  # noqa: PLC0415
+    from optimum.intel import OVModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    model = OVModelForCausalLM.from_pretrained(
+        checkpoint,
+        export=True,
+        compile=False,
+        load_in_8bit=eight,
+        local_files_only=True,
+        dtype=torch.float32,
+    )
+    if not eight:
+        model.half()
+    model.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    # The pipeline wants both, though nothing here is ever text.
+    encode, decode = convert_tokenizer(tokenizer, with_detokenizer=True)
+    openvino.save_model(encode, target / "openvino_tokenizer.xml")
+    openvino.save_model(decode, target / "openvino_detokenizer.xml")
+
+
+def _constants(path: Path) -> dict[str, int]:
+    """Bytes of the model's constants by element type."""
+    sizes: Counter[str] = Counter()
+    for node in openvino.Core().read_model(path).get_ops():
+        if node.get_type_name() == "Constant":
+            kind = node.get_element_type()
+            sizes[kind.get_type_name()] += int(node.get_byte_size())
+    return {kind: size for kind, size in sizes.most_common(4) if size > 2**16}
+
+
+if __name__ == "__main__":
+    given, into = Path(sys.argv[1]), Path(sys.argv[2])
+    into.mkdir(parents=True, exist_ok=True)
+    print(f"\n{json.dumps(convert(given, into))}")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the checkout that this file is in, whatever is installed
 
-import peers_plan as plan  # noqa: E402 - after the path
+import peers_worker as plan  # noqa: E402 - after the path
 
 from sage_fed.core import Sampling  # noqa: E402
 from sage_fed.engine import (  # noqa: E402

@@ -1,6 +1,6 @@
 """Half an hour of mixed traffic: does anything grow, and does anything get slower?
 
-The clients of the stress run, fewer and at their ease: they read, cancel, disconnect, read slowly,
+The clients of the stress run, fewer and with pauses: they read, cancel, disconnect, read slowly,
 ask for nonsense, meet deadlines and repeat themselves. Every few seconds the daemon's resident
 memory, its file descriptors and its threads are noted, and of every window the latency of whole
 answers. After a warm-up of a fifth none of them may have a slope that matters.
@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,14 +27,11 @@ from typing import Any
 
 import psutil
 import report
-from driven_daemon import START_S, TROUBLE, settle, wait_ready
+from behaviours import FLAGS, Client, Tally, crowd
+from driven_daemon import Driven, driven
 from rich.console import Console
-from stress import FLAGS
-from stress_clients import Client, Tally
 
-from sage_fed.cli.demo import DemoDaemon
 from sage_fed.cli.options import ledger_file
-from sage_fed.ledger import check
 
 WARM_UP = 0.2
 """Of the run, before anything is judged."""
@@ -60,7 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, by how many clients, each with a breath of how long between its jobs."""
+    """How long, by how many clients, each with a pause of how long between its jobs."""
 
     seconds: float = 1800.0
     clients: int = 8
@@ -74,23 +70,11 @@ async def main(plan: Plan, output: Path | None) -> int:
     flags = (*FLAGS, "--set", "ledger.result_retention_s=60")
     for tier in ("tactical", "strategic"):
         flags += ("--set", f"{tier}.kv_cache_bytes={plan.kv_cache}")
-    with tempfile.TemporaryDirectory(prefix="sage-fed-soak-") as folder:
-        state_dir = Path(folder)
-        daemon = DemoDaemon(state_dir, *flags)
-        try:
-            endpoint = await asyncio.to_thread(daemon.endpoint, START_S)
-            await wait_ready(endpoint)
-            tally, samples, windows = await soak(daemon, endpoint.listen, plan)
-            tally.violations += await settle(endpoint, state_dir)
-        finally:
-            code = await asyncio.to_thread(daemon.stop, 60.0)
-        if code != 0:
-            tally.violations.append(f"the daemon left with {code}: {daemon.log()}")
-        if TROUBLE.search((state_dir / "daemon.log").read_text()):
-            tally.violations.append(f"the daemon logged a traceback: {daemon.log()}")
-        books = await asyncio.to_thread(check, ledger_file(state_dir))
-        tally.violations += books.violations
-        ledger_bytes = ledger_file(state_dir).stat().st_size
+    async with driven(*flags) as run:
+        tally, samples, windows = await soak(run, plan)
+        books = await run.finish()
+        ledger_bytes = ledger_file(run.state_dir).stat().st_size
+    tally.violations += run.violations
     figures, grown = judge(samples, windows)
     tally.violations += grown
     result = {
@@ -114,55 +98,35 @@ async def main(plan: Plan, output: Path | None) -> int:
     return 1 if tally.violations else 0
 
 
-async def soak(
-    daemon: DemoDaemon, address: str, plan: Plan
-) -> tuple[Tally, list[Sample], list[list[float]]]:
+async def soak(run: Driven, plan: Plan) -> tuple[Tally, list[Sample], list[list[float]]]:
     """All clients until the time is over; what was seen of the daemon, and answers by window."""
     tally = Tally()
     samples: list[Sample] = []
     windows: list[list[float]] = []
     began_s = time.monotonic()
-    process = psutil.Process(daemon.pid)
-    every_s = max(0.5, plan.seconds / 360)
+    process = psutil.Process(run.daemon.pid)
 
-    async def watch() -> None:
-        while True:
-            daemon.check()
-            with process.oneshot():
-                samples.append(
-                    Sample(
-                        time.monotonic() - began_s,
-                        process.memory_info().rss,
-                        process.num_fds(),
-                        process.num_threads(),
-                    )
+    def look() -> None:
+        run.daemon.check()
+        with process.oneshot():
+            samples.append(
+                Sample(
+                    time.monotonic() - began_s,
+                    process.memory_info().rss,
+                    process.num_fds(),
+                    process.num_threads(),
                 )
-            windows.append(tally.seconds[sum(map(len, windows)) :])
-            await asyncio.sleep(every_s)
+            )
+        windows.append(tally.seconds[sum(map(len, windows)) :])
 
-    watcher = asyncio.create_task(watch())
-    async with asyncio.TaskGroup() as group:
-        for index in range(plan.clients):
-            chance = Random(f"{plan.seed} {index}")
-            client = Leisurely(address, chance, tally, pause_s=plan.pause_s)
-            group.create_task(client.run(began_s + plan.seconds))
-    watcher.cancel()
-    if watcher.done() and not watcher.cancelled() and watcher.exception():
-        tally.violations.append(f"the daemon died: {watcher.exception()}")
+    clients = [
+        Client(run.endpoint.listen, Random(f"{plan.seed} {index}"), tally, pause_s=plan.pause_s)
+        for index in range(plan.clients)
+    ]
+    tally.violations += await crowd(
+        clients, began_s + plan.seconds, look, max(0.5, plan.seconds / 360)
+    )
     return tally, samples, windows
-
-
-@dataclass
-class Leisurely(Client):
-    """A client that takes a breath before each job."""
-
-    pause_s: float = 0.0
-
-    async def run(self, until: float) -> None:
-        """As the stress run's client, in turns."""
-        while time.monotonic() < until:
-            await asyncio.sleep(self.random.uniform(0.0, 2 * self.pause_s))
-            await super().run(min(until, time.monotonic() + 0.001))
 
 
 def judge(

@@ -16,7 +16,6 @@ import asyncio
 import hashlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,53 +23,27 @@ from random import Random
 
 import psutil
 import report
-from driven_daemon import START_S, settle, wait_ready
+from behaviours import FLAGS, Client, Tally, crowd
+from driven_daemon import Driven, driven
 from rich.console import Console
 from rich.table import Table
-from stress_clients import Client, Tally
-
-from sage_fed.cli.demo import DemoDaemon, Endpoint
-from sage_fed.cli.options import ledger_file
-from sage_fed.ledger import check
 
 POOR_TOKEN = "stress-poor"
-FLAGS = (
-    "--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000",
-    "--set", "accounts.poor.budget.initial_atp=200",
-    "--set", "accounts.poor.budget.capacity_atp=200",
-    "--set", "accounts.poor.budget.refill_atp_per_s=50",
-    "--set", "accounts.poor.budget.strategic_floor_atp=20",
-    "--log-level", "warning",
-)  # fmt: skip
 GROWTH_SHARE = 0.05
 """How much of its size after warm-up the process may have grown by at the end."""
 
 
 async def main(seconds: float, num_clients: int, seed: int, output: Path | None) -> int:
     """Run, check, report; the exit code."""
-    with tempfile.TemporaryDirectory(prefix="sage-fed-stress-") as folder:
-        state_dir = Path(folder)
-        tokens = state_dir / "tokens.toml"
-        digest = hashlib.sha256(POOR_TOKEN.encode()).hexdigest()
-        tokens.write_text(f'[[token]]\nsha256 = "{digest}"\naccount = "poor"\nrole = "user"\n')
-        daemon = DemoDaemon(state_dir, *FLAGS, "--set", f"auth.tokens_file={tokens}")
-        try:
-            endpoint = daemon.endpoint(START_S)
-            await wait_ready(endpoint)
-            tally, memory = await storm(daemon, endpoint, seconds, num_clients, seed)
-            leftovers = await settle(endpoint, state_dir)
-            tally.violations += leftovers
-        finally:
-            code = daemon.stop(60.0)
-        if code != 0:
-            tally.violations.append(f"the daemon left with {code}: {daemon.log()}")
-        books = check(ledger_file(state_dir))
-        tally.violations += books.violations
-        if books.open_holds:
-            tally.violations.append(f"{books.open_holds} holds are open in the books")
-        growth, slope = growth_of(memory)
-        if growth > GROWTH_SHARE * memory_after_warm_up(memory):
-            tally.violations.append(f"the process grew by {growth / 2**20:.1f} MiB")
+    digest = hashlib.sha256(POOR_TOKEN.encode()).hexdigest()
+    poor = f'[[token]]\nsha256 = "{digest}"\naccount = "poor"\nrole = "user"\n'
+    async with driven(*FLAGS, tokens=poor) as run:
+        tally, memory = await storm(run, seconds, num_clients, seed)
+        books = await run.finish()
+    tally.violations += run.violations
+    growth, slope = growth_of(memory)
+    if growth > GROWTH_SHARE * memory_after_warm_up(memory):
+        tally.violations.append(f"the process grew by {growth / 2**20:.1f} MiB")
     show(tally)
     Console(stderr=True).print(
         f"{sum(tally.endings.values())} requests, {tally.tokens} tokens read; memory "
@@ -98,31 +71,27 @@ async def main(seconds: float, num_clients: int, seed: int, output: Path | None)
 
 
 async def storm(
-    daemon: DemoDaemon, endpoint: Endpoint, seconds: float, num_clients: int, seed: int
+    run: Driven, seconds: float, num_clients: int, seed: int
 ) -> tuple[Tally, list[tuple[float, int]]]:
     """All clients until the time is over; meanwhile the daemon's memory, once a second."""
     tally = Tally()
     memory: list[tuple[float, int]] = []
-    until = time.monotonic() + seconds
-    process = psutil.Process(daemon.pid)
+    process = psutil.Process(run.daemon.pid)
 
-    async def watch() -> None:
-        while True:
-            daemon.check()
-            memory.append((time.monotonic(), process.memory_info().rss))
-            await asyncio.sleep(1.0)
+    def look() -> None:
+        run.daemon.check()
+        memory.append((time.monotonic(), process.memory_info().rss))
 
-    watcher = asyncio.create_task(watch())
-    try:
-        async with asyncio.TaskGroup() as group:
-            for index in range(num_clients):
-                token = POOR_TOKEN if index % 8 == 7 else None
-                client = Client(endpoint.listen, Random(f"{seed} {index}"), tally, token)
-                group.create_task(client.run(until))
-    finally:
-        watcher.cancel()
-    if watcher.done() and not watcher.cancelled() and watcher.exception():
-        tally.violations.append(f"the daemon died: {watcher.exception()}")
+    clients = [
+        Client(
+            run.endpoint.listen,
+            Random(f"{seed} {index}"),
+            tally,
+            POOR_TOKEN if index % 8 == 7 else None,
+        )
+        for index in range(num_clients)
+    ]
+    tally.violations += await crowd(clients, time.monotonic() + seconds, look, 1.0)
     return tally, memory
 
 

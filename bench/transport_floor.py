@@ -31,7 +31,7 @@ import grpc
 import report
 import uvloop
 from direct import thread_cpu_s
-from lean_client import LeanClient
+from load_generator import LeanClient
 from rich.console import Console
 from rich.table import Table
 

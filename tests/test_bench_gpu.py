@@ -96,7 +96,7 @@ def test_the_small_form_runs_every_part_where_only_torch_is_installed(
 
     # The table without rich came with the run; with rich it has to hold the same rows.
     monkeypatch.syspath_prepend(str(BENCH))
-    importlib.import_module("gpu_table").show(body)
+    importlib.import_module("gpu_report").show(body)
     for table in (run.stderr, capsys.readouterr().err):
         assert "decode strategic 4 x 128" in table
         assert "together: tactical" in table
@@ -119,7 +119,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(
         "speed": lambda _: {"measured": 1},
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(importlib.import_module("gpu_table"), "show", lambda _: None)
+    monkeypatch.setattr(importlib.import_module("gpu_report"), "show", lambda _: None)
     run = gpu.Run("small", "cpu", 60.0, None)
     assert 1 == gpu.main(run, ["resident"], tmp_path / "gpu.json")
     body = json.loads(capsys.readouterr().out)

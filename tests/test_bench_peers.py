@@ -19,14 +19,14 @@ BENCH = Path(__file__).parent.parent / "bench"
 def plan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The arithmetic as a module."""
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("peers_plan")
+    return importlib.import_module("peers_worker")
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The ratios as a module."""
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("peers_table")
+    return importlib.import_module("peers")
 
 
 @pytest.mark.timeout(300)

@@ -1,27 +1,44 @@
-"""A gRPC client that costs next to nothing, so that it does not slow down what it measures.
+"""The load on a daemon or an executor: what is asked, how many at once or how often, and by whom.
+
+Owns: closed and open loops over any way to ask; requests as they travel; a gRPC client that costs
+next to nothing, in a process of its own; the times and tokens that a stream brought.
+Does not know: what is measured, nor how clients misbehave (`behaviours`, `attackers`).
+
+gRPC and protobuf are imported where they are used: on a bare GPU machine there is only torch.
 
 On a machine with few cores an ordinary Python client takes as much processor time as the daemon
-and takes it from the daemon. This one speaks just enough HTTP/2 for server-streamed calls: it
+and takes it from the daemon. `LeanClient` speaks just enough HTTP/2 for server-streamed calls: it
 writes a request as prepared bytes, and of a reply it looks at frame headers and at the first
-byte of each message; messages are parsed after the clock has stopped. It runs in a process of
-its own and takes orders through a pipe. Errors of the protocol or of a call end it loudly.
+byte of each message; messages are parsed after the clock has stopped. It takes orders through a
+pipe. Errors of the protocol or of a call end it loudly.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import selectors
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
+from sage_fed.core import Tier
+
+if TYPE_CHECKING:
+    import grpc
+
+    from sage_fed.v1 import inference_pb2
+
+METHOD = "/sage_fed.v1.InferenceService/GenerateStream"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW, CONTINUATION = (
+    0, 1, 2, 3, 4, 6, 7, 8, 9,
+)  # fmt: skip
 _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
 _WIDE = 2**31 - 1
 _FIRST_WINDOW = 65535
@@ -30,6 +47,103 @@ _DELTA = 0x12
 
 _TIMEOUT_S = 300.0
 _FOREVER_S = float("inf")
+
+
+Item = TypeVar("Item")
+Ask = Callable[[Item], Awaitable[object]]
+"""One request, from its sending to its ending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`streams` closed loops of one kind of request."""
+
+    tier: Tier
+    streams: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+async def closed_loop(clients: Iterable[Ask[Item]], items: Iterator[Item]) -> None:
+    """Let each client ask for the next item when its last was answered, until there is none."""
+
+    async def one(ask: Ask[Item]) -> None:
+        for item in items:
+            await ask(item)
+
+    async with asyncio.TaskGroup() as group:
+        for ask in clients:
+            group.create_task(one(ask))
+
+
+async def open_loop(ask: Ask[int], per_s: float, seconds: float) -> None:
+    """Ask at a rate, whatever becomes of the requests before; wait for all of them."""
+    began_s = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for number in range(int(per_s * seconds)):
+            late_s = began_s + number / per_s - time.monotonic()
+            if late_s > 0:
+                await asyncio.sleep(late_s)
+            elif number % 16 == 0:
+                await asyncio.sleep(0)
+            group.create_task(_ask(ask, number))
+
+
+async def _ask(ask: Ask[int], number: int) -> None:
+    await ask(number)
+
+
+def before(until: float) -> Iterator[float]:
+    """The time (monotonic), again and again, until it is `until`."""
+    while (now := time.monotonic()) < until:
+        yield now
+
+
+def stream_request(
+    prompt: str | Sequence[int],
+    new_tokens: int,
+    tier: Tier | None = None,
+    **sampling: Any,  # noqa: ANN401 - protobuf's fields
+) -> inference_pb2.GenerateStreamRequest:
+    """A streamed job of exactly so many tokens; tactical where no tier is named."""
+    from sage_fed.v1 import inference_pb2, types_pb2  # noqa: PLC0415
+
+    deep = tier is Tier.STRATEGIC
+    job = types_pb2.JobSpec(
+        tier=types_pb2.TIER_STRATEGIC if deep else types_pb2.TIER_TACTICAL,
+        sampling=types_pb2.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, **sampling),
+    )
+    if isinstance(prompt, str):
+        job.text = prompt
+    else:
+        job.token_ids.ids.extend(prompt)
+    return inference_pb2.GenerateStreamRequest(job=job)
+
+
+async def stream_times(call: grpc.aio.UnaryStreamCall[Any, Any]) -> tuple[float, float]:
+    """Read a stream to its end: seconds from now to its first delta, and to its end."""
+    began, first = time.perf_counter(), 0.0
+    async for response in call:
+        if not first and response.WhichOneof("event") == "delta":
+            first = time.perf_counter()
+    return first - began, time.perf_counter() - began
+
+
+def tokens_of(reply: Reply) -> int:
+    """The tokens that came."""
+    from sage_fed.v1 import inference_pb2  # noqa: PLC0415
+
+    deltas = map(inference_pb2.GenerateStreamResponse.FromString, reply.messages)
+    return sum(len(message.delta.token_ids) for message in deltas)
+
+
+def tokens_within(reply: Reply, window: tuple[float, float]) -> float:
+    """Those of them that came in a span of time, as if they had come evenly."""
+    tokens = tokens_of(reply)
+    if reply.last <= reply.first:
+        return tokens if window[0] <= reply.first <= window[1] else 0
+    overlap = min(reply.last, window[1]) - max(reply.first, window[0])
+    return tokens * max(overlap, 0.0) / (reply.last - reply.first)
 
 
 @dataclass
@@ -112,9 +226,9 @@ class _Http2:
         self._selector.register(self._socket, selectors.EVENT_READ)
         settings = struct.pack(">HIHI", 4, _WIDE, 5, 2**20)
         self._socket.sendall(
-            _PREFACE
-            + _frame(_SETTINGS, 0, 0, settings)
-            + _frame(_WINDOW, 0, 0, struct.pack(">I", _WIDE - _FIRST_WINDOW))
+            PREFACE
+            + frame(SETTINGS, 0, 0, settings)
+            + frame(WINDOW, 0, 0, struct.pack(">I", _WIDE - _FIRST_WINDOW))
         )
         self._buffer = bytearray()
         self._next_stream = 1
@@ -130,9 +244,9 @@ class _Http2:
         while news:
             self._receive()
             for kind, flags, _, _ in self._frames():
-                if kind == _SETTINGS:
+                if kind == SETTINGS:
                     news.discard(bool(flags & _ACK))
-        self._socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
+        self._socket.sendall(frame(SETTINGS, _ACK, 0, b""))
 
     def calls(
         self, method: str, requests: Sequence[bytes], at_once: int, seconds: float
@@ -148,8 +262,8 @@ class _Http2:
             live[stream] = Reply(sent=time.perf_counter())
             parts[stream] = bytearray()
             message = struct.pack(">BI", 0, len(body)) + body
-            return _frame(_HEADERS, _END_HEADERS, stream, head) + _frame(
-                _DATA, _END_STREAM, stream, message
+            return frame(HEADERS, _END_HEADERS, stream, head) + frame(
+                DATA, _END_STREAM, stream, message
             )
 
         self._socket.sendall(b"".join(begin() for _ in range(min(at_once, len(waiting)))))
@@ -157,15 +271,15 @@ class _Http2:
             now = self._receive()
             out: list[bytes] = []
             for kind, flags, stream, payload in self._frames():
-                if kind == _DATA:
+                if kind == DATA:
                     _take(live[stream], parts[stream], payload, now)
-                elif kind == _SETTINGS and not flags & _ACK:
-                    out.append(_frame(_SETTINGS, _ACK, 0, b""))
-                elif kind == _PING and not flags & _ACK:
-                    out.append(_frame(_PING, _ACK, 0, bytes(payload)))
-                elif kind in (_RST_STREAM, _GOAWAY):
+                elif kind == SETTINGS and not flags & _ACK:
+                    out.append(frame(SETTINGS, _ACK, 0, b""))
+                elif kind == PING and not flags & _ACK:
+                    out.append(frame(PING, _ACK, 0, bytes(payload)))
+                elif kind in (RST_STREAM, GOAWAY):
                     raise RuntimeError(f"frame {kind} of stream {stream}: {bytes(payload)!r}")
-                if kind in (_DATA, _HEADERS) and flags & _END_STREAM:
+                if kind in (DATA, HEADERS) and flags & _END_STREAM:
                     reply = live.pop(stream)
                     reply.end = now
                     done.append(reply)
@@ -233,5 +347,6 @@ def _take(reply: Reply, part: bytearray, payload: bytes, now: float) -> None:
         del part[:end]
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """An HTTP/2 frame."""
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload

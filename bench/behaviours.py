@@ -1,7 +1,7 @@
-"""The clients of the stress run: how they ask, and how they misbehave.
+"""Clients of a stressed daemon: how they ask, and how they misbehave.
 
-Owns: the behaviours, which endings each of them may have, and the tally.
-Does not know: the daemon's process, the checks afterwards.
+Owns: the behaviours, which endings each of them may have, the tally, and a crowd of clients whose
+daemon is looked at meanwhile. Does not know: the daemon's start, the checks afterwards.
 Fails: never by exception; an ending that a behaviour may not have is a violation in the tally.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 import grpc
 from grpc.aio import AioRpcError, Channel, insecure_channel
+from load_generator import before, closed_loop
 from pair.tasks import task_at
 
 from sage_fed.v1 import inference_pb2 as pb
@@ -27,6 +28,14 @@ STUCK_S = 60.0
 
 Code = grpc.StatusCode
 BUSY = frozenset({Code.OK.name, Code.RESOURCE_EXHAUSTED.name})
+FLAGS = (
+    "--set", "budget.initial_atp=900000000", "--set", "budget.capacity_atp=1000000000",
+    "--set", "accounts.poor.budget.initial_atp=200",
+    "--set", "accounts.poor.budget.capacity_atp=200",
+    "--set", "accounts.poor.budget.refill_atp_per_s=50",
+    "--set", "accounts.poor.budget.strategic_floor_atp=20",
+    "--log-level", "warning",
+)  # fmt: skip
 TIERS = (types.TIER_TACTICAL, types.TIER_TACTICAL, types.TIER_STRATEGIC, types.TIER_AUTO)
 
 
@@ -50,6 +59,7 @@ class Client:
     tally: Tally
     token: str | None = None
     channel: Channel | None = None
+    pause_s: float = 0.0
     asked: int = 0
 
     @property
@@ -94,32 +104,54 @@ class Client:
             await self.channel.close()
             self.channel = None
 
-    async def run(self, until: float) -> None:
-        """One behaviour after another until `until` (monotonic)."""
+    async def behave(self, _: object = None) -> None:
+        """One behaviour, after a pause of `pause_s` on average."""
+        if self.pause_s:
+            await asyncio.sleep(self.random.uniform(0.0, 2 * self.pause_s))
         names, weights = zip(
             *((name, weight) for name, (weight, _, _) in BEHAVIOURS.items()), strict=True
         )
-        while time.monotonic() < until:
-            name = self.random.choices(names, weights)[0]
-            _, behave, allowed = BEHAVIOURS[name]
-            begun = time.monotonic()
-            details = ""
-            try:
-                async with asyncio.timeout(STUCK_S + 10):
-                    code = await behave(self)
-            except AioRpcError as error:
-                code, details = error.code().name, error.details() or ""
-            except TimeoutError:
-                code = "STUCK"
-            self.tally.endings[name, code] += 1
-            if code == Code.RESOURCE_EXHAUSTED.name:
-                # As a client should: otherwise the refused ones would be most of the traffic.
-                await asyncio.sleep(self.random.uniform(0.05, 0.5))
-            if code not in allowed:
-                self.tally.violations.append(f"{name} ended with {code}: {details}")
-            if name == "read" and code == "OK":
-                self.tally.seconds.append(time.monotonic() - begun)
-        await self.drop()
+        name = self.random.choices(names, weights)[0]
+        _, behave, allowed = BEHAVIOURS[name]
+        begun = time.monotonic()
+        details = ""
+        try:
+            async with asyncio.timeout(STUCK_S + 10):
+                code = await behave(self)
+        except AioRpcError as error:
+            code, details = error.code().name, error.details() or ""
+        except TimeoutError:
+            code = "STUCK"
+        self.tally.endings[name, code] += 1
+        if code == Code.RESOURCE_EXHAUSTED.name:
+            # As a client should: otherwise the refused ones would be most of the traffic.
+            await asyncio.sleep(self.random.uniform(0.05, 0.5))
+        if code not in allowed:
+            self.tally.violations.append(f"{name} ended with {code}: {details}")
+        if name == "read" and code == "OK":
+            self.tally.seconds.append(time.monotonic() - begun)
+
+
+async def crowd(
+    clients: Sequence[Client], until: float, look: Callable[[], None], every_s: float
+) -> list[str]:
+    """Let all clients behave until `until` (monotonic); `look` meanwhile, which may raise."""
+
+    async def watch() -> None:
+        while True:
+            look()
+            await asyncio.sleep(every_s)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        await closed_loop([client.behave for client in clients], before(until))
+        for client in clients:
+            await client.drop()
+    finally:
+        watcher.cancel()
+    if watcher.done() and not watcher.cancelled() and watcher.exception():
+        return [f"the daemon died: {watcher.exception()}"]
+    return []
 
 
 async def read(client: Client, pause_s: float = 0.0) -> str:
