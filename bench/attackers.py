@@ -18,11 +18,13 @@ import resource
 import selectors
 import socket
 import struct
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
 from typing import Any
 
 import h2.config
@@ -31,6 +33,22 @@ import h2.events
 import h2.exceptions
 import h2.settings
 import hpack
+from load_generator import (
+    CONTINUATION,
+    DATA,
+    HEADERS,
+    PING,
+    PREFACE,
+    PRIORITY,
+    SETTINGS,
+    WINDOW,
+    frame,
+    stream_request,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from raw_http2 import RawConnection, framed
 
 from sage_fed.v1 import budget_pb2, inference_pb2, types_pb2
 
@@ -76,79 +94,63 @@ class Phase:
         return time.monotonic() >= self.until
 
 
-class Http2:
-    """One connection under full control: windows, unfinished messages, resets."""
+class Http2(RawConnection):
+    """A connection that never waits: unfinished messages, resets, and what could not be sent."""
 
     def __init__(self, target: Target, window: int) -> None:
-        self._socket = socket.create_connection(
-            target.address, _CONNECT_S, source_address=(SOURCE, 0)
-        )
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._authority = f"{target.address[0]}:{target.address[1]}"
+        connected = socket.create_connection(target.address, _CONNECT_S, source_address=(SOURCE, 0))
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = h2.config.H2Configuration(
             client_side=True, header_encoding=None, validate_inbound_headers=False,
             validate_outbound_headers=False, normalize_outbound_headers=False,
         )  # fmt: skip
-        self.h2 = h2.connection.H2Connection(config)
-        codes = h2.settings.SettingCodes
-        self.h2.local_settings = h2.settings.Settings(
-            client=True, initial_values={codes.INITIAL_WINDOW_SIZE: window}
-        )
-        self.h2.initiate_connection()
+        super().__init__(connected, window, config, f"{target.address[0]}:{target.address[1]}")
         # Large frames spare this process what they spare the daemon.
-        self.h2.update_settings({codes.MAX_FRAME_SIZE: 2**20})
-        self.h2.increment_flow_control_window(_WIDE - 65535)
+        self.http2.update_settings({h2.settings.SettingCodes.MAX_FRAME_SIZE: 2**20})
+        self.http2.increment_flow_control_window(_WIDE - 65535)
         self._outbox = bytearray()
         self._unsent: dict[int, tuple[memoryview, bool]] = {}
         self.live: set[int] = set()
         self.flush()
         # Its settings say how many streams it takes.
         self.receive()
-        self._socket.setblocking(False)
+        self.socket.setblocking(False)
 
     def fileno(self) -> int:
         """For a selector."""
-        return self._socket.fileno()
+        return self.socket.fileno()
 
     def close(self) -> None:
         """Hang up."""
-        self._socket.close()
+        self.socket.close()
 
     @property
     def room(self) -> int:
         """How many more streams the daemon takes on this connection."""
-        allowed = self.h2.remote_settings.max_concurrent_streams
-        return max(int(allowed or _WIDE) - self.h2.open_outbound_streams, 0)
+        allowed = self.http2.remote_settings.max_concurrent_streams
+        return max(int(allowed or _WIDE) - self.http2.open_outbound_streams, 0)
 
     @property
     def sending(self) -> bool:
         """Whether something could be sent now and was not."""
         return bool(self._outbox) or any(
-            rest and self.h2.local_flow_control_window(stream) > 0
+            rest and self.http2.local_flow_control_window(stream) > 0
             for stream, (rest, _) in self._unsent.items()
         )
 
     def open(self, call: Call, token: str | None, message: bytes) -> int:
         """Begin a call; returns its stream."""
-        stream = self.h2.get_next_available_stream_id()
-        headers = [
-            (":method", "POST"), (":scheme", "http"), (":path", call.path),
-            (":authority", self._authority), ("content-type", "application/grpc"),
-            ("te", "trailers"), *call.headers,
-        ]  # fmt: skip
-        if token is not None:
-            headers.append(("authorization", f"Bearer {token}"))
-        self.h2.send_headers(stream, headers)
+        stream = self.send_headers(call.path, token, call.headers)
         self.live.add(stream)
-        framed = memoryview(struct.pack(">BI", 0, len(message)) + message)
+        body = memoryview(framed(message))
         whole = call.missing == 0
-        self._unsent[stream] = (framed if whole else framed[: -call.missing], whole)
+        self._unsent[stream] = (body if whole else body[: -call.missing], whole)
         return stream
 
     def reset(self, stream: int) -> None:
         """Give a stream up."""
         self._forget(stream)
-        self.h2.reset_stream(stream, _CANCEL)
+        self.http2.reset_stream(stream, _CANCEL)
 
     def _forget(self, stream: int) -> None:
         self.live.discard(stream)
@@ -160,38 +162,38 @@ class Http2:
             rest = unsent
             while len(self._outbox) < _OUTBOX_BYTES and rest:
                 size = min(
-                    self.h2.local_flow_control_window(stream),
-                    self.h2.max_outbound_frame_size,
+                    self.http2.local_flow_control_window(stream),
+                    self.http2.max_outbound_frame_size,
                     len(rest),
                 )
                 if size <= 0:
                     break
-                self.h2.send_data(
+                self.http2.send_data(
                     stream, bytes(rest[:size]), end_stream=whole and size == len(rest)
                 )
                 rest = rest[size:]
-                self._outbox += self.h2.data_to_send()
+                self._outbox += self.http2.data_to_send()
             if rest:
                 self._unsent[stream] = (rest, whole)
             else:
                 del self._unsent[stream]
-        self._outbox += self.h2.data_to_send()
+        self._outbox += self.http2.data_to_send()
         if self._outbox:
             try:
-                del self._outbox[: self._socket.send(self._outbox)]
+                del self._outbox[: self.socket.send(self._outbox)]
             except BlockingIOError:
                 return
 
     def receive(self) -> list[str]:
         """Take what has come; how calls ended: a gRPC status, or RESET."""
         try:
-            received = self._socket.recv(2**20)
+            received = self.socket.recv(2**20)
         except BlockingIOError:
             return []
         if not received:
             raise ConnectionResetError
         endings: list[str] = []
-        for event in self.h2.receive_data(received):
+        for event in self.http2.receive_data(received):
             if isinstance(event, h2.events.ConnectionTerminated):
                 raise ConnectionResetError
             if isinstance(event, (h2.events.ResponseReceived, h2.events.TrailersReceived)):
@@ -374,11 +376,9 @@ def ask(target: Target, call: Call) -> str:
     return endings[0] if endings else "NOTHING"
 
 
-def stream_request(max_new_tokens: int, **sampling: Any) -> bytes:  # noqa: ANN401 - protobuf's fields
-    """A tactical job of exactly so many tokens, streamed."""
-    wanted = types_pb2.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, **sampling)
-    job = types_pb2.JobSpec(text="count", tier=types_pb2.TIER_TACTICAL, sampling=wanted)
-    return inference_pb2.GenerateStreamRequest(job=job).SerializeToString()
+def streamed(max_new_tokens: int, **sampling: Any) -> bytes:  # noqa: ANN401 - protobuf's fields
+    """A tactical job of exactly so many tokens, as it travels."""
+    return stream_request("count", max_new_tokens, **sampling).SerializeToString()
 
 
 def big_result(number: int) -> bytes:
@@ -502,7 +502,7 @@ def connect(target: Target, phase: Phase) -> None:
             one = _connected(target.address, phase)
             if one is None:
                 break
-            if _hung_up(one, _PREFACE if made % 2 else b""):
+            if _hung_up(one, _OPENING if made % 2 else b""):
                 phase.endings["HUNG UP"] += 1
                 one.close()
                 continue
@@ -557,7 +557,7 @@ def spray(frames: bytes, per_s: float, opening: Callable[[Target], bytes] = lamb
         while not phase.over:
             if one is None:
                 one = _connected(target.address, phase)
-                if one is None or _hung_up(one, _PREFACE + opening(target)):
+                if one is None or _hung_up(one, _OPENING + opening(target)):
                     one = None
                     time.sleep(0.1)
                     continue
@@ -576,11 +576,6 @@ def spray(frames: bytes, per_s: float, opening: Callable[[Target], bytes] = lamb
     return run
 
 
-def frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:
-    """An HTTP/2 frame."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
 def open_streams(
     path: str, streams: int, *, message: bytes | None = None, token: bool = False, flags: int = 4
 ) -> Callable[[Target], bytes]:
@@ -596,9 +591,9 @@ def open_streams(
         packer = hpack.Encoder()
         out = bytearray()
         for stream in range(1, 2 * streams, 2):
-            out += frame(_HEADERS, stream, packer.encode(headers), flags)
+            out += frame(HEADERS, flags, stream, packer.encode(headers))
             if message is not None:
-                out += frame(_DATA, stream, struct.pack(">BI", 0, len(message)) + message, 1)
+                out += frame(DATA, 1, stream, framed(message))
         return bytes(out)
 
     return opening
@@ -608,7 +603,8 @@ def settings_of(**values: int) -> bytes:
     """A frame of settings by their names in `h2`."""
     codes = h2.settings.SettingCodes
     return frame(
-        _SETTINGS,
+        SETTINGS,
+        0,
         0,
         b"".join(struct.pack(">HI", codes[name], value) for name, value in values.items()),
     )
@@ -622,8 +618,7 @@ def replay(target: Target, phase: Phase) -> None:
 
 
 _PROSE = "the quick brown fox 12345 "
-_DATA, _HEADERS, _PRIORITY, _SETTINGS, _PING, _WINDOW, _CONTINUATION = 0, 1, 2, 4, 6, 8, 9
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0))
+_OPENING = PREFACE + frame(SETTINGS, 0, 0, b"")
 _INFERENCE = "/sage_fed.v1.InferenceService/"
 _BUDGET = "/sage_fed.v1.BudgetService/"
 _MODEL = "/sage_fed.v1.ModelService/"
@@ -636,7 +631,7 @@ _COUNT, _QUOTE = f"{_INFERENCE}CountTokens", f"{_INFERENCE}Quote"
 ATTACKS: Mapping[str, Attack] = {
     "unread-streams": Attack(
         "600 streams of one token that nobody reads",
-        calling(Call(_STREAM, fixed(stream_request(1)), 600, window=0)),
+        calling(Call(_STREAM, fixed(streamed(1)), 600, window=0)),
     ),
     "unread-pages": Attack(
         "2,000 ListEntries of 1,000 entries that nobody reads",
@@ -664,12 +659,12 @@ ATTACKS: Mapping[str, Attack] = {
     "dripping-scrapes": Attack("64 scrapes that send a byte every 3 s", drip),
     "reset-calls": Attack(
         "16 calls at once that are given up after 12 ms",
-        calling(Call(_STREAM, fixed(stream_request(64)), 16, reset_after_s=0.012)),
+        calling(Call(_STREAM, fixed(streamed(64)), 16, reset_after_s=0.012)),
     ),
     "big-results": Attack(
         "32 results at once of 950 tokens with 20 log-probabilities and a request id",
         calling(Call(_WHOLE, big_result, 32)),
-        paid=calling(Call(_STREAM, fixed(stream_request(950)), 32)),
+        paid=calling(Call(_STREAM, fixed(streamed(950)), 32)),
     ),
     "empty-messages": Attack(
         "4 conversations at once of 2 million empty messages",
@@ -732,8 +727,8 @@ FURTHER: Mapping[str, Attack] = {
         "1,000 calls at once without a token that are given up at once",
         calling(Call(_STREAM, fixed(b""), 1000, token=False, reset_after_s=0.0)),
     ),
-    "pings": Attack("100,000 pings a second", spray(frame(_PING, 0, bytes(8)), 100_000.0)),
-    "settings": Attack("100,000 settings a second", spray(frame(_SETTINGS, 0, b""), 100_000.0)),
+    "pings": Attack("100,000 pings a second", spray(frame(PING, 0, 0, bytes(8)), 100_000.0)),
+    "settings": Attack("100,000 settings a second", spray(frame(SETTINGS, 0, 0, b""), 100_000.0)),
     "settings-flaps": Attack(
         "2,000 changes a second of every stream's window, of as many streams as are allowed",
         spray(
@@ -750,21 +745,21 @@ FURTHER: Mapping[str, Attack] = {
     ),
     "empty-data": Attack(
         "100,000 empty frames a second of a call without a token",
-        spray(frame(_DATA, 1, b""), 100_000.0, open_streams(_WHOLE, 1)),
+        spray(frame(DATA, 0, 1, b""), 100_000.0, open_streams(_WHOLE, 1)),
     ),
     "priorities": Attack(
         "100,000 priorities a second",
-        spray(frame(_PRIORITY, 1, bytes(5)), 100_000.0, open_streams(_WHOLE, 1)),
+        spray(frame(PRIORITY, 0, 1, bytes(5)), 100_000.0, open_streams(_WHOLE, 1)),
     ),
     "continuations": Attack(
         "headers that never end, without a token",
-        spray(frame(_CONTINUATION, 1, b"\0\1x\1y" * 1000), 2000.0,
+        spray(frame(CONTINUATION, 0, 1, b"\0\1x\1y" * 1000), 2000.0,
               open_streams(_WHOLE, 1, flags=0)),
     ),
     "one-byte-reads": Attack(
         "64 ListEntries of 1,000 entries that are read by the byte",
         spray(
-            b"".join(frame(_WINDOW, n, struct.pack(">I", 1)) for n in range(1, 128, 2)),
+            b"".join(frame(WINDOW, 0, n, struct.pack(">I", 1)) for n in range(1, 128, 2)),
             500.0,
             lambda target: settings_of(INITIAL_WINDOW_SIZE=0)
             + open_streams(f"{_BUDGET}ListEntries", 64, message=_PAGE(0), token=True)(target),
@@ -787,14 +782,14 @@ FURTHER: Mapping[str, Attack] = {
     "short-deadlines": Attack(
         "64 jobs at once with a deadline of 1 ms",
         calling(
-            Call(_STREAM, fixed(stream_request(64)), 64, paced=False,
+            Call(_STREAM, fixed(streamed(64)), 64, paced=False,
                  headers=(("grpc-timeout", "1m"),))
         ),
     ),
     "long-stops": Attack(
         "64 streams at once with 16 stop strings of 128 characters",
         calling(
-            Call(_STREAM, fixed(stream_request(900, stop=[f"{n:x}" * 128 for n in range(16)])), 64)
+            Call(_STREAM, fixed(streamed(900, stop=[f"{n:x}" * 128 for n in range(16)])), 64)
         ),
     ),
     "costly-sampling": Attack(
@@ -803,7 +798,7 @@ FURTHER: Mapping[str, Attack] = {
             Call(
                 _STREAM,
                 fixed(
-                    stream_request(
+                    streamed(
                         900, temperature=1.5, top_p=0.99, top_k=400, min_p=0.001,
                         repetition_penalty=1.2, top_logprobs=20,
                     )
@@ -814,10 +809,10 @@ FURTHER: Mapping[str, Attack] = {
     ),
     "paid-streams": Attack(
         "32 streams at once of 950 tokens, as they are paid for",
-        calling(Call(_STREAM, fixed(stream_request(950)), 32)),
+        calling(Call(_STREAM, fixed(streamed(950)), 32)),
     ),
     "long-streams": Attack(
-        "128 streams at once of 900 tokens", calling(Call(_STREAM, fixed(stream_request(900)), 128))
+        "128 streams at once of 900 tokens", calling(Call(_STREAM, fixed(streamed(900)), 128))
     ),
 }  # fmt: skip
 """Attacks of the same kind beyond the issue's."""
@@ -874,7 +869,7 @@ def _serve(name: str, target: Target, pipe: Pipe) -> None:
     done: Counter[str] = Counter()
     while done["0"] < attack.jobs_before:
         phase = Phase(time.monotonic() + 0.5, endings=done)
-        Caller(Call(_STREAM, fixed(stream_request(1)), 32), target, phase).run()
+        Caller(Call(_STREAM, fixed(streamed(1)), 32), target, phase).run()
     pipe.send("ready")
     while True:
         match pipe.recv():

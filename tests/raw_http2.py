@@ -1,6 +1,8 @@
-"""A client that misbehaves frame by frame: windows of its choice, bodies that never end.
+"""Clients that misbehave frame by frame: windows of their choice, bodies that never end.
 
-gRPC's own client reads what comes and closes what it opens; this one does as a test says.
+gRPC's own client reads what comes and closes what it opens; these do as a test or an attack says.
+`RawConnection` is a socket and its HTTP/2; `RawClient` reads and writes on it with deadlines, for
+tests; the attackers of `bench/attackers.py` never wait on it.
 """
 
 from __future__ import annotations
@@ -8,42 +10,80 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
-from types import TracebackType
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import h2.config
 import h2.connection
 import h2.errors
 import h2.events
+import h2.exceptions
 import h2.settings
 
 WAIT_S = 20.0
 """A deadline that only a hung test meets."""
 
 
-class RawClient:
+class RawConnection:
     """One HTTP/2 connection; `window` is what each stream may send unread, until it is widened."""
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        window: int,
+        config: h2.config.H2Configuration,
+        authority: str = "daemon",
+        settings: Mapping[h2.settings.SettingCodes, int] = MappingProxyType({}),
+    ) -> None:
+        self.socket = connected
+        self.http2 = h2.connection.H2Connection(config)
+        codes = h2.settings.SettingCodes
+        self.http2.local_settings = h2.settings.Settings(
+            client=True, initial_values={codes.INITIAL_WINDOW_SIZE: window, **settings}
+        )
+        self._authority = authority
+        self.http2.initiate_connection()
+
+    def send_headers(
+        self, method: str, token: str | None, headers: Iterable[tuple[str, str]] = ()
+    ) -> int:
+        """Begin a call in the connection's state, nothing is written yet; returns its stream."""
+        stream = self.http2.get_next_available_stream_id()
+        sent = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", method),
+            (":authority", self._authority),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+            *headers,
+        ]
+        if token is not None:
+            sent.append(("authorization", f"Bearer {token}"))
+        self.http2.send_headers(stream, sent)
+        return stream
+
+
+class RawClient(RawConnection):
+    """A connection that reads and writes with deadlines, and keeps every event."""
 
     def __init__(self, address: str, *, window: int = 65_535, token: str | None = None) -> None:
         if address.startswith("/"):
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.connect(address)
+            connected = socket.socket(socket.AF_UNIX)
+            connected.connect(address)
         else:
             host, _, port = address.rpartition(":")
-            self.socket = socket.create_connection((host, int(port)), timeout=WAIT_S)
-        self.http2 = h2.connection.H2Connection(
-            h2.config.H2Configuration(client_side=True, header_encoding="utf-8")
-        )
-        codes = h2.settings.SettingCodes
-        self.http2.local_settings = h2.settings.Settings(
-            client=True,
-            initial_values={codes.INITIAL_WINDOW_SIZE: window, codes.ENABLE_PUSH: 0},
+            connected = socket.create_connection((host, int(port)), timeout=WAIT_S)
+        super().__init__(
+            connected,
+            window,
+            h2.config.H2Configuration(client_side=True, header_encoding="utf-8"),
+            settings={h2.settings.SettingCodes.ENABLE_PUSH: 0},
         )
         self.events: list[h2.events.Event] = []
         self.closed = False
         self._token = token
-        self.http2.initiate_connection()
         self.flush()
         try:
             # The server's window and limits are known before anything is sent.
@@ -71,19 +111,7 @@ class RawClient:
 
     def open(self, method: str, *, headers: Iterable[tuple[str, str]] = ()) -> int:
         """Send a call's headers; returns its stream."""
-        stream = self.http2.get_next_available_stream_id()
-        sent = [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", method),
-            (":authority", "daemon"),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-            *headers,
-        ]
-        if self._token is not None:
-            sent.append(("authorization", f"Bearer {self._token}"))
-        self.http2.send_headers(stream, sent)
+        stream = self.send_headers(method, self._token, headers)
         self.flush()
         return stream
 
