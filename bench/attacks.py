@@ -336,11 +336,11 @@ class Scene:
             with urllib.request.urlopen(self._metrics_url, timeout=SCRAPE_S) as reply:
                 page = reply.read().decode()
             below = 0.0
-            for sample in top.samples(page):
-                if _LAG.fullmatch(sample.name):
-                    # Buckets are cumulative.
-                    lag[float(sample.labels["le"])] = sample.value - below
-                    below = sample.value
+            shown = top.Page.read(page, 0.0).series
+            for sample in (s for name in shown if _LAG.fullmatch(name) for s in shown[name]):
+                # Buckets are cumulative.
+                lag[float(sample.labels["le"])] = sample.value - below
+                below = sample.value
         return lag
 
 

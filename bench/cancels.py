@@ -147,10 +147,9 @@ def stop_times(ledger: Path, left: Left) -> list[float]:
 def longest_step_s(page: str) -> float:
     """The upper bound of the slowest step's bucket, over both tiers."""
     counts: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for sample in top.samples(page):
-        if sample.name == "sage_fed_engine_step_seconds_bucket":
-            key = sample.labels["tier"], sample.labels["kind"]
-            counts.setdefault(key, []).append((float(sample.labels["le"]), sample.value))
+    for sample in top.Page.read(page, 0.0).having("sage_fed_engine_step_seconds_bucket"):
+        key = sample.labels["tier"], sample.labels["kind"]
+        counts.setdefault(key, []).append((float(sample.labels["le"]), sample.value))
     longest = 0.0
     for buckets in counts.values():
         total = buckets[-1][1]

@@ -124,10 +124,11 @@ def leftovers(load: admin_pb2.GetLoadResponse, page: str) -> list[str]:
         amounts[f"running, tier {tier.tier}"] = tier.requests_running
         amounts[f"waiting, tier {tier.tier}"] = tier.requests_waiting
         amounts[f"KV tokens used, tier {tier.tier}"] = tier.kv_tokens_used
-    series: dict[str, list[float]] = {name: [] for name in IDLE_SERIES}
-    for sample in top.samples(page):
-        if sample.name in series and sample.labels.get("state", "used") == "used":
-            series[sample.name].append(sample.value)
+    shown = top.Page.read(page, 0.0)
+    series = {
+        name: [s.value for s in shown.having(name) if s.labels.get("state", "used") == "used"]
+        for name in IDLE_SERIES
+    }
     amounts |= {name: sum(values) for name, values in series.items()}
     return [
         *(f"left over: {name} = {value:g}" for name, value in amounts.items() if value),

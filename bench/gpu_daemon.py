@@ -254,10 +254,9 @@ def _drive(
     cancels = cancel_storm(endpoint.listen, loads, valid_ids, plan.cancels)
     found["cancels"] = asyncio.run(cancels)
     found["left_over"] = asyncio.run(settle(endpoint, state))
-    page = top.fetch(endpoint.metrics_url)
+    page = top.Page.read(top.fetch(endpoint.metrics_url), 0.0)
     found["model_memory_bytes"] = {
-        tier.name: top.total(page, "sage_fed_model_memory_bytes", tier=tier.name)
-        for tier in TIER_ROLES
+        tier.name: page.total("sage_fed_model_memory_bytes", tier=tier.name) for tier in TIER_ROLES
     }
     if left() < _CALIBRATION_S and plan.daemon_s > 1.0:
         found["cut"].append("calibration")

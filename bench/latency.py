@@ -26,6 +26,7 @@ import asyncio
 import itertools
 import statistics
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -61,8 +61,9 @@ def until_blocked(client: Client) -> int:
     raise AssertionError("the disk does not fill up")
 
 
-def writable(daemon: DaemonProcess) -> float:
-    return top.total(top.fetch(daemon.metrics_url), "sage_fed_ledger_writable")
+def writable(daemon: DaemonProcess) -> float | None:
+    page = top.Page.read(top.fetch(daemon.metrics_url), 0.0)
+    return page.total("sage_fed_ledger_writable")
 
 
 def served(client: Client) -> bool:
@@ -187,9 +188,9 @@ def test_what_a_killed_daemon_left_is_said_at_the_next_start(tmp_path: Path) -> 
     with Client(again.address) as client:
         status = client.status()
     assert (1, held_uatp) == (status.recovered_jobs, status.recovered_uatp)
-    page = top.fetch(again.metrics_url)
-    assert 1.0 == top.total(page, "sage_fed_ledger_recovered_jobs")
-    assert held_uatp / UATP_PER_ATP == top.total(page, "sage_fed_ledger_recovered_atp")
+    page = top.Page.read(top.fetch(again.metrics_url), 0.0)
+    assert 1.0 == page.total("sage_fed_ledger_recovered_jobs")
+    assert held_uatp / UATP_PER_ATP == page.total("sage_fed_ledger_recovered_atp")
     assert 0 == again.stop(WAIT_S)
     assert "did not end 1 job" in again.log.read_text()
 

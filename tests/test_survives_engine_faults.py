@@ -120,13 +120,9 @@ class Desk:
 
     def metric(self, name: str, **labels: str) -> float:
         """One sample of the metrics page."""
-        page = top.fetch(self.daemon.metrics_url)
-        (value,) = [
-            sample.value
-            for sample in top.samples(page)
-            if sample.name == f"sage_fed_{name}" and labels.items() <= sample.labels.items()
-        ]
-        return value
+        page = top.Page.read(top.fetch(self.daemon.metrics_url), 0.0)
+        (sample,) = page.having(f"sage_fed_{name}", **labels)
+        return sample.value
 
     def assert_well(self, charged_uatp: int) -> None:
         """Nothing is left of anybody, both tiers serve, and the books say what was charged."""

@@ -72,11 +72,11 @@ class Flood:
 
 
 def counted(daemon: DaemonProcess, series: str, *labels: str) -> Counter[tuple[str, ...]]:
-    """The values of a series that are not nought, by the values of its labels."""
-    page = top.samples(top.fetch(daemon.metrics_url))
+    """The values of a series that are not zero, by the values of its labels."""
+    page = top.Page.read(top.fetch(daemon.metrics_url), 0.0)
     found: Counter[tuple[str, ...]] = Counter()
-    for sample in page:
-        if sample.name == f"sage_fed_{series}" and sample.value:
+    for sample in page.having(f"sage_fed_{series}"):
+        if sample.value:
             found[tuple(sample.labels[label] for label in labels)] = int(sample.value)
     return found
 

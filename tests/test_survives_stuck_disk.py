@@ -53,9 +53,10 @@ class StuckDisk:
             asks = [health_pb2.HealthCheckRequest(service=name) for name in names]
             return {stub.Check(ask, timeout=WAIT_S).status for ask in asks}
 
-    def writable(self) -> float:
+    def writable(self) -> float | None:
         """What the metrics say of the ledger."""
-        return top.total(top.fetch(self.daemon.metrics_url), "sage_fed_ledger_writable")
+        page = top.Page.read(top.fetch(self.daemon.metrics_url), 0.0)
+        return page.total("sage_fed_ledger_writable")
 
 
 @pytest.fixture
