@@ -29,6 +29,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that every reader of to
 from sage_fed.engine.attention import Heads, KVCache
 from sage_fed.engine.batch import Batch, BatchBuilder, Packer, add_slots, blocks_used, pinned_like
 from sage_fed.engine.decoder import Decoder, Forwarded, Pass, Queued, TorchForward, resolved
+from sage_fed.engine.machine import default_directory, private
 from sage_fed.errors import ModelLoadError
 from sage_fed.steps import BLOCK_SIZE, Chunk
 
@@ -263,18 +264,12 @@ def compiled_directory() -> Path:
     Raises:
         ModelLoadError: others could write there, and so run code as us.
     """
-    service = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]  # of systemd; may list several
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(service) if service else Path(home or Path.home() / ".cache") / "sage-fed"
-    directory = base / "inductor"
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
+        return private(default_directory("inductor"))
+    except PermissionError as error:
+        raise ModelLoadError(str(error)) from error
     except OSError as error:
         raise ModelLoadError(f"there is no directory to keep compiled code in ({error})") from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise ModelLoadError(f"{directory} must belong to this user and be closed to others (0700)")
-    return directory
 
 
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)

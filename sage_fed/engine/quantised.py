@@ -92,9 +92,8 @@ def quantise_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(torch.float8_e4m3fn), scales
 
 
-def dequantise_fp8(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """fp32 [n, in] of what `quantise_fp8` made."""
-    return values.float().mul_(scales[:, None])
+dequantise_fp8 = dequantise_int8
+"""fp32 [n, in] of what `quantise_fp8` made: the same product."""
 
 
 def _over(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -111,125 +110,8 @@ def _round(values: torch.Tensor) -> torch.Tensor:
     return values.add_(_NO_FRACTIONS).sub_(_NO_FRACTIONS)
 
 
-class WidenedLinear:
-    """Int8 or float8 `values` [out, in], widened for a product; `scales` fp32 [out].
-
-    The bias is in the compute type, or None. `block` rows are widened at a time, or all of them:
-    where a compiler makes one kernel of it, none is ever stored wide.
-    """
-
-    def __init__(
-        self,
-        values: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        block: int | None = None,
-    ) -> None:
-        self._values = values
-        self._scales = scales
-        self._bias = bias
-        rows = values.shape[0]
-        size = block or rows
-        self._blocks = [slice(i, i + size) for i in range(0, rows, size)]
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the weights."""
-        return _nbytes(self._values, self._scales, self._bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, in_features]."""
-        # Some rows at a time: widened weights stay in the cache, and are never all there.
-        # (ATen's _weight_int8pack_mm is no faster for one token, and reads beyond odd shapes.)
-        # Narrow numbers are exact in bf16; their scales would not be, so they come after.
-        parts = [F.linear(x, self._values[block].to(x.dtype)) for block in self._blocks]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return _scaled(y, self._scales, self._bias)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
-
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the weights, dequantised."""
-        wide = dequantise_int8(self._values[indices], self._scales[indices])
-        return wide.to(torch.bfloat16)
-
-
-class Int4Linear:
-    """`packed` uint8 [out, groups * 16], `scales` bf16 [out, groups], dequantised for a product."""
-
-    def __init__(
-        self,
-        packed: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        in_features: int,
-        block: int,
-    ) -> None:
-        self._packed = packed
-        self._scales = scales
-        self._bias = bias
-        self._in_features = in_features
-        self._blocks = [slice(i, i + block) for i in range(0, packed.shape[0], block)]
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the weights."""
-        return _nbytes(self._packed, self._scales, self._bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, in_features]."""
-        parts = [F.linear(x, self._weights(block).to(x.dtype)) for block in self._blocks]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return y if self._bias is None else y.add_(self._bias)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
-
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the weights, dequantised."""
-        return self._weights(indices).to(torch.bfloat16)
-
-    def _weights(self, which: slice | torch.Tensor) -> torch.Tensor:
-        wide = dequantise_int4(self._packed[which], self._scales[which])
-        return wide[:, : self._in_features]
-
-
-class AtenInt4Linear:
-    """Int4 in ATen's packing for the CPU; `grid` is bf16 [groups, out, 2]: scale and zero."""
-
-    def __init__(self, packed: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._packed = packed
-        self._grid = grid
-        self._bias = bias
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the weights."""
-        return _nbytes(self._packed, self._grid, self._bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, in_features]."""
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(  # noqa: SLF001 - an operator's name
-            x.contiguous(), self._packed, GROUP, self._grid
-        )
-        return y if self._bias is None else y.add_(self._bias)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
-
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as the others
-        """Never asked: heads are not int4."""
-        raise AssertionError("an int4 layer was asked for rows")
-
-
-class Fp8Linear:
-    """`values` float8 [out, in], `scales` fp32 [out]; activations get a scale per token."""
+class _StoredLinear:
+    """A layer that is its `values`, their `scales` and, or None, a bias in the compute type."""
 
     def __init__(
         self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
@@ -241,10 +123,62 @@ class Fp8Linear:
     @property
     def nbytes(self) -> int:
         """Device memory of the weights."""
-        return _nbytes(self._values, self._scales, self._bias)
+        stored = (self._values, self._scales, self._bias)
+        return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to [tokens, in_features]."""
+        raise NotImplementedError
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return residual + self(x)."""
+        return residual + self(x)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the weights, dequantised; heads are int8 or fp8."""
+        wide = dequantise_int8(self._values[indices], self._scales[indices])
+        return wide.to(torch.bfloat16)
+
+
+class WidenedLinear(_StoredLinear):
+    """Int8 or float8 `values` [out, in], widened for a product; `scales` fp32 [out].
+
+    `block` rows are widened at a time, or all of them: where a compiler makes one kernel of it,
+    none is ever stored wide.
+    """
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        block: int | None = None,
+    ) -> None:
+        super().__init__(values, scales, bias)
+        self._blocks = _blocks(values.shape[0], block or values.shape[0])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to [tokens, in_features]."""
+        # Some rows at a time: widened weights stay in the cache, and are never all there.
+        # (ATen's _weight_int8pack_mm is no faster for one token, and reads beyond odd shapes.)
+        # Narrow numbers are exact in bf16; their scales would not be, so they come after.
+        parts = [F.linear(x, self._values[block].to(x.dtype)) for block in self._blocks]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return _scaled(y, self._scales, self._bias)
+
+
+class Fp8Linear(WidenedLinear):
+    """float8 `values` [out, in]: widened for one row, multiplied as they are for several.
+
+    `scales` are fp32 [out]; activations get a scale per token.
+    """
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to [tokens, in_features]."""
+        # Uncompiled, widening would write and read five bytes for each that is stored.
+        if x.shape[0] == 1 and torch.compiler.is_compiling():
+            return super().__call__(x)
         narrow, scales = quantise_fp8(x)
         y: torch.Tensor = torch._scaled_mm(  # noqa: SLF001 - its only name
             narrow,
@@ -256,14 +190,55 @@ class Fp8Linear:
         )
         return y
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
+
+class Int4Linear(_StoredLinear):
+    """`values` uint8 [out, groups * 16], `scales` bf16 [out, groups], dequantised for a product."""
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        in_features: int,
+        block: int,
+    ) -> None:
+        super().__init__(values, scales, bias)
+        self._in_features = in_features
+        self._blocks = _blocks(values.shape[0], block)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to [tokens, in_features]."""
+        parts = [F.linear(x, self._wide(block).to(x.dtype)) for block in self._blocks]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if self._bias is None else y.add_(self._bias)
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weights, dequantised."""
-        wide = dequantise_fp8(self._values[indices], self._scales[indices])
-        return wide.to(torch.bfloat16)
+        return self._wide(indices).to(torch.bfloat16)
+
+    def _wide(self, which: slice | torch.Tensor) -> torch.Tensor:
+        wide = dequantise_int4(self._values[which], self._scales[which])
+        return wide[:, : self._in_features]
+
+
+class AtenInt4Linear(_StoredLinear):
+    """Int4 as ATen's kernel for the device packs it; `scales` are its grid, see `scale_grid`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to [tokens, in_features]."""
+        aten = torch.ops.aten
+        multiply = aten._weight_int4pack_mm if x.is_cuda else aten._weight_int4pack_mm_for_cpu  # noqa: SLF001 - operators' names
+        y: torch.Tensor = multiply(x.contiguous(), self._values, GROUP, self._scales)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as the others
+        """Never asked: heads are not int4."""
+        raise AssertionError("an int4 layer was asked for rows")
+
+
+def _blocks(rows: int, each: int) -> list[slice]:
+    return [slice(start, start + each) for start in range(0, rows, each)]
 
 
 def _scaled(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -271,42 +246,6 @@ def _scaled(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) ->
     if bias is not None:
         wide.add_(bias)
     return wide.to(y.dtype)
-
-
-def _nbytes(*tensors: torch.Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-_INNER_TILES = (8, 4, 2)
-"""How many tiles of 16 inputs one thread of the int4 kernel takes; more is faster."""
-
-_INT4_CAPABILITY = (8, 0)
-_INT4_OUTPUTS = 8
-
-
-def int8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """A layer of int8 [out, in] with fp32 scales [out]."""
-    return WidenedLinear(values, scales, bias)
-
-
-def fp8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """A layer of float8_e4m3fn [out, in] with fp32 scales [out]."""
-    return RowwiseFp8Linear(values, scales, bias)
-
-
-def int4_linear(
-    packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, in_features: int
-) -> Linear | None:
-    """A layer of canonical int4; None where ATen's kernel does not take its shape, or the device.
-
-    Takes as much memory again until `packed` is let go.
-    """
-    tiles = next((n for n in _INNER_TILES if in_features % (16 * n) == 0), None)
-    capable = torch.cuda.get_device_capability(packed.device) >= _INT4_CAPABILITY
-    if tiles is None or not capable or packed.shape[0] % _INT4_OUTPUTS:
-        return None
-    tiled = torch.ops.aten._convert_weight_to_int4pack(high_first(packed), tiles)  # noqa: SLF001 - an operator's name
-    return TiledInt4Linear(tiled, scale_grid(scales), bias)
 
 
 def high_first(packed: torch.Tensor) -> torch.Tensor:
@@ -319,64 +258,11 @@ def scale_grid(scales: torch.Tensor) -> torch.Tensor:
     return torch.stack((scales.t(), torch.zeros_like(scales.t())), dim=-1).contiguous()
 
 
-class RowwiseFp8Linear:
-    """float8 weights: widened for one row, multiplied as they are for several."""
+_INNER_TILES = (8, 4, 2)
+"""How many tiles of 16 inputs one thread of the int4 kernel takes; more is faster."""
 
-    def __init__(
-        self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        self._one = WidenedLinear(values, scales, bias)
-        self._several = Fp8Linear(values, scales, bias)
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the weights, which both have."""
-        return self._one.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, in_features]."""
-        # Uncompiled, widening would write and read five bytes for each that is stored.
-        if x.shape[0] == 1 and torch.compiler.is_compiling():
-            return self._one(x)
-        return self._several(x)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
-
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the weights, dequantised."""
-        return self._one.rows(indices)
-
-
-class TiledInt4Linear:
-    """`tiled` int4 as ATen's CUDA kernel has it, `grid` bf16 [groups, out, 2]."""
-
-    def __init__(self, tiled: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._tiled = tiled
-        self._grid = grid
-        self._bias = bias
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the weights."""
-        bias = 0 if self._bias is None else self._bias.nbytes
-        return self._tiled.nbytes + self._grid.nbytes + bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, in_features]."""
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm(  # noqa: SLF001 - an operator's name
-            x.contiguous(), self._tiled, GROUP, self._grid
-        )
-        return y if self._bias is None else y + self._bias
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return residual + self(x)."""
-        return residual + self(x)
-
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as the others
-        """Never asked: heads are not int4."""
-        raise AssertionError("an int4 layer was asked for rows")
+_INT4_CAPABILITY = (8, 0)
+_INT4_OUTPUTS = 8
 
 
 _PANELS = 16 * 64
@@ -385,10 +271,10 @@ _PANELS = 16 * 64
 _BLOCK_ELEMENTS = 2**18  # 1 MiB in fp32
 _SERIAL_ELEMENTS = 2**15  # up to here torch does an operation on one thread
 _BLOCK_ELEMENTS_CUDA = 2**25
-_QUANTISE = {
-    "int8": quantise_int8,
-    "int4": quantise_int4,
-    "fp8": quantise_fp8,
+_KINDS = {
+    "int8": (quantise_int8, torch.int8),
+    "int4": (quantise_int4, torch.uint8),
+    "fp8": (quantise_fp8, torch.float8_e4m3fn),
 }
 
 
@@ -417,17 +303,13 @@ class QuantisedFormat:
         gated: bool = False,  # noqa: ARG002 - rows stay in their order
     ) -> LinearBuilder:
         """Allocate the layer; pieces are quantised as they arrive."""
-        groups = num_groups(in_features)
-        width, dtype = {
-            "int8": (in_features, torch.int8),
-            "int4": (groups * GROUP // 2, torch.uint8),
-            "fp8": (in_features, torch.float8_e4m3fn),
-        }[self._kind]
-        storage = {"values": allocate((out_features, width), dtype, self._device)}
+        width, scales = in_features, torch.empty(out_features, device=self._device)
         if self._kind == "int4":
-            storage["scales"] = allocate((out_features, groups), torch.bfloat16, self._device)
-        else:
-            storage["scales"] = torch.empty(out_features, device=self._device)
+            groups = num_groups(in_features)
+            width = groups * GROUP // 2
+            scales = allocate((out_features, groups), torch.bfloat16, self._device)
+        values = allocate((out_features, width), _KINDS[self._kind][1], self._device)
+        storage = {"values": values, "scales": scales}
         if bias:
             storage["bias"] = torch.empty(out_features, dtype=self._compute, device=self._device)
         return _QuantisedBuilder(self._kind, in_features, storage)
@@ -437,7 +319,7 @@ class _QuantisedBuilder:
     def __init__(self, kind: str, in_features: int, storage: dict[str, torch.Tensor]) -> None:
         self._kind = kind
         self._in_features = in_features
-        self._quantise = _QUANTISE[kind]
+        self._quantise = _KINDS[kind][0]
         self.storage: Mapping[str, torch.Tensor] = storage
 
     def memory(self, first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG002 - every checkpoint is in other numbers
@@ -461,36 +343,33 @@ class _QuantisedBuilder:
     def build(self) -> Linear:
         values, scales = self.storage["values"], self.storage["scales"]
         bias = self.storage.get("bias")
-        block = _rows_of(self._in_features, values.device)
-        if values.is_cuda and (fast := self._for_cuda(values, scales, bias)) is not None:
-            return fast
-        if self._kind == "int8":
-            return WidenedLinear(values, scales, bias, block=block)
         if self._kind == "fp8":
             return Fp8Linear(values, scales, bias)
-        suits = values.shape[0] % 16 == 0 and self._in_features % GROUP == 0
-        if values.device.type == "cpu" and suits:
-            return AtenInt4Linear(_packed_by_aten_(values), scale_grid(scales), bias)
+        elements = _BLOCK_ELEMENTS_CUDA if values.is_cuda else _BLOCK_ELEMENTS
+        block = max(1, elements // self._in_features)
+        if self._kind == "int8":
+            return WidenedLinear(values, scales, bias, block=None if values.is_cuda else block)
+        if (packed := _packed_by_aten(values, self._in_features)) is not None:
+            return AtenInt4Linear(packed, scale_grid(scales), bias)
         return Int4Linear(values, scales, bias, in_features=self._in_features, block=block)
 
-    def _for_cuda(
-        self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-    ) -> Linear | None:
-        if self._kind == "int8":
-            return int8_linear(values, scales, bias)
-        if self._kind == "fp8":
-            return fp8_linear(values, scales, bias)
-        return int4_linear(values, scales, bias, self._in_features)
 
+def _packed_by_aten(canonical: torch.Tensor, in_features: int) -> torch.Tensor | None:
+    """Canonical int4 as ATen's kernel wants it; None where it takes no such shape, or device.
 
-def _rows_of(in_features: int, device: torch.device) -> int:
-    """Rows to widen at once."""
-    elements = _BLOCK_ELEMENTS if device.type == "cpu" else _BLOCK_ELEMENTS_CUDA
-    return max(1, elements // in_features)
-
-
-def _packed_by_aten_(canonical: torch.Tensor) -> torch.Tensor:
-    """Rearrange canonical int4 in its own memory, some panels at a time."""
+    On CUDA a copy; on the CPU rearranged in its own memory, some panels at a time.
+    """
+    if canonical.is_cuda:
+        tiles = next((n for n in _INNER_TILES if in_features % (16 * n) == 0), None)
+        capable = torch.cuda.get_device_capability(canonical.device) >= _INT4_CAPABILITY
+        if tiles is None or not capable or canonical.shape[0] % _INT4_OUTPUTS:
+            return None
+        tiled: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack(  # noqa: SLF001 - an operator's name
+            high_first(canonical), tiles
+        )
+        return tiled
+    if canonical.shape[0] % 16 or in_features % GROUP:
+        return None
     for start in range(0, canonical.shape[0], _PANELS):
         panels = canonical[start : start + _PANELS]
         wide = unpack_int4(panels).to(torch.int32)

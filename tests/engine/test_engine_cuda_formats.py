@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sage_fed.engine import quantised
 from sage_fed.engine.cuda_graphs import compiled_by_rows
 from sage_fed.engine.quantised import (
-    RowwiseFp8Linear,
+    Fp8Linear,
     WidenedLinear,
     high_first,
     scale_grid,
@@ -45,7 +45,7 @@ def test_one_row_of_fp8_is_widened_where_that_is_compiled() -> None:
     """Its activations are not rounded then, and neither is another function traced."""
     w = weights(48, 96)
     values, scales = quantised.quantise_fp8(w)
-    layer = RowwiseFp8Linear(values, scales, None)
+    layer = Fp8Linear(values, scales, None)
 
     def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
         assert "scaled_mm" not in module.code

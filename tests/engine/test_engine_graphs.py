@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from sage_fed.engine.cuda_graphs import (
     Function,
     GraphForward,
     compiled_by_rows,
+    compiled_directory,
 )
+from sage_fed.errors import ModelLoadError
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, Step
 
 Checkpoints = Callable[[str], Checkpoint]
@@ -367,3 +371,27 @@ def test_a_prompt_too_long_for_a_bucket_goes_the_plain_way(
 def _forward(engine: Engine) -> GraphForward:
     assert isinstance(engine._forward, GraphForward)
     return engine._forward
+
+
+def test_without_a_home_compiling_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service's user may have none; the refusal says what is missing."""
+
+    def unknown(_: int) -> NoReturn:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "CACHE_DIRECTORY", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ModelLoadError, match="no directory to keep compiled code in"):
+        compiled_directory()
+
+
+def test_compiled_code_is_kept_where_no_other_user_may_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is found there is run."""
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    assert tmp_path / "inductor" == compiled_directory()
+    (tmp_path / "inductor").chmod(0o777)
+    with pytest.raises(ModelLoadError, match="closed to others"):
+        compiled_directory()
