@@ -116,14 +116,7 @@ class BatchBuilder:
 
     def check(self, chunk: Chunk) -> None:
         """Assert that a chunk does not contradict itself, before any of it is on the device."""
-        end = chunk.start + len(chunk.token_ids)
-        assert chunk.token_ids, "a chunk without tokens"
-        # On CUDA an index out of bounds takes the whole process's context down.
-        assert min(chunk.token_ids) >= -self._pending_rows, "a token id below the vocabulary"
-        assert max(chunk.token_ids) < self._vocab_size, "a token id beyond the vocabulary"
-        assert end <= len(chunk.blocks) * BLOCK_SIZE, "a chunk without blocks for its tokens"
-        assert end <= self._max_context_tokens, "a chunk beyond the context"
-        assert len(chunk.draws) <= len(chunk.token_ids), "more draws than tokens"
+        check(chunk, -self._pending_rows, self._vocab_size, self._max_context_tokens)
 
     def _plan(
         self, members: Sequence[Chunk], rows: slice, packer: Packer
@@ -160,6 +153,21 @@ class BatchBuilder:
             uniform_length=lengths[0] if len(set(lengths)) == 1 else None,
             dtype=self._dtype,
         )
+
+
+def check(chunk: Chunk, lowest_id: int, num_ids: int, max_context_tokens: int) -> None:
+    """Assert that a chunk does not contradict itself.
+
+    An index out of bounds would crash native kernels, and on CUDA takes the whole process's
+    context down.
+    """
+    end = chunk.start + len(chunk.token_ids)
+    assert chunk.token_ids, "a chunk without tokens"
+    assert min(chunk.token_ids) >= lowest_id, "a token id below the vocabulary"
+    assert max(chunk.token_ids) < num_ids, "a token id beyond the vocabulary"
+    assert end <= len(chunk.blocks) * BLOCK_SIZE, "a chunk without blocks for its tokens"
+    assert end <= max_context_tokens, "a chunk beyond the context"
+    assert len(chunk.draws) <= len(chunk.token_ids), "more draws than tokens"
 
 
 def _layout(chunks: Sequence[Chunk]) -> list[list[int]]:

@@ -39,7 +39,7 @@ from sage_fed.engine.tensor_file import (
     pieces_of,
     read_pieces,
 )
-from sage_fed.engine.weights import ModelWeights, Place, WeightsBuilder
+from sage_fed.engine.weights import ModelWeights, Place, WeightsBuilder, place_of
 from sage_fed.errors import ModelLoadError
 from sage_fed.model_files import resolve_model
 
@@ -421,7 +421,7 @@ class WeightsCache:
                 pieces: list[Piece] = []
                 for name, stored in file.tensors.items():
                     raw = Stored("U8", (stored.nbytes,), stored.offset, stored.nbytes)
-                    pieces += pieces_of(file, raw, _place_of(storage[name]))
+                    pieces += pieces_of(file, raw, place_of(_bytes_of(storage[name])))
                 device = next(iter(storage.values())).device
                 read_pieces(pieces, device, placed)
                 file.check_unchanged()
@@ -506,24 +506,15 @@ def _is_superseded(path: Path, key: CacheKey) -> bool:
         return True
 
 
-def _place_of(tensor: torch.Tensor) -> Place:
-    """All bytes of a tensor as a place."""
-    raw = tensor.view(-1).view(torch.uint8)
-
-    def take(first: int, rows: torch.Tensor) -> None:
-        raw[first : first + rows.shape[0]].copy_(rows, non_blocking=True)
-
-    def memory(first: int, count: int, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG001 - bytes
-        return raw[first : first + count] if raw.device.type == "cpu" else None
-
-    return Place((raw.shape[0],), raw.shape[0], take, memory)
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _checksums(storage: Mapping[str, torch.Tensor]) -> str:
     """A 64-bit sum of each tensor, at the speed of memory: finds rot, not malice."""
     sums = []
     for tensor in storage.values():
-        raw = tensor.view(-1).view(torch.uint8)
+        raw = _bytes_of(tensor)
         whole = raw.nbytes // 8 * 8
         words = (
             raw[:whole].view(torch.int64).sum() if whole else raw.new_zeros((), dtype=torch.int64)
@@ -537,7 +528,7 @@ def _write_all(
 ) -> None:
     done = 0
     for tensor in storage.values():
-        raw = tensor.view(-1).view(torch.uint8)
+        raw = _bytes_of(tensor)
         for first in range(0, raw.shape[0], _WRITTEN_BYTES):
             piece = raw[first : first + _WRITTEN_BYTES].to(_CPU)
             file.write(piece.numpy().data)

@@ -105,8 +105,8 @@ class RopeSpec:
 class ModelSpec:
     """Everything about a decoder that its forward pass depends on, weights aside.
 
-    `sliding_window` is None where no layer uses one. `remarks` say where the configuration
-    contradicts itself, or says what nothing reads.
+    `sliding_window` is None where no layer uses one. `end_token_ids` end a text.
+    `remarks` say where the configuration contradicts itself, or says what nothing reads.
     """
 
     architecture: str
@@ -126,6 +126,7 @@ class ModelSpec:
     qk_norm: bool
     tied_embeddings: bool
     sliding_window: int | None
+    end_token_ids: frozenset[int] = field(default=frozenset(), compare=False)
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -170,6 +171,7 @@ def read_spec(directory: Path) -> ModelSpec:
         qk_norm=traits.qk_norm,
         tied_embeddings=config.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(config, traits, num_layers),
+        end_token_ids=config.end_token_ids(),
         remarks=(*remarks, *config.foreign()),
     )
 
@@ -425,6 +427,10 @@ class Configuration:
             if value is not None and value != neutral:
                 yield f"config.json: {key} is {value!r}, which this architecture does not read"
 
+    def end_token_ids(self) -> frozenset[int]:
+        """Return the ids that end a text."""
+        return _token_ids(self._raw.get("eos_token_id"))
+
     def rope(self) -> dict[str, Any]:
         """Return the rotary parameters, of new files and of old; `rope_theta` is there."""
         raw = self._raw.get("rope_scaling") or self._raw.get("rope_parameters") or {}
@@ -543,27 +549,25 @@ _UNREAD: Mapping[str, object] = {
 }
 
 
-def unread_generation(directory: Path) -> Iterator[str]:
-    """Say which of a checkpoint's own ways to generate are not followed."""
-    path = directory / "generation_config.json"
-    generation = read_object(path) if path.is_file() else {}
-    for key, neutral in _UNREAD.items():
-        value = generation.get(key)
-        if value is not None and value != neutral:
-            yield f"generation_config.json: {key} is set, which the engine does not follow"
+def read_generation(
+    directory: Path, end_token_ids: frozenset[int]
+) -> tuple[Sampling, frozenset[int], tuple[str, ...]]:
+    """The defaults; the ids that end a text, `end_token_ids` of config.json among them; remarks.
 
-
-def read_generation(directory: Path) -> tuple[Sampling, frozenset[int]]:
-    """The defaults, and the ids that end a text.
+    Those say which of a checkpoint's own ways to generate are not followed.
 
     Raises:
         ModelLoadError: a file that cannot be read or holds impossible values.
     """
     path = directory / "generation_config.json"
     generation = read_object(path) if path.is_file() else {}
-    files = (generation, read_object(directory / "config.json"))
-    ends = frozenset[int]().union(*(_token_ids(file.get("eos_token_id")) for file in files))
-    return _defaults(generation), ends
+    remarks = tuple(
+        f"generation_config.json: {key} is set, which the engine does not follow"
+        for key, neutral in _UNREAD.items()
+        if generation.get(key) not in (None, neutral)
+    )
+    ends = end_token_ids | _token_ids(generation.get("eos_token_id"))
+    return _defaults(generation), ends, remarks
 
 
 def _defaults(generation: dict[str, Any]) -> Sampling:

@@ -58,7 +58,8 @@ class GraphForward:
         self._decoder = decoder
         self._heads = heads
         self._capture = capture
-        self._newest = newest
+        self.newest = newest
+        """Where an engine leaves what it has drawn, for the next step."""
         self._scratch_block = scratch_block
         self._dtype = dtype
         self._buckets: Buckets | None = None
@@ -68,7 +69,7 @@ class GraphForward:
 
     def prepare(self, buckets: Buckets, num_ids: int, progress: Callable[[float], None]) -> None:
         """Capture every bucket, largest first: the others then fit the memory it has taken."""
-        device = self._newest.device
+        device = self.newest.device
         rows = max(bucket.batch for bucket in buckets.all)
         self._logits = torch.empty(rows, num_ids, dtype=self._dtype, device=device)
         self._best = torch.empty(rows, dtype=torch.int64, device=device)
@@ -126,7 +127,7 @@ class GraphForward:
 
         def work() -> None:
             static.group.prepare()
-            batch = replace(static.batch, token_ids=resolved(static.batch.token_ids, self._newest))
+            batch = replace(static.batch, token_ids=resolved(static.batch.token_ids, self.newest))
             hidden = self._decoder.forward(batch)
             if batch.rows is not None:
                 hidden = hidden.index_select(0, batch.rows)
@@ -321,7 +322,7 @@ class Buckets:
         if any(len(chunk.draws) > 1 for chunk in chunks):
             return None  # a graph's outputs have one row a sequence
         longest = max(len(chunk.token_ids) for chunk in chunks)
-        width = max(-(-(c.start + len(c.token_ids)) // BLOCK_SIZE) for c in chunks)
+        width = max(map(blocks_used, chunks))
         batch = _at_least(self._batches, len(chunks))
         tokens = _at_least(self._tokens, longest)
         blocks = _at_least(self._widths, width)

@@ -157,30 +157,37 @@ class DenseFormat:
         """Allocate the layer in its final place; pieces are converted into it."""
         weight = allocate((out_features, in_features), self._dtype, self._device)
         biases = torch.empty(out_features, dtype=self._dtype, device=self._device) if bias else None
-        return _DenseBuilder(weight, biases)
+        return DenseBuilder(weight, biases)
 
 
-class _DenseBuilder:
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+class DenseBuilder:
+    """A `LinearBuilder` whose rows are kept as they come; `weight` may also be a vector."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._weight = weight
         self._bias = bias
 
     @property
     def storage(self) -> Mapping[str, torch.Tensor]:
+        """See `LinearBuilder`."""
         weight = {"weight": self._weight}
         return weight if self._bias is None else weight | {"bias": self._bias}
 
     def memory(self, first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """None but on the host, and in its own type."""
         if self._weight.device.type != "cpu" or self._weight.dtype != dtype:
             return None
         return self._weight[first_row : first_row + num_rows]
 
     def place_weight(self, first_row: int, rows: torch.Tensor) -> None:
+        """Convert `rows` into their place."""
         self._weight[first_row : first_row + rows.shape[0]].copy_(rows, non_blocking=True)
 
     def place_bias(self, first_row: int, values: torch.Tensor) -> None:
+        """Convert `values` into their place."""
         assert self._bias is not None
         self._bias[first_row : first_row + values.shape[0]].copy_(values, non_blocking=True)
 
     def build(self) -> Linear:
+        """The layer."""
         return DenseLinear(self._weight, self._bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from sage_fed.engine.checkpoint import (
     shared_table,
     weights_cache,
 )
-from sage_fed.engine.configuration import ModelSpec, read_generation, read_spec, unread_generation
+from sage_fed.engine.configuration import ModelSpec, read_generation, read_spec
 from sage_fed.engine.cuda_graphs import (
     Buckets,
     CudaCapture,
@@ -37,9 +37,8 @@ from sage_fed.engine.cuda_graphs import (
     GraphForward,
     can_compile,
 )
-from sage_fed.engine.decoder import Body, Decoder, Forward, TorchForward, rotary_table
+from sage_fed.engine.decoder import Body, Decoder, TorchForward, rotary_table
 from sage_fed.engine.engine import Engine
-from sage_fed.engine.linear import Formats
 from sage_fed.engine.machine import resolve_device
 from sage_fed.engine.native import Library
 from sage_fed.engine.native.forward import NativeForward
@@ -114,7 +113,7 @@ def load_engine(
         spec = read_spec(directory)
         context = _context(spec, options.max_context_tokens)
         num_blocks = blocks_in_budget(spec, compute, options.kv_cache_bytes, context)
-        defaults, eos_token_ids = read_generation(directory)
+        defaults, eos_token_ids, unread = read_generation(directory, spec.end_token_ids)
         if forgotten := sorted(options.end_token_ids - eos_token_ids):
             _LOG.warning(
                 "model %s: the tokenizer or its chat template ends a text with %s, which neither "
@@ -125,10 +124,22 @@ def load_engine(
         eos_token_ids |= options.end_token_ids
         valid = _valid_ids(spec, options.num_valid_ids)
         shared = shared_table(directory, tied=spec.tied_embeddings)
-        for remark in _remarks(directory, spec, shared, options.num_valid_ids):
+        for remark in (
+            *spec.remarks,
+            *unread,
+            *_remarks(directory, spec, shared, options.num_valid_ids),
+        ):
             _LOG.warning("model %s: %s", name, remark)
         weights = load_weights(
-            partial(_weights_builder, spec, valid, formats, compute, device, shared=shared),
+            partial(
+                WeightsBuilder,
+                spec,
+                formats,
+                shared_table=shared,
+                num_valid_ids=valid,
+                compute=compute,
+                device=device,
+            ),
             directory,
             device,
             # What a checkpoint has is kept already: in the checkpoint.
@@ -144,20 +155,22 @@ def load_engine(
         cache = KVCache(spec, num_blocks + (1 if capture else 0), compute, device)
         turned = compute if formats.native is None else torch.float32
         rotary = rotary_table(spec.rope, spec.head_dim, context, turned, device)
-        prepared = prepare(
+        began_capture, free = time.monotonic(), _free(device)
+        forward = _forward(
             spec,
             weights,
             cache,
             rotary,
             capture,
+            options=options,
             native=formats.native,
+            widened=precision.quantised,
             num_blocks=num_blocks,
             num_ids=valid,
-            max_batch=options.max_batch,
-            verify_tokens=options.verify_tokens,
-            widened=precision.layers != "dense",
             progress=lambda share: progress(_LOADED + (0.99 - _LOADED) * share),
         )
+        graphs = forward if isinstance(forward, GraphForward) else None
+        recorded = f"+{capture.name}" if capture and capture.name else ""
     except ModelLoadError as error:
         raise ModelLoadError(f"model {name}: {error.message}") from error
     except torch.OutOfMemoryError as error:
@@ -169,25 +182,25 @@ def load_engine(
             architecture=spec.architecture,
             parameters=weights.parameters,
             precision=options.precision,
-            kernels="+".join(name for name in (formats.kernels, prepared.recorded) if name),
+            kernels=formats.kernels + recorded,
             device=str(device),
             weight_bytes=weights.nbytes,
             step_bytes=weights.step_nbytes,
             kv_cache_bytes=cache.nbytes,
             kv_token_bytes=bytes_per_token(spec, compute),
             load_s=time.monotonic() - began,
-            capture_s=prepared.capture_s,
-            graph_bytes=prepared.graph_bytes,
+            capture_s=time.monotonic() - began_capture if graphs else 0.0,
+            graph_bytes=max(0, free - _free(device)) if graphs else 0,
             end_token_ids=tuple(sorted(eos_token_ids)),
         ),
-        forward=prepared.forward,
+        forward=forward,
         device=device,
         num_blocks=num_blocks,
         max_context_tokens=context,
         num_ids=weights.embedding.num_ids,
         eos_token_ids=eos_token_ids,
         defaults=defaults,
-        newest=prepared.newest,
+        newest=graphs.newest if graphs else None,
         unknown_ids=tuple(id_ for id_ in options.unknown_ids if id_ < valid),
     )
     progress(1.0)
@@ -234,8 +247,6 @@ def _remarks(
     directory: Path, spec: ModelSpec, shared: str | None, num_valid_ids: int | None
 ) -> Iterator[str]:
     """Say where the checkpoint's files disagree, and what is made of it."""
-    yield from spec.remarks
-    yield from unread_generation(directory)
     if num_valid_ids is not None and num_valid_ids > spec.vocab_size:
         first, last = spec.vocab_size, num_valid_ids - 1
         yield (
@@ -253,44 +264,6 @@ def _remarks(
         yield f"the weights hold no {EMBEDDING}; {HEAD} is both, as config.json ties them"
 
 
-def _weights_builder(
-    spec: ModelSpec,
-    num_valid_ids: int,
-    formats: Formats,
-    compute: torch.dtype,
-    device: torch.device,
-    *,
-    shared: str | None,
-) -> WeightsBuilder:
-    try:
-        return WeightsBuilder(
-            spec,
-            formats,
-            shared_table=shared,
-            num_valid_ids=num_valid_ids,
-            compute=compute,
-            device=device,
-        )
-    except (RuntimeError, MemoryError) as error:  # torch's and the host's own
-        raise ModelLoadError(f"{device} has no memory for the weights") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A forward pass that is ready to serve.
-
-    `newest` is where an engine leaves what it has drawn; None where it runs each step to its
-    end. `recorded` names how steps are recorded, "" where they are not. `capture_s` and
-    `graph_bytes` are what preparing took, and keeps, of the device.
-    """
-
-    forward: Forward
-    newest: torch.Tensor | None
-    recorded: str = ""
-    capture_s: float = 0.0
-    graph_bytes: int = 0
-
-
 def capture_for(device: torch.device, kernels: str) -> GraphCapture | None:
     """How steps are recorded on this device; None where they are not.
 
@@ -301,21 +274,20 @@ def capture_for(device: torch.device, kernels: str) -> GraphCapture | None:
     return CudaCapture(device, compiles=kernels != "torch" and can_compile(device))
 
 
-def prepare(
+def _forward(
     spec: ModelSpec,
     weights: ModelWeights,
     cache: KVCache,
     rotary: torch.Tensor,
     capture: GraphCapture | None,
     *,
+    options: EngineOptions,
     native: Library | None,
+    widened: bool,
     num_blocks: int,
     num_ids: int,
-    max_batch: int,
-    verify_tokens: Sequence[int],
-    widened: bool,
     progress: Callable[[float], None],
-) -> Prepared:
+) -> NativeForward | TorchForward | GraphForward:
     """Build the pass over `weights`; with a `capture`, `cache` has a block beyond `num_blocks`.
 
     `num_ids` are those that there are logits for, `widened` says that weights are stored narrower
@@ -324,9 +296,7 @@ def prepare(
     """
     if native is not None:
         assert capture is None, "native steps are one call already: there is nothing to record"
-        return Prepared(
-            NativeForward(native, spec, weights, cache, rotary, num_valid_ids=num_ids), None
-        )
+        return NativeForward(native, spec, weights, cache, rotary, num_valid_ids=num_ids)
     context, dtype, device = rotary.shape[0], rotary.dtype, rotary.device
     heads = Heads(spec.num_heads, spec.num_kv_heads)
     batches = BatchBuilder(
@@ -339,8 +309,7 @@ def prepare(
     )
     decoder = Decoder(spec, weights, cache, rotary)
     if capture is None:
-        return Prepared(TorchForward(batches, decoder), None)
-    began_s, free = time.monotonic(), _free(device)
+        return TorchForward(batches, decoder)
     # A step draws at most once for each slot of the cache.
     newest = torch.zeros(num_blocks * BLOCK_SIZE, dtype=torch.int64, device=device)
     forward = GraphForward(
@@ -354,19 +323,13 @@ def prepare(
         dtype=dtype,
     )
     buckets = Buckets(
-        max_batch=max_batch,
+        max_batch=options.max_batch,
         max_context_tokens=context,
         capacity_blocks=num_blocks,
-        tokens=(1, *verify_tokens),
+        tokens=(1, *options.verify_tokens),
     )
     forward.prepare(buckets, num_ids, progress)
-    return Prepared(
-        forward,
-        newest,
-        recorded=capture.name,
-        capture_s=time.monotonic() - began_s,
-        graph_bytes=max(0, free - _free(device)),
-    )
+    return forward
 
 
 def _compiled(capture: GraphCapture, *, widened: bool) -> Body:

@@ -101,12 +101,7 @@ def memory_used_bytes(device_name: str) -> int | None:
 
 def host_available_bytes() -> int | None:
     """What the host could give to a process without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(sizes[0][1]) * 1024 if sizes else None
+    return _kernel_says(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def begin_host_peak() -> bool:
@@ -120,12 +115,16 @@ def begin_host_peak() -> bool:
 
 def host_peak_bytes() -> int | None:
     """The most that was resident since `begin_host_peak`."""
+    return _kernel_says(Path("/proc/self/status"), "VmHWM:")
+
+
+def _kernel_says(path: Path, key: str) -> int | None:
+    """Bytes of a line in KiB."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
-    sizes = [line.split() for line in lines if line.startswith("VmHWM:")]
-    return int(sizes[0][1]) * 1024 if sizes else None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
 def default_directory(name: str) -> Path:

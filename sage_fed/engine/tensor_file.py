@@ -191,48 +191,31 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of one tensor of a file, and the place that they belong to."""
+    """Some rows of one tensor of a file, and the place that they belong to.
+
+    `first_row` counts in what the place fills; `offset` and `nbytes` are of the file.
+    """
 
     file: TensorFile
-    stored: Stored
     place: Place
     first_row: int
-    num_rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the rows together."""
-        return (self.num_rows, *self.stored.shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.num_rows * self._row_nbytes
-
-    @property
-    def offset(self) -> int:
-        """Where in the file it begins."""
-        return self.stored.offset + self.first_row * self._row_nbytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type in the file."""
-        return DTYPES[self.stored.type_name]
-
-    @property
-    def _row_nbytes(self) -> int:
-        return self.stored.nbytes // self.stored.shape[0]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    nbytes: int
 
 
 def pieces_of(file: TensorFile, stored: Stored, place: Place) -> list[Piece]:
     """A tensor in pieces of some megabytes; only the rows that the place wants."""
     if not stored.nbytes or not place.num_rows:
         return []
-    each = max(1, _PIECE_BYTES * stored.shape[0] // stored.nbytes)
-    return [
-        Piece(file, stored, place, first, min(each, place.num_rows - first))
-        for first in range(0, place.num_rows, each)
-    ]
+    dtype, row_nbytes = DTYPES[stored.type_name], stored.nbytes // stored.shape[0]
+    pieces = []
+    for first in range(0, place.num_rows, each := max(1, _PIECE_BYTES // row_nbytes)):
+        rows = min(each, place.num_rows - first)
+        shape, at = (rows, *stored.shape[1:]), stored.offset + first * row_nbytes
+        pieces.append(Piece(file, place, place.offset + first, shape, dtype, at, rows * row_nbytes))
+    return pieces
 
 
 def read_pieces(
@@ -269,7 +252,9 @@ class _Reading:
 
     def begin(self, piece: Piece) -> None:
         """Have a piece read, to where it stays if that is possible."""
-        memory = piece.place.memory(piece.first_row, piece.num_rows, piece.dtype)
+        place = piece.place
+        where = (piece.first_row, piece.shape[0], piece.dtype)
+        memory = place.memory(*where) if place.memory else None
         buffer = self._staging.take(piece.nbytes) if memory is None else None
         target = _bytes_of(memory if buffer is None else buffer)[: piece.nbytes]
         future = self._readers.submit(piece.file.read_into, target, piece.offset)

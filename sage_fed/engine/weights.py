@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 
 from sage_fed.engine.configuration import ModelSpec
-from sage_fed.engine.linear import Formats, Linear, LinearBuilder
+from sage_fed.engine.linear import DenseBuilder, Formats, Linear, LinearBuilder
 from sage_fed.engine.machine import allocate
+from sage_fed.errors import ModelLoadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +72,19 @@ class Place:
     `shape` is what the checkpoint must have; of its rows (elements, where it is a vector) the
     first `num_rows` are wanted. `take(first_row, rows)` takes some of them, a host tensor of
     any floating type that is only valid during the call, or until the device has caught up.
-    `memory(first_row, num_rows, dtype)` is host memory to read them to instead, or None.
+    `memory(first_row, num_rows, dtype)` is host memory to read them to instead, or None. Both
+    count from `offset`, the row of what they fill at which this tensor begins.
     """
 
     shape: tuple[int, ...]
     num_rows: int
     take: Callable[[int, torch.Tensor], object]
-    memory: Callable[[int, int, torch.dtype], torch.Tensor | None]
+    memory: Callable[[int, int, torch.dtype], torch.Tensor | None] | None = None
+    offset: int = 0
 
     def put(self, tensor: torch.Tensor) -> None:
         """Take the whole tensor."""
-        self.take(0, tensor[: self.num_rows])
+        self.take(self.offset, tensor[: self.num_rows])
 
 
 class WeightsBuilder:
@@ -92,6 +94,9 @@ class WeightsBuilder:
     of the same `Formats.layout`, may be read into them instead. `compute` is the type of norms
     and of an embedding of its own. `shared_table` names the one tensor that is both embedding
     and head, where they are not two.
+
+    Raises:
+        ModelLoadError: the device has no memory for it.
     """
 
     def __init__(
@@ -110,17 +115,12 @@ class WeightsBuilder:
         self._device = device
         self.places: dict[str, Place] = {}
         self.storage: dict[str, torch.Tensor] = {}
-        self._layers = [self._layer(f"model.layers.{i}") for i in range(spec.num_layers)]
-        self._norm = self._tensor("model.norm.weight", spec.hidden_size)
-        table = (spec.vocab_size, spec.hidden_size)
-        self._table: torch.Tensor | None = None
-        if shared_table is None:
-            self._table = self._tensor("model.embed_tokens.weight", *table)
         self._num_valid_ids = num_valid_ids
-        self._head = formats.head.builder(num_valid_ids, spec.hidden_size, bias=False)
-        head = shared_table or "lm_head.weight"
-        self._keep(head.removesuffix(".weight"), self._head)
-        self.places[head] = Place(table, num_valid_ids, self._head.place_weight, self._head.memory)
+        self._table: torch.Tensor | None = None
+        try:
+            self._allocate(shared_table)
+        except (RuntimeError, MemoryError) as error:  # torch's and the host's own
+            raise ModelLoadError(f"{device} has no memory for the weights") from error
 
     def build(self) -> ModelWeights:
         """The decoder, once every place has been filled."""
@@ -135,6 +135,18 @@ class WeightsBuilder:
             head=head,
             parameters=sum(torch.Size(place.shape).numel() for place in self.places.values()),
         )
+
+    def _allocate(self, shared_table: str | None) -> None:
+        spec, num_valid_ids = self._spec, self._num_valid_ids
+        self._layers = [self._layer(f"model.layers.{i}") for i in range(spec.num_layers)]
+        self._norm = self._tensor("model.norm.weight", spec.hidden_size)
+        table = (spec.vocab_size, spec.hidden_size)
+        if shared_table is None:
+            self._table = self._tensor("model.embed_tokens.weight", *table)
+        self._head = self._formats.head.builder(num_valid_ids, spec.hidden_size, bias=False)
+        head = shared_table or "lm_head.weight"
+        self._keep(head.removesuffix(".weight"), self._head)
+        self.places[head] = Place(table, num_valid_ids, self._head.place_weight, self._head.memory)
 
     def _layer(self, name: str) -> Callable[[], LayerWeights]:
         spec, hidden = self._spec, self._spec.hidden_size
@@ -183,7 +195,7 @@ class WeightsBuilder:
     def _tensor(self, name: str, *shape: int) -> torch.Tensor:
         tensor = allocate(shape, self._compute, self._device)
         self.storage[name] = tensor
-        self.places[name] = Place(shape, shape[0], partial(_copy, tensor), partial(_part, tensor))
+        self.places[name] = place_of(tensor)
         return tensor
 
     def _fused(
@@ -203,15 +215,10 @@ class WeightsBuilder:
         first = 0
         for piece, rows in pieces.items():
             self.places[f"{piece}.weight"] = Place(
-                (rows, in_features),
-                rows,
-                partial(_from, first, layer.place_weight),
-                partial(_memory_from, first, layer.memory),
+                (rows, in_features), rows, layer.place_weight, layer.memory, first
             )
-            if bias:
-                self.places[f"{piece}.bias"] = Place(
-                    (rows,), rows, partial(_from, first, layer.place_bias), _no_memory
-                )
+            if bias:  # a vector is not worth reading in place
+                self.places[f"{piece}.bias"] = Place((rows,), rows, layer.place_bias, offset=first)
             first += rows
         return layer
 
@@ -219,36 +226,10 @@ class WeightsBuilder:
         self.storage |= {f"{name}.{part}": tensor for part, tensor in layer.storage.items()}
 
 
-def _copy(tensor: torch.Tensor, first_row: int, rows: torch.Tensor) -> None:
-    tensor[first_row : first_row + rows.shape[0]].copy_(rows, non_blocking=True)
-
-
-def _part(
-    tensor: torch.Tensor, first_row: int, num_rows: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    if tensor.device.type != "cpu" or tensor.dtype != dtype:
-        return None
-    return tensor[first_row : first_row + num_rows]
-
-
-def _from(
-    offset: int, take: Callable[[int, torch.Tensor], object], first_row: int, rows: torch.Tensor
-) -> None:
-    take(offset + first_row, rows)
-
-
-def _memory_from(
-    offset: int,
-    memory: Callable[[int, int, torch.dtype], torch.Tensor | None],
-    first_row: int,
-    num_rows: int,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    return memory(offset + first_row, num_rows, dtype)
-
-
-def _no_memory(first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG001 - vectors are not worth it
-    return None
+def place_of(tensor: torch.Tensor) -> Place:
+    """A tensor as the place of one that is its like."""
+    rows = DenseBuilder(tensor)
+    return Place(tuple(tensor.shape), tensor.shape[0], rows.place_weight, rows.memory)
 
 
 class Embedding(Protocol):

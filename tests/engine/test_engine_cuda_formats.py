@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sage_fed.engine import quantised
 from sage_fed.engine.cuda_graphs import compiled_by_rows
 from sage_fed.engine.quantised import (
+    AtenInt4Linear,
     Fp8Linear,
     WidenedLinear,
     high_first,
@@ -71,6 +72,7 @@ def test_int4_layers_have_the_shapes_that_the_operator_asks_for() -> None:
         tiled = torch.ops.aten._convert_weight_to_int4pack(high_first(packed), 8)
         grid = scale_grid(torch.empty(64, 8, dtype=torch.bfloat16, device="cuda"))
         x = torch.empty(3, 256, dtype=torch.bfloat16, device="cuda")
-        y = torch.ops.aten._weight_int4pack_mm(x, tiled, 32, grid)
+        bias = torch.empty(64, dtype=torch.bfloat16, device="cuda")
+        y = AtenInt4Linear(tiled, grid, bias)(x)
     assert (8, 64, 2) == grid.shape
     assert ((3, 64), torch.bfloat16) == (y.shape, y.dtype)

@@ -14,11 +14,13 @@ import ctypes
 import weakref
 from array import array
 from collections.abc import Mapping, Sequence
+from ctypes import byref
 from dataclasses import dataclass
 
 import torch
 
 from sage_fed.engine.attention import KVCache
+from sage_fed.engine.batch import blocks_used, check
 from sage_fed.engine.configuration import ModelSpec
 from sage_fed.engine.decoder import Forwarded, Pass
 from sage_fed.engine.machine import allocate
@@ -77,18 +79,10 @@ class NativeForward:
         token_ids, blocks, described = array("q"), array("q"), array("q")
         drawing: list[int] = []
         for index, chunk in enumerate(chunks):
-            end = chunk.start + len(chunk.token_ids)
-            used = -(-end // BLOCK_SIZE)
-            # The kernels trust what they are given: an index out of bounds would be a crash.
-            assert chunk.token_ids, "a chunk without tokens"
-            assert min(chunk.token_ids) >= 0, "a token id below the vocabulary"
-            assert max(chunk.token_ids) < self._num_ids, "a token id beyond the vocabulary"
-            assert used <= len(chunk.blocks), "a chunk without blocks for its tokens"
-            assert end <= self._max_context_tokens, "a chunk beyond the context"
-            assert len(chunk.draws) <= len(chunk.token_ids), "more draws than tokens"
+            check(chunk, 0, self._num_ids, self._max_context_tokens)
             described.extend((chunk.start, len(chunk.token_ids), len(blocks), len(chunk.draws)))
             token_ids.extend(chunk.token_ids)
-            blocks.extend(chunk.blocks[:used])
+            blocks.extend(chunk.blocks[: blocks_used(chunk)])
             drawing += [index] * len(chunk.draws)
         logits = self._logits_of(len(drawing))
         best = torch.empty(len(drawing), dtype=torch.int64)
@@ -253,15 +247,12 @@ class PackedLinear:
         """Return residual + self(x)."""
         return residual + self(x)
 
-    def row(self, index: int) -> torch.Tensor:
-        """A row of the weights, fp32 [in_features]."""
-        row = torch.empty(self.struct.k)
-        self.library.linear_row(self.struct, index, row.data_ptr())
-        return row
-
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weights, fp32; the pass itself looks them up in C++."""
-        return torch.stack([self.row(int(index)) for index in indices])
+        rows = torch.empty(len(indices), self.struct.k)
+        for row, index in zip(rows, indices.tolist(), strict=True):
+            self.library.dll.sf_linear_row(byref(self.struct), index, row.data_ptr())
+        return rows
 
 
 class PackedFormat:
@@ -291,8 +282,8 @@ class PackedBuilder:
     def __init__(self, library: Library, arena: Arena, struct: LinearStruct, *, bias: bool) -> None:
         self._library = library
         self._struct = struct
-        floats = 4 * library.linear_columns(struct)
-        storage = {"panels": arena.claim(library.linear_nbytes(struct))}
+        floats = 4 * library.dll.sf_linear_columns(byref(struct))
+        storage = {"panels": arena.claim(library.dll.sf_linear_nbytes(byref(struct)))}
         struct.data = storage["panels"].data_ptr()
         if struct.kind == KINDS["int8"]:
             storage["scales"] = arena.claim(floats)
@@ -300,7 +291,7 @@ class PackedBuilder:
         if bias:
             storage["bias"] = arena.claim(floats)
             struct.bias = storage["bias"].data_ptr()
-        library.linear_clear(struct)
+        library.dll.sf_linear_clear(byref(struct))
         self.storage: Mapping[str, torch.Tensor] = storage
 
     def memory(self, first_row: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG002 - no file has panels
@@ -323,7 +314,9 @@ class PackedBuilder:
         """Place `values` [n] of any floating type."""
         assert self._struct.bias is not None
         values = values.float().contiguous()
-        self._library.linear_place_bias(self._struct, first_row, values.shape[0], values.data_ptr())
+        self._library.dll.sf_linear_place_bias(
+            byref(self._struct), first_row, values.shape[0], values.data_ptr()
+        )
 
     def build(self) -> PackedLinear:
         """The layer."""

@@ -126,7 +126,8 @@ class Library:
     """
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        self._dll = dll = ctypes.CDLL(str(path))
+        self.dll = dll = ctypes.CDLL(str(path))
+        """What takes neither threads nor memory is called as it is."""
         linear = POINTER(LinearStruct)
         for name, result, arguments in (
             ("sf_abi_sizes", None, [POINTER(c_int64)]),
@@ -161,59 +162,37 @@ class Library:
 
     def __del__(self) -> None:
         if pool := getattr(self, "_pool", None):
-            self._dll.sf_pool_release(pool)
+            self.dll.sf_pool_release(pool)
 
     def read(self, data: int, nbytes: int) -> None:
         """Read memory once, with every thread; `nbytes` is a multiple of 256."""
-        self._dll.sf_read(self._pool, data, nbytes)
-
-    def linear_nbytes(self, linear: LinearStruct) -> int:
-        """Bytes of the packed weights."""
-        return int(self._dll.sf_linear_nbytes(byref(linear)))
-
-    def linear_columns(self, linear: LinearStruct) -> int:
-        """Packed outputs: floats that `scales` and `bias` must have."""
-        return int(self._dll.sf_linear_columns(byref(linear)))
-
-    def linear_clear(self, linear: LinearStruct) -> None:
-        """Zero the padding, before the first row is packed."""
-        self._dll.sf_linear_clear(byref(linear))
+        self.dll.sf_read(self._pool, data, nbytes)
 
     def linear_pack(
         self, linear: LinearStruct, first_row: int, count: int, source: int, source_type: int
     ) -> None:
         """Pack `count` contiguous rows, quantising them on the way."""
-        failed = self._dll.sf_linear_pack(
+        failed = self.dll.sf_linear_pack(
             self._pool, byref(linear), first_row, count, source, source_type
         )
         if failed:
             raise MemoryError("no memory to pack weights")
 
-    def linear_place_bias(
-        self, linear: LinearStruct, first_row: int, count: int, values: int
-    ) -> None:
-        """Place fp32 biases."""
-        self._dll.sf_linear_place_bias(byref(linear), first_row, count, values)
-
-    def linear_row(self, linear: LinearStruct, row: int, to: int) -> None:
-        """Write a row of the weights as fp32 [k]."""
-        self._dll.sf_linear_row(byref(linear), row, to)
-
     def linear_apply(self, linear: LinearStruct, x: int, rows: int, y: int) -> None:
         """fp32 y [rows, n] = x [rows, k] W^T + b."""
-        if self._dll.sf_linear_apply(self._pool, byref(linear), x, rows, y):
+        if self.dll.sf_linear_apply(self._pool, byref(linear), x, rows, y):
             raise MemoryError("no memory for a product")
 
     def session_new(self, model: ModelStruct) -> int:
         """A model that can be run; the memory behind the struct's pointers must outlive it."""
-        session = self._dll.sf_session_new(byref(model), self._pool)
+        session = self.dll.sf_session_new(byref(model), self._pool)
         if not session:
             raise MemoryError("no memory for a session")
         return int(session)
 
     def session_free(self, session: int) -> None:
-        """Free a session's own memory."""
-        self._dll.sf_session_free(session)
+        """Free a session's own memory; keeps the threads until then."""
+        self.dll.sf_session_free(session)
 
     def session_run(
         self, session: int, step: StepStruct | None, pause_after_s: float | None
@@ -226,7 +205,7 @@ class Library:
             MemoryError: there is none for the step, which is as if it had not begun.
         """
         pause_s = _NEVER_S if pause_after_s is None else pause_after_s
-        said = self._dll.sf_session_run(session, None if step is None else byref(step), pause_s)
+        said = self.dll.sf_session_run(session, None if step is None else byref(step), pause_s)
         if said == _NO_MEMORY:
             raise MemoryError("no memory for a step's activations")
         return bool(said == _DONE)
