@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
@@ -39,28 +38,17 @@ Signature = tuple[tuple[int, ...] | None, ...]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class AccessFiles:
-    """What the files held, and how they looked just before they were read."""
-
-    register: Register
-    certificate: LiveCertificate | None
-    tokens: Signature
-    pems: Signature
-
-
 class Followed:
-    """A set of files whose changes are noticed once they have come to rest."""
+    """Files whose changes are noticed once they have come to rest; `look` is called at once."""
 
-    def __init__(self, look: Callable[[], Signature], seen: Signature) -> None:
+    def __init__(self, look: Callable[[], Signature]) -> None:
         self._look = look
-        self._taken = self._last = seen
+        self._taken = self._last = look()
 
     async def changed(self) -> bool:
         """Look at them; whether there is something new, which two looks agree on."""
         last, self._last = self._last, await asyncio.to_thread(self._look)
-        at_rest = self._last == last
-        if not at_rest or self._last == self._taken:
+        if last != self._last or self._last == self._taken:
             return False
         self._taken = self._last
         return True
@@ -71,33 +59,36 @@ class Followed:
 
 
 class Access:
-    """The authenticator and the certificate of a running daemon.
+    """The authenticator and the certificate of a running daemon. Build it in a thread: it reads.
 
     Args:
         settings: where the files are.
-        files: what they held at the start.
-        admin: the token of this machine's operator.
-        open_accounts: gives new accounts their budgets, before their tokens hold.
         metrics: told of every change.
+
+    Raises:
+        ConfigError: a file cannot be used.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        files: AccessFiles,
-        *,
-        admin: Token,
-        open_accounts: OpenAccounts,
-        metrics: Metrics,
-    ) -> None:
-        self.authenticator = Authenticator.from_settings(settings, admin, files.register)
-        self.certificate = files.certificate
+    authenticator: Authenticator
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        tls = settings.tls
+        # How the files look is noted before they are read.
+        self._tokens = Followed(lambda: signature(settings.tokens_file))
+        self._pems = Followed(lambda: signature(tls.certificate, tls.key, tls.client_ca))
+        self.certificate = LiveCertificate(tls) if tls.certificate else None
         self._settings = settings
-        self._open_accounts = open_accounts
         self._metrics = metrics
-        self._tokens = Followed(lambda: _signature_of_tokens(settings), files.tokens)
-        self._pems = Followed(lambda: _signature_of_pems(settings), files.pems)
+        self._register = self._read_tokens()
         self._show_expiry()
+
+    def admit(self, admin: Token, open_accounts: OpenAccounts) -> None:
+        """Admit the callers that the files name, and the bearer of this machine's `admin` token.
+
+        `open_accounts` gives new accounts their budgets, before their tokens hold.
+        """
+        self.authenticator = Authenticator.from_settings(self._settings, admin, self._register)
+        self._open_accounts = open_accounts
 
     def page_access(self) -> PageAccess:
         """Return who may read the metrics: on this machine anyone, beyond it a monitor."""
@@ -158,9 +149,8 @@ class Access:
         _log.info("%s", what)
 
     async def _reload_tokens(self) -> str:
-        register = await asyncio.to_thread(read_tokens, self._settings)
-        known = self.authenticator.accounts()
-        if new := register.accounts - known:
+        register = await asyncio.to_thread(self._read_tokens)
+        if new := register.accounts - self.authenticator.accounts():
             await self._open_accounts(new)
         self.authenticator.use(register)
         return f"the tokens file has changed: {self._describe()}"
@@ -170,6 +160,12 @@ class Access:
         await asyncio.to_thread(self.certificate.reload)
         self._show_expiry()
         return "the certificate has changed: new connections get it"
+
+    def _read_tokens(self) -> Register:
+        """Read the tokens file; where the settings name none, there may be none."""
+        settings = self._settings
+        optional = settings.auth.tokens_file is None
+        return read_register(settings.tokens_file, settings.accounts, optional=optional)
 
     def _show_expiry(self) -> None:
         if self.certificate is not None:
@@ -187,27 +183,6 @@ class Access:
         return HTTPStatus.OK
 
 
-def read_tokens(settings: Settings) -> Register:
-    """Read the tokens file; where the settings name none, there may be none.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    optional = settings.auth.tokens_file is None
-    return read_register(settings.tokens_file, settings.accounts, optional=optional)
-
-
-def read_access_files(settings: Settings) -> AccessFiles:
-    """Read what the settings name. It blocks.
-
-    Raises:
-        ConfigError: a file cannot be used.
-    """
-    tokens, pems = _signature_of_tokens(settings), _signature_of_pems(settings)
-    certificate = LiveCertificate(settings.tls) if settings.tls.certificate else None
-    return AccessFiles(read_tokens(settings), certificate, tokens, pems)
-
-
 def throttle_of(settings: Settings) -> Throttle | None:
     """Return what counts calls; None where no account has a limit."""
     named = [settings.account_rates(name) for name in settings.accounts]
@@ -216,16 +191,7 @@ def throttle_of(settings: Settings) -> Throttle | None:
     return Throttle(lambda name: settings.account_rates(name).requests_per_minute)
 
 
-def _signature_of_tokens(settings: Settings) -> Signature:
-    return _signature(settings.tokens_file)
-
-
-def _signature_of_pems(settings: Settings) -> Signature:
-    tls = settings.tls
-    return _signature(tls.certificate, tls.key, tls.client_ca)
-
-
-def _signature(*paths: Path | None) -> Signature:
+def signature(*paths: Path | None) -> Signature:
     """Return what tells changed files from those before; None for one that is not there."""
     found: list[tuple[int, ...] | None] = []
     for path in paths:
@@ -233,8 +199,6 @@ def _signature(*paths: Path | None) -> Signature:
             stat = path.stat() if path is not None else None
         except OSError:
             stat = None
-        if stat is None:
-            found.append(None)
-        else:
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        known = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) if stat else None
+        found.append(known)
     return tuple(found)

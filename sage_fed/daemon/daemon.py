@@ -20,7 +20,6 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
@@ -28,7 +27,7 @@ import uvloop
 from sage_fed.auth import mint_admin_token
 from sage_fed.calibrate.calibrator import Calibrator
 from sage_fed.core import Address, UnixSocket, counted
-from sage_fed.daemon.access import Access, read_access_files, throttle_of
+from sage_fed.daemon.access import Access, throttle_of
 from sage_fed.daemon.build import (
     build_metrics,
     card_in_force,
@@ -51,7 +50,7 @@ from sage_fed.jobs.admission import Admission, Encoder
 from sage_fed.jobs.broker import Broker, Services
 from sage_fed.metrics import Snapshot
 from sage_fed.routing import RoutingPolicy
-from sage_fed.service import BoundServer, build_server
+from sage_fed.service import build_server
 from sage_fed.settings import Settings
 from sage_fed.systemd.notify import ServiceManager
 from sage_fed.trusted_files import (
@@ -110,25 +109,16 @@ def serve(settings: Settings, progress: StartProgress, manager: ServiceManager) 
         raise errors.exceptions[0] from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What is running, as far as stopping it needs to know."""
-
-    executor: Executor
-    broker: Broker
-    readiness: Readiness
-    bound: BoundServer
-    manager: ServiceManager
-
-
 async def _run(settings: Settings, progress: StartProgress, manager: ServiceManager) -> int:
     lifecycle = Lifecycle()
     lifecycle.install_signals()
     # Before anything in it is believed.
     await asyncio.to_thread(require_trusted_directory, "state_dir", settings.state_dir)
-    async with _started(settings, lifecycle, progress, manager) as parts:
+    async with contextlib.AsyncExitStack() as stack:
+        daemon = _Daemon(settings, lifecycle, progress, manager, stack)
+        await daemon.start()
         await lifecycle.stopping.wait()
-        await _stop(settings, lifecycle, parts)
+        await daemon.stop()
     lifecycle.ignore_signals()
     # What is read last is what `systemctl status` goes on to show.
     manager.status(lifecycle.failure or "stopped")
@@ -136,64 +126,96 @@ async def _run(settings: Settings, progress: StartProgress, manager: ServiceMana
     return lifecycle.exit_code
 
 
-@contextlib.asynccontextmanager
-async def _started(
-    settings: Settings, lifecycle: Lifecycle, progress: StartProgress, manager: ServiceManager
-) -> AsyncIterator[_Parts]:
-    """Build every part, and take down in reverse what was built."""
-    laps = Laps()
-    set_cpu_threads(settings.cpu_threads)
-    metrics = build_metrics(settings)
-    settings, fallback = await asyncio.to_thread(on_device_at_hand, settings, metrics)
-    device = await asyncio.to_thread(describe_device, settings.device)
-    cards = await asyncio.to_thread(card_in_force, settings, device, metrics)
-    # The device and the models' files before the books: a start that fails for want of either
-    # leaves nothing behind, no ledger and no account with the wrong profile's grant.
-    bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, settings.device)
-    metrics.memory_bandwidth(bandwidth)
-    laps.done("device")
-    tokenizers = await load_tokenizers(settings)
-    laps.done("tokenizers")
-    access_files = await asyncio.to_thread(read_access_files, settings)
-    await asyncio.to_thread(make_directory, "state_dir", settings.state_dir)
-    async with contextlib.AsyncExitStack() as stack:
-        tracing = start_watching(settings, device, metrics, stack)
-        readiness = Readiness(settings, lifecycle, progress, manager)
-        ledger = await open_ledger(settings, metrics, lifecycle, readiness.ledger_accepts)
-        stack.push_async_callback(ledger.close)
-        access = Access(
-            settings,
-            access_files,
-            # After the ledger, whose lock says that no other daemon has this directory.
-            admin=await asyncio.to_thread(
-                mint_admin_token, settings.state_dir, settings.auth.anonymous_account
-            ),
-            open_accounts=lambda accounts: open_accounts(ledger, settings, accounts),
-            metrics=metrics,
+class _Daemon:
+    """Every part of one daemon, built in order; `stack` takes down in reverse what was built."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        progress: StartProgress,
+        manager: ServiceManager,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        self.settings = settings
+        self.lifecycle = lifecycle
+        self.manager = manager
+        self.stack = stack
+        self.metrics = build_metrics(settings)
+        self.readiness = Readiness(settings, lifecycle, progress, manager)
+        self.laps = Laps()
+        # Its jobs end before it does: entered when all else is there.
+        self.tasks = asyncio.TaskGroup()
+
+    async def start(self) -> None:
+        """Build every part, and answer calls."""
+        await self._find_device_and_files()
+        await self._open_books()
+        self._build_jobs()
+        await self._bind()
+        await self._run_chores()
+        await self._listen()
+
+    async def _find_device_and_files(self) -> None:
+        """Look at the device and what the settings name, before the books.
+
+        A start that fails for want of either leaves nothing behind, no ledger and no account with
+        the wrong profile's grant.
+        """
+        set_cpu_threads(self.settings.cpu_threads)
+        self.settings, self.fallback = await asyncio.to_thread(
+            on_device_at_hand, self.settings, self.metrics
         )
-        await open_accounts(
-            ledger, settings, {*settings.accounts, *access.authenticator.accounts()}
+        self.device = await asyncio.to_thread(describe_device, self.settings.device)
+        self.cards = await asyncio.to_thread(
+            card_in_force, self.settings, self.device, self.metrics
         )
-        laps.done("ledger")
-        executor = Executor(
-            {tier: tier_setup(settings, tier, tokenizers[tier]) for tier in settings.tiers},
-            observers=(metrics, cards, readiness),
+        self.bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, self.settings.device)
+        self.metrics.memory_bandwidth(self.bandwidth)
+        self.laps.done("device")
+        self.tokenizers = await load_tokenizers(self.settings)
+        self.laps.done("tokenizers")
+        self.access = await asyncio.to_thread(Access, self.settings, self.metrics)
+
+    async def _open_books(self) -> None:
+        """Open the ledger, and an account for everyone who may call."""
+        settings, lifecycle = self.settings, self.lifecycle
+        await asyncio.to_thread(make_directory, "state_dir", settings.state_dir)
+        self.tracing = start_watching(settings, self.device, self.metrics, self.stack)
+        accepts = self.readiness.ledger_accepts
+        ledger = self.ledger = await open_ledger(settings, self.metrics, lifecycle, accepts)
+        self.stack.push_async_callback(ledger.close)
+        # After the ledger, whose lock says that no other daemon has this directory.
+        admin = await asyncio.to_thread(
+            mint_admin_token, settings.state_dir, settings.auth.anonymous_account
+        )
+        self.access.admit(admin, lambda accounts: open_accounts(ledger, settings, accounts))
+        accounts = {*settings.accounts, *self.access.authenticator.accounts()}
+        await open_accounts(ledger, settings, accounts)
+        self.laps.done("ledger")
+
+    def _build_jobs(self) -> None:
+        """Build what a job passes through: its admission, its task, the device's thread."""
+        settings, metrics = self.settings, self.metrics
+        self.executor = Executor(
+            {tier: tier_setup(settings, tier, self.tokenizers[tier]) for tier in settings.tiers},
+            observers=(metrics, self.cards, self.readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
             max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
         )
-        workers = stack.enter_context(
+        self.workers = self.stack.enter_context(
             Workers(
                 max_calls=settings.limits.max_waiting_calls,
                 max_size=settings.limits.max_waiting_chars,
                 on_refused=lambda: metrics.call_denied("waiting"),
-                has_rivals=lambda account: broker.has_rivals(account),  # noqa: PLW0108 - made below
+                has_rivals=lambda account: self.broker.has_rivals(account),  # noqa: PLW0108 - made below
             )
         )
         admission = Admission(
-            Encoder(tokenizers, workers),
-            executor,
-            cards.card,
+            Encoder(self.tokenizers, self.workers),
+            self.executor,
+            self.cards.card,
             policy=RoutingPolicy(
                 complexity_threshold=settings.routing.complexity_threshold,
                 strategic_prompt_tokens=settings.routing.strategic_prompt_tokens,
@@ -202,83 +224,121 @@ async def _started(
             max_jobs=settings.limits.max_jobs,
             max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
         )
-        cards.use = admission.use
-        tasks = asyncio.TaskGroup()
-        broker = Broker(
-            tasks,
+        self.cards.use = admission.use
+        self.broker = Broker(
+            self.tasks,
             Services(
                 admission,
-                ledger,
-                executor,
+                self.ledger,
+                self.executor,
                 metrics,
-                workers,
+                self.workers,
                 hold_ttl_s=settings.ledger.hold_ttl_s,
-                tracing=tracing,
+                tracing=self.tracing,
             ),
         )
-        calibrator = Calibrator(executor, site_of(settings, device, bandwidth), cards.adopt)
+
+    async def _bind(self) -> None:
+        """Bind both ports; the metrics are served from here on, calls are not."""
+        settings, metrics, executor = self.settings, self.metrics, self.executor
+        site = site_of(settings, self.device, self.bandwidth)
         operations = Operations(
             settings,
             executor,
-            broker,
-            cards,
-            calibrator,
-            lifecycle=lifecycle,
-            tokenizers=tokenizers,
-            ledger=ledger,
-            device_fallback=fallback,
+            self.broker,
+            self.cards,
+            Calibrator(executor, site, self.cards.adopt),
+            lifecycle=self.lifecycle,
+            tokenizers=self.tokenizers,
+            ledger=self.ledger,
+            device_fallback=self.fallback,
         )
-        bound = await build_server(
+        self.bound = await build_server(
             settings.listen,
-            authenticator=access.authenticator,
+            authenticator=self.access.authenticator,
             limits=settings.limits,
-            jobs=broker,
-            ledger=ledger,
+            jobs=self.broker,
+            ledger=self.ledger,
             operations=operations,
-            workers=workers,
+            workers=self.workers,
             tiers=tuple(settings.tiers),
             throttle=throttle_of(settings),
-            certificate=access.certificate,
+            certificate=self.access.certificate,
             on_denied=metrics.call_denied,
             metrics=metrics,
-            tracing=tracing,
+            tracing=self.tracing,
         )
         metrics.watch(
             lambda: Snapshot(
-                {tier: executor.load(tier) for tier in settings.tiers}, broker.running()
+                {tier: executor.load(tier) for tier in settings.tiers}, self.broker.running()
             )
         )
-        page_access = access.page_access()
-        exposition = stack.enter_context(expose(metrics, settings.metrics_listen, page_access))
-        metrics_address = Address(settings.metrics_listen.host, exposition.port)
-        readiness.listening(bound.address, page_url(metrics_address, page_access))
-        # Entered last, so that an error of the start is not wrapped into a group of errors.
-        await stack.enter_async_context(tasks)
-        stack.push_async_callback(executor.stop, 0.0)
+        page_access = self.access.page_access()
+        page = self.stack.enter_context(expose(metrics, settings.metrics_listen, page_access))
+        self.metrics_address = Address(settings.metrics_listen.host, page.port)
+        self.readiness.listening(self.bound.address, page_url(self.metrics_address, page_access))
+
+    async def _run_chores(self) -> None:
+        """Begin what goes on beside the jobs."""
+        # Entered late, so that an error of the start is not wrapped into a group of errors.
+        await self.stack.enter_async_context(self.tasks)
+        self.stack.push_async_callback(self.executor.stop, 0.0)
+        step_timeout_s = self.settings.scheduling.step_timeout_s
         for name, chore in (
-            ("ledger upkeep", ledger.run_upkeep(broker.job_ids)),
-            ("ledger watch", ledger.watch()),
-            ("health", readiness.run(bound.health)),
-            ("access", access.run()),
-            ("calls", bound.calls.run()),
-            ("device watch", executor.watch()),
-            ("loop watch", metrics.watch_loop()),
-            ("service watch", keep_watch(executor, manager, settings.scheduling.step_timeout_s)),
+            ("ledger upkeep", self.ledger.run_upkeep(self.broker.job_ids)),
+            ("ledger watch", self.ledger.watch()),
+            ("health", self.readiness.run(self.bound.health)),
+            ("access", self.access.run()),
+            ("calls", self.bound.calls.run()),
+            ("device watch", self.executor.watch()),
+            ("loop watch", self.metrics.watch_loop()),
+            ("service watch", keep_watch(self.executor, self.manager, step_timeout_s)),
         ):
-            task = tasks.create_task(_guarded(name, chore, lifecycle), name=name)
-            stack.callback(task.cancel)
-        await executor.start()
-        await bound.server.start()
-        stack.push_async_callback(bound.server.stop, 0.0)
-        await stack.enter_async_context(
-            _announced(settings.state_dir, bound.address, metrics_address)
+            task = self.tasks.create_task(_guarded(name, chore, self.lifecycle), name=name)
+            self.stack.callback(task.cancel)
+
+    async def _listen(self) -> None:
+        """Load the models, answer calls, and say where."""
+        await self.executor.start()
+        await self.bound.server.start()
+        self.stack.push_async_callback(self.bound.server.stop, 0.0)
+        address, metrics_address = self.bound.address, self.metrics_address
+        await self.stack.enter_async_context(
+            _announced(self.settings.state_dir, address, metrics_address)
         )
-        laps.done("listen")
-        readiness.answering()
+        self.laps.done("listen")
+        self.readiness.answering()
         _keep_what_is_here()
-        _log.info("listening on %s, metrics on %s", bound.address, metrics_address)
-        access.announce()
-        yield _Parts(executor, broker, readiness, bound, manager)
+        _log.info("listening on %s, metrics on %s", address, metrics_address)
+        self.access.announce()
+
+    async def stop(self) -> None:
+        """Stop admission, let jobs end within the grace, end what is left, then the parts."""
+        grace_s = (
+            self.settings.drain_grace_s
+            if self.lifecycle.grace_s is None
+            else self.lifecycle.grace_s
+        )
+        self.manager.stopping(grace_s + _CLEAR_UP_S)
+        self.readiness.report(self.bound.health)
+        self.broker.close()
+        self.manager.status(f"draining: {counted(self.broker.num_jobs, 'job')} left")
+        empty = asyncio.ensure_future(self.broker.wait_empty())
+        hurried = asyncio.ensure_future(self.lifecycle.hurried.wait())
+        await asyncio.wait({empty, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not empty.done():
+            _log.warning("ending %s that did not end in time", counted(self.broker.num_jobs, "job"))
+            self.broker.abort_all()
+            await asyncio.wait({empty}, timeout=_LAST_WORDS_S)
+        empty.cancel()
+        # A wedged device ends its streams here at the latest, so every job has its ending.
+        await self.executor.stop(0.0)
+        # Not left to the server's grace: it would wait for every load balancer that watches health.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self.broker.wait_read()
+        await self.bound.server.stop(_FLUSH_S)
 
 
 def _keep_what_is_here() -> None:
@@ -306,31 +366,6 @@ async def _guarded(name: str, chore: Awaitable[None], lifecycle: Lifecycle) -> N
     except Exception as error:  # noqa: BLE001 - the last line of defence: the daemon stops
         _log.critical("the %s failed", name, exc_info=error)
         lifecycle.fail(f"the {name} failed, by {type(error).__name__}; the log has the story")
-
-
-async def _stop(settings: Settings, lifecycle: Lifecycle, parts: _Parts) -> None:
-    """Stop admission, let jobs end within the grace, end what is left, then the parts."""
-    grace_s = settings.drain_grace_s if lifecycle.grace_s is None else lifecycle.grace_s
-    parts.manager.stopping(grace_s + _CLEAR_UP_S)
-    parts.readiness.report(parts.bound.health)
-    parts.broker.close()
-    parts.manager.status(f"draining: {counted(parts.broker.num_jobs, 'job')} left")
-    empty = asyncio.ensure_future(parts.broker.wait_empty())
-    hurried = asyncio.ensure_future(lifecycle.hurried.wait())
-    await asyncio.wait({empty, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-    hurried.cancel()
-    if not empty.done():
-        _log.warning("ending %s that did not end in time", counted(parts.broker.num_jobs, "job"))
-        parts.broker.abort_all()
-        await asyncio.wait({empty}, timeout=_LAST_WORDS_S)
-    empty.cancel()
-    # A wedged device ends its streams here at the latest, so every job has its ending.
-    await parts.executor.stop(0.0)
-    # Not left to the server's grace: it would wait for every load balancer that watches health.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LAST_WORDS_S):
-            await parts.broker.wait_read()
-    await parts.bound.server.stop(_FLUSH_S)
 
 
 @contextlib.asynccontextmanager
