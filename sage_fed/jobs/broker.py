@@ -423,7 +423,6 @@ class Job:
         offer = draft.offers[route.tier]
         self._held_uatp = offer.worst_case_by_tier
         services.metrics.hold_placed(self._held_uatp)
-        self._place.cover(draft.programs[route.tier].tiers)
         return Started(
             job_id=self.job_id,
             route=route,
