@@ -62,18 +62,13 @@ _CUTS = {
 
 @dataclass(slots=True)
 class Answer:
-    """What one stream has delivered so far."""
+    """What one stream has delivered so far; its fields are what `--json` has."""
 
-    started: Started | None = None
-    finished: Finished | None = None
-    pieces: list[str] = field(default_factory=list)
+    text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self.pieces)
+    started: Started | None = None
+    finished: Finished | None = None
 
     @property
     def cut(self) -> str:
@@ -94,7 +89,7 @@ def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
             elif isinstance(event, Finished):
                 answer.finished = event
             else:
-                answer.pieces.append(event.text)
+                answer.text += event.text
                 answer.token_ids.extend(event.token_ids)
                 answer.logprobs.extend(event.logprobs)
                 if event.text:
@@ -159,17 +154,6 @@ def footer(answer: Answer, width: int) -> list[str]:
     return join_parts(filter(None, parts), width)
 
 
-def answer_object(answer: Answer) -> dict[str, object]:
-    """The whole answer for `--json`."""
-    return {
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "logprobs": answer.logprobs,
-        "started": answer.started,
-        "finished": answer.finished,
-    }
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions(OptionGroup):
     """How tokens are drawn and when the answer ends: the fields of `SamplingRequest`."""
@@ -230,9 +214,7 @@ def ask(
     prompt = options.conversation(system, Message("user", options.read_prompt(words)))
     spec = job.spec(prompt, sampling.request(), request_id)
     show = _show_nothing if daemon.as_json else show_text
-    answer = daemon.report(
-        lambda client: follow(client.stream(spec), show), _print_answer, answer_object
-    )
+    answer = daemon.report(lambda client: follow(client.stream(spec), show), _print_answer)
     if complain_if_cut(answer):
         raise typer.Exit(ExitCode.ERROR)
 

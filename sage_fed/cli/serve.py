@@ -239,10 +239,9 @@ def install_service(*, wanted: NewService) -> None:
     overwrites. Again, after an upgrade, it brings the unit up to date.
     """
     with reported(as_json=wanted.as_json), _refusals_told():
-        outcome = _install(wanted)
-    show(outcome, as_json=wanted.as_json)
+        plan, outcome = _install(wanted)
+    show(plan, outcome, as_json=wanted.as_json)
     if not wanted.as_json and not wanted.now and not wanted.dry_run:
-        plan = outcome.plan
         typer.echo(
             f"start it:    systemctl enable --now {plan.unit}\n"
             f"follow it:   journalctl -fu {plan.unit}\n"
@@ -250,7 +249,7 @@ def install_service(*, wanted: NewService) -> None:
         )
 
 
-def _install(wanted: NewService) -> Outcome:
+def _install(wanted: NewService) -> tuple[Installation, Outcome]:
     _check_profile(wanted.profile)
     root, live = wanted.root, wanted.root == Path("/")
     if wanted.now and not live:
@@ -284,7 +283,15 @@ def _install(wanted: NewService) -> Outcome:
         commands.append(("systemctl", "restart" if stale else "start", plan.unit))
     if not wanted.dry_run:
         _do(changes, root, commands)
-    return Outcome(plan, changes, commands, wanted.dry_run, doubt)
+    kept = any(change.action is Action.KEEP for change in changes)
+    return plan, Outcome(
+        plan.unit,
+        wanted.dry_run,
+        changes,
+        [" ".join(command) for command in commands],
+        overruled=plan.overruled if kept else (),
+        warnings=(doubt,) if doubt else (),
+    )
 
 
 @grouped
@@ -301,8 +308,9 @@ def uninstall_service(*, wanted: OldService) -> None:
             # Stopped first: what runs is drained by the unit that it was started with.
             _do((), wanted.root, before)
             _do(changes, wanted.root, after)
-    outcome = Outcome(plan, changes, before + after, wanted.dry_run, left=plan.left)
-    show(outcome, as_json=wanted.as_json)
+    commands = [" ".join(command) for command in before + after]
+    outcome = Outcome(plan.unit, wanted.dry_run, changes, commands, left=plan.left)
+    show(plan, outcome, as_json=wanted.as_json)
     if not wanted.as_json:
         typer.echo(f"left as they are: {', '.join(map(str, plan.left))}")
 
@@ -379,60 +387,41 @@ Command = tuple[str, ...]
 class Outcome:
     """Changed files and commands that were run; with `dry_run` those that would be.
 
-    `doubt` is why the service could not run what it is told to; `left` is what stays behind.
+    Its fields are what `--json` has. `left` is what stays behind, `overruled` the settings that a
+    configuration which was kept may not know to be the unit's.
     """
 
-    plan: Installation
-    changes: Sequence[Change]
-    commands: Sequence[Command]
+    unit: str
     dry_run: bool
-    doubt: str = ""
+    files: Sequence[Change]
+    commands: Sequence[str]
     left: tuple[Path, ...] = ()
-
-    @property
-    def overruled(self) -> tuple[str, ...]:
-        """Settings that a configuration which was kept may not know to be the unit's."""
-        kept = any(change.action is Action.KEEP for change in self.changes)
-        return self.plan.overruled if kept else ()
+    overruled: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-def show(outcome: Outcome, *, as_json: bool) -> None:
-    """Print it on stdout, and the doubt on stderr."""
-    if outcome.doubt:
-        complain(f"warning: {outcome.doubt}")
+def show(plan: Installation, outcome: Outcome, *, as_json: bool) -> None:
+    """Print it on stdout, and the warnings on stderr."""
+    for warning in outcome.warnings:
+        complain(f"warning: {warning}")
     if as_json:
-        print_json(_object(outcome))
+        print_json(outcome)
         return
     done = "would" if outcome.dry_run else "done"
-    rows = [{done: change.action.value, "": str(change.path)} for change in outcome.changes]
-    rows += [{done: "run", "": " ".join(command)} for command in outcome.commands]
+    rows = [{done: change.action.value, "": str(change.path)} for change in outcome.files]
+    rows += [{done: "run", "": command} for command in outcome.commands]
     if not rows:
-        typer.echo(f"{outcome.plan.unit} is not installed; nothing to do")
+        typer.echo(f"{plan.unit} is not installed; nothing to do")
         return
     print_table(rows)
     if outcome.dry_run:
-        for change in outcome.changes:
+        for change in outcome.files:
             if change.content:
                 typer.echo(f"\n--- {change.path}\n{change.content.rstrip()}")
     if outcome.overruled:
         typer.echo(
-            f"{outcome.plan.left[0]} is kept; the unit sets these, and wins over it "
-            f"(`systemctl edit {outcome.plan.unit}` changes them, as Environment=SAGE_FED_...):"
+            f"{plan.left[0]} is kept; the unit sets these, and wins over it "
+            f"(`systemctl edit {plan.unit}` changes them, as Environment=SAGE_FED_...):"
         )
         for line in outcome.overruled:
             typer.echo(f"  {line}")
-
-
-def _object(outcome: Outcome) -> dict[str, object]:
-    return {
-        "unit": outcome.plan.unit,
-        "dry_run": outcome.dry_run,
-        "files": [
-            {"action": change.action.value, "path": str(change.path), "content": change.content}
-            for change in outcome.changes
-        ],
-        "commands": [" ".join(command) for command in outcome.commands],
-        "left": [str(path) for path in outcome.left],
-        "overruled": list(outcome.overruled),
-        "warnings": [outcome.doubt] if outcome.doubt else [],
-    }
