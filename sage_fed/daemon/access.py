@@ -82,8 +82,8 @@ class Access:
         self._register = self._read_tokens()
         self._show_expiry()
 
-    def admit(self, admin: Token, open_accounts: OpenAccounts) -> None:
-        """Admit the callers that the files name, and the bearer of this machine's `admin` token.
+    def accept(self, admin: Token, open_accounts: OpenAccounts) -> None:
+        """Accept the callers that the files name, and the bearer of this machine's `admin` token.
 
         `open_accounts` gives new accounts their budgets, before their tokens hold.
         """

@@ -189,7 +189,7 @@ class _Daemon:
         admin = await asyncio.to_thread(
             mint_admin_token, settings.state_dir, settings.auth.anonymous_account
         )
-        self.access.admit(admin, lambda accounts: open_accounts(ledger, settings, accounts))
+        self.access.accept(admin, lambda accounts: open_accounts(ledger, settings, accounts))
         accounts = {*settings.accounts, *self.access.authenticator.accounts()}
         await open_accounts(ledger, settings, accounts)
         self.laps.done("ledger")
