@@ -136,7 +136,7 @@ if TYPE_CHECKING:
 
 NEEDED = (
     "apsw", "google.protobuf", "google.rpc", "grpc", "grpc_health", "grpc_reflection",
-    "grpc_status", "huggingface_hub", "jinja2", "limits", "prometheus_client", "pydantic",
+    "grpc_status", "huggingface_hub", "jinja2", "limits", "numpy", "prometheus_client", "pydantic",
     "pynvml", "pythonjsonlogger", "rich", "safetensors", "tokenizers",
     "tomlkit", "torch", "transformers", "typer", "uvicorn", "uvloop",
 )  # fmt: skip
