@@ -50,6 +50,7 @@ from sage_fed.core import (
     ModelStatus,
     Priority,
     Prompt,
+    QualityCardStatus,
     Quote,
     SamplingRequest,
     Tier,
@@ -240,6 +241,11 @@ class Client:
         """Put a rate card in force for new jobs, until the daemon restarts (admins only)."""
         request = build(admin_pb2.AdoptRateCardRequest, version=version)
         return decode(CardStatus, self._ask(_ADMIN["AdoptRateCard"], request))
+
+    def adopt_quality_card(self, version: str) -> QualityCardStatus:
+        """Put a quality card in force, until the daemon restarts (admins only)."""
+        request = build(admin_pb2.AdoptQualityCardRequest, version=version)
+        return decode(QualityCardStatus, self._ask(_ADMIN["AdoptQualityCard"], request))
 
     def _ask(self, method: MethodDescriptor, request: ProtoMessage, *, timed: bool = True) -> Any:  # noqa: ANN401 - the method's reply
         call = self._channel.unary_unary(*_form(method))

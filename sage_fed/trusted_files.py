@@ -18,6 +18,7 @@ import logging
 import os
 import pwd
 import stat
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
@@ -222,6 +223,26 @@ def replace_file(
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def create_file(path: Path, text: str) -> bool:
+    """Create a private file with its whole text, durably; False where there is one already.
+
+    Raises:
+        OSError: there is no new file.
+    """
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.stem[:32]}-"
+    ) as fresh:
+        fresh.write(text)
+        fresh.flush()
+        os.fsync(fresh.fileno())
+        try:
+            # A link, not a rename: that would replace what another process just wrote.
+            os.link(fresh.name, path)
+        except FileExistsError:
+            return False
+    return True
 
 
 def _has_list(file: Path | int) -> bool:

@@ -52,7 +52,7 @@ from sage_fed.core import (
 )
 from sage_fed.device import Executor
 from sage_fed.errors import CalibrationRunning, ConfigError, TierUnavailable
-from sage_fed.trusted_files import make_directory
+from sage_fed.trusted_files import create_file, make_directory
 
 _LONGEST_STEM = 48
 _UNFINISHED = ".card-"
@@ -260,27 +260,11 @@ def save_card(card: RateCard, directory: Path) -> tuple[RateCard, Path]:
         numbered = (f"{card.version}-{number}" for number in itertools.count(2))
         for version in itertools.chain([card.version], numbered):
             named, path = replace(card, version=version), directory / f"{version}.toml"
-            if version not in taken and _create(path, card_text(named)):
+            if version not in taken and create_file(path, card_text(named)):
                 return named, path
     except OSError as error:
         raise ConfigError(f"cards_dir: cannot write into {directory}: {error.strerror}") from error
     raise AssertionError("there is always a free number")
-
-
-def _create(path: Path, text: str) -> bool:
-    """Create the file with its whole text; False where it exists."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=_UNFINISHED
-    ) as fresh:
-        fresh.write(text)
-        fresh.flush()
-        os.fsync(fresh.fileno())
-        try:
-            # A link, not a rename: that would replace what another calibration just wrote.
-            os.link(fresh.name, path)
-        except FileExistsError:
-            return False
-    return True
 
 
 # The machine

@@ -4,17 +4,20 @@ Owns the arithmetic: isotonic regression by pooling adjacent violators, the choi
 cross-validation, AUROC, expected calibration error, Brier score, bootstrap intervals, accuracy
 against cost. All randomness is of a fixed seed, so equal answers give equal cards.
 Folds are by what is asked, so a question that is asked twice is never on both sides.
-Knows neither the daemon nor files. Fails with `ConfigError` where the answers cannot carry a card.
+A card appears whole or not at all, and never in the place of another.
+Does not know the daemon. Fails with `ConfigError` where the answers cannot carry a card.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -30,9 +33,12 @@ from sage_fed.cards.quality_card import (
     QualityCard,
     QualityFingerprint,
     TaskClass,
+    quality_card_text,
+    quality_cards,
 )
 from sage_fed.core import UATP_PER_ATP, Tier
-from sage_fed.errors import ConfigError
+from sage_fed.errors import CannotWrite, ConfigError
+from sage_fed.trusted_files import create_file
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -513,6 +519,33 @@ def _judge_family(own: Sequence[Judged], card: QualityCard, tiers: Sequence[Tier
         base_brier=base * (1 - base),
         bins=reliability(p_wrong, wrong),
     )
+
+
+# Files
+
+
+def save(fit: Fit, directory: Path) -> tuple[Fit, Path]:
+    """Write the card and its report, under its version or that with the first free number behind.
+
+    `directory` is that of quality cards, and is there. Returns the fit as it was named, and the
+    card's file. Blocks.
+
+    Raises:
+        CannotWrite: nothing was written, or only the card.
+    """
+    taken = set(quality_cards(directory.parent))
+    wanted = fit.card.version
+    numbered = (f"{wanted}-{number}" for number in itertools.count(2))
+    try:
+        for version in itertools.chain([wanted], numbered):
+            card, path = replace(fit.card, version=version), directory / f"{version}.toml"
+            if version not in taken and create_file(path, quality_card_text(card)):
+                named = replace(fit, card=card)
+                path.with_suffix(".md").write_text(report_of(named), encoding="utf-8")
+                return named, path
+    except OSError as error:
+        raise CannotWrite(f"{directory} cannot be written: {error.strerror}") from error
+    raise AssertionError("there is always a free number")
 
 
 # The report

@@ -387,18 +387,19 @@ def quality_cards(directory: Path | None = None) -> tuple[str, ...]:
 
 
 def readable_cards(
-    directory: Path | None, tiers: Sequence[Tier] = TIER_ROLES
-) -> tuple[tuple[QualityCard, ...], tuple[ConfigError, ...]]:
-    """Read all cards, the operator's before the bundled; what cannot be read as its error."""
-    cards: list[QualityCard] = []
+    directory: Path, tiers: Sequence[Tier] = TIER_ROLES
+) -> tuple[tuple[QualityCard, ...], tuple[QualityCard, ...], tuple[ConfigError, ...]]:
+    """Read the operator's own cards, the bundled ones, and the errors of those that cannot be."""
+    found: tuple[list[QualityCard], ...] = ([], [])
     errors: list[ConfigError] = []
-    for folder in _folders(directory):
+    for folder, cards in zip(_folders(directory), found, strict=True):
         for path in sorted(folder.glob("*.toml")):
             try:
-                cards.append(_parse(path, tiers))
+                cards.append(QualityCard.load(path.stem, directory, tiers))
             except ConfigError as error:
                 errors.append(error)
-    return tuple(cards), tuple(errors)
+    own, bundled = found
+    return tuple(own), tuple(bundled), tuple(errors)
 
 
 def quality_card_text(card: QualityCard) -> str:

@@ -172,6 +172,7 @@ def build_app() -> typer.Typer:
                 "drain": operate.drain,
                 "set-budget": operate.set_budget,
                 "adopt-card": operate.adopt_card,
+                "adopt-quality-card": operate.adopt_quality_card,
             },
         ),
         _group(

@@ -125,6 +125,7 @@ def _print_status(now: DaemonStatus) -> None:
         ("device", now.device + fallback),
         ("rate card", f"{now.rate_card} (strategic : tactical {now.cost_ratio:.2f} : 1)"),
         ("  its prices", card_fit(now)),
+        ("quality card", f"{now.quality_card or 'none'}: {headline(now.quality_card_note)}"),
         ("admission", admission(now)),
     ]
     if now.recovered_jobs:
@@ -331,6 +332,22 @@ def adopt_card(
             f"{card.version} is in force (strategic : tactical {card.cost_ratio:.2f} : 1); "
             f"{card.fit.value}: {headline(card.note)}"
         ),
+    )
+
+
+@grouped
+def adopt_quality_card(
+    version: Annotated[str, typer.Argument(metavar="CARD", help="Its version.")],
+    *,
+    daemon: Operator,
+) -> None:
+    """Put a quality card in force, until the daemon restarts.
+
+    It is refused where it was measured on other models than those that are loaded.
+    """
+    daemon.report(
+        lambda client: client.adopt_quality_card(version),
+        lambda card: typer.echo(f"{card.version} is in force; {headline(card.note)}"),
     )
 
 

@@ -193,6 +193,12 @@ class JobOptions(OptionGroup):
     complexity: float | None = option(
         "--complexity", "How hard it is; a hint for --tier auto.", "C", min=0.0, max=1.0
     )
+    task_class: str = option(
+        "--task-class",
+        "What kind of task it is, as the quality card has it; any by default.",
+        "CLASS",
+        default="",
+    )
 
     def spec(self, prompt: Prompt, sampling: SamplingRequest, request_id: str = "") -> JobSpec:
         """Return the job as the client sends it; the daemon knows the account from the token."""
@@ -203,6 +209,7 @@ class JobOptions(OptionGroup):
             allow_downgrade=self.allow_downgrade,
             max_cost_uatp=self.max_cost,
             complexity=self.complexity,
+            task_class=self.task_class,
             client_request_id=request_id,
             sampling=sampling,
         )

@@ -103,6 +103,8 @@ class JobSpec:
     priority: Priority = Priority.NORMAL
     client_request_id: str = ""
     sampling: SamplingRequest = field(default_factory=SamplingRequest)
+    # By which a quality card knows how often such answers are wrong; "" is any.
+    task_class: str = ""
     # How long the caller's own call waits, its trace, and whether the answer is to be one message,
     # which has a limit: no part of what is asked for, so a repeated request may have others.
     call_deadline_s: float | None = field(default=None, compare=False)
@@ -125,6 +127,7 @@ PAYLOAD_FIELDS = (
     "max_cost_uatp",
     "complexity",
     "priority",
+    "task_class",
     "sampling.temperature",
     "sampling.top_p",
     "sampling.top_k",
@@ -511,6 +514,7 @@ class JobFields(TypedDict, total=False):
     max_cost_uatp: int | None
     complexity: float | None
     priority: Priority | PriorityName
+    task_class: str
     client_request_id: str
     temperature: float | None
     top_p: float | None

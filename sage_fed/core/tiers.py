@@ -216,6 +216,17 @@ class CardStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class QualityCardStatus:
+    """The quality card in force, "" for none; `note` says how well it tells, or why there is none.
+
+    Its first line is for a person, those below are the differences of a card that was dropped.
+    """
+
+    version: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonStatus:
     """The daemon at a glance; `cost_ratio` is strategic over tactical decode price.
 
@@ -238,6 +249,8 @@ class DaemonStatus:
     ledger_trouble: str = ""
     recovered_jobs: int = 0
     recovered_uatp: int = 0
+    quality_card: str = ""
+    quality_card_note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import sage_fed
 from sage_fed.calibrate.calibrator import Site
+from sage_fed.cards.quality_card import QualityCard, readable_cards
 from sage_fed.cards.rate_card import Fingerprint, RateCard, own_cards
 from sage_fed.core import Address, ModelInfo, Phase, Tier, counted
-from sage_fed.daemon.operations import CardInForce
+from sage_fed.daemon.operations import CardInForce, QualityInForce
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import TierSetup
 from sage_fed.engine import DeviceDescription, Engine, EngineOptions, device_at_hand, load_engine
@@ -26,7 +27,7 @@ from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention
 from sage_fed.metrics import Metrics, MetricsServer, PageAccess
 from sage_fed.model_files import resolve_model
 from sage_fed.routing import possible_decisions
-from sage_fed.settings import AUTO_CARD, Settings, atp_from_uatp, uatp_from_atp
+from sage_fed.settings import AUTO_CARD, NO_CARD, Settings, atp_from_uatp, uatp_from_atp
 from sage_fed.text import Tokenizer, fingerprint, locate_tokenizer
 from sage_fed.trusted_files import require_trusted_directory
 
@@ -248,11 +249,13 @@ def on_device_at_hand(settings: Settings, metrics: Metrics) -> tuple[Settings, s
     return settings, why
 
 
-def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metrics) -> CardInForce:
-    """Read the card that the settings name, and with `AUTO_CARD` those to choose from; blocks.
+def cards_in_force(
+    settings: Settings, device: DeviceDescription, metrics: Metrics
+) -> tuple[CardInForce, QualityInForce]:
+    """Read the cards that the settings name, and with `AUTO_CARD` those to choose from; blocks.
 
     Raises:
-        ConfigError: the named card is not there or cannot be read, or another user may put cards
+        ConfigError: a named card is not there or cannot be read, or another user may put cards
             into the operator's directory.
     """
     require_trusted_directory("cards_dir", settings.own_cards_dir)
@@ -269,7 +272,26 @@ def card_in_force(settings: Settings, device: DeviceDescription, metrics: Metric
     def fingerprint(models: Mapping[Tier, ModelInfo]) -> Fingerprint:
         return Fingerprint.of(device.name, device.threads, sage_fed.__version__, models)
 
-    return CardInForce(settings.rate_card, card, own, fingerprint, metrics)
+    return (
+        CardInForce(settings.rate_card, card, own, fingerprint, metrics),
+        _quality_in_force(settings, metrics),
+    )
+
+
+def _quality_in_force(settings: Settings, metrics: Metrics) -> QualityInForce:
+    tiers, wanted = tuple(settings.tiers), settings.quality_card
+    cards: tuple[QualityCard, ...] = ()
+    num_own = 0
+    if wanted == AUTO_CARD:
+        own, bundled, errors = readable_cards(settings.own_cards_dir, tiers)
+        for error in errors:
+            _log.warning("a quality card is passed over: %s", error.message)
+        cards, num_own = (*own, *bundled), len(own)
+    elif wanted != NO_CARD:
+        cards = (QualityCard.load(wanted, settings.own_cards_dir, tiers),)
+    return QualityInForce(
+        cards, metrics, num_own=num_own, num_tiers=len(tiers), auto=wanted == AUTO_CARD
+    )
 
 
 def site_of(settings: Settings, device: DeviceDescription, bandwidth: float) -> Site:

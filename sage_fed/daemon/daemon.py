@@ -30,7 +30,7 @@ from sage_fed.core import Address, UnixSocket, counted
 from sage_fed.daemon.access import Access, throttle_of
 from sage_fed.daemon.build import (
     build_metrics,
-    card_in_force,
+    cards_in_force,
     expose,
     load_tokenizers,
     on_device_at_hand,
@@ -167,8 +167,8 @@ class _Daemon:
             on_device_at_hand, self.settings, self.metrics
         )
         self.device = await asyncio.to_thread(describe_device, self.settings.device)
-        self.cards = await asyncio.to_thread(
-            card_in_force, self.settings, self.device, self.metrics
+        self.cards, self.quality = await asyncio.to_thread(
+            cards_in_force, self.settings, self.device, self.metrics
         )
         self.bandwidth = await asyncio.to_thread(read_bandwidth_bytes_per_s, self.settings.device)
         self.metrics.memory_bandwidth(self.bandwidth)
@@ -199,7 +199,7 @@ class _Daemon:
         settings, metrics = self.settings, self.metrics
         self.executor = Executor(
             {tier: tier_setup(settings, tier, self.tokenizers[tier]) for tier in settings.tiers},
-            observers=(metrics, self.cards, self.readiness),
+            observers=(metrics, self.cards, self.quality, self.readiness),
             tactical_share=settings.scheduling.tactical_share,
             step_timeout_s=settings.scheduling.step_timeout_s,
             max_stream_messages_per_s=settings.limits.max_stream_messages_per_s,
@@ -224,7 +224,7 @@ class _Daemon:
             max_jobs=settings.limits.max_jobs,
             max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
         )
-        self.cards.use = admission.use
+        self.cards.use, self.quality.use = admission.use, admission.use_quality
         self.broker = Broker(
             self.tasks,
             Services(
@@ -248,6 +248,7 @@ class _Daemon:
             self.broker,
             self.cards,
             Calibrator(executor, site, self.cards.adopt),
+            quality=self.quality,
             lifecycle=self.lifecycle,
             tokenizers=self.tokenizers,
             ledger=self.ledger,

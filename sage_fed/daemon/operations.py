@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import sage_fed
 from sage_fed.calibrate.calibrator import Calibrator
+from sage_fed.cards.quality_card import ANY_CLASS, QualityCard, quality_cards
 from sage_fed.cards.rate_card import Fingerprint, RateCard, available_cards, is_version
 from sage_fed.core import (
     CalibrationEvent,
@@ -25,6 +26,7 @@ from sage_fed.core import (
     ModelInfo,
     ModelStatus,
     Phase,
+    QualityCardStatus,
     Tier,
     TierState,
     TierStatus,
@@ -56,6 +58,7 @@ class Operations:
         cards: CardInForce,
         calibrator: Calibrator,
         *,
+        quality: QualityInForce,
         lifecycle: Lifecycle,
         tokenizers: Mapping[Tier, Tokenizer],
         ledger: Ledger,
@@ -66,6 +69,7 @@ class Operations:
         self._executor = executor
         self._broker = broker
         self._cards = cards
+        self._quality = quality
         self._calibrator = calibrator
         self._tokenizers = tokenizers
         self._ledger = ledger
@@ -92,6 +96,8 @@ class Operations:
             ledger_trouble=self._ledger.trouble,
             recovered_jobs=self._ledger.recovery.voided_jobs,
             recovered_uatp=self._ledger.recovery.voided_uatp,
+            quality_card=self._quality.status.version,
+            quality_card_note=self._quality.status.note,
         )
 
     def drain(self, grace_s: float | None) -> int:
@@ -123,6 +129,26 @@ class Operations:
             raise InvalidField("version", "this card cannot be read; see the log") from None
         self._cards.adopt(card)
         return self._cards.status
+
+    async def adopt_quality_card(self, version: str) -> QualityCardStatus:
+        """Put a quality card in force, until the daemon restarts."""
+        # With a path any caller could read any file of this machine.
+        if not is_version(version):
+            raise InvalidField("version", "is not a quality card's version")
+        directory = self._settings.own_cards_dir
+        known = await asyncio.to_thread(quality_cards, directory)
+        if version not in known:
+            have = ", ".join(known) or "none"
+            raise NotFound(f"there is no quality card {version}; there are {have}")
+        try:
+            card = await asyncio.to_thread(
+                QualityCard.load, version, directory, tuple(self._settings.tiers)
+            )
+        except ConfigError as error:
+            _log.error("an operator chose a card that cannot be read: %s", error.message)
+            raise InvalidField("version", "this card cannot be read; see the log") from None
+        self._quality.adopt(card)
+        return self._quality.status
 
     def _model(self, tier: Tier) -> ModelStatus:
         settings, status = self._settings.tiers[tier], self._executor.status(tier)
@@ -302,3 +328,107 @@ def _warning(card: RateCard) -> str:
 def _age(card: RateCard) -> float:
     assert card.measured is not None
     return card.measured.at.timestamp()
+
+
+class QualityInForce:
+    """Satisfies `sage_fed.device.ExecutorObserver`; `use` hears of every change.
+
+    A card is in force only while every tier is loaded and it was measured on exactly those models:
+    unlike a stale price, a stale P(wrong) decides who answers.
+
+    Args:
+        cards: to choose from; the one that the setting names, or none.
+        num_own: how many of them, at the front, are the operator's own.
+        num_tiers: that have to be loaded.
+        auto: whether the newest that fits is taken, an own one before a bundled one.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[QualityCard],
+        metrics: Metrics,
+        *,
+        num_own: int,
+        num_tiers: int,
+        auto: bool,
+    ) -> None:
+        self.card: QualityCard | None = None
+        self.note = "the models are not loaded yet" if cards or auto else "none is wanted"
+        self.use: Callable[[QualityCard | None], None] = lambda _card: None
+        newest = [
+            card
+            for part in (cards[:num_own], cards[num_own:])
+            for card in sorted(part, key=lambda card: card.measured.at, reverse=True)
+        ]
+        self._cards = newest
+        self._auto = auto
+        self._num_tiers = num_tiers
+        self._metrics = metrics
+        self._models: dict[Tier, ModelInfo] = {}
+        self._metrics.quality_card("")
+
+    @property
+    def status(self) -> QualityCardStatus:
+        """The card in force, for clients."""
+        return QualityCardStatus(self.card.version if self.card else "", self.note)
+
+    def adopt(self, card: QualityCard) -> None:
+        """Put a card in force for decisions from now on.
+
+        Raises:
+            TierUnavailable: not every tier is loaded, so nothing can be compared.
+            InvalidField: it was measured on other models.
+        """
+        if len(self._models) < self._num_tiers:
+            raise TierUnavailable("a quality card is compared with the models; they are not loaded")
+        differences = card.fingerprint.differences(self._models)
+        if differences:
+            raise InvalidField("version", f"was measured on another pair: {'; '.join(differences)}")
+        _log.info("quality card %s is in force, chosen by an operator", card.version)
+        self._cards, self._auto = [card], False
+        self._judge()
+
+    def step_done(self, report: StepReport) -> None:
+        """Steps do not change how often answers are wrong."""
+
+    def tier_changed(self, status: TierStatus) -> None:
+        """Note what was loaded; judge when it is all there."""
+        if status.state is not TierState.READY or status.info is None:
+            return
+        if self._models.get(status.tier) == status.info:
+            return
+        self._models[status.tier] = status.info
+        if len(self._models) == self._num_tiers:
+            self._judge()
+
+    def _judge(self) -> None:
+        loaded = self._models
+        fitting = (card for card in self._cards if not card.fingerprint.differences(loaded))
+        before, self.card = self.card, next(fitting, None)
+        advice = "measure with `sage-fed calibrate --quality TASKS`"
+        if self.card is not None:
+            self.note = _told(self.card)
+            _log.info("quality card %s: %s", self.card.version, self.note)
+        elif self._auto:
+            self.note = f"none was measured on what is loaded; {advice}"
+            _log.info("quality card: %s", self.note)
+        elif self._cards:
+            named = self._cards[0]
+            why = _stale_note(named.fingerprint.differences(loaded), advice)
+            self.note = f"{named.version} is dropped: {why}"
+            _log.warning("QUALITY CARD %s", self.note.replace("\n", "; "))
+        if self.card is not before:
+            self.use(self.card)
+        wanted = not self._auto and bool(self._cards)
+        self._metrics.quality_card(
+            self.card.version if self.card else "", stale=wanted and self.card is None
+        )
+
+
+def _told(card: QualityCard) -> str:
+    evidence = card.classes[ANY_CLASS].evidence
+    return (
+        f"measured on this pair with {card.measured.num_tasks} tasks, temperature "
+        f"{card.fingerprint.temperature:g}; AUROC {evidence.auroc.value:.2f}, calibration error "
+        f"{evidence.calibration_error.value:.3f}"
+    )

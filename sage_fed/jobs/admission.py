@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from sage_fed.cards.quality_card import QualityCard
 from sage_fed.cards.rate_card import RateCard, quote, quote_program
 from sage_fed.core import (
     Budget,
@@ -128,6 +129,8 @@ class Admission:
         self.encoder = encoder
         self.card = card
         """What the next draft is priced with."""
+        self.quality: QualityCard | None = None
+        """What doubt about an answer is read from; None where no card is of the loaded models."""
         self.draining = False
         """Whether no job is admitted any more."""
         self._executor = executor
@@ -141,6 +144,10 @@ class Admission:
     def use(self, card: RateCard) -> None:
         """Price with this card from the next draft on."""
         self.card = card
+
+    def use_quality(self, card: QualityCard | None) -> None:
+        """Read doubt from this card from the next draft on; None is no card."""
+        self.quality = card
 
     def admit(
         self, spec: JobSpec, num_jobs: int, account_jobs: Callable[[], int], *, answered: bool

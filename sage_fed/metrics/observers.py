@@ -288,6 +288,12 @@ class Metrics:
         self._series.show("rate_card_info", 1, version)
         self._series.show("rate_card_stale", stale)
 
+    def quality_card(self, version: str, *, stale: bool = False) -> None:
+        """Show which quality card is in force, "" for none, and whether one had to be dropped."""
+        self._series.gauges["quality_card_info"].clear()
+        self._series.show("quality_card_info", 1, version)
+        self._series.show("quality_card_stale", stale)
+
     def cost_ratios(self, source: str, ratios: Mapping[Phase, float]) -> None:
         """Show what a card prices; `source` is "configured" or "card" (the one in force)."""
         self._scrape.ratios = {**self._scrape.ratios, source: dict(ratios)}

@@ -204,6 +204,10 @@ GAUGES = {
     "rate_card_stale": Spec(
         "1 where the card in force was measured on something else than what is loaded."
     ),
+    "quality_card_info": Spec("Always 1; the quality card in force, none is empty.", "version"),
+    "quality_card_stale": Spec(
+        "1 where the quality card that is wanted is dropped: it is of other models."
+    ),
     # The device
     "batch_size": Spec("Sequences in the last step.", "tier"),
     "tier_state": Spec(

@@ -365,6 +365,7 @@ RULES: Mapping[str, Role | None] = MappingProxyType(
         "/sage_fed.v1.AdminService/GetLoad": Role.ADMIN,
         "/sage_fed.v1.AdminService/Calibrate": Role.ADMIN,
         "/sage_fed.v1.AdminService/AdoptRateCard": Role.ADMIN,
+        "/sage_fed.v1.AdminService/AdoptQualityCard": Role.ADMIN,
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/List": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,

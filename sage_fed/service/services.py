@@ -35,6 +35,7 @@ from sage_fed.core import (
     JobSpec,
     LoadReport,
     ModelStatus,
+    QualityCardStatus,
     Tier,
     TokenCount,
 )
@@ -235,6 +236,9 @@ class Operations(Protocol):
     async def adopt_card(self, version: str) -> CardStatus:
         """Put a card in force for new jobs; `NotFound` where there is none of that version."""
 
+    async def adopt_quality_card(self, version: str) -> QualityCardStatus:
+        """Put a quality card in force; `InvalidField` where it is of other models."""
+
 
 class BudgetService:
     """GetBudget and ListEntries."""
@@ -323,7 +327,7 @@ class ModelService:
 
 
 class AdminService:
-    """Abort, Drain, SetBudget, GetLoad, Calibrate and AdoptRateCard."""
+    """Abort, Drain, SetBudget, GetLoad, Calibrate, AdoptRateCard and AdoptQualityCard."""
 
     def __init__(
         self,
@@ -413,3 +417,10 @@ class AdminService:
         """Put a card in force for jobs from now on."""
         card = await self._operations.adopt_card(request.version)
         return encode(card, admin_pb2.AdoptRateCardResponse)
+
+    async def adopt_quality_card(
+        self, request: admin_pb2.AdoptQualityCardRequest, _: Call
+    ) -> admin_pb2.AdoptQualityCardResponse:
+        """Put a quality card in force for decisions from now on."""
+        card = await self._operations.adopt_quality_card(request.version)
+        return encode(card, admin_pb2.AdoptQualityCardResponse)

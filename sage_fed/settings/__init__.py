@@ -15,6 +15,7 @@ from sage_fed.settings.loading import (
 )
 from sage_fed.settings.settings import (
     AUTO_CARD,
+    NO_CARD,
     PRECISIONS,
     AccountSettings,
     LimitSettings,
@@ -29,6 +30,7 @@ from sage_fed.settings.values import (
 
 __all__ = [
     "AUTO_CARD",
+    "NO_CARD",
     "PRECISIONS",
     "AccountSettings",
     "Effective",

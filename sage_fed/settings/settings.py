@@ -545,7 +545,10 @@ class TlsSettings(Section):
 
 
 AUTO_CARD = "auto"
-"""The value of `rate_card` that chooses by what is loaded."""
+"""The value of `rate_card` and `quality_card` that chooses by what is loaded."""
+
+NO_CARD = "off"
+"""The value of `quality_card` that wants none."""
 
 TOKENS_FILE = "tokens.toml"
 """Its name in the state directory, where no setting names another."""
@@ -599,6 +602,12 @@ class Settings(Section):
         default=None,
         description="Directory of the operator's own rate cards, where calibrate writes; "
         "cards in state_dir.",
+    )
+    quality_card: str = Field(
+        default=AUTO_CARD,
+        min_length=1,
+        description="Version of a quality card, its path, off, or auto: the newest that was "
+        "measured on the loaded models, an own one (in cards_dir/quality) before a shipped one.",
     )
     routing: RoutingSettings = Field(default=RoutingSettings(), description="AUTO's rules.")
     scheduling: SchedulingSettings = Field(

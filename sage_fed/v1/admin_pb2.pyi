@@ -217,3 +217,17 @@ class AdoptRateCardResponse(_message.Message):
     fit: _model_pb2.RateCardFit
     note: str
     def __init__(self, rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., fit: _Optional[_Union[_model_pb2.RateCardFit, str]] = ..., note: _Optional[str] = ...) -> None: ...
+
+class AdoptQualityCardRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
+
+class AdoptQualityCardResponse(_message.Message):
+    __slots__ = ("quality_card", "note")
+    QUALITY_CARD_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    quality_card: str
+    note: str
+    def __init__(self, quality_card: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...

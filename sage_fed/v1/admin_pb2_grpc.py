@@ -65,6 +65,11 @@ class AdminServiceStub:
                 request_serializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardRequest.SerializeToString,
                 response_deserializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardResponse.FromString,
                 _registered_method=True)
+        self.AdoptQualityCard = channel.unary_unary(
+                '/sage_fed.v1.AdminService/AdoptQualityCard',
+                request_serializer=sage__fed_dot_v1_dot_admin__pb2.AdoptQualityCardRequest.SerializeToString,
+                response_deserializer=sage__fed_dot_v1_dot_admin__pb2.AdoptQualityCardResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -116,6 +121,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdoptQualityCard(self, request, context):
+        """Puts another quality card in force, until the daemon restarts. A card that was measured on
+        other models than those that are loaded is refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +161,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.AdoptRateCard,
                     request_deserializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardRequest.FromString,
                     response_serializer=sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardResponse.SerializeToString,
+            ),
+            'AdoptQualityCard': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptQualityCard,
+                    request_deserializer=sage__fed_dot_v1_dot_admin__pb2.AdoptQualityCardRequest.FromString,
+                    response_serializer=sage__fed_dot_v1_dot_admin__pb2.AdoptQualityCardResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +331,33 @@ class AdminService:
             '/sage_fed.v1.AdminService/AdoptRateCard',
             sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardRequest.SerializeToString,
             sage__fed_dot_v1_dot_admin__pb2.AdoptRateCardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptQualityCard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sage_fed.v1.AdminService/AdoptQualityCard',
+            sage__fed_dot_v1_dot_admin__pb2.AdoptQualityCardRequest.SerializeToString,
+            sage__fed_dot_v1_dot_admin__pb2.AdoptQualityCardResponse.FromString,
             options,
             channel_credentials,
             insecure,

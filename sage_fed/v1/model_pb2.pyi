@@ -104,7 +104,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "draining", "device", "rate_card", "cost_ratio", "tiers", "rate_card_fit", "rate_card_note", "device_fallback", "ledger_trouble", "recovered_jobs", "recovered_uatp")
+    __slots__ = ("version", "uptime_s", "draining", "device", "rate_card", "cost_ratio", "tiers", "rate_card_fit", "rate_card_note", "device_fallback", "ledger_trouble", "recovered_jobs", "recovered_uatp", "quality_card", "quality_card_note")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,8 @@ class GetStatusResponse(_message.Message):
     LEDGER_TROUBLE_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_JOBS_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_UATP_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_CARD_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_CARD_NOTE_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     draining: bool
@@ -131,7 +133,9 @@ class GetStatusResponse(_message.Message):
     ledger_trouble: str
     recovered_jobs: int
     recovered_uatp: int
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., rate_card_fit: _Optional[_Union[RateCardFit, str]] = ..., rate_card_note: _Optional[str] = ..., device_fallback: _Optional[str] = ..., ledger_trouble: _Optional[str] = ..., recovered_jobs: _Optional[int] = ..., recovered_uatp: _Optional[int] = ...) -> None: ...
+    quality_card: str
+    quality_card_note: str
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., rate_card_fit: _Optional[_Union[RateCardFit, str]] = ..., rate_card_note: _Optional[str] = ..., device_fallback: _Optional[str] = ..., ledger_trouble: _Optional[str] = ..., recovered_jobs: _Optional[int] = ..., recovered_uatp: _Optional[int] = ..., quality_card: _Optional[str] = ..., quality_card_note: _Optional[str] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached", "requests_running_limit", "retry_after_s", "tier_name")

@@ -155,6 +155,7 @@ BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
         "JobSpec.max_cost_uatp": (NotNegative(),),
         "JobSpec.complexity": (Number(0.0, 1.0),),
         "JobSpec.client_request_id": (Count(0, "max_request_id_chars", printable=True),),
+        "JobSpec.task_class": (Count(0, 64, printable=True),),
         "ChatMessages.messages": (
             Count(1, "max_messages", "messages"),
             Contents("max_prompt_chars"),
@@ -191,6 +192,7 @@ BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
         "SetBudgetRequest.refill_uatp_per_s": (Number(0, MAX_UATP),),
         "SetBudgetRequest.strategic_floor_uatp": (Number(0, MAX_UATP),),
         "AdoptRateCardRequest.version": (Count(1, 64),),
+        "AdoptQualityCardRequest.version": (Count(1, 64),),
     }
 )
 """The bounds of each field; of an enum any value of the proto, of any other field any value."""

@@ -44,6 +44,7 @@ _NAMES: Mapping[tuple[type, str], str] = MappingProxyType(
         (core.JobSpec, "requested"): "tier",
         (core.Quote, "tiers"): "quotes",
         (core.CardStatus, "version"): "rate_card",
+        (core.QualityCardStatus, "version"): "quality_card",
         (core.TierLoad, "running"): "requests_running",
         (core.TierLoad, "waiting"): "requests_waiting",
         (core.TierLoad, "running_limit"): "requests_running_limit",
