@@ -270,6 +270,12 @@ class ScriptedOperations:
             raise NotFound(f"there is no rate card {version}")
         return CARD
 
+    async def adopt_quality_card(self, version: str) -> QualityCardStatus:
+        """There is one of these, too."""
+        if version != QUALITY.version:
+            raise NotFound(f"there is no quality card {version}")
+        return QUALITY
+
     def drain(self, grace_s: float | None) -> int:
         """Two jobs are left, always."""
         self.drained.append(grace_s)

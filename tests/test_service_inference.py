@@ -124,6 +124,7 @@ async def test_the_job_is_what_the_client_asked_for(tmp_path: Path) -> None:
         allow_downgrade=True,
         max_cost_uatp=0,
         complexity=0.0,
+        task_class="sums",
         client_request_id="again",
         sampling=asked,
     )
@@ -136,11 +137,12 @@ async def test_the_job_is_what_the_client_asked_for(tmp_path: Path) -> None:
         await in_thread(ask)
         (received,) = harness.jobs.specs
     assert ("local", spec.prompt, asked) == (received.account, received.prompt, received.sampling)
-    assert (Tier.STRATEGIC, True, 0, 0.0, "again", None) == (
+    assert (Tier.STRATEGIC, True, 0, 0.0, "sums", "again", None) == (
         received.requested,
         received.allow_downgrade,
         received.max_cost_uatp,
         received.complexity,
+        received.task_class,
         received.client_request_id,
         received.call_deadline_s,
     )

@@ -110,6 +110,8 @@ REFUSED: list[tuple[str, types_pb2.JobSpec]] = [
     ("job.max_cost_uatp", types_pb2.JobSpec(text="hi", max_cost_uatp=-1)),
     ("job.complexity", types_pb2.JobSpec(text="hi", complexity=1.01)),
     ("job.complexity", types_pb2.JobSpec(text="hi", complexity=math.nan)),
+    ("job.task_class", types_pb2.JobSpec(text="hi", task_class="x" * 65)),
+    ("job.task_class", types_pb2.JobSpec(text="hi", task_class="a\n")),
     ("job.client_request_id", types_pb2.JobSpec(text="hi", client_request_id="x" * 9)),
     ("job.client_request_id", types_pb2.JobSpec(text="hi", client_request_id="a\nb")),
     *[
@@ -291,6 +293,7 @@ FIELDS = st.fixed_dictionaries(
         "allow_downgrade": st.booleans(),
         "max_cost_uatp": maybe(st.integers(-(2**63), 2**63 - 1)),
         "complexity": NUMBERS,
+        "task_class": TEXTS,
         "priority": ENUMS,
         "client_request_id": TEXTS,
         "sampling": maybe(SAMPLINGS),
@@ -358,6 +361,7 @@ SPECS = st.builds(
     allow_downgrade=st.booleans(),
     max_cost_uatp=maybe(st.integers(0, 2**63 - 1)),
     complexity=ranged(0.0, 1.0),
+    task_class=st.text("abc-", max_size=8),
     priority=st.sampled_from(Priority),
     client_request_id=st.text("abc-", max_size=8),
     sampling=st.builds(

@@ -127,7 +127,6 @@ PAYLOAD_FIELDS = (
     "max_cost_uatp",
     "complexity",
     "priority",
-    "task_class",
     "sampling.temperature",
     "sampling.top_p",
     "sampling.top_k",
@@ -142,6 +141,7 @@ PAYLOAD_FIELDS = (
     "sampling.stop_token_ids",
     "sampling.presence_penalty",
     "sampling.frequency_penalty",
+    "task_class",
 )
 """The fields that say what a request asks for: two with equal ones are the same request.
 
