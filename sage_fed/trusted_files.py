@@ -245,6 +245,33 @@ def create_file(path: Path, text: str) -> bool:
     return True
 
 
+def make_folder_of(folder: Path, above: Path) -> None:
+    """Make a private folder, and what is missing above it, for whose `above` is.
+
+    Raises:
+        ConfigError: it cannot be made.
+        MachineFault: the disk takes no directory now.
+    """
+    try:
+        for part in (*reversed(folder.parents), folder):
+            if not part.exists():
+                part.mkdir(mode=0o700)
+                if above.is_dir():
+                    give_to_owner_of(above, part)
+    except OSError as error:
+        raise os_error(f"cannot create {folder}", error) from None
+
+
+def give_to_owner_of(directory: Path, path: Path) -> None:
+    """Give what root made in a service's directory to the service, which has to read it.
+
+    Any other user keeps what it made. Fails with `OSError`.
+    """
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
 def _has_list(file: Path | int) -> bool:
     try:
         os.getxattr(file, "system.posix_acl_access")

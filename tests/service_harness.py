@@ -38,6 +38,7 @@ from sage_fed.core import (
     Price,
     Priority,
     Prompt,
+    QualityCardStatus,
     Quote,
     Role,
     Route,
@@ -127,6 +128,7 @@ STATUS = DaemonStatus(
 
 
 CARD = CardStatus("mine-1", 5.25, CardFit.MEASURED, "on this device, engine and pair")
+QUALITY = QualityCardStatus("pair-1", "measured on this pair")
 POINTS = (
     MeasuredPoint(Tier.TACTICAL, Phase.DECODE, 1, 40, 1, 0.002, 0.01, 30, 0.0025),
     MeasuredPoint(Tier.STRATEGIC, Phase.VERIFY, 1, 40, 8, 0.02, 0.03, 8),

@@ -158,6 +158,18 @@ async def test_an_operator_adopts_a_card(tmp_path: Path) -> None:
     assert "no rate card other" in bad.stderr
 
 
+async def test_an_operator_adopts_a_quality_card(tmp_path: Path) -> None:
+    """It says what is in force now and how well it tells; an unknown one is an error."""
+    async with serving(tmp_path) as harness:
+        run = runner(harness)
+        good = await in_thread(lambda: run("admin", "adopt-quality-card", "pair-1"))
+        bad = await in_thread(lambda: run("admin", "adopt-quality-card", "other"))
+    assert 0 == good.exit_code, good.output
+    assert "pair-1 is in force; measured on this pair" in good.stdout
+    assert (1, "") == (bad.exit_code, bad.stdout)
+    assert "no quality card other" in bad.stderr
+
+
 async def test_a_stale_card_is_loud_where_operators_look(tmp_path: Path) -> None:
     """`status` and `budget` name the card, and what has changed since it was measured."""
     async with serving(tmp_path) as harness:

@@ -482,7 +482,8 @@ COMMANDS = (
                            "uninstall-service")),
     ("ledger", "check"),
     ("ledger", "backup"),
-    *(("admin", name) for name in ("load", "abort", "drain", "set-budget", "adopt-card")),
+    *(("admin", name) for name in ("load", "abort", "drain", "set-budget", "adopt-card",
+                                 "adopt-quality-card")),
 )  # fmt: skip
 
 

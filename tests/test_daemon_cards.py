@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_pricing_cards import CARD, INFO, MEASURED
+from test_quality_card import MODELS, quality_card, saved
 
+from sage_fed.cards.quality_card import QUALITY_FOLDER, QualityCard, QualityFingerprint
 from sage_fed.cards.rate_card import (
     DEFAULT_CARD,
     MAX_SPREAD,
@@ -20,9 +22,22 @@ from sage_fed.cards.rate_card import (
     card_text,
     own_cards,
 )
-from sage_fed.core import TIER_ROLES, CardFit, ModelInfo, Phase, Tier, TierState, TierStatus
-from sage_fed.daemon.operations import CardInForce
+from sage_fed.core import (
+    TIER_ROLES,
+    CardFit,
+    ModelInfo,
+    Phase,
+    QualityCardStatus,
+    Tier,
+    TierState,
+    TierStatus,
+)
+from sage_fed.daemon.build import cards_in_force
+from sage_fed.daemon.operations import CardInForce, QualityInForce
+from sage_fed.engine import DeviceDescription
+from sage_fed.errors import ConfigError, InvalidField, TierUnavailable
 from sage_fed.metrics import Metrics
+from sage_fed.settings import load_settings
 
 SHIPPED = RateCard.load()
 
@@ -241,3 +256,126 @@ def test_own_cards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert (["good"], 1) == ([card.version for card in cards], len(errors))
     assert "bad.toml" in errors[0].message
     assert ((), ()) == own_cards(tmp_path / "absent")
+
+
+class QualityDesk:
+    """A quality card in force, and what decisions were told to use."""
+
+    def __init__(
+        self, *own: QualityCard, bundled: Sequence[QualityCard] = (), auto: bool = True
+    ) -> None:
+        self.metrics = Metrics()
+        cards = (*own, *bundled)
+        self.quality = QualityInForce(
+            cards, self.metrics, num_own=len(own), num_tiers=len(TIER_ROLES), auto=auto
+        )
+        self.used: list[str] = []
+        self.quality.use = lambda card: self.used.append(card.version if card else "")
+
+    def load(self, **model: object) -> None:
+        for tier in TIER_ROLES:
+            info = replace(MODELS[tier], **model)  # type: ignore[arg-type]
+            self.quality.tier_changed(TierStatus(tier, TierState.READY, 1.0, info))
+
+    @property
+    def stale(self) -> float | None:
+        return self.metrics.registry.get_sample_value("sage_fed_quality_card_stale")
+
+
+def quality(version: str, day: int = 1, **model: object) -> QualityCard:
+    models = {tier: replace(MODELS[tier], **model) for tier in TIER_ROLES}  # type: ignore[arg-type]
+    card = quality_card()
+    at = dt.datetime(2026, 11, day, tzinfo=dt.UTC)
+    return replace(
+        card,
+        version=version,
+        fingerprint=QualityFingerprint.of(models),
+        measured=replace(card.measured, at=at),
+    )
+
+
+def test_the_newest_quality_card_of_the_loaded_models_is_in_force() -> None:
+    """An own one before a bundled one, once every tier is loaded; until then there is none."""
+    desk = QualityDesk(
+        quality("old", 1), quality("new", 2), quality("other", 3, precision="int4"),
+        bundled=[quality("shipped", 9)],
+    )  # fmt: skip
+    assert QualityCardStatus("", "the models are not loaded yet") == desk.quality.status
+    desk.quality.tier_changed(
+        TierStatus(Tier.TACTICAL, TierState.READY, 1.0, MODELS[Tier.TACTICAL])
+    )
+    assert [] == desk.used
+    desk.load()
+    assert ["new"] == desk.used
+    assert "new" == desk.quality.status.version
+    assert "AUROC 0.90, calibration error 0.010" in desk.quality.status.note
+    only_shipped = QualityDesk(quality("other", 3, precision="int4"), bundled=[quality("shipped")])
+    only_shipped.load()
+    assert ["shipped"] == only_shipped.used
+
+
+def test_a_quality_card_of_other_models_is_dropped_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The one that was asked for is a warning and a metric; none at all is only said."""
+    named = QualityDesk(quality("mine", precision="int4"), auto=False)
+    named.load()
+    assert ([], "", 1.0) == (named.used, named.quality.status.version, named.stale)
+    assert "mine is dropped: measured on another pair" in named.quality.status.note
+    assert "tactical.precision is bf16, the card's is int4" in named.quality.status.note
+    (warning,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+    assert "QUALITY CARD mine is dropped" in warning.getMessage()
+    caplog.clear()
+    anything = QualityDesk(quality("mine", precision="int4"))
+    anything.load()
+    assert ("", 0.0) == (anything.quality.status.version, anything.stale)
+    assert "sage-fed calibrate --quality" in anything.quality.status.note
+    none = QualityDesk(auto=False)
+    none.load()
+    assert QualityCardStatus("", "none is wanted") == none.quality.status
+    assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_model_that_comes_back_as_another_loses_its_quality_card() -> None:
+    """And has it again when it is itself again: the users of the card hear of both."""
+    desk = QualityDesk(quality("mine"))
+    desk.load()
+    desk.load(precision="int8")
+    desk.load()
+    assert ["mine", "", "mine"] == desk.used
+
+
+def test_an_operator_adopts_only_a_quality_card_that_fits() -> None:
+    """Not before the models are loaded, nor one of others; what is in force stays."""
+    desk = QualityDesk(quality("mine"))
+    with pytest.raises(TierUnavailable):
+        desk.quality.adopt(quality("next"))
+    desk.load()
+    with pytest.raises(InvalidField, match=r"tactical\.precision is bf16, the card's is int4"):
+        desk.quality.adopt(quality("next", precision="int4"))
+    assert "mine" == desk.quality.status.version
+    desk.quality.adopt(quality("next"))
+    assert ["mine", "next"] == desk.used
+
+
+def test_the_setting_names_a_quality_card(tmp_path: Path) -> None:
+    """By version, by path, or off; a broken own one is passed over by auto and refused by name."""
+    own = tmp_path / "cards"
+    own.mkdir(mode=0o700)
+    saved(quality_card(), own)
+    (own / QUALITY_FOLDER / "broken.toml").write_text("version = ")
+
+    def wanted(value: str) -> QualityInForce:
+        settings = load_settings(
+            {"state_dir": str(tmp_path), "quality_card": value, "profile": "demo"}, {}, None
+        ).settings
+        return cards_in_force(settings, DeviceDescription("cpu", 1), Metrics())[1]
+
+    for value in ("demo-1", str(own / QUALITY_FOLDER / "demo-1.toml"), "auto"):
+        quality = wanted(value)
+        for tier in TIER_ROLES:
+            quality.tier_changed(TierStatus(tier, TierState.READY, 1.0, MODELS[tier]))
+        assert "demo-1" == quality.status.version
+    assert "none is wanted" == wanted("off").note
+    with pytest.raises(ConfigError, match="not a readable quality card"):
+        wanted("broken")

@@ -398,6 +398,7 @@ def hostile(daemon: DaemonProcess) -> str:
             lambda: Client(daemon.address, f"Bearer-{MARK}").status(),
             lambda: Client(daemon.address, daemon.admin_token).adopt_card(FLOOD[:60]),
             lambda: Client(daemon.address, daemon.admin_token).adopt_card(f"../{MARK}"),
+            lambda: Client(daemon.address, daemon.admin_token).adopt_quality_card(FLOOD[:60]),
         )
         for attempt in attempts:
             with pytest.raises((InvalidField, Unauthenticated, NotFound, CannotAfford, CallFailed)):

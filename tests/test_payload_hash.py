@@ -76,7 +76,6 @@ SPECS = st.builds(
     max_cost_uatp=st.none() | st.integers(0, 3),
     priority=st.sampled_from(Priority),
     client_request_id=st.sampled_from(["", "r"]),
-    task_class=st.sampled_from(["", "sums"]),
     sampling=st.builds(
         SamplingRequest,
         temperature=st.sampled_from([None, 0.0, 0.5]),

@@ -19,6 +19,7 @@ from service_harness import (
     LOADS,
     MODELS,
     PROGRESS,
+    QUALITY,
     RESULT,
     RUNNING,
     STATUS,
@@ -392,9 +393,10 @@ async def test_an_operator_calibrates_and_adopts(tmp_path: Path) -> None:
                     list(client.calibrate(quick=True, adopt=True)),
                     list(client.calibrate()),
                     client.adopt_card("mine-1"),
+                    client.adopt_quality_card("pair-1"),
                 )
 
-        assert ([PROGRESS, RESULT], [PROGRESS, RESULT], CARD) == await in_thread(ask)
+        assert ([PROGRESS, RESULT], [PROGRESS, RESULT], CARD, QUALITY) == await in_thread(ask)
         assert [(True, True), (False, False)] == harness.operations.calibrated
 
 

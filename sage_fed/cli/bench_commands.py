@@ -10,6 +10,7 @@ cannot be measured is in the report, with its reason; a checkpoint that was begu
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import functools
 import json
 import re
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sage_fed import __version__
 from sage_fed.cli import options
 from sage_fed.cli.exits import ExitCode, reported
 from sage_fed.cli.options import Operator, OptionGroup, grouped, one_of, option
@@ -34,11 +36,13 @@ from sage_fed.cli.render import (
     print_table,
 )
 from sage_fed.cli.streams import leave_on_interrupt
-from sage_fed.core import CalibrationProgress, CalibrationResult, MeasuredPoint, Phase
-from sage_fed.errors import CannotWrite, ConfigError
+from sage_fed.core import CalibrationProgress, CalibrationResult, MeasuredPoint, Phase, TierState
+from sage_fed.errors import CannotWrite, ConfigError, SageFedError, TierUnavailable
 from sage_fed.model_files import resolve_model
+from sage_fed.trusted_files import give_to_owner_of, make_folder_of
 
 if TYPE_CHECKING:
+    from sage_fed.calibrate.quality_fit import Fit
     from sage_fed.cli.drawing import Move
     from sage_fed.client import Client
     from sage_fed.inertia import Findings, Plan
@@ -208,9 +212,25 @@ def _sizes(given: str) -> tuple[int, ...]:
     return sizes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityOptions(OptionGroup):
+    """A user's own tasks, and how they are asked."""
+
+    quality: Path | None = option(
+        "--quality", "Measure how often answers are wrong, by these tasks.", "TASKS.jsonl"
+    )
+    temperature: float = option(
+        "--temperature", "Of --quality; 0 is greedy.", "T", default=0.0, min=0.0, max=2.0
+    )
+    parallel: int = option(
+        "--parallel", "Jobs of --quality at once.", "N", default=4, min=1, max=64
+    )
+
+
 @grouped
 def calibrate(
     *,
+    asked: QualityOptions,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer rounds: seconds, not minutes; less exact.")
     ] = False,
@@ -227,19 +247,176 @@ def calibrate(
 
     The daemon times its own engines while no job runs; jobs that come go first.
     It needs the operator's token, as `sage-fed admin` does.
+
+    With --quality, labelled tasks are asked of both tiers as ordinary jobs, priced as any, and a
+    quality card is written. An interrupted run goes on where it stopped.
     """
+    if asked.quality is not None:
+        if quick:
+            raise typer.BadParameter("--quality has no quick form", param_hint="--quick")
+        _calibrate_quality(asked, asked.quality, adopt=adopt, output=output, daemon=daemon)
+        return
     from sage_fed.cli.drawing import watched_bar  # noqa: PLC0415 - a tenth of a second
 
     def measure(client: Client) -> Calibrated:
         with watched_bar(as_json=daemon.as_json) as move:
             for event in client.calibrate(quick=quick, adopt=adopt):
                 if isinstance(event, CalibrationResult):
-                    return Calibrated.of(event, _copy(event, output) if output else [])
+                    texts = {".toml": event.card, ".md": event.report, ".svg": event.plot}
+                    copies = _copies(event.version, texts, output) if output else []
+                    return Calibrated.of(event, copies)
                 move(event.fraction, _text(event))
         raise AssertionError("a calibration ends with a result or an error")
 
     daemon.report(
-        measure, lambda done: _print_result(done, _adopt_command(done, daemon)), Calibrated.plain
+        measure,
+        lambda done: _print_result(done, _adopt_command("adopt-card", done.result.version, daemon)),
+        Calibrated.plain,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class QualityCalibrated:
+    """A quality card as it was written, and what became of it."""
+
+    fit: Fit
+    path: Path
+    answers: Path
+    copies: list[str]
+    adopted: bool
+    refused: str
+    """Why the daemon did not take it; "" where it did, or was not asked."""
+
+    def plain(self) -> dict[str, object]:
+        """Return it for a program: the figures of every class, and where the files are."""
+        return {
+            "version": self.fit.card.version,
+            "path": self.path,
+            "answers": self.answers,
+            "copies": self.copies,
+            "adopted": self.adopted,
+            "refused": self.refused,
+            "classes": {
+                name: {"tasks": c.known.num_tasks, "score": c.score, "evidence": c.known.evidence,
+                       "wrong": {t.name: e for t, e in c.known.errors.items()}, "curve": c.curve}
+                for name, c in self.fit.classes.items()
+            },
+            "left_out": dict(self.fit.left_out),
+            "held_out": self.fit.held_out,
+        }  # fmt: skip
+
+
+def _calibrate_quality(
+    asked: QualityOptions, tasks_file: Path, *, adopt: bool, output: Path | None, daemon: Operator
+) -> None:
+    """Ask, check, fit, write, and perhaps adopt."""
+    with leave_on_interrupt():
+        from sage_fed.calibrate import quality, quality_fit  # noqa: PLC0415 - numpy, pydantic
+        from sage_fed.cards.quality_card import QUALITY_FOLDER, QualityFingerprint  # noqa: PLC0415
+        from sage_fed.cli.drawing import watched_bar  # noqa: PLC0415 - a tenth of a second
+        from sage_fed.cli.serve import effective  # noqa: PLC0415 - pydantic
+
+    def measure(client: Client) -> QualityCalibrated:
+        tasks = quality.read_tasks(tasks_file)
+        own = effective({"state_dir": daemon.state_dir}, None).settings.own_cards_dir
+        folder = own / QUALITY_FOLDER
+        make_folder_of(folder, own.parent)
+        models = {model.tier: model for model in client.models()}
+        for model in models.values():
+            if model.state is not TierState.READY:
+                raise TierUnavailable(
+                    f"the {model.tier.name} tier is {model.state.value}; both tiers are asked"
+                )
+        tiers = sorted(models)
+        fingerprint = QualityFingerprint.of(models, temperature=asked.temperature)
+        with (
+            quality.AnswerFile.of(folder, fingerprint) as kept,
+            watched_bar(as_json=daemon.as_json) as move,
+        ):
+            judged = quality.collect(
+                tasks,
+                tiers,
+                client.generate,
+                kept,
+                temperature=asked.temperature,
+                parallel=asked.parallel,
+                progress=move,
+            )
+            move(1.0, "fitting")
+            fit, path = quality_fit.save(
+                quality_fit.fit_card(
+                    judged,
+                    tiers,
+                    fingerprint,
+                    tasks_sha256=quality.tasks_sha256(tasks_file),
+                    software=f"sage-fed {__version__}",
+                    now=dt.datetime.now(dt.UTC).replace(microsecond=0),
+                ),
+                folder,
+            )
+        give_to_owner_of(folder, path)
+        refused = ""
+        if adopt:
+            try:
+                client.adopt_quality_card(fit.card.version)
+            except SageFedError as error:
+                # The card is written: what it took to measure it is not lost with a refusal.
+                refused = str(error)
+        texts = {suffix: path.with_suffix(suffix).read_text("utf-8") for suffix in (".toml", ".md")}
+        copies = _copies(fit.card.version, texts, output) if output else []
+        return QualityCalibrated(fit, path, kept.path, copies, adopt and not refused, refused)
+
+    def show(made: QualityCalibrated) -> None:
+        version = made.fit.card.version
+        _print_quality(made, _adopt_command("adopt-quality-card", version, daemon))
+
+    done = daemon.report(measure, show, QualityCalibrated.plain)
+    if done.refused:
+        raise typer.Exit(ExitCode.ERROR)
+
+
+def _print_quality(done: QualityCalibrated, command: str) -> None:
+    print_table(
+        {
+            "class": name,
+            ">tasks": str(each.known.num_tasks),
+            **{
+                f">{tier.name} wrong": f"{wrong.value:.1%}"
+                for tier, wrong in each.known.errors.items()
+            },
+            ">AUROC": f"{each.known.evidence.auroc.value:.3f}",
+            ">calibration error": f"{each.known.evidence.calibration_error.value:.3f}",
+            ">Brier": f"{each.known.evidence.brier.value:.3f}",
+            ">base rate's": f"{each.known.evidence.base_brier:.3f}",
+            "score": each.score,
+        }
+        for name, each in done.fit.classes.items()
+    )
+    typer.echo()
+    if done.refused:
+        in_force = f"no, the daemon refused it: {done.refused}"
+    elif done.adopted:
+        in_force = "now, until the daemon restarts; quality_card = auto keeps it"
+    else:
+        in_force = f"no; `{command}`, or quality_card = auto at a restart"
+    left_out = [(f"  {name}", f"read as any: {why}") for name, why in done.fit.left_out.items()]
+    held_out = [
+        (
+            f"held out {each.family}",
+            f"{each.num_tasks} tasks, calibration error {each.calibration_error:.3f}",
+        )
+        for each in done.fit.held_out
+    ]
+    print_fields(
+        (
+            *left_out,
+            *held_out,
+            ("quality card", done.fit.card.version),
+            ("written to", f"{done.path}, with a report (.md) beside it"),
+            ("answers", f"{done.answers}, kept for the next run"),
+            *((("copies in", str(Path(done.copies[0]).parent)),) if done.copies else ()),
+            ("in force", in_force),
+        )
     )
 
 
@@ -302,21 +479,20 @@ def _text(progress: CalibrationProgress) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _copy(result: CalibrationResult, directory: Path) -> list[str]:
-    """Write the three texts on this side of the wire."""
-    texts = {".toml": result.card, ".md": result.report, ".svg": result.plot}
+def _copies(version: str, texts: Mapping[str, str], directory: Path) -> list[str]:
+    """Write a card's texts, by their suffixes, on this side of the wire."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
-            (directory / f"{result.version}{suffix}").write_text(text, encoding="utf-8")
+            (directory / f"{version}{suffix}").write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output: cannot write into {directory}: {error.strerror}") from None
-    return [str(directory / f"{result.version}{suffix}") for suffix in texts]
+    return [str(directory / f"{version}{suffix}") for suffix in texts]
 
 
-def _adopt_command(done: Calibrated, daemon: Operator) -> str:
+def _adopt_command(command: str, version: str, daemon: Operator) -> str:
     """The command that puts the card in force, at the daemon that this one was given."""
-    words = ["sage-fed", "admin", "adopt-card", done.result.version]
+    words = ["sage-fed", "admin", command, version]
     if daemon.state_dir is not None:
         words += ["--state-dir", daemon.state_dir]
     return shlex.join([*words, *daemon.arguments()])
