@@ -124,5 +124,7 @@ class StopMatcher:
 
 def _begun(stop: str, text: str) -> int:
     """The length of the longest proper prefix of `stop` that `text` ends with."""
-    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0
