@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -125,11 +124,9 @@ class WeightsBuilder:
     def build(self) -> ModelWeights:
         """The decoder, once every place has been filled."""
         head = self._head.build()
-        embedding: Embedding = TiedEmbedding(head, self._num_valid_ids)
-        if self._table is not None:
-            embedding = TableEmbedding(self._table)
+        num_ids = self._num_valid_ids if self._table is None else self._table.shape[0]
         return ModelWeights(
-            embedding=embedding,
+            embedding=Embedding(self._table, head, num_ids),
             layers=tuple(layer() for layer in self._layers),
             norm=self._norm,
             head=head,
@@ -232,59 +229,22 @@ def place_of(tensor: torch.Tensor) -> Place:
     return Place(tuple(tensor.shape), tensor.shape[0], rows.place_weight, rows.memory)
 
 
-class Embedding(Protocol):
-    """Vectors by token id."""
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Vectors of ids below `num_ids`: rows of `table` [num_ids, hidden_size], or of the head.
+
+    Without a table there is no second copy of what the head is stored in.
+    """
+
+    table: torch.Tensor | None
+    head: Linear
+    num_ids: int
 
     @property
     def nbytes(self) -> int:
         """Device memory of its own."""
-
-    @property
-    def num_ids(self) -> int:
-        """Ids from 0 on that have a vector."""
+        return 0 if self.table is None else self.table.nbytes
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Vectors [tokens, hidden_size] of int64 [tokens], freshly allocated."""
-
-
-class TableEmbedding:
-    """A table [vocab_size, hidden_size] in the compute type."""
-
-    def __init__(self, table: torch.Tensor) -> None:
-        self.table = table
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the table."""
-        return self.table.nbytes
-
-    @property
-    def num_ids(self) -> int:
-        """The whole vocabulary."""
-        return self.table.shape[0]
-
-    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the table."""
-        return self.table.index_select(0, ids)
-
-
-class TiedEmbedding:
-    """The rows of a head, whatever it is stored in: there is no second copy."""
-
-    def __init__(self, head: Linear, num_ids: int) -> None:
-        self._head = head
-        self._num_ids = num_ids
-
-    @property
-    def nbytes(self) -> int:
-        """Nothing: the head has it."""
-        return 0
-
-    @property
-    def num_ids(self) -> int:
-        """The ids that the head has logits for."""
-        return self._num_ids
-
-    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the head."""
-        return self._head.rows(ids)
+        return self.head.rows(ids) if self.table is None else self.table.index_select(0, ids)

@@ -33,7 +33,7 @@ from sage_fed.engine.native.library import (
     ModelStruct,
     StepStruct,
 )
-from sage_fed.engine.weights import LayerWeights, ModelWeights, TableEmbedding
+from sage_fed.engine.weights import LayerWeights, ModelWeights
 from sage_fed.steps import BLOCK_SIZE, Chunk
 
 _ALONE_US = 100.0
@@ -147,7 +147,7 @@ class _Description:
         layers = (LayerStruct * spec.num_layers)(
             *(self._layer(layer, cache.pool[i]) for i, layer in enumerate(weights.layers))
         )
-        table = weights.embedding.table if isinstance(weights.embedding, TableEmbedding) else None
+        table = weights.embedding.table
         self.model = ModelStruct(
             num_layers=spec.num_layers,
             num_heads=spec.num_heads,
