@@ -47,6 +47,7 @@ from sage_fed.core import (
     JobSpec,
     LoadReport,
     Message,
+    Mode,
     ModelStatus,
     Priority,
     Prompt,
@@ -277,6 +278,7 @@ def _form(method: MethodDescriptor) -> tuple[str, Callable[[Any], bytes], Callab
 
 
 _TIERS = {"auto": None} | {tier.name: tier for tier in TIER_ROLES}
+_MODES = {mode.value: mode for mode in Mode}
 _PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 _SAMPLING = frozenset(field.name for field in fields(SamplingRequest))
 
@@ -305,6 +307,7 @@ def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
         spec,
         requested=tier_of(spec.requested, "job.tier"),
         priority=_priority(spec.priority),
+        mode=_mode(spec.mode),
         sampling=replace(
             spec.sampling,
             stop=_stop_strings(spec.sampling.stop),
@@ -313,6 +316,15 @@ def job_of(prompt: PromptLike, **given: Unpack[JobFields]) -> types_pb2.JobSpec:
     )
     # The account is not sent: the daemon knows it from the token.
     return encode(spec, types_pb2.JobSpec, "job")
+
+
+def _mode(mode: object) -> Mode | None:
+    """Return a mode, which may be given by its name; None is the daemon's choice.
+
+    Raises:
+        InvalidField: it is none.
+    """
+    return mode if mode is None or isinstance(mode, Mode) else _meaning(_MODES, mode, "job.mode")
 
 
 def prompt_of(prompt: object) -> Prompt:

@@ -1,7 +1,10 @@
-"""Which tier serves a job, or which refusal: a pure function of what is known now.
+"""Which tier serves a job and how, or which refusal: a pure function of what is known now.
 
-The rules never bend: the budget is the hard limit; more budget never yields a lower tier; a
-downgrade happens only if the client allowed it, and the route says so.
+The rules never bend: the budget is the hard limit; more budget never yields a lower tier, nor an
+answer that misses the job's `max_error` where a smaller one met it; a downgrade happens only if the
+client allowed it, and the route says so.
+Where the daemon chooses and a quality card tells how often each way is wrong, it takes the one that
+is expected to cost least of those that meet `max_error`; else it goes by hint and size.
 Owns the decision, its reason codes, and the texts of refusals, which tell with numbers what to do
 next. Knows neither clocks, ledgers, cards nor engines: prices come as offers, rates and queues as
 loads. Never raises; `refusal_error` makes the exception for callers that want one.
@@ -19,6 +22,7 @@ from sage_fed.core import (
     UATP_PER_ATP,
     Budget,
     JobSpec,
+    Mode,
     Offer,
     Refusal,
     Route,
@@ -80,6 +84,12 @@ class Reason(enum.StrEnum):
     """The deepest tier: at or above the complexity threshold."""
     AUTO_LARGE = "auto_large"
     """The deepest tier: no hint, but a long prompt."""
+    AUTO_RETURN = "auto_return"
+    """Of the ways whose expected error meets `max_error` the one that is expected to cost least."""
+    MAX_ERROR_UNMET = "max_error_unmet"
+    """No way that is open to the job meets its `max_error`: the one that errs least."""
+    CASCADE = "cascade"
+    """The cascade that was asked for."""
 
     # The daemon chose, and the tier that it would have chosen could not take the job.
     AUTO_CONTEXT = "auto_context"
@@ -90,6 +100,16 @@ class Reason(enum.StrEnum):
     AUTO_FLOOR = "auto_floor"
     AUTO_MAX_COST = "auto_max_cost"
     AUTO_BUDGET = "auto_budget"
+
+    # The client asked for a cascade, whose lowest tier or price stands in the way: the deepest tier
+    # serves at once.
+    CASCADE_CONTEXT = "cascade_context"
+    CASCADE_LOADING = "cascade_loading"
+    CASCADE_UNAVAILABLE = "cascade_unavailable"
+    CASCADE_QUEUE = "cascade_queue"
+    CASCADE_DEADLINE = "cascade_deadline"
+    CASCADE_MAX_COST = "cascade_max_cost"
+    CASCADE_BUDGET = "cascade_budget"
 
     # The client chose a tier and allowed a lower one; its own could not take the job.
     DOWNGRADE_LOADING = "downgrade_loading"
@@ -125,7 +145,8 @@ class Reason(enum.StrEnum):
     @property
     def is_refusal(self) -> bool:
         """Whether no tier serves the job."""
-        return not self.startswith(("explicit", "auto_", "downgrade_"))
+        routes = ("explicit", "auto_", "downgrade_", "cascade", "max_error_unmet")
+        return not self.startswith(routes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +162,32 @@ class RoutingPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """One way to serve a job: its price at most, and what it is expected to cost and to err.
+
+    `expected_error` is the probability that the answer is wrong.
+    """
+
+    mode: Mode
+    offer: Offer
+    expected_uatp: int
+    expected_error: float
+
+    @property
+    def tier(self) -> Tier:
+        """The tier that may answer last."""
+        return self.offer.tier
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRequest:
     """Everything a decision depends on.
 
     `loads` has every tier of the daemon, at least one; `offers` may lack one that cannot be fed
     the prompt. `budget` None asks for what holds whatever the account has: its refusal is final,
     its route may still be refused for money. `deadline_s` is what is left of the job's deadline;
-    None: it has none.
+    None: it has none. `cascade` is what one would ask for, where there can be one; `ways` is empty
+    where no quality card tells what each is worth, and `max_error` what the job puts up with.
     """
 
     job: JobSpec
@@ -156,6 +196,9 @@ class RouteRequest:
     budget: Budget | None
     policy: RoutingPolicy = field(default_factory=RoutingPolicy)
     deadline_s: float | None = None
+    cascade: Offer | None = None
+    ways: tuple[Way, ...] = ()
+    max_error: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +213,15 @@ class _Blocked:
 def route(request: RouteRequest) -> Route | Refusal:
     """Return the tier that serves the job, with the reason, or why none does."""
     job, blocked = request.job, list[_Blocked]()
+    if job.mode is Mode.CASCADE and request.cascade is not None:
+        return _route_cascade(request, request.cascade)
+    if goes_by_return(job) and request.ways:
+        return _route_by_return(request)
     preferred, reason = _preference(request)
     for tier in candidates(job, request.loads, preferred):
         if blocked and not _may_pass(job, blocked[-1], tier):
             break
-        if (obstacle := _obstacle(request, tier)) is not None:
+        if (obstacle := _obstacle(request, tier, request.offers.get(tier))) is not None:
             blocked.append(obstacle)
         elif not blocked:
             return Route(tier, reason, job.requested)
@@ -189,6 +236,53 @@ def route(request: RouteRequest) -> Route | Refusal:
         if isinstance(less, Route):
             return _with_way_out(refusal, less.tier, "would")
     return refusal
+
+
+def goes_by_return(job: JobSpec) -> bool:
+    """Whether the daemon weighs cost against error: it chooses, and no hint tells it how."""
+    return job.requested is None and (job.complexity is None or job.max_error is not None)
+
+
+def by_preference(ways: Collection[Way], max_error: float) -> list[Way]:
+    """Return the ways, best first: those that meet `max_error` by cost, then the others by error.
+
+    The order knows no budget, so that more of it opens ways and never changes their order.
+    """
+    return sorted(
+        ways,
+        key=lambda way: (
+            (0, way.expected_uatp, way.expected_error, way.tier)
+            if way.expected_error <= max_error
+            else (1, way.expected_error, way.expected_uatp, way.tier)
+        ),
+    )
+
+
+def _route_by_return(request: RouteRequest) -> Route | Refusal:
+    blocked = list[_Blocked]()
+    for way in by_preference(request.ways, request.max_error):
+        if (obstacle := _obstacle(request, way.tier, way.offer)) is not None:
+            blocked.append(obstacle)
+            continue
+        met = way.expected_error <= request.max_error
+        reason = Reason.AUTO_RETURN if met else Reason.MAX_ERROR_UNMET
+        return Route(way.tier, reason, None, mode=way.mode)
+    return _most_useful(blocked)
+
+
+def _route_cascade(request: RouteRequest, offer: Offer) -> Route | Refusal:
+    """Route a job that asks for a cascade; its deepest tier alone answers no worse."""
+    requested = request.job.requested
+    blocked = _obstacle(request, offer.tier, offer)
+    if blocked is None:
+        return Route(offer.tier, Reason.CASCADE, requested, mode=Mode.CASCADE)
+    job = replace(request.job, requested=offer.tier, mode=None)
+    alone = route(replace(request, job=job, cascade=None))
+    if isinstance(alone, Refusal):
+        return alone
+    if alone.tier == offer.tier:
+        return replace(alone, reason=Reason(f"cascade_{blocked.kind}"), requested=requested)
+    return replace(alone, requested=requested)
 
 
 def refuse_unread(
@@ -247,6 +341,7 @@ def possible_decisions(
     if deepest > lowest:
         yield None, deepest, Reason.AUTO_COMPLEX
         yield None, deepest, Reason.AUTO_LARGE
+        yield from _decisions_of_two(lowest, deepest)
     for tier in tiers:
         yield tier, tier, Reason.EXPLICIT
         for kind in Obstacle:
@@ -262,6 +357,22 @@ def possible_decisions(
             counted = reason.is_refusal and reason is not Reason.ACCOUNT_JOBS
             if counted and (requested, reason) != (lowest, Reason.BELOW_FLOOR):
                 yield requested, None, reason
+
+
+def _decisions_of_two(
+    lowest: Tier, deepest: Tier
+) -> Iterator[tuple[Tier | None, Tier | None, Reason]]:
+    """Return those that weigh both tiers, or use both."""
+    for tier in (lowest, deepest):
+        yield None, tier, Reason.AUTO_RETURN
+        yield None, tier, Reason.MAX_ERROR_UNMET
+    for requested in (None, deepest):
+        for reason in Reason:
+            if reason.startswith("cascade"):
+                yield requested, deepest, reason
+    for kind in Obstacle:
+        if kind is not Obstacle.CONTEXT:
+            yield None, lowest, Reason(f"downgrade_{kind}")
 
 
 def _preference(request: RouteRequest) -> tuple[Tier, Reason]:
@@ -361,9 +472,9 @@ def _unavailable(tier: Tier, state: str) -> _Blocked:
     return _Blocked(tier, Obstacle.UNAVAILABLE, refusal)
 
 
-def _obstacle(request: RouteRequest, tier: Tier) -> _Blocked | None:
+def _obstacle(request: RouteRequest, tier: Tier, offer: Offer | None) -> _Blocked | None:
     """Return the first thing that keeps `tier` from taking the job; None: nothing does."""
-    loads, offer = request.loads, request.offers.get(tier)
+    loads = request.loads
     stages = offer.stages if offer else ()
     for stage in stages:
         load = loads.get(stage.tier)

@@ -119,12 +119,14 @@ class Step:
 class SampledToken:
     """The token chosen for one draw of a chunk; `logprob` only where it was asked for.
 
-    `token_id` is `NO_TOKEN` where the model's numbers have broken down for this sequence.
+    `token_id` is `NO_TOKEN` where the model's numbers have broken down for this sequence. The
+    scheduler says which were `accepted`: drafted, and then the model's own choice.
     """
 
     seq_id: int
     token_id: int
     logprob: Logprob | None = None
+    accepted: bool = False
 
 
 class StepKind(enum.Enum):

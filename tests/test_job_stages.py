@@ -68,7 +68,7 @@ async def two_stages(
         last = Stage(tier, ids[tier], new)
         if tier == T:
             return Program((last,))
-        return Program((Stage(T, ids[T], new), replace(last, max_draft_tokens=new)), decide)
+        return Program((Stage(T, ids[T], new), replace(last, speculates=True)), decide)
 
     monkeypatch.setattr(Admission, "program", program)
     async with rig(tmp_path, **options) as r:
@@ -107,7 +107,7 @@ async def test_an_escalated_answer_is_the_second_tiers_own(
         verified, own = done.pop((S, Phase.VERIFY)), done.pop((S, Phase.DECODE))
         assert {(T, Phase.PREFILL): 5, (T, Phase.DECODE): 12, (S, Phase.PREFILL): 5} == done
         assert 12 - verified <= own <= 12 - min(accepted, 4)
-        program = Program((Stage(T, PROMPT, 12), Stage(S, PROMPT, 12, max_draft_tokens=12)))
+        program = Program((Stage(T, PROMPT, 12), Stage(S, PROMPT, 12)))
         assert quote_program(CARD, program).worst_case_uatp == started.held_uatp
         assert charge(CARD, finished.usage) == finished.price.charged_uatp <= started.held_uatp
         assert finished.price.charged_uatp == await r.spent_uatp()
@@ -260,7 +260,7 @@ async def test_time_and_money_are_booked_to_the_tier_of_each_stage(
             assert 1 == r.counted("decode_seconds_count", tier=stage.tier.name)
         assert finished.timing.device_s == sum(of.device_s for of in finished.timing.stages)
         done = charge_by_tier(CARD, finished.usage)
-        program = Program((Stage(T, PROMPT, 6), Stage(S, PROMPT, 6, max_draft_tokens=6)))
+        program = Program((Stage(T, PROMPT, 6), Stage(S, PROMPT, 6, speculates=True)))
         for tier, held_uatp in quote_program(CARD, program).worst_case_by_tier.items():
             charged_atp = done.get(tier, 0) / UATP_PER_ATP
             labels = {"tier": tier.name}

@@ -13,6 +13,7 @@ from sage_fed.core import (
     TIER_ROLES,
     Budget,
     JobSpec,
+    Mode,
     Offer,
     Prompt,
     Refusal,
@@ -33,6 +34,7 @@ from sage_fed.routing import (
     Reason,
     RouteRequest,
     RoutingPolicy,
+    Way,
     estimate_s,
     possible_decisions,
     refusal_error,
@@ -70,18 +72,33 @@ class Case:
     prompt_tokens: int = 20
     max_new_tokens: int = 100
     deadline_s: float | None = None
+    errors: tuple[float, float, float] | None = None
+    """Of the tactical tier, the strategic one and a cascade, which costs as the tactical tier does
+    and a third of the strategic."""
 
     def request(self) -> RouteRequest:
         """The request of this row."""
         # Tactical costs 101 ATP at worst, strategic 670.
         sizes = (self.prompt_tokens, self.max_new_tokens)
         budget = Budget("alice", 1000 * ATP, 0, 0, 1000 * ATP, 10 * ATP, 50 * ATP)
+        tactical = Offer(TACTICAL, *sizes, sizes[0] * ATP // 20, ATP)
+        strategic = Offer(STRATEGIC, *sizes, sizes[0] * ATP // 2, 66 * ATP // 10)
+        both = replace(strategic, earlier=(tactical,))
+        tactical_uatp, strategic_uatp = tactical.worst_case_uatp, strategic.worst_case_uatp
+        ways: tuple[Way, ...] = ()
+        if self.errors is not None:
+            first, second, third = self.errors
+            ways = (
+                Way(Mode.SINGLE, tactical, tactical_uatp, first),
+                Way(Mode.SPECULATIVE, strategic, strategic_uatp, second),
+                Way(Mode.CASCADE, both, tactical_uatp + strategic_uatp // 3, third),
+            )
         return RouteRequest(
             job=JobSpec("alice", Prompt(), requested=self.requested, **self.job),
-            offers={
-                TACTICAL: Offer(TACTICAL, *sizes, sizes[0] * ATP // 20, ATP),
-                STRATEGIC: Offer(STRATEGIC, *sizes, sizes[0] * ATP // 2, 66 * ATP // 10),
-            },
+            offers={TACTICAL: tactical, STRATEGIC: strategic},
+            cascade=both,
+            ways=ways,
+            max_error=0.1,
             loads={
                 TACTICAL: load(TACTICAL, **self.tactical),
                 STRATEGIC: load(STRATEGIC, **self.strategic),
@@ -93,6 +110,8 @@ class Case:
 
 
 HARD = {"complexity": 0.9}
+CASCADE = {"mode": Mode.CASCADE}
+GOOD, WEAK, BAD = (0.05, 0.02, 0.03), (0.3, 0.02, 0.08), (0.4, 0.2, 0.25)
 DOWN = {"allow_downgrade": True}
 LOADING = {"state": TierState.LOADING, "max_context_tokens": 0}
 FAILED = {"state": TierState.FAILED}
@@ -135,6 +154,28 @@ ROUTES = [
     (Case(STRATEGIC, DOWN, budget=LOW, max_new_tokens=5), TACTICAL, Reason.DOWNGRADE_FLOOR),
     (Case(STRATEGIC, DOWN | CHEAP), TACTICAL, Reason.DOWNGRADE_MAX_COST),
     (Case(STRATEGIC, DOWN, budget=POOR), TACTICAL, Reason.DOWNGRADE_BUDGET),
+    # By what each way is worth.
+    (Case(errors=GOOD), TACTICAL, Reason.AUTO_RETURN),
+    (Case(errors=GOOD, tactical=FULL), STRATEGIC, Reason.AUTO_RETURN),
+    (Case(errors=WEAK), STRATEGIC, Reason.AUTO_RETURN),
+    (Case(errors=WEAK, tactical=FAILED), STRATEGIC, Reason.AUTO_RETURN),
+    (Case(errors=WEAK, budget={"balance_uatp": 700 * ATP}), STRATEGIC, Reason.AUTO_RETURN),
+    (Case(errors=WEAK, budget=POOR), TACTICAL, Reason.MAX_ERROR_UNMET),
+    (Case(errors=BAD), STRATEGIC, Reason.MAX_ERROR_UNMET),
+    (Case(errors=BAD, strategic=FAILED), TACTICAL, Reason.MAX_ERROR_UNMET),
+    (Case(errors=WEAK, job=HARD), STRATEGIC, Reason.AUTO_COMPLEX),
+    (Case(errors=GOOD, job=HARD | {"max_error": 0.1}), TACTICAL, Reason.AUTO_RETURN),
+    # A cascade, and what stands in its way.
+    (Case(job=CASCADE), STRATEGIC, Reason.CASCADE),
+    (Case(STRATEGIC, CASCADE), STRATEGIC, Reason.CASCADE),
+    (Case(job=CASCADE, tactical={"max_context_tokens": 119}), STRATEGIC, Reason.CASCADE_CONTEXT),
+    (Case(job=CASCADE, tactical=LOADING), STRATEGIC, Reason.CASCADE_LOADING),
+    (Case(job=CASCADE, tactical=FAILED), STRATEGIC, Reason.CASCADE_UNAVAILABLE),
+    (Case(job=CASCADE, tactical=FULL), STRATEGIC, Reason.CASCADE_QUEUE),
+    (Case(job=CASCADE, tactical=SLOW, deadline_s=5), STRATEGIC, Reason.CASCADE_DEADLINE),
+    (Case(job=CASCADE | {"max_cost_uatp": 700 * ATP}), STRATEGIC, Reason.CASCADE_MAX_COST),
+    (Case(job=CASCADE, budget={"balance_uatp": 700 * ATP}), STRATEGIC, Reason.CASCADE_BUDGET),
+    (Case(job=CASCADE | DOWN, strategic=FAILED), TACTICAL, Reason.DOWNGRADE_UNAVAILABLE),
     # To the last uATP.
     (Case(STRATEGIC, budget={"balance_uatp": 670 * ATP}), STRATEGIC, "explicit"),
     (Case(STRATEGIC, {"max_cost_uatp": 670 * ATP}), STRATEGIC, "explicit"),
@@ -184,6 +225,8 @@ REFUSALS = [
     (Case(STRATEGIC, {"max_cost_uatp": 670 * ATP - 1}), Reason.ABOVE_MAX_COST, "raise that"),
     # Money is not a way up, and a loading strategic tier does not hide an empty purse.
     (Case(job=HARD, strategic=LOADING, budget=STUCK), Reason.CANNOT_AFFORD, "tactical tier"),
+    (Case(job=CASCADE, strategic=FAILED), Reason.TIER_UNAVAILABLE, "the strategic tier is failed"),
+    (Case(errors=WEAK, budget=BROKE), Reason.CANNOT_AFFORD, "tactical tier"),
     (Case(job=HARD, strategic=LOADING, tactical=FULL), Reason.QUEUE_FULL, "tactical tier"),
     (Case(tactical=FULL, budget=POOR), Reason.QUEUE_FULL, "tactical tier"),
 ]
@@ -192,9 +235,29 @@ REFUSALS = [
 @pytest.mark.parametrize(("case", "tier", "reason"), ROUTES)
 def test_a_job_takes_the_route_of_the_table(case: Case, tier: Tier, reason: str) -> None:
     """Each row's circumstances give its tier and reason code, and say if it is a downgrade."""
-    assert Route(tier, reason, case.requested, downgraded=reason.startswith("downgrade")) == route(
-        case.request()
-    )
+    taken = route(case.request())
+    assert isinstance(taken, Route)
+    assert (tier, reason, case.requested) == (taken.tier, taken.reason, taken.requested)
+    assert reason.startswith("downgrade") == taken.downgraded
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        (Case(errors=GOOD), Mode.SINGLE),
+        (Case(errors=WEAK), Mode.CASCADE),
+        (Case(errors=WEAK, tactical=FAILED), Mode.SPECULATIVE),
+        (Case(errors=WEAK, budget={"balance_uatp": 700 * ATP}), Mode.SPECULATIVE),
+        (Case(errors=BAD), Mode.SPECULATIVE),
+        (Case(job=CASCADE), Mode.CASCADE),
+        (Case(job=CASCADE, tactical=FULL), Mode.SINGLE),
+    ],
+)
+def test_a_route_says_how_the_job_is_served(case: Case, mode: Mode) -> None:
+    """Both tiers for a cascade, the strategic one with drafts where that is the way taken."""
+    taken = route(case.request())
+    assert isinstance(taken, Route)
+    assert mode is taken.mode
 
 
 @pytest.mark.parametrize(("case", "reason", "advice"), REFUSALS)
@@ -378,6 +441,8 @@ def of_tiers(
         request,
         offers={tier: offers[tier] for tier in tiers},
         loads={tier: loads[tier] for tier in tiers},
+        cascade=request.cascade if STRATEGIC in tiers else None,
+        ways=tuple(way for way in request.ways if {of.tier for of in way.offer.stages} <= {*tiers}),
     )
 
 
@@ -504,7 +569,9 @@ def hopeful_requests(draw: st.DrawFn) -> RouteRequest:
             "allow_downgrade": draw(st.booleans()),
             "max_cost_uatp": draw(st.none() | AMOUNTS),
             "complexity": draw(st.none() | st.floats(0, 1)),
+            "mode": draw(st.sampled_from([None, None, Mode.CASCADE])),
         },
+        errors=draw(st.none() | st.tuples(*[st.floats(0, 1)] * 3)),
         tactical=draw(st.sampled_from([{}, {}, FULL, SLOW, LOADING])),
         strategic=draw(st.sampled_from([{}, {}, FULL, SLOW, LOADING, FAILED])),
         budget={"balance_uatp": draw(AMOUNTS), "strategic_floor_uatp": draw(AMOUNTS)},
@@ -530,6 +597,21 @@ def test_every_request_gets_one_of_the_possible_decisions(request: RouteRequest)
     assert (request.job.requested, chosen, Reason(decision.reason)) in labels(request)
     if isinstance(decision, Refusal):
         assert refusal_error(decision, "alice").message
+
+
+@given(hopeful_requests(), AMOUNTS)
+def test_more_budget_never_misses_the_error_that_less_has_met(
+    request: RouteRequest, more_uatp: int
+) -> None:
+    """Nor does it take a route away, or make one a downgrade."""
+    assert request.budget is not None
+    richer = replace(request.budget, balance_uatp=request.budget.balance_uatp + more_uatp)
+    before, after = route(request), route(replace(request, budget=richer))
+    if isinstance(before, Route):
+        assert isinstance(after, Route)
+        assert after.downgraded <= before.downgraded
+        if before.reason == Reason.AUTO_RETURN:
+            assert Reason.AUTO_RETURN == after.reason
 
 
 def labels(request: RouteRequest) -> set[tuple[Tier | None, Tier | None, Reason]]:

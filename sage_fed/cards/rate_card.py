@@ -48,7 +48,6 @@ from sage_fed.core import (
     Offer,
     Phase,
     Program,
-    Stage,
     Tier,
     Usage,
 )
@@ -378,14 +377,10 @@ def quote(card: RateCard, tier: Tier, prompt_tokens: int, max_new_tokens: int) -
 
 def quote_program(card: RateCard, program: Program) -> Offer:
     """Return what a job asks for if every stage of it runs; `Offer.tier` answers last."""
-    *earlier, answer = (_quote_stage(card, stage) for stage in program.stages)
+    *earlier, answer = (
+        quote(card, stage.tier, len(stage.prompt), stage.max_new_tokens) for stage in program.stages
+    )
     return replace(answer, earlier=tuple(earlier))
-
-
-def _quote_stage(card: RateCard, stage: Stage) -> Offer:
-    offer = quote(card, stage.tier, len(stage.prompt), stage.max_new_tokens)
-    verify_uatp = stage.max_draft_tokens * card.lines[stage.tier][Phase.VERIFY].uatp
-    return replace(offer, prompt_uatp=offer.prompt_uatp + verify_uatp)
 
 
 def charge(card: RateCard, usage: Usage) -> int:
@@ -394,11 +389,33 @@ def charge(card: RateCard, usage: Usage) -> int:
 
 
 def charge_by_tier(card: RateCard, usage: Usage) -> dict[Tier, int]:
-    """Return each tier's part of the price."""
+    """Return each tier's part of the price.
+
+    What speculation did (drafts, their verification, and the verifying tier's own tokens) costs at
+    most what that tier's tokens cost without it: drafts that fail beyond that are the house's loss.
+    """
     parts: Counter[Tier] = Counter()
+    drafts_uatp: Counter[Tier] = Counter()
+    speculated = [done for done in usage.by_phase if done.phase in (Phase.VERIFY, Phase.DRAFT)]
+    verifier = max((done.tier for done in usage.by_phase), default=None) if speculated else None
     for done in usage.by_phase:
-        parts[done.tier] += card.lines[done.tier][done.phase].uatp * done.tokens
+        price_uatp = card.lines[done.tier][done.phase].uatp * done.tokens
+        own = done.tier == verifier and done.phase in (Phase.VERIFY, Phase.DECODE)
+        (drafts_uatp if own or done.phase is Phase.DRAFT else parts)[done.tier] += price_uatp
+    left_uatp = sum(drafts_uatp.values())
+    if verifier is not None:
+        left_uatp = min(left_uatp, single_uatp(card, usage, verifier))
+    # The verifying tier's part last: it is what is cut.
+    for tier in sorted(drafts_uatp, key=lambda of: of == verifier):
+        part_uatp = min(drafts_uatp[tier], left_uatp)
+        parts[tier] += part_uatp
+        left_uatp -= part_uatp
     return dict(parts)
+
+
+def single_uatp(card: RateCard, usage: Usage, tier: Tier) -> int:
+    """Return what the output would have cost on a tier that makes every token by itself."""
+    return usage.output_tokens * card.lines[tier][Phase.DECODE].uatp
 
 
 def available_cards(directory: Path | None = None) -> tuple[str, ...]:

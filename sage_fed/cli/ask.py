@@ -45,11 +45,15 @@ from sage_fed.core import (
     JobSpec,
     Logprob,
     Message,
+    Mode,
+    Phase,
     Quote,
+    Revised,
     Route,
     SamplingRequest,
     Started,
     StopReason,
+    Usage,
 )
 from sage_fed.errors import CannotConnect, SageFedError
 
@@ -70,6 +74,10 @@ class Answer:
     started: Started | None = None
     finished: Finished | None = None
 
+    def revise(self) -> None:
+        """Forget what was taken back."""
+        self.text, self.token_ids, self.logprobs = "", [], []
+
     @property
     def cut(self) -> str:
         """Why it ended before the model or its limits did, in words; "" where it did not."""
@@ -88,6 +96,9 @@ def follow(events: Iterable[Event], show: Callable[[str], None]) -> Answer:
                 answer.started = event
             elif isinstance(event, Finished):
                 answer.finished = event
+            elif isinstance(event, Revised):
+                answer.revise()
+                show("\n(revised)\n")
             else:
                 answer.text += event.text
                 answer.token_ids.extend(event.token_ids)
@@ -139,19 +150,43 @@ def footer(answer: Answer, width: int) -> list[str]:
     asked = started.route.requested
     rate = format_rate(usage.output_tokens - 1, timing.decode_s)
     parts = [
-        f"{started.route.tier.name} ({started.route.reason})"
+        f"{_served_by(started.route, finished)} ({started.route.reason})"
         + (f", instead of {asked.name}" if started.route.downgraded and asked else ""),
         f"{usage.prompt_tokens} + {usage.output_tokens} tokens"
         + (f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""),
         f"first after {format_seconds(timing.time_to_first_token_s)}" * bool(usage.output_tokens),
         f"{rate} tok/s" if rate else "",
         finished.stop_reason.value.replace("_", " "),
+        _drafted(usage),
         f"{format_atp(finished.price.charged_uatp)} charged",
         f"{format_atp(finished.balance_uatp)} left",
     ]
     if started.replayed:
         parts.append("replayed")
     return join_parts(filter(None, parts), width)
+
+
+def _served_by(route: Route, finished: Finished) -> str:
+    """Who answered, and how."""
+    if route.mode is not Mode.CASCADE:
+        how = "" if route.mode is Mode.SINGLE else f", {route.mode.value}"
+        return f"{route.tier.name}{how}"
+    doubt = finished.error_probability
+    outcome = finished.cascade.value if finished.cascade else "undecided"
+    return f"cascade, {outcome}" + ("" if doubt is None else f", {doubt:.0%} likely wrong")
+
+
+def _drafted(usage: Usage) -> str:
+    """How many output tokens were drafted and accepted; "" where none was."""
+    verifying = {done.tier for done in usage.by_phase if done.phase is Phase.VERIFY}
+    if not verifying:
+        return ""
+    own = sum(
+        done.tokens
+        for done in usage.by_phase
+        if done.phase is Phase.DECODE and done.tier in verifying
+    )
+    return f"{usage.output_tokens - own} of them drafted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

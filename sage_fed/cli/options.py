@@ -25,7 +25,7 @@ from sage_fed.cli.exits import reported
 from sage_fed.cli.render import parse_atp, print_json
 from sage_fed.cli.streams import complain
 from sage_fed.client import Client, Tls, leaves_machine
-from sage_fed.core import JobSpec, Message, Prompt, SamplingRequest, Tier
+from sage_fed.core import JobSpec, Message, Mode, Prompt, SamplingRequest, Tier
 from sage_fed.environment import mistyped
 from sage_fed.errors import ConfigError
 from sage_fed.trusted_files import owners_beside, read_trusted
@@ -103,6 +103,20 @@ class TierChoice(enum.Enum):
     def tier(self) -> Tier | None:
         """The tier asked for; None is "you choose"."""
         return None if self is TierChoice.AUTO else Tier.named(self.value)
+
+
+class ModeChoice(enum.Enum):
+    """What `--mode` takes; `auto` lets the daemon choose."""
+
+    AUTO = "auto"
+    SINGLE = "single"
+    SPECULATIVE = "speculative"
+    CASCADE = "cascade"
+
+    @property
+    def mode(self) -> Mode | None:
+        """The mode asked for; None is "you choose"."""
+        return None if self is ModeChoice.AUTO else Mode(self.value)
 
 
 def atp_amount(text: str) -> int:
@@ -200,6 +214,19 @@ class JobOptions(OptionGroup):
         default="",
     )
 
+    mode: ModeChoice = option(
+        "--mode",
+        "How it is served: one tier, drafts that the strategic tier verifies, or the tactical "
+        "tier and, in doubt, the strategic one.",
+        default=ModeChoice.AUTO,
+    )
+    max_error: float | None = option(
+        "--max-error", "Probability of a wrong answer to put up with.", "P", min=0.0, max=1.0
+    )
+    accept_revisions: bool = option(
+        "--accept-revisions", "Show a cascade's first answer before it is decided.", default=False
+    )
+
     def spec(self, prompt: Prompt, sampling: SamplingRequest, request_id: str = "") -> JobSpec:
         """Return the job as the client sends it; the daemon knows the account from the token."""
         return JobSpec(
@@ -212,6 +239,9 @@ class JobOptions(OptionGroup):
             task_class=self.task_class,
             client_request_id=request_id,
             sampling=sampling,
+            mode=self.mode.mode,
+            max_error=self.max_error,
+            accept_revisions=self.accept_revisions,
         )
 
 

@@ -90,9 +90,33 @@ class Sampling:
         return bool(self.presence_penalty or self.frequency_penalty)
 
 
+class Mode(enum.Enum):
+    """How a job is served."""
+
+    SINGLE = "single"
+    SPECULATIVE = "speculative"
+    CASCADE = "cascade"
+
+
+class CascadeOutcome(enum.Enum):
+    """What became of a cascade's tactical answer."""
+
+    KEPT = "kept"
+    ESCALATED = "escalated"
+    UNAVAILABLE = "unavailable"
+
+
+class TokenOrigin(enum.Enum):
+    """Where a token of the output comes from."""
+
+    TACTICAL = "tactical"
+    ACCEPTED = "accepted"
+    STRATEGIC = "strategic"
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """One request, validated; `requested` None is AUTO."""
+    """One request, validated; `requested` None is AUTO, `mode` None the daemon's choice."""
 
     account: str
     prompt: Prompt
@@ -105,6 +129,9 @@ class JobSpec:
     sampling: SamplingRequest = field(default_factory=SamplingRequest)
     # By which a quality card knows how often such answers are wrong; "" is any.
     task_class: str = ""
+    mode: Mode | None = None
+    max_error: float | None = None
+    accept_revisions: bool = False
     # How long the caller's own call waits, its trace, and whether the answer is to be one message,
     # which has a limit: no part of what is asked for, so a repeated request may have others.
     call_deadline_s: float | None = field(default=None, compare=False)
@@ -142,6 +169,9 @@ PAYLOAD_FIELDS = (
     "sampling.presence_penalty",
     "sampling.frequency_penalty",
     "task_class",
+    "mode",
+    "max_error",
+    "accept_revisions",
 )
 """The fields that say what a request asks for: two with equal ones are the same request.
 
@@ -191,6 +221,7 @@ class Route:
     reason: str
     requested: Tier | None
     downgraded: bool = False
+    mode: Mode = Mode.SINGLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +242,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class RouteQuote:
-    """One route's worst case; `estimated_s` None until the tier has been measured."""
+    """One route's worst case and what it is expected to cost.
+
+    `estimated_s` is None until the tier has been measured, `expected_error` without a quality card.
+    """
 
     tier: Tier
     worst_case_uatp: int
     affordable: bool
     estimated_s: float | None
+    mode: Mode = Mode.SINGLE
+    expected_uatp: int = 0
+    expected_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +325,14 @@ class Usage:
         *,
         verified: int = 0,
         accepted: int = 0,
+        drafted: int = 0,
+        drafter: Tier | None = None,
     ) -> Usage:
         """Return the usage of one sequence.
 
         `cached` of the `prompt` tokens were not computed. Of the `output`, `accepted` tokens are
-        draft tokens, of which `verified` were scored; the others were decoded.
+        draft tokens, of which `verified` were scored and `drafted` were made by the `drafter`; the
+        others were decoded.
         """
         assert 0 <= cached <= prompt, "cached tokens are prompt tokens"
         assert 0 <= accepted <= min(verified, output), "what is accepted was verified"
@@ -302,7 +342,9 @@ class Usage:
             Phase.VERIFY: verified,
             Phase.DECODE: output - accepted,
         }
-        counts = (PhaseTokens(tier, phase, tokens) for phase, tokens in phases.items() if tokens)
+        counts = [PhaseTokens(tier, phase, tokens) for phase, tokens in phases.items() if tokens]
+        if drafter is not None and drafted:
+            counts.append(PhaseTokens(drafter, Phase.DRAFT, drafted))
         return cls(prompt, cached, output, tuple(counts))
 
     def then(self, answer: Usage) -> Usage:
@@ -358,12 +400,16 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Output since the last event; `output_tokens` is cumulative."""
+    """Output since the last event; `output_tokens` is cumulative.
+
+    `origins` is empty where one tier makes all tokens.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...]
     output_tokens: int
+    origins: tuple[TokenOrigin, ...] = ()
 
     @property
     def size(self) -> int:
@@ -373,19 +419,28 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Revised:
+    """What was streamed from token `from_token` on is replaced by the deltas that follow."""
+
+    from_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """One sequence of a job on one tier.
 
-    `draft_tokens` are verified before anything else is made; `drafter` is the tier that proposes
-    more while it runs, if one does. As planned, a stage has room for `max_draft_tokens`.
+    One that speculates verifies what is drafted for it: `draft_tokens` (an answer that is known),
+    what earlier text suggests, and what the `drafter` makes, a tier, where there is one.
+    `needs_logprobs`: what follows is decided by them, whether the client asked for any or not.
     """
 
     tier: Tier
     prompt: tuple[int, ...]
     max_new_tokens: int
     draft_tokens: tuple[int, ...] = ()
-    max_draft_tokens: int = 0
+    speculates: bool = False
     drafter: Tier | None = None
+    needs_logprobs: bool = False
 
 
 def _no_more(_answer: Delta, _planned: Stage) -> Stage | None:
@@ -402,6 +457,8 @@ class Program:
 
     stages: tuple[Stage, ...]
     decide: Callable[[Delta, Stage], Stage | None] = _no_more
+    doubt: Callable[[Delta], float] | None = None
+    """The probability that an answer is wrong, which `decide` goes by."""
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -418,9 +475,11 @@ class Finished:
     timing: Timing
     price: Price
     balance_uatp: int
+    cascade: CascadeOutcome | None = None
+    error_probability: float | None = None
 
 
-Event = Started | Delta | Finished
+Event = Started | Delta | Finished | Revised
 
 
 class Role(enum.Enum):
@@ -504,6 +563,7 @@ class LoadReport:
 
 TierName = Literal["auto", "tactical", "strategic"]
 PriorityName = Literal["low", "normal", "high"]
+ModeName = Literal["single", "speculative", "cascade"]
 
 
 class JobFields(TypedDict, total=False):
@@ -530,3 +590,6 @@ class JobFields(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    mode: Mode | ModeName | None
+    max_error: float | None
+    accept_revisions: bool

@@ -223,6 +223,8 @@ class _Daemon:
             default_new_tokens=settings.limits.default_new_tokens,
             max_jobs=settings.limits.max_jobs,
             max_account_jobs=lambda name: settings.account_rates(name).concurrent_jobs,
+            speculates=settings.routing.speculation,
+            max_error=settings.max_error_of,
         )
         self.cards.use, self.quality.use = admission.use, admission.use_quality
         self.broker = Broker(

@@ -32,7 +32,7 @@ from sage_fed.device.scheduler import Scheduler
 from sage_fed.device.sequence import Ended, EndReason
 from sage_fed.device.tier_scheduler import Outcome
 from sage_fed.errors import DeviceBusy, DeviceLost, DeviceOutOfMemory, SageFedError, TierUnavailable
-from sage_fed.steps import Engine, InFlightStep, SampledToken, Step
+from sage_fed.steps import Engine, InFlightStep, SampledToken, Step, StepKind
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,9 @@ class DeviceThread:
 
     def _tell(self, outcome: Outcome) -> None:
         self._steps_done += 1
-        self._publish(outcome.report.tier)
+        # Drafts take and give blocks of another tier.
+        drafts = outcome.report.kind is StepKind.DRAFT or outcome.ended
+        self._publish(*(() if drafts else (outcome.report.tier,)))
         self._outbox.put(tokens=outcome.tokens, ended=outcome.ended, report=outcome.report)
 
     def _run_probe(self) -> None:

@@ -20,7 +20,7 @@ import itertools
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sage_fed.core import Tier, TierLoad, TierState
 from sage_fed.device.draft_sources import Estimates
@@ -382,8 +382,10 @@ class TierScheduler:
         for index, token in enumerate(sampled):
             if seq.ending is not None:
                 break
-            seq.ending = self._take_token(seq, token, delivered, now)
-            if index == len(drafted) or token.token_id != drafted[index]:
+            differs = index == len(drafted) or token.token_id != drafted[index]
+            own = token if differs else replace(token, accepted=True)
+            seq.ending = self._take_token(seq, own, delivered, now)
+            if differs:
                 break
             num_matching += 1
         # An end of text that was drafted, too, is not delivered.

@@ -17,11 +17,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from sage_fed.cards.quality_card import QualityCard
-from sage_fed.cards.rate_card import RateCard, quote, quote_program
+from sage_fed.cards.quality_card import (
+    ANY_CLASS,
+    TOP_LOGPROBS,
+    AnswerFeatures,
+    QualityCard,
+)
+from sage_fed.cards.rate_card import RateCard, quote, quote_program, single_uatp
 from sage_fed.core import (
     Budget,
+    Delta,
     JobSpec,
+    Mode,
     Offer,
     Phase,
     Program,
@@ -34,6 +41,7 @@ from sage_fed.core import (
     Stage,
     Tier,
     TierLoad,
+    Usage,
     counted,
 )
 from sage_fed.device import Executor, SequenceSpec, TokenWeights
@@ -43,6 +51,7 @@ from sage_fed.routing import (
     Reason,
     RouteRequest,
     RoutingPolicy,
+    Way,
     candidates,
     needed_s,
     refuse_unread,
@@ -70,7 +79,8 @@ class Draft:
     """A job with what it would run and cost on every tier, before one is chosen.
 
     `card` is frozen here: a newer one never reprices this job. `programs` is empty for a prompt
-    that was not read, because its length alone says that no tier takes it.
+    that was not read, because its length alone says that no tier takes it. `cascade` and its offer
+    are None where there can be none. `ways` is empty where no quality card says what each is worth.
     """
 
     spec: JobSpec
@@ -79,6 +89,61 @@ class Draft:
     card: RateCard
     seed: int
     deadline_at_s: float | None
+    cascade: Program | None = None
+    cascade_offer: Offer | None = None
+    ways: tuple[Way, ...] = ()
+    max_error: float = 1.0
+
+    def program(self, route: Route) -> Program:
+        """Return what the job runs on this route."""
+        if route.mode is Mode.CASCADE:
+            assert self.cascade is not None, "a cascade was offered"
+            return self.cascade
+        return self.programs[route.tier]
+
+    def offer(self, route: Route) -> Offer:
+        """Return what the job asks for on this route."""
+        if route.mode is Mode.CASCADE:
+            assert self.cascade_offer is not None, "a cascade was offered"
+            return self.cascade_offer
+        return self.offers[route.tier]
+
+
+class Experience:
+    """What jobs have made and cost here, as shares of the most they could; moving averages.
+
+    `output` is of `max_new_tokens`, `speculated` and `escalated` of the price without drafts.
+    """
+
+    def __init__(self) -> None:
+        self.output = 0.5
+        self.speculated = 1.0
+        self.escalated = 1.0
+
+    def note(self, card: RateCard, route: Route, usage: Usage, max_new_tokens: int) -> None:
+        """Take in a job that has come to its end."""
+        self.output += _NEWEST * (usage.output_tokens / max_new_tokens - self.output)
+        if (share := _speculation_share(card, usage, route.tier)) is None:
+            return
+        if route.mode is Mode.CASCADE:
+            self.escalated += _NEWEST * (share - self.escalated)
+        else:
+            self.speculated += _NEWEST * (share - self.speculated)
+
+
+_NEWEST = 0.02
+"""The newest job's weight in what is expected of the next."""
+
+
+def _speculation_share(card: RateCard, usage: Usage, tier: Tier) -> float | None:
+    """Return the price of speculated output over that of the same output without drafts."""
+    alone_uatp = single_uatp(card, usage, tier)
+    speculated = [done for done in usage.by_phase if done.phase in (Phase.VERIFY, Phase.DRAFT)]
+    if not speculated or not alone_uatp:
+        return None
+    own = [d for d in usage.by_phase if (d.tier, d.phase) == (tier, Phase.DECODE)]
+    uatp = sum(card.lines[d.tier][d.phase].uatp * d.tokens for d in (*speculated, *own))
+    return min(uatp / alone_uatp, 1.0)
 
 
 class Place:
@@ -113,6 +178,9 @@ class Admission:
         max_jobs: accepted and not ended, over all tiers and accounts.
         max_account_jobs: accepted and not ended, or ended and not read, of one account; 0 is no
             limit.
+        speculates: whether jobs of a deeper tier use drafts where they do not say.
+        max_error: the probability of a wrong answer that an account puts up with where a job does
+            not say.
     """
 
     def __init__(
@@ -125,8 +193,11 @@ class Admission:
         default_new_tokens: int,
         max_jobs: int,
         max_account_jobs: Callable[[str], int] = lambda _: 0,
+        speculates: bool = True,
+        max_error: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
         self.encoder = encoder
+        self.experience = Experience()
         self.card = card
         """What the next draft is priced with."""
         self.quality: QualityCard | None = None
@@ -138,6 +209,16 @@ class Admission:
         self._default_new_tokens = default_new_tokens
         self._max_jobs = max_jobs
         self._max_account_jobs = max_account_jobs
+        self._speculates = speculates
+        self._max_error = max_error
+        lowest = min(encoder.tokenizers)
+        own = encoder.tokenizers[lowest]
+        self._drafters: dict[Tier, Tier] = {
+            tier: lowest
+            for tier, tokenizer in encoder.tokenizers.items()
+            if tier != lowest and tokenizer.encodes_like(own)
+        }
+        """Who can draft for a tier: its tokens have to be the same."""
         self._reserved: Counter[Tier] = Counter()
         self._unread: Mapping[Tier, tuple[int, ...]] = dict.fromkeys(encoder.tokenizers, ())
 
@@ -211,6 +292,7 @@ class Admission:
                 that the model of the tier it names, or of every tier, has no row for.
             RateLimited: the account has as much waiting to be encoded as it may.
         """
+        self._check_mode(spec)
         self._check_stop_tokens(spec)
         prompt = await self.encoder.encode(
             spec.prompt, spec.account, max_tokens=self._longest_prompt()
@@ -226,7 +308,7 @@ class Admission:
                 programs[tier] = program = self.program(spec, tier, prompt.ids, new)
                 offers[tier] = quote_program(self.card, program)
         deadline_s = spec.deadline_s
-        return Draft(
+        draft = Draft(
             spec=spec,
             programs=programs,
             offers=offers,
@@ -234,16 +316,93 @@ class Admission:
             # 63 bits: a client that reads JSON numbers as int64 can send it back.
             seed=secrets.randbits(63) if spec.sampling.seed is None else spec.sampling.seed,
             deadline_at_s=None if deadline_s is None else arrived_s + deadline_s,
+            max_error=self._max_error(spec.account) if spec.max_error is None else spec.max_error,
         )
+        return self._with_cascade(draft)
+
+    def _with_cascade(self, draft: Draft) -> Draft:
+        """Add the cascade, and what each way is worth, where a quality card tells."""
+        lowest, deepest = min(self.encoder.tokenizers), max(self.encoder.tokenizers)
+        quality, spec = self._quality_for(draft.spec), draft.spec
+        if quality is None or not {lowest, deepest} <= draft.programs.keys():
+            return draft
+        if self._drafters.get(deepest) == lowest:
+            program = _cascade(draft, quality, lowest, deepest)
+            offer = quote_program(draft.card, program)
+            draft = replace(draft, cascade=program, cascade_offer=offer)
+        ways = []
+        for tier, offer in draft.offers.items():
+            if tier in quality.fingerprint.models:
+                mode = self._mode_of(draft.programs[tier])
+                error = quality.expected_error(tier, _class_of(spec))
+                ways.append(Way(mode, offer, self._expected_uatp(mode, offer), error))
+        if (offer_both := draft.cascade_offer) is not None and spec.mode is None:
+            outlook = quality.cascade(_class_of(spec), draft.max_error)
+            expected_uatp = self._expected_uatp(Mode.CASCADE, offer_both, outlook.escalated)
+            ways.append(Way(Mode.CASCADE, offer_both, expected_uatp, outlook.error))
+        if spec.mode is Mode.SPECULATIVE:
+            ways = [way for way in ways if way.mode is Mode.SPECULATIVE]
+        return replace(draft, ways=tuple(ways))
+
+    def _quality_for(self, spec: JobSpec) -> QualityCard | None:
+        """Return the card, if it was measured on answers that are sampled as this job's are."""
+        if self.quality is None:
+            return None
+        defaults = self._executor.defaults(min(self.encoder.tokenizers))
+        sampling = _resolve_sampling(spec, defaults, 0)
+        return self.quality if self.quality.covers(sampling.temperature) else None
+
+    def _expected_uatp(self, mode: Mode, offer: Offer, escalated: float = 1.0) -> int:
+        """Return what an output of average length is expected to cost."""
+        seen = self.experience
+        total = 0.0
+        for stage in offer.stages:
+            output_uatp = seen.output * stage.max_new_tokens * stage.decode_uatp
+            if mode is Mode.SPECULATIVE:
+                output_uatp *= seen.speculated
+            last = mode is Mode.CASCADE and stage.tier == offer.tier
+            share = escalated if last else 1.0
+            total += share * (stage.prompt_uatp + output_uatp * (seen.escalated if last else 1.0))
+        return round(total)
+
+    def _mode_of(self, program: Program) -> Mode:
+        return Mode.SPECULATIVE if program.stages[-1].speculates else Mode.SINGLE
+
+    def _check_mode(self, spec: JobSpec) -> None:
+        """Refuse a mode that cannot be had.
+
+        Raises:
+            InvalidField: naming it.
+        """
+        lowest, deepest = min(self.encoder.tokenizers), max(self.encoder.tokenizers)
+        if spec.mode in (None, Mode.SINGLE):
+            return
+        name = spec.mode.value
+        if spec.requested == lowest:
+            raise InvalidField(
+                "job.mode", f"{name} needs the {deepest.name} tier; name that or none"
+            )
+        if not self._drafters:
+            raise InvalidField("job.mode", f"{name} needs two tiers of one tokenizer")
+        if spec.mode is Mode.CASCADE and self._quality_for(spec) is None:
+            raise InvalidField(
+                "job.mode",
+                "cascade needs a quality card of these models, at this temperature; "
+                "`sage-fed calibrate --quality` makes one",
+            )
 
     def program(
-        self, _spec: JobSpec, tier: Tier, ids: Mapping[Tier, tuple[int, ...]], new: int
+        self, spec: JobSpec, tier: Tier, ids: Mapping[Tier, tuple[int, ...]], new: int
     ) -> Program:
         """Return what a job runs that a tier serves; `ids` is its prompt on every tier.
 
         It is asked with empty prompts, too, for the tiers that the job will need.
         """
-        return Program((Stage(tier, ids[tier], new),))
+        drafter = self._drafters.get(tier)
+        asked = self._speculates if spec.mode is None else spec.mode is not Mode.SINGLE
+        if drafter is None or not asked:
+            return Program((Stage(tier, ids[tier], new),))
+        return Program((Stage(tier, ids[tier], new, speculates=True, drafter=drafter),))
 
     def decide(
         self, draft: Draft, budget: Budget | None, loads: Mapping[Tier, TierLoad]
@@ -254,7 +413,7 @@ class Admission:
         the ledger, which has the admitted ones to write.
         """
         deadline_at_s = draft.deadline_at_s
-        return route(
+        decision = route(
             RouteRequest(
                 job=draft.spec,
                 offers=draft.offers,
@@ -262,10 +421,16 @@ class Admission:
                 budget=budget,
                 policy=self._policy,
                 deadline_s=None if deadline_at_s is None else deadline_at_s - time.monotonic(),
+                cascade=draft.cascade_offer,
+                ways=draft.ways,
+                max_error=draft.max_error,
             )
         )
+        if isinstance(decision, Route) and decision.mode is Mode.SINGLE:
+            return replace(decision, mode=self._mode_of(draft.programs[decision.tier]))
+        return decision
 
-    def require_bounded(self, draft: Draft, tier: Tier, max_result_bytes: int) -> None:
+    def require_bounded(self, draft: Draft, route: Route, max_result_bytes: int) -> None:
         """Refuse an answer that its client could not take, or that could not be kept for a repeat.
 
         By what it can take at most, because it is charged when it is known.
@@ -273,11 +438,10 @@ class Admission:
         Raises:
             InvalidField: it could be too large.
         """
-        spec, most = draft.spec, draft.offers[tier].max_new_tokens
+        spec, stages = draft.spec, draft.offer(route).stages
         # Any stage's answer may be the one.
-        text_bytes = max(
-            self.encoder.tokenizers[of.tier].most_text_bytes for of in draft.offers[tier].stages
-        )
+        most = max(stage.max_new_tokens for stage in stages)
+        text_bytes = max(self.encoder.tokenizers[of.tier].most_text_bytes for of in stages)
         size = most_answer_bytes(spec, most, text_bytes)
         if spec.one_reply and size > MAX_REPLY_BYTES:
             raise _too_large(
@@ -292,15 +456,18 @@ class Admission:
     def sequence(self, draft: Draft, stage: Stage, seq_id: int) -> SequenceSpec:
         """Return the sequence that runs a stage of the job."""
         spec, rates = draft.spec, draft.card.lines[stage.tier]
+        sampling = _resolve_sampling(spec, self._executor.defaults(stage.tier), draft.seed)
+        if stage.needs_logprobs:
+            sampling = replace(sampling, top_logprobs=max(sampling.top_logprobs or 0, TOP_LOGPROBS))
         return SequenceSpec(
             seq_id=seq_id,
             tier=stage.tier,
             prompt=stage.prompt,
             max_new_tokens=stage.max_new_tokens,
-            sampling=_resolve_sampling(spec, self._executor.defaults(stage.tier), draft.seed),
+            sampling=sampling,
             ignore_eos=spec.sampling.ignore_eos,
             stop_token_ids=_stop_token_ids(spec, self.encoder.tokenizers[stage.tier]),
-            speculates=stage.drafter is not None or bool(stage.draft_tokens),
+            speculates=stage.speculates,
             draft_tokens=stage.draft_tokens,
             drafter=stage.drafter,
             priority=spec.priority,
@@ -317,6 +484,15 @@ class Admission:
         decision = self.decide(draft, budget, loads)
         shown = decision.tier if isinstance(decision, Route) else draft.spec.requested
         size = draft.offers[shown or min(draft.offers)]
+        errors = {(way.tier, way.mode): way.expected_error for way in draft.ways}
+        modes = {tier: self._mode_of(program) for tier, program in draft.programs.items()}
+        offers = {(tier, modes.get(tier, Mode.SINGLE)): of for tier, of in draft.offers.items()}
+        escalated = 1.0
+        if draft.cascade_offer is not None and self.quality is not None:
+            offers[draft.cascade_offer.tier, Mode.CASCADE] = draft.cascade_offer
+            outlook = self.quality.cascade(_class_of(draft.spec), draft.max_error)
+            errors[draft.cascade_offer.tier, Mode.CASCADE] = outlook.error
+            escalated = outlook.escalated
         return Quote(
             decision=decision,
             tiers=tuple(
@@ -325,8 +501,11 @@ class Admission:
                     worst_case_uatp=offer.worst_case_uatp,
                     affordable=offer.worst_case_uatp <= budget.balance_uatp,
                     estimated_s=needed_s(loads, offer),
+                    mode=mode,
+                    expected_uatp=self._expected_uatp(mode, offer, escalated),
+                    expected_error=errors.get((tier, mode)),
                 )
-                for tier, offer in draft.offers.items()
+                for (tier, mode), offer in offers.items()
             ),
             rate_card=draft.card.version,
             prompt_tokens=size.prompt_tokens,
@@ -359,9 +538,12 @@ class Admission:
         """Return the tiers that a job may need, but for those of programs that lack room."""
         full = {tier for tier, load in loads.items() if load.waiting >= load.waiting_limit}
         served = (tier for tier in candidates(spec, loads) if tier in loads)
-        return self._need_any(
+        needed = self._need_any(
             spec, (tier for tier in served if full.isdisjoint(self._needs(spec, tier)))
         )
+        # A cascade begins on the lowest tier, but need not.
+        lowest = min(loads)
+        return needed | {lowest} if spec.mode is Mode.CASCADE and lowest not in full else needed
 
     def _need_any(self, spec: JobSpec, tiers: Iterable[Tier]) -> frozenset[Tier]:
         return frozenset().union(*(self._needs(spec, tier) for tier in tiers))
@@ -404,6 +586,28 @@ class Admission:
         # A context of 0 is not loaded yet; a prompt that fills it is refused by the router.
         room = context - prompt_tokens if context else self._default_new_tokens
         return max(1, min(self._default_new_tokens, room))
+
+
+def _class_of(_spec: JobSpec) -> str:
+    return ANY_CLASS
+
+
+def _cascade(draft: Draft, quality: QualityCard, lowest: Tier, deepest: Tier) -> Program:
+    """Return the program that answers on the lowest tier, and on the deepest where in doubt."""
+    (first,), (then,) = draft.programs[lowest].stages, draft.programs[deepest].stages
+    task_class, max_error = _class_of(draft.spec), draft.max_error
+
+    def decide(answer: Delta, planned: Stage) -> Stage | None:
+        features = AnswerFeatures.of(answer.logprobs)
+        if not quality.escalates(task_class, features, max_error):
+            return None
+        return replace(planned, draft_tokens=answer.token_ids)
+
+    def doubt(answer: Delta) -> float:
+        return quality.p_wrong(task_class, AnswerFeatures.of(answer.logprobs))
+
+    escalated = replace(then, speculates=True, drafter=lowest)
+    return Program((replace(first, needs_logprobs=True), escalated), decide, doubt)
 
 
 @dataclass(frozen=True, slots=True)

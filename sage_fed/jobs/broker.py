@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 from sage_fed.cards.rate_card import charge_by_tier
 from sage_fed.core import (
     Budget,
+    CascadeOutcome,
     Finished,
     JobSpec,
+    Mode,
     Price,
     Prompt,
     Quote,
@@ -302,6 +304,10 @@ class Job:
         self._usage = _NOTHING
         """Of the sequences that have ended."""
         self._endings: list[tuple[Stage, Ended]] = []
+        self._answered: Ended | None = None
+        """The last one that came to an end."""
+        self._cascade: CascadeOutcome | None = None
+        self._error_probability: float | None = None
         # What a slow bucket shows: the id that the ledger, the log and the client know, too.
         self._exemplar = {"job_id": job_id}
         if spec.trace is not None:
@@ -392,13 +398,13 @@ class Job:
             return decision
 
         def request(budget: Budget) -> HoldRequest:
-            tier = decide(budget).tier
-            services.admission.require_bounded(draft, tier, services.ledger.max_result_bytes)
+            taken = decide(budget)
+            services.admission.require_bounded(draft, taken, services.ledger.max_result_bytes)
             return HoldRequest(
                 job_id=self.job_id,
-                amount_uatp=draft.offers[tier].worst_case_uatp,
+                amount_uatp=draft.offer(taken).worst_case_uatp,
                 rate_card=draft.card.version,
-                tier=tier.name,
+                tier=taken.tier.name,
                 ttl_s=services.hold_ttl_s,
             )
 
@@ -420,7 +426,7 @@ class Job:
         assert decided is not None, "what is held was decided"
         route = decided[0]
         assert isinstance(route, Route)
-        offer = draft.offers[route.tier]
+        offer = draft.offer(route)
         self._held_uatp = offer.worst_case_by_tier
         services.metrics.hold_placed(self._held_uatp)
         return Started(
@@ -444,45 +450,77 @@ class Job:
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 
     async def _work(self, draft: Draft, started: Started) -> None:
-        """Run the job's stages, of which the client sees the one that answers."""
-        program = draft.programs[started.route.tier]
+        """Run the job's stages, of which the client sees the one that answers.
+
+        With `accept_revisions` it sees each, and is told where the next one replaces it.
+        """
+        program, delivery = draft.program(started.route), self._delivery
         stage, *planned = program.stages
+        shown = not planned or self.spec.accept_revisions
+        delivery.tells_origins = started.route.mode is not Mode.SINGLE
         while True:
-            sequence = self._services.admission.sequence(draft, stage, next(self._services.seq_ids))
-            tokenizer = self._services.admission.encoder.tokenizers[stage.tier]
+            before, usage = delivery.state, self._usage
             # From here on it is in this stage's queue itself.
             self._place.cover({later.tier for later in planned})
-            ended = await self._delivery.run(
-                sequence, tokenizer.decoder(), started, shown=not planned
-            )
+            try:
+                ended = await self._run_stage(draft, started, stage, shown=shown)
+            except TierUnavailable:
+                # The answer before it stands, where its client takes less.
+                if not (self._answered and self.spec.allow_downgrade and delivery.resume(before)):
+                    raise
+                self._usage, self._cascade = usage, CascadeOutcome.UNAVAILABLE
+                break
             if ended is None:
                 break
-            failure = _failure_of(ended, stage.tier)
-            made = self._delivery.num_tokens if failure is None else ended.output_tokens
-            usage = Usage.single(
-                stage.tier,
-                ended.prompt_tokens,
-                ended.cached_tokens,
-                made,
-                verified=ended.verified_tokens,
-                # A stop string may have cut the output within the draft.
-                accepted=min(ended.accepted_tokens, made),
-            )
-            self._usage = self._usage.then(usage)
-            self._endings.append((stage, ended))
-            if failure is not None:
-                raise failure
+            self._answered = ended
             if not planned:
                 return
-            if not _is_whole(self._delivery.stop_reason, ended):
+            if not _is_whole(delivery.stop_reason, ended):
                 break
-            following = program.decide(self._delivery.whole(), planned.pop(0))
+            answer = delivery.answer()
+            if program.doubt is not None:
+                self._error_probability = program.doubt(answer)
+            following = program.decide(answer, planned.pop(0))
             if following is None:
+                self._cascade = CascadeOutcome.KEPT
                 break
-            stage = following
+            stage, shown, self._cascade = following, True, CascadeOutcome.ESCALATED
         self._place.release()
-        if self._delivery.stop_reason is not StopReason.CANCELLED:
-            self._delivery.show()
+        if delivery.stop_reason is not StopReason.CANCELLED:
+            delivery.show()
+
+    async def _run_stage(
+        self, draft: Draft, started: Started, stage: Stage, *, shown: bool
+    ) -> Ended | None:
+        """Run one sequence and count what it did; None where it was stopped before it began.
+
+        Raises:
+            SageFedError: the device did not bring it to an end.
+        """
+        services = self._services
+        sequence = services.admission.sequence(draft, stage, next(services.seq_ids))
+        tokenizer = services.admission.encoder.tokenizers[stage.tier]
+        ended = await self._delivery.run(sequence, tokenizer.decoder(), started, shown=shown)
+        if ended is None:
+            return None
+        failure = _failure_of(ended, stage.tier)
+        made = self._delivery.num_tokens if failure is None else ended.output_tokens
+        usage = Usage.single(
+            stage.tier,
+            ended.prompt_tokens,
+            ended.cached_tokens,
+            made,
+            verified=ended.verified_tokens,
+            # A stop string may have cut the output within the draft.
+            accepted=min(ended.accepted_tokens, made),
+            drafted=ended.drafted_tokens,
+            drafter=stage.drafter,
+        )
+        self._usage = self._usage.then(usage)
+        self._endings.append((stage, ended))
+        if failure is not None:
+            raise failure
+        return ended
 
     async def _settle(self, draft: Draft, started: Started) -> None:
         """Charge what was done, release the rest, and write the ending."""
@@ -492,7 +530,7 @@ class Job:
         finished = Finished(
             stop_reason=_stop_reason_of(
                 self._delivery.stop_reason,
-                self._endings[-1][1] if self._endings else None,
+                self._answered,
                 self.spec.sampling.stop_token_ids,
             ),
             usage=self._usage,
@@ -500,6 +538,8 @@ class Job:
             price=Price(charged_uatp, started.held_uatp, draft.card.version),
             # Known only once settled; a replay shows the balance of its own time anyway.
             balance_uatp=0,
+            cascade=self._cascade,
+            error_probability=self._error_probability,
         )
         if not charged_uatp:
             balance_uatp = await self._void("nothing was done")
@@ -514,6 +554,9 @@ class Job:
             balance_uatp = settlement.balance_uatp
             services.metrics.balance_changed(self.spec.account, balance_uatp)
             services.metrics.hold_settled(self._held_uatp, charged_by_tier)
+            services.admission.experience.note(
+                draft.card, route, self._usage, started.max_new_tokens
+            )
         services.metrics.job_finished(
             route.tier, finished, contended=self._delivery.contended, exemplar=self._exemplar
         )

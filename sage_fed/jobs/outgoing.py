@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from sage_fed.core import (
     Delta,
@@ -22,11 +23,13 @@ from sage_fed.core import (
     Finished,
     JobSpec,
     Logprob,
+    Revised,
     Started,
     StopReason,
     Tier,
+    TokenOrigin,
 )
-from sage_fed.device import Ended, Executor, Pacer, SequenceSpec
+from sage_fed.device import Ended, EndReason, Executor, Pacer, SequenceSpec
 from sage_fed.errors import SageFedError
 from sage_fed.metrics import Metrics
 from sage_fed.steps import SampledToken
@@ -73,6 +76,9 @@ class OutgoingStream:
         self._ends: list[int] = []
         self._token_ids: list[int] = []
         self._logprobs: list[Logprob] = []
+        self._origins: list[TokenOrigin] = []
+        self._revised = False
+        """Whether what the reader has got is replaced by what follows, which it is not told yet."""
         self._num_dropped = 0
         self._num_read = 0
         """Pieces that the reader has taken."""
@@ -145,7 +151,10 @@ class OutgoingStream:
             self.away_since_s = 0.0
             if next_s and not self._ended and self._num_read < len(self._ends):
                 await self._rest(next_s - time.monotonic())
-            if self._num_read < len(self._ends):
+            if self._revised:
+                self._revised = False
+                yield Revised(0)
+            elif self._num_read < len(self._ends):
                 delta = self._take()
                 self.away_since_s = now = time.monotonic()
                 # What is behind already is not to rest as well.
@@ -168,15 +177,31 @@ class OutgoingStream:
         self._started = started
         self._wake()
 
-    def push(self, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprob] = ()) -> None:
+    def revise(self) -> None:
+        """Take back all output so far: what follows is written in its place."""
+        assert not self._ended
+        self._revised = self._revised or self._num_read > 0
+        self._pieces, self._ends, self._num_read = [], [], 0
+        self._token_ids, self._logprobs, self._origins = [], [], []
+        if self._revised:
+            self._wake()
+
+    def push(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[Logprob] = (),
+        origins: Sequence[TokenOrigin] = (),
+    ) -> None:
         """Write output: some tokens, and the text that is certain with them.
 
-        `logprobs` are of all tokens of a job or of none.
+        `logprobs` and `origins` are of all tokens of a job or of none.
         """
         assert self._started is not None
         assert not self._ended
         before = len(self._token_ids)
         self._token_ids += token_ids
+        self._origins += origins
         if logprobs:
             self._logprobs += logprobs
             self._token_size = 2 + len(logprobs[-1].top)
@@ -199,6 +224,7 @@ class OutgoingStream:
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             output_tokens=len(self._token_ids),
+            origins=tuple(self._origins),
         )
 
     def end(self, ending: Finished | SageFedError) -> None:
@@ -230,6 +256,7 @@ class OutgoingStream:
             token_ids=tuple(self._token_ids[tokens]),
             logprobs=tuple(self._logprobs[tokens]) if self._logprobs else (),
             output_tokens=end,
+            origins=tuple(self._origins[tokens]) if self._origins else (),
         )
 
     def _drop_read(self) -> None:
@@ -242,6 +269,7 @@ class OutgoingStream:
         del self._ends[:count]
         del self._token_ids[: num_read_tokens - self._num_dropped]
         del self._logprobs[: num_read_tokens - self._num_dropped]
+        del self._origins[: num_read_tokens - self._num_dropped]
         self._num_dropped, self._num_read = num_read_tokens, 0
 
     def _raise_error(self) -> None:
@@ -314,6 +342,17 @@ class SequenceText:
         return text if self.matched else text + self._matcher.finish()
 
 
+Output = tuple[str, Sequence[int], Sequence[Logprob], Sequence[TokenOrigin]]
+
+WHOLE = frozenset({EndReason.EOS, EndReason.LENGTH, EndReason.STOP_TOKEN})
+"""How a sequence ends that came to its own end."""
+
+
+def _asked_for(logprobs: Sequence[Logprob], top: int | None) -> list[Logprob]:
+    """Return the log-probabilities as the client asked for them, if it did."""
+    return [] if top is None else [replace(one, top=one.top[:top]) for one in logprobs]
+
+
 class Delivery:
     """A job's sequences, and what the reader of `stream` gets of their tokens, and until when."""
 
@@ -328,10 +367,17 @@ class Delivery:
         exemplar: Mapping[str, str],
     ) -> None:
         self.stop_reason: StopReason | None = None
+        self.tells_origins = False
+        """Whether the reader is told which tier made a token."""
         self.contended = False
         """Whether another tier had work when the first token came."""
-        self._hidden: list[tuple[str, Sequence[int], Sequence[Logprob]]] | None = None
+        self._hidden: list[Output] | None = None
         """What the newest sequence made, where the reader does not see it (yet)."""
+        self._num_tokens = 0
+        self._replaces = False
+        """Whether the reader has got what an earlier sequence made."""
+        self._seen: list[Logprob] = []
+        """Of the newest sequence's tokens, as the engine gave them."""
         self._spec = spec
         self._stream = stream
         self._arrived_s = arrived_s
@@ -346,21 +392,38 @@ class Delivery:
     @property
     def num_tokens(self) -> int:
         """Tokens of the newest sequence that its reader gets, or would get."""
-        if self._hidden is None:
-            return self._stream.num_tokens
-        return sum(len(token_ids) for _, token_ids, _ in self._hidden)
+        return self._num_tokens
 
     def whole(self) -> Delta:
         """Return what the newest sequence made, as one delta."""
         if self._hidden is None:
             return self._stream.whole()
-        token_ids = [token for _, ids, _ in self._hidden for token in ids]
+        token_ids = tuple(id_ for _, ids, _, _ in self._hidden for id_ in ids)
         return Delta(
-            text="".join(text for text, _, _ in self._hidden),
-            token_ids=tuple(token_ids),
-            logprobs=tuple(entry for _, _, logprobs in self._hidden for entry in logprobs),
+            text="".join(text for text, _, _, _ in self._hidden),
+            token_ids=token_ids,
+            logprobs=tuple(entry for _, _, logprobs, _ in self._hidden for entry in logprobs),
             output_tokens=len(token_ids),
+            origins=tuple(origin for _, _, _, origins in self._hidden for origin in origins),
         )
+
+    def answer(self) -> Delta:
+        """Return the same with the log-probabilities that the engine gave, asked for or not."""
+        whole = self.whole()
+        return replace(whole, logprobs=tuple(self._seen)) if self._seen else whole
+
+    @property
+    def state(self) -> tuple[list[Output] | None, StopReason | None, int]:
+        """What the newest sequence has left, for `resume`."""
+        return self._hidden, self.stop_reason, self._num_tokens
+
+    def resume(self, state: tuple[list[Output] | None, StopReason | None, int]) -> bool:
+        """Take up again what an earlier sequence made; False where a later one has written."""
+        if self._num_tokens:
+            return False
+        self._hidden, self.stop_reason, self._num_tokens = state
+        self._replaces = False
+        return True
 
     def show(self) -> None:
         """Deliver what the newest sequence made, if it was hidden."""
@@ -398,6 +461,8 @@ class Delivery:
         if self._asked_to_stop:
             return None
         self.stop_reason = None  # the stop string of the sequence before
+        self._replaces = self._hidden is None and self._num_tokens > 0
+        self._num_tokens, self._seen = 0, []
         text = SequenceText(decoder, self._spec.sampling.stop)
         ending = self._executor.submit(sequence, lambda tokens: self._take(tokens, sequence, text))
         self._seq_id = sequence.seq_id
@@ -420,6 +485,8 @@ class Delivery:
                 self._write(rest, (), ())
             if text.matched:
                 self.stop_reason = StopReason.STOP_STRING
+        if self._replaces and ended.reason in WHOLE:
+            self._write("", (), ())  # nothing, which replaces what there was
         return ended
 
     def _deadline(self) -> asyncio.TimerHandle | None:
@@ -442,7 +509,11 @@ class Delivery:
         if count < len(tokens):
             tokens, token_ids = tokens[:count], token_ids[:count]
         logprobs = [token.logprob for token in tokens if token.logprob is not None]
-        self._write(piece, token_ids, logprobs)
+        asked = self._spec.sampling.top_logprobs
+        if logprobs and sequence.sampling.top_logprobs != asked:
+            self._seen += logprobs
+            logprobs = _asked_for(logprobs, asked)
+        self._write(piece, token_ids, logprobs, self._origins(tokens, sequence.tier))
         if self._hidden is None:
             self._note_gap(sequence.tier, count)
         if text.matched:
@@ -450,11 +521,30 @@ class Delivery:
             self.stop_reason = StopReason.STOP_STRING
             self._executor.cancel(sequence.seq_id)
 
-    def _write(self, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprob]) -> None:
-        if self._hidden is None:
-            self._stream.push(text, token_ids, logprobs)
-        else:
-            self._hidden.append((text, token_ids, logprobs))
+    def _origins(self, tokens: Sequence[SampledToken], tier: Tier) -> Sequence[TokenOrigin]:
+        """Return where tokens come from, of a job that two tiers serve."""
+        if not self.tells_origins:
+            return ()
+        if tier.rank == 0:
+            return [TokenOrigin.TACTICAL] * len(tokens)
+        own, accepted = TokenOrigin.STRATEGIC, TokenOrigin.ACCEPTED
+        return [accepted if token.accepted else own for token in tokens]
+
+    def _write(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[Logprob],
+        origins: Sequence[TokenOrigin] = (),
+    ) -> None:
+        self._num_tokens += len(token_ids)
+        if self._hidden is not None:
+            self._hidden.append((text, token_ids, logprobs, origins))
+            return
+        if self._replaces:
+            self._replaces = False
+            self._stream.revise()
+        self._stream.push(text, token_ids, logprobs, origins)
 
     def _note_gap(self, tier: Tier, num_tokens: int) -> None:
         now, before = time.monotonic(), self._last_push_s

@@ -229,13 +229,27 @@ class SchedulingSettings(Section):
 
 
 class RoutingSettings(Section):
-    """When a request that leaves the choice to the daemon goes to the strategic tier."""
+    """How requests are served that leave the choice to the daemon.
+
+    With a quality card of these models the cheapest way is taken that meets `max_error`; without
+    one, hint and prompt length decide.
+    """
 
     complexity_threshold: Real = Field(
         default=0.5, ge=0, le=1, description="Client's complexity hint from which on AUTO thinks."
     )
     strategic_prompt_tokens: Whole = Field(
         default=1024, gt=0, description="Prompt length in tokens from which on AUTO thinks."
+    )
+    max_error: Real = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Probability of a wrong answer that AUTO and cascades put up with.",
+    )
+    speculation: bool = Field(
+        default=True,
+        description="Whether the tactical tier drafts for strategic jobs that name no mode.",
     )
 
 
@@ -495,6 +509,9 @@ class AccountSettings(Section):
     rate_limits: OwnRateSettings = Field(
         default=OwnRateSettings(), description="Its own limits; for the others [rate_limits]."
     )
+    max_error: Annotated[Annotated[Real, Field(ge=0, le=1)] | None, EmptyIsNone] = Field(
+        default=None, description="Its own routing.max_error."
+    )
 
 
 class AuthSettings(Section):
@@ -651,6 +668,11 @@ class Settings(Section):
         """The budget with which `account` is opened: its own, or the common one."""
         named = self.accounts.get(account)
         return named.budget if named is not None and named.budget is not None else self.budget
+
+    def max_error_of(self, account: str) -> float:
+        """Return the probability of a wrong answer that an account puts up with."""
+        own = self.accounts[account].max_error if account in self.accounts else None
+        return self.routing.max_error if own is None else own
 
     def account_rates(self, account: str) -> RateSettings:
         """How often `account` may call: its own limits, and the common ones where it has none."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sage_fed.v1 import types_pb2 as sage__fed_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsage_fed/v1/inference.proto\x12\x0bsage_fed.v1\x1a\x17sage_fed/v1/types.proto\"4\n\x0fGenerateRequest\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.JobSpec\"\xb0\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.Started\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.sage_fed.v1.TokenLogprob\x12\'\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.sage_fed.v1.Finished\":\n\x15GenerateStreamRequest\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.JobSpec\"\x9a\x01\n\x16GenerateStreamResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.sage_fed.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.sage_fed.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x9e\x01\n\x07Started\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x05route\x18\x02 \x01(\x0b\x32\x12.sage_fed.v1.Route\x12\x11\n\theld_uatp\x18\x03 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x10\n\x08replayed\x18\x07 \x01(\x08\"l\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.sage_fed.v1.TokenLogprob\x12\x15\n\routput_tokens\x18\x04 \x01(\r\"\xb9\x01\n\x08\x46inished\x12,\n\x0bstop_reason\x18\x01 \x01(\x0e\x32\x17.sage_fed.v1.StopReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.sage_fed.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.sage_fed.v1.Timing\x12!\n\x05price\x18\x04 \x01(\x0b\x32\x12.sage_fed.v1.Price\x12\x14\n\x0c\x62\x61lance_uatp\x18\x05 \x01(\x03\"1\n\x0cQuoteRequest\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.JobSpec\"\xea\x01\n\rQuoteResponse\x12#\n\x05route\x18\x01 \x01(\x0b\x32\x12.sage_fed.v1.RouteH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.sage_fed.v1.RefusalH\x00\x12\'\n\x06quotes\x18\x03 \x03(\x0b\x32\x17.sage_fed.v1.RouteQuote\x12\x11\n\trate_card\x18\x04 \x01(\t\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x14\n\x0c\x62\x61lance_uatp\x18\x07 \x01(\x03\x42\n\n\x08\x64\x65\x63ision\"\x97\x01\n\nRouteQuote\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\x17\n\x0fworst_case_uatp\x18\x02 \x01(\x03\x12\x12\n\naffordable\x18\x03 \x01(\x08\x12\x18\n\x0b\x65stimated_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\ttier_name\x18\x05 \x01(\tB\x0e\n\x0c_estimated_s\"\x80\x01\n\x07Refusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nestimate_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_retry_after_sB\r\n\x0b_estimate_s\"\x8d\x01\n\x12\x43ountTokensRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x19.sage_fed.v1.ChatMessagesH\x00\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\x11\n\ttier_name\x18\x04 \x01(\tB\x08\n\x06prompt\"H\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r2\xca\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1c.sage_fed.v1.GenerateRequest\x1a\x1d.sage_fed.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".sage_fed.v1.GenerateStreamRequest\x1a#.sage_fed.v1.GenerateStreamResponse0\x01\x12>\n\x05Quote\x12\x19.sage_fed.v1.QuoteRequest\x1a\x1a.sage_fed.v1.QuoteResponse\x12P\n\x0b\x43ountTokens\x12\x1f.sage_fed.v1.CountTokensRequest\x1a .sage_fed.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsage_fed/v1/inference.proto\x12\x0bsage_fed.v1\x1a\x17sage_fed/v1/types.proto\"4\n\x0fGenerateRequest\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.JobSpec\"\xb0\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.Started\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.sage_fed.v1.TokenLogprob\x12\'\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.sage_fed.v1.Finished\":\n\x15GenerateStreamRequest\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.JobSpec\"\xc3\x01\n\x16GenerateStreamResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.sage_fed.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.sage_fed.v1.FinishedH\x00\x12\'\n\x07revised\x18\x04 \x01(\x0b\x32\x14.sage_fed.v1.RevisedH\x00\x42\x07\n\x05\x65vent\"\x9e\x01\n\x07Started\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x05route\x18\x02 \x01(\x0b\x32\x12.sage_fed.v1.Route\x12\x11\n\theld_uatp\x18\x03 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x10\n\x08replayed\x18\x07 \x01(\x08\"\x97\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.sage_fed.v1.TokenLogprob\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12)\n\x07origins\x18\x05 \x03(\x0e\x32\x18.sage_fed.v1.TokenOrigin\"\x1d\n\x07Revised\x12\x12\n\nfrom_token\x18\x01 \x01(\r\"\x9d\x02\n\x08\x46inished\x12,\n\x0bstop_reason\x18\x01 \x01(\x0e\x32\x17.sage_fed.v1.StopReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.sage_fed.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.sage_fed.v1.Timing\x12!\n\x05price\x18\x04 \x01(\x0b\x32\x12.sage_fed.v1.Price\x12\x14\n\x0c\x62\x61lance_uatp\x18\x05 \x01(\x03\x12,\n\x07\x63\x61scade\x18\x06 \x01(\x0e\x32\x1b.sage_fed.v1.CascadeOutcome\x12\x1e\n\x11\x65rror_probability\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_error_probability\"1\n\x0cQuoteRequest\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.sage_fed.v1.JobSpec\"\xea\x01\n\rQuoteResponse\x12#\n\x05route\x18\x01 \x01(\x0b\x32\x12.sage_fed.v1.RouteH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.sage_fed.v1.RefusalH\x00\x12\'\n\x06quotes\x18\x03 \x03(\x0b\x32\x17.sage_fed.v1.RouteQuote\x12\x11\n\trate_card\x18\x04 \x01(\t\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x14\n\x0c\x62\x61lance_uatp\x18\x07 \x01(\x03\x42\n\n\x08\x64\x65\x63ision\"\xff\x01\n\nRouteQuote\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\x17\n\x0fworst_case_uatp\x18\x02 \x01(\x03\x12\x12\n\naffordable\x18\x03 \x01(\x08\x12\x18\n\x0b\x65stimated_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\ttier_name\x18\x05 \x01(\t\x12\x1f\n\x04mode\x18\x06 \x01(\x0e\x32\x11.sage_fed.v1.Mode\x12\x15\n\rexpected_uatp\x18\x07 \x01(\x03\x12\x1b\n\x0e\x65xpected_error\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0e\n\x0c_estimated_sB\x11\n\x0f_expected_error\"\x80\x01\n\x07Refusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nestimate_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_retry_after_sB\r\n\x0b_estimate_s\"\x8d\x01\n\x12\x43ountTokensRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x19.sage_fed.v1.ChatMessagesH\x00\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.sage_fed.v1.Tier\x12\x11\n\ttier_name\x18\x04 \x01(\tB\x08\n\x06prompt\"H\n\x13\x43ountTokensResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r2\xca\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1c.sage_fed.v1.GenerateRequest\x1a\x1d.sage_fed.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".sage_fed.v1.GenerateStreamRequest\x1a#.sage_fed.v1.GenerateStreamResponse0\x01\x12>\n\x05Quote\x12\x19.sage_fed.v1.QuoteRequest\x1a\x1a.sage_fed.v1.QuoteResponse\x12P\n\x0b\x43ountTokens\x12\x1f.sage_fed.v1.CountTokensRequest\x1a .sage_fed.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,25 +39,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATESTREAMREQUEST']._serialized_start=302
   _globals['_GENERATESTREAMREQUEST']._serialized_end=360
   _globals['_GENERATESTREAMRESPONSE']._serialized_start=363
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=517
-  _globals['_STARTED']._serialized_start=520
-  _globals['_STARTED']._serialized_end=678
-  _globals['_DELTA']._serialized_start=680
-  _globals['_DELTA']._serialized_end=788
-  _globals['_FINISHED']._serialized_start=791
-  _globals['_FINISHED']._serialized_end=976
-  _globals['_QUOTEREQUEST']._serialized_start=978
-  _globals['_QUOTEREQUEST']._serialized_end=1027
-  _globals['_QUOTERESPONSE']._serialized_start=1030
-  _globals['_QUOTERESPONSE']._serialized_end=1264
-  _globals['_ROUTEQUOTE']._serialized_start=1267
-  _globals['_ROUTEQUOTE']._serialized_end=1418
-  _globals['_REFUSAL']._serialized_start=1421
-  _globals['_REFUSAL']._serialized_end=1549
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1552
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1693
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1695
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1767
-  _globals['_INFERENCESERVICE']._serialized_start=1770
-  _globals['_INFERENCESERVICE']._serialized_end=2100
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=558
+  _globals['_STARTED']._serialized_start=561
+  _globals['_STARTED']._serialized_end=719
+  _globals['_DELTA']._serialized_start=722
+  _globals['_DELTA']._serialized_end=873
+  _globals['_REVISED']._serialized_start=875
+  _globals['_REVISED']._serialized_end=904
+  _globals['_FINISHED']._serialized_start=907
+  _globals['_FINISHED']._serialized_end=1192
+  _globals['_QUOTEREQUEST']._serialized_start=1194
+  _globals['_QUOTEREQUEST']._serialized_end=1243
+  _globals['_QUOTERESPONSE']._serialized_start=1246
+  _globals['_QUOTERESPONSE']._serialized_end=1480
+  _globals['_ROUTEQUOTE']._serialized_start=1483
+  _globals['_ROUTEQUOTE']._serialized_end=1738
+  _globals['_REFUSAL']._serialized_start=1741
+  _globals['_REFUSAL']._serialized_end=1869
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1872
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2013
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2015
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2087
+  _globals['_INFERENCESERVICE']._serialized_start=2090
+  _globals['_INFERENCESERVICE']._serialized_end=2420
 # @@protoc_insertion_point(module_scope)

@@ -67,7 +67,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Runs a job and streams its answer: Started, Delta..., Finished.
+        """Runs a job and streams its answer: Started, Delta..., Finished. Where the job accepts
+        revisions, a Revised may stand among the deltas.
         A stream that has begun ends with Finished or with a status, exactly one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -23,6 +23,27 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_DRAFT: _ClassVar[Phase]
     PHASE_VERIFY: _ClassVar[Phase]
 
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_SINGLE: _ClassVar[Mode]
+    MODE_SPECULATIVE: _ClassVar[Mode]
+    MODE_CASCADE: _ClassVar[Mode]
+
+class CascadeOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CASCADE_OUTCOME_UNSPECIFIED: _ClassVar[CascadeOutcome]
+    CASCADE_OUTCOME_KEPT: _ClassVar[CascadeOutcome]
+    CASCADE_OUTCOME_ESCALATED: _ClassVar[CascadeOutcome]
+    CASCADE_OUTCOME_UNAVAILABLE: _ClassVar[CascadeOutcome]
+
+class TokenOrigin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TOKEN_ORIGIN_UNSPECIFIED: _ClassVar[TokenOrigin]
+    TOKEN_ORIGIN_TACTICAL: _ClassVar[TokenOrigin]
+    TOKEN_ORIGIN_ACCEPTED: _ClassVar[TokenOrigin]
+    TOKEN_ORIGIN_STRATEGIC: _ClassVar[TokenOrigin]
+
 class TierState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TIER_STATE_UNSPECIFIED: _ClassVar[TierState]
@@ -58,6 +79,18 @@ PHASE_CACHED: Phase
 PHASE_DECODE: Phase
 PHASE_DRAFT: Phase
 PHASE_VERIFY: Phase
+MODE_UNSPECIFIED: Mode
+MODE_SINGLE: Mode
+MODE_SPECULATIVE: Mode
+MODE_CASCADE: Mode
+CASCADE_OUTCOME_UNSPECIFIED: CascadeOutcome
+CASCADE_OUTCOME_KEPT: CascadeOutcome
+CASCADE_OUTCOME_ESCALATED: CascadeOutcome
+CASCADE_OUTCOME_UNAVAILABLE: CascadeOutcome
+TOKEN_ORIGIN_UNSPECIFIED: TokenOrigin
+TOKEN_ORIGIN_TACTICAL: TokenOrigin
+TOKEN_ORIGIN_ACCEPTED: TokenOrigin
+TOKEN_ORIGIN_STRATEGIC: TokenOrigin
 TIER_STATE_UNSPECIFIED: TierState
 TIER_STATE_LOADING: TierState
 TIER_STATE_READY: TierState
@@ -97,7 +130,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("text", "chat", "token_ids", "tier", "allow_downgrade", "max_cost_uatp", "complexity", "priority", "client_request_id", "sampling", "tier_name", "task_class")
+    __slots__ = ("text", "chat", "token_ids", "tier", "allow_downgrade", "max_cost_uatp", "complexity", "priority", "client_request_id", "sampling", "tier_name", "task_class", "mode", "max_error", "accept_revisions")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +143,9 @@ class JobSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     TASK_CLASS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_REVISIONS_FIELD_NUMBER: _ClassVar[int]
     text: str
     chat: ChatMessages
     token_ids: TokenIds
@@ -122,7 +158,10 @@ class JobSpec(_message.Message):
     sampling: SamplingParams
     tier_name: str
     task_class: str
-    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., allow_downgrade: _Optional[bool] = ..., max_cost_uatp: _Optional[int] = ..., complexity: _Optional[float] = ..., priority: _Optional[_Union[Priority, str]] = ..., client_request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tier_name: _Optional[str] = ..., task_class: _Optional[str] = ...) -> None: ...
+    mode: Mode
+    max_error: float
+    accept_revisions: bool
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., allow_downgrade: _Optional[bool] = ..., max_cost_uatp: _Optional[int] = ..., complexity: _Optional[float] = ..., priority: _Optional[_Union[Priority, str]] = ..., client_request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tier_name: _Optional[str] = ..., task_class: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., max_error: _Optional[float] = ..., accept_revisions: _Optional[bool] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop", "ignore_eos", "top_logprobs", "deadline_s", "stop_token_ids", "presence_penalty", "frequency_penalty")
@@ -175,20 +214,22 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("tier", "reason", "downgraded", "requested", "tier_name", "requested_name")
+    __slots__ = ("tier", "reason", "downgraded", "requested", "tier_name", "requested_name", "mode")
     TIER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DOWNGRADED_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     reason: str
     downgraded: bool
     requested: Tier
     tier_name: str
     requested_name: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ..., tier_name: _Optional[str] = ..., requested_name: _Optional[str] = ...) -> None: ...
+    mode: Mode
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ..., tier_name: _Optional[str] = ..., requested_name: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "output_tokens", "by_phase")

@@ -154,6 +154,7 @@ BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
         "JobSpec.tier_name": (TierName(),),
         "JobSpec.max_cost_uatp": (NotNegative(),),
         "JobSpec.complexity": (Number(0.0, 1.0),),
+        "JobSpec.max_error": (Number(0.0, 1.0),),
         "JobSpec.client_request_id": (Count(0, "max_request_id_chars", printable=True),),
         "JobSpec.task_class": (Count(0, 64, printable=True),),
         "ChatMessages.messages": (

@@ -57,7 +57,12 @@ _NAMES: Mapping[tuple[type, str], str] = MappingProxyType(
 """The names of fields that a message calls otherwise."""
 
 _UNSPECIFIED: Mapping[type, object] = MappingProxyType(
-    {core.CardFit: core.CardFit.UNKNOWN, core.Priority: core.Priority.NORMAL}
+    {
+        core.CardFit: core.CardFit.UNKNOWN,
+        core.Priority: core.Priority.NORMAL,
+        # None where a value may be absent; in a route or a quote it is an older daemon's.
+        core.Mode: core.Mode.SINGLE,
+    }
 )
 """What an enum's zero stands for; of any other enum it is an error."""
 
@@ -216,8 +221,8 @@ def _field(hint: Any, attribute: str, name: str, descriptor: Descriptor) -> _Fie
         written = f"None if {value} is None else {written}"
     if optional:
         # Where a message cannot tell, zero says nothing.
-        told = field.has_presence
-        found = f"{found} if message.HasField({name!r}) else None" if told else f"{found} or None"
+        told = f"message.HasField({name!r})" if field.has_presence else there
+        found = f"{found} if {told} else None"
     return _Field(f"{name!r}: {written}", found, {write: to_wire, read: from_wire})
 
 
