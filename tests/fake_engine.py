@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sage_fed.core import ModelInfo, Sampling, Tier
+from sage_fed.core import Logprob, ModelInfo, Sampling, Tier
 from sage_fed.device import SequenceSpec
 from sage_fed.errors import DeviceOutOfMemory
 from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, SampledToken, Step
@@ -51,6 +51,15 @@ def reference(spec: SequenceSpec, wrong: int = 0) -> list[int]:
 
 def info() -> ModelInfo:
     return ModelInfo("fake", "", "FakeForCausalLM", 1, "fp32", "torch", "cpu", 1, 1, 1, 1, 0.0)
+
+
+def _sampled(seq_id: int, token_id: int, top: int | None) -> SampledToken:
+    """A token, with log-probabilities that depend on it alone where they are asked for."""
+    if top is None:
+        return SampledToken(seq_id, token_id)
+    value = -0.1 * (1 + token_id % 5)
+    best = ((token_id, value), *((VOCAB + other, -5.0 - other) for other in range(10)))
+    return SampledToken(seq_id, token_id, Logprob(token_id, value, best[:top]))
 
 
 class Clock:
@@ -198,9 +207,10 @@ class FakeEngine:
         history = [self.cache[slot] for slot in slots]
         first = len(history) - len(chunk.draws) + 1
         return [
-            SampledToken(
+            _sampled(
                 chunk.seq_id,
                 sample(history[: first + row], one.sampling.seed, one.index, self.wrong),
+                one.sampling.top_logprobs,
             )
             for row, one in enumerate(chunk.draws)
         ]

@@ -1,0 +1,272 @@
+"""The modes of a job: drafts and cascades through admission, hold, stream and settlement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import entered
+from test_broker import CARD, GRANTED_UATP, Rig, finished_of, job, read, rig
+from test_quality_card import quality_card
+
+from sage_fed.cards.quality_card import QualityCard
+from sage_fed.cards.rate_card import charge, charge_by_tier, single_uatp
+from sage_fed.core import (
+    CascadeOutcome,
+    Delta,
+    Mode,
+    Phase,
+    PhaseTokens,
+    Revised,
+    Started,
+    StopReason,
+    Tier,
+    TokenOrigin,
+    Usage,
+)
+from sage_fed.errors import InvalidField, TierUnavailable
+from sage_fed.routing import Reason
+
+T, S = Tier.TACTICAL, Tier.STRATEGIC
+
+
+def doubtful(p_wrong: float, p_wrong_deepest: float = 0.0) -> QualityCard:
+    """A card by which every tactical answer is wrong with this probability."""
+    known = quality_card()
+    of_any = known.classes["any"]
+    flat = replace(
+        of_any,
+        p_wrong=(p_wrong,) * len(of_any.scores),
+        p_wrong_deepest=(p_wrong_deepest,) * len(of_any.scores),
+    )
+    return replace(known, classes={"any": flat})
+
+
+async def answer(r: Rig, **fields: Any) -> tuple[list[Any], tuple[int, ...]]:  # noqa: ANN401 - of a job
+    """A job's events, and its tokens as its client has them in the end."""
+    events = await r.run(job(**fields))
+    tokens: list[int] = []
+    for event in events:
+        if isinstance(event, Revised):
+            del tokens[event.from_token :]
+        elif isinstance(event, Delta):
+            tokens += event.token_ids
+    return events, tuple(tokens)
+
+
+def started_of(events: list[Any]) -> Started:
+    """The first event."""
+    assert isinstance(events[0], Started)
+    return events[0]
+
+
+async def test_a_strategic_job_speculates_unless_it_says_single(tmp_path: Path) -> None:
+    """Its tokens are the same, its price is no higher, and its usage says who did what."""
+    async with rig(tmp_path) as r:
+        plain, expected = await answer(r, new=60, requested=S, mode=Mode.SINGLE)
+        drafted, tokens = await answer(r, new=60, requested=S)
+        assert expected == tokens
+        assert (Mode.SINGLE, Mode.SPECULATIVE) == tuple(
+            started_of(events).route.mode for events in (plain, drafted)
+        )
+        assert started_of(plain).held_uatp == started_of(drafted).held_uatp
+        usage = finished_of(drafted).usage
+        phases = {(n.tier, n.phase) for n in usage.by_phase}
+        assert {(T, Phase.DRAFT), (S, Phase.VERIFY)} <= phases
+        charged = finished_of(drafted).price.charged_uatp
+        assert charge(CARD, usage) == charged < finished_of(plain).price.charged_uatp
+        origins = [o for event in drafted if isinstance(event, Delta) for o in event.origins]
+        assert len(tokens) == len(origins)
+        accepted = origins.count(TokenOrigin.ACCEPTED)
+        assert accepted + origins.count(TokenOrigin.STRATEGIC) == 60
+        assert accepted > 20
+        assert () == next(event.origins for event in plain if isinstance(event, Delta))
+
+
+async def test_a_sound_answer_is_kept(tmp_path: Path) -> None:
+    """The client sees the tactical tier's answer, and pays that alone."""
+    async with rig(tmp_path) as r:
+        r.broker._admission.quality = doubtful(0.05)
+        events, tokens = await answer(r, new=20, requested=None, mode=Mode.CASCADE, max_error=0.1)
+        _, expected = await answer(r, new=20)
+        finished = finished_of(events)
+        assert expected == tokens
+        assert (CascadeOutcome.KEPT, 0.05) == (finished.cascade, finished.error_probability)
+        assert Usage.single(T, 5, 0, 20) == finished.usage
+        assert Reason.CASCADE == started_of(events).route.reason
+        assert {TokenOrigin.TACTICAL} == {
+            origin for event in events if isinstance(event, Delta) for origin in event.origins
+        }
+        assert all(not event.logprobs for event in events if isinstance(event, Delta))
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+async def test_a_doubtful_answer_is_the_strategic_tiers(tmp_path: Path, accepts: bool) -> None:
+    """What the strategic tier alone answers, for both stages' price; what was shown is taken back.
+
+    Both fake engines answer alike, so that the whole tactical answer is accepted as a draft.
+    """
+    async with rig(tmp_path) as r:
+        _, expected = await answer(r, new=30, requested=S, mode=Mode.SINGLE)
+        before_uatp = await r.spent_uatp()
+        r.broker._admission.quality = doubtful(0.9)
+        events, tokens = await answer(
+            r, new=30, requested=None, mode=Mode.CASCADE, max_error=0.1, accept_revisions=accepts
+        )
+        finished = finished_of(events)
+        assert expected == tokens
+        assert CascadeOutcome.ESCALATED is finished.cascade
+        assert 30 == finished.usage.output_tokens
+        held = started_of(events).held_uatp
+        assert charge(CARD, finished.usage) == finished.price.charged_uatp < held
+        assert finished.price.charged_uatp == await r.spent_uatp() - before_uatp
+        assert accepts == any(isinstance(event, Revised) for event in events)
+        if not accepts:
+            first = next(event for event in events if isinstance(event, Delta))
+            assert TokenOrigin.TACTICAL not in first.origins
+
+
+async def test_what_the_strategic_tier_would_do_no_better_is_kept(tmp_path: Path) -> None:
+    """Doubt alone does not pay for another answer."""
+    async with rig(tmp_path) as r:
+        r.broker._admission.quality = doubtful(0.9, 0.95)
+        events, _ = await answer(r, new=8, requested=None, mode=Mode.CASCADE, max_error=0.1)
+        assert CascadeOutcome.KEPT is finished_of(events).cascade
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+async def test_a_strategic_tier_that_is_down_when_needed(tmp_path: Path, accepts: bool) -> None:
+    """The tactical answer where a downgrade is allowed; else nothing, and nothing is charged."""
+    async with rig(tmp_path) as r:
+        r.broker._admission.quality = doubtful(0.9)
+        engine = r.gate(T)
+        fields: dict[str, Any] = {"requested": None, "mode": Mode.CASCADE, "max_error": 0.1}
+        fields["accept_revisions"] = accepts
+        kept = await r.submit(job(new=12, allow_downgrade=True, **fields))
+        lost = await r.submit(job(new=12, **fields))
+        await entered(engine)
+
+        def broken(_step: object) -> None:
+            raise RuntimeError("a broken device")
+
+        r.engines[S].fail = broken
+        engine.let_pass(1_000)
+        events = await read(kept)
+        finished = finished_of(events)
+        assert CascadeOutcome.UNAVAILABLE is finished.cascade
+        assert Usage.single(T, 5, 0, 12) == finished.usage
+        assert StopReason.LENGTH is finished.stop_reason
+        assert 12 == sum(len(event.token_ids) for event in events if isinstance(event, Delta))
+        with pytest.raises(TierUnavailable, match="nothing was charged"):
+            await read(lost)
+        await r.settled()
+        assert finished.price.charged_uatp == await r.spent_uatp()
+
+
+async def test_a_cascade_skips_a_tactical_tier_that_is_down(tmp_path: Path) -> None:
+    """The strategic tier serves at once, and the route says why."""
+    async with rig(tmp_path) as r:
+        r.broker._admission.quality = doubtful(0.9)
+
+        def broken(_step: object) -> None:
+            raise RuntimeError("a broken device")
+
+        r.engines[T].fail = broken
+        with pytest.raises(TierUnavailable):
+            await r.run(job())
+        events, tokens = await answer(r, new=12, requested=None, mode=Mode.CASCADE)
+        assert Reason.CASCADE_UNAVAILABLE == started_of(events).route.reason
+        assert (12, None) == (len(tokens), finished_of(events).cascade)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"requested": T, "mode": Mode.SPECULATIVE}, "strategic"),
+        ({"requested": T, "mode": Mode.CASCADE}, "strategic"),
+        ({"requested": None, "mode": Mode.CASCADE}, "quality card"),
+        ({"requested": None, "mode": Mode.CASCADE, "sampling": {"temperature": 0.7}}, "temper"),
+    ],
+)
+async def test_a_mode_that_cannot_be_had_is_refused(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    """By its field, with nothing held."""
+    async with rig(tmp_path) as r:
+        if "sampling" in fields:
+            r.broker._admission.quality = doubtful(0.9)
+        with pytest.raises(InvalidField, match=said) as refused:
+            await r.run(job(**fields))
+        assert "job.mode" == refused.value.field
+        assert 0 == await r.spent_uatp()
+
+
+@pytest.mark.parametrize(
+    ("errors", "mode", "reason"),
+    [
+        ((0.05, 0.01), Mode.SINGLE, Reason.AUTO_RETURN),
+        ((0.9, 0.01), Mode.SPECULATIVE, Reason.AUTO_RETURN),
+        ((0.9, 0.8), Mode.CASCADE, Reason.MAX_ERROR_UNMET),
+    ],
+)
+async def test_auto_takes_the_cheapest_that_errs_little_enough(
+    tmp_path: Path, errors: tuple[float, float], mode: Mode, reason: Reason
+) -> None:
+    """By the quality card; a quote shows every mode with its cost and its error."""
+    async with rig(tmp_path) as r:
+        known = doubtful(*errors)
+        of_any = known.classes["any"]
+        tiers = {
+            tier: replace(of_any.errors[tier], value=value)
+            for tier, value in zip((T, S), errors, strict=True)
+        }
+        known = replace(known, classes={"any": replace(of_any, errors=tiers)})
+        r.broker._admission.quality = known
+        asked = job(new=8, requested=None, max_error=0.1)
+        quote = await r.broker.quote(asked)
+        events = await r.run(asked)
+        route = started_of(events).route
+        assert quote.decision == route
+        assert reason == route.reason
+        shown = {(one.tier, one.mode): one for one in quote.tiers}
+        assert {(T, Mode.SINGLE), (S, Mode.SPECULATIVE), (S, Mode.CASCADE)} == shown.keys()
+        assert all(0 < one.expected_uatp <= one.worst_case_uatp for one in shown.values())
+        assert errors[0] == shown[T, Mode.SINGLE].expected_error
+        if reason is Reason.AUTO_RETURN:
+            assert mode is route.mode
+
+
+async def test_without_a_card_auto_goes_by_hint_and_size(tmp_path: Path) -> None:
+    """And its reason says so."""
+    async with rig(tmp_path) as r:
+        events = await r.run(job(requested=None, complexity=0.9))
+        assert (Mode.SPECULATIVE, Reason.AUTO_COMPLEX) == (
+            started_of(events).route.mode,
+            started_of(events).route.reason,
+        )
+
+
+def usage(*phases: tuple[Tier, Phase, int], output: int) -> Usage:
+    """A usage of these phases."""
+    return Usage(5, 0, output, tuple(PhaseTokens(*phase) for phase in phases))
+
+
+def test_drafts_are_never_dearer_than_none() -> None:
+    """Failed drafts beyond what they save are the house's loss, each tier's part adding up."""
+    good = usage((S, Phase.VERIFY, 40), (S, Phase.DECODE, 10), (T, Phase.DRAFT, 40), output=50)
+    assert charge(CARD, good) < single_uatp(CARD, good, S)
+    bad = usage((S, Phase.VERIFY, 400), (S, Phase.DECODE, 50), (T, Phase.DRAFT, 400), output=50)
+    assert single_uatp(CARD, bad, S) == charge(CARD, bad)
+    assert charge(CARD, bad) == sum(charge_by_tier(CARD, bad).values())
+
+
+def test_a_cascade_pays_its_tactical_stage_besides() -> None:
+    """The cap is on what the strategic tier did alone."""
+    both = usage(
+        (T, Phase.DECODE, 50), (S, Phase.VERIFY, 900), (S, Phase.DECODE, 50), output=50
+    )  # fmt: skip
+    tactical = usage((T, Phase.DECODE, 50), output=50)
+    assert charge(CARD, tactical) + single_uatp(CARD, both, S) == charge(CARD, both)
+    assert GRANTED_UATP > charge(CARD, both)
