@@ -120,10 +120,9 @@ def test_values_become_plain_json() -> None:
     """Enums are their words, tuples are lists, dataclasses are objects."""
     route = Route(Tier.STRATEGIC, "EXPLICIT", None)
     expected = {"tier": "strategic", "reason": "EXPLICIT", "requested": None, "downgraded": False}
-    assert expected == to_plain(route)
-    assert {"token_ids": [1, 2], "logprobs": [], "text": "ab", "output_tokens": 2} == to_plain(
-        Delta("ab", (1, 2), (), 2)
-    )
+    assert {**expected, "mode": "single"} == to_plain(route)
+    delta = {"token_ids": [1, 2], "logprobs": [], "text": "ab", "output_tokens": 2, "origins": []}
+    assert delta == to_plain(Delta("ab", (1, 2), (), 2))
     assert ["high", "end_of_text"] == to_plain((Priority.HIGH, StopReason.END_OF_TEXT))
 
 

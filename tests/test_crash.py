@@ -33,7 +33,6 @@ from sage_fed.core import (
     Started,
     StopReason,
     Tier,
-    Usage,
 )
 from sage_fed.errors import SageFedError
 from sage_fed.ledger import check
@@ -183,7 +182,11 @@ def assert_promises_kept(seen: list[Seen], lines: tuple[Entry, ...]) -> None:
         if job.finished is not None:
             assert job.started is not None
             assert job.finished.price.charged_uatp == price[job.started.job_id]
-            usage = Usage.single(job.tier, job.started.prompt_tokens, 0, job.new_tokens)
+            usage = job.finished.usage
+            assert (job.started.prompt_tokens, job.new_tokens) == (
+                usage.prompt_tokens,
+                usage.output_tokens,
+            )
             assert charge(RateCard.load(), usage) == price[job.started.job_id]
 
 

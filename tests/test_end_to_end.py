@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 from waiting import WAIT_S, until
 
+from sage_fed.cards.rate_card import RateCard
 from sage_fed.cli.app import build_app
 from sage_fed.client import Answer, Client, job_of
 from sage_fed.core import (
@@ -31,6 +32,8 @@ from sage_fed.core import (
     Event,
     Finished,
     Message,
+    Mode,
+    Phase,
     Prompt,
     Refusal,
     Route,
@@ -50,6 +53,7 @@ from sage_fed.v1 import inference_pb2
 from sage_fed.wire.codec import decode
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
+CARD = RateCard.load()
 PREFILL = {T: 50_000, S: 329_500}
 """The published card's uATP per prompt token: 0.05 and 0.3295 ATP."""
 CACHED = {T: 5_000, S: 32_950}
@@ -167,11 +171,16 @@ def _came_in_uatp(served: Served, token: str) -> int:
 
 
 def by_hand(tier: Tier, finished: Finished) -> int:
-    """The card's price of a usage."""
+    """The card's price of a usage: of drafts as of any tokens, and never above the output's."""
     usage = finished.usage
     computed = usage.prompt_tokens - usage.cached_tokens
     prompt_uatp = computed * PREFILL[tier] + usage.cached_tokens * CACHED[tier]
-    return prompt_uatp + usage.output_tokens * DECODE[tier]
+    made_uatp = sum(
+        done.tokens * CARD.lines[done.tier][done.phase].uatp
+        for done in usage.by_phase
+        if done.phase not in (Phase.PREFILL, Phase.CACHED)
+    )
+    return prompt_uatp + min(made_uatp, usage.output_tokens * DECODE[tier])
 
 
 def begin(client: Client, **fields: object) -> tuple[Started, Delta, Iterator[Event]]:
@@ -264,7 +273,9 @@ def test_a_cancelled_stream_pays_for_what_it_got(
     served: Served, client: Client, tier: Tier
 ) -> None:
     """The sequence leaves the device, its KV is free, the rest of the hold comes back."""
-    started, delta, events = begin(client, tier=tier, client_request_id="cancelled", seed=1)
+    started, delta, events = begin(
+        client, tier=tier, client_request_id="cancelled", seed=1, mode="single"
+    )
     (running,) = served.admin.load().jobs
     assert (started.job_id, started.held_uatp) == (running.job_id, running.held_uatp)
     events.close()  # type: ignore[attr-defined] # it is a generator: leaving it cancels
@@ -275,7 +286,7 @@ def test_a_cancelled_stream_pays_for_what_it_got(
     assert delta.output_tokens <= tokens < LONG_TOKENS
     # Who asks again is told what became of it, and pays nothing more.
     again = client.generate(
-        "count", tier=tier, max_new_tokens=LONG_TOKENS, ignore_eos=True, seed=1,
+        "count", tier=tier, max_new_tokens=LONG_TOKENS, ignore_eos=True, seed=1, mode="single",
         client_request_id="cancelled",
     )  # fmt: skip
     assert StopReason.CANCELLED is again.finished.stop_reason
@@ -386,7 +397,7 @@ def test_below_the_floor_only_tactical_work_is_done(
     assert Route(T, "downgrade_floor", S, downgraded=True) == less.started.route
     served.admin.set_budget(account[0], strategic_floor_uatp=0)
     more = client.generate("hello", tier=S, allow_downgrade=True, max_new_tokens=4)
-    assert Route(S, "explicit", S, downgraded=False) == more.started.route
+    assert Route(S, "explicit", S, mode=Mode.SPECULATIVE) == more.started.route
 
 
 def test_an_operator_sets_a_budget_and_it_holds(

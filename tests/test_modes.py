@@ -159,7 +159,7 @@ async def test_a_strategic_tier_that_is_down_when_needed(tmp_path: Path, accepts
         assert Usage.single(T, 5, 0, 12) == finished.usage
         assert StopReason.LENGTH is finished.stop_reason
         assert 12 == sum(len(event.token_ids) for event in events if isinstance(event, Delta))
-        with pytest.raises(TierUnavailable, match="nothing was charged"):
+        with pytest.raises(TierUnavailable):
             await read(lost)
         await r.settled()
         assert finished.price.charged_uatp == await r.spent_uatp()

@@ -18,6 +18,7 @@ from sage_fed.core import (
     PAYLOAD_FIELDS,
     JobSpec,
     Message,
+    Mode,
     Priority,
     Prompt,
     SamplingRequest,
@@ -106,6 +107,16 @@ def test_every_field_of_a_request_is_hashed_or_left_out_by_name() -> None:
         inner = {path for path in PAYLOAD_FIELDS if path.startswith(f"{part}.")}
         assert {f"{part}.{field.name}" for field in fields(cls)} == inner
     assert len(set(PAYLOAD_FIELDS)) == len(PAYLOAD_FIELDS)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mode": mode} for mode in Mode] + [{"max_error": 0.1}, {"accept_revisions": True}]
+)
+def test_how_a_job_is_served_is_part_of_what_is_asked(fields: dict[str, Any]) -> None:
+    """A repeat that asks for another mode is another request; the first version knew none."""
+    plain = JobSpec("ann", Prompt(token_ids=(1,)))
+    (asked,) = payload_hashes(replace(plain, **fields))
+    assert asked != payload_hashes(plain)[0]
 
 
 def test_a_new_field_changes_no_hash_of_requests_that_do_not_name_it(

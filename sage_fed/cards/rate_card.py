@@ -391,25 +391,23 @@ def charge(card: RateCard, usage: Usage) -> int:
 def charge_by_tier(card: RateCard, usage: Usage) -> dict[Tier, int]:
     """Return each tier's part of the price.
 
-    What speculation did (drafts, their verification, and the verifying tier's own tokens) costs at
-    most what that tier's tokens cost without it: drafts that fail beyond that are the house's loss.
+    What speculation did (drafts, their verification, and the verifying tier's own tokens) is that
+    tier's, and costs at most what its tokens cost without it: drafts that fail beyond that are the
+    house's loss.
     """
     parts: Counter[Tier] = Counter()
-    drafts_uatp: Counter[Tier] = Counter()
-    speculated = [done for done in usage.by_phase if done.phase in (Phase.VERIFY, Phase.DRAFT)]
+    drafted_uatp = 0
+    speculated = any(done.phase in (Phase.VERIFY, Phase.DRAFT) for done in usage.by_phase)
     verifier = max((done.tier for done in usage.by_phase), default=None) if speculated else None
     for done in usage.by_phase:
         price_uatp = card.lines[done.tier][done.phase].uatp * done.tokens
         own = done.tier == verifier and done.phase in (Phase.VERIFY, Phase.DECODE)
-        (drafts_uatp if own or done.phase is Phase.DRAFT else parts)[done.tier] += price_uatp
-    left_uatp = sum(drafts_uatp.values())
+        if own or done.phase is Phase.DRAFT:
+            drafted_uatp += price_uatp
+        else:
+            parts[done.tier] += price_uatp
     if verifier is not None:
-        left_uatp = min(left_uatp, single_uatp(card, usage, verifier))
-    # The verifying tier's part last: it is what is cut.
-    for tier in sorted(drafts_uatp, key=lambda of: of == verifier):
-        part_uatp = min(drafts_uatp[tier], left_uatp)
-        parts[tier] += part_uatp
-        left_uatp -= part_uatp
+        parts[verifier] += min(drafted_uatp, single_uatp(card, usage, verifier))
     return dict(parts)
 
 

@@ -22,6 +22,7 @@ from sage_fed.core import (
     JobSpec,
     Logprob,
     Message,
+    Mode,
     Phase,
     PhaseTokens,
     Price,
@@ -242,6 +243,8 @@ def _canonical(value: object) -> object:
             return value.name
         case Message():
             return value.role, value.content
+        case Mode():
+            return value.value
         case _:
             raise AssertionError(f"{value!r} has no canonical form")
 

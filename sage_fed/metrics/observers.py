@@ -233,7 +233,12 @@ class Metrics:
 
     def _count_work(self, outcome: str, usage: Usage, stages: Sequence[StageTiming]) -> None:
         count = self._series.count
+        verifier = next((done.tier for done in usage.by_phase if done.phase is Phase.VERIFY), None)
+        if verifier is not None:  # whose output is what it accepted, too
+            count("tokens_total", usage.output_tokens, verifier.name, "output", outcome)
         for done in usage.by_phase:
+            if done.phase is Phase.DECODE and done.tier == verifier:
+                continue
             for kind in _TOKEN_TYPES[done.phase]:
                 count("tokens_total", done.tokens, done.tier.name, kind, outcome)
         for stage in stages:
