@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from sage_fed.cards.quality_card import (
-    ANY_CLASS,
     TOP_LOGPROBS,
     AnswerFeatures,
     QualityCard,
@@ -334,10 +333,10 @@ class Admission:
         for tier, offer in draft.offers.items():
             if tier in quality.fingerprint.models:
                 mode = self._mode_of(draft.programs[tier])
-                error = quality.expected_error(tier, _class_of(spec))
+                error = quality.expected_error(tier, spec.task_class)
                 ways.append(Way(mode, offer, self._expected_uatp(mode, offer), error))
         if (offer_both := draft.cascade_offer) is not None and spec.mode is None:
-            outlook = quality.cascade(_class_of(spec), draft.max_error)
+            outlook = quality.cascade(spec.task_class, draft.max_error)
             expected_uatp = self._expected_uatp(Mode.CASCADE, offer_both, outlook.escalated)
             ways.append(Way(Mode.CASCADE, offer_both, expected_uatp, outlook.error))
         if spec.mode is Mode.SPECULATIVE:
@@ -490,7 +489,7 @@ class Admission:
         escalated = 1.0
         if draft.cascade_offer is not None and self.quality is not None:
             offers[draft.cascade_offer.tier, Mode.CASCADE] = draft.cascade_offer
-            outlook = self.quality.cascade(_class_of(draft.spec), draft.max_error)
+            outlook = self.quality.cascade(draft.spec.task_class, draft.max_error)
             errors[draft.cascade_offer.tier, Mode.CASCADE] = outlook.error
             escalated = outlook.escalated
         return Quote(
@@ -588,14 +587,10 @@ class Admission:
         return max(1, min(self._default_new_tokens, room))
 
 
-def _class_of(_spec: JobSpec) -> str:
-    return ANY_CLASS
-
-
 def _cascade(draft: Draft, quality: QualityCard, lowest: Tier, deepest: Tier) -> Program:
     """Return the program that answers on the lowest tier, and on the deepest where in doubt."""
     (first,), (then,) = draft.programs[lowest].stages, draft.programs[deepest].stages
-    task_class, max_error = _class_of(draft.spec), draft.max_error
+    task_class, max_error = draft.spec.task_class, draft.max_error
 
     def decide(answer: Delta, planned: Stage) -> Stage | None:
         features = AnswerFeatures.of(answer.logprobs)
