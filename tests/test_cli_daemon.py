@@ -18,7 +18,7 @@ from waiting import until
 
 from sage_fed.cli.app import build_app
 from sage_fed.cli.exits import ExitCode
-from sage_fed.core import TIER_ROLES
+from sage_fed.core import DRAW_VERSION, TIER_ROLES
 from sage_fed.v1 import inference_pb2, types_pb2
 
 QUESTION = "What is 2 plus 3?"
@@ -108,6 +108,7 @@ def test_json_carries_everything(shell: Shell) -> None:
     assert isinstance(started, dict)
     assert isinstance(finished, dict)
     assert {"tier": "strategic", "requested": "strategic"}.items() <= started["route"].items()
+    assert DRAW_VERSION == started["route"]["draw_version"]
     assert len(body["token_ids"]) == finished["usage"]["output_tokens"]  # type: ignore[arg-type]
     assert len(body["logprobs"]) == finished["usage"]["output_tokens"]  # type: ignore[arg-type]
     assert 0 < finished["price"]["charged_uatp"] <= finished["price"]["held_uatp"]

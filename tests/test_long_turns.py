@@ -262,7 +262,7 @@ def test_what_an_earlier_version_kept_is_replayed(tier: Tier, version: int) -> N
     )
     result = Result.from_bytes(kept.encode())
     assert Delta("Grüß\n", (1, 2), logprobs, 2) == result.output
-    assert Route(tier, "auto_simple", None) == result.started.route
+    assert Route(tier, "auto_simple", None, draw_version=1) == result.started.route
     assert result.started.replayed
     assert Finished(
         StopReason.CANCELLED, Usage.single(tier, 3, 1, 2),

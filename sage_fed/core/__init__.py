@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from sage_fed.core.addresses import Address, UnixSocket, parse_listen
 from sage_fed.core.jobs import (
+    DRAW_VERSION,
     PAYLOAD_FIELDS,
     Answer,
     Caller,
@@ -88,6 +89,7 @@ from sage_fed.core.tiers import (
 )
 
 __all__ = [
+    "DRAW_VERSION",
     "MAX_UATP",
     "PAYLOAD_FIELDS",
     "TIER_ROLES",

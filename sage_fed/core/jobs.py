@@ -60,6 +60,11 @@ class SamplingRequest:
     frequency_penalty: float | None = None
 
 
+DRAW_VERSION = 2
+"""Of how a token follows from (logits, sampling, seed, index): 1 inverted the cumulative sum, 2 is
+Gumbel-max. A change of any bit of it is a new version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling with every default resolved; what the engine runs, or what a checkpoint sets."""
@@ -215,13 +220,17 @@ class RunningJob:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The decision for one job; `reason` is a stable code and a metric label."""
+    """The decision for one job; `reason` is a stable code and a metric label.
+
+    The same seed gives the same text only under the same `draw_version`; 0: it is not known.
+    """
 
     tier: Tier
     reason: str
     requested: Tier | None
     downgraded: bool = False
     mode: Mode = Mode.SINGLE
+    draw_version: int = DRAW_VERSION
 
 
 @dataclass(frozen=True, slots=True)

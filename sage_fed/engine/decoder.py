@@ -25,6 +25,7 @@ from sage_fed.engine.attention import AttentionGroup, KVCache
 from sage_fed.engine.batch import Batch, BatchBuilder
 from sage_fed.engine.configuration import ORIGINAL_LENGTH, ModelSpec, RopeSpec
 from sage_fed.engine.linear import Linear
+from sage_fed.engine.native.library import Library
 from sage_fed.engine.weights import LayerWeights, ModelWeights
 from sage_fed.steps import Chunk, Draw
 
@@ -159,13 +160,15 @@ class Forwarded:
 
     `logits` is [len(draws), valid ids] of a floating type, or None where no chunk has a draw.
     `drawing[i]` is the index, in the step, of the chunk that `draws[i]` belongs to.
-    `best`, where the pass has found it already, is the argmax of each row.
+    `best`, where the pass has found it already, is the argmax of each row. `kernels`, where it ran
+    on them, can draw from its logits.
     """
 
     logits: torch.Tensor | None
     draws: tuple[Draw, ...]
     drawing: tuple[int, ...]
     best: torch.Tensor | None = None
+    kernels: Library | None = None
 
 
 class Pass(Protocol):

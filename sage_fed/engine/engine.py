@@ -153,7 +153,7 @@ class Engine:
             if self._unknown is not None:
                 forwarded.logits.index_fill_(1, self._unknown, -torch.inf)
                 best = None  # it may have been one of those
-            picked = pick(forwarded.logits, forwarded.draws, best)
+            picked = pick(forwarded.logits, forwarded.draws, best, forwarded.kernels)
         launched.arrive(forwarded, picked, self._device)
         if self._newest is None:
             self._pending = {drawn.seq_id: drawn.token_id for drawn in launched.read()}

@@ -3,16 +3,16 @@
 Order, as in `transformers`: penalties, temperature, top_k, top_p, min_p; each filter
 sees the distribution renormalised over what the previous ones left. (vLLM applies min_p before
 top_k; being relative to the best token it commutes with top_k, but not with top_p.)
-The draw inverts the cumulative distribution at one uniform number, so it is a function of the
-row's logits, its settings, its seed and its index alone. Log-probabilities are of the raw
-logits, in fp32, before any of the above. Logits hold the tokenizer's own ids only, so padding
-of the vocabulary can neither be drawn nor counted.
+The draw is Gumbel-max over the ids that are left (see `draws`), so it is a function of the row's
+logits, its settings, its seed and its index alone. Of equal logits at the edge of top_k or top_p
+the lower ids stay; the masses that top_p compares are integers, so that no order of adding them
+moves the edge. Log-probabilities are of the raw logits, in fp32, before any of the above. Logits
+hold the tokenizer's own ids only, so padding of the vocabulary can neither be drawn nor counted.
 A row with a NaN or an infinite best has no token: `argmax` finds either, so one look at the best
 logit of each row tells, which costs one gather of as many numbers as there are rows.
 Every function works on the device and waits for nothing: settings cross to it in one copy,
 results come back in another, and `Picked.choices` reads them when they are there.
-Random numbers have no state: a request's n-th is a function of its seed and n, so its tokens depend
-neither on what else is in the batch nor on restarts.
+Noise has no state, so tokens depend neither on what else is in the batch nor on restarts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import torch
 
 from sage_fed.core import Logprob, Sampling
 from sage_fed.engine.batch import Packer, Vectors
+from sage_fed.engine.draws import NOISE_MAX, draw_key, ids_of, noise, ranks, weights
+from sage_fed.engine.native.library import DrawRowStruct, Library
 from sage_fed.steps import NO_TOKEN, Draw
 
 Choice = tuple[int, Logprob | None]
@@ -54,10 +56,16 @@ class Picked:
         return _read_logprobs(results, self.draws)
 
 
-def pick(logits: torch.Tensor, draws: Sequence[Draw], best: torch.Tensor | None = None) -> Picked:
+def pick(
+    logits: torch.Tensor,
+    draws: Sequence[Draw],
+    best: torch.Tensor | None = None,
+    kernels: Library | None = None,
+) -> Picked:
     """Choose a token for every row of `logits` [rows, ids], of any floating type.
 
     `best` is their argmax, where it is known; `NO_TOKEN` for a row that is not finite.
+    With `kernels` the logits are fp32 on the host, and changed for the time of the call.
     """
     kept = tuple(draws)
     if all(_is_plain(draw.sampling) for draw in draws):
@@ -66,27 +74,59 @@ def pick(logits: torch.Tensor, draws: Sequence[Draw], best: torch.Tensor | None 
         tokens = logits.argmax(-1)
         return Picked(tokens, _marked(tokens, _finite(logits, tokens)), kept)
     raw = logits.float()
+    if kernels is None:
+        tokens, marked = _picked(raw, draws)
+    else:
+        marked = _picked_by(kernels, raw, draws)
+        tokens = marked.clamp_min(0)
+    if all(draw.sampling.top_logprobs is None for draw in draws):
+        return Picked(tokens, marked, kept)
+    return Picked(tokens, _with_logprobs(raw, tokens, marked, draws), kept)
+
+
+def _picked_by(kernels: Library, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """A token for each row, by the kernels; `NO_TOKEN` for one that is not finite."""
+    rows = (DrawRowStruct * len(draws))()
+    for row, draw in zip(rows, draws, strict=True):
+        s = draw.sampling
+        row.key = draw_key(s.seed, draw.index)
+        row.top_p, row.top_k = s.top_p, s.top_k
+        row.temperature, row.log_min_p = _scales(s)
+        if s.greedy:
+            row.temperature = 0.0
     packer = Packer()
     penalties = _pack_penalties(draws, logits.shape[1], packer)
+    tokens = torch.empty(len(draws), dtype=torch.int64)
+    changed = _penalties(logits, [packer.move(logits.device)[index] for index in penalties])
+    if changed is not None:
+        logits.index_put_(changed.at, changed.after)
+    kernels.draw(logits.data_ptr(), logits.stride(0), logits.shape[1], rows, tokens.data_ptr())
+    if changed is not None:
+        logits.index_put_(changed.at, changed.before)
+    return tokens
+
+
+def _picked(raw: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row, and the same with `NO_TOKEN` for one that is not finite."""
+    packer = Packer()
+    penalties = _pack_penalties(draws, raw.shape[1], packer)
     methods = [
-        (method, packer.add(rows), _Controls.pack([draws[row] for row in rows], packer))
+        (method, packer.add(rows), *_Controls.pack([draws[row] for row in rows], packer))
         for method, rows in _by_method(draws).items()
     ]
-    vectors = packer.move(logits.device)
-    scores = _penalised(raw, [vectors[index] for index in penalties])
+    vectors = packer.move(raw.device)
+    changed = _penalties(raw, [vectors[index] for index in penalties])
+    scores = raw if changed is None else raw.index_put(changed.at, changed.after)
     tokens = scores.argmax(-1)
     finite = _finite(scores, tokens)
-    for method, at, (controls_at, largest_top_k) in methods:
+    for method, at, controls_at, keys_at, largest_top_k in methods:
         rows, columns = vectors[at], vectors[controls_at].view(torch.float64)
-        controls = _Controls.of(columns, rows.shape[0], largest_top_k)
+        controls = _Controls.of(columns, vectors[keys_at], largest_top_k)
         if rows.shape[0] == len(draws):
             tokens = method(scores, controls)
         else:
             tokens.index_copy_(0, rows, method(scores.index_select(0, rows), controls))
-    marked = _marked(tokens, finite)
-    if all(draw.sampling.top_logprobs is None for draw in draws):
-        return Picked(tokens, marked, kept)
-    return Picked(tokens, _with_logprobs(raw, tokens, marked, draws), kept)
+    return tokens, _marked(tokens, finite)
 
 
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
@@ -129,8 +169,17 @@ def _pack_penalties(draws: Sequence[Draw], num_ids: int, packer: Packer) -> tupl
     return packer.add(rows), packer.add(ids), *doubles
 
 
-def _penalised(logits: torch.Tensor, packed: Vectors) -> torch.Tensor:
-    """Return logits [rows, ids], of any floating type, with the penalties of earlier tokens.
+@dataclass(frozen=True, slots=True)
+class _Penalties:
+    """The logits that penalties change: where they are, before and after."""
+
+    at: tuple[torch.Tensor, torch.Tensor]
+    before: torch.Tensor
+    after: torch.Tensor
+
+
+def _penalties(logits: torch.Tensor, packed: Vectors) -> _Penalties | None:
+    """What the penalties of earlier tokens make of logits [rows, ids]; None where there are none.
 
     First the repetition penalty, which scales away from choice as CTRL (arXiv 1909.05858) does,
     then presence and frequency penalties are subtracted, as the OpenAI API defines them:
@@ -139,46 +188,55 @@ def _penalised(logits: torch.Tensor, packed: Vectors) -> torch.Tensor:
     fault, never a setting's.
     """
     if not packed:
-        return logits
+        return None
     rows, ids, *doubles = packed
     factor, offset = (values.view(torch.float64).float() for values in doubles)
     before = logits[rows, ids]
     worse = torch.where(before > 0, before / factor, before * factor) - offset
     bound = torch.finfo(worse.dtype).max
     bounded = torch.where(before.isfinite(), worse.clamp(-bound, bound), worse)
-    return logits.index_put((rows, ids), bounded)
+    return _Penalties((rows, ids), before, bounded)
 
 
 @dataclass(frozen=True, slots=True)
 class _Controls:
-    """The settings of some rows on the device, each float64 [rows, 1].
+    """The settings of some rows on the device, each [rows, 1].
 
-    `log_min_p` is -inf where min_p is off, `number` the uniform number of each row's draw.
+    `temperature` and `log_min_p`, -inf where min_p is off, are fp32, `top_k` and `top_p` float64,
+    `key` int64: what each row's noise follows from.
     """
 
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     log_min_p: torch.Tensor
-    number: torch.Tensor
+    key: torch.Tensor
     largest_top_k: int
 
     @staticmethod
-    def pack(draws: Sequence[Draw], packer: Packer) -> tuple[int, int]:
-        """Pack the settings; their place in the packer, and the largest top_k."""
+    def pack(draws: Sequence[Draw], packer: Packer) -> tuple[int, int, int]:
+        """Pack the settings; the places of settings and keys, and the largest top_k."""
         values = array("d")
         for draw in draws:
             s = draw.sampling
-            floor = math.log(s.min_p) if s.min_p > 0 else -math.inf
-            values.extend((max(s.temperature, _COLDEST), float(s.top_k), s.top_p, floor))
-            values.append(uniform(s.seed, draw.index))
-        return packer.add_doubles(values), max(draw.sampling.top_k for draw in draws)
+            values.extend((*_scales(s), float(s.top_k), s.top_p))
+        keys = [draw_key(draw.sampling.seed, draw.index) for draw in draws]
+        largest_top_k = max(draw.sampling.top_k for draw in draws)
+        return packer.add_doubles(values), packer.add(keys), largest_top_k
 
     @classmethod
-    def of(cls, values: torch.Tensor, rows: int, largest_top_k: int) -> Self:
-        """What was packed, on the device: float64 [rows * 5]."""
-        temperature, top_k, top_p, log_min_p, number = values.view(rows, -1, 1).unbind(1)
-        return cls(temperature, top_k, top_p, log_min_p, number, largest_top_k)
+    def of(cls, values: torch.Tensor, keys: torch.Tensor, largest_top_k: int) -> Self:
+        """What was packed, on the device: float64 [rows * 4] and int64 [rows]."""
+        columns = values.view(keys.shape[0], 4, 1)
+        temperature, log_min_p = columns[:, :2].float().unbind(1)
+        top_k, top_p = columns[:, 2:].unbind(1)
+        return cls(temperature, top_k, top_p, log_min_p, keys[:, None], largest_top_k)
+
+
+def _scales(sampling: Sampling) -> tuple[float, float]:
+    """The temperature that scores are divided by, and the log of min_p."""
+    floor = math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+    return max(sampling.temperature, _COLDEST), floor
 
 
 Pick = Callable[[torch.Tensor, _Controls], torch.Tensor]
@@ -192,59 +250,91 @@ def _by_method(draws: Sequence[Draw]) -> dict[Pick, list[int]]:
         if sampling.greedy:
             continue
         if sampling.top_k > 0:
-            method: Pick = _pick_from_best
+            method: Pick = _draw_from_best
         elif sampling.top_p < 1.0:
-            method = _pick_sorted
+            method = _draw_from_nucleus
         else:
-            method = _pick_unsorted
+            method = _draw_from_all
         methods.setdefault(method, []).append(row)
     return methods
 
 
 def _relative(scores: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """Scores over temperature, shifted to a best of 0: log of the ratio to the best token."""
-    return (scores - scores.amax(-1, keepdim=True)) / temperature.float()
+    return (scores - scores.amax(-1, keepdim=True)) / temperature
 
 
-def _invert(probabilities: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Column [rows, 1] at which the cumulative sum of each row passes `number` of its total."""
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    target = number * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
-
-
-def _pick_unsorted(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
-    """Draw in the order of ids: no filter of these rows needs a sorted distribution."""
+def _draw_from_all(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    """Draw from what min_p leaves: no filter of these rows needs an order."""
     relative = _relative(scores, controls.temperature)
-    relative = relative.masked_fill(relative < controls.log_min_p, -math.inf)
-    return _invert(relative.softmax(-1), controls.number).squeeze(-1)
+    if not _may_select(scores):
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        noisy = relative + noise(controls.key, ids)
+        return noisy.masked_fill_(relative < controls.log_min_p, -math.inf).argmax(-1)
+    # Only an id that comes within the noise's bound of what the best has can win.
+    floor = noise(controls.key, relative.argmax(-1, keepdim=True)) - NOISE_MAX
+    rows, ids = (relative >= torch.maximum(floor, controls.log_min_p)).nonzero(as_tuple=True)
+    noisy = relative[rows, ids] + noise(controls.key[rows, 0], ids)
+    none = int(ranks(torch.tensor(-math.inf), torch.tensor(0)))
+    found = torch.full((scores.shape[0],), none)
+    return ids_of(found.scatter_reduce_(0, rows, ranks(noisy, ids), "amax"))
 
 
-def _pick_from_best(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
-    """Draw among the best top_k; sorting a whole vocabulary costs far more."""
-    width = min(controls.largest_top_k, scores.shape[-1])
-    best, ids = scores.topk(width, dim=-1)
-    return _pick_descending(best, ids, controls)
+def _draw_from_best(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    """Draw among the best top_k, and of those from what top_p and min_p leave."""
+    return _draw_descending(scores, controls, controls.largest_top_k, None)
 
 
-def _pick_sorted(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
-    best, ids = scores.sort(stable=True, dim=-1, descending=True)
-    return _pick_descending(best, ids, controls)
+def _draw_from_nucleus(scores: torch.Tensor, controls: _Controls) -> torch.Tensor:
+    """Draw from what top_p and min_p leave; where it can, it orders only what carries the mass."""
+    width = scores.shape[-1]
+    relative = _relative(scores, controls.temperature)
+    weight = weights(relative)
+    total = weight.sum(-1, keepdim=True)
+    if _may_select(scores):
+        wanted = controls.top_p * total.double()
+        for floor in _FLOORS:
+            inside = relative >= floor
+            mass = weight.masked_fill(~inside, 0).sum(-1, keepdim=True)
+            if bool((mass.double() >= wanted).all()):
+                width = int(inside.sum(-1).amax())
+                break
+    return _draw_descending(scores, controls, width, total)
 
 
-def _pick_descending(best: torch.Tensor, ids: torch.Tensor, controls: _Controls) -> torch.Tensor:
-    """Draw from scores in descending order, whose token ids are `ids` [rows, width]."""
-    relative = _relative(best, controls.temperature)
-    rank = torch.arange(best.shape[-1], device=best.device)
+_FLOORS = (-1.0, -2.0, -4.0, -8.0, -16.0)
+_SMALL = 4096
+
+
+def _may_select(scores: torch.Tensor) -> bool:
+    """Whether to look how many ids are worth the work: costs nothing but on the host."""
+    return scores.device.type == "cpu" and scores.shape[-1] > _SMALL
+
+
+def _draw_descending(
+    scores: torch.Tensor, controls: _Controls, width: int, total: torch.Tensor | None
+) -> torch.Tensor:
+    """Draw from the best `width`, in descending order; `total` is the weight that top_p divides."""
+    num_ids = scores.shape[-1]
+    ranked = ranks(scores, torch.arange(num_ids, device=scores.device))
+    if 0 < width < num_ids:
+        best = ranked.topk(width, dim=-1).values
+    else:
+        best = ranked.sort(dim=-1, descending=True).values
+    ids = ids_of(best)
+    relative = _relative(scores.gather(-1, ids), controls.temperature)
+    rank = torch.arange(ids.shape[-1], device=scores.device)
     beyond = (rank >= controls.top_k) & (controls.top_k > 0)
-    relative = relative.masked_fill(beyond, -math.inf)
-    probabilities = relative.softmax(-1, dtype=torch.float64)
+    weight = weights(relative).masked_fill_(beyond, 0)
+    if total is None:
+        total = weight.sum(-1, keepdim=True)
     # A token stays while the mass before it is short of top_p; the best one always does.
-    before = probabilities.cumsum(-1) - probabilities
-    dropped = (before >= controls.top_p) | (relative < controls.log_min_p)
+    before = (weight.cumsum(-1) - weight).double()
+    dropped = beyond | (before >= controls.top_p * total.double())
+    dropped |= relative < controls.log_min_p
     dropped[:, 0] = False
-    column = _invert(probabilities.masked_fill_(dropped, 0.0), controls.number)
-    return ids.gather(-1, column).squeeze(-1)
+    noisy = (relative + noise(controls.key, ids)).masked_fill_(dropped, -math.inf)
+    return ids_of(ranks(noisy, ids).amax(-1))
 
 
 def _with_logprobs(
@@ -271,24 +361,3 @@ def _read_logprobs(results: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]
         best = tuple((int(i), v) for i, v in zip(ids, values, strict=True))[:count]
         choices.append((token, Logprob(token, row[1], best)))
     return choices
-
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def uniform(seed: int, index: int) -> float:
-    """The `index`-th number of `seed`, uniform over the multiples of 2^-52 in [0, 1).
-
-    Two rounds of SplitMix64's finaliser (Steele, Lea, Flood 2014), the first over the seed and
-    the second over the index, so that neighbouring seeds share no subsequence.
-    52 bits, not 53, so that `u * total < total` for every positive double `total`.
-    """
-    stream = _mix(((seed & _MASK) + _GOLDEN) & _MASK)
-    return (_mix((stream + (index + 1) * _GOLDEN) & _MASK) >> 12) * 2.0**-52
-
-
-def _mix(value: int) -> int:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)

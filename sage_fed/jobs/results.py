@@ -51,6 +51,9 @@ _JSON_FORMATS = (1, 2)
 """The formats before, which begin with a brace and are read as long as the books keep one: lines of
 JSON. The first has one line, `Logprob` by names, and no usage by phase."""
 
+_FIRST_DRAWS = 1
+"""The draw's version of a result from before it was kept."""
+
 _FRAME_TOKENS = 32
 _LENGTH_BYTES = 4
 
@@ -108,8 +111,10 @@ class Result:
             raise ValueError("a stored result of a later version") from error
         token_ids = tuple(itertools.chain.from_iterable(part.token_ids for part in parts))
         logprobs = tuple(itertools.chain.from_iterable(part.logprobs for part in parts))
+        route = head.started.route
+        route = replace(route, draw_version=route.draw_version or _FIRST_DRAWS)
         return cls(
-            started=replace(head.started, replayed=True),
+            started=replace(head.started, route=route, replayed=True),
             output=Delta(head.text, token_ids, logprobs, len(token_ids)),
             finished=head.finished,
         )
@@ -138,7 +143,7 @@ def _from_json(data: bytes) -> Result:
         more: dict[str, Any] = json.loads(line)
         token_ids += more.get("token_ids", [])
         logprobs += [_logprob(*entry) for entry in more.get("logprobs", [])]
-    route = started.pop("route")
+    route = {"draw_version": _FIRST_DRAWS, **started.pop("route")}
     tier, requested = Tier.called(route.pop("tier")), route.pop("requested")
     requested = Tier.called(requested) if requested else None
     return Result(

@@ -214,7 +214,7 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("tier", "reason", "downgraded", "requested", "tier_name", "requested_name", "mode")
+    __slots__ = ("tier", "reason", "downgraded", "requested", "tier_name", "requested_name", "mode", "draw_version")
     TIER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DOWNGRADED_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class Route(_message.Message):
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_NAME_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    DRAW_VERSION_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     reason: str
     downgraded: bool
@@ -229,7 +230,8 @@ class Route(_message.Message):
     tier_name: str
     requested_name: str
     mode: Mode
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ..., tier_name: _Optional[str] = ..., requested_name: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    draw_version: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., reason: _Optional[str] = ..., downgraded: _Optional[bool] = ..., requested: _Optional[_Union[Tier, str]] = ..., tier_name: _Optional[str] = ..., requested_name: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., draw_version: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "output_tokens", "by_phase")

@@ -22,7 +22,7 @@ from transformers import (
 
 from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine
-from sage_fed.engine.sampling import choose, uniform
+from sage_fed.engine.sampling import choose
 from sage_fed.steps import NO_TOKEN, Draw
 
 Checkpoints = Callable[[str], Checkpoint]
@@ -139,23 +139,6 @@ def test_rows_of_different_settings_do_not_disturb_each_other() -> None:
         together = [token for token, _ in choose(logits, draws)]
         alone = [choose(logits[i : i + 1], draws[i : i + 1])[0][0] for i in range(len(draws))]
         assert alone == together
-
-
-def test_uniform_numbers_are_uniform_and_stable() -> None:
-    """Numbers lie in [0, 1), are spread evenly, and are the same in every version of ours."""
-    numbers = [uniform(seed, index) for seed in range(100) for index in range(100)]
-    assert len(set(numbers)) == len(numbers)
-    assert all(0.0 <= number < 1.0 for number in numbers)
-    cells = Counter(int(number * 20) for number in numbers)
-    statistic, limit = chi_square([int(n * 20) for n in numbers], torch.full((20,), 0.05))
-    assert 20 == len(cells)
-    assert statistic < limit
-    assert [uniform(0, 0), uniform(1, 0), uniform(2**64 - 1, 7)] == [
-        uniform(2**64, 0),
-        uniform(2**64 + 1, 0),
-        uniform(-1, 7),
-    ]
-    assert 0.34329192209867343 == uniform(42, 0)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])

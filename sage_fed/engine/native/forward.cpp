@@ -414,6 +414,7 @@ void sf_abi_sizes(int64_t* sizes) {
   sizes[2] = sizeof(Model);
   sizes[3] = sizeof(Chunk);
   sizes[4] = sizeof(Step);
+  sizes[5] = sizeof(DrawRow);
 }
 
 // The process's pool of `num_threads`, shared by all who ask for it; null: no memory or threads.

@@ -96,7 +96,9 @@ class NativeForward:
             best=best.data_ptr(),
         )
         draws_of = tuple(draw for chunk in chunks for draw in chunk.draws)
-        leaves = Forwarded(logits if drawing else None, draws_of, tuple(drawing), best)
+        leaves = Forwarded(
+            logits if drawing else None, draws_of, tuple(drawing), best, self._library
+        )
         kept = (token_ids, described, blocks, best)
         return _NativePass(self._library, self._session, step, leaves, kept)
 

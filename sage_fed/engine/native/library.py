@@ -113,10 +113,22 @@ class StepStruct(ctypes.Structure):
     )
 
 
+class DrawRowStruct(ctypes.Structure):
+    """`DrawRow` of model.h."""
+
+    _fields_ = (
+        ("key", c_int64),
+        ("top_p", c_double),
+        ("top_k", c_int64),
+        ("temperature", c_float),
+        ("log_min_p", c_float),
+    )
+
+
 _DONE, _NO_MEMORY = 0, 1
 _NEVER_S = -1.0
 
-_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct)
+_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct, DrawRowStruct)
 
 
 class Library:
@@ -148,6 +160,12 @@ class Library:
             ("sf_session_new", c_void_p, [POINTER(ModelStruct), c_void_p]),
             ("sf_session_free", None, [c_void_p]),
             ("sf_session_run", c_int32, [c_void_p, POINTER(StepStruct), c_double]),
+            (
+                "sf_draw",
+                c_int32,
+                [c_void_p, c_void_p, c_int64, c_int64, POINTER(DrawRowStruct), c_int64, c_void_p],
+            ),
+            ("sf_gumbel", None, [c_void_p, c_int64, c_void_p]),
         ):
             function = getattr(dll, name)
             function.restype = result
@@ -209,6 +227,28 @@ class Library:
         if said == _NO_MEMORY:
             raise MemoryError("no memory for a step's activations")
         return bool(said == _DONE)
+
+    def draw(
+        self,
+        logits: int,
+        stride: int,
+        num_ids: int,
+        rows: ctypes.Array[DrawRowStruct],
+        tokens: int,
+    ) -> None:
+        """Write int64 tokens [rows] for fp32 logits [rows, num_ids]; -1 where they aren't numbers.
+
+        The logits' rows are `stride` numbers apart.
+
+        Raises:
+            MemoryError: there is none for a row's candidates.
+        """
+        if self.dll.sf_draw(self._pool, logits, stride, num_ids, rows, len(rows), tokens):
+            raise MemoryError("no memory to draw tokens")
+
+    def gumbel(self, counters: int, count: int, noise: int) -> None:
+        """Write the fp32 noise of `count` (a multiple of 16) uint32 counters."""
+        self.dll.sf_gumbel(counters, count, noise)
 
 
 def load_library(num_threads: int) -> Library | Unavailable:

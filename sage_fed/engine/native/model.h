@@ -72,6 +72,15 @@ struct Step {
   int64_t* best;  // [draws]: the first id of the highest logit; -1: no numbers
 };
 
+// How one row's token is drawn; see draws.py and sampling.py for what each means.
+struct DrawRow {
+  uint64_t key;
+  double top_p;
+  int64_t top_k;
+  float temperature;  // 0: the best
+  float log_min_p;
+};
+
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 inline int64_t padded_k(const Linear& l) { return round_up(l.k, kGroup); }
 inline int64_t panels(const Linear& l) { return (l.n + kPanel - 1) / kPanel; }
