@@ -276,3 +276,20 @@ def test_a_card_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) ->
         QualityCard.load("mine", directory)
     with pytest.raises(ConfigError, match="neither a card's version nor a path"):
         QualityCard.load("Mine Own", directory)
+
+
+def test_the_bundled_pair_has_a_card_that_tells() -> None:
+    """Measured on tasks of no training: calibrated, and better than the base rate at telling."""
+    cards, errors = readable_cards(Path("/nonexistent"))[1:]
+    assert () == errors
+    (card,) = cards
+    assert {"demo-tactical", "demo-strategic"} == {
+        model.name for model in card.fingerprint.models.values()
+    }
+    evidence = card.classes[ANY_CLASS].evidence
+    assert card.measured.num_tasks >= 2000
+    assert card.measured.num_held_out >= 2000
+    assert evidence.calibration_error.value <= 0.05
+    assert evidence.auroc.value >= 0.75
+    assert evidence.brier.high < evidence.base_brier
+    assert card.cascade(ANY_CLASS, 0.3).error < card.expected_error(Tier.TACTICAL)

@@ -325,9 +325,10 @@ class HeldOut:
     family: str
     num_tasks: int
     errors: Mapping[Tier, Estimate]
-    auroc: float
-    calibration_error: float
-    brier: float
+    auroc: Estimate | None
+    """None where all answers are of one kind."""
+    calibration_error: Estimate
+    brier: Estimate
     base_brier: float
     bins: tuple[Bin, ...]
 
@@ -465,17 +466,23 @@ def _fit_class(own: Sequence[Judged], tiers: Sequence[Tier]) -> ClassFit:
 
 
 def _evidence(p_wrong: Array, wrong: Flags) -> Evidence:
-    n, base = len(wrong), float(wrong.mean())
     return Evidence(
         folds=FOLDS,
-        auroc=_estimate(auroc(p_wrong, wrong), *interval(lambda i: auroc(p_wrong[i], wrong[i]), n)),
-        calibration_error=_estimate(
-            calibration_error(p_wrong, wrong),
-            *interval(lambda i: calibration_error(p_wrong[i], wrong[i]), n),
-        ),
-        brier=_estimate(brier(p_wrong, wrong), *interval(lambda i: brier(p_wrong[i], wrong[i]), n)),
-        base_brier=round(base * (1 - base), _DIGITS),
+        auroc=_measured(auroc, p_wrong, wrong),
+        calibration_error=_measured(calibration_error, p_wrong, wrong),
+        brier=_measured(brier, p_wrong, wrong),
+        base_brier=_base_brier(wrong),
     )
+
+
+def _measured(measure: Callable[[Array, Flags], float], p_wrong: Array, wrong: Flags) -> Estimate:
+    drawn = interval(lambda rows: measure(p_wrong[rows], wrong[rows]), len(wrong))
+    return _estimate(measure(p_wrong, wrong), *drawn)
+
+
+def _base_brier(wrong: Flags) -> float:
+    base = float(wrong.mean())
+    return round(base * (1 - base), _DIGITS)
 
 
 def _curve_point(
@@ -506,17 +513,16 @@ def _judge_family(own: Sequence[Judged], card: QualityCard, tiers: Sequence[Tier
     lowest = tiers[0].name
     wrong = np.array([not each.right[lowest] for each in own])
     p_wrong = np.array([card.p_wrong(ANY_CLASS, each.answers[lowest].features) for each in own])
-    base = float(wrong.mean())
     return HeldOut(
         family=own[0].task.held_out,
         num_tasks=len(own),
         errors=MappingProxyType(
             {t: share_of(sum(not e.right[t.name] for e in own), len(own)) for t in tiers}
         ),
-        auroc=auroc(p_wrong, wrong),
-        calibration_error=calibration_error(p_wrong, wrong),
-        brier=brier(p_wrong, wrong),
-        base_brier=base * (1 - base),
+        auroc=_measured(auroc, p_wrong, wrong) if 0 < wrong.sum() < len(wrong) else None,
+        calibration_error=_measured(calibration_error, p_wrong, wrong),
+        brier=_measured(brier, p_wrong, wrong),
+        base_brier=_base_brier(wrong),
         bins=reliability(p_wrong, wrong),
     )
 
@@ -605,6 +611,11 @@ def _percent(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.1f} % ({low}-{high})"
 
 
+def _points(share: float) -> str:
+    # Plus zero: what rounds to nothing has no sign.
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
+
+
 def _summary(fit: Fit) -> Iterator[str]:
     tiers = sorted(fit.card.fingerprint.models)
     headings = ["class", "tasks", *(f"{t.name} wrong" for t in tiers), "AUROC"]
@@ -646,8 +657,8 @@ def _class_section(name: str, fit: ClassFit) -> Iterator[str]:
             _percent(point.accuracy),
             f"{100 * point.mixture:.1f} %",
             (
-                f"{100 * (point.accuracy.value - point.mixture):+.1f} "
-                f"({100 * point.gain_low:+.1f} to {100 * point.gain_high:+.1f})"
+                f"{_points(point.accuracy.value - point.mixture)} "
+                f"({_points(point.gain_low)} to {_points(point.gain_high)})"
             ),
         ]
         for point in fit.curve
@@ -673,8 +684,8 @@ def _drawn(one: Bin) -> str:
 def _held_out_section(family: HeldOut) -> Iterator[str]:
     wrong = ", ".join(f"{tier.name} {_percent(of)}" for tier, of in family.errors.items())
     figures = (
-        f"AUROC {'-' if math.isnan(family.auroc) else f'{family.auroc:.3f}'}, calibration error "
-        f"{family.calibration_error:.3f}, Brier {family.brier:.3f} against "
+        f"AUROC {'-' if family.auroc is None else _of(family.auroc)}, calibration error "
+        f"{_of(family.calibration_error)}, Brier {_of(family.brier)} against "
         f"{family.base_brier:.3f} of its own base rate"
     )
     yield f"## Held out: `{family.family}`"

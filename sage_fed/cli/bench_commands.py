@@ -403,7 +403,7 @@ def _print_quality(done: QualityCalibrated, command: str) -> None:
     held_out = [
         (
             f"held out {each.family}",
-            f"{each.num_tasks} tasks, calibration error {each.calibration_error:.3f}",
+            f"{each.num_tasks} tasks, calibration error {each.calibration_error.value:.3f}",
         )
         for each in done.fit.held_out
     ]
