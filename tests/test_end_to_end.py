@@ -219,7 +219,8 @@ def test_quote_hold_and_charge_are_the_cards(client: Client, tier: Tier) -> None
     ask = {"tier": tier, "max_new_tokens": 40, "seed": 5, "temperature": 0.0}
     quote = client.quote("reverse: abc", **ask)
     assert isinstance(quote.decision, Route)
-    (quoted,) = [route for route in quote.tiers if route.tier is tier]
+    mode = quote.decision.mode
+    (quoted,) = [route for route in quote.tiers if (route.tier, route.mode) == (tier, mode)]
     prompt_tokens = client.count_tokens("reverse: abc", tier).prompt_tokens
     assert prompt_tokens == quote.prompt_tokens
     assert prompt_tokens * PREFILL[tier] + 40 * DECODE[tier] == quoted.worst_case_uatp
