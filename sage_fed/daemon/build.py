@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import sage_fed
 from sage_fed.calibrate.calibrator import Site
-from sage_fed.cards.quality_card import QualityCard, readable_cards
+from sage_fed.cards.quality_card import QUALITY_FOLDER, QualityCard, readable_cards
 from sage_fed.cards.rate_card import Fingerprint, RateCard, own_cards
 from sage_fed.core import Address, ModelInfo, Phase, Tier, counted
 from sage_fed.daemon.operations import CardInForce, QualityInForce
@@ -282,6 +282,7 @@ def _quality_in_force(settings: Settings, metrics: Metrics) -> QualityInForce:
     tiers, wanted = tuple(settings.tiers), settings.quality_card
     cards: tuple[QualityCard, ...] = ()
     num_own = 0
+    require_trusted_directory("cards_dir", settings.own_cards_dir / QUALITY_FOLDER)
     if wanted == AUTO_CARD:
         own, bundled, errors = readable_cards(settings.own_cards_dir, tiers)
         for error in errors:
