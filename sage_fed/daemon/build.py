@@ -62,6 +62,15 @@ def _load_tokenizers(settings: Settings) -> dict[Tier, Tokenizer]:
         if seen:
             by_files[seen] = tokenizer
         tokenizers[tier] = tokenizer
+    lowest = min(tokenizers)
+    for tier, own in tokenizers.items():
+        if not own.has_tokens_of(tokenizers[lowest]):
+            _log.warning(
+                "the %s tier's tokenizer is not the %s tier's: that one drafts nothing for it, and "
+                "there are no cascades; name two models of one tokenizer for both",
+                tier.name,
+                lowest.name,
+            )
     return tokenizers
 
 

@@ -215,7 +215,7 @@ class Admission:
         self._drafters: dict[Tier, Tier] = {
             tier: lowest
             for tier, tokenizer in encoder.tokenizers.items()
-            if tier != lowest and tokenizer.encodes_like(own)
+            if tier != lowest and tokenizer.has_tokens_of(own)
         }
         """Who can draft for a tier: its tokens have to be the same."""
         self._reserved: Counter[Tier] = Counter()
@@ -381,7 +381,7 @@ class Admission:
             raise InvalidField(
                 "job.mode", f"{name} needs the {deepest.name} tier; name that or none"
             )
-        if not self._drafters:
+        if spec.mode is Mode.CASCADE and deepest not in self._drafters:
             raise InvalidField("job.mode", f"{name} needs two tiers of one tokenizer")
         if spec.mode is Mode.CASCADE and self._quality_for(spec) is None:
             raise InvalidField(
@@ -397,11 +397,11 @@ class Admission:
 
         It is asked with empty prompts, too, for the tiers that the job will need.
         """
-        drafter = self._drafters.get(tier)
         asked = self._speculates if spec.mode is None else spec.mode is not Mode.SINGLE
-        if drafter is None or not asked:
-            return Program((Stage(tier, ids[tier], new),))
-        return Program((Stage(tier, ids[tier], new, speculates=True, drafter=drafter),))
+        # Without a drafter, earlier text is still a source of drafts, and costs no step.
+        speculates = asked and tier != min(self.encoder.tokenizers)
+        drafter = self._drafters.get(tier) if speculates else None
+        return Program((Stage(tier, ids[tier], new, speculates=speculates, drafter=drafter),))
 
     def decide(
         self, draft: Draft, budget: Budget | None, loads: Mapping[Tier, TierLoad]
