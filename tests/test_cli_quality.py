@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +16,7 @@ from daemon_process import DaemonProcess
 from forked_daemon import ForkedProcess
 from tasks import task_at
 from typer.testing import CliRunner, Result
+from waiting import until
 
 from sage_fed.cards.quality_card import ANY_CLASS, QUALITY_FOLDER, AnswerFeatures, QualityCard
 from sage_fed.cli.app import build_app
@@ -106,6 +111,18 @@ def test_a_doubtful_answer_is_told_from_a_sound_one(
     assert doubts[0] < 0.3 < 0.7 < doubts[1]
 
 
+def test_a_cascade_doubts_as_the_card_does(daemon: DaemonProcess, made: dict[str, object]) -> None:
+    """It says the P(wrong) that the card has for the very answer that the tactical tier gives."""
+    card = QualityCard.load(str(made["version"]), daemon.state_dir / "cards")
+    with Client(daemon.address) as client:
+        for prompt in ("What is 2+3?", "Reverse QXWZKJVBGHTRPL.", "Sort KDHAQZ."):
+            ask = {"temperature": 0.0, "max_new_tokens": 24}
+            alone = client.generate(prompt, tier="tactical", top_logprobs=2, **ask)
+            cascade = client.generate(prompt, mode="cascade", max_error=1.0, **ask)
+            expected = card.p_wrong("any", AnswerFeatures.of(alone.logprobs))
+            assert expected == pytest.approx(cascade.finished.error_probability, abs=1e-6)
+
+
 def test_it_is_in_force_and_shown(daemon: DaemonProcess, made: dict[str, object]) -> None:
     """By `status`, and by a metric."""
     assert (True, "") == (made["adopted"], made["refused"])
@@ -165,6 +182,36 @@ def test_too_few_tasks_make_no_card(daemon: DaemonProcess, tmp_path: Path) -> No
     result = run(daemon, "--quality", str(path))
     assert ExitCode.USAGE == result.exit_code
     assert "1 tasks, and 100 are needed" in result.stderr
+
+
+def test_an_interrupt_ends_it_soon_and_keeps_what_was_answered(
+    daemon: DaemonProcess, made: dict[str, object], tmp_path: Path
+) -> None:
+    """Exit code 130; no hold stays open, and the next run asks only the rest."""
+    path = tmp_path / "tasks.jsonl"
+    num_tasks = 3000
+    path.write_text(
+        "".join(
+            f'{{"prompt": "What is {1000 + i}+{5000 - i}?", "check": {{"exact": "6000"}}}}\n'
+            for i in range(num_tasks)
+        )
+    )
+    kept = Path(str(made["answers"]))
+    before = len(kept.read_text().splitlines())
+    environ = {key: value for key, value in os.environ.items() if "SAGE_FED" not in key}
+    words = ("calibrate", "--quality", str(path), "--state-dir", str(daemon.state_dir))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sage_fed.cli", *words, "--address", daemon.address],
+        env=environ,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: len(kept.read_text().splitlines()) > before + 20, "answers come")
+    process.send_signal(signal.SIGINT)
+    assert ExitCode.INTERRUPTED == process.wait(30)
+    asked = len(kept.read_text().splitlines()) - before
+    assert 20 < asked < 2 * num_tasks
+    with Client(daemon.address, daemon.admin_token) as operator:
+        until(lambda: operator.load().held_uatp == 0, "every hold is closed")
 
 
 def test_quality_has_no_quick_form(daemon: DaemonProcess, tasks: Path) -> None:

@@ -36,7 +36,7 @@ from sage_fed.cards.quality_card import (
     QualityFingerprint,
     is_task_class,
 )
-from sage_fed.core import Answer, JobSpec, Message, Prompt, SamplingRequest, Tier
+from sage_fed.core import Answer, JobSpec, Message, Mode, Prompt, SamplingRequest, Tier
 from sage_fed.errors import CannotWrite, ConfigError, Retryable
 
 MAX_TASKS = 100_000
@@ -393,6 +393,8 @@ def job_of(task: QualityTask, tier: Tier, temperature: float) -> JobSpec:
         account="",
         prompt=Prompt(messages=task.messages),
         requested=tier,
+        # Alone: what a tier costs with the other's drafts is the cascade's own to find out.
+        mode=Mode.SINGLE,
         sampling=SamplingRequest(
             temperature=temperature,
             seed=int(task.key, 16) % 2**63,
