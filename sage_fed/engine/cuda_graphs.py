@@ -1,13 +1,14 @@
 """The forward pass by CUDA graphs: a step is padded to a bucket, copied in, and replayed.
 
 Owns the buckets (so many sequences with so many new tokens each, and block tables of one width),
-their static inputs, and what is captured over them: one launch instead of hundreds. Padding rows
-are whole: token 0 at position 0 of a scratch block that belongs to no sequence, cut off from the
-results. What fits no bucket, a chunk with several draws among it, runs as it comes, token for token
-the same. Compiling needs Triton and a C compiler; without them graphs are made of torch's own
-kernels, and `name` says so. `EagerCapture` records nothing and does the same work again on any
-device, so that a mistake in the static tensors shows without a GPU.
-Knows no sampling. Fails with torch's out-of-memory error.
+their static inputs, and what is captured over them: one launch instead of hundreds. One new token
+each is decoding; more are drafts to be verified, and a graph has the logits of every row. Padding
+rows are whole: token 0 at position 0 of a scratch block that belongs to no sequence, cut off from
+the results. What fits no bucket runs as it comes, token for token the same. Compiling needs Triton
+and a C compiler; without them graphs are made of torch's own kernels, and `name` says so.
+`EagerCapture` records nothing and does the same work again on any device, so that a mistake in the
+static tensors shows without a GPU.
+Draws nothing. Fails with torch's out-of-memory error.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sage_fed.engine.attention import Heads, KVCache
 from sage_fed.engine.batch import Batch, BatchBuilder, Packer, add_slots, blocks_used, pinned_like
 from sage_fed.engine.decoder import Decoder, Forwarded, Pass, Queued, TorchForward, resolved
 from sage_fed.engine.machine import default_directory, private
+from sage_fed.engine.sampling import best_of
 from sage_fed.errors import ModelLoadError
 from sage_fed.steps import BLOCK_SIZE, Chunk
 
@@ -70,10 +72,10 @@ class GraphForward:
     def prepare(self, buckets: Buckets, num_ids: int, progress: Callable[[float], None]) -> None:
         """Capture every bucket, largest first: the others then fit the memory it has taken."""
         device = self.newest.device
-        rows = max(bucket.batch for bucket in buckets.all)
+        rows = max(bucket.rows for bucket in buckets.all)
         self._logits = torch.empty(rows, num_ids, dtype=self._dtype, device=device)
         self._best = torch.empty(rows, dtype=torch.int64, device=device)
-        order = sorted(buckets.all, key=lambda b: (b.batch * b.tokens, b.blocks), reverse=True)
+        order = sorted(buckets.all, key=lambda b: (b.rows, b.blocks), reverse=True)
         for number, bucket in enumerate(order):
             static = StaticBatch(
                 bucket,
@@ -106,34 +108,33 @@ class GraphForward:
         static, replay = self._graphs[bucket]
         static.fill(chunks)
         replay()
-        drawing = tuple(index for index, chunk in enumerate(chunks) if chunk.draws)
+        drawing = tuple(index for index, chunk in enumerate(chunks) for _ in chunk.draws)
         if not drawing:
             return Forwarded(None, (), ())
         assert self._logits is not None
         assert self._best is not None
-        logits, best = self._logits[: len(chunks)], self._best[: len(chunks)]
-        if len(drawing) < len(chunks):
+        rows = bucket.drawn(chunks)
+        if rows == range(len(rows)):
+            logits, best = self._logits[: len(rows)], self._best[: len(rows)]
+        else:
             packer = Packer()
-            packer.add(drawing)
-            (rows,) = packer.move(logits.device)
-            logits, best = logits.index_select(0, rows), best.index_select(0, rows)
+            packer.add(rows)
+            (at,) = packer.move(self._logits.device)
+            logits, best = self._logits.index_select(0, at), self._best.index_select(0, at)
         draws = tuple(draw for chunk in chunks for draw in chunk.draws)
         return Forwarded(logits, draws, drawing, best)
 
     def _work(self, bucket: Bucket, static: StaticBatch) -> Work:
         assert self._logits is not None
         assert self._best is not None
-        logits_out, best_out = self._logits[: bucket.batch], self._best[: bucket.batch]
+        logits_out, best_out = self._logits[: bucket.rows], self._best[: bucket.rows]
 
         def work() -> None:
             static.group.prepare()
             batch = replace(static.batch, token_ids=resolved(static.batch.token_ids, self.newest))
-            hidden = self._decoder.forward(batch)
-            if batch.rows is not None:
-                hidden = hidden.index_select(0, batch.rows)
-            logits = self._decoder.logits(hidden)
+            logits = self._decoder.logits(self._decoder.forward(batch))
             logits_out.copy_(logits)
-            best_out.copy_(logits.argmax(-1))
+            best_out.copy_(best_of(logits))
 
         return work
 
@@ -279,6 +280,14 @@ _BATCHES_BEYOND = 32
 
 _NARROWEST_BLOCKS = 16
 
+VERIFIED_TOKENS = (2, 3, 5, 9, 17)
+"""New tokens a sequence that are captured beside one: drafts of 1, 2, 4, 8 and 16 and the token
+before them. A longer one has work enough to hide its launches."""
+
+_MOST_VERIFIED_ROWS = 80
+"""Of one bucket: up to there a step still takes little more than reading the weights does, so that
+padding is nearly free; and every row has logits of its own, a third of a megabyte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -288,13 +297,28 @@ class Bucket:
     tokens: int
     blocks: int
 
+    @property
+    def rows(self) -> int:
+        """Tokens of a step, padding included; a sequence's stand together."""
+        return self.batch * self.tokens
+
+    def drawn(self, chunks: Sequence[Chunk]) -> range | list[int]:
+        """The rows that are drawn from, in the chunks' order; a range if they are the first."""
+        rows: list[int] = []
+        for index, chunk in enumerate(chunks):
+            end = index * self.tokens + len(chunk.token_ids)
+            rows.extend(range(end - len(chunk.draws), end))
+        first = range(len(rows))
+        return first if rows == list(first) else rows
+
 
 class Buckets:
     """Every bucket up to the largest step.
 
-    `tokens` are the numbers of new tokens: 1 is decoding, more is verifying. Beyond the
-    narrowest, a bucket whose tables hold more than `capacity_blocks` is left out: gathering them
-    would take more memory than a layer's whole cache, for padding that a ragged step does without.
+    `tokens` are the numbers of new tokens: 1 is decoding, more is verifying, of at most 80 rows.
+    Beyond the narrowest, a bucket whose tables hold more than `capacity_blocks` is left out:
+    gathering them would take more memory than a layer's whole cache, for padding that a ragged
+    step does without.
     """
 
     def __init__(
@@ -313,14 +337,13 @@ class Buckets:
             for width in self._widths
             for count in self._tokens
             for batch in self._batches
+            if count == 1 or batch * count <= _MOST_VERIFIED_ROWS
             if batch * width <= capacity_blocks or width == self._widths[0]
         )
         self._prepared = frozenset(self.all)
 
     def fit(self, chunks: Sequence[Chunk]) -> Bucket | None:
         """The smallest bucket that holds the chunks, where there is one worth its padding."""
-        if any(len(chunk.draws) > 1 for chunk in chunks):
-            return None  # a graph's outputs have one row a sequence
         longest = max(len(chunk.token_ids) for chunk in chunks)
         width = max(map(blocks_used, chunks))
         batch = _at_least(self._batches, len(chunks))
@@ -329,7 +352,8 @@ class Buckets:
         if batch is None or tokens is None or blocks is None:
             return None
         real = sum(len(chunk.token_ids) for chunk in chunks)
-        if tokens > 1 and 2 * real < len(chunks) * tokens:
+        verifies = any(len(chunk.draws) > 1 for chunk in chunks)
+        if tokens > 1 and not verifies and 2 * real < len(chunks) * tokens:
             return None
         bucket = Bucket(batch, tokens, blocks)
         return bucket if bucket in self._prepared else None
@@ -428,13 +452,10 @@ class StaticBatch:
     ) -> None:
         self._bucket = bucket
         self._scratch_block = scratch_block
-        rows = bucket.batch * bucket.tokens
-        sizes = (
-            rows, rows, rows, bucket.batch * bucket.blocks, bucket.batch * _STALE_SLOTS,
-            bucket.batch,
-        )  # fmt: skip
+        rows = bucket.rows
+        sizes = (rows, rows, rows, bucket.batch * bucket.blocks, bucket.batch * _STALE_SLOTS)
         self._buffer = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-        token_ids, positions, slots, tables, stale, last = self._buffer.split_with_sizes(sizes)
+        token_ids, positions, slots, tables, stale = self._buffer.split_with_sizes(sizes)
         self.group = StaticGroup(bucket, heads, positions, tables, dtype)
         self.batch = Batch(
             token_ids=token_ids,
@@ -442,7 +463,7 @@ class StaticBatch:
             slots=slots,
             stale=stale,
             groups=(self.group,),
-            rows=last if bucket.tokens > 1 else None,
+            rows=None,
             draws=(),
             drawing=(),
             pending=True,
@@ -453,11 +474,10 @@ class StaticBatch:
         """Queue the inputs of `chunks`, and of as many padding rows as are left."""
         bucket, scratch = self._bucket, self._scratch_block
         token_ids, positions, slots = array("q"), array("q"), array("q")
-        tables, stale, last = array("q"), array("q"), array("q")
+        tables, stale = array("q"), array("q")
         for chunk in chunks:
             count = len(chunk.token_ids)
             padding = bucket.tokens - count
-            last.append(len(token_ids) + count - 1)
             token_ids.extend((*chunk.token_ids, *(0,) * padding))
             positions.extend((*range(chunk.start, chunk.start + count), *(0,) * padding))
             own: list[int] = []
@@ -470,13 +490,12 @@ class StaticBatch:
             # not be read, not even to be masked.
             tables.extend((*used, *used[:1] * (bucket.blocks - len(used))))
         empty = bucket.batch - len(chunks)
-        last.extend(range(len(token_ids), len(token_ids) + empty * bucket.tokens, bucket.tokens))
         token_ids.extend((0,) * (empty * bucket.tokens))
         positions.extend((0,) * (empty * bucket.tokens))
         slots.extend((scratch * BLOCK_SIZE,) * (empty * bucket.tokens))
         tables.extend((scratch,) * (empty * bucket.blocks))
         stale.extend((scratch * BLOCK_SIZE,) * (bucket.batch * _STALE_SLOTS - len(stale)))
-        for more in (positions, slots, tables, stale, last):
+        for more in (positions, slots, tables, stale):
             token_ids.extend(more)
         packed = torch.frombuffer(token_ids, dtype=torch.int64)
         if self._buffer.is_cuda:

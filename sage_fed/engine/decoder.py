@@ -160,8 +160,8 @@ class Forwarded:
 
     `logits` is [len(draws), valid ids] of a floating type, or None where no chunk has a draw.
     `drawing[i]` is the index, in the step, of the chunk that `draws[i]` belongs to.
-    `best`, where the pass has found it already, is the argmax of each row. `kernels`, where it ran
-    on them, can draw from its logits.
+    `best`, where the pass has found it already, is the argmax of each row, or `NO_TOKEN` for one
+    that is not finite. `kernels`, where it ran on them, can draw from its logits.
     """
 
     logits: torch.Tensor | None

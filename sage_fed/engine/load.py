@@ -31,6 +31,7 @@ from sage_fed.engine.checkpoint import (
 )
 from sage_fed.engine.configuration import ModelSpec, read_generation, read_spec
 from sage_fed.engine.cuda_graphs import (
+    VERIFIED_TOKENS,
     Buckets,
     CudaCapture,
     GraphCapture,
@@ -68,7 +69,8 @@ class EngineOptions:
     quantised weights are kept for the next start: a directory, "auto" or "off"; all of them
     together take at most `weights_cache_bytes`.
     Where steps are captured beforehand, those of up to `max_batch` sequences are, of one new
-    token each and of each number in `verify_tokens`; larger ones run uncaptured.
+    token each and, for a bounded number of rows, of each number in `verify_tokens`; larger ones
+    run uncaptured.
     """
 
     model: str
@@ -85,7 +87,7 @@ class EngineOptions:
     weights_cache: str = "off"
     weights_cache_bytes: int = 32 * 2**30
     max_batch: int = 16
-    verify_tokens: tuple[int, ...] = ()
+    verify_tokens: tuple[int, ...] = VERIFIED_TOKENS
 
 
 @torch.inference_mode()

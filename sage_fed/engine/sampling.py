@@ -64,15 +64,13 @@ def pick(
 ) -> Picked:
     """Choose a token for every row of `logits` [rows, ids], of any floating type.
 
-    `best` is their argmax, where it is known; `NO_TOKEN` for a row that is not finite.
+    `best` is their `best_of`, where it is known.
     With `kernels` the logits are fp32 on the host, and changed for the time of the call.
     """
     kept = tuple(draws)
     if all(_is_plain(draw.sampling) for draw in draws):
-        if best is not None:  # by a pass on the host, so no device keeps the tokens
-            return Picked(best, best, kept)
-        tokens = logits.argmax(-1)
-        return Picked(tokens, _marked(tokens, _finite(logits, tokens)), kept)
+        marked = best_of(logits) if best is None else best
+        return Picked(marked.clamp_min(0), marked, kept)
     raw = logits.float()
     if kernels is None:
         tokens, marked = _picked(raw, draws)
@@ -133,6 +131,12 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Choose, and wait for it."""
     picked = pick(logits, draws)
     return picked.choices(picked.results)
+
+
+def best_of(logits: torch.Tensor) -> torch.Tensor:
+    """The argmax of each row; `NO_TOKEN` for one that is not finite."""
+    tokens = logits.argmax(-1)
+    return _marked(tokens, _finite(logits, tokens))
 
 
 def _finite(scores: torch.Tensor, best: torch.Tensor) -> torch.Tensor:

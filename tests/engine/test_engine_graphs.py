@@ -27,13 +27,19 @@ from sage_fed.engine.cuda_graphs import (
     compiled_directory,
 )
 from sage_fed.errors import ModelLoadError
-from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, History, Step
 
 Checkpoints = Callable[[str], Checkpoint]
 Engines = Callable[[str], Engine]
 
 T = Tier.TACTICAL
 GREEDY = Sampling()
+SAMPLINGS = (
+    GREEDY,
+    Sampling(temperature=1.0, seed=5),
+    Sampling(temperature=0.9, seed=4, top_k=20, top_p=0.9),
+    Sampling(temperature=0.8, seed=2, repetition_penalty=1.2, frequency_penalty=0.3),
+)
 MAX_BATCH = 6
 
 
@@ -143,6 +149,75 @@ def test_several_tokens_a_sequence_are_verified_in_one_padded_step(
     assert [answers[i][count] for i, count in enumerate(counts)] == [d.token_id for d in drawn]
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
+@pytest.mark.parametrize("seed", range(2))
+def test_drafts_right_and_wrong_are_verified_in_captured_steps(
+    checkpoint: Checkpoints, sampling: Sampling, seed: int
+) -> None:
+    """Up to 16 drafts each and rejections among them leave the tokens of uncaptured single steps.
+
+    Padding is full of NaN, in the scratch block and in the outputs.
+    """
+    rng = random.Random(seed)
+    options = EngineOptions(
+        str(checkpoint("qwen2-tied").path), kv_cache_bytes=1 << 22, max_batch=4, kernels="torch"
+    )
+    plain = load_engine(options, lambda _: None)
+    engine = load_engine(options, lambda _: None, EagerCapture())
+    forward = _forward(engine)
+    buckets, pool = forward._buckets, forward._decoder._cache._pool
+    assert buckets is not None
+    assert forward._logits is not None
+    prompts = {i: prompt_of(rng.randint(1, 60), seed * 10 + i) for i in range(4)}
+    expected = {i: generate(plain, prompt, 60, sampling) for i, prompt in prompts.items()}
+    blocks = {i: tuple(range(i * 10, i * 10 + 10)) for i in prompts}
+    output: dict[int, list[int]] = {}
+    for i, prompt in prompts.items():
+        step = Step(T, (Chunk(i, 0, prompt, blocks[i], _draws(sampling, prompt, (), ())),))
+        output[i] = [drawn.token_id for drawn in engine.run(step)]
+    used: set[Bucket] = set()
+    while running := [i for i in prompts if len(output[i]) < 60]:
+        rng.shuffle(running)
+        longest = rng.choice((1, 3, 8, 16))
+        chunks = []
+        for i in running[: rng.randint(1, 4)]:
+            done = output[i]
+            draft = list(expected[i][len(done) : len(done) + rng.randint(0, longest)])
+            if draft and rng.random() < 0.5:
+                wrong = rng.randrange(len(draft))
+                draft[wrong] = (draft[wrong] + 1) % 131
+            draft = draft[: 60 - len(done) - 1]
+            start = len(prompts[i]) + len(done) - 1
+            draws = _draws(sampling, prompts[i], tuple(done), tuple(draft))
+            chunks.append(Chunk(i, start, (done[-1], *draft), blocks[i], draws))
+        bucket = buckets.fit(chunks)
+        assert bucket is not None
+        used.add(bucket)
+        with torch.inference_mode():
+            pool[:, engine.num_blocks * BLOCK_SIZE :] = float("nan")
+            forward._logits.fill_(float("nan"))
+        drawn = engine.run(Step(T, tuple(chunks)))
+        assert [c.seq_id for c in chunks for _ in c.draws] == [d.seq_id for d in drawn]
+        for chunk in chunks:
+            own = [d.token_id for d in drawn if d.seq_id == chunk.seq_id]
+            for token, fed in zip(own, (*chunk.token_ids[1:], None), strict=True):
+                output[chunk.seq_id].append(token)
+                if token != fed:
+                    break
+    assert expected == {i: tuple(tokens) for i, tokens in output.items()}
+    assert {bucket.tokens for bucket in used} > {2, 5, 9, 17}, "drafts of all lengths were verified"
+
+
+def _draws(
+    sampling: Sampling, prompt: tuple[int, ...], output: tuple[int, ...], draft: tuple[int, ...]
+) -> tuple[Draw, ...]:
+    """A draw behind the newest token and one behind each of the draft, as `History` makes them."""
+    history = History(sampling, prompt)
+    for token in output:
+        history.add(token)
+    return tuple(history.draw(len(output) + n, draft[:n]) for n in range(len(draft) + 1))
+
+
 def test_a_cache_full_of_nan_reaches_nobody(checkpoint: Checkpoints) -> None:
     """Neither what strangers left nor the padding's own block touches a row that is read."""
     source = checkpoint("llama")
@@ -207,6 +282,33 @@ def test_buckets_are_the_next_size_up() -> None:
     assert fit((9, 5)) is None
     assert fit(*[(9, 1)] * 63, (900, 1)) is None, "tables of more blocks than there are"
     assert {b.batch for b in buckets.all} == {1, 2, 4, 8, 16, 24, 32, 48, 64, 70}
+
+
+def test_drafts_have_buckets_up_to_a_number_of_rows() -> None:
+    """Drafts are padded to the longest of the step; very many rows, and long drafts, have none."""
+    options = EngineOptions(model="", kv_cache_bytes=0)
+    buckets = Buckets(
+        max_batch=70,
+        max_context_tokens=500,
+        capacity_blocks=512,
+        tokens=(1, *options.verify_tokens),
+    )
+
+    def fit(*rows: int) -> Bucket | None:
+        return buckets.fit(
+            [Chunk(i, 9, (1,) * n, (), (Draw(GREEDY, 0),) * n) for i, n in enumerate(rows)]
+        )
+
+    assert Bucket(1, 2, 16) == fit(2)
+    assert Bucket(1, 9, 16) == fit(6)
+    assert Bucket(8, 9, 16) == fit(9, 1, 1, 1, 1, 1), "padding is nearly free"
+    assert Bucket(4, 17, 16) == fit(1, 17, 3)
+    assert Bucket(32, 2, 16) == fit(*[2] * 30)
+    assert fit(18) is None
+    assert fit(*[17] * 5) is None
+    assert fit(*[2] * 41) is None
+    assert max(bucket.rows for bucket in buckets.all if bucket.tokens > 1) <= 80
+    assert len(buckets.all) < 100, "each takes time and memory at load"
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -15,6 +15,7 @@ from tiny_models import Checkpoint, prompt_of
 
 from sage_fed.core import Sampling
 from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine.cuda_graphs import EagerCapture
 from sage_fed.engine.sampling import choose, pick
 from sage_fed.steps import NO_TOKEN, Draw
 
@@ -46,10 +47,10 @@ def poisoned(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> Poisone
         edit(weights)
         save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
         options = EngineOptions(
-            model=str(tmp_path / "model"), kv_cache_bytes=1 << 22, kernels=kernels,
-            precision=precision,
+            model=str(tmp_path / "model"), kv_cache_bytes=1 << 22, precision=precision,
+            kernels="torch" if kernels == "graphs" else kernels,
         )  # fmt: skip
-        return load_engine(options, lambda _: None)
+        return load_engine(options, lambda _: None, EagerCapture() if kernels == "graphs" else None)
 
     return of
 
@@ -66,8 +67,8 @@ def embedding(value: float) -> Edit:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("kernels", "precision"),
-    [("torch", "fp32"), ("torch", "bf16"), ("native", "fp32"), ("native", "bf16"),
-     ("native", "int8"), ("native", "int4")],
+    [("torch", "fp32"), ("torch", "bf16"), ("graphs", "fp32"), ("graphs", "bf16"),
+     ("native", "fp32"), ("native", "bf16"), ("native", "int8"), ("native", "int4")],
 )  # fmt: skip
 def test_only_the_sequence_whose_numbers_broke_down_has_no_token(
     poisoned: Poisoned, kernels: str, precision: str, value: float
@@ -86,7 +87,7 @@ def test_only_the_sequence_whose_numbers_broke_down_has_no_token(
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
-@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("kernels", ["torch", "graphs", "native"])
 def test_however_a_token_is_drawn_a_nan_is_noticed(
     poisoned: Poisoned, kernels: str, sampling: Sampling
 ) -> None:
@@ -94,9 +95,14 @@ def test_however_a_token_is_drawn_a_nan_is_noticed(
     engine = poisoned(kernels, "fp32", embedding(float("nan")))
     assert (NO_TOKEN,) == generate(engine, SICK, 1, sampling)
     assert generate(engine, WELL, 1, sampling)[0] >= 0
+    # The last piece is a step of decoding, or of three rows.
+    for last in (1, 3):
+        pieces = [len(SICK) - last, last]
+        assert (NO_TOKEN,) == generate(engine, SICK, 1, sampling, pieces)
+        assert generate(engine, WELL, 1, sampling, [len(WELL) - last, last])[0] >= 0
 
 
-@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("kernels", ["torch", "graphs", "native"])
 @pytest.mark.parametrize("token", [0, 70, 130])
 def test_one_logit_that_is_no_number_is_enough(
     poisoned: Poisoned, kernels: str, token: int
