@@ -235,6 +235,40 @@ def test_a_closed_drafter_is_gone_without() -> None:
     assert StepKind.DRAFT in pair.kinds[num:]
 
 
+@pytest.mark.parametrize("wrong", [0, 100])
+def test_a_pipelined_device_speculates_where_it_pays(wrong: int) -> None:
+    """A step behind one whose tokens are not known has no draft: that is waited for if it pays."""
+    pair = Pair(wrong)
+    for tier, engine in pair.engines.items():
+        engine.pipelined = True
+        pair.scheduler.close_tier(tier, EndReason.SHUTDOWN, 0.0)
+        limits = TierLimits(engine.num_blocks, 512)
+        pair.scheduler.open_tier(tier, limits, frozenset({EOS}), pipelined=True)
+    one = asked(0, 200)
+    pair.add(one)
+    in_flight: list[tuple[Step, object]] = []
+    behind = 0
+    while pair.scheduler.has_work:
+        step = pair.scheduler.next_step(pair.now) if len(in_flight) < 2 else None
+        if step is not None:
+            behind += bool(in_flight)
+            in_flight.append((step, pair.engines[step.tier].launch(step)))
+            continue
+        step, running = in_flight.pop(0)
+        elapsed_s = pair.base_s[step.tier] + pair.row_s[step.tier] * step.num_tokens
+        pair.now += elapsed_s
+        sampled = running.wait()  # type: ignore[attr-defined]
+        outcome = pair.scheduler.complete(step, sampled, now=pair.now, elapsed_s=elapsed_s)
+        pair.tokens[0] += [token.token_id for token in outcome.tokens]
+        pair.kinds.append(outcome.report.kind)
+        pair.ended |= {ended.seq_id: ended for ended in outcome.ended}
+    assert reference(one) == pair.tokens[0]
+    if wrong:
+        assert behind > 100
+    else:
+        assert pair.ended[0].accepted_tokens > 120
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     wrong=st.sampled_from([0, 10, 50, 100]),

@@ -204,6 +204,11 @@ class Drafting:
     def built(self) -> None:
         """Note that the tier's own step was built: the next round is planned anew."""
         self._planned = False
+        if self._rest:
+            self._rest -= 1
+            if not self._rest:
+                for seq in self._target.running.values():
+                    seq.speculates_now = seq.drafts is not None
 
     def complete(
         self, step: Step, sampled: Iterable[SampledToken], *, now: float, elapsed_s: float
@@ -291,7 +296,6 @@ class Drafting:
             return
         ids = {seq.spec.seq_id for seq in speculating}
         if self._rest and ids <= self._planned_ids:
-            self._rest -= 1
             return
         self._planned_ids = ids
         num_rows = sum(not seq.done for seq in target.running.values())
@@ -309,7 +313,7 @@ class Drafting:
             speculating, lengths, candidates, sources, strict=True
         ):
             assert seq.drafts is not None
-            seq.speculates_now = length > 0
+            seq.speculates_now = any(lengths)
             seq.drafts.source = source[0] if length and source else None
             seq.drafts.proposal = ()
             if not length or source is None:
@@ -319,9 +323,11 @@ class Drafting:
             else:
                 seq.drafts.proposal = source[1][:length]
         if any(lengths):
-            self._rest, self._next_rest = 0, 1
+            self._rest, self._next_rest = 0, max(self._next_rest // 2, 1)
         else:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+            # The round that this plan is for counts.
+            self._rest = self._next_rest + 1
+            self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
             self._target.estimates.fade(_FORGOTTEN)
 
     def _candidate(

@@ -220,7 +220,7 @@ class Sequence:
     """Launched steps of a drafter that are for it."""
     drafts: SequenceDrafts | None = field(init=False, default=None)
     speculates_now: bool = False
-    """Whether its next step waits for a draft: then no step is built behind one of its own."""
+    """Whether its next step may have a draft: then no step is built behind one of its own."""
     _keys: BlockKeys = field(init=False)
     _history: History = field(init=False)
 
@@ -231,6 +231,7 @@ class Sequence:
         if self.spec.speculates:
             spec = self.spec
             self.drafts = SequenceDrafts(spec.prompt, spec.draft_tokens, self.estimates)
+            self.speculates_now = True
 
     @property
     def num_sampled(self) -> int:
