@@ -325,6 +325,19 @@ def test_any_traffic_has_its_own_tokens(
     assert {0} == {pair.used(tier) for tier in pair.engines}
 
 
+def test_a_busy_moment_does_not_end_drafts_for_good() -> None:
+    """Steps with drafts were slow while something else had the machine: they are tried again."""
+    pair = Pair()
+    calm_s = dict(pair.row_s)
+    pair.row_s = {T: 0.05, S: 0.2}
+    pair.run(asked(0, 100))
+    pair.row_s = calm_s
+    pair.run(asked(1, 300))
+    before = len(pair.steps)
+    pair.run(asked(2, 200))
+    assert sum(step.tier == S for step in pair.steps[before:]) < 100
+
+
 def test_the_plan_is_none_where_rows_cost_as_much_as_steps() -> None:
     """A device that is saturated by its rows gains nothing from more of them."""
     costs = [0.01 * rows for rows in range(64)]

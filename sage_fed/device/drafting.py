@@ -325,6 +325,9 @@ class Drafting:
         if any(lengths):
             self._rest, self._next_rest = 0, max(self._next_rest // 2, 1)
         else:
+            for drafter in {seq.spec.drafter for seq in speculating} - {None}:
+                if self._next_rest == _LONGEST_REST and (of := self._find(drafter)):  # type: ignore[arg-type] # not None
+                    of.rates.relax()
             # The round that this plan is for counts.
             self._rest = self._next_rest + 1
             self._next_rest = min(2 * self._next_rest, _LONGEST_REST)

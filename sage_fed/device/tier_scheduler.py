@@ -56,6 +56,12 @@ _NEWEST = 0.1
 _OFTEN = 3
 """Steps of so many rows from which on their time is believed."""
 
+_RELAXED = 0.9
+"""What is assumed of a time that has not been measured for long, each time that this matters."""
+
+_STALE_STEPS = 200
+"""Steps of other numbers of rows after which it is not: the machine may have been busy then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -620,6 +626,8 @@ class StepRates:
         self._prefill_tokens_per_s: float | None = None
         self._by_rows: dict[int, float] = {}
         self._times_seen: Counter[int] = Counter()
+        self._last_seen: dict[int, int] = {}
+        self._num_seen = 0
         self._rows: list[int] = []
         """The numbers of rows that have been seen, in ascending order."""
 
@@ -640,12 +648,20 @@ class StepRates:
                 del self._by_time[bisect_left(self._by_time, self._decode_s.popleft())]
             self._decode_s.append(elapsed_s)
             insort(self._by_time, elapsed_s)
-        self._times_seen[num_tokens] += 1
+        weight = _NEWEST
         known_s = self._by_rows.get(num_tokens)
         if known_s is None:
             insort(self._rows, num_tokens)
             known_s = elapsed_s
-        self._by_rows[num_tokens] = known_s + _NEWEST * (elapsed_s - known_s)
+        elif self._is_stale(num_tokens):
+            self._times_seen[num_tokens], weight = 0, 0.5
+        self._times_seen[num_tokens] += 1
+        self._num_seen += 1
+        self._last_seen[num_tokens] = self._num_seen
+        self._by_rows[num_tokens] = known_s + weight * (elapsed_s - known_s)
+
+    def _is_stale(self, num_rows: int) -> bool:
+        return self._num_seen - self._last_seen.get(num_rows, 0) > _STALE_STEPS
 
     def decode_s(self, num_rows: int) -> float | None:
         """Return what a step takes that decodes so many sequences; None where nothing is measured.
@@ -671,24 +687,31 @@ class StepRates:
         """Return what steps of 0 to `most` rows take, fewer where that cannot be told.
 
         More rows never take less. Up to twice the most that was seen are assumed to go on as the
-        last ones did, and what was seen seldom to have taken no more than that: so each number of
-        rows is tried, and one that was slow by accident is tried again. Empty: nothing was seen.
+        last ones did, fewer than the least in proportion, and what was seen seldom, or not for
+        long, to have taken no more than that: so each number of rows is tried, and tried again
+        after a while, as it may have been slow by accident. Empty: nothing was seen.
         """
         if not self._rows:
             return []
         costs, slope, last = [0.0], 0.0, 0
         for rows in self._rows:
             cost = self._by_rows[rows]
-            if last and self._times_seen[rows] < _OFTEN:
+            if last and (self._times_seen[rows] < _OFTEN or self._is_stale(rows)):
                 cost = min(cost, costs[-1] + slope * (rows - last))
             cost = max(cost, costs[-1])
-            before = costs[-1] if last else cost
+            before = costs[-1]
             slope = (cost - before) / (rows - last)
             costs += [before + slope * (n - last) for n in range(last + 1, rows)] + [cost]
+            slope = slope if last else 0.0
             last = rows
             if last >= most:
                 return costs[: most + 1]
         return costs + [costs[-1] + slope * n for n in range(1, min(last, most - last) + 1)]
+
+    def relax(self) -> None:
+        """Assume that steps take somewhat less than they did: they have not been tried for long."""
+        for rows in self._rows:
+            self._by_rows[rows] *= _RELAXED
 
     @property
     def decode_step_s(self) -> float | None:
