@@ -95,11 +95,10 @@ def _picked_by(kernels: Library, logits: torch.Tensor, draws: Sequence[Draw]) ->
     packer = Packer()
     penalties = _pack_penalties(draws, logits.shape[1], packer)
     tokens = torch.empty(len(draws), dtype=torch.int64)
-    changed = _penalties(logits, [packer.move(logits.device)[index] for index in penalties])
-    if changed is not None:
-        logits.index_put_(changed.at, changed.after)
+    vectors = packer.move(logits.device)
+    changes = _penalise(logits, [vectors[index] for index in penalties])
     kernels.draw(logits.data_ptr(), logits.stride(0), logits.shape[1], rows, tokens.data_ptr())
-    if changed is not None:
+    for changed in reversed(changes):
         logits.index_put_(changed.at, changed.before)
     return tokens
 
@@ -113,8 +112,8 @@ def _picked(raw: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, tor
         for method, rows in _by_method(draws).items()
     ]
     vectors = packer.move(raw.device)
-    changed = _penalties(raw, [vectors[index] for index in penalties])
-    scores = raw if changed is None else raw.index_put(changed.at, changed.after)
+    scores = raw.clone() if penalties else raw
+    _penalise(scores, [vectors[index] for index in penalties])
     tokens = scores.argmax(-1)
     finite = _finite(scores, tokens)
     for method, at, controls_at, keys_at, largest_top_k in methods:
@@ -153,37 +152,38 @@ def _is_plain(sampling: Sampling) -> bool:
 
 
 def _pack_penalties(draws: Sequence[Draw], num_ids: int, packer: Packer) -> tuple[int, ...]:
-    """Pack rows, ids, factors and offsets of penalised tokens; nothing where there are none."""
-    rows, ids, factors, offsets = array("q"), array("q"), array("d"), array("d")
+    """Pack rows, ids and factors, then rows, ids and offsets; nothing where there are none."""
+    rows, ids, factors = array("q"), array("q"), array("d")
+    counted_rows, counted, offsets = array("q"), array("q"), array("d")
     for row, draw in enumerate(draws):
-        sampling = draw.sampling
-        factor = dict.fromkeys(draw.seen, sampling.repetition_penalty)
-        offset = {
-            token: sampling.presence_penalty + count * sampling.frequency_penalty
-            for token, count in draw.counts
-        }
-        penalised = [token for token in {**factor, **offset} if token < num_ids]
-        rows.extend([row] * len(penalised))
-        ids.extend(penalised)
-        factors.extend(factor.get(token, 1.0) for token in penalised)
-        offsets.extend(offset.get(token, 0.0) for token in penalised)
-    if not ids:
+        s = draw.sampling
+        seen = draw.seen
+        if seen and max(seen) >= num_ids:
+            seen = tuple(token for token in seen if token < num_ids)
+        ids.extend(seen)
+        rows.extend(array("q", (row,)) * len(seen))
+        factors.extend(array("d", (s.repetition_penalty,)) * len(seen))
+        counts = [one for one in draw.counts if one[0] < num_ids]
+        counted.extend([token for token, _ in counts])
+        counted_rows.extend(array("q", (row,)) * len(counts))
+        presence, frequency = s.presence_penalty, s.frequency_penalty
+        offsets.extend([presence + count * frequency for _, count in counts])
+    if not ids and not counted:
         return ()
-    doubles = (packer.add_doubles(factors), packer.add_doubles(offsets))
-    return packer.add(rows), packer.add(ids), *doubles
+    first = packer.add(rows), packer.add(ids), packer.add_doubles(factors)
+    return *first, packer.add(counted_rows), packer.add(counted), packer.add_doubles(offsets)
 
 
 @dataclass(frozen=True, slots=True)
-class _Penalties:
-    """The logits that penalties change: where they are, before and after."""
+class _Changed:
+    """Logits that a penalty has changed: where they are, and what was there."""
 
     at: tuple[torch.Tensor, torch.Tensor]
     before: torch.Tensor
-    after: torch.Tensor
 
 
-def _penalties(logits: torch.Tensor, packed: Vectors) -> _Penalties | None:
-    """What the penalties of earlier tokens make of logits [rows, ids]; None where there are none.
+def _penalise(logits: torch.Tensor, packed: Vectors) -> list[_Changed]:
+    """Change logits [rows, ids] by the penalties of earlier tokens; undone in reverse order.
 
     First the repetition penalty, which scales away from choice as CTRL (arXiv 1909.05858) does,
     then presence and frequency penalties are subtracted, as the OpenAI API defines them:
@@ -192,14 +192,22 @@ def _penalties(logits: torch.Tensor, packed: Vectors) -> _Penalties | None:
     fault, never a setting's.
     """
     if not packed:
-        return None
-    rows, ids, *doubles = packed
-    factor, offset = (values.view(torch.float64).float() for values in doubles)
-    before = logits[rows, ids]
-    worse = torch.where(before > 0, before / factor, before * factor) - offset
-    bound = torch.finfo(worse.dtype).max
-    bounded = torch.where(before.isfinite(), worse.clamp(-bound, bound), worse)
-    return _Penalties((rows, ids), before, bounded)
+        return []
+    rows, ids, factors, counted_rows, counted, offsets = packed
+    scaled, lowered = _Changed((rows, ids), logits[rows, ids]), (counted_rows, counted)
+    before, factor = scaled.before, factors.view(torch.float64).float()
+    worse = torch.where(before > 0, before / factor, before * factor)
+    logits.index_put_(scaled.at, _bounded(before, worse))
+    then = _Changed(lowered, logits[lowered])
+    offset = offsets.view(torch.float64).float()
+    logits.index_put_(then.at, _bounded(then.before, then.before - offset))
+    return [scaled, then]
+
+
+def _bounded(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """`after`, within its type's bounds where `before` was."""
+    bound = torch.finfo(after.dtype).max
+    return torch.where(before.isfinite(), after.clamp(-bound, bound), after)
 
 
 @dataclass(frozen=True, slots=True)
