@@ -7,7 +7,7 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ from sage_fed.ledger import AccountTerms, Ledger, LedgerOptions, Retention, chec
 from sage_fed.metrics import Metrics
 from sage_fed.routing import RoutingPolicy
 from sage_fed.settings import LimitSettings
-from sage_fed.steps import Step
+from sage_fed.steps import Engine, Step
 from sage_fed.text import Tokenizer, write_padded_tokenizer
 from sage_fed.v1 import inference_pb2
 from sage_fed.wire.codec import encode
@@ -163,8 +163,13 @@ async def rig(
     hold_ttl_s: float = 600,
     max_account_jobs: int = 0,
     retention: Retention | None = None,
+    real: Mapping[Tier, Engine] | None = None,
+    granted_uatp: int = GRANTED_UATP,
 ) -> AsyncIterator[Rig]:
-    """Serve both tiers with fake engines until the block is left; then all is settled."""
+    """Serve both tiers until the block is left, by fake engines or by `real`; then all is settled.
+
+    Those are closed with it.
+    """
     path = tmp_path / "ledger.db"
     deaths: list[BaseException] = []
     metrics = Metrics()
@@ -175,12 +180,12 @@ async def rig(
     ).open()
     for account in ("local", "robot"):
         await ledger.ensure_account(
-            account, AccountTerms(capacity_uatp=GRANTED_UATP, initial_uatp=GRANTED_UATP)
+            account, AccountTerms(capacity_uatp=granted_uatp, initial_uatp=granted_uatp)
         )
     engines = {tier: FakeEngine() for tier in TIER_ROLES}
 
-    def loader(tier: Tier) -> Callable[[Callable[[float], None]], FakeEngine]:
-        return lambda _progress: engines[tier]
+    def loader(tier: Tier) -> Callable[[Callable[[float], None]], Engine]:
+        return lambda _progress: (real or engines)[tier]
 
     executor = Executor(
         {tier: TierSetup(loader(tier), max_waiting=max_waiting) for tier in TIER_ROLES},
