@@ -81,7 +81,7 @@ class Client:
         self.asked += 1
         task = task_at(self.random.randrange(2**30), self.asked, "test")
         # Going on past the end of text makes streams long enough to be interrupted.
-        return types.JobSpec(
+        job = types.JobSpec(
             text=task.prompt,
             tier=self.random.choice(TIERS),
             allow_downgrade=self.random.random() < 0.5,
@@ -92,6 +92,22 @@ class Client:
                 ignore_eos=self.random.random() < 0.7,
             ),
         )
+        self._choose_mode(job)
+        return job
+
+    def _choose_mode(self, job: types.JobSpec) -> None:
+        """Ask for one of the modes that such a job can have, and let a cascade doubt everything."""
+        # The quality card is of greedy answers.
+        modes = [types.MODE_UNSPECIFIED, types.MODE_SINGLE]
+        if job.tier != types.TIER_TACTICAL:
+            modes.append(types.MODE_SPECULATIVE)
+            if not job.sampling.temperature:
+                modes += [types.MODE_CASCADE, types.MODE_CASCADE]
+        job.mode = self.random.choice(modes)
+        if self.random.random() < 0.7:
+            job.max_error = self.random.choice((0.0, 0.0, 0.05, 1.0))
+        job.accept_revisions = self.random.random() < 0.5
+        job.task_class = self.random.choice(("", "any", "of a kind that no card knows"))
 
     def stream(self, job: types.JobSpec, timeout_s: float = STUCK_S) -> grpc.aio.UnaryStreamCall:
         """Start to stream a job."""
@@ -163,6 +179,8 @@ async def read(client: Client, pause_s: float = 0.0) -> str:
         if finished or started is (event == "started"):
             client.tally.violations.append(f"event {event} out of order")
         started = started or event == "started"
+        if event == "revised":
+            tokens = response.revised.from_token
         if event == "delta":
             tokens += len(response.delta.token_ids)
             counted = response.delta.output_tokens
@@ -235,6 +253,9 @@ async def bad_request(client: Client) -> str:
         lambda: setattr(job.sampling, "max_new_tokens", 2**31),
         lambda: job.sampling.stop.extend(["x"] * 1000),
         lambda: setattr(job, "complexity", float("nan")),
+        lambda: setattr(job, "max_error", client.random.choice((-1e-9, 1.1, float("nan")))),
+        lambda: setattr(job, "mode", 99),
+        lambda: setattr(job, "task_class", client.random.choice(("x" * 65, "a\nb"))),
     )
     client.random.choice(spoil)()
     async for _ in client.stream(job):

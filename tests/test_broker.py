@@ -43,6 +43,7 @@ from sage_fed.core import (
     StopReason,
     Tier,
     Timing,
+    TokenOrigin,
     Usage,
 )
 from sage_fed.device import Ended, EndReason, Executor, TokenWeights
@@ -811,14 +812,18 @@ async def test_a_quote_names_each_tier_with_its_price(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 70])
 @pytest.mark.parametrize("top", [None, 0, 2])
 @pytest.mark.parametrize("tier", [Tier.TACTICAL, Tier.called("deep")])
+@pytest.mark.parametrize("drafted", [False, True])
 def test_a_kept_result_reads_back_as_it_was(
-    requested: Tier | None, num_tokens: int, top: int | None, tier: Tier
+    requested: Tier | None, num_tokens: int, top: int | None, tier: Tier, *, drafted: bool
 ) -> None:
     """Also of a job that left the tier to the daemon, or of a third one; marked as replayed."""
     started = Started("job-1", Route(tier, "auto_simple", requested), 9, 3, 2**63, 16)
     logprob = Logprob(7, -0.5, ((7, -0.5), (8, -1.5))[:top])
     logprobs = () if top is None else (logprob,) * num_tokens
-    output = Delta("Grüß\n", tuple(range(num_tokens)), logprobs, num_tokens)
+    made_by = (TokenOrigin.ACCEPTED, TokenOrigin.STRATEGIC) * (num_tokens if drafted else 0)
+    output = Delta(
+        "Grüß\n", tuple(range(num_tokens)), logprobs, num_tokens, origins=made_by[:num_tokens]
+    )
     stages = (StageTiming(Tier.TACTICAL, 0.1, 0.1, 0.1, 0.1), StageTiming(tier, 0.0, 0.1, 0.2, 0.5))
     finished = Finished(
         StopReason.CANCELLED, Usage.single(tier, 3, 1, num_tokens),
@@ -978,7 +983,7 @@ async def test_an_answer_that_could_not_be_kept_is_refused_before_it_is_held(
 
 @given(
     text=st.text(max_size=60),
-    num_tokens=st.integers(1, 40),
+    num_tokens=st.integers(1, 400),
     top=st.none() | st.integers(0, 5),
     logprob=st.floats(allow_nan=False, allow_infinity=False),
     token_id=st.integers(0, 2**32 - 1),
@@ -989,7 +994,8 @@ def test_what_an_answer_can_take_at_most_is_never_less_than_it_does(
     """As one reply and as it is kept; whatever its text, its ids and its numbers are."""
     tops = () if top is None else ((token_id, logprob),) * top
     logprobs = () if top is None else (Logprob(token_id, logprob, tops),) * num_tokens
-    output = Delta(text * num_tokens, (token_id,) * num_tokens, logprobs, num_tokens)
+    origins = (TokenOrigin.ACCEPTED,) * num_tokens
+    output = Delta(text * num_tokens, (token_id,) * num_tokens, logprobs, num_tokens, origins)
     route = Route(Tier.STRATEGIC, "downgrade_deadline", requested=Tier.STRATEGIC)
     started = Started("job-" + "f" * 16, route, 2**53, 10**6, 2**64 - 1, 10**6)
     finished = Finished(

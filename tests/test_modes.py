@@ -28,7 +28,7 @@ from sage_fed.core import (
     TokenOrigin,
     Usage,
 )
-from sage_fed.errors import InvalidField, TierUnavailable
+from sage_fed.errors import InvalidField, RequestIdConflict, TierUnavailable
 from sage_fed.jobs.admission import Admission, Encoder
 from sage_fed.routing import Reason, RoutingPolicy
 from sage_fed.text import Tokenizer, write_padded_tokenizer
@@ -294,3 +294,41 @@ async def test_a_tier_of_other_tokens_drafts_nothing(tmp_path: Path) -> None:
         admission.quality = doubtful(0.5)
         with pytest.raises(InvalidField, match="one tokenizer"):
             await admission.draft(job(requested=None, mode=Mode.CASCADE), 0.0)
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+@pytest.mark.parametrize("mode", [Mode.SPECULATIVE, Mode.CASCADE])
+async def test_a_repeated_request_gets_the_same_answer(
+    tmp_path: Path, mode: Mode, accepts: bool
+) -> None:
+    """Tokens, where they come from, outcome and price; and its id is of this mode alone."""
+    async with rig(tmp_path) as r:
+        r.broker._admission.quality = doubtful(0.9)
+        asked: dict[str, Any] = {"new": 70, "requested": S, "mode": mode, "max_error": 0.1}
+        asked |= {"client_request_id": "again", "accept_revisions": accepts}
+        first, tokens = await answer(r, **asked)
+        spent_uatp = await r.spent_uatp()
+        second, repeated = await answer(r, **asked)
+        assert tokens == repeated
+        assert origins_of(first) == origins_of(second)
+        assert len(tokens) == len(origins_of(second)) == 70
+        assert started_of(second).replayed
+        assert replace(started_of(first), replayed=True) == started_of(second)
+        assert finished_of(first) == finished_of(second)
+        assert spent_uatp == await r.spent_uatp()
+        for other in (Mode.SINGLE, Mode.SPECULATIVE, Mode.CASCADE):
+            if other is not mode:
+                with pytest.raises(RequestIdConflict):
+                    await r.run(job(**{**asked, "mode": other}))
+        assert spent_uatp == await r.spent_uatp()
+
+
+def origins_of(events: list[Any]) -> list[TokenOrigin]:
+    """Of the tokens that the client has in the end."""
+    origins: list[TokenOrigin] = []
+    for event in events:
+        if isinstance(event, Revised):
+            del origins[event.from_token :]
+        elif isinstance(event, Delta):
+            origins += event.origins
+    return origins

@@ -445,7 +445,7 @@ class Job:
         self.stream.start(result.started)
         output = result.output
         if output.token_ids or output.text:
-            self.stream.push(output.text, output.token_ids, output.logprobs)
+            self.stream.push(output.text, output.token_ids, output.logprobs, output.origins)
         self._services.metrics.job_replayed(result.started.route.tier)
         self.stream.end(replace(result.finished, balance_uatp=budget.balance_uatp))
 

@@ -85,7 +85,11 @@ class Result:
         for at in range(0, len(output.token_ids), _FRAME_TOKENS):
             part = slice(at, at + _FRAME_TOKENS)
             tokens = replace(
-                output, text="", token_ids=output.token_ids[part], logprobs=output.logprobs[part]
+                output,
+                text="",
+                token_ids=output.token_ids[part],
+                logprobs=output.logprobs[part],
+                origins=output.origins[part],
             )
             frames.append(encode(tokens, inference_pb2.Delta).SerializeToString())
         lengths = (len(frame).to_bytes(_LENGTH_BYTES, "big") for frame in frames)
@@ -111,11 +115,12 @@ class Result:
             raise ValueError("a stored result of a later version") from error
         token_ids = tuple(itertools.chain.from_iterable(part.token_ids for part in parts))
         logprobs = tuple(itertools.chain.from_iterable(part.logprobs for part in parts))
+        origins = tuple(itertools.chain.from_iterable(part.origins for part in parts))
         route = head.started.route
         route = replace(route, draw_version=route.draw_version or _FIRST_DRAWS)
         return cls(
             started=replace(head.started, route=route, replayed=True),
-            output=Delta(head.text, token_ids, logprobs, len(token_ids)),
+            output=Delta(head.text, token_ids, logprobs, len(token_ids), origins),
             finished=head.finished,
         )
 
@@ -213,12 +218,12 @@ async def request_key(spec: JobSpec, workers: Workers) -> RequestKey:
 def most_answer_bytes(spec: JobSpec, max_new_tokens: int, most_text_bytes: int) -> int:
     """Return what the answer can take at most, as one message and as it is kept for a repeat.
 
-    A token is its text, an id of five bytes with its part of a frame, and each of its
-    log-probabilities an id, a double and their tags.
+    A token is its text, an id of five bytes and an origin of one with its part of a frame, and each
+    of its log-probabilities an id, a double and their tags.
     """
     top = spec.sampling.top_logprobs
     num_logprobs = 0 if top is None else 1 + top
-    return _OTHER_BYTES + max_new_tokens * (most_text_bytes + 6 + 20 * num_logprobs)
+    return _OTHER_BYTES + max_new_tokens * (most_text_bytes + 7 + 20 * num_logprobs)
 
 
 def payload_hashes(spec: JobSpec) -> tuple[bytes, ...]:
