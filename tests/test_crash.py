@@ -22,14 +22,15 @@ from forked_daemon import ForkedProcess
 from sage_fed.cards.rate_card import RateCard, charge
 from sage_fed.client import Client
 from sage_fed.core import (
-    TIER_ROLES,
     UATP_PER_ATP,
     Budget,
+    CascadeOutcome,
     Delta,
     Entry,
     EntryKind,
     Event,
     Finished,
+    Mode,
     Started,
     StopReason,
     Tier,
@@ -46,6 +47,12 @@ SETTINGS = (
     *("--set", "budget.refill_atp_per_s=100", "--set", "limits.max_new_tokens=900"),
 )
 NUM_STREAMS = 6
+KINDS = (
+    (Tier.TACTICAL, None),
+    (Tier.STRATEGIC, None),
+    (Tier.STRATEGIC, Mode.CASCADE),
+)
+"""A cascade that doubts every answer is the strategic tier's, and the tactical one's is a draft."""
 
 
 @dataclass
@@ -53,6 +60,7 @@ class Seen:
     """What one client got before the daemon was gone."""
 
     tier: Tier
+    mode: Mode | None
     request_id: str
     new_tokens: int
     started: Started | None = None
@@ -75,8 +83,8 @@ class Clients:
         for event in ("asked", "started", "delta", "finished"):
             self.events[event] = threading.Semaphore(0)
         self._threads = [
-            threading.Thread(target=self._run, args=(tier,))
-            for tier, _ in zip(itertools.cycle(TIER_ROLES), range(NUM_STREAMS), strict=False)
+            threading.Thread(target=self._run, args=kind)
+            for kind, _ in zip(itertools.cycle(KINDS), range(NUM_STREAMS), strict=False)
         ]
         for thread in self._threads:
             thread.start()
@@ -92,10 +100,10 @@ class Clients:
             thread.join(WAIT_S)
             assert not thread.is_alive()
 
-    def _run(self, tier: Tier) -> None:
+    def _run(self, tier: Tier, mode: Mode | None) -> None:
         with Client(self.daemon.address) as client:
             while True:
-                job = Seen(tier, f"request-{next(self.names)}", self.new_tokens())
+                job = Seen(tier, mode, f"request-{next(self.names)}", self.new_tokens())
                 self.seen.append(job)
                 try:
                     self._follow(client, job)
@@ -123,9 +131,12 @@ def ask(client: Client, job: Seen) -> Iterator[Event]:
     return client.stream(
         "count",
         tier=job.tier,
+        mode=job.mode,
+        max_error=0.0,
         max_new_tokens=job.new_tokens,
         ignore_eos=True,
-        temperature=1.0,
+        # The quality card is of greedy answers.
+        temperature=0.0 if job.mode is Mode.CASCADE else 1.0,
         seed=len(job.request_id) * 1000 + job.new_tokens,
         client_request_id=job.request_id,
     )
@@ -188,6 +199,8 @@ def assert_promises_kept(seen: list[Seen], lines: tuple[Entry, ...]) -> None:
                 usage.output_tokens,
             )
             assert charge(RateCard.load(), usage) == price[job.started.job_id]
+            escalated = CascadeOutcome.ESCALATED if job.mode is Mode.CASCADE else None
+            assert escalated is job.finished.cascade
 
 
 def test_no_crash_loses_or_spends_money_twice(tmp_path: Path) -> None:
@@ -208,8 +221,10 @@ def test_no_crash_loses_or_spends_money_twice(tmp_path: Path) -> None:
             daemon.kill()
         clients.join()
         everything += clients.seen
-    assert any(job.finished for job in everything)
-    assert any(job.started and not job.finished for job in everything)
+    for kind in KINDS:
+        of_kind = [job for job in everything if kind == (job.tier, job.mode)]
+        assert any(job.finished for job in of_kind)
+        assert any(job.started and not job.finished for job in of_kind)
     daemon = DaemonProcess.start(tmp_path / "state", *SETTINGS, launch=ForkedProcess)
     with Client(daemon.address) as client:
         lines = entries(client)
@@ -222,8 +237,8 @@ def test_no_crash_loses_or_spends_money_twice(tmp_path: Path) -> None:
 
 def assert_repeats_are_answered_once(client: Client, everything: list[Seen]) -> None:
     """What finished is replayed for nothing; what was cut off is run again and charged once."""
-    finished = [job for job in everything if job.finished][-5:]
-    cut_off = [job for job in everything if job.started and not job.finished][-5:]
+    finished = [job for job in everything if job.finished][-9:]
+    cut_off = [job for job in everything if job.started and not job.finished][-9:]
     for job in finished:
         spent_uatp = client.budget().discharged_uatp
         again = client_answer(client, job)
@@ -235,6 +250,7 @@ def assert_repeats_are_answered_once(client: Client, everything: list[Seen]) -> 
         assert job.started.job_id == again.started.job_id
         assert (job.text, job.token_ids) == (again.text, again.token_ids)
         assert job.finished.price == again.finished.price
+        assert job.finished.usage == again.finished.usage
         assert spent_uatp == client.budget().discharged_uatp
     for job in cut_off:
         spent_uatp = client.budget().discharged_uatp
@@ -255,7 +271,7 @@ def assert_repeats_are_answered_once(client: Client, everything: list[Seen]) -> 
 
 def client_answer(client: Client, job: Seen) -> Seen:
     """Ask for a job again."""
-    again = Seen(job.tier, job.request_id, job.new_tokens)
+    again = Seen(job.tier, job.mode, job.request_id, job.new_tokens)
     for event in ask(client, again):
         match event:
             case Started():

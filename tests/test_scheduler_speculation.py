@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
-from fake_engine import EOS, FakeEngine, reference, spec
+from fake_engine import EOS, VOCAB, FakeEngine, reference, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sage_fed.core import Sampling, Tier
 from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.device.drafting import Candidate, allot
-from sage_fed.steps import Step, StepKind
+from sage_fed.steps import SampledToken, Step, StepKind
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 
@@ -134,6 +134,33 @@ def test_a_known_answer_needs_no_drafter() -> None:
     assert 40 == pair.ended[2].output_tokens
     assert 0 == pair.ended[2].drafted_tokens
     assert taken_s < 0.4 * pair.run(alone(3, 40))
+
+
+class Foreign(FakeEngine):
+    """A drafter of which every fifth token is one that the tier's model has no row for."""
+
+    def answer(self, step: Step, share: float = 1.0) -> tuple[SampledToken, ...]:
+        """Draw, and draw another instead."""
+        drawn = super().answer(step, share)
+        return tuple(
+            one if one.token_id % 5 else replace(one, token_id=one.token_id + VOCAB)
+            for one in drawn
+        )
+
+
+@pytest.mark.parametrize("drafter", [T, None])
+def test_a_tier_is_fed_no_draft_token_that_its_model_lacks(drafter: Tier | None) -> None:
+    """Of a drafter or of an answer from another model, padded to more rows than its own."""
+    pair = Pair(limits={"num_ids": VOCAB})
+    pair.engines[T] = Foreign(num_blocks=pair.num_blocks)
+    known = tuple(reference(asked(0)))
+    answer = (*known[:20], VOCAB, *known[21:]) if drafter is None else ()
+    pair.run(asked(0, drafter=drafter, draft_tokens=answer))
+    fed = {
+        token for step in pair.steps if step.tier == S for c in step.chunks for token in c.token_ids
+    }
+    assert VOCAB > max(fed)
+    assert pair.ended[0].accepted_tokens > 10
 
 
 def test_an_answer_is_aligned_again_behind_a_difference() -> None:

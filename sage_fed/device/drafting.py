@@ -226,7 +226,7 @@ class Drafting:
             if not chunk.draws:
                 continue
             token_id, target = tokens[chunk.seq_id], draft.target
-            if token_id == NO_TOKEN:
+            if token_id == NO_TOKEN or not self._target.limits.has_row(token_id):
                 draft.wanted = len(draft.tokens)
             else:
                 draft.tokens.append(token_id)

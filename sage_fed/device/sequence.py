@@ -135,6 +135,10 @@ class TierLimits:
         """Tokens that the KV blocks hold."""
         return self.num_blocks * BLOCK_SIZE
 
+    def has_row(self, token_id: int) -> bool:
+        """Whether the model can be fed a token, which may come from another one's output."""
+        return self.num_ids is None or token_id < self.num_ids
+
     def check(self, spec: SequenceSpec) -> None:
         """Refuse a sequence that could never run.
 

@@ -208,6 +208,9 @@ class TierScheduler:
         """
         self.limits.check(spec)
         assert self.find(spec.seq_id) is None, "a sequence id is in use once"
+        if not all(map(self.limits.has_row, spec.draft_tokens)):
+            known = tuple(filter(self.limits.has_row, spec.draft_tokens))
+            spec = replace(spec, draft_tokens=known)
         self.queue.add(Sequence(spec, submitted_s, next(self._orders), self.estimates))
 
     def find(self, seq_id: int) -> Sequence | None:
