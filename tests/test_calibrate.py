@@ -21,6 +21,7 @@ from test_executor_probe import prepare, used
 
 from sage_fed.calibrate.calibrator import Calibrator, Site, save_card, stem_of
 from sage_fed.calibrate.measurement import (
+    VERIFY_ROWS,
     Measurement,
     Pace,
     interleaved,
@@ -29,6 +30,7 @@ from sage_fed.calibrate.measurement import (
     prices,
     reference_of,
     spread_of,
+    step_times,
     warning_of,
 )
 from sage_fed.cards.rate_card import Basis, RateCard
@@ -87,6 +89,45 @@ def test_a_roomy_tier_is_measured_in_every_phase() -> None:
     assert [1, 2, 4, 8, 16, 24] == short
     assert [32, 128, 256, 512] == [p.tokens for p in points if p.phase is Phase.PREFILL]
     assert [1, 8] == [p.batch for p in points if p.phase is Phase.DECODE and p.context_tokens > 40]
+
+
+def test_a_verified_row_is_priced_at_one_row_count_and_drawn_from() -> None:
+    """Of the row counts that are timed, four rows make the price, and the card says so."""
+    limits = TierLimits(10_000, 4096, max_batch=24, prefill_chunk_tokens=512)
+    verified = [point for point in points_of(S, limits) if point.phase is Phase.VERIFY]
+    assert [2, 3, 4, 6, 8, 12, 16, 24, 32] == [point.tokens for point in verified]
+    assert [4] == [point.tokens for point in verified if point.sets_a_price]
+    for one in verified:
+        (chunk,) = one.step().chunks
+        assert list(range(one.tokens)) == [draw.index for draw in chunk.draws]
+    timed = [
+        point(tier, phase, rows, seconds, 40)
+        for tier in TIER_ROLES
+        for phase, rows, seconds in (
+            *((Phase.DECODE, 1, 1.0), (Phase.VERIFY, 2, 1.1)),
+            *((Phase.VERIFY, 4, 1.2), (Phase.VERIFY, 32, 9.6)),
+        )
+    ]
+    rate = prices(timed, paired(6.0, 0.01), READ_S)[S][Phase.VERIFY]
+    assert (1_800_000, Basis.MEASURED) == (rate.uatp, rate.basis)
+    assert "over 4 rows, each of them drawn from" in rate.source
+
+
+def test_step_times_are_by_rows() -> None:
+    """A drafter's rows are sequences, a verifier's are tokens; long contexts are left out."""
+    timed = [
+        MeasuredPoint(tier, phase, batch, context, tokens, seconds, None, 1)
+        for tier in TIER_ROLES
+        for phase, batch, context, tokens, seconds in (
+            (Phase.DECODE, 1, 40, 1, 0.1),
+            (Phase.DECODE, 4, 40, 1, 0.15),
+            (Phase.DECODE, 1, 1032, 1, 0.2),
+            (Phase.DECODE, 4, 1032, 1, 0.4),
+            (Phase.VERIFY, 1, 40, 4, 0.12),
+            (Phase.VERIFY, 1, 40, 6, 0.14),
+        )
+    ]
+    assert {T: {1: 0.1, 4: 0.15, 6: 0.14}, S: {1: 0.1, 4: 0.12, 6: 0.14}} == step_times(timed)
 
 
 def test_the_tiers_take_turns() -> None:
@@ -326,7 +367,9 @@ async def test_what_sets_a_price_is_timed_three_times_without_a_budget(tmp_path:
         result = [event async for event in one.run(quick=True, adopt=False, pace=hurried)][-1]
     assert isinstance(result, CalibrationResult)
     decode = [p for p in result.points if p.phase is Phase.DECODE]
-    assert all(p.rounds >= 3 for p in result.points if p.phase is not Phase.DECODE)
+    told = [p for p in result.points if p.phase is Phase.VERIFY and p.tokens != VERIFY_ROWS]
+    priced = [p for p in result.points if p.phase is not Phase.DECODE and p not in told]
+    assert all(p.rounds >= 3 for p in priced)
     assert {1} == {p.rounds for p in decode if p.batch > 1}
     assert {None} == {p.spread for p in decode if p.batch > 1}
     assert "| - | 1 |" in result.report
@@ -353,6 +396,16 @@ async def test_the_report_and_the_plot_are_beside_the_card(tmp_path: Path) -> No
     assert len({(p.tier, p.context_tokens) for p in result.points if p.phase is Phase.DECODE}) == (
         len(lines)
     )
+
+
+async def test_drafts_are_planned_by_what_was_measured(tmp_path: Path) -> None:
+    """A job of three tokens has drafts: no step has to be served before they are planned."""
+    rig = Rig(max_batch=2, prefill_chunk_tokens=32)
+    one, _ = calibrator(rig, tmp_path)
+    async with serving(rig) as executor:
+        await run(one)
+        _, ended = await read(submit(executor, spec(0, S, new=3, speculates=True, drafter=T)))
+        assert ended.drafted_tokens > 0
 
 
 async def test_calibrations_never_overwrite_each_other(tmp_path: Path) -> None:

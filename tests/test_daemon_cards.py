@@ -65,6 +65,8 @@ class Desk:
         self.cards = CardInForce(setting, card, own, fingerprint, self.metrics)
         self.used: list[str] = []
         self.cards.use = lambda card: self.used.append(card.version)
+        self.times: list[Mapping[Tier, Mapping[int, float]]] = []
+        self.cards.use_times = self.times.append
 
     def load(self, *tiers: Tier) -> None:
         """The tiers get ready, one after the other."""
@@ -98,6 +100,21 @@ def test_a_card_that_was_measured_here_fits(caplog: pytest.LogCaptureFixture) ->
     desk.load(Tier.STRATEGIC)
     assert (CardFit.MEASURED, 0.0, []) == (desk.cards.fit, desk.stale, desk.used)
     assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_card_that_was_measured_here_tells_what_steps_take_by_rows() -> None:
+    """Once what is loaded is known; a card of another machine, or a noisy one, tells nothing."""
+    desk = Desk("own", measured("own"))
+    desk.load(Tier.TACTICAL)
+    assert [] == desk.times
+    desk.load(Tier.STRATEGIC)
+    (times,) = desk.times
+    assert {1, 2} == times[Tier.TACTICAL].keys()
+    assert {1} == times[Tier.STRATEGIC].keys()
+    for other in (SHIPPED, measured("other", precision="fp32"), under_load("noisy", 1)):
+        desk = Desk(other.version, other)
+        desk.load()
+        assert [] == desk.times
 
 
 def test_a_noisy_measurement_is_told_wherever_its_card_is(

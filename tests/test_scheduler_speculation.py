@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sage_fed.core import Sampling, Tier
 from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.device.drafting import Candidate, allot
+from sage_fed.device.tier_scheduler import StepRates
 from sage_fed.steps import SampledToken, Step, StepKind
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
@@ -402,3 +403,49 @@ def test_a_plan_is_never_slower_than_none(
     )
     taken_s = verify[num_rows + sum(lengths)] + max(lengths) * draft_s
     assert gain / taken_s >= num_rows / verify[num_rows] * (1.0 - 1e-9)
+
+
+def test_a_measured_start_knows_row_costs_at_once() -> None:
+    """Before a step was served; between the counts on the line between them."""
+    rates = StepRates()
+    rates.begin({1: 0.1, 4: 0.16, 8: 0.32})
+    assert pytest.approx([0.0, 0.1, 0.12, 0.14, 0.16, 0.2, 0.24]) == rates.row_costs(6)
+
+
+def test_one_disturbed_step_does_not_override_a_measured_time() -> None:
+    """A hundred times as long moves it by a tenth; that it is so from now on is soon believed."""
+    rates = StepRates()
+    rates.begin({1: 0.1, 4: 0.16})
+    rates.record(num_tokens=4, prefills=False, verifies=True, elapsed_s=16.0)
+    assert pytest.approx(0.176) == rates.row_costs(4)[4]
+    for _ in range(60):
+        rates.record(num_tokens=4, prefills=False, verifies=True, elapsed_s=0.64)
+    assert pytest.approx(0.64, rel=0.05) == rates.row_costs(4)[4]
+
+
+def test_after_a_busy_while_a_measured_time_is_believed_again() -> None:
+    """Rows that were slow, and not tried since, cost what they did on a quiet machine."""
+    rates = StepRates()
+    rates.begin({1: 0.1, 4: 0.16, 8: 0.4})
+    for _ in range(60):
+        rates.record(num_tokens=8, prefills=False, verifies=True, elapsed_s=1.6)
+    assert rates.row_costs(8)[8] > 1.2
+    for _ in range(300):
+        rates.record(num_tokens=1, prefills=False, elapsed_s=0.1)
+    assert pytest.approx(0.4) == rates.row_costs(8)[8]
+    rates.relax()
+    rates.relax()
+    assert pytest.approx(0.4) == rates.row_costs(8)[8]
+
+
+def test_what_was_measured_outlives_a_tiers_engine() -> None:
+    """A tier that is loaded again plans by it from its first step."""
+    pair = Pair()
+    pair.scheduler.begin_with({T: {1: 0.01, 4: 0.011}, S: {1: 0.1, 8: 0.116}})
+    pair.scheduler.close_tier(S, EndReason.FAILED, pair.now)
+    pair.scheduler.open_tier(S, TierLimits(256, 512), frozenset({EOS}))
+    pair.add(asked(0))
+    while not pair.tokens[0]:
+        pair.step()
+    pair.step()
+    assert StepKind.DRAFT is pair.kinds[-1]

@@ -36,6 +36,7 @@ from sage_fed.calibrate.measurement import (
     prices,
     reference_point,
     spread_of,
+    step_times,
     warning_of,
 )
 from sage_fed.cards.rate_card import Fingerprint, Measured, RateCard, available_cards, card_text
@@ -120,6 +121,9 @@ class Calibrator:
             yield CalibrationProgress("writing", 0.99, "", measurement.elapsed_s)
             conditions = await asyncio.to_thread(read_conditions, cuda_index=site.cuda_index)
             card = _card(site, models, measurement, conditions)
+            if not card.doubts():
+                # How fast the machine is does not hang on whose prices are in force.
+                self._executor.begin_with(step_times(measurement.points))
             saving = asyncio.create_task(
                 asyncio.to_thread(_save, card, site.cards_dir, measurement.left_out)
             )

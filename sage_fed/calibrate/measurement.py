@@ -40,7 +40,12 @@ LONG_BATCH = 8
 SHORT_PREFILL_TOKENS = 32
 LONG_PREFILL_TOKENS = 512
 CACHED_CHUNK_TOKENS = 32
-VERIFY_TOKENS = (4, 8)
+VERIFY_ROWS = 4
+"""The row count that a verified row is priced at: one token and three drafted ones."""
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Row counts whose steps the scheduler is told the time of."""
+
 MAX_BATCH = 64
 
 _MIN_RATIOS = 9
@@ -317,12 +322,16 @@ class Point:
     @property
     def sets_a_price(self) -> bool:
         """Whether a price hangs on it; the reference's does too, and has rounds of its own."""
+        if self.phase is Phase.VERIFY:
+            return self.tokens == VERIFY_ROWS
         return self.phase is not Phase.DECODE
 
     def step(self) -> Step:
         """Return the step; its blocks are numbered from 0, sequence after sequence."""
         each = blocks_for(self.context_tokens + self.tokens)
-        draw = Draw(Sampling(), 0)
+        # A verified row is drawn from, whatever comes of it; of other chunks the last one only.
+        num_draws = self.tokens if self.phase is Phase.VERIFY else 1
+        draws = tuple(Draw(Sampling(), index) for index in range(num_draws))
         return Step(
             self.tier,
             tuple(
@@ -332,7 +341,7 @@ class Point:
                     # Ids below 256 are in every vocabulary.
                     token_ids=tuple((index + 7 * i) % 256 for i in range(self.tokens)),
                     blocks=tuple(range(index * each, (index + 1) * each)),
-                    draws=(draw,),
+                    draws=draws,
                 )
                 for index in range(self.batch)
             ),
@@ -356,13 +365,35 @@ def points_of(tier: Tier, limits: TierLimits) -> tuple[Point, ...]:
     points += [Point(tier, Phase.PREFILL, 1, 0, length) for length in lengths]
     if long and lengths:
         points.append(Point(tier, Phase.CACHED, 1, long, lengths[0]))
-    points += [Point(tier, Phase.VERIFY, 1, short, length) for length in VERIFY_TOKENS]
+    points += [Point(tier, Phase.VERIFY, 1, short, length) for length in ROWS[1:]]
     return tuple(
         point
         for point in points
         if point.num_blocks <= limits.num_blocks
         and point.context_tokens + point.tokens <= limits.max_context_tokens
     )
+
+
+def step_times(points: Iterable[MeasuredPoint]) -> dict[Tier, dict[int, float]]:
+    """Return what steps of so many rows take on each tier, in seconds, with short contexts.
+
+    The lowest tier's rows are sequences that draft together, a deeper one's a sequence's tokens
+    that are verified together.
+    """
+    points = tuple(points)
+    times: dict[Tier, dict[int, float]] = {}
+    tiers = sorted({point.tier for point in points})
+    for tier in tiers:
+        own = [point for point in points if point.tier == tier]
+        # A card is a file, and may have lost some of its points.
+        if short := min((p.context_tokens for p in own if p.phase is Phase.DECODE), default=0):
+            at_short = [point for point in own if point.context_tokens == short]
+            rows = {p.tokens: p.step_s for p in at_short if p.phase is Phase.VERIFY}
+            decodes = {p.batch: p.step_s for p in at_short if p.phase is Phase.DECODE}
+            if tier != tiers[0]:
+                decodes = {batch: step_s for batch, step_s in decodes.items() if batch == 1}
+            times[tier] = dict(sorted((rows | decodes).items()))
+    return times
 
 
 def interleaved(tiers: Iterable[tuple[Point, ...]]) -> tuple[Point, ...]:
@@ -490,7 +521,7 @@ def costs_of(points: Iterable[MeasuredPoint], kv_read_s: float) -> Mapping[Phase
         # Never above prefill: finding a token is never worse than computing it.
         Phase.CACHED: replace(cached, seconds=min(cached.seconds, prefill.seconds)),
         Phase.DECODE: decode,
-        Phase.DRAFT: replace(decode, source=f"A drafted token is decoded. {decode.source}"),
+        Phase.DRAFT: replace(decode, source=f"A drafter's step decodes. {decode.source}"),
         Phase.VERIFY: _verify(points, reference),
     }
 
@@ -549,13 +580,13 @@ def _cached(points: Iterable[MeasuredPoint], kv_read_s: float) -> Cost:
 def _verify(points: Iterable[MeasuredPoint], reference: MeasuredPoint) -> Cost:
     verify = min(
         (point for point in points if point.phase is Phase.VERIFY),
-        key=lambda point: point.tokens,
+        key=lambda point: abs(point.tokens - VERIFY_ROWS),
         default=None,
     )
     if verify is None:
         text = "As a decoded token: the context is too short to measure it."
         return Cost(reference.step_s, Basis.DECLARED, text, None)
-    text = f"One step over {verify.tokens} tokens: {_ms(verify.step_s)}."
+    text = f"One step over {verify.tokens} rows, each of them drawn from: {_ms(verify.step_s)}."
     return Cost(verify.token_s, Basis.MEASURED, text, verify.spread)
 
 

@@ -227,6 +227,7 @@ class _Daemon:
             max_error=settings.max_error_of,
         )
         self.cards.use, self.quality.use = admission.use, admission.use_quality
+        self.cards.use_times = self.executor.begin_with
         self.broker = Broker(
             self.tasks,
             Services(

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import sage_fed
 from sage_fed.calibrate.calibrator import Calibrator
+from sage_fed.calibrate.measurement import step_times
 from sage_fed.cards.quality_card import ANY_CLASS, QualityCard, quality_cards
 from sage_fed.cards.rate_card import Fingerprint, RateCard, available_cards, is_version
 from sage_fed.core import (
@@ -188,6 +189,8 @@ _SHOWN = 2
 class CardInForce:
     """Satisfies `sage_fed.device.ExecutorObserver`; `use` hears of every new card.
 
+    `use_times` hears what steps take by rows, of a card that was measured on what is loaded.
+
     Args:
         setting: as configured; `AUTO_CARD` chooses by fingerprint.
         card: in force until every tier is loaded, and after that unless a better one is found.
@@ -207,6 +210,7 @@ class CardInForce:
         self.fit = CardFit.UNKNOWN
         self.note = "the models are not loaded yet"
         self.use: Callable[[RateCard], None] = lambda _card: None
+        self.use_times: Callable[[Mapping[Tier, Mapping[int, float]]], None] = lambda _times: None
         self._auto = setting == AUTO_CARD
         self._own = tuple(own)
         self._fingerprint = fingerprint
@@ -283,6 +287,8 @@ class CardInForce:
                 _log.warning("rate card %s: %s", card.version, self.note)
             else:
                 _log.info("rate card %s: %s", card.version, self.note)
+            if self.fit is CardFit.MEASURED and card.measured is not None and not card.doubts():
+                self.use_times(step_times(card.measured.points))
         self._show()
         if changed:
             self.use(card)

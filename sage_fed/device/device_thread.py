@@ -25,6 +25,7 @@ from sage_fed.device.messages import (
     OpenTier,
     Outbox,
     Probe,
+    StepTimes,
     Stop,
     Submit,
 )
@@ -145,6 +146,8 @@ class DeviceThread:
             return self._scheduler.cancel(message.seq_id, self._clock())
         elif isinstance(message, OpenTier):
             self._open(message)
+        elif isinstance(message, StepTimes):
+            self._scheduler.begin_with(message.measured_s)
         elif isinstance(message, Probe):
             self._probes.add(message)
         return ()

@@ -26,6 +26,7 @@ from sage_fed.device.messages import (
     Pacer,
     Ping,
     Probe,
+    StepTimes,
     Stop,
     Submit,
 )
@@ -232,6 +233,13 @@ class Executor:
         finally:
             probe.done.cancel()
             self._probes.discard(probe)
+
+    def begin_with(self, measured_s: Mapping[Tier, Mapping[int, float]]) -> None:
+        """Plan drafts by what steps of so many rows took when they were measured, in seconds.
+
+        Serving goes on from there. Tiers that are left out have nothing measured.
+        """
+        self._inbox.post(StepTimes(measured_s))
 
     def load(self, tier: Tier) -> TierLoad:
         """Return what a tier is doing, as of its last step; `waiting` is as of now."""

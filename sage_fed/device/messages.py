@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
@@ -74,6 +74,13 @@ class OpenTier:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What steps of so many rows took on each tier, in seconds, when they were measured."""
+
+    measured_s: Mapping[Tier, Mapping[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End everything and leave."""
 
@@ -115,7 +122,7 @@ class Probe:
             pass
 
 
-Message = Submit | Cancel | OpenTier | Probe | Ping | Stop
+Message = Submit | Cancel | OpenTier | StepTimes | Probe | Ping | Stop
 
 
 class Inbox:

@@ -17,7 +17,7 @@ as long as one fast step pays for, so that the fast tier's tokens wait for a par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from sage_fed.core import Tier, TierLoad
 from sage_fed.device.drafting import Drafting
@@ -73,6 +73,16 @@ class Scheduler:
         self._paused: Step | None = None
         self._noted_s = 0.0
         """Of the paused step's time, what the claims have been told."""
+        self._measured_s: Mapping[Tier, Mapping[int, float]] = {}
+
+    def begin_with(self, measured_s: Mapping[Tier, Mapping[int, float]]) -> None:
+        """Take what steps of so many rows took on each tier when they were measured.
+
+        Also for tiers that are opened later, until this is called again.
+        """
+        self._measured_s = measured_s
+        for tier, schedule in self._tiers.items():
+            schedule.rates.begin(measured_s.get(tier, {}))
 
     def open_tier(
         self,
@@ -93,6 +103,7 @@ class Scheduler:
             tier, limits, eos_token_ids, pipelined=pipelined, num_parts=num_parts
         )
         schedule, ordered = self._tiers[tier], sorted(self._tiers.items())
+        schedule.rates.begin(self._measured_s.get(tier, {}))
         self._tiers.clear()
         self._tiers.update(ordered)
         schedule.reclaim = lambda enough: self._reclaim(schedule, enough)

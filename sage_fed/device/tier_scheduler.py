@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from sage_fed.core import Tier, TierLoad, TierState
@@ -632,7 +632,21 @@ class StepRates:
         self._last_seen: dict[int, int] = {}
         self._num_seen = 0
         self._rows: list[int] = []
-        """The numbers of rows that have been seen, in ascending order."""
+        """The numbers of rows that are known, in ascending order."""
+        self._measured_s: Mapping[int, float] = {}
+
+    def begin(self, measured_s: Mapping[int, float]) -> None:
+        """Take what steps of so many rows took when they were measured, for what they take.
+
+        What serving has taught is forgotten where it was measured. An empty mapping takes nothing,
+        and ends the trust in earlier ones.
+        """
+        self._measured_s = dict(measured_s)
+        for rows, step_s in measured_s.items():
+            if rows not in self._by_rows:
+                insort(self._rows, rows)
+            self._by_rows[rows] = step_s
+            self._times_seen[rows], self._last_seen[rows] = _OFTEN, self._num_seen
 
     def record(
         self, *, num_tokens: int, prefills: bool, elapsed_s: float, verifies: bool = False
@@ -656,6 +670,10 @@ class StepRates:
         if known_s is None:
             insort(self._rows, num_tokens)
             known_s = elapsed_s
+        elif num_tokens in self._measured_s:
+            # Drift is followed, in some dozen steps; one step that was disturbed moves it by a
+            # tenth of itself at most.
+            elapsed_s = min(elapsed_s, 2 * known_s)
         elif self._is_stale(num_tokens):
             self._times_seen[num_tokens], weight = 0, 0.5
         self._times_seen[num_tokens] += 1
@@ -665,6 +683,14 @@ class StepRates:
 
     def _is_stale(self, num_rows: int) -> bool:
         return self._num_seen - self._last_seen.get(num_rows, 0) > _STALE_STEPS
+
+    def _trusted_s(self, num_rows: int) -> float | None:
+        """Return what so many rows take for certain; None: they have to be tried, or once more."""
+        known_s, measured_s = self._by_rows[num_rows], self._measured_s.get(num_rows)
+        if self._is_stale(num_rows):
+            # What was slow by accident is by now what it was when nothing disturbed it.
+            return None if measured_s is None else min(known_s, measured_s)
+        return known_s if self._times_seen[num_rows] >= _OFTEN else None
 
     def decode_s(self, num_rows: int) -> float | None:
         """Return what a step takes that decodes so many sequences; None where nothing is measured.
@@ -692,14 +718,16 @@ class StepRates:
         More rows never take less. Up to twice the most that was seen are assumed to go on as the
         last ones did, fewer than the least in proportion, and what was seen seldom, or not for
         long, to have taken no more than that: so each number of rows is tried, and tried again
-        after a while, as it may have been slow by accident. Empty: nothing was seen.
+        after a while, as it may have been slow by accident. What was measured is believed, and
+        after a while again. Empty: nothing was seen.
         """
         if not self._rows:
             return []
         costs, slope, last = [0.0], 0.0, 0
         for rows in self._rows:
-            cost = self._by_rows[rows]
-            if last and (self._times_seen[rows] < _OFTEN or self._is_stale(rows)):
+            trusted_s = self._trusted_s(rows)
+            cost = self._by_rows[rows] if trusted_s is None else trusted_s
+            if last and trusted_s is None:
                 cost = min(cost, costs[-1] + slope * (rows - last))
             cost = max(cost, costs[-1])
             before = costs[-1]
@@ -714,7 +742,9 @@ class StepRates:
     def relax(self) -> None:
         """Assume that steps take somewhat less than they did: they have not been tried for long."""
         for rows in self._rows:
-            self._by_rows[rows] *= _RELAXED
+            known_s = self._by_rows[rows]
+            least_s = min(known_s, self._measured_s.get(rows, 0.0))
+            self._by_rows[rows] = max(known_s * _RELAXED, least_s)
 
     @property
     def decode_step_s(self) -> float | None:
