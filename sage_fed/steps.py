@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-from sage_fed.core import Logprob, ModelInfo, Sampling, Tier
+from sage_fed.core import DraftOrigin, Logprob, ModelInfo, Sampling, Tier
 
 BLOCK_SIZE = 16
 """Tokens in one KV block; a sequence owns whole blocks."""
@@ -139,11 +140,41 @@ class StepKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class VerifiedDrafts:
+    """Drafts of one origin of which equally many tokens were accepted.
+
+    Of the `num_tokens` that were verified in all `num_drafts`, each had `num_accepted`.
+    """
+
+    origin: DraftOrigin
+    num_accepted: int
+    num_tokens: int
+    num_drafts: int = 1
+
+
+def added_up(drafts: Iterable[VerifiedDrafts]) -> tuple[VerifiedDrafts, ...]:
+    """Return the same drafts, those alike as one: origins times lengths are the most."""
+    alike: dict[tuple[DraftOrigin, int], VerifiedDrafts] = {}
+    for one in drafts:
+        key = (one.origin, one.num_accepted)
+        if (known := alike.get(key)) is not None:
+            one = replace(  # noqa: PLW2901 - the sum stands for it
+                known,
+                num_tokens=known.num_tokens + one.num_tokens,
+                num_drafts=known.num_drafts + one.num_drafts,
+            )
+        alike[key] = one
+    return tuple(alike.values())
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What was done by one step, or by several of a kind where the event loop had stalled.
 
-    `num_prefill_tokens` and `num_decode_tokens` are tokens fed to the model, `num_sequences`
-    the sum of the steps' batch sizes, `elapsed_s` the device's time. `num_context_tokens` are
+    `num_prefill_tokens`, `num_decode_tokens`, `num_draft_tokens` (a drafter's, for the tier
+    `drafts_for`) and `num_verify_tokens` (drafts) are tokens fed to the model, `num_sequences`
+    the sum of the steps' batch sizes, `elapsed_s` the device's time. `verified` says what became of
+    the drafts. `num_context_tokens` are
     the tokens in the KV cache that the steps' sequences attended to, their own included.
     The sequences that started had `num_queried_tokens`, and found `num_hit_tokens` of them in the
     prefix cache; where it is off, both are 0. `num_preempted` were interrupted for the steps.
@@ -161,6 +192,16 @@ class StepReport:
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
     num_preempted: int = 0
+    num_draft_tokens: int = 0
+    num_verify_tokens: int = 0
+    drafts_for: Tier | None = None
+    verified: tuple[VerifiedDrafts, ...] = ()
+
+    def plus(self, other: StepReport) -> StepReport:
+        """Return a report of the steps of both, which are alike but for their numbers."""
+        names = [f.name for f in fields(self) if f.name.startswith(("num_", "elapsed_"))]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return replace(self, **sums, verified=added_up((*self.verified, *other.verified)))
 
 
 class InFlightStep(Protocol):

@@ -10,11 +10,11 @@ import pytest
 from executor_rig import Rig, Tokens, read, serving, submit
 from fake_engine import WAIT_S, entered, reference, spec
 
-from sage_fed.core import TIER_ROLES, Tier, TierState
+from sage_fed.core import TIER_ROLES, DraftOrigin, Tier, TierState
 from sage_fed.device import EndReason
 from sage_fed.device.messages import Batch
 from sage_fed.errors import DeviceOutOfMemory, InvalidField, TierUnavailable
-from sage_fed.steps import Step, StepKind, StepReport
+from sage_fed.steps import Step, StepKind, StepReport, VerifiedDrafts
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 
@@ -364,3 +364,21 @@ def test_a_batch_left_lying_keeps_its_size() -> None:
         sum(r.num_decode_tokens for r in kept),
         sum(r.elapsed_s for r in kept),
     )
+
+
+def test_drafts_of_a_batch_left_lying_are_added_up() -> None:
+    """By origin and accepted length, of which there are few, and none is lost."""
+    batch = Batch()
+    for number in range(6000):
+        origin = DraftOrigin.DRAFTER if number % 2 else DraftOrigin.ANSWER
+        draft = VerifiedDrafts(origin, number % 5, 4)
+        report = StepReport(
+            S, StepKind.DECODE, 1, 0, 1, 1, 0.5, num_verify_tokens=4, verified=(draft,)
+        )
+        batch.add_report(report)
+    kept = [*batch.reports, *batch.summed.values()]
+    drafts = [draft for report in kept for draft in report.verified]
+    assert 24_000 == sum(r.num_verify_tokens for r in kept) == sum(d.num_tokens for d in drafts)
+    assert 6000 == sum(draft.num_drafts for draft in drafts)
+    assert 12_000 == sum(draft.num_accepted * draft.num_drafts for draft in drafts)
+    assert 10 == max(len(report.verified) for report in kept)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import prometheus_client
 import pytest
@@ -31,7 +32,11 @@ from sage_fed import errors
 from sage_fed.cards.rate_card import RateCard
 from sage_fed.core import (
     TIER_ROLES,
+    CascadeOutcome,
+    DraftAcceptance,
+    DraftOrigin,
     Finished,
+    Mode,
     ModelInfo,
     Phase,
     Price,
@@ -54,7 +59,7 @@ from sage_fed.metrics.collectors import LiveRates, available_memory_bytes
 from sage_fed.metrics.page import MAX_ADDRESS_CONNECTIONS, MAX_CONNECTIONS, _Places
 from sage_fed.metrics.series import COUNTERS, FAULTS, GAUGES, HISTOGRAMS, REFUSALS, Gauge, Histogram
 from sage_fed.routing import possible_decisions
-from sage_fed.steps import StepKind, StepReport
+from sage_fed.steps import StepKind, StepReport, VerifiedDrafts
 
 TACTICAL, STRATEGIC = Tier.TACTICAL, Tier.STRATEGIC
 ATP = 1_000_000
@@ -85,6 +90,9 @@ atp_reserved_total ledger_commit_seconds ledger_group_size ledger_read_seconds l
 ledger_entries_folded_total rate_card_info rate_card_stale device_seconds_total ledger_writable
 ledger_recovered_jobs ledger_recovered_atp
 event_loop_lag_seconds event_loop_cpu_seconds_total
+speculative_tokens_total accepted_draft_tokens speculation_active draft_acceptance_ratio
+cascade_total answer_error_probability atp_saved_total atp_extra_total
+quality_card_info quality_card_stale quality_card_timestamp_seconds
 """
 
 
@@ -112,7 +120,7 @@ def finished(
     )
 
 
-def report(tier: Tier, kind: StepKind, elapsed_s: float, **changes: int) -> StepReport:
+def report(tier: Tier, kind: StepKind, elapsed_s: float, **changes: Any) -> StepReport:  # noqa: ANN401
     values = {"num_steps": 1, "num_prefill_tokens": 0, "num_decode_tokens": 0, "num_sequences": 1}
     return StepReport(tier=tier, kind=kind, elapsed_s=elapsed_s, **{**values, **changes})
 
@@ -536,6 +544,91 @@ def test_merged_steps_count_one_by_one(metrics: Metrics) -> None:
     assert 0.04 == value(metrics, "engine_step_seconds_sum", **tier, kind="decode")
     assert 8 == value(metrics, "engine_tokens_total", **tier, phase="decode")
     assert 2.0 == value(metrics, "batch_size", **tier)
+
+
+def test_drafts_are_counted_by_what_proposed_them(metrics: Metrics) -> None:
+    """A drafter's when it makes them, free ones when they are verified; and each one's length."""
+    drafter, answer = DraftOrigin.DRAFTER, DraftOrigin.ANSWER
+    draft: dict[str, Any] = {"num_draft_tokens": 9, "drafts_for": STRATEGIC}
+    metrics.step_done(report(TACTICAL, StepKind.DRAFT, 0.01, num_prefill_tokens=3, **draft))
+    verified = (VerifiedDrafts(drafter, 3, 8, 2), VerifiedDrafts(answer, 0, 4))
+    verify: dict[str, Any] = {"num_verify_tokens": 12, "verified": verified}
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.1, num_decode_tokens=3, **verify))
+
+    def tokens(origin: DraftOrigin) -> list[float | None]:
+        labels = {"tier": "strategic", "origin": origin.value}
+        return [
+            value(metrics, "speculative_tokens_total", **labels, outcome=outcome)
+            for outcome in ("drafted", "accepted", "rejected")
+        ]
+
+    assert [9, 6, 2] == tokens(drafter)
+    assert [4, 0, 4] == tokens(answer)
+    assert [0, 0, 0] == tokens(DraftOrigin.LOOKUP)
+    lengths = {"tier": "strategic", "origin": "drafter"}
+    assert 2 == value(metrics, "accepted_draft_tokens_count", **lengths)
+    assert 6 == value(metrics, "accepted_draft_tokens_sum", **lengths)
+    for tier, phase, count in (
+        ("tactical", "draft", 9), ("tactical", "prefill", 3), ("tactical", "decode", 0),
+        ("strategic", "verify", 12), ("strategic", "decode", 3),
+    ):  # fmt: skip
+        assert count == value(metrics, "engine_tokens_total", tier=tier, phase=phase)
+
+
+def test_steps_with_drafts_say_nothing_of_the_cost_ratio(metrics: Metrics) -> None:
+    """A verified row is cheaper than a decoded token, and would look like a cheaper tier."""
+    metrics.step_done(report(TACTICAL, StepKind.DECODE, 0.064, num_decode_tokens=64))
+    metrics.step_done(report(STRATEGIC, StepKind.DECODE, 0.64, num_decode_tokens=64))
+    before = value(metrics, "cost_ratio", source="live", phase="decode")
+    draft: dict[str, Any] = {"num_draft_tokens": 64, "drafts_for": STRATEGIC}
+    metrics.step_done(report(TACTICAL, StepKind.DRAFT, 0.5, **draft))
+    metrics.step_done(
+        report(STRATEGIC, StepKind.DECODE, 0.01, num_decode_tokens=64, num_verify_tokens=64)
+    )
+
+    assert 10.0 == before == value(metrics, "cost_ratio", source="live", phase="decode")
+
+
+def test_loads_show_what_speculates(metrics: Metrics) -> None:
+    """How many sequences do now, and how much of each source's drafts is accepted."""
+    load = TierLoad(
+        STRATEGIC,
+        TierState.READY,
+        speculating=3,
+        acceptance=(DraftAcceptance(DraftOrigin.LOOKUP, 0.75),),
+    )
+    metrics.watch(lambda: Snapshot(loads={STRATEGIC: load}))
+
+    assert 3 == value(metrics, "speculation_active", tier="strategic")
+    assert 0 == value(metrics, "speculation_active", tier="tactical")
+    labels = {"tier": "strategic", "origin": "lookup"}
+    assert 0.75 == value(metrics, "draft_acceptance_ratio", **labels)
+    assert value(metrics, "draft_acceptance_ratio", tier="strategic", origin="drafter") is None
+
+
+def test_cascades_are_counted_with_their_doubt(metrics: Metrics) -> None:
+    """By what became of the answer; a job that was none counts nothing."""
+    metrics.job_finished(STRATEGIC, finished(tier=STRATEGIC))
+    for outcome, doubt in ((CascadeOutcome.KEPT, 0.03), (CascadeOutcome.ESCALATED, 0.6)):
+        ended = replace(finished(tier=STRATEGIC), cascade=outcome, error_probability=doubt)
+        metrics.job_finished(STRATEGIC, ended)
+
+    for outcome, count in (("kept", 1), ("escalated", 1), ("unavailable", 0)):
+        assert count == value(metrics, "cascade_total", outcome=outcome)
+    assert 2 == value(metrics, "answer_error_probability_count")
+    assert 1 == value(metrics, "answer_error_probability_bucket", le="0.05")
+
+
+def test_what_two_tiers_save_or_cost_more_is_counted(metrics: Metrics) -> None:
+    """Against the price of the same output on one tier; a job of one tier is no comparison."""
+    price = Price(charged_uatp=4 * ATP, held_uatp=9 * ATP, rate_card="card", single_uatp=6 * ATP)
+    metrics.price_compared(Mode.SINGLE, price)
+    metrics.price_compared(Mode.SPECULATIVE, price)
+    metrics.price_compared(Mode.CASCADE, replace(price, single_uatp=3 * ATP))
+
+    for mode, saved, extra in (("speculative", 2.0, 0.0), ("cascade", 0.0, 1.0)):
+        assert saved == value(metrics, "atp_saved_total", mode=mode)
+        assert extra == value(metrics, "atp_extra_total", mode=mode)
 
 
 def test_the_prefix_cache_is_counted_in_tokens(metrics: Metrics) -> None:

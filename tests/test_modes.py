@@ -83,6 +83,24 @@ async def test_a_strategic_job_speculates_unless_it_says_single(tmp_path: Path) 
         assert {(T, Phase.DRAFT), (S, Phase.VERIFY)} <= phases
         charged = finished_of(drafted).price.charged_uatp
         assert charge(CARD, usage) == charged < finished_of(plain).price.charged_uatp
+        alone, price = finished_of(plain).price, finished_of(drafted).price
+        assert alone.charged_uatp == alone.single_uatp == price.single_uatp
+        saved_atp = r.counted("atp_saved_total", mode="speculative")
+        assert pytest.approx((price.single_uatp - charged) / 1e6) == saved_atp
+        (stage,) = finished_of(drafted).timing.stages
+        counts = {n.phase: n.tokens for n in usage.by_phase}
+        assert (counts[Phase.DRAFT], counts[Phase.VERIFY]) == (
+            stage.drafted_tokens, stage.verified_tokens,
+        )  # fmt: skip
+        assert 60 - counts[Phase.DECODE] == stage.accepted_tokens
+        for origin in ("drafter", "lookup"):
+            labels = {"tier": "strategic", "origin": origin}
+            drafts = [
+                r.counted("speculative_tokens_total", **labels, outcome=outcome)
+                for outcome in ("drafted", "accepted", "rejected")
+            ]
+            assert drafts[0] >= drafts[1] + drafts[2]
+            assert drafts[1] == r.counted("accepted_draft_tokens_sum", **labels)
         origins = [o for event in drafted if isinstance(event, Delta) for o in event.origins]
         assert len(tokens) == len(origins)
         accepted = origins.count(TokenOrigin.ACCEPTED)

@@ -9,11 +9,11 @@ from fake_engine import EOS, VOCAB, FakeEngine, reference, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage_fed.core import Sampling, Tier
+from sage_fed.core import DraftAcceptance, DraftOrigin, Sampling, Tier
 from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.device.drafting import Candidate, allot
 from sage_fed.device.tier_scheduler import StepRates
-from sage_fed.steps import SampledToken, Step, StepKind
+from sage_fed.steps import SampledToken, Step, StepKind, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 
@@ -42,6 +42,7 @@ class Pair:
         self.ended: dict[int, Ended] = {}
         self.steps: list[Step] = []
         self.kinds: list[StepKind] = []
+        self.reports: list[StepReport] = []
 
     def add(self, *asked: SequenceSpec) -> None:
         """Queue sequences."""
@@ -63,6 +64,7 @@ class Pair:
             outcome = done(step, sampled, now=self.now, elapsed_s=elapsed_s)
         self.steps.append(step)
         self.kinds.append(outcome.report.kind)
+        self.reports.append(outcome.report)
         for token in outcome.tokens:
             self.tokens[token.seq_id].append(token.token_id)
         self.ended |= {one.seq_id: one for one in outcome.ended}
@@ -114,6 +116,58 @@ def test_a_drafter_that_is_right_saves_steps() -> None:
     ended = pair.ended[0]
     assert ended.drafted_tokens >= ended.accepted_tokens > 100
     assert 0.0 < ended.draft_s < ended.device_s
+
+
+@pytest.mark.parametrize("wrong", [0, 20, 60])
+def test_steps_report_what_the_endings_add_up_to(wrong: int) -> None:
+    """Tokens drafted, verified and accepted, each once, under what proposed them."""
+    pair = Pair(wrong)
+    pair.run(asked(0, 96), asked(1, 64), alone(2, 32))
+    answer = tuple(reference(asked(3, 40)))
+    pair.run(asked(3, 40, draft_tokens=answer))
+    endings, drafts = pair.ended.values(), [d for r in pair.reports for d in r.verified]
+    origins = {draft.origin for draft in drafts}
+
+    assert sum(r.num_draft_tokens for r in pair.reports) == sum(e.drafted_tokens for e in endings)
+    verified = sum(ended.verified_tokens for ended in endings)
+    assert verified == sum(report.num_verify_tokens for report in pair.reports)
+    assert verified == sum(draft.num_tokens for draft in drafts)
+    accepted = sum(draft.num_accepted * draft.num_drafts for draft in drafts)
+    assert accepted == sum(ended.accepted_tokens for ended in endings)
+    assert {DraftOrigin.DRAFTER, DraftOrigin.ANSWER} <= origins
+    for report, step in zip(pair.reports, pair.steps, strict=True):
+        phases = (
+            report.num_prefill_tokens, report.num_decode_tokens,
+            report.num_draft_tokens, report.num_verify_tokens,
+        )  # fmt: skip
+        assert step.num_tokens == sum(phases)
+        assert (report.kind is StepKind.DRAFT) == (report.drafts_for is S)
+        assert (report.kind is StepKind.DRAFT) >= (report.num_draft_tokens > 0)
+
+
+def test_a_load_says_who_speculates_and_how_well() -> None:
+    """While drafts pay a sequence counts, and the share that was accepted is measured."""
+    pair = Pair()
+    idle = pair.scheduler.load(S)
+    assert idle is not None
+    assert (0, ()) == (idle.speculating, idle.acceptance)
+    pair.add(asked(0, 128), alone(1, 128))
+    busy = 0
+    while pair.scheduler.has_work:
+        pair.step()
+        load = pair.scheduler.load(S)
+        assert load is not None
+        busy = max(busy, load.speculating)
+    assert 1 == busy
+    assert DraftAcceptance(DraftOrigin.DRAFTER, 1.0) in load.acceptance
+    assert 0 == load.speculating
+
+    wrong = Pair(100)
+    wrong.run(asked(0, 64))
+    load = wrong.scheduler.load(S)
+    assert load is not None
+    (measured,) = (one for one in load.acceptance if one.origin is DraftOrigin.DRAFTER)
+    assert measured.share < 0.1
 
 
 def test_a_drafter_that_is_wrong_costs_little() -> None:

@@ -416,6 +416,14 @@ def single_uatp(card: RateCard, usage: Usage, tier: Tier) -> int:
     return usage.output_tokens * card.lines[tier][Phase.DECODE].uatp
 
 
+def price_in_single(card: RateCard, usage: Usage, tier: Tier) -> int:
+    """Return what the same prompt and output would have cost with every token made by `tier`."""
+    rates = card.lines[tier]
+    prompt_uatp = rates[Phase.PREFILL].uatp * (usage.prompt_tokens - usage.cached_tokens)
+    cached_uatp = rates[Phase.CACHED].uatp * usage.cached_tokens
+    return prompt_uatp + cached_uatp + single_uatp(card, usage, tier)
+
+
 def available_cards(directory: Path | None = None) -> tuple[str, ...]:
     """Return the versions that `RateCard.load` finds by name."""
     folders = (BUNDLED_CARDS, directory) if directory else (BUNDLED_CARDS,)

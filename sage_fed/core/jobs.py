@@ -366,6 +366,8 @@ class StageTiming:
     """Durations of one sequence of a job on its tier, in seconds, as `Timing` has the job's.
 
     `draft_s` is the device time of its `drafter`, on that tier; `device_s` is without it.
+    It began `begin_s` after the job's arrival. Of its `verified_tokens`, which were drafted,
+    `accepted_tokens` are in its output; its drafter made `drafted_tokens`, also some of those.
     """
 
     tier: Tier
@@ -375,6 +377,10 @@ class StageTiming:
     device_s: float
     drafter: Tier | None = None
     draft_s: float = 0.0
+    begin_s: float = 0.0
+    drafted_tokens: int = 0
+    verified_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

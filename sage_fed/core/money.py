@@ -52,11 +52,16 @@ def escaped(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a job cost; `rate_card` was frozen at admission."""
+    """What a job cost; `rate_card` was frozen at admission.
+
+    `single_uatp` is what its route's tier alone would have charged for the same prompt and output;
+    0 where an earlier daemon did not say.
+    """
 
     charged_uatp: int
     held_uatp: int
     rate_card: str
+    single_uatp: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,16 @@ class Phase(enum.Enum):
     VERIFY = "verify"
 
 
+class DraftOrigin(enum.Enum):
+    """What proposed a draft."""
+
+    DRAFTER = "drafter"
+    ANSWER = "answer"
+    """An answer that the sequence was given to verify."""
+    LOOKUP = "lookup"
+    """The prompt, or the output so far."""
+
+
 class TierState(enum.Enum):
     """What a tier is doing; only READY admits jobs."""
 
@@ -126,12 +136,22 @@ class TierStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftAcceptance:
+    """The share of an origin's draft tokens that was accepted lately, of those compared."""
+
+    origin: DraftOrigin
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class TierLoad:
     """What a tier is doing now, as the executor last said; rates None until measured.
 
     Of `kv_tokens_total`, running sequences own `kv_tokens_used`; `kv_tokens_cached` are kept for
     the prefix cache until the room is needed. `retry_after_s` is when the next place may be
     free, for a job that finds none. Up to `running_limit` run at once, memory permitting.
+    The newest plans have drafts for `speculating` of the running sequences; `acceptance` is of the
+    origins that were tried.
     """
 
     tier: Tier
@@ -148,6 +168,8 @@ class TierLoad:
     kv_tokens_cached: int = 0
     retry_after_s: float | None = None
     running_limit: int = 0
+    speculating: int = 0
+    acceptance: tuple[DraftAcceptance, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

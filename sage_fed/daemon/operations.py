@@ -426,9 +426,11 @@ class QualityInForce:
         if self.card is not before:
             self.use(self.card)
         wanted = not self._auto and bool(self._cards)
-        self._metrics.quality_card(
-            self.card.version if self.card else "", stale=wanted and self.card is None
-        )
+        if self.card is None:
+            self._metrics.quality_card("", stale=wanted)
+        else:
+            made_s = self.card.measured.at.timestamp()
+            self._metrics.quality_card(self.card.version, made_s=made_s)
 
 
 def _told(card: QualityCard) -> str:

@@ -12,10 +12,11 @@ while its prefix alone is short.
 
 from __future__ import annotations
 
-import enum
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from sage_fed.core import DraftAcceptance, DraftOrigin
 
 _LONGEST_MATCH = 8
 """Tokens of a suffix that are compared: longer ones tell nothing more."""
@@ -28,16 +29,6 @@ _MEMORY = 0.95
 
 _PRIOR_WEIGHT = 4.0
 """Tested tokens that the expectation counts for."""
-
-
-class Origin(enum.Enum):
-    """What proposed a draft."""
-
-    DRAFTER = "drafter"
-    ANSWER = "answer"
-    """An answer that the sequence was given to verify."""
-    LOOKUP = "lookup"
-    """The prompt, or the output so far."""
 
 
 @dataclass(slots=True)
@@ -72,20 +63,20 @@ class Acceptance:
 class Source:
     """A draft's origin and how long a suffix was found: what its acceptance depends on."""
 
-    origin: Origin
+    origin: DraftOrigin
     match: int = 0
 
 
 _EXPECTED = {
-    Source(Origin.DRAFTER): 0.75,
-    Source(Origin.ANSWER, 0): 0.7,
-    Source(Origin.ANSWER, 1): 0.5,
-    Source(Origin.ANSWER, 2): 0.7,
-    Source(Origin.ANSWER, 4): 0.85,
-    Source(Origin.ANSWER, 8): 0.9,
-    Source(Origin.LOOKUP, 2): 0.4,
-    Source(Origin.LOOKUP, 4): 0.65,
-    Source(Origin.LOOKUP, 8): 0.8,
+    Source(DraftOrigin.DRAFTER): 0.75,
+    Source(DraftOrigin.ANSWER, 0): 0.7,
+    Source(DraftOrigin.ANSWER, 1): 0.5,
+    Source(DraftOrigin.ANSWER, 2): 0.7,
+    Source(DraftOrigin.ANSWER, 4): 0.85,
+    Source(DraftOrigin.ANSWER, 8): 0.9,
+    Source(DraftOrigin.LOOKUP, 2): 0.4,
+    Source(DraftOrigin.LOOKUP, 4): 0.65,
+    Source(DraftOrigin.LOOKUP, 8): 0.8,
 }
 """Assumed before a source was tested; the order of magnitude of a 0.5B and a 1.5B on code."""
 
@@ -96,6 +87,16 @@ class Estimates:
     def __init__(self, tier: Estimates | None = None) -> None:
         self._tier = tier
         self._by_source: dict[Source, Acceptance] = {}
+        self._by_origin: dict[DraftOrigin, Acceptance] = {}
+        """What was measured of a tier; a plan that finds nothing forgets none of it."""
+
+    @property
+    def measured(self) -> tuple[DraftAcceptance, ...]:
+        """The share of compared tokens that was accepted lately, by origin."""
+        return tuple(
+            DraftAcceptance(origin, of.accepted / of.tested)
+            for origin, of in self._by_origin.items()
+        )
 
     def rate(self, source: Source) -> float:
         """Return the acceptance to expect of a source's next token."""
@@ -113,6 +114,10 @@ class Estimates:
         self._by_source[source].note(num_accepted, num_drafted)
         if self._tier:
             self._tier.note(source, num_accepted, num_drafted)
+            return
+        if source.origin not in self._by_origin:
+            self._by_origin[source.origin] = Acceptance(0.0)
+        self._by_origin[source.origin].note(num_accepted, num_drafted)
 
     def fade(self, share: float) -> None:
         """Forget a share of all that was tested."""
@@ -191,13 +196,13 @@ class FreeDrafts:
         """Return the better proposal of at most `longest` tokens; None where there is none."""
         answer = self._answer.token_ids[self._at : self._at + longest]
         if answer and (self._match or self._at == 0):
-            return Source(Origin.ANSWER, _bucket(self._match)), tuple(answer)
+            return Source(DraftOrigin.ANSWER, _bucket(self._match)), tuple(answer)
         text = self._text.token_ids
         at, match = self._text.find(text)
         if match >= 2:
-            return Source(Origin.LOOKUP, _bucket(match)), tuple(text[at : at + longest])
+            return Source(DraftOrigin.LOOKUP, _bucket(match)), tuple(text[at : at + longest])
         if answer:
-            return Source(Origin.ANSWER, 0), tuple(answer)
+            return Source(DraftOrigin.ANSWER, 0), tuple(answer)
         return None
 
 

@@ -24,8 +24,8 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from sage_fed.core import Tier
-from sage_fed.device.draft_sources import Origin, Source
+from sage_fed.core import DraftOrigin, Tier
+from sage_fed.device.draft_sources import Source
 from sage_fed.device.kv_blocks import BlockKeys, blocks_for
 from sage_fed.device.sequence import Ended, Sequence
 from sage_fed.device.tier_scheduler import Outcome, TierScheduler
@@ -351,7 +351,7 @@ class Drafting:
         drafter = None if seq.spec.drafter is None else self._find(seq.spec.drafter)
         if drafter is None or room <= 0:
             return best, source
-        own = Source(Origin.DRAFTER)
+        own = Source(DraftOrigin.DRAFTER)
         acceptance, longest = estimates.rate(own), min(room, seq.drafts.cap)
         costs = drafter.rates.row_costs(num_speculating)
         draft_s = costs[-1] / num_speculating if len(costs) > 1 else 0.0
@@ -452,7 +452,7 @@ class Drafting:
         drafts = draft.target.drafts
         assert drafts is not None
         drafts.proposal = tuple(draft.tokens)
-        drafts.source = Source(Origin.DRAFTER) if draft.tokens else None
+        drafts.source = Source(DraftOrigin.DRAFTER) if draft.tokens else None
 
     def _take_out(self, step: Step, elapsed_s: float) -> tuple[_Draft, ...]:
         assert self.owns(step)
@@ -480,11 +480,13 @@ class Drafting:
             kind=StepKind.DRAFT,
             num_steps=1,
             num_prefill_tokens=step.num_tokens - num_drafted,
-            num_decode_tokens=num_drafted,
+            num_decode_tokens=0,
             num_sequences=len(members),
             elapsed_s=elapsed_s,
             out_of_memory=out_of_memory,
             num_context_tokens=step.num_context_tokens,
+            num_draft_tokens=num_drafted,
+            drafts_for=self.tier,
         )
         ended = self._target.end_due((draft.target for draft in members), now)
         self.prune()

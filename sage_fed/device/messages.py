@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sage_fed.core import Sampling, Tier, TierStatus
@@ -264,7 +264,7 @@ class Batch:
     opened: dict[Tier, Opened] = field(default_factory=dict)
     statuses: dict[Tier, TierStatus] = field(default_factory=dict)
     reports: list[StepReport] = field(default_factory=list)
-    summed: dict[tuple[Tier, StepKind, bool], StepReport] = field(default_factory=dict)
+    summed: dict[tuple[Tier, Tier | None, StepKind, bool], StepReport] = field(default_factory=dict)
     closed: EndReason | None = None
 
     def add_report(self, report: StepReport) -> None:
@@ -272,9 +272,9 @@ class Batch:
         if len(self.reports) < _MAX_REPORTS:
             self.reports.append(report)
             return
-        key = (report.tier, report.kind, report.out_of_memory)
+        key = (report.tier, report.drafts_for, report.kind, report.out_of_memory)
         earlier = self.summed.get(key)
-        self.summed[key] = report if earlier is None else _sum(earlier, report)
+        self.summed[key] = report if earlier is None else earlier.plus(report)
 
     def keep_first(self, most: int) -> Batch:
         """Return the tokens and endings of all sequences but the first `most`, and drop them."""
@@ -402,9 +402,3 @@ class Outbox:
         if more:
             self._loop.call_soon(self._turn)
         self._deliver(batch)
-
-
-def _sum(a: StepReport, b: StepReport) -> StepReport:
-    """Return a report of the steps of both, which are of one tier and kind."""
-    names = (f.name for f in fields(StepReport) if f.name.startswith(("num_", "elapsed_")))
-    return replace(a, **{name: getattr(a, name) + getattr(b, name) for name in names})

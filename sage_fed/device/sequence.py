@@ -11,7 +11,7 @@ import enum
 import math
 from dataclasses import dataclass, field
 
-from sage_fed.core import Priority, Sampling, Tier
+from sage_fed.core import DraftOrigin, Priority, Sampling, Tier
 from sage_fed.device.draft_sources import Estimates, SequenceDrafts
 from sage_fed.device.kv_blocks import BlockKeys, BlockPool, blocks_for
 from sage_fed.errors import InvalidField
@@ -419,6 +419,12 @@ class Sequence:
             drafted_tokens=self.drafted_tokens,
             draft_s=self.draft_s,
         )
+
+    @property
+    def draft_origin(self) -> DraftOrigin | None:
+        """What proposed the draft that is being verified; None where there is none."""
+        source = self.drafts.source if self.drafts else None
+        return source.origin if source else None
 
     def draw(self, index: int, draft: tuple[int, ...]) -> Draw:
         """Return the draw of output token `index`, behind the output so far and these tokens."""

@@ -35,6 +35,8 @@ from sage_fed.steps import (
     Step,
     StepKind,
     StepReport,
+    VerifiedDrafts,
+    added_up,
 )
 
 _RETRY_S = 1.0
@@ -104,11 +106,11 @@ class _ScheduledStep:
 
     def report(self, elapsed_s: float, *, out_of_memory: bool = False) -> StepReport:
         """Return what was done by it."""
-        num_decode = self.step.num_tokens - self.num_prefill
+        num_decode = self.step.num_tokens - self.num_prefill - self.num_verified
         if not self.num_prefill:
             kind = StepKind.DECODE
         else:
-            kind = StepKind.MIXED if num_decode else StepKind.PREFILL
+            kind = StepKind.MIXED if num_decode or self.num_verified else StepKind.PREFILL
         return StepReport(
             tier=self.step.tier,
             kind=kind,
@@ -122,6 +124,7 @@ class _ScheduledStep:
             num_queried_tokens=self.num_queried,
             num_hit_tokens=self.num_hit,
             num_preempted=self.num_preempted,
+            num_verify_tokens=self.num_verified,
         )
 
 
@@ -198,6 +201,8 @@ class TierScheduler:
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             retry_after_s=self._retry_after_s(),
             running_limit=self.limits.max_batch,
+            speculating=sum(seq.speculates_now for seq in running),
+            acceptance=self.estimates.measured,
         )
 
     def add(self, spec: SequenceSpec, submitted_s: float) -> None:
@@ -296,9 +301,11 @@ class TierScheduler:
         )
         self._note_shares(scheduled, elapsed_s)
         delivered: list[SampledToken] = []
+        verified: list[VerifiedDrafts] = []
         pool, first = self.pool if self.limits.prefix_cache else None, 0
         for seq, chunk in scheduled.rows:
             num_accepted, num_draws = 0, len(chunk.draws)
+            origin = seq.draft_origin if num_draws > 1 else None
             if seq.spec.seq_id in spoiled:
                 self._spoil(seq, chunk)
             else:
@@ -310,7 +317,11 @@ class TierScheduler:
                 seq.computed(chunk, num_accepted, pool)
                 if seq.ending is None:
                     self.queue.count(seq)
+            if origin is not None:
+                verified.append(VerifiedDrafts(origin, num_accepted, num_draws - 1))
             first += num_draws
+        if verified:
+            report = replace(report, verified=added_up(verified))
         return Outcome(report, tuple(delivered), self.end_due(scheduled.members, now))
 
     def out_of_memory(self, step: Step, *, now: float, elapsed_s: float) -> Outcome:

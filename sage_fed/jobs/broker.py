@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sage_fed.cards.rate_card import charge_by_tier
+from sage_fed.cards.rate_card import charge_by_tier, price_in_single
 from sage_fed.core import (
     Budget,
     CascadeOutcome,
@@ -535,7 +535,12 @@ class Job:
             ),
             usage=self._usage,
             timing=timing_of(self._endings, self._arrived_s, time.monotonic()),
-            price=Price(charged_uatp, started.held_uatp, draft.card.version),
+            price=Price(
+                charged_uatp,
+                started.held_uatp,
+                draft.card.version,
+                price_in_single(draft.card, self._usage, route.tier),
+            ),
             # Known only once settled; a replay shows the balance of its own time anyway.
             balance_uatp=0,
             cascade=self._cascade,
@@ -554,6 +559,7 @@ class Job:
             balance_uatp = settlement.balance_uatp
             services.metrics.balance_changed(self.spec.account, balance_uatp)
             services.metrics.hold_settled(self._held_uatp, charged_by_tier)
+            services.metrics.price_compared(route.mode, finished.price)
             services.admission.experience.note(
                 draft.card, route, self._usage, started.max_new_tokens
             )
@@ -663,7 +669,7 @@ def timing_of(endings: Sequence[tuple[Stage, Ended]], arrived_s: float, now: flo
 
     Where it ran several sequences, theirs together; the first token is the answer's.
     """
-    stages = tuple(_stage_timing(stage, ended) for stage, ended in endings)
+    stages = tuple(_stage_timing(stage, ended, arrived_s) for stage, ended in endings)
     first_s = endings[-1][1].first_token_s if endings else None
     return Timing(
         queue_s=sum(stage.queue_s for stage in stages),
@@ -676,7 +682,7 @@ def timing_of(endings: Sequence[tuple[Stage, Ended]], arrived_s: float, now: flo
     )
 
 
-def _stage_timing(stage: Stage, ended: Ended) -> StageTiming:
+def _stage_timing(stage: Stage, ended: Ended, arrived_s: float) -> StageTiming:
     started, first, last = ended.started_s, ended.first_token_s, ended.last_token_s
     return StageTiming(
         tier=stage.tier,
@@ -686,4 +692,8 @@ def _stage_timing(stage: Stage, ended: Ended) -> StageTiming:
         device_s=ended.device_s,
         drafter=stage.drafter,
         draft_s=ended.draft_s,
+        begin_s=ended.submitted_s - arrived_s,
+        drafted_tokens=ended.drafted_tokens,
+        verified_tokens=ended.verified_tokens,
+        accepted_tokens=ended.accepted_tokens,
     )

@@ -61,6 +61,10 @@ class LiveRates:
         self._reports: dict[Tier, deque[StepReport]] = {
             tier: deque(maxlen=_WINDOW) for tier in tiers
         }
+        self._undrafted: dict[Tier, deque[StepReport]] = {
+            tier: deque(maxlen=_WINDOW) for tier in tiers
+        }
+        """Those without drafts: a row that verifies one is cheaper than a decoded token."""
         self._lock = threading.Lock()
 
     def add(self, report: StepReport) -> None:
@@ -69,10 +73,12 @@ class LiveRates:
             return
         with self._lock:
             self._reports[report.tier].append(report)
+            if not report.num_draft_tokens and not report.num_verify_tokens:
+                self._undrafted[report.tier].append(report)
 
     def seconds_per_token(self, tier: Tier) -> Mapping[Phase, float]:
         """Return device seconds per token of the phases that the tier has had traffic in."""
-        reports = self._recent(tier)
+        reports = self._recent(tier, self._undrafted)
         seconds, tokens = _phase_seconds(reports), _phase_tokens(reports)
         return {
             phase: seconds[phase] / tokens[phase]
@@ -82,7 +88,7 @@ class LiveRates:
 
     def ratio_tokens(self) -> Mapping[Phase, int]:
         """Return the tokens that each phase's ratio rests on: those of the tier that had fewer."""
-        low, high = (_phase_tokens(self._recent(tier)) for tier in self._compared)
+        low, high = (_phase_tokens(self._recent(tier, self._undrafted)) for tier in self._compared)
         return {phase: min(low[phase], high[phase]) for phase in low}
 
     def cost_ratios(self) -> Mapping[Phase, float]:
@@ -105,7 +111,7 @@ class LiveRates:
 
         A step reads all the weights, and the keys and values of every token it attends to.
         """
-        steps = [r for r in self._recent(tier) if r.kind is StepKind.DECODE]
+        steps = [r for r in self._recent(tier, self._reports) if r.kind is StepKind.DECODE]
         seconds = sum(r.elapsed_s for r in steps)
         num_bytes = sum(
             r.num_steps * step_bytes + r.num_context_tokens * kv_token_bytes for r in steps
@@ -116,9 +122,11 @@ class LiveRates:
     def _compared(self) -> tuple[Tier, Tier]:
         return min(self._reports), max(self._reports)
 
-    def _recent(self, tier: Tier) -> tuple[StepReport, ...]:
+    def _recent(
+        self, tier: Tier, reports: Mapping[Tier, deque[StepReport]]
+    ) -> tuple[StepReport, ...]:
         with self._lock:
-            return tuple(self._reports[tier])
+            return tuple(reports[tier])
 
 
 def _phase_tokens(reports: Iterable[StepReport]) -> Mapping[Phase, int]:
@@ -181,6 +189,11 @@ _LOADS: tuple[tuple[str, str, Callable[[TierLoad], float]], ...] = (
     ("requests_running", "Jobs in the running batch.", lambda load: load.running),
     ("requests_waiting", "Jobs that wait for a place in the batch.", lambda load: load.waiting),
     (
+        "speculation_active",
+        "Sequences of the batch whose newest plan has a draft.",
+        lambda load: load.speculating,
+    ),
+    (
         "requests_waiting_limit",
         "Waiting jobs from which on new ones are refused.",
         lambda load: load.waiting_limit,
@@ -236,7 +249,9 @@ class ScrapeCollector(Collector):
         yield _family(
             "cost_ratio",
             "Strategic over tactical cost of a token: priced, and live from device time of each "
-            f"tier's recent steps, where both had at least {MIN_RATIO_TOKENS} tokens of the phase.",
+            "tier's recent steps without drafts, where both had at least "
+            f"{MIN_RATIO_TOKENS} tokens "
+            "of the phase.",
             {
                 (source, phase.value): ratio
                 for source, ratios in {**self.ratios, "live": live}.items()
@@ -272,6 +287,17 @@ class ScrapeCollector(Collector):
             "Tokens that the KV cache has room for: used by jobs, cached for later ones, or free.",
             kv_tokens,
             labels=("tier", "state"),
+        )
+        yield _family(
+            "draft_acceptance_ratio",
+            "Share of the draft tokens that were accepted lately, of those that were compared; "
+            "what drafts are planned by. None of an origin before its first draft.",
+            {
+                (tier.name, measured.origin.value): measured.share
+                for tier, load in loads.items()
+                for measured in load.acceptance
+            },
+            labels=("tier", "origin"),
         )
         for name, text, of_jobs in _JOBS:
             yield _family(name, text, {(t.name,): of_jobs(own) for t, own in jobs.items()})

@@ -25,9 +25,12 @@ from prometheus_client import (
 from sage_fed.core import (
     TIER_ROLES,
     UATP_PER_ATP,
+    DraftOrigin,
     Finished,
+    Mode,
     ModelInfo,
     Phase,
+    Price,
     Refusal,
     Route,
     StageTiming,
@@ -49,13 +52,16 @@ from sage_fed.metrics.page import OPEN_PAGE, MetricsServer, PageAccess
 from sage_fed.metrics.series import (
     ABORTED,
     ABORTS,
+    ACCEPTED,
     CONTENDED,
+    DRAFTED,
     FAILED,
     FAULTS,
     FINISHED,
     NO_TIER,
     REFUSALS,
     REFUSED,
+    REJECTED,
     RELOAD_FAILED,
     RELOADED,
     REPLAYED,
@@ -206,6 +212,12 @@ class Metrics:
                 series.observe("prefill_seconds", stage.prefill_s, stage.tier.name)
                 series.observe("decode_seconds", stage.decode_s, stage.tier.name)
         self._count_work(outcome, usage, timing.stages)
+        if finished.cascade is not None:
+            series.count("cascade_total", 1, finished.cascade.value)
+        if finished.error_probability is not None:
+            series.observe(
+                "answer_error_probability", finished.error_probability, exemplar=exemplar
+            )
 
     def job_failed(
         self,
@@ -260,6 +272,13 @@ class Metrics:
             self._series.count("atp_charged_total", charged / UATP_PER_ATP, tier.name)
             self._series.count("atp_refunded_total", (held - charged) / UATP_PER_ATP, tier.name)
 
+    def price_compared(self, mode: Mode, price: Price) -> None:
+        """Count what a job of two tiers has cost less, or more, than one of them alone."""
+        if mode is not Mode.SINGLE:
+            saved_atp = (price.single_uatp - price.charged_uatp) / UATP_PER_ATP
+            name = "atp_saved_total" if saved_atp >= 0 else "atp_extra_total"
+            self._series.count(name, abs(saved_atp), mode.value)
+
     def balance_changed(self, account: str, balance_uatp: int) -> None:
         """Show an account's balance, where the operator wants account names in metrics."""
         if self._per_account_balance:
@@ -293,8 +312,12 @@ class Metrics:
         self._series.show("rate_card_info", 1, version)
         self._series.show("rate_card_stale", stale)
 
-    def quality_card(self, version: str, *, stale: bool = False) -> None:
-        """Show which quality card is in force, "" for none, and whether one had to be dropped."""
+    def quality_card(self, version: str, *, stale: bool = False, made_s: float = 0.0) -> None:
+        """Show which quality card is in force, "" for none, and whether one had to be dropped.
+
+        `made_s` is when it was made, in seconds since 1970.
+        """
+        self._series.show("quality_card_timestamp_seconds", made_s)
         self._series.gauges["quality_card_info"].clear()
         self._series.show("quality_card_info", 1, version)
         self._series.show("quality_card_stale", stale)
@@ -318,14 +341,52 @@ class Metrics:
         counts = (
             (report.num_prefill_tokens, "engine_tokens_total", name, Phase.PREFILL.value),
             (report.num_decode_tokens, "engine_tokens_total", name, Phase.DECODE.value),
+            (report.num_draft_tokens, "engine_tokens_total", name, Phase.DRAFT.value),
+            (report.num_verify_tokens, "engine_tokens_total", name, Phase.VERIFY.value),
             (report.num_preempted, "preemptions_total", name),
             (report.num_queried_tokens, "prefix_cache_queried_tokens_total", name),
             (report.num_hit_tokens, "prefix_cache_hit_tokens_total", name),
         )
         for number, counter, *labels in counts:
-            # Most steps only decode: four of the five have nothing to add.
+            # Most steps only decode: the others have nothing to add.
             if number:
                 series.count(counter, number, *labels)
+        if report.drafts_for is not None:
+            self._count_drafts(
+                report.drafts_for, DraftOrigin.DRAFTER, drafted=report.num_draft_tokens
+            )
+        for drafts in report.verified:
+            accepted = drafts.num_accepted * drafts.num_drafts
+            free = drafts.origin is not DraftOrigin.DRAFTER
+            self._count_drafts(
+                report.tier,
+                drafts.origin,
+                drafted=drafts.num_tokens if free else 0,
+                accepted=accepted,
+                rejected=drafts.num_tokens - accepted,
+            )
+            series.observe(
+                "accepted_draft_tokens",
+                drafts.num_accepted,
+                name,
+                drafts.origin.value,
+                count=drafts.num_drafts,
+            )
+
+    def _count_drafts(
+        self,
+        tier: Tier,
+        origin: DraftOrigin,
+        *,
+        drafted: int = 0,
+        accepted: int = 0,
+        rejected: int = 0,
+    ) -> None:
+        counts = ((DRAFTED, drafted), (ACCEPTED, accepted), (REJECTED, rejected))
+        for outcome, number in counts:
+            if number:
+                labels = (tier.name, origin.value, outcome)
+                self._series.count("speculative_tokens_total", number, *labels)
 
     def tier_changed(self, status: TierStatus) -> None:
         """Show a tier's state, its progress and, once loaded, its model."""

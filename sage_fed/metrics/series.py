@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.samples import Exemplar
 
-from sage_fed.core import Phase, StopReason, TierState
+from sage_fed.core import CascadeOutcome, DraftOrigin, Mode, Phase, StopReason, TierState
 from sage_fed.steps import StepKind
 
 PREFIX = "sage_fed"
@@ -39,6 +39,9 @@ REFUSALS = (
 """Reasons of errors, in lower case, that end a job as `FAILED` and as `REFUSED`."""
 
 CONTENDED = ("false", "true")
+ORIGINS = tuple(origin.value for origin in DraftOrigin)
+DRAFTED, ACCEPTED, REJECTED = "drafted", "accepted", "rejected"
+TWO_TIER_MODES = tuple(mode.value for mode in Mode if mode is not Mode.SINGLE)
 RELOADED, RELOAD_FAILED = "done", "failed"
 
 # Seconds. A 0.5B model decodes in single milliseconds; service-level bounds (0.05 and 0.2 between
@@ -57,6 +60,8 @@ COMMIT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
 DECISION = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01)
 LAG = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+DRAFT = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+DOUBT = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 GROUP = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -122,6 +127,11 @@ COUNTERS = {
     "route_decisions_total": Spec(
         "Decisions of the router; chosen is none for a refusal.", "requested chosen reason"
     ),
+    "cascade_total": Spec(
+        "Cascades by what became of the lower tier's answer.",
+        "outcome",
+        known={"outcome": [outcome.value for outcome in CascadeOutcome]},
+    ),
     "tokens_total": Spec(
         "Tokens of jobs by how the job ended; those of failed jobs were not delivered.",
         "tier type outcome",
@@ -141,12 +151,35 @@ COUNTERS = {
         "reason",
         known={"reason": ("below_floor", "above_max_cost", "cannot_afford")},
     ),
+    "atp_saved_total": Spec(
+        "What one tier alone would have charged for the same output, less the charge, of jobs "
+        "that cost less than that.",
+        "mode",
+        known={"mode": TWO_TIER_MODES},
+    ),
+    "atp_extra_total": Spec(
+        "The charge less what one tier alone would have charged for the same output, of jobs that "
+        "cost more than that: cascades that had to escalate.",
+        "mode",
+        known={"mode": TWO_TIER_MODES},
+    ),
     "ledger_entries_folded_total": Spec("Old entries folded into one row per account and day."),
     # The device
     "engine_tokens_total": Spec(
         "Tokens fed to the model.",
         "tier phase",
-        known={"phase": (Phase.PREFILL.value, Phase.DECODE.value)},
+        known={
+            "phase": [phase.value for phase in Phase if phase is not Phase.CACHED],
+        },
+    ),
+    "speculative_tokens_total": Spec(
+        "Draft tokens for the tier by what proposed them: drafted, and of those that were "
+        "verified accepted or rejected; a drafter's may be dropped unverified.",
+        "tier origin outcome",
+        known={
+            "origin": ORIGINS,
+            "outcome": (DRAFTED, ACCEPTED, REJECTED),
+        },
     ),
     "preemptions_total": Spec(
         "Times that a running job was interrupted, to be computed again and go on later.", "tier"
@@ -208,6 +241,9 @@ GAUGES = {
     "quality_card_stale": Spec(
         "1 where the quality card that is wanted is dropped: it is of other models."
     ),
+    "quality_card_timestamp_seconds": Spec(
+        "When the quality card in force was made, in seconds since 1970; 0 without one."
+    ),
     # The device
     "batch_size": Spec("Sequences in the last step.", "tier"),
     "tier_state": Spec(
@@ -267,6 +303,15 @@ HISTOGRAMS = {
     ),
     "prompt_tokens": Spec("Prompt tokens of a job.", "tier", TOKENS),
     "output_tokens": Spec("Output tokens of a job.", "tier", TOKENS),
+    "accepted_draft_tokens": Spec(
+        "Tokens of a draft that were accepted, for each draft that was verified.",
+        "tier origin",
+        DRAFT,
+        known={"origin": ORIGINS},
+    ),
+    "answer_error_probability": Spec(
+        "How likely a cascade's first answer is wrong, by the quality card.", buckets=DOUBT
+    ),
     # Money
     "ledger_commit_seconds": Spec(
         "Time until a group of ledger operations is durable.", buckets=COMMIT

@@ -138,7 +138,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., device: _Optional[str] = ..., rate_card: _Optional[str] = ..., cost_ratio: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., rate_card_fit: _Optional[_Union[RateCardFit, str]] = ..., rate_card_note: _Optional[str] = ..., device_fallback: _Optional[str] = ..., ledger_trouble: _Optional[str] = ..., recovered_jobs: _Optional[int] = ..., recovered_uatp: _Optional[int] = ..., quality_card: _Optional[str] = ..., quality_card_note: _Optional[str] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached", "requests_running_limit", "retry_after_s", "tier_name")
+    __slots__ = ("tier", "state", "requests_running", "requests_waiting", "kv_tokens_used", "kv_tokens_total", "decode_step_s", "prefill_tokens_per_s", "requests_waiting_limit", "queued_prompt_tokens", "max_context_tokens", "kv_tokens_cached", "requests_running_limit", "retry_after_s", "tier_name", "speculating", "acceptance")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,8 @@ class TierStatus(_message.Message):
     REQUESTS_RUNNING_LIMIT_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    SPECULATING_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
     state: _types_pb2.TierState
     requests_running: int
@@ -169,4 +171,14 @@ class TierStatus(_message.Message):
     requests_running_limit: int
     retry_after_s: float
     tier_name: str
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kv_tokens_cached: _Optional[int] = ..., requests_running_limit: _Optional[int] = ..., retry_after_s: _Optional[float] = ..., tier_name: _Optional[str] = ...) -> None: ...
+    speculating: int
+    acceptance: _containers.RepeatedCompositeFieldContainer[DraftAcceptance]
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., state: _Optional[_Union[_types_pb2.TierState, str]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., requests_waiting_limit: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kv_tokens_cached: _Optional[int] = ..., requests_running_limit: _Optional[int] = ..., retry_after_s: _Optional[float] = ..., tier_name: _Optional[str] = ..., speculating: _Optional[int] = ..., acceptance: _Optional[_Iterable[_Union[DraftAcceptance, _Mapping]]] = ...) -> None: ...
+
+class DraftAcceptance(_message.Message):
+    __slots__ = ("origin", "share")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    origin: _types_pb2.DraftOrigin
+    share: float
+    def __init__(self, origin: _Optional[_Union[_types_pb2.DraftOrigin, str]] = ..., share: _Optional[float] = ...) -> None: ...

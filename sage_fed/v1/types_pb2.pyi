@@ -44,6 +44,13 @@ class TokenOrigin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOKEN_ORIGIN_ACCEPTED: _ClassVar[TokenOrigin]
     TOKEN_ORIGIN_STRATEGIC: _ClassVar[TokenOrigin]
 
+class DraftOrigin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAFT_ORIGIN_UNSPECIFIED: _ClassVar[DraftOrigin]
+    DRAFT_ORIGIN_DRAFTER: _ClassVar[DraftOrigin]
+    DRAFT_ORIGIN_ANSWER: _ClassVar[DraftOrigin]
+    DRAFT_ORIGIN_LOOKUP: _ClassVar[DraftOrigin]
+
 class TierState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TIER_STATE_UNSPECIFIED: _ClassVar[TierState]
@@ -91,6 +98,10 @@ TOKEN_ORIGIN_UNSPECIFIED: TokenOrigin
 TOKEN_ORIGIN_TACTICAL: TokenOrigin
 TOKEN_ORIGIN_ACCEPTED: TokenOrigin
 TOKEN_ORIGIN_STRATEGIC: TokenOrigin
+DRAFT_ORIGIN_UNSPECIFIED: DraftOrigin
+DRAFT_ORIGIN_DRAFTER: DraftOrigin
+DRAFT_ORIGIN_ANSWER: DraftOrigin
+DRAFT_ORIGIN_LOOKUP: DraftOrigin
 TIER_STATE_UNSPECIFIED: TierState
 TIER_STATE_LOADING: TierState
 TIER_STATE_READY: TierState
@@ -276,7 +287,7 @@ class Timing(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., device_s: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
 
 class StageTiming(_message.Message):
-    __slots__ = ("tier", "queue_s", "prefill_s", "decode_s", "device_s", "tier_name", "drafter", "drafter_name", "draft_s")
+    __slots__ = ("tier", "queue_s", "prefill_s", "decode_s", "device_s", "tier_name", "drafter", "drafter_name", "draft_s", "begin_s", "drafted_tokens", "verified_tokens", "accepted_tokens")
     TIER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +297,10 @@ class StageTiming(_message.Message):
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_NAME_FIELD_NUMBER: _ClassVar[int]
     DRAFT_S_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_S_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     queue_s: float
     prefill_s: float
@@ -295,17 +310,23 @@ class StageTiming(_message.Message):
     drafter: Tier
     drafter_name: str
     draft_s: float
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., device_s: _Optional[float] = ..., tier_name: _Optional[str] = ..., drafter: _Optional[_Union[Tier, str]] = ..., drafter_name: _Optional[str] = ..., draft_s: _Optional[float] = ...) -> None: ...
+    begin_s: float
+    drafted_tokens: int
+    verified_tokens: int
+    accepted_tokens: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., device_s: _Optional[float] = ..., tier_name: _Optional[str] = ..., drafter: _Optional[_Union[Tier, str]] = ..., drafter_name: _Optional[str] = ..., draft_s: _Optional[float] = ..., begin_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., verified_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Price(_message.Message):
-    __slots__ = ("charged_uatp", "held_uatp", "rate_card")
+    __slots__ = ("charged_uatp", "held_uatp", "rate_card", "single_uatp")
     CHARGED_UATP_FIELD_NUMBER: _ClassVar[int]
     HELD_UATP_FIELD_NUMBER: _ClassVar[int]
     RATE_CARD_FIELD_NUMBER: _ClassVar[int]
+    SINGLE_UATP_FIELD_NUMBER: _ClassVar[int]
     charged_uatp: int
     held_uatp: int
     rate_card: str
-    def __init__(self, charged_uatp: _Optional[int] = ..., held_uatp: _Optional[int] = ..., rate_card: _Optional[str] = ...) -> None: ...
+    single_uatp: int
+    def __init__(self, charged_uatp: _Optional[int] = ..., held_uatp: _Optional[int] = ..., rate_card: _Optional[str] = ..., single_uatp: _Optional[int] = ...) -> None: ...
 
 class Budget(_message.Message):
     __slots__ = ("account", "balance_uatp", "held_uatp", "discharged_uatp", "capacity_uatp", "refill_uatp_per_s", "strategic_floor_uatp")
