@@ -133,6 +133,7 @@ class Seen:
         """Count a step's tokens and time."""
         if self.within(time.monotonic()):
             self.fed[done.tier] += done.num_prefill_tokens + done.num_decode_tokens
+            self.fed[done.tier] += done.num_draft_tokens + done.num_verify_tokens
             self.busy_s[done.tier] += done.elapsed_s
             mean_s = done.elapsed_s / done.num_steps
             self.step_s[done.tier, done.kind] += [mean_s] * done.num_steps

@@ -1,4 +1,4 @@
-"""Traces: a span for a call, one for the job below it, and one for each of the job's phases.
+"""Traces: a span for a call, one for the job below it, one for each of the job's stages and phases.
 
 Owns spans and their names, and is the only module that imports OpenTelemetry, an optional extra:
 others import this one for its types only, and the daemon when an endpoint is set. A job's spans
@@ -35,7 +35,16 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.types import AttributeValue
 
-from sage_fed.core import UATP_PER_ATP, Finished, JobSpec, Started, Tier, Timing, TraceContext
+from sage_fed.core import (
+    UATP_PER_ATP,
+    Finished,
+    JobSpec,
+    Route,
+    Started,
+    Tier,
+    Timing,
+    TraceContext,
+)
 from sage_fed.errors import SageFedError
 
 _EXPORT_TIMEOUT_S = 5.0
@@ -142,6 +151,8 @@ class Tracing:
         if isinstance(ending, Finished):
             job.set_attributes(_answer(ending))
             self._trace_phases(job, ending.timing, now_ns)
+            if started is not None:
+                self._trace_stages(job, started.route, ending, now_ns)
         else:
             job.set_attribute("error.type", ending.reason.lower())
             job.set_status(Status(StatusCode.ERROR, ending.reason))
@@ -179,6 +190,7 @@ class Tracing:
             "gen_ai.response.id": started.job_id,
             "gen_ai.response.model": self._models[tier],
             "sage_fed.tier": tier.name,
+            "sage_fed.mode": started.route.mode.value,
             "sage_fed.route.reason": str(started.route.reason),
             "sage_fed.held_atp": started.held_uatp / UATP_PER_ATP,
         }
@@ -197,6 +209,36 @@ class Tracing:
             ("decode", first_ns, first_ns + _ns(timing.decode_s)),
         ):
             self._tracer.start_span(name, below, start_time=start_ns).end(end_ns)
+
+    def _trace_stages(self, job: Span, route: Route, finished: Finished, ended_ns: int) -> None:
+        """One span a sequence, on its tier; that of a cascade's first answer has the decision."""
+        below = trace.set_span_in_context(job)
+        arrived_ns = ended_ns - _ns(finished.timing.total_s)
+        for number, stage in enumerate(finished.timing.stages):
+            attributes: Attributes = {
+                "gen_ai.response.model": self._models[stage.tier],
+                "sage_fed.tier": stage.tier.name,
+                "sage_fed.mode": route.mode.value,
+                "sage_fed.device_s": stage.device_s,
+            }
+            if stage.verified_tokens or stage.drafter is not None:
+                attributes |= {
+                    "sage_fed.drafted_tokens": stage.drafted_tokens,
+                    "sage_fed.verified_tokens": stage.verified_tokens,
+                    "sage_fed.accepted_tokens": stage.accepted_tokens,
+                    "sage_fed.draft_s": stage.draft_s,
+                }
+            if stage.drafter is not None:
+                attributes["sage_fed.drafter"] = stage.drafter.name
+            if number == 0 and finished.cascade is not None:
+                attributes["sage_fed.cascade.decision"] = finished.cascade.value
+            if number == 0 and finished.error_probability is not None:
+                attributes["sage_fed.error_probability"] = finished.error_probability
+            start_ns = arrived_ns + _ns(stage.begin_s)
+            span = self._tracer.start_span(
+                f"stage {stage.tier.name}", below, attributes=attributes, start_time=start_ns
+            )
+            span.end(start_ns + _ns(stage.queue_s + stage.prefill_s + stage.decode_s))
 
 
 def _answer(finished: Finished) -> Attributes:

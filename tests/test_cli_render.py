@@ -12,8 +12,9 @@ import pytest
 import typer
 from rich.console import Console
 
+from sage_fed.cards.rate_card import RateCard, charge, price_in_single
 from sage_fed.cli import options
-from sage_fed.cli.ask import Answer, footer
+from sage_fed.cli.ask import Answer, _print_quote, footer
 from sage_fed.cli.demo import Outcome, plan, print_next_steps, print_outcomes
 from sage_fed.cli.exits import ExitCode, error_object, exit_code, explain
 from sage_fed.cli.render import (
@@ -29,11 +30,15 @@ from sage_fed.cli.render import (
 from sage_fed.cli.streams import between_words
 from sage_fed.cli.top import Page
 from sage_fed.core import (
+    DRAW_VERSION,
     Delta,
     Finished,
+    Mode,
     Price,
     Priority,
+    Quote,
     Route,
+    RouteQuote,
     Started,
     StopReason,
     Tier,
@@ -120,7 +125,8 @@ def test_values_become_plain_json() -> None:
     """Enums are their words, tuples are lists, dataclasses are objects."""
     route = Route(Tier.STRATEGIC, "EXPLICIT", None)
     expected = {"tier": "strategic", "reason": "EXPLICIT", "requested": None, "downgraded": False}
-    assert {**expected, "mode": "single"} == to_plain(route)
+    expected |= {"mode": "single", "draw_version": DRAW_VERSION}
+    assert expected == to_plain(route)
     delta = {"token_ids": [1, 2], "logprobs": [], "text": "ab", "output_tokens": 2, "origins": []}
     assert delta == to_plain(Delta("ab", (1, 2), (), 2))
     assert ["high", "end_of_text"] == to_plain((Priority.HIGH, StopReason.END_OF_TEXT))
@@ -266,6 +272,73 @@ def test_long_texts_break_between_words() -> None:
     assert ["at most 24", "ATP on", "an-unreasonably-long-name"] == between_words(text, 12)
     assert [text] == between_words(text, 0)
     assert [""] == between_words("", 12)
+
+
+def test_the_footer_tells_what_was_drafted_and_what_that_saved() -> None:
+    """The design's example, on the shipped card: 27 of 31 tokens drafted by the tactical tier."""
+    card = RateCard.load()
+    usage = Usage.single(
+        Tier.STRATEGIC, 0, 0, 31,
+        verified=27, accepted=27, drafted=27, drafter=Tier.TACTICAL,
+    )  # fmt: skip
+    price = Price(charge(card, usage), 10, "c", price_in_single(card, usage, Tier.STRATEGIC))
+    (line,) = footer(answer_of(Mode.SPECULATIVE, usage, price), 200)
+    parts = line.split(" · ")
+
+    assert "0 + 31 tokens, 27 of them drafted by tactical" in parts
+    assert f"{format_atp(price.charged_uatp)} instead of 204.29" in parts
+    assert 204_290_000 == price.single_uatp > 2 * price.charged_uatp
+
+    # Some of what was accepted stood in the prompt, or in the output before it.
+    lookup = Usage.single(
+        Tier.STRATEGIC, 5, 0, 31,
+        verified=27, accepted=27, drafted=9, drafter=Tier.TACTICAL,
+    )  # fmt: skip
+    (line,) = footer(answer_of(Mode.SPECULATIVE, lookup, price), 200)
+    assert "5 + 31 tokens, 27 of them drafted by tactical and earlier text" in line.split(" · ")
+
+
+def test_the_footer_of_one_tier_tells_its_price_alone() -> None:
+    """Also where an earlier daemon did not say what one tier would have charged."""
+    usage = Usage.single(Tier.STRATEGIC, 5, 0, 4)
+    for mode, price in (
+        (Mode.SINGLE, Price(5_000_000, 9_000_000, "c", 5_000_000)),
+        (Mode.SPECULATIVE, Price(5_000_000, 9_000_000, "c")),
+    ):
+        (line,) = footer(answer_of(mode, usage, price), 200)
+        assert "5.00 ATP charged" in line.split(" · ")
+        assert "drafted" not in line
+
+
+def answer_of(mode: Mode, usage: Usage, price: Price) -> Answer:
+    route = Route(Tier.STRATEGIC, "explicit", Tier.STRATEGIC, mode=mode)
+    return Answer(
+        started=Started("job", route, 10, usage.prompt_tokens, 1, 64),
+        finished=Finished(StopReason.LENGTH, usage, Timing(0, 0, 0, 0, 0), price, 0),
+    )
+
+
+def test_a_quote_shows_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its worst case, what it is expected to cost and to err, and how long it takes."""
+    deep = Tier.STRATEGIC
+    _print_quote(
+        Quote(
+            Route(deep, "auto_return", None, mode=Mode.CASCADE),
+            (
+                RouteQuote(deep, 400_000_000, True, 2.5, Mode.SPECULATIVE, 90_000_000, 0.04),
+                RouteQuote(deep, 500_000_000, False, None, Mode.CASCADE, 60_000_000, 0.05),
+            ),
+            "card", 12, 64, 450_000_000,
+        )
+    )  # fmt: skip
+    head, speculative, cascade, *rest = capsys.readouterr().out.splitlines()
+
+    assert head.split("  ")[0] == "tier"
+    for text in ("speculative", "400.00", "90.00", "4.0%", "yes", "2.5"):
+        assert text in speculative
+    for text in ("cascade", "500.00", "60.00", "5.0%", "no"):
+        assert text in cascade
+    assert any("strategic, cascade (auto_return)" in line for line in rest)
 
 
 def test_the_footer_tells_what_was_cached() -> None:

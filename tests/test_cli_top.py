@@ -20,9 +20,19 @@ from rich.console import Console
 from sage_fed.cli.drawing import drawn, show_live
 from sage_fed.cli.top import Between, Page, Watch, reading_of
 from sage_fed.client import Client
-from sage_fed.core import Tier
+from sage_fed.core import (
+    TIER_ROLES,
+    DraftOrigin,
+    Mode,
+    Price,
+    Tier,
+    TierLoad,
+    TierState,
+    TierStatus,
+)
 from sage_fed.errors import CannotConnect
-from sage_fed.metrics import Metrics, PageAccess
+from sage_fed.metrics import Metrics, PageAccess, Snapshot
+from sage_fed.steps import StepKind, StepReport, VerifiedDrafts
 
 WIDTH = 100
 
@@ -120,6 +130,40 @@ def test_the_event_loops_lag_and_its_part_of_a_core_are_shown() -> None:
     (line,) = (line for line in picture.splitlines() if "event loop" in line)
     assert "24.9 ms" in line
     assert "50%" in line
+
+
+def test_drafts_savings_and_cascades_are_shown() -> None:
+    """How many of the drafted tokens are accepted, what that saved, and what cascades did."""
+    metrics = Metrics(version="1.2.3")
+    drafter, deep = DraftOrigin.DRAFTER, Tier.STRATEGIC
+    load = TierLoad(deep, TierState.READY, speculating=2)
+    metrics.watch(lambda: Snapshot(loads={deep: load}))
+    for tier in TIER_ROLES:
+        metrics.tier_changed(TierStatus(tier, TierState.READY))
+    before = metrics.exposition().decode()
+    metrics.step_done(
+        StepReport(
+            deep, StepKind.DECODE, 1, 0, 4, 4, 0.1,
+            num_verify_tokens=16, verified=(VerifiedDrafts(drafter, 3, 16, num_drafts=4),),
+        )
+    )  # fmt: skip
+    metrics.price_compared(Mode.SPECULATIVE, Price(2_000_000, 9_000_000, "card", 6_000_000))
+    metrics._series.count("cascade_total", 2, "escalated")
+    reading = reading_of(between(before, metrics.exposition().decode()))
+    picture = plain(lambda console: console.print(drawn(reading, "host:1", width=WIDTH)))
+    strategic = next(tier for tier in reading.tiers if tier.tier == "strategic")
+
+    assert (0.75, 3.0, 2.0) == (
+        strategic.accepted_share, strategic.accepted_per_draft, strategic.speculating,
+    )  # fmt: skip
+    assert 8.0 == strategic.output_tokens_per_s, "four of its own, and twelve accepted, in 2 s"
+    for name, shown in (
+        ("drafts accepted", "75%, 3.0 each"),
+        ("saved by two tiers", "2.0 ATP/s"),
+        ("cascades", "escalated 1.0/s"),
+    ):
+        (line,) = (line for line in picture.splitlines() if name in line)
+        assert shown in line
 
 
 def plain(draw: Callable[[Console], object]) -> str:

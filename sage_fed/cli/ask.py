@@ -47,13 +47,13 @@ from sage_fed.core import (
     Message,
     Mode,
     Phase,
+    Price,
     Quote,
     Revised,
     Route,
     SamplingRequest,
     Started,
     StopReason,
-    Usage,
 )
 from sage_fed.errors import CannotConnect, SageFedError
 
@@ -153,12 +153,12 @@ def footer(answer: Answer, width: int) -> list[str]:
         f"{_served_by(started.route, finished)} ({started.route.reason})"
         + (f", instead of {asked.name}" if started.route.downgraded and asked else ""),
         f"{usage.prompt_tokens} + {usage.output_tokens} tokens"
-        + (f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""),
+        + (f" ({usage.cached_tokens} cached)" if usage.cached_tokens else "")
+        + _drafted(started.route, finished),
         f"first after {format_seconds(timing.time_to_first_token_s)}" * bool(usage.output_tokens),
         f"{rate} tok/s" if rate else "",
         finished.stop_reason.value.replace("_", " "),
-        _drafted(usage),
-        f"{format_atp(finished.price.charged_uatp)} charged",
+        _charged(started.route, finished.price),
         f"{format_atp(finished.balance_uatp)} left",
     ]
     if started.replayed:
@@ -176,17 +176,27 @@ def _served_by(route: Route, finished: Finished) -> str:
     return f"cascade, {outcome}" + ("" if doubt is None else f", {doubt:.0%} likely wrong")
 
 
-def _drafted(usage: Usage) -> str:
-    """How many output tokens were drafted and accepted; "" where none was."""
-    verifying = {done.tier for done in usage.by_phase if done.phase is Phase.VERIFY}
-    if not verifying:
+def _drafted(route: Route, finished: Finished) -> str:
+    """How many output tokens were drafted and accepted, and by whom; "" where none was."""
+    usage = finished.usage
+    done = {(n.tier, n.phase): n.tokens for n in usage.by_phase if n.tier == route.tier}
+    if (route.tier, Phase.VERIFY) not in done:
         return ""
-    own = sum(
-        done.tokens
-        for done in usage.by_phase
-        if done.phase is Phase.DECODE and done.tier in verifying
-    )
-    return f"{usage.output_tokens - own} of them drafted"
+    accepted = usage.output_tokens - done.get((route.tier, Phase.DECODE), 0)
+    made = sum(n.tokens for n in usage.by_phase if n.phase is Phase.DRAFT)
+    drafters = {n.tier.name for n in usage.by_phase if n.phase is Phase.DRAFT}
+    # A cascade's first answer is a draft, too.
+    drafters |= {stage.tier.name for stage in finished.timing.stages[:-1]}
+    if made < accepted and finished.cascade is None:
+        drafters |= {"earlier text"}
+    return f", {accepted} of them drafted by {' and '.join(sorted(drafters, reverse=True))}"
+
+
+def _charged(route: Route, price: Price) -> str:
+    """What it cost, and what one tier alone would have, where two worked."""
+    if route.mode is Mode.SINGLE or price.single_uatp in (0, price.charged_uatp):
+        return f"{format_atp(price.charged_uatp)} charged"
+    return f"{format_atp(price.charged_uatp)} instead of {atp_number(price.single_uatp)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,7 +408,10 @@ def _print_quote(answer: Quote) -> None:
     print_table(
         {
             "tier": tier.tier.name,
+            "mode": tier.mode.value,
             ">at most ATP": atp_number(tier.worst_case_uatp),
+            ">about ATP": atp_number(tier.expected_uatp) if tier.expected_uatp else "-",
+            ">likely wrong": "-" if tier.expected_error is None else f"{tier.expected_error:.1%}",
             "affordable": "yes" if tier.affordable else "no",
             ">takes about": "-" if tier.estimated_s is None else format_seconds(tier.estimated_s),
         }
@@ -407,7 +420,8 @@ def _print_quote(answer: Quote) -> None:
     typer.echo()
     decision = answer.decision
     if isinstance(decision, Route):
-        verdict = ("would run on", f"{decision.tier.name} ({decision.reason})")
+        how = "" if decision.mode is Mode.SINGLE else f", {decision.mode.value}"
+        verdict = ("would run on", f"{decision.tier.name}{how} ({decision.reason})")
     else:
         verdict = ("would be refused", f"{as_options(decision.message)} ({decision.reason})")
     print_fields(

@@ -241,6 +241,13 @@ def _heading(reading: Reading, address: str) -> Text:
 
 Row = tuple[str, Callable[[TierReading], str]]
 
+
+def _drafts(tier: TierReading) -> str:
+    if tier.accepted_share is None or tier.accepted_per_draft is None:
+        return "-"
+    return f"{_bar(tier.accepted_share)}, {tier.accepted_per_draft:.1f} each"
+
+
 _ROWS: tuple[Row, ...] = (
     ("model", lambda t: t.model or "-"),
     ("running, waiting", lambda t: f"{_count(t.running)}, {_count(t.waiting)}"),
@@ -251,6 +258,8 @@ _ROWS: tuple[Row, ...] = (
     ("first token", lambda t: _percentiles(t.first_token)),
     ("between tokens", lambda t: _percentiles(t.between_tokens)),
     ("  both tiers busy", lambda t: _percentiles(t.between_tokens_contended)),
+    ("speculating", lambda t: _count(t.speculating)),
+    ("  drafts accepted", _drafts),
     ("device time", lambda t: _bar(t.device_share)),
     ("memory bandwidth", lambda t: _bar(t.bandwidth_share)),
     ("KV cache used", lambda t: _bar(t.kv_used_share)),
@@ -285,6 +294,8 @@ def _both(reading: Reading, width: int) -> Text:
         ("prices", f"{reading.rate_card}{' (STALE)' * reading.rate_card_stale}"),
         ("  strategic : tactical", f"{_ratio(card)} charged, {_ratio(live)} live"),
         ("denied", _per_s(reading.denied_atp_per_s, "ATP")),
+        ("saved by two tiers", _saved(reading)),
+        ("cascades", ", ".join(f"{k} {rate:.1f}/s" for k, rate in reading.cascades_per_s.items())),
         ("calls", f"{_count(reading.open_calls)} on {_count(reading.connections)} connections"),
         ("  unread", f"{_count(reading.unread_replies)}, {_bytes(reading.unread_bytes)}"),
         ("ledger, p99", _seconds(reading.commit_p99_s)),
@@ -299,6 +310,12 @@ def _both(reading: Reading, width: int) -> Text:
         text.append(f"\n{name:<24}", style=_FAINT)
         text.append(printable(value or "-")[: max(width - 24, 20)], style=_BAD if loud else "none")
     return text
+
+
+def _saved(reading: Reading) -> str:
+    text = _per_s(reading.saved_atp_per_s, "ATP")
+    extra = reading.extra_atp_per_s
+    return f"{text}, {_per_s(extra, 'ATP')} paid more" if extra else text
 
 
 def _bar(share: float | None, cells: int = 10) -> str:

@@ -305,6 +305,25 @@ def latencies(series: str, **labels: str) -> Any:  # noqa: ANN401
     return read(lambda pages, tier: pages.percentiles(_name(series), **labels, **tier))
 
 
+def _output_rate(pages: Between, tier: Mapping[str, str]) -> float | None:
+    """Return the tier's own tokens and the draft tokens that it accepted, per second."""
+    own = pages.rate(_name("engine_tokens_total"), phase="decode", **tier)
+    accepted = pages.rate(_name("speculative_tokens_total"), outcome="accepted", **tier)
+    return None if own is None else own + (accepted or 0.0)
+
+
+def _accepted_share(pages: Between, tier: Mapping[str, str]) -> float | None:
+    series = _name("speculative_tokens_total")
+    accepted = pages.rate(series, outcome="accepted", **tier)
+    rejected = pages.rate(series, outcome="rejected", **tier)
+    return _over(accepted, (accepted or 0.0) + (rejected or 0.0))
+
+
+def _accepted_per_draft(pages: Between, tier: Mapping[str, str]) -> float | None:
+    series = _name("accepted_draft_tokens")
+    return _over(pages.rate(f"{series}_sum", **tier), pages.rate(f"{series}_count", **tier))
+
+
 @dataclass(frozen=True, slots=True)
 class TierReading:
     """One tier. Rates are per second; shares are of 1; None is "nothing to say"."""
@@ -316,13 +335,16 @@ class TierReading:
     waiting: float | None = now("requests_waiting")
     oldest_waiting_s: float | None = now("oldest_waiting_age_seconds")
     requests_per_s: float | None = rate("requests_total")
-    output_tokens_per_s: float | None = rate("engine_tokens_total", phase="decode")
+    output_tokens_per_s: float | None = read(_output_rate)
     prompt_tokens_per_s: float | None = rate("engine_tokens_total", phase="prefill")
     first_token: Percentiles | None = latencies("time_to_first_token_seconds")
     between_tokens: Percentiles | None = latencies("inter_token_latency_seconds")
     between_tokens_contended: Percentiles | None = latencies(
         "inter_token_latency_seconds", contended="true"
     )
+    speculating: float | None = now("speculation_active")
+    accepted_share: float | None = read(_accepted_share)
+    accepted_per_draft: float | None = read(_accepted_per_draft)
     device_share: float | None = rate("engine_step_seconds_sum")
     bandwidth_share: float | None = now("decode_bandwidth_ratio")
     kv_used_share: float | None = read(lambda pages, tier: _kv_share(pages, tier, "used"))
@@ -353,6 +375,9 @@ class Reading:
     cost_ratio_card: float | None = now("cost_ratio", source="card", phase="decode")
     cost_ratio_live: float | None = now("cost_ratio", source="live", phase="decode")
     denied_atp_per_s: float | None = rate("atp_denied_total")
+    saved_atp_per_s: float | None = rate("atp_saved_total")
+    extra_atp_per_s: float | None = rate("atp_extra_total")
+    cascades_per_s: Mapping[str, float] = read(lambda pages, _: _cascades(pages))
     commit_p99_s: float | None = read(lambda pages, _: _p99(pages, "ledger_commit_seconds"))
     loop_lag_p99_s: float | None = read(lambda pages, _: _p99(pages, "event_loop_lag_seconds"))
     loop_share: float | None = rate("event_loop_cpu_seconds_total")
@@ -395,6 +420,16 @@ def _kv_share(pages: Between, tier: Mapping[str, str], state: str) -> float | No
 def _route_share(pages: Between, tier: str) -> float | None:
     series = _name("route_decisions_total")
     return _over(pages.rate(series, chosen=tier), pages.rate(series))
+
+
+def _cascades(pages: Between) -> dict[str, float]:
+    """Return the cascades per second by what became of the first answer, those that were."""
+    series = _name("cascade_total")
+    rates = {
+        outcome: pages.rate(series, outcome=outcome)
+        for outcome in pages.after.values(series, "outcome")
+    }
+    return {outcome: rate for outcome, rate in rates.items() if rate}
 
 
 def _endings(pages: Between) -> dict[str, float]:

@@ -314,6 +314,7 @@ class Drafting:
         ):
             assert seq.drafts is not None
             seq.speculates_now = any(lengths)
+            seq.num_planned = length
             seq.drafts.source = source[0] if length and source else None
             seq.drafts.proposal = ()
             if not length or source is None:

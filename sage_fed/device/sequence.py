@@ -223,6 +223,8 @@ class Sequence:
     num_drafting: int = 0
     """Launched steps of a drafter that are for it."""
     drafts: SequenceDrafts | None = field(init=False, default=None)
+    num_planned: int = 0
+    """Draft tokens that the newest plan has for it."""
     speculates_now: bool = False
     """Whether its next step may have a draft: then no step is built behind one of its own."""
     _keys: BlockKeys = field(init=False)

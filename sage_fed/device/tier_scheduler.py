@@ -201,7 +201,7 @@ class TierScheduler:
             prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             retry_after_s=self._retry_after_s(),
             running_limit=self.limits.max_batch,
-            speculating=sum(seq.speculates_now for seq in running),
+            speculating=sum(seq.num_planned > 0 for seq in running),
             acceptance=self.estimates.measured,
         )
 
