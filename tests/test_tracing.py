@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from sage_fed.core import (
+    CascadeOutcome,
     Finished,
     JobSpec,
     Message,
+    Mode,
     Price,
     Prompt,
     Route,
     SamplingRequest,
+    StageTiming,
     Started,
     StopReason,
     Tier,
@@ -156,6 +160,7 @@ def test_a_job_is_a_span_of_the_genai_conventions(
         "gen_ai.usage.cache_read.input_tokens": 4,
         "gen_ai.usage.output_tokens": 64,
         "sage_fed.tier": "strategic",
+        "sage_fed.mode": "single",
         "sage_fed.tier.requested": "auto",
         "sage_fed.route.reason": "auto_complex",
         "sage_fed.held_atp": 5.0,
@@ -184,6 +189,58 @@ def test_a_jobs_phases_lie_within_it(spans: Tracing, collected: InMemorySpanExpo
     assert whole.end_time is not None
     assert whole.start_time <= by_name["queue"].start_time  # type: ignore[operator]
     assert by_name["decode"].end_time <= whole.end_time  # type: ignore[operator]
+
+
+def test_a_stage_is_a_span_with_what_it_drafted_and_decided(
+    spans: Tracing, collected: InMemorySpanExporter
+) -> None:
+    """Each on its tier, in order and within the job; the first one's answer was decided on."""
+    started = replace(STARTED, route=replace(STARTED.route, mode=Mode.CASCADE))
+    first = StageTiming(Tier.TACTICAL, 0.1, 0.1, 0.1, device_s=0.2)
+    second = StageTiming(
+        Tier.STRATEGIC, 0.1, 0.2, 0.3, device_s=0.4, drafter=Tier.TACTICAL, draft_s=0.05,
+        begin_s=0.35, drafted_tokens=7, verified_tokens=30, accepted_tokens=21,
+    )  # fmt: skip
+    spans.job_ended(
+        job(),
+        started,
+        replace(
+            FINISHED,
+            timing=replace(FINISHED.timing, stages=(first, second)),
+            cascade=CascadeOutcome.ESCALATED,
+            error_probability=0.4,
+        ),
+    )
+    by_name = {span.name: span for span in collected.get_finished_spans()}
+    tactical, strategic = by_name["stage tactical"], by_name["stage strategic"]
+    whole = by_name["chat large"]
+
+    for span, seconds in ((tactical, 0.3), (strategic, 0.6)):
+        assert whole.context == span.parent
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert pytest.approx(seconds) == (span.end_time - span.start_time) / 1e9
+    assert tactical.end_time <= strategic.start_time  # type: ignore[operator]
+    assert strategic.end_time <= whole.end_time  # type: ignore[operator]
+    assert {
+        "gen_ai.response.model": "small",
+        "sage_fed.tier": "tactical",
+        "sage_fed.mode": "cascade",
+        "sage_fed.device_s": 0.2,
+        "sage_fed.cascade.decision": "escalated",
+        "sage_fed.error_probability": 0.4,
+    } == attributes(tactical)
+    assert {
+        "gen_ai.response.model": "large",
+        "sage_fed.tier": "strategic",
+        "sage_fed.mode": "cascade",
+        "sage_fed.device_s": 0.4,
+        "sage_fed.drafter": "tactical",
+        "sage_fed.draft_s": 0.05,
+        "sage_fed.drafted_tokens": 7,
+        "sage_fed.verified_tokens": 30,
+        "sage_fed.accepted_tokens": 21,
+    } == attributes(strategic)
 
 
 def test_a_refused_job_is_an_error_with_its_reason(
@@ -346,6 +403,7 @@ def test_a_collector_gets_the_whole_story(tmp_path: Path) -> None:
     assert {
         ("the caller", "sage_fed.v1.InferenceService/Generate"),
         ("sage_fed.v1.InferenceService/Generate", "chat demo-tactical"),
+        ("chat demo-tactical", "stage tactical"),
         ("chat demo-tactical", "queue"),
         ("chat demo-tactical", "prefill"),
         ("chat demo-tactical", "decode"),
