@@ -1,12 +1,13 @@
 # One command each: `make demo` and `make test` work from nothing on Python 3.11+.
 PYTHON ?= python3
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 # uv does not read pip's settings: pass on where pip is configured to look for wheels.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test test-slow explore mutants lint format proto lock clean
+.PHONY: help setup demo test test-slow explore mutants trace-cuda lint format proto lock clean
 
 help:
 	@echo "make demo       from nothing to streamed answers of both tiers, with prices and metrics"
@@ -14,6 +15,7 @@ help:
 	@echo "make test-slow  the tests that take long and rarely break"
 	@echo "make explore    property tests on new random examples, for as long as that takes"
 	@echo "make mutants    which small changes to the core no test notices; MUTANTS='--sample 100' is a start"
+	@echo "make trace-cuda the CUDA path without a GPU: no mismatch, no wait, launches counted (5 GB)"
 	@echo "make lint       ruff, mypy --strict, buf"
 	@echo "make proto      regenerate sage_fed/v1 from proto/"
 	@echo "make lock       resolve constraints.txt anew"
@@ -50,6 +52,19 @@ mutants: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt mutmut==3.8.1
 	$(BIN)/python bench/mutants.py $(MUTANTS)
 
+# The other packages are those of the environment above; only torch is another build. "===" takes
+# the index's own, which is for CUDA, and not a "+cpu" that lies nearby.
+trace-cuda: $(CUDA_VENV)/.ready
+	$(CUDA_VENV)/bin/python bench/cuda_trace.py $(TRACE)
+
+$(CUDA_VENV)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet "torch===$$(sed -n 's/^torch==//p' constraints.txt)"
+	for python in $(CUDA_VENV)/bin/python $(BIN)/python; do \
+		$$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done \
+		| { read -r own; { echo "$(CURDIR)"; cat; } > "$$own/sage_fed.pth"; }
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +88,4 @@ lock:
 		--no-emit-index-url pyproject.toml -o constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info

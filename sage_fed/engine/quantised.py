@@ -31,6 +31,9 @@ from sage_fed.engine.machine import allocate
 GROUP = 32
 """Inputs that share a scale in int4."""
 
+FP8_TILE = 16
+"""Inputs and outputs that a product of fp8 takes at once."""
+
 _INT8_MAX = 127.0
 _NO_FRACTIONS = 1.5 * 2.0**23
 _FP8_MAX = 448.0
@@ -171,11 +174,25 @@ class WidenedLinear(_StoredLinear):
 class Fp8Linear(WidenedLinear):
     """float8 `values` [out, in]: widened for one row, multiplied as they are for several.
 
-    `scales` are fp32 [out]; activations get a scale per token.
+    `scales` are fp32 [out]; activations get a scale per token. The product takes inputs in tiles
+    of 16, and outputs, too: rows of zeros fill the last tile up.
     """
+
+    def __init__(
+        self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        self._out_features = values.shape[0]
+        if padding := -values.shape[0] % FP8_TILE:
+            values = F.pad(values.view(torch.uint8), (0, 0, 0, padding)).view(values.dtype)
+            scales = F.pad(scales, (0, padding))
+            bias = None if bias is None else F.pad(bias, (0, padding))
+        super().__init__(values, scales, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply to [tokens, in_features]."""
+        return self._padded(x).narrow(-1, 0, self._out_features)
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
         # Uncompiled, widening would write and read five bytes for each that is stored.
         if x.shape[0] == 1 and torch.compiler.is_compiling():
             return super().__call__(x)
@@ -343,11 +360,11 @@ class _QuantisedBuilder:
     def build(self) -> Linear:
         values, scales = self.storage["values"], self.storage["scales"]
         bias = self.storage.get("bias")
-        if self._kind == "fp8":
+        if self._kind == "fp8" and self._in_features % FP8_TILE == 0:
             return Fp8Linear(values, scales, bias)
         elements = _BLOCK_ELEMENTS_CUDA if values.is_cuda else _BLOCK_ELEMENTS
         block = max(1, elements // self._in_features)
-        if self._kind == "int8":
+        if self._kind != "int4":
             return WidenedLinear(values, scales, bias, block=None if values.is_cuda else block)
         if (packed := _packed_by_aten(values, self._in_features)) is not None:
             return AtenInt4Linear(packed, scale_grid(scales), bias)

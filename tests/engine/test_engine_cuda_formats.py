@@ -10,9 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sage_fed.engine import quantised
 from sage_fed.engine.cuda_graphs import compiled_by_rows
+from sage_fed.engine.linear import Linear
 from sage_fed.engine.quantised import (
     AtenInt4Linear,
     Fp8Linear,
+    QuantisedFormat,
     WidenedLinear,
     high_first,
     scale_grid,
@@ -76,3 +78,26 @@ def test_int4_layers_have_the_shapes_that_the_operator_asks_for() -> None:
         y = AtenInt4Linear(tiled, grid, bias)(x)
     assert (8, 64, 2) == grid.shape
     assert ((3, 64), torch.bfloat16) == (y.shape, y.dtype)
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(48, 96), (41, 96), (48, 40), (41, 40)])
+def test_fp8_layers_have_the_shapes_that_the_operator_asks_for(out: int, inputs: int) -> None:
+    """Whatever the model's own are: a head has as many rows as a tokenizer has ids."""
+    bias = torch.linspace(-1, 1, out).bfloat16()
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def layer(device: str) -> Linear:
+        builder = QuantisedFormat("fp8", torch.bfloat16, torch.device(device)).builder(
+            out, inputs, bias=True
+        )
+        if device == "cpu":
+            builder.place_weight(0, weights(out, inputs))
+            builder.place_bias(0, bias)
+        return builder.build()
+
+    # What has no values is checked as CUDA's operator checks.
+    y = layer("meta")(torch.empty(3, inputs, dtype=torch.bfloat16, device="meta"))
+    assert ((3, out), torch.bfloat16) == (y.shape, y.dtype)
+    expected = x.float() @ weights(out, inputs).t() + bias.float()
+    found = layer("cpu")(x).float()
+    assert (found - expected).norm() / expected.norm() < 0.05
