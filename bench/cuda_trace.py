@@ -598,14 +598,18 @@ def main() -> None:
                         f"  {one.step:40} {one.launches:5} launches {one.kernels:6} kernels "
                         f"{one.copies} copies {one.waits} wait {one.gigabytes:8.2f} GB"
                     )
-    report = {
+    report: dict[str, Any] = {
         "torch": torch.__version__,
         "capability": CAPABILITY,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "models": models,
         "steps": steps,
     }
-    Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
+    lines = {k: [json.dumps(one) for one in report[k]] for k in ("models", "steps")}
+    text = json.dumps(report | {k: f"@{k}" for k in lines}, indent=1)
+    for key, rows in lines.items():  # a line each
+        text = text.replace(f'"@{key}"', "[\n  " + ",\n  ".join(rows) + "\n ]")
+    Path(arguments.out).write_text(text + "\n")
     print(json.dumps({"steps": len(steps), "waits_while_queuing": 0, "out": arguments.out}))
 
 
