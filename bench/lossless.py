@@ -119,6 +119,8 @@ class Conditions:
     joins: float = 1.0
     leaves: float = 0.0
     pauses: bool = False
+    failures: float = 0.0
+    """Part of the steps that do not fit the device, or before which the tactical tier is lost."""
     row_s: float = 0.0
 
     @classmethod
@@ -133,6 +135,7 @@ class Conditions:
             joins=chance.choice([0.5, 0.9, 1.0]),
             leaves=chance.choice([0.0, 0.0, 0.02]),
             pauses=chance.random() < 0.5,
+            failures=chance.choice([0.0, 0.0, 0.01]),
             row_s=chance.choice([0.0, 0.0005, 0.004]),
         )
 
@@ -267,6 +270,8 @@ class Run:
         while waiting or self._scheduler.has_work:
             while waiting and self._chance.random() < self._conditions.joins:
                 self._join(waiting.popleft())
+            if self._chance.random() < 0.3 * self._conditions.failures:
+                self._lose(T)
             if self._scheduler.has_work:
                 self._turn()
             if self._asked and self._chance.random() < self._conditions.leaves:
@@ -277,6 +282,39 @@ class Run:
             if load.kv_tokens_used:
                 raise RuntimeError(f"{load.kv_tokens_used} KV tokens of {tier.name} are not free")
         return self._answers
+
+    def _open(self, tier: Tier) -> None:
+        engine, conditions = self._engines[tier], self._conditions
+        limits = TierLimits(
+            min(conditions.num_blocks[tier], engine.num_blocks),
+            CONTEXT,
+            max_batch=conditions.max_batch,
+            max_waiting=ROUND,
+            prefill_chunk_tokens=conditions.chunk_tokens,
+            preempt_after_s=0.2,
+            prefix_cache=conditions.prefix_cache,
+            kv_overcommit=conditions.kv_overcommit,
+        )
+        self._scheduler.open_tier(
+            tier,
+            limits,
+            engine.eos_token_ids,
+            pipelined=engine.pipelined,
+            num_parts=engine.num_parts if conditions.pauses else 1,
+        )
+
+    def _lose(self, tier: Tier) -> None:
+        """End a tier's sequences, and serve it again at once, with nothing in its cache."""
+        self._traffic.counts["tiers_lost"] += 1
+        for step, running in tuple(self._launched):
+            if step.tier == tier:
+                running.wait()
+                self._launched.remove((step, running))
+        ended = self._scheduler.close_tier(tier, EndReason.FAILED, self._now)
+        for one in ended:
+            self._answers[one.seq_id].left = True
+        self._end(ended)
+        self._open(tier)
 
     def _join(self, request: Request) -> None:
         self._asked[request.spec.seq_id] = request
@@ -293,11 +331,20 @@ class Run:
         if step is None:
             self._take_in()
             return
+        resumes = self._paused is not None and self._paused[0] is step
+        if not resumes and self._chance.random() < self._conditions.failures:
+            outcome = self._scheduler.out_of_memory(step, now=self._now, elapsed_s=0.001)
+            self._traffic.counts["steps_out_of_memory"] += 1
+            for one in outcome.ended:
+                self._answers[one.seq_id].left = True
+            self._end(outcome.ended)
+            return
         pause_after_s = None
         if self._scheduler.pause_after_s(step) is not None and self._chance.random() < 0.7:
             pause_after_s = 0.0  # the shortest part
         spent_s = 0.0
-        if self._paused and self._paused[0] is step:
+        if resumes:
+            assert self._paused is not None
             _, running, spent_s = self._paused
             self._paused = None
             running.resume(pause_after_s)
@@ -663,8 +710,10 @@ def verdict(engines: Mapping[Tier, Engine], found: Findings, precision: str) -> 
         "bound": bound,
         "ambiguous_places": f"{ambiguous} of {len(found.places)}",
         "bounds_needed": {
-            "median": needed[len(needed) // 2], "most": needed[-1]
-        } if needed else None,
+            name: needed[int(part * (len(needed) - 1))]
+            for name, part in (("median", 0.5), ("p90", 0.9), ("most", 1.0))
+            if needed
+        },
         "largest_logprob_difference": found.logprob_difference,
         "met": dict(sorted(found.traffic.counts.items())),
         "steps_by_sequences": dict(sorted(found.traffic.batches.items())),

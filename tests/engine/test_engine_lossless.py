@@ -54,9 +54,10 @@ def test_drafts_change_no_token(
     assert 0 == found["unlawful"]
     met = found["met"]
     assert num_prompts == found["prompts"]
-    for what in ("accepted_tokens", "drafted_tokens", "eos", "length", "prefix_hit_tokens"):
-        assert met[what] > 0, f"the traffic had no {what}"
-    assert met["accepted_tokens"] < met["verified_tokens"], "drafts were wrong, too"
+    assert 0 < met["accepted_tokens"] < met["verified_tokens"], "drafts were right and wrong"
+    if num_prompts >= 200:
+        for what in ("drafted_tokens", "preemptions", "eos", "length", "prefix_hit_tokens"):
+            assert met[what] > 0, f"the traffic had no {what}"
 
 
 @pytest.mark.slow
