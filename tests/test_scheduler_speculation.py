@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -13,7 +14,7 @@ from sage_fed.core import DraftAcceptance, DraftOrigin, Sampling, Tier
 from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.device.drafting import Candidate, allot
 from sage_fed.device.tier_scheduler import StepRates
-from sage_fed.steps import SampledToken, Step, StepKind, StepReport
+from sage_fed.steps import NO_TOKEN, SampledToken, Step, StepKind, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 
@@ -39,6 +40,7 @@ class Pair:
             self.scheduler.open_tier(tier, limits, frozenset({EOS}))
         self.now = 0.0
         self.tokens: dict[int, list[int]] = {}
+        self.accepted: Counter[int] = Counter()
         self.ended: dict[int, Ended] = {}
         self.steps: list[Step] = []
         self.kinds: list[StepKind] = []
@@ -67,6 +69,7 @@ class Pair:
         self.reports.append(outcome.report)
         for token in outcome.tokens:
             self.tokens[token.seq_id].append(token.token_id)
+            self.accepted[token.seq_id] += token.accepted
         self.ended |= {one.seq_id: one for one in outcome.ended}
         return step
 
@@ -404,7 +407,98 @@ def test_any_traffic_has_its_own_tokens(
         if seq_id in cancelled:
             expected = expected[: len(pair.tokens[seq_id])]
         assert expected == pair.tokens[seq_id]
+        if seq_id in pair.ended:
+            counted = pair.ended[seq_id].output_tokens, pair.ended[seq_id].accepted_tokens
+            assert (len(pair.tokens[seq_id]), pair.accepted[seq_id]) == counted
     assert {0} == {pair.used(tier) for tier in pair.engines}
+
+
+@pytest.mark.parametrize("wrong", [0, 30])
+def test_the_fast_tier_finds_what_drafts_left(wrong: int) -> None:
+    """The next turn of a conversation begins with blocks that a drafter filled, the right ones.
+
+    Its tokens are a hash of what is in its blocks: of a draft that was rejected, nothing is there.
+    """
+    pair = Pair(wrong)
+    for seq_id in range(0, 40, 2):
+        first = asked(seq_id, 90, prompt=5 + seq_id)
+        pair.run(first)
+        said = (*first.prompt, *pair.tokens[seq_id])
+        turn = replace(spec(seq_id + 1, T, new=20), prompt=said)
+        pair.add(turn)
+        while pair.scheduler.has_work:
+            pair.step()
+        assert reference(turn, wrong) == pair.tokens[seq_id + 1]
+        assert pair.ended[seq_id + 1].cached_tokens >= 48
+
+
+def test_a_drafter_begins_in_its_tiers_cache() -> None:
+    """What the account's own sequences left is not computed again; another's is not found."""
+    for account, least in (("", 80), ("b", 0)):
+        pair = Pair()
+        before = spec(0, T, prompt=80, new=1, system=80)
+        pair.add(before)
+        while pair.scheduler.has_work:
+            pair.step()
+        begun = len(pair.steps)
+        pair.run(asked(1, 64, prompt=80, system=80, account=account))
+        drafts = zip(pair.steps[begun:], pair.kinds[begun:], strict=True)
+        fed = [
+            chunk.start for step, kind in drafts if kind is StepKind.DRAFT for chunk in step.chunks
+        ]
+        assert least == fed[0]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 5])
+def test_a_draft_is_cut_to_the_steps_limit(limit: int) -> None:
+    """What was not verified of it is drafted anew behind what was, right or wrong."""
+    for wrong in (0, 20):
+        pair = Pair(wrong, limits={"prefill_chunk_tokens": limit})
+        pair.run(*(asked(seq_id, 60) for seq_id in range(3)))
+        assert pair.accepted.total() > 0
+        drafted = [len(c.draws) for s in pair.steps if s.tier == S for c in s.chunks]
+        assert max(drafted) <= limit + 1
+
+
+def test_an_end_of_text_inside_a_draft_is_not_delivered() -> None:
+    """It was drafted, and is the model's own: the text ends there, with nothing behind it."""
+    pair = Pair()
+    one = next(
+        asked(seq_id, 200, ignore_eos=False)
+        for seq_id in range(100)
+        if 20 < len(reference(asked(seq_id, 200, ignore_eos=False))) < 190
+    )
+    own = reference(one)
+    answer = (*own, EOS, *own[:20])
+    pair.run(replace(one, drafter=None, draft_tokens=answer))
+    ended = pair.ended[one.seq_id]
+    assert (EndReason.EOS, len(own)) == (ended.reason, ended.output_tokens)
+    assert pair.accepted[one.seq_id] == ended.accepted_tokens <= len(own)
+    assert ended.verified_tokens > ended.accepted_tokens
+
+
+def test_a_drafter_whose_numbers_break_down_leaves_nothing() -> None:
+    """Its blocks are not found again, and the sequence goes on without it."""
+    pair = Pair()
+    one = asked(0, 60, prompt=40)
+    pair.add(one)
+    broken = 0
+    while pair.scheduler.has_work:
+        step = pair.scheduler.next_step(pair.now)
+        assert step is not None
+        sampled = pair.engines[step.tier].run(step)
+        if step.tier == T:
+            broken += 1
+            sampled = tuple(replace(token, token_id=NO_TOKEN) for token in sampled)
+        outcome = pair.scheduler.complete(step, sampled, now=pair.now, elapsed_s=0.1)
+        pair.tokens[0] += [token.token_id for token in outcome.tokens]
+    assert 1 == broken, "it is not asked again for the sequence"
+    assert reference(one) == pair.tokens[0]
+    turn = replace(spec(1, T, new=3), prompt=(*one.prompt, *pair.tokens[0]))
+    pair.add(turn)
+    while pair.scheduler.has_work:
+        pair.step()
+    assert 0 == pair.ended[1].cached_tokens
 
 
 def test_a_busy_moment_does_not_end_drafts_for_good() -> None:

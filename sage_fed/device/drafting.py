@@ -136,6 +136,8 @@ class _Draft:
     base: int = 0
     wanted: int = 0
     tokens: list[int] = field(default_factory=list)
+    sound: bool = True
+    """Whether the drafter's numbers for it are numbers; if not, it drafts no more."""
 
     @property
     def drafts(self) -> bool:
@@ -228,6 +230,10 @@ class Drafting:
             token_id, target = tokens[chunk.seq_id], draft.target
             if token_id == NO_TOKEN or not self._target.limits.has_row(token_id):
                 draft.wanted = len(draft.tokens)
+                if token_id == NO_TOKEN:
+                    # Its keys and values are not for the drafter's own sequences to find.
+                    drafter.pool.withdraw(draft.blocks)
+                    draft.sound = False
             else:
                 draft.tokens.append(token_id)
                 target.drafted_tokens += 1
@@ -388,6 +394,8 @@ class Drafting:
                 seq, drafter, BlockKeys(seq.spec.account), _plain_draw(seq), base=len(seq.token_ids)
             )
         draft.align()
+        if not draft.sound:
+            return False
         limits, num_tokens = drafter.limits, len(seq.token_ids) + longest
         if limits.num_ids is not None and max(seq.token_ids[draft.num_stored :]) >= limits.num_ids:
             return False
