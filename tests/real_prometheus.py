@@ -23,7 +23,7 @@ from typing import Any, Unpack
 import yaml
 
 from sage_fed.client import Client, JobFields
-from sage_fed.core import Finished, Started, Tier
+from sage_fed.core import Finished, Mode, Started, Tier
 from sage_fed.errors import SageFedError
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -166,12 +166,18 @@ class Traffic:
         if not self.strategic or chance < 0.45:
             self._read(client, dice.choice(SHORT), tier=Tier.TACTICAL, max_new_tokens=24)
         elif chance < 0.65:
+            # Half of them without drafts: the live cost ratio is of steps that have none.
             self._read(
                 client, LONG, tier=Tier.STRATEGIC, max_new_tokens=dice.randint(16, 64),
-                ignore_eos=True,
+                ignore_eos=True, mode=dice.choice((None, Mode.SINGLE)),
             )  # fmt: skip
-        elif chance < 0.80:
+        elif chance < 0.73:
             self._read(client, dice.choice(SHORT), complexity=dice.random())
+        elif chance < 0.80:
+            # Of these, some are sound and some have to be answered again.
+            self._read(
+                client, dice.choice(SHORT), mode=Mode.CASCADE, max_error=0.05, temperature=0.0
+            )
         elif chance < 0.88:
             # Refused: it may not cost that little.
             self._read(client, LONG, tier=Tier.STRATEGIC, max_cost_uatp=1)

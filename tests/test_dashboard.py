@@ -156,7 +156,8 @@ def everything_asked() -> str:
     ("label", "metric"),
     [
         ("code", "sage_fed_requests_total"),
-        ("outcome", "sage_fed_requests_total"),
+        ("outcome", "sage_fed_(requests|speculative_tokens)_total"),
+        ("origin", "sage_fed_speculative_tokens_total"),
         ("state", "sage_fed_tier_state|sage_fed_kv_cache_tokens"),
         ("source", "sage_fed_cost_ratio"),
         ("contended", "sage_fed_inter_token_latency_seconds_count"),

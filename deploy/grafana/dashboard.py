@@ -212,7 +212,7 @@ def latency() -> list[Panel]:
                     f"{title}, {tier}: all of them",
                     f"{text} A dot is a job: its id is in the log, in the ledger and in the client's answer.",
                     metric,
-                    tier,
+                    f'tier="{tier}"',
                 ),
             ]
     for title, metric in (
@@ -279,6 +279,70 @@ def routing() -> list[Panel]:
             rate("calls_ended_total", "why", "ended: {{why}}"),
             rate("connections_closed_total", "why", "closed: {{why}}"),
             span=6,
+        ),
+    ]
+
+
+def modes() -> list[Panel]:
+    """Do the two tiers help each other?"""
+    drafts = "sage_fed_speculative_tokens_total"
+    length = "sage_fed_accepted_draft_tokens"
+    window = "[$__rate_interval]"
+    return [
+        lines(
+            "Drafts accepted",
+            "By what proposed them: the drafter, a cascade's first answer, or earlier text. Of all "
+            "that were verified; and lately of those compared, which leaves out what stood behind "
+            "a token that differed.",
+            SHARE,
+            Query(
+                f'sum by (origin) (rate({drafts}{{outcome="accepted", {HERE}}}{window}))'
+                f' / sum by (origin) (rate({drafts}{{outcome=~"accepted|rejected", {HERE}}}{window}))',
+                "{{origin}}",
+            ),
+            gauge("draft_acceptance_ratio", "origin", "{{origin}}, compared", how="avg"),
+        ),
+        lines(
+            "Accepted length",
+            "Tokens that were accepted of a draft, on average: so many come with one step beside "
+            "the model's own.",
+            COUNT,
+            Query(
+                f"sum by (origin) (rate({length}_sum{{{HERE}}}{window}))"
+                f" / sum by (origin) (rate({length}_count{{{HERE}}}{window}))",
+                "{{origin}}",
+            ),
+        ),
+        lines(
+            "Draft tokens",
+            "Drafted, and of those that were verified accepted or rejected; and the sequences whose "
+            "newest plan has a draft.",
+            TOKENS_S,
+            rate("speculative_tokens_total", "outcome", "{{outcome}}"),
+            gauge("speculation_active", "tier", "{{tier}} sequences with drafts"),
+        ),
+        lines(
+            "ATP saved",
+            "What one tier alone would have charged for the same output, less the charge; extra is "
+            "what cascades cost more that had to escalate.",
+            ATP_S,
+            rate("atp_saved_total", "mode", "{{mode}} saved"),
+            rate("atp_extra_total", "mode", "{{mode}} extra"),
+        ),
+        lines(
+            "Cascades",
+            "What became of the tactical answers: kept, answered again by the strategic tier "
+            "(escalated), or delivered because that one was down (unavailable).",
+            PER_S,
+            rate("cascade_total", "outcome", "{{outcome}}"),
+            stacked=True,
+        ),
+        heat(
+            "Doubt",
+            "How likely each cascade's tactical answer is wrong, by the quality card. A dot is a job.",
+            "answer_error_probability",
+            unit=SHARE,
+            span=8,
         ),
     ]
 
@@ -519,6 +583,7 @@ SECTIONS = (
     ("Who waits, and how long?", waiting),
     ("How fast are the answers?", latency),
     ("Who answers, and why?", routing),
+    ("Do the two tiers help each other?", modes),
     ("What does it cost?", budget),
     ("What does the device do?", engine),
     ("What does it take of the machine?", machine),

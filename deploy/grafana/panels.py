@@ -157,13 +157,15 @@ def lines(
     return _common(panel, title, text, span, 8, queries)
 
 
-def heat(title: str, text: str, metric: str, tier: str) -> Panel:
+def heat(
+    title: str, text: str, metric: str, labels: str = "", *, unit: str = SECONDS, span: int = 6
+) -> Panel:
     """A histogram over time, a colour for how many; the dots are jobs (exemplars)."""
-    buckets = f'sage_fed_{metric}_bucket{{tier="{tier}", {HERE}}}'
+    buckets = f"sage_fed_{metric}_bucket{{{labels}{', ' if labels else ''}{HERE}}}"
     panel = (
         heatmap.Panel()
         .calculate(False)
-        .y_axis(heatmap.YAxisConfig().unit(SECONDS))
+        .y_axis(heatmap.YAxisConfig().unit(unit))
         .color(heatmap.HeatmapColorOptions().scheme("Spectral").exponent(0.5).steps(64))
         .cell_gap(1)
         .filter_values(heatmap.FilterValueRange().le(1e-9))
@@ -175,7 +177,7 @@ def heat(title: str, text: str, metric: str, tier: str) -> Panel:
         exemplars=True,
         buckets=True,
     )
-    return _common(panel, title, text, 6, 8, (query,))
+    return _common(panel, title, text, span, 8, (query,))
 
 
 def table_of(title: str, text: str, query: Query, span: int) -> Panel:
