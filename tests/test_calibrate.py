@@ -345,6 +345,7 @@ async def test_a_calibration_finds_the_ratio_and_writes_a_card(tmp_path: Path) -
     assert card.measured is not None
     assert result.points == card.measured.points
     assert result.cost_ratio_spread < 1e-6
+    assert "a verified one in steps of 4 rows." in card.provenance
     assert card.fingerprint is not None
     assert ("Fake Device 3000", "0.1.0") == (card.fingerprint.device, card.fingerprint.engine)
     assert "4" == card.measured.conditions["tactical.max_batch"]

@@ -160,9 +160,12 @@ def test_a_quote_costs_nothing(shell: Shell) -> None:
     quoted = shell.json("quote", QUESTION, "--complexity", "1")
     ways = [(way["tier"], way["mode"]) for way in quoted["tiers"]]  # type: ignore[attr-defined]
     # The bundled quality card is of the demo's models, so it can say what a cascade is worth.
-    assert [
-        ("tactical", "single"), ("strategic", "speculative"), ("strategic", "cascade")
-    ] == ways  # fmt: skip
+    strategic = [("strategic", mode) for mode in ("single", "speculative", "cascade")]
+    assert [("tactical", "single"), *strategic] == ways
+    for way in quoted["tiers"]:  # type: ignore[attr-defined]
+        assert 0 < way["expected_uatp"] <= way["worst_case_uatp"]
+        assert 0 < way["expected_error"] < 1
+        assert "estimated_s" in way
     assert "strategic" == quoted["decision"]["tier"]  # type: ignore[index]
     kinds = {entry["kind"] for entry in _entries_since(shell, before)}
     assert kinds <= {"refill"}

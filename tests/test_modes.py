@@ -255,11 +255,36 @@ async def test_auto_takes_the_cheapest_that_errs_little_enough(
         assert quote.decision == route
         assert reason == route.reason
         shown = {(one.tier, one.mode): one for one in quote.tiers}
-        assert {(T, Mode.SINGLE), (S, Mode.SPECULATIVE), (S, Mode.CASCADE)} == shown.keys()
+        strategic = {(S, mode) for mode in Mode}
+        assert {(T, Mode.SINGLE)} | strategic == shown.keys()
         assert all(0 < one.expected_uatp <= one.worst_case_uatp for one in shown.values())
         assert errors[0] == shown[T, Mode.SINGLE].expected_error
+        assert {errors[1]} == {
+            shown[S, mode].expected_error for mode in (Mode.SINGLE, Mode.SPECULATIVE)
+        }
+        assert all(one.expected_error is not None for one in shown.values())
         if reason is Reason.AUTO_RETURN:
             assert mode is route.mode
+
+
+async def test_a_quote_has_every_mode_and_how_long_it_takes(tmp_path: Path) -> None:
+    """Whatever mode the job names; a mode's time once its tiers have served something."""
+    async with rig(tmp_path) as r:
+        every = [(T, Mode.SINGLE), (S, Mode.SINGLE), (S, Mode.SPECULATIVE)]
+        first = await r.broker.quote(job(requested=S))
+        assert every == [(one.tier, one.mode) for one in first.tiers]
+        assert {None} == {one.estimated_s for one in first.tiers}
+        assert {None} == {one.expected_error for one in first.tiers}
+        for tier in (T, S):
+            await r.run(job(new=8, requested=tier, mode=Mode.SINGLE))
+        r.broker._admission.quality = doubtful(0.5)
+        for mode in (None, *Mode):
+            quote = await r.broker.quote(job(requested=S, mode=mode))
+            assert [*every, (S, Mode.CASCADE)] == [(one.tier, one.mode) for one in quote.tiers]
+            times = [one.estimated_s or 0.0 for one in quote.tiers]
+            assert all(times)
+            assert pytest.approx(times[0] + times[1]) == times[3]
+            assert None not in [one.expected_error for one in quote.tiers]
 
 
 async def test_without_a_card_auto_goes_by_hint_and_size(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from sage_fed.calibrate.measurement import (
     reference_point,
     spread_of,
     step_times,
+    verify_rows,
     warning_of,
 )
 from sage_fed.cards.rate_card import Fingerprint, Measured, RateCard, available_cards, card_text
@@ -50,6 +51,7 @@ from sage_fed.core import (
     Phase,
     Tier,
     TierState,
+    counted,
 )
 from sage_fed.device import Executor
 from sage_fed.errors import CalibrationRunning, ConfigError, TierUnavailable
@@ -162,6 +164,7 @@ def _card(
     points, lowest, deepest = measurement.points, min(models), max(models)
     ratios = measurement.ratios[deepest]
     unit = reference_point(point for point in points if point.tier == lowest)
+    rows = verify_rows(point for point in points if point.tier == deepest)
     bandwidth = site.read_bandwidth_bytes_per_s
     kv_read_s = {tier: info.kv_token_bytes / bandwidth for tier, info in models.items()}
     lines = prices(points, measurement.ratios, kv_read_s)
@@ -177,7 +180,9 @@ def _card(
             f"Measured by the daemon on its own engines in {measurement.elapsed_s:.0f} s, "
             f"{len(ratios)} rounds of both tiers in turns; spread of the ratio "
             f"{spread_of(ratios):.1%}. 1 ATP is one decode step of one {lowest.name} sequence with "
-            f"{unit.context_tokens} tokens of context; every price is marginal device time."
+            f"{unit.context_tokens} tokens of context; every price is marginal device time. "
+            f"A drafted token is priced as a step of 1 row, a verified one in steps of "
+            f"{counted(rows, 'row')}."
         ),
         lines=lines,
         fingerprint=Fingerprint.of(site.device, site.threads, site.version, models),

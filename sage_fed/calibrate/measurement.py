@@ -577,12 +577,22 @@ def _cached(points: Iterable[MeasuredPoint], kv_read_s: float) -> Cost:
     return Cost(kv_read_s, Basis.DECLARED, text, None)
 
 
-def _verify(points: Iterable[MeasuredPoint], reference: MeasuredPoint) -> Cost:
-    verify = min(
+def verify_rows(points: Iterable[MeasuredPoint]) -> int:
+    """Return the row count that a tier's verified row is priced at; 1 is a decoded token."""
+    verify = _verify_point(points)
+    return verify.tokens if verify else 1
+
+
+def _verify_point(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
+    return min(
         (point for point in points if point.phase is Phase.VERIFY),
         key=lambda point: abs(point.tokens - VERIFY_ROWS),
         default=None,
     )
+
+
+def _verify(points: Iterable[MeasuredPoint], reference: MeasuredPoint) -> Cost:
+    verify = _verify_point(points)
     if verify is None:
         text = "As a decoded token: the context is too short to measure it."
         return Cost(reference.step_s, Basis.DECLARED, text, None)

@@ -251,9 +251,10 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class RouteQuote:
-    """One route's worst case and what it is expected to cost.
+    """What one mode would cost at most, and is expected to cost, to err and to take.
 
-    `estimated_s` is None until the tier has been measured, `expected_error` without a quality card.
+    `estimated_s` is of every token and no draft, None until the tiers have been measured;
+    `expected_error` is None without a quality card.
     """
 
     tier: Tier
@@ -267,7 +268,7 @@ class RouteQuote:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """What a job would cost at most, per route, and which decision would be taken now."""
+    """What a job would cost, by tier and mode, and which decision would be taken now."""
 
     decision: Route | Refusal
     tiers: tuple[RouteQuote, ...]

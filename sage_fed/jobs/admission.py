@@ -478,20 +478,26 @@ class Admission:
         )
 
     def quote(self, draft: Draft, budget: Budget) -> Quote:
-        """Return every route's worst case and the decision that would be taken now."""
-        loads = self._loads()
+        """Return every mode's price, error and time, and the decision that would be taken now."""
+        loads, quality = self._loads(), self._quality_for(draft.spec)
         decision = self.decide(draft, budget, loads)
         shown = decision.tier if isinstance(decision, Route) else draft.spec.requested
         size = draft.offers[shown or min(draft.offers)]
-        errors = {(way.tier, way.mode): way.expected_error for way in draft.ways}
-        modes = {tier: self._mode_of(program) for tier, program in draft.programs.items()}
-        offers = {(tier, modes.get(tier, Mode.SINGLE)): of for tier, of in draft.offers.items()}
-        escalated = 1.0
-        if draft.cascade_offer is not None and self.quality is not None:
-            offers[draft.cascade_offer.tier, Mode.CASCADE] = draft.cascade_offer
-            outlook = self.quality.cascade(draft.spec.task_class, draft.max_error)
-            errors[draft.cascade_offer.tier, Mode.CASCADE] = outlook.error
-            escalated = outlook.escalated
+        offers = {(tier, Mode.SINGLE): offer for tier, offer in draft.offers.items()}
+        for tier, offer in draft.offers.items():
+            if tier != min(self.encoder.tokenizers):
+                offers[tier, Mode.SPECULATIVE] = offer
+        errors, escalated = dict[tuple[Tier, Mode], float](), 1.0
+        if quality is not None:
+            task_class = draft.spec.task_class
+            for tier, mode in offers:
+                if tier in quality.fingerprint.models:
+                    errors[tier, mode] = quality.expected_error(tier, task_class)
+            if draft.cascade_offer is not None:
+                cascade = draft.cascade_offer.tier, Mode.CASCADE
+                outlook = quality.cascade(task_class, draft.max_error)
+                offers[cascade] = draft.cascade_offer
+                errors[cascade], escalated = outlook.error, outlook.escalated
         return Quote(
             decision=decision,
             tiers=tuple(
