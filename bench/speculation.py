@@ -15,7 +15,8 @@ where drafts fail.
 
 Run: python bench/speculation.py --tactical DIR --strategic DIR [--precision bf16]
      [--human-eval FILE.jsonl.gz] [--scenes humaneval:1 prose:1 ...] [--rounds 7] [--new 256]
-     [--force 0.9] [--temperature 0] [--output FILE]
+     [--force 0.9] [--temperature 0] [--ways speculative] [--ignore-eos] [--label NAME]
+     [--output FILE]
 Without models: the bundled pair. Writes bench/results/speculation.json.
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime as dt
 import gzip
 import itertools
 import json
@@ -167,6 +169,8 @@ class Pair:
     num_new: int
     temperature: float
     drafter: Forced | None = None
+    ways: Sequence[str] = WAYS
+    ignore_eos: bool = False
     _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     async def run(
@@ -204,6 +208,7 @@ class Pair:
             seq_id, S, prompt, self.num_new,
             sampling=Sampling(temperature=self.temperature, seed=seed),
             prefix_cache=False,  # every way prefills
+            ignore_eos=self.ignore_eos,
             speculates=way != "plain",
             drafter=T if way == "speculative" else None,
         )  # fmt: skip
@@ -222,7 +227,7 @@ async def measure(
     for scene, prompts in scenes.items():
         rows: dict[str, list[dict[str, float]]] = defaultdict(list)
         warm = prompts[: scene.batch]
-        for way in WAYS:
+        for way in pair.ways:
             await pair.run(
                 warm, scene.batch, way, (await pair.run(warm, scene.batch, "plain", ())).outputs
             )
@@ -230,7 +235,7 @@ async def measure(
         for _ in range(rounds):
             plain = await pair.run(prompts, scene.batch, "plain", ())
             rows["plain"].append(plain.figures())
-            for way in WAYS[1:]:
+            for way in pair.ways[1:]:
                 run = await pair.run(prompts, scene.batch, way, plain.outputs)
                 rows[way].append(run.figures())
                 compared += len(prompts)
@@ -244,7 +249,7 @@ async def measure(
                 r["tokens_per_s"] / p["tokens_per_s"]
                 for r, p in zip(rows[way], rows["plain"], strict=True)
             ]
-            for way in WAYS[1:]
+            for way in pair.ways[1:]
         }
         found[scene.name] = {
             "ways": {way: _over_rounds(each) for way, each in rows.items()},
@@ -274,7 +279,7 @@ def prompts_of(
 ) -> list[tuple[int, ...]]:
     """Return `count` encoded prompts of a kind, none longer than `longest` tokens."""
     if kind == "random":
-        chance, num_ids = Random(5), 1000
+        chance, num_ids = Random(5), min(1000, tokenizer.num_valid_ids)
         return [tuple(chance.choices(range(num_ids), k=min(64, longest))) for _ in range(count)]
     if kind == "humaneval":
         assert human_eval is not None, "--human-eval FILE.jsonl.gz is needed"
@@ -307,6 +312,11 @@ async def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--force", type=float)
+    parser.add_argument("--ways", nargs="+", default=WAYS[1:], choices=WAYS[1:])
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="every output has its full length"
+    )
+    parser.add_argument("--label", help="keep the file's other runs, and add this one")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -337,25 +347,32 @@ async def main() -> None:
             raise RuntimeError(f"the {tier.name} tier is {status}")
     drafter = engines[T]
     pair = Pair(
-        executor, args.new, args.temperature, drafter if isinstance(drafter, Forced) else None
+        executor,
+        args.new,
+        args.temperature,
+        drafter if isinstance(drafter, Forced) else None,
+        (WAYS[0], *args.ways),
+        args.ignore_eos,
     )
     try:
         found = await measure(pair, scenes, args.rounds, exact=args.precision == "fp32")
     finally:
         await executor.stop(0.0)
-    report.write(
-        "speculation",
-        {
-            "models": {tier.name: engine.info.name for tier, engine in engines.items()},
-            "precision": args.precision,
-            "kernels": {tier.name: engine.info.kernels for tier, engine in engines.items()},
-            "new_tokens": args.new,
-            "temperature": args.temperature,
-            "forced_acceptance": args.force,
-            "scenes": found,
-        },
-        args.output,
-    )
+    run = {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "models": {tier.name: engine.info.name for tier, engine in engines.items()},
+        "precision": args.precision,
+        "kernels": {tier.name: engine.info.kernels for tier, engine in engines.items()},
+        "new_tokens": args.new,
+        "ignore_eos": args.ignore_eos,
+        "temperature": args.temperature,
+        "forced_acceptance": args.force,
+        "rounds": args.rounds,
+        "scenes": found,
+    }
+    path = args.output or report.RESULTS / "speculation.json"
+    runs = json.loads(path.read_text())["runs"] if args.label and path.exists() else {}
+    report.write("speculation", {"runs": runs | {args.label or args.precision: run}}, path)
 
 
 def _lend(engine: Resident) -> Callable[[Callable[[float], None]], Any]:

@@ -233,6 +233,8 @@ class SequenceDrafts:
         self._free = FreeDrafts(prompt, answer)
         self._lately = _FIRST_CAP / 2
         """Tokens accepted of a draft, lately."""
+        self._unread: list[int] = []
+        """Output that no search has needed yet: where drafts do not pay, it is never indexed."""
         if answer and (first := self._free.propose(self.cap)):
             self.source, self.proposal = first
 
@@ -243,11 +245,13 @@ class SequenceDrafts:
 
     def find(self) -> tuple[Source, tuple[int, ...]] | None:
         """Return what the earlier text proposes, if anything."""
+        self._free.note(self._unread)
+        self._unread.clear()
         return self._free.propose(self.cap)
 
     def note_output(self, token_id: int) -> None:
         """Take in a token of the output."""
-        self._free.note((token_id,))
+        self._unread.append(token_id)
 
     def note_verified(self, num_accepted: int, num_drafted: int) -> None:
         """Take in what was accepted of the proposal's first `num_drafted` tokens."""
