@@ -42,7 +42,12 @@ def engines(temperature: float) -> dict[Tier, Engine]:
     """The bundled pair, whose tiers' own settings, end tokens and contexts differ."""
     made = {
         tier: load_engine(
-            EngineOptions(str(MODELS / f"demo-{tier.name}"), 16 << 20, max_context_tokens=context),
+            EngineOptions(
+                str(MODELS / f"demo-{tier.name}"),
+                16 << 20,
+                precision="fp32",
+                max_context_tokens=context,
+            ),
             lambda _: None,
         )
         for tier, context in ((T, 160), (S, 256))

@@ -529,6 +529,22 @@ def test_the_plan_follows_acceptance() -> None:
     assert good > 4 * max(bad, 1)
 
 
+@pytest.mark.parametrize(("step_s", "drafts"), [(0.02, True), (0.0003, False)])
+def test_the_hosts_time_is_part_of_a_plan(step_s: float, drafts: bool) -> None:
+    """Steps of the drafter cost the host some time too, which no very small model repays."""
+    verify_s = [0.0] + [step_s] * 80
+    candidates = [Candidate(0.7, 8, drafted=True)] * 8
+    lengths = allot(candidates, 8, verify_s, [0.0] + [step_s / 4] * 8, spent_s=0.0004)
+    assert drafts == any(lengths)
+
+
+def test_no_draft_repays_a_long_plan() -> None:
+    """A round that plans for longer than its step takes is not worth four times its tokens."""
+    candidates = [Candidate(1.0, 3, drafted=False)]
+    assert [3] == allot(candidates, 1, [0.0] + [0.001] * 8, [0.0, 0.0], spent_s=0.001)
+    assert [0] == allot(candidates, 1, [0.0] + [0.001] * 8, [0.0, 0.0], spent_s=0.004)
+
+
 @given(
     acceptances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6),
     base_s=st.floats(0.001, 1.0),

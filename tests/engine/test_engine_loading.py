@@ -340,7 +340,7 @@ def test_what_only_the_tokenizer_ends_a_text_with_ends_it_here(
     engine = load(copy, end_token_ids=frozenset({5, 11}))
     assert frozenset({5, 7, 11}) == engine.eos_token_ids
     assert (5, 7, 11) == engine.info.end_token_ids
-    assert ["ends a text with 11, which neither" in line for line in caplog.messages] == [True]
+    assert 1 == sum("ends a text with 11, which neither" in line for line in caplog.messages)
     caplog.clear()
     load(copy, end_token_ids=frozenset({7}))
     assert not caplog.messages
