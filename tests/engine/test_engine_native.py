@@ -260,6 +260,35 @@ def test_what_the_kernels_lack_is_refused_or_left_to_torch(checkpoint: Checkpoin
         engine(checkpoint("llama"), precision="fp16", kernels="native")
 
 
+def test_a_cpu_without_bf16_instructions_has_the_same_kernels(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for AVX-512 of before 2020: weights round as torch rounds them, sums agree."""
+    del library
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-mno-avx512bf16"))
+    older = require_native(2)
+    random = torch.Generator().manual_seed(3)
+    # Any bits but those of denormal numbers, and ties, which go to the even neighbour.
+    bits = torch.randint(0, 2**31, (64, 96), dtype=torch.int64, generator=random).int()
+    weight = bits.view(torch.float32)
+    weight = torch.where(weight.abs() > 1e-30, weight, 1.0)
+    weight[:, ::5] = torch.tensor(0x3F808000, dtype=torch.int32).view(torch.float32)
+    weight[:, 1::5] = torch.tensor(0x3F818000, dtype=torch.int32).view(torch.float32)
+    bias = torch.zeros(64)
+    numbers = torch.where(weight.isfinite(), weight, torch.nan).bfloat16().float()
+    kept = stored(packed(older, "bf16", weight, bias))
+    finite = weight.isfinite()
+    assert torch.equal(numbers[finite], kept[finite])
+    assert torch.equal(weight.isnan(), kept.isnan())
+    weight = torch.randn(131, 97, generator=random)
+    linear = packed(older, "bf16", weight, torch.zeros(131))
+    x = torch.randn(7, 97, generator=random)
+    expected = x.double() @ stored(linear).double().T
+    error = (linear(x).double() - expected).norm() / expected.norm()
+    assert error < PRODUCT_ERROR["bf16"]
+
+
 @pytest.fixture
 def cache(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory, and sources that compile at once."""

@@ -267,7 +267,7 @@ def load_library(num_threads: int) -> Library | Unavailable:
 
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
-_CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
+_CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_TIMEOUT_S = 300.0
 _DIGEST_CHARS = 20

@@ -70,7 +70,7 @@ void store_group(const Activations& to, int64_t row, int64_t first, __m512 low, 
     return;
   }
   if (to.kind == kBf16) {
-    _mm512_store_si512(at + first * 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    _mm512_store_si512(at + first * 2, fp32_to_bf16(low, high));
     return;
   }
   const float most = largest(low, high), inverse = most > 0 ? 127.0f / most : 0.0f;

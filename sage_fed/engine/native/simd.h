@@ -16,8 +16,43 @@ inline __m512 bf16_to_fp32(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
-// Rounds to nearest even.
-inline __m256i fp32_to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+// Rounds to nearest even. A CPU with AVX-512 of 2017 to 2020 has no instruction for it.
+inline __m256i fp32_to_bf16(__m512 x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __mmask16 no_number = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(_mm512_add_epi32(bits, half), no_number, bits,
+                                               _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+
+// The values of `low`, then those of `high`.
+inline __m512i fp32_to_bf16(__m512 low, __m512 high) {
+#ifdef __AVX512BF16__
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(fp32_to_bf16(low)), fp32_to_bf16(high), 1);
+#endif
+}
+
+// sum += the products of both bf16 values of each dword. Without the instruction a bf16 value is
+// made an fp32 one, which is a shift or a mask, and the sums round twice instead of once.
+inline __m512 dot_bf16(__m512 sum, __m512i w, __m512i a) {
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)a);
+#else
+  const __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000));
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, upper)),
+                         _mm512_castsi512_ps(_mm512_and_si512(a, upper)), sum);
+#endif
+}
 
 inline float bf16_to_fp32(uint16_t x) {
   const uint32_t bits = uint32_t(x) << 16;

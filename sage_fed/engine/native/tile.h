@@ -32,7 +32,7 @@ struct Ahead {
 
 struct DotBf16 {
   static inline __m512 step(__m512 sum, __m512i w, __m512i a) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)a);
+    return dot_bf16(sum, w, a);
   }
 };
 
