@@ -16,8 +16,10 @@ from holds import asked
 from typer.testing import CliRunner, Result
 
 from sage_fed import __version__
+from sage_fed.cli import operate
 from sage_fed.cli.app import build_app
 from sage_fed.cli.options import ledger_file
+from sage_fed.core import Phase, PhaseTokens, Tier
 from sage_fed.ledger import AccountTerms, Ledger
 
 NOBODY = "127.0.0.1:1"
@@ -44,6 +46,17 @@ async def write_books(state_dir: Path) -> Path:
     await ledger.void("job-2", "test")
     await ledger.close()
     return path
+
+
+def test_an_entry_says_what_was_computed_by_tier() -> None:
+    """A tier's phases together, tiers in their order."""
+    usage = (
+        PhaseTokens(Tier.TACTICAL, Phase.DRAFT, 1_200),
+        PhaseTokens(Tier.STRATEGIC, Phase.PREFILL, 12),
+        PhaseTokens(Tier.STRATEGIC, Phase.VERIFY, 1_200),
+    )
+    expected = "tactical 1,200 draft; strategic 12 prefill + 1,200 verify"
+    assert (expected, "-") == (operate._usage_text(usage), operate._usage_text(()))
 
 
 @pytest.mark.parametrize("argument", ["version", "--version"])

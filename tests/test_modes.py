@@ -18,6 +18,7 @@ from sage_fed.cards.rate_card import charge, charge_by_tier, single_uatp
 from sage_fed.core import (
     CascadeOutcome,
     Delta,
+    EntryKind,
     Mode,
     Phase,
     PhaseTokens,
@@ -107,6 +108,12 @@ async def test_a_strategic_job_speculates_unless_it_says_single(tmp_path: Path) 
         assert accepted + origins.count(TokenOrigin.STRATEGIC) == 60
         assert accepted > 10
         assert () == next(event.origins for event in plain if isinstance(event, Delta))
+        entries = await r.ledger.page("local", None, 9, lambda page: page.entries)
+        in_books = {e.amount_uatp: e.usage for e in entries if e.kind is EntryKind.SETTLE}
+        assert {charged: usage.by_phase, alone.charged_uatp: finished_of(plain).usage.by_phase} == (
+            in_books
+        )
+        assert all(not e.usage for e in entries if e.kind is not EntryKind.SETTLE)
 
 
 async def test_a_sound_answer_is_kept(tmp_path: Path) -> None:

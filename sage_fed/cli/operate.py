@@ -47,6 +47,7 @@ from sage_fed.core import (
     Day,
     ModelStatus,
     OpenReply,
+    PhaseTokens,
     Role,
     RunningJob,
     TierLoad,
@@ -281,6 +282,14 @@ def drain(
     )
 
 
+def _usage_text(usage: Sequence[PhaseTokens]) -> str:
+    """Return what was computed, by tier: "strategic 12 prefill + 31 decode"."""
+    by_tier: dict[str, list[str]] = {}
+    for done in usage:
+        by_tier.setdefault(done.tier.name, []).append(f"{done.tokens:,} {done.phase.value}")
+    return "; ".join(f"{tier} {' + '.join(done)}" for tier, done in by_tier.items()) or "-"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetTerms(OptionGroup):
     """What an account gets; None leaves it as it is."""
@@ -384,6 +393,7 @@ def _print_entries(page: EntryPage) -> None:
             ">ATP": atp_number(entry.amount_uatp),
             "moved to": _BOOKS.get(entry.credit, entry.credit),
             "job": entry.job_id or "-",
+            "for tokens": _usage_text(entry.usage),
         }
         for entry in page.entries
     )

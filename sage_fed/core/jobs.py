@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from sage_fed.core.money import Price
-from sage_fed.core.tiers import Phase, Tier, TierLoad
+from sage_fed.core.tiers import Phase, PhaseTokens, Tier, TierLoad
 
 
 class Priority(enum.IntEnum):
@@ -300,15 +300,6 @@ class Logprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseTokens:
-    """Tokens of one kind that one tier computed for a job."""
-
-    tier: Tier
-    phase: Phase
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from sage_fed.core.tiers import Tier
+from sage_fed.core.tiers import PhaseTokens, Tier
 
 UATP_PER_ATP = 1_000_000
 
@@ -136,7 +136,8 @@ class Entry:
     """One immutable line: `amount_uatp` > 0 moved from book `debit` to book `credit`.
 
     `entry_id` is counted per account; numbers that are missing are of entries that were folded.
-    `time_ns` is Unix time; `job_id` and `rate_card` are empty where there is no job.
+    `time_ns` is Unix time; `job_id` and `rate_card` are empty where there is no job. `usage` is
+    what a settled job's charge is for, by tier and phase.
     """
 
     entry_id: int
@@ -147,6 +148,7 @@ class Entry:
     debit: str
     credit: str
     rate_card: str
+    usage: tuple[PhaseTokens, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,15 @@ class Phase(enum.Enum):
     VERIFY = "verify"
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseTokens:
+    """Tokens of one kind that one tier computed for a job."""
+
+    tier: Tier
+    phase: Phase
+    tokens: int
+
+
 class DraftOrigin(enum.Enum):
     """What proposed a draft."""
 

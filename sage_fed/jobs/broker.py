@@ -554,7 +554,11 @@ class Job:
                 result = Result(started, self._delivery.whole(), finished)
                 stored = await write_result(result, self.spec.account, services.workers)
             settlement = await services.ledger.settle(
-                self.job_id, charged_uatp, finished.stop_reason.value, stored
+                self.job_id,
+                charged_uatp,
+                finished.stop_reason.value,
+                stored,
+                self._usage.by_phase,
             )
             balance_uatp = settlement.balance_uatp
             services.metrics.balance_changed(self.spec.account, balance_uatp)

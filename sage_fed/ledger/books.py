@@ -9,14 +9,15 @@ Fails with the errors each method names; an `apsw` error means a bug or a broken
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import apsw
 
-from sage_fed.core import Budget, BudgetChange, Day, Entry, EntryKind
+from sage_fed.core import Budget, BudgetChange, Day, Entry, EntryKind, Phase, PhaseTokens, Tier
 from sage_fed.errors import (
     CannotAfford,
     HoldClosed,
@@ -142,11 +143,19 @@ class Books:
         return HoldReceipt(request.job_id, request.amount_uatp, balance_uatp)
 
     def settle(
-        self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None, now: Now
+        self,
+        job_id: str,
+        charged_uatp: int,
+        outcome: str,
+        result: bytes | None,
+        now: Now,
+        *,
+        usage: Sequence[PhaseTokens] = (),
     ) -> Settlement:
         """Charge a hold's actual price and release the rest; a second time changes nothing.
 
-        `result` is kept for repeats of the client's request; None keeps nothing.
+        `usage` is what the charge is for. `result` is kept for repeats of the client's request;
+        None keeps nothing.
         Raises `NotFound`, `InvalidField` (a charge above the hold) and `HoldClosed` where the
         hold was voided or has expired: then nothing is charged.
         """
@@ -159,7 +168,13 @@ class Books:
         if charged_uatp > job.held_uatp:
             raise InvalidField("charged_uatp", f"is above the {job.held_uatp} uATP held")
         return self._end(
-            job, JobState.SETTLED, outcome, now, charged_uatp=charged_uatp, result=result
+            job,
+            JobState.SETTLED,
+            outcome,
+            now,
+            charged_uatp=charged_uatp,
+            result=result,
+            usage=usage,
         )
 
     def void(self, job_id: str, reason: str, now: Now) -> Settlement:
@@ -217,13 +232,14 @@ class Books:
     def _entries(self, account: str, before_id: int, limit: int) -> tuple[Entry, ...]:
         rows = self.db.execute(
             "SELECT number, time_ns, kind, coalesce(entry.job_id, ''), amount_uatp, debit, "
-            "credit, coalesce(rate_card, '') FROM entry LEFT JOIN job USING (job_id) "
+            "credit, coalesce(rate_card, ''), iif(kind = 'settle', usage, '') "
+            "FROM entry LEFT JOIN job USING (job_id) "
             "WHERE entry.account = ? AND number < ? ORDER BY number DESC LIMIT ?",
             (account, before_id, limit),
         )
         return tuple(
-            Entry(entry_id, time_ns, EntryKind(kind), *rest)
-            for entry_id, time_ns, kind, *rest in rows
+            Entry(entry_id, time_ns, EntryKind(kind), *rest, usage=_usage(usage))
+            for entry_id, time_ns, kind, *rest, usage in rows
         )
 
     def tidy(self, now: Now, passed_id: int) -> Folded:
@@ -267,13 +283,14 @@ class Books:
         *,
         charged_uatp: int = 0,
         result: bytes | None = None,
+        usage: Sequence[PhaseTokens] = (),
     ) -> Settlement:
         row = self.accounts.read(job.account)
         refilled = row.refilled(now)
         self.accounts.write_refill(row, refilled, now)
         self.db.execute(
-            "UPDATE job SET state = ?, outcome = ?, charged_uatp = ? WHERE job_id = ?",
-            (state.value, outcome, charged_uatp, job.job_id),
+            "UPDATE job SET state = ?, outcome = ?, charged_uatp = ?, usage = ? WHERE job_id = ?",
+            (state.value, outcome, charged_uatp, _usage_text(usage), job.job_id),
         )
         rest_uatp = job.held_uatp - charged_uatp
         self.accounts.post(job.account, EntryKind.SETTLE, charged_uatp, now, job.job_id)
@@ -290,6 +307,17 @@ class Books:
     def _ended_before(self, job: _Job, now: Now) -> Settlement:
         balance_uatp = self.accounts.read(job.account).refilled(now).charged_uatp
         return Settlement(job.job_id, job.held_uatp, job.charged_uatp, balance_uatp, repeated=True)
+
+
+def _usage_text(usage: Sequence[PhaseTokens]) -> str:
+    return json.dumps([[n.tier.name, n.phase.value, n.tokens] for n in usage]) if usage else ""
+
+
+def _usage(text: str) -> tuple[PhaseTokens, ...]:
+    return tuple(
+        PhaseTokens(Tier.called(tier), Phase(phase), tokens)
+        for tier, phase, tokens in json.loads(text or "[]")
+    )
 
 
 def _require_sound_key(key: RequestKey) -> None:

@@ -24,14 +24,14 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import apsw
 
-from sage_fed.core import Budget, BudgetChange
+from sage_fed.core import Budget, BudgetChange, PhaseTokens
 from sage_fed.errors import (
     InvalidField,
     LedgerBlocked,
@@ -231,10 +231,17 @@ class Ledger:
             raise
 
     async def settle(
-        self, job_id: str, charged_uatp: int, outcome: str, result: bytes | None = None
+        self,
+        job_id: str,
+        charged_uatp: int,
+        outcome: str,
+        result: bytes | None = None,
+        usage: Sequence[PhaseTokens] = (),
     ) -> Settlement:
         return await self._ask(
-            lambda books, now: books.settle(job_id, charged_uatp, outcome, result, now),
+            lambda books, now: books.settle(
+                job_id, charged_uatp, outcome, result, now, usage=usage
+            ),
             refusable=False,
             owed=True,
         )

@@ -199,7 +199,13 @@ CREATE TRIGGER request_uncounts AFTER DELETE ON request WHEN OLD.result IS NOT N
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2)
+VERSION_3 = """
+ALTER TABLE job ADD COLUMN
+  -- What the charge is for: JSON, [[tier, phase, tokens], ...]; empty for jobs of before.
+  usage TEXT NOT NULL DEFAULT '';
+"""
+
+MIGRATIONS: tuple[str, ...] = (VERSION_1, VERSION_2, VERSION_3)
 """`MIGRATIONS[n]` takes a file from version n to n + 1; what a released one makes never changes.
 
 Of version 1 only what version 2 keeps, or makes its tables of, is written here: a file that was
@@ -253,18 +259,18 @@ def last_entry_id(db: apsw.Connection) -> int:
 
 
 def migrate(db: apsw.Connection, prove: Callable[[apsw.Connection], None] = lambda _: None) -> None:
-    """Bring the file to the current version, in one transaction a version.
+    """Bring the file to the current version, in one transaction.
 
-    `prove` may raise, which undoes the last step; it is not asked where there is nothing to do.
+    `prove` may raise, which undoes all of it; it is not asked where there is nothing to do.
     The steps keep what refers to what: looking each of millions of rows up again takes minutes.
     """
     checked = db.pragma("foreign_keys")
     db.pragma("foreign_keys", False)
-    for version in range(require_known(db), len(MIGRATIONS)):
+    if steps := MIGRATIONS[require_known(db) :]:
         with writing(db):
-            db.execute(MIGRATIONS[version])
+            for step in steps:
+                db.execute(step)
             db.pragma("application_id", APPLICATION_ID)
-            db.pragma("user_version", version + 1)
-            if version + 1 == len(MIGRATIONS):
-                prove(db)
+            db.pragma("user_version", len(MIGRATIONS))
+            prove(db)
     db.pragma("foreign_keys", checked)

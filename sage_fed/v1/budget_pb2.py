@@ -26,15 +26,15 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sage_fed.v1 import types_pb2 as sage__fed_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sage_fed/v1/budget.proto\x12\x0bsage_fed.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17sage_fed/v1/types.proto\"\x12\n\x10GetBudgetRequest\"K\n\x11GetBudgetResponse\x12#\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x13.sage_fed.v1.Budget\x12\x11\n\trate_card\x18\x02 \x01(\t\";\n\x12ListEntriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"s\n\x13ListEntriesResponse\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.sage_fed.v1.Entry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x1e\n\x04\x64\x61ys\x18\x03 \x03(\x0b\x32\x10.sage_fed.v1.Day\"\x8e\x01\n\x03\x44\x61y\x12\x0c\n\x04\x64\x61te\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x03\x12\x13\n\x0bminted_uatp\x18\x03 \x01(\x03\x12\x12\n\nspent_uatp\x18\x04 \x01(\x03\x12\x14\n\x0csettled_jobs\x18\x05 \x01(\x03\x12\x13\n\x0bvoided_jobs\x18\x06 \x01(\x03\x12\x14\n\x0c\x65xpired_jobs\x18\x07 \x01(\x03\"\xc0\x01\n\x05\x45ntry\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.sage_fed.v1.EntryKind\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\x13\n\x0b\x61mount_uatp\x18\x05 \x01(\x03\x12\r\n\x05\x64\x65\x62it\x18\x06 \x01(\t\x12\x0e\n\x06\x63redit\x18\x07 \x01(\t\x12\x11\n\trate_card\x18\x08 \x01(\t*\xdb\x01\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTRY_KIND_GRANT\x10\x01\x12\x15\n\x11\x45NTRY_KIND_REFILL\x10\x02\x12\x13\n\x0f\x45NTRY_KIND_HOLD\x10\x03\x12\x15\n\x11\x45NTRY_KIND_SETTLE\x10\x04\x12\x16\n\x12\x45NTRY_KIND_RELEASE\x10\x05\x12\x13\n\x0f\x45NTRY_KIND_VOID\x10\x06\x12\x15\n\x11\x45NTRY_KIND_EXPIRE\x10\x07\x12\x15\n\x11\x45NTRY_KIND_REVOKE\x10\x08\x32\xad\x01\n\rBudgetService\x12J\n\tGetBudget\x12\x1d.sage_fed.v1.GetBudgetRequest\x1a\x1e.sage_fed.v1.GetBudgetResponse\x12P\n\x0bListEntries\x12\x1f.sage_fed.v1.ListEntriesRequest\x1a .sage_fed.v1.ListEntriesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sage_fed/v1/budget.proto\x12\x0bsage_fed.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17sage_fed/v1/types.proto\"\x12\n\x10GetBudgetRequest\"K\n\x11GetBudgetResponse\x12#\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x13.sage_fed.v1.Budget\x12\x11\n\trate_card\x18\x02 \x01(\t\";\n\x12ListEntriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"s\n\x13ListEntriesResponse\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.sage_fed.v1.Entry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x1e\n\x04\x64\x61ys\x18\x03 \x03(\x0b\x32\x10.sage_fed.v1.Day\"\x8e\x01\n\x03\x44\x61y\x12\x0c\n\x04\x64\x61te\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x03\x12\x13\n\x0bminted_uatp\x18\x03 \x01(\x03\x12\x12\n\nspent_uatp\x18\x04 \x01(\x03\x12\x14\n\x0csettled_jobs\x18\x05 \x01(\x03\x12\x13\n\x0bvoided_jobs\x18\x06 \x01(\x03\x12\x14\n\x0c\x65xpired_jobs\x18\x07 \x01(\x03\"\xe9\x01\n\x05\x45ntry\x12\x10\n\x08\x65ntry_id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.sage_fed.v1.EntryKind\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\x13\n\x0b\x61mount_uatp\x18\x05 \x01(\x03\x12\r\n\x05\x64\x65\x62it\x18\x06 \x01(\t\x12\x0e\n\x06\x63redit\x18\x07 \x01(\t\x12\x11\n\trate_card\x18\x08 \x01(\t\x12\'\n\x05usage\x18\t \x03(\x0b\x32\x18.sage_fed.v1.PhaseTokens*\xdb\x01\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTRY_KIND_GRANT\x10\x01\x12\x15\n\x11\x45NTRY_KIND_REFILL\x10\x02\x12\x13\n\x0f\x45NTRY_KIND_HOLD\x10\x03\x12\x15\n\x11\x45NTRY_KIND_SETTLE\x10\x04\x12\x16\n\x12\x45NTRY_KIND_RELEASE\x10\x05\x12\x13\n\x0f\x45NTRY_KIND_VOID\x10\x06\x12\x15\n\x11\x45NTRY_KIND_EXPIRE\x10\x07\x12\x15\n\x11\x45NTRY_KIND_REVOKE\x10\x08\x32\xad\x01\n\rBudgetService\x12J\n\tGetBudget\x12\x1d.sage_fed.v1.GetBudgetRequest\x1a\x1e.sage_fed.v1.GetBudgetResponse\x12P\n\x0bListEntries\x12\x1f.sage_fed.v1.ListEntriesRequest\x1a .sage_fed.v1.ListEntriesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sage_fed.v1.budget_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENTRYKIND']._serialized_start=715
-  _globals['_ENTRYKIND']._serialized_end=934
+  _globals['_ENTRYKIND']._serialized_start=756
+  _globals['_ENTRYKIND']._serialized_end=975
   _globals['_GETBUDGETREQUEST']._serialized_start=99
   _globals['_GETBUDGETREQUEST']._serialized_end=117
   _globals['_GETBUDGETRESPONSE']._serialized_start=119
@@ -46,7 +46,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DAY']._serialized_start=375
   _globals['_DAY']._serialized_end=517
   _globals['_ENTRY']._serialized_start=520
-  _globals['_ENTRY']._serialized_end=712
-  _globals['_BUDGETSERVICE']._serialized_start=937
-  _globals['_BUDGETSERVICE']._serialized_end=1110
+  _globals['_ENTRY']._serialized_end=753
+  _globals['_BUDGETSERVICE']._serialized_start=978
+  _globals['_BUDGETSERVICE']._serialized_end=1151
 # @@protoc_insertion_point(module_scope)

@@ -81,7 +81,7 @@ class Day(_message.Message):
     def __init__(self, date: _Optional[str] = ..., entries: _Optional[int] = ..., minted_uatp: _Optional[int] = ..., spent_uatp: _Optional[int] = ..., settled_jobs: _Optional[int] = ..., voided_jobs: _Optional[int] = ..., expired_jobs: _Optional[int] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("entry_id", "time", "kind", "job_id", "amount_uatp", "debit", "credit", "rate_card")
+    __slots__ = ("entry_id", "time", "kind", "job_id", "amount_uatp", "debit", "credit", "rate_card", "usage")
     ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class Entry(_message.Message):
     DEBIT_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     RATE_CARD_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     entry_id: int
     time: _timestamp_pb2.Timestamp
     kind: EntryKind
@@ -98,4 +99,5 @@ class Entry(_message.Message):
     debit: str
     credit: str
     rate_card: str
-    def __init__(self, entry_id: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., kind: _Optional[_Union[EntryKind, str]] = ..., job_id: _Optional[str] = ..., amount_uatp: _Optional[int] = ..., debit: _Optional[str] = ..., credit: _Optional[str] = ..., rate_card: _Optional[str] = ...) -> None: ...
+    usage: _containers.RepeatedCompositeFieldContainer[_types_pb2.PhaseTokens]
+    def __init__(self, entry_id: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., kind: _Optional[_Union[EntryKind, str]] = ..., job_id: _Optional[str] = ..., amount_uatp: _Optional[int] = ..., debit: _Optional[str] = ..., credit: _Optional[str] = ..., rate_card: _Optional[str] = ..., usage: _Optional[_Iterable[_Union[_types_pb2.PhaseTokens, _Mapping]]] = ...) -> None: ...

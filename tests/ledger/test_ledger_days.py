@@ -372,7 +372,7 @@ async def test_a_migration_is_a_line_in_the_log(
         await ledger.close()
     lines = [record.getMessage() for record in caplog.records if "migrated" in record.message]
     assert 1 == len(lines)
-    assert re.search(rf"{old} was migrated from version 1 to version 2 in \d+\.\d s$", lines[0])
+    assert re.search(rf"{old} was migrated from version 1 to version 3 in \d+\.\d s$", lines[0])
 
 
 async def test_migrated_books_are_folded_like_others(old: Path) -> None:
