@@ -458,7 +458,7 @@ def _fit_class(own: Sequence[Judged], tiers: Sequence[Tier]) -> ClassFit:
     )
     uatp = {t.name: np.array([e.answers[t.name].charged_uatp for e in own]) for t in tiers}
     curve = tuple(
-        _curve_point(share, p_wrong, (~wrong[lowest], ~wrong[deepest]),
+        curve_point(share, p_wrong, (~wrong[lowest], ~wrong[deepest]),
                      (uatp[lowest], uatp[deepest]))
         for share in SHARES
     )  # fmt: skip
@@ -485,7 +485,7 @@ def _base_brier(wrong: Flags) -> float:
     return round(base * (1 - base), _DIGITS)
 
 
-def _curve_point(
+def curve_point(
     share: float, p_wrong: Array, right: tuple[Flags, Flags], uatp: tuple[Array, Array]
 ) -> CurvePoint:
     """Return what escalating the most doubtful share gives; both tiers' answers are paid for."""
