@@ -6,7 +6,8 @@ probability a, gives (1 - a^(k+1)) / (1 - a) tokens for one strategic and k tact
 the ratio of the steps' times and v what the rows cost, tokens / (k / r + v) times as fast. On two
 cores the rows saturate at about ten, so large batches gain nothing and must lose nothing.
 
-Scenes: prompts (HumanEval, prose, or random ids) at a batch size, each in rounds, interleaved:
+Scenes: prompts (HumanEval, prose, or random ids) at a batch size, each in rounds of prompts of
+their own, which every way is asked in turn:
 `plain` without drafts, `speculative` with all sources of drafts, `free` with those that cost no
 step. All are greedy or seeded; every output is compared with the plain one's, and in fp32 a
 difference is an error. With `--force A` the drafter runs as ever, but what it proposes is
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime as dt
 import gzip
 import itertools
@@ -31,7 +33,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -49,6 +51,7 @@ from sage_fed.text import Tokenizer
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 BUNDLED = Path(__file__).parent.parent / "sage_fed" / "models"
 PATIENCE_S = 3_600.0
+WARM_TOKENS = 32
 WAYS = ("plain", "speculative", "free")
 
 PROSE = (
@@ -179,6 +182,7 @@ class Pair:
         batch: int,
         way: str,
         recorded: Sequence[tuple[int, ...]],
+        num_new: int | None = None,
     ) -> Run:
         """Run the prompts, `batch` at a time; each ends after `num_new` tokens or by itself."""
         waiting = list(enumerate(prompts))[::-1]
@@ -192,7 +196,9 @@ class Pair:
                 seq_id = next(self._ids)
                 if self.drafter is not None:
                     self.drafter.recorded[seq_id] = recorded[index] if recorded else ()
-                outputs[index], endings[index] = await self._one(seq_id, prompt, way, index)
+                outputs[index], endings[index] = await self._one(
+                    seq_id, prompt, way, index, num_new or self.num_new
+                )
 
         async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as clients:
             for _ in range(batch):
@@ -202,10 +208,10 @@ class Pair:
         return Run(seconds, [outputs[i] for i in order], [endings[i] for i in order])
 
     async def _one(
-        self, seq_id: int, prompt: tuple[int, ...], way: str, seed: int
+        self, seq_id: int, prompt: tuple[int, ...], way: str, seed: int, num_new: int
     ) -> tuple[tuple[int, ...], Ended]:
         spec = SequenceSpec(
-            seq_id, S, prompt, self.num_new,
+            seq_id, S, prompt, num_new,
             sampling=Sampling(temperature=self.temperature, seed=seed),
             prefix_cache=False,  # every way prefills
             ignore_eos=self.ignore_eos,
@@ -226,19 +232,20 @@ async def measure(
     found: dict[str, Any] = {}
     for scene, prompts in scenes.items():
         rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+        count = len(prompts) // rounds
         warm = prompts[: scene.batch]
         for way in pair.ways:
-            await pair.run(
-                warm, scene.batch, way, (await pair.run(warm, scene.batch, "plain", ())).outputs
-            )
+            recorded = (await pair.run(warm, scene.batch, "plain", (), WARM_TOKENS)).outputs
+            await pair.run(warm, scene.batch, way, recorded, WARM_TOKENS)
         differing, compared = 0, 0
-        for _ in range(rounds):
-            plain = await pair.run(prompts, scene.batch, "plain", ())
+        for number in range(rounds):
+            asked = prompts[number * count : (number + 1) * count]
+            plain = await pair.run(asked, scene.batch, "plain", ())
             rows["plain"].append(plain.figures())
             for way in pair.ways[1:]:
-                run = await pair.run(prompts, scene.batch, way, plain.outputs)
+                run = await pair.run(asked, scene.batch, way, plain.outputs)
                 rows[way].append(run.figures())
-                compared += len(prompts)
+                compared += len(asked)
                 differing += sum(a != b for a, b in zip(plain.outputs, run.outputs, strict=True))
         if exact and differing:
             raise RuntimeError(
@@ -251,9 +258,20 @@ async def measure(
             ]
             for way in pair.ways[1:]
         }
+        seconds = {
+            way: sum(row["output_tokens"] / row["tokens_per_s"] for row in rows[way])
+            for way in rows
+        }
+        tokens = {way: sum(row["output_tokens"] for row in rows[way]) for way in rows}
         found[scene.name] = {
-            "ways": {way: _over_rounds(each) for way, each in rows.items()},
-            "times_plain": {way: _spread(values) for way, values in ratios.items()},
+            "ways": {way: over_rounds(each) for way, each in rows.items()},
+            "times_plain": {way: spread(values) for way, values in ratios.items()},
+            "times_plain_over_all": {
+                way: float(
+                    f"{tokens[way] / seconds[way] / (tokens['plain'] / seconds['plain']):.5g}"
+                )
+                for way in pair.ways[1:]
+            },
             "outputs_compared": compared,
             "outputs_differing": differing,
         }
@@ -261,11 +279,13 @@ async def measure(
     return found
 
 
-def _over_rounds(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    return {name: _spread([row[name] for row in rows]) for name in rows[0]}
+def over_rounds(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return median and range of each figure."""
+    return {name: spread([row[name] for row in rows]) for name in rows[0]}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median and range."""
     return {
         name: float(f"{value:.5g}")
         for name, value in (
@@ -292,6 +312,39 @@ def prompts_of(
     return list(itertools.islice(itertools.cycle(short), count))
 
 
+@contextlib.asynccontextmanager
+async def opened(
+    models: Mapping[Tier, str],
+    precision: str,
+    tokenizer: Tokenizer,
+    force: float | None = None,
+    threads: int = 0,
+) -> AsyncIterator[tuple[Executor, dict[Tier, Resident]]]:
+    """Both models on the CPU, in an executor that takes sequences."""
+    set_cpu_threads(threads)
+    engines: dict[Tier, Resident] = {}
+    for tier, directory in models.items():
+        options = EngineOptions(
+            directory, 2 << 30, precision=precision, max_context_tokens=2048,
+            num_valid_ids=tokenizer.num_valid_ids,
+        )  # fmt: skip
+        engine = load_engine(options, lambda _: None)
+        forced = tier == T and force is not None
+        engines[tier] = Forced(engine, force, 1000) if forced else Resident(engine)
+    executor = Executor(
+        {tier: TierSetup(_lend(engine), 32, 512) for tier, engine in engines.items()}
+    )
+    await executor.start()
+    try:
+        for tier in engines:
+            status = await executor.loaded(tier)
+            if status.state is not TierState.READY:
+                raise RuntimeError(f"the {tier.name} tier is {status}")
+        yield executor, engines
+    finally:
+        await executor.stop(0.0)
+
+
 async def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(
@@ -304,9 +357,7 @@ async def main() -> None:
     )
     parser.add_argument("--human-eval", type=Path)
     parser.add_argument("--scenes", nargs="+", default=["prose:1"])
-    parser.add_argument(
-        "--prompts", type=int, default=0, help="a scene; 0: twice its batch, at least 4"
-    )
+    parser.add_argument("--prompts", type=int, default=0, help="of each round; 0: one batch")
     parser.add_argument("--longest-prompt", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new", type=int, default=256)
@@ -320,44 +371,26 @@ async def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    set_cpu_threads(args.threads)
-    engines: dict[Tier, Resident] = {}
     tokenizer = Tokenizer.load(args.strategic)
-    for tier, directory in ((T, args.tactical), (S, args.strategic)):
-        options = EngineOptions(
-            directory, 2 << 30, precision=args.precision, max_context_tokens=2048,
-            num_valid_ids=tokenizer.num_valid_ids,
-        )  # fmt: skip
-        engine = load_engine(options, lambda _: None)
-        forced = tier == T and args.force is not None
-        engines[tier] = Forced(engine, args.force, 1000) if forced else Resident(engine)
     scenes = {}
     for name in args.scenes:
         kind, batch = name.split(":")
         scene = Scene(kind, int(batch))
-        count = args.prompts or max(2 * scene.batch, 4)
+        count = args.rounds * (args.prompts or scene.batch)
         scenes[scene] = prompts_of(kind, count, tokenizer, args.human_eval, args.longest_prompt)
-    executor = Executor(
-        {tier: TierSetup(_lend(engine), 32, 512) for tier, engine in engines.items()}
-    )
-    await executor.start()
-    for tier in engines:
-        status = await executor.loaded(tier)
-        if status.state is not TierState.READY:
-            raise RuntimeError(f"the {tier.name} tier is {status}")
-    drafter = engines[T]
-    pair = Pair(
-        executor,
-        args.new,
-        args.temperature,
-        drafter if isinstance(drafter, Forced) else None,
-        (WAYS[0], *args.ways),
-        args.ignore_eos,
-    )
-    try:
+    async with opened(
+        {T: args.tactical, S: args.strategic}, args.precision, tokenizer, args.force, args.threads
+    ) as (executor, engines):
+        drafter = engines[T]
+        pair = Pair(
+            executor,
+            args.new,
+            args.temperature,
+            drafter if isinstance(drafter, Forced) else None,
+            (WAYS[0], *args.ways),
+            args.ignore_eos,
+        )
         found = await measure(pair, scenes, args.rounds, exact=args.precision == "fp32")
-    finally:
-        await executor.stop(0.0)
     run = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "models": {tier.name: engine.info.name for tier, engine in engines.items()},
