@@ -7,17 +7,18 @@ a part of that, about as long as a tactical step, and else for all of it. The ba
 gets without it: two threads, each driving one engine as fast as it can, sharing the device as the
 operating system likes.
 
-Scenes, interleaved A B C D E A B C D E: the tactical tier alone, the strategic tier alone, the
+Scenes, interleaved A B C D E F A B C D E F: the tactical tier alone, the strategic tier alone, the
 same beside a tactical tier that is loaded and has nothing to do (what pausing for nobody costs),
-both in one executor, both in two that know nothing of each other. The strategic tier is saturated
-by 16 streams of 512-token prompts, each followed by the next at once; no prefill is spared by a
-prefix cache. Figures
-are medians over the rounds with the smallest and the largest beside them. Strategic throughput
-counts every token that was fed to the model, prompts too, by the executor's own reports.
+both in one executor, the same where the strategic streams speculate and the tactical tier drafts
+for them beside its own stream, both in two executors that know nothing of each other. The
+strategic tier is saturated by 16 streams of 512-token prompts, each followed by the next at once;
+no prefill is spared by a prefix cache. Figures are medians over the rounds with the smallest and
+the largest beside them. Strategic throughput counts every token that was fed to the model, prompts
+too, by the executor's own reports.
 
 Run: python bench/interference.py --tactical DIR --strategic DIR [--precision bf16]
      [--rounds 3] [--seconds 40] [--tactical-share 0.5] [--threads 0] [--quick]
-Five scenes a round, so rounds x seconds x 5 plus the loading. Without models: the bundled pair.
+Six scenes a round, so rounds x seconds x 6 plus the loading. Without models: the bundled pair.
 Writes bench/results/interference.json.
 
 `on_gpu` is the same for two engines that are resident on a GPU, a part of `gpu.py`: the tactical
@@ -69,12 +70,16 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Loads on one executor, or `apart` on one for each tier; `idle` tiers have none."""
+    """Loads on one executor, or `apart` on one for each tier; `idle` tiers have none.
+
+    The strategic tier `speculates`: the tactical one drafts for it, and so does earlier text.
+    """
 
     name: str
     loads: tuple[Load, ...]
     apart: bool = False
     idle: tuple[Tier, ...] = ()
+    speculates: bool = False
 
 
 class Resident:
@@ -204,7 +209,14 @@ class Stage:
             for load in scene.loads:
                 # Made beforehand: making them must not take the event loop's time.
                 prompts = itertools.cycle([self._prompt(load) for _ in range(16)])
-                stream = partial(self._stream, executors[load.tier], load, prompts.__next__, seen)
+                stream = partial(
+                    self._stream,
+                    executors[load.tier],
+                    load,
+                    prompts.__next__,
+                    seen,
+                    speculates=scene.speculates and load.tier == S,
+                )
                 clients += [stream] * load.streams
             async with asyncio.timeout(seconds + PATIENCE_S):
                 await closed_loop(clients, before(seen.until_s))
@@ -223,10 +235,14 @@ class Stage:
         prompt: Callable[[], tuple[int, ...]],
         seen: Seen,
         begun: float,
+        *,
+        speculates: bool,
     ) -> None:
         spec = SequenceSpec(
             next(self._ids), load.tier, prompt(), load.new_tokens, ignore_eos=True,
             prefix_cache=False,  # the prompts repeat, and their prefill is the load
+            speculates=speculates,
+            drafter=T if speculates else None,
         )  # fmt: skip
         last: float | None = None
 
@@ -272,7 +288,7 @@ def compare(found: dict[str, Any]) -> dict[str, float | None]:
         rows[f"strategic_{figure}_beside_idle_kept"] = _ratio(
             found["strategic_beside_idle"][S.name], found["strategic_alone"][S.name], figure
         )
-    for name in ("together", "apart"):
+    for name in ("together", "together_speculating", "apart"):
         for figure in (
             "inter_token_p50_ms", "inter_token_p99_ms", "first_token_p50_ms", "first_token_p99_ms",
         ):  # fmt: skip
@@ -465,7 +481,7 @@ def cost(found: dict[str, dict[str, Any]], scene: str) -> dict[str, float | None
     return rows
 
 
-def _engine(model: Path, tier: Tier, args: argparse.Namespace, load: Load) -> Engine:
+def _engine(model: Path, tier: Tier, args: argparse.Namespace, load: Load, context: int) -> Engine:
     tokens = load.prompt_tokens + load.new_tokens
     options = EngineOptions(
         str(model),
@@ -473,7 +489,7 @@ def _engine(model: Path, tier: Tier, args: argparse.Namespace, load: Load) -> En
         kv_cache_bytes=args.kv_mib * 2**20,
         device=args.device,
         precision=args.precision,
-        max_context_tokens=-(-tokens // 16) * 16,
+        max_context_tokens=-(-context // 16) * 16,
         max_batch=load.streams,
     )
     engine = load_engine(options, lambda _: None)
@@ -510,15 +526,18 @@ def main() -> None:
         set_cpu_threads(args.threads)
     tactical = Load(T, args.tactical_streams, 64, 64)
     strategic = Load(S, args.strategic_streams, 512, 64)
+    # The drafter holds what it drafts for.
+    context = max(load.prompt_tokens + load.new_tokens for load in (tactical, strategic))
     engines = {
-        T: _engine(args.tactical, T, args, tactical),
-        S: _engine(args.strategic, S, args, strategic),
+        T: _engine(args.tactical, T, args, tactical, context),
+        S: _engine(args.strategic, S, args, strategic, context),
     }
     scenes = (
         Scene("tactical_alone", (tactical,)),
         Scene("strategic_alone", (strategic,)),
         Scene("strategic_beside_idle", (strategic,), idle=(T,)),
         Scene("together", (tactical, strategic)),
+        Scene("together_speculating", (tactical, strategic), speculates=True),
         Scene("apart", (tactical, strategic), apart=True),
     )
     vocabulary = min(_vocabulary(args.tactical), _vocabulary(args.strategic))

@@ -13,7 +13,7 @@ else, one after the other at a steady pace, before the others for the processor:
 another machine, as far as one machine can have it. Its refusals are the ones that are judged.
 
 Run: python bench/overload.py [--seconds 60] [--factor 10]
-     [--model DIR --precision int8 --tokens 32].
+     [--model DIR --precision int8 --tokens 32] [--mixed]
 Exit code 1 on a wrong answer. Without a checkpoint: the bundled pair, whose daemon streams tokens
 faster than any real model's has to. Writes bench/results/overload.json or overload_<model>.json.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import os
 import sys
@@ -42,6 +43,8 @@ from grpc_status import rpc_status
 from load_generator import before, closed_loop, open_loop, stream_request, stream_times
 from rich.console import Console
 
+from sage_fed.core import Tier
+from sage_fed.v1 import inference_pb2, types_pb2
 from sage_fed.v1 import inference_pb2_grpc as rpc
 
 PLACES, WAITING = 8, 8
@@ -49,6 +52,7 @@ NEW_TOKENS = 480
 """Of the bundled pair: then ten times the capacity is a rate that one generator can send."""
 LIMITS = (
     "--set", f"tactical.max_batch={PLACES}", "--set", f"tactical.max_waiting={WAITING}",
+    "--set", f"strategic.max_batch={PLACES}", "--set", f"strategic.max_waiting={WAITING}",
     "--set", "limits.max_jobs=4096", "--log-level", "warning",
 )  # fmt: skip
 CHANNELS = 4
@@ -80,15 +84,15 @@ class Calls:
 
 
 class Asker:
-    """Jobs of one kind over a few connections."""
+    """Jobs over a few connections, in turn of the kinds that there are."""
 
-    def __init__(self, address: str, new_tokens: int) -> None:
+    def __init__(self, address: str, jobs: Jobs) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         self._channels = [
             grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)
         ]
         self._stubs = [rpc.InferenceServiceStub(channel) for channel in self._channels]
-        self._request = stream_request("count", new_tokens)
+        self._requests = itertools.cycle(jobs.requests())
         self._asked = 0
 
     async def close(self) -> None:
@@ -102,7 +106,7 @@ class Asker:
         stub = self._stubs[self._asked % CHANNELS]
         began_s = time.perf_counter()
         try:
-            call = stub.GenerateStream(self._request, timeout=STUCK_S)
+            call = stub.GenerateStream(next(self._requests), timeout=STUCK_S)
             first_s, answered_s = await stream_times(call)
         except grpc.aio.AioRpcError as error:
             elapsed_s = time.perf_counter() - began_s
@@ -198,6 +202,20 @@ class Jobs:
     precision: str
     chosen: tuple[str, ...] = ()
     """Further settings of the daemon, `NAME=VALUE`."""
+    mixed: bool = False
+    """In turn: the tactical tier, the strategic one, which speculates, and a cascade."""
+
+    def requests(self) -> tuple[inference_pb2.GenerateStreamRequest, ...]:
+        """One of each kind."""
+        plain = stream_request("count", self.new_tokens)
+        if not self.mixed:
+            return (plain,)
+        cascade = stream_request("count", self.new_tokens)
+        cascade.job.tier = types_pb2.TIER_AUTO
+        cascade.job.mode = types_pb2.MODE_CASCADE
+        cascade.job.max_error = 0.01  # most answers are more doubtful
+        deep = stream_request("count", self.new_tokens, Tier.STRATEGIC)
+        return plain, deep, cascade
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -216,9 +234,8 @@ async def main(
     seconds: float, factor: float, measure_s: float, jobs: Jobs, output: Path | None
 ) -> int:
     """Run, check, report; the exit code."""
-    new_tokens = jobs.new_tokens
     async with driven(*FLAGS, *LIMITS, *jobs.settings) as run:
-        asker = Asker(run.endpoint.listen, new_tokens)
+        asker = Asker(run.endpoint.listen, jobs)
         await saturate(asker, 1.0, PLACES)  # warm
         alone, _ = await saturate(asker, measure_s / 2, 1)
         usual_s = sorted(alone.answered_s)[len(alone.answered_s) // 2]
@@ -229,7 +246,7 @@ async def main(
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             aside = asyncio.get_running_loop().run_in_executor(
-                pool, ask_aside, run.endpoint.listen, seconds, new_tokens
+                pool, ask_aside, run.endpoint.listen, seconds, jobs.new_tokens
             )
             over = await flood(asker, factor * capacity - ASIDE_PER_S, seconds)
             aside_s, aside_wrong = await aside
@@ -247,7 +264,8 @@ async def main(
         "factor": factor,
         "model": jobs.name,
         "settings": list(jobs.chosen),
-        "new_tokens": new_tokens,
+        "new_tokens": jobs.new_tokens,
+        "mixed_modes": jobs.mixed,
         "places": PLACES,
         "waiting": WAITING,
         "capacity_jobs_per_s": round(capacity, 2),
@@ -267,6 +285,7 @@ async def main(
         "violations": violations,
     }
     name = f"overload_{jobs.model.name}" if jobs.model else "overload"
+    name += "_mixed" if jobs.mixed else ""
     report.write(name, result, output)
     console = Console(stderr=True)
     for violation in violations[:20]:
@@ -297,9 +316,10 @@ if __name__ == "__main__":
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of a job")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="chosen")
+    parser.add_argument("--mixed", action="store_true", help="jobs of all modes")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     model = given.model and given.model.absolute()
-    jobs = Jobs(given.tokens, model, given.precision, tuple(given.chosen))
+    jobs = Jobs(given.tokens, model, given.precision, tuple(given.chosen), given.mixed)
     run = main(given.seconds, given.factor, given.measure_seconds, jobs, given.output)
     sys.exit(asyncio.run(run))

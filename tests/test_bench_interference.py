@@ -27,7 +27,8 @@ def test_every_scene_is_measured_and_compared(tmp_path: Path) -> None:
     both = {"tactical", "strategic"}
     assert {
         "tactical_alone": {"tactical"}, "strategic_alone": {"strategic"},
-        "strategic_beside_idle": {"strategic"}, "together": both, "apart": both,
+        "strategic_beside_idle": {"strategic"}, "together": both, "together_speculating": both,
+        "apart": both,
     } == tiers  # fmt: skip
     for scene in result["scenes"].values():
         for figures in scene.values():

@@ -39,8 +39,8 @@ def test_nothing_is_left_of_clients_that_leave_at_random(script: Script, tmp_pat
     seen = result(output)
     assert 600 == sum(seen["endings"].values())
     assert [] == seen["leaked"]
-    # Most were stopped in the middle, or it would be a test of something else.
-    assert seen["stop_seconds"]["n"] > 100
+    # Many were stopped in the middle, or it would be a test of something else.
+    assert seen["stop_seconds"]["n"] > 50
 
 
 def test_no_kill_of_the_writer_loses_what_it_acknowledged(script: Script, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_an_overloaded_daemon_refuses_in_words_and_recovers(script: Script, tmp_
     """Ten times its capacity for some seconds: every refusal says when to come back."""
     output = tmp_path / "overload.json"
     overload = script("overload")
-    jobs = overload.Jobs(overload.NEW_TOKENS, None, "fp32")
+    jobs = overload.Jobs(overload.NEW_TOKENS, None, "fp32", mixed=True)
     assert 0 == asyncio.run(overload.main(4.0, 10.0, 2.0, jobs, output))
     seen = result(output)["overloaded"]["codes"]
     assert {"OK", "RESOURCE_EXHAUSTED"} == seen.keys()
