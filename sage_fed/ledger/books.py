@@ -238,8 +238,8 @@ class Books:
             (account, before_id, limit),
         )
         return tuple(
-            Entry(entry_id, time_ns, EntryKind(kind), *rest, usage=_usage(usage))
-            for entry_id, time_ns, kind, *rest, usage in rows
+            Entry(number, time_ns, EntryKind(kind), job, uatp, debit, credit, card, _usage(usage))
+            for number, time_ns, kind, job, uatp, debit, credit, card, usage in rows
         )
 
     def tidy(self, now: Now, passed_id: int) -> Folded:
