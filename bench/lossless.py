@@ -54,8 +54,9 @@ MODELS = Path(__file__).parent.parent / "sage_fed" / "models"
 NUM_IDS = 490
 """Random prompts are of text tokens: the ids beyond are control tokens and padding."""
 CONTEXT = 256
-LOGPROB_TOLERANCE = 1e-4
-"""As tests/engine/test_engine_rows.py has it, for fp32; of values below -10, 1e-5 of each."""
+LOGPROB_TOLERANCE = 3e-4
+"""For fp32; of values below -10, 1e-5 of each. Ten thousand prompts have rarer roundings than the
+tests, and another CPU's sums other ones: 1.1e-4 was seen with torch on Ice Lake."""
 ROUND = 100
 
 
