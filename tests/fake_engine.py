@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sage_fed.core import Logprob, ModelInfo, Sampling, Tier
 from sage_fed.device import SequenceSpec
 from sage_fed.errors import DeviceOutOfMemory
-from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, SampledToken, Step
+from sage_fed.steps import BLOCK_SIZE, PENDING, Chunk, Draw, SampledToken, Step
 
 EOS = 7
 VOCAB = 50
@@ -122,6 +122,8 @@ class FakeEngine:
     closed: bool = False
     wrong: int = 0
     """Of a hundred tokens, so many are not what `reference` says: a drafter's."""
+    period: int = 0
+    """Where set, each token is the one so many before it: text that repeats itself."""
     info: ModelInfo = field(default_factory=info)
     defaults: Sampling = field(default_factory=Sampling)
 
@@ -209,11 +211,16 @@ class FakeEngine:
         return [
             _sampled(
                 chunk.seq_id,
-                sample(history[: first + row], one.sampling.seed, one.index, self.wrong),
+                self._drawn(history[: first + row], one),
                 one.sampling.top_logprobs,
             )
             for row, one in enumerate(chunk.draws)
         ]
+
+    def _drawn(self, history: list[int], one: Draw) -> int:
+        if self.period:
+            return history[-self.period]
+        return sample(history, one.sampling.seed, one.index, self.wrong)
 
     def close(self) -> None:
         """Note it."""

@@ -167,6 +167,7 @@ async def rig(
     retention: Retention | None = None,
     real: Mapping[Tier, Engine] | None = None,
     granted_uatp: int = GRANTED_UATP,
+    speculates: bool = True,
 ) -> AsyncIterator[Rig]:
     """Serve both tiers until the block is left, by fake engines or by `real`; then all is settled.
 
@@ -207,6 +208,7 @@ async def rig(
                 default_new_tokens=16,
                 max_jobs=16,
                 max_account_jobs=lambda _: max_account_jobs,
+                speculates=speculates,
             )
             broker = Broker(
                 tasks,

@@ -116,6 +116,61 @@ async def test_a_strategic_job_speculates_unless_it_says_single(tmp_path: Path) 
         assert all(not e.usage for e in entries if e.kind is not EntryKind.SETTLE)
 
 
+def repeating(r: Rig) -> None:
+    """Let both tiers' texts repeat themselves, and their steps take as long as a real model's."""
+    for engine in r.engines.values():
+        engine.period, engine.fail = 2, lambda _step: time.sleep(0.004)
+
+
+@pytest.mark.parametrize("tier", [T, S])
+async def test_earlier_text_drafts_at_no_step_of_a_model(tmp_path: Path, tier: Tier) -> None:
+    """The tactical tier's own jobs, and strategic ones while it is down, are cheaper for it."""
+    async with rig(tmp_path) as r:
+        if tier == S:
+
+            def broken(_step: object) -> None:
+                raise RuntimeError("a broken device")
+
+            r.engines[T].fail = broken
+            with pytest.raises(TierUnavailable):
+                await r.run(job())
+        repeating(r)
+        before_uatp = await r.spent_uatp()
+        plain, expected = await answer(r, new=80, requested=tier, mode=Mode.SINGLE)
+        drafted, tokens = await answer(r, new=80, requested=tier)
+        assert expected == tokens
+        mode = Mode.SPECULATIVE if tier == S else Mode.SINGLE
+        assert (Mode.SINGLE, mode) == tuple(
+            started_of(events).route.mode for events in (plain, drafted)
+        )
+        assert started_of(plain).held_uatp == started_of(drafted).held_uatp
+        assert Usage.single(tier, 5, 0, 80) == finished_of(plain).usage
+        counts = {(n.tier, n.phase): n.tokens for n in finished_of(drafted).usage.by_phase}
+        assert {(tier, phase) for phase in (Phase.PREFILL, Phase.VERIFY, Phase.DECODE)} == (
+            counts.keys()
+        )
+        assert counts[tier, Phase.VERIFY] > 40
+        alone, price = finished_of(plain).price, finished_of(drafted).price
+        assert charge(CARD, finished_of(drafted).usage) == price.charged_uatp < alone.charged_uatp
+        assert alone.single_uatp == alone.charged_uatp == price.single_uatp
+        assert alone.charged_uatp + price.charged_uatp == await r.spent_uatp() - before_uatp
+        saved_atp = r.counted("atp_saved_total", mode=mode.value)
+        assert pytest.approx((alone.charged_uatp - price.charged_uatp) / 1e6) == saved_atp
+        assert 1.0 == r.broker._admission.experience.speculated or tier == S
+
+
+@pytest.mark.parametrize("tier", [T, S])
+async def test_the_setting_turns_drafts_off(tmp_path: Path, tier: Tier) -> None:
+    """A job that names no mode has none then; one that asks for them still has them."""
+    async with rig(tmp_path, speculates=False) as r:
+        repeating(r)
+        events, _ = await answer(r, new=80, requested=tier)
+        assert Usage.single(tier, 5, 0, 80) == finished_of(events).usage
+        assert Mode.SINGLE is started_of(events).route.mode
+        events, _ = await answer(r, new=80, requested=S, mode=Mode.SPECULATIVE)
+        assert Phase.VERIFY in {done.phase for done in finished_of(events).usage.by_phase}
+
+
 async def test_a_sound_answer_is_kept(tmp_path: Path) -> None:
     """The client sees the tactical tier's answer, and pays that alone."""
     async with rig(tmp_path) as r:

@@ -14,7 +14,7 @@ from sage_fed.core import DraftAcceptance, DraftOrigin, Sampling, Tier
 from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.device.drafting import Candidate, allot
 from sage_fed.device.tier_scheduler import StepRates
-from sage_fed.steps import NO_TOKEN, SampledToken, Step, StepKind, StepReport
+from sage_fed.steps import BLOCK_SIZE, NO_TOKEN, SampledToken, Step, StepKind, StepReport
 
 T, S = Tier.TACTICAL, Tier.STRATEGIC
 
@@ -192,6 +192,75 @@ def test_a_known_answer_needs_no_drafter() -> None:
     assert 40 == pair.ended[2].output_tokens
     assert 0 == pair.ended[2].drafted_tokens
     assert taken_s < 0.4 * pair.run(alone(3, 40))
+
+
+def own(seq_id: int, new: int = 200, **fields: object) -> SequenceSpec:
+    """A tactical sequence that may have drafts of earlier text."""
+    return spec(seq_id, T, new=new, prompt=8, speculates=True, **fields)
+
+
+def repeating(pair: Pair, tier: Tier, seq: SequenceSpec) -> None:
+    """Run a sequence whose text repeats itself on a tier, to its end; its tokens are its own."""
+    # A step is planned for that was measured.
+    pair.scheduler.begin_with({tier: {1: pair.base_s[tier] + pair.row_s[tier]}})
+    pair.engines[tier].period = 5
+    pair.add(seq)
+    while pair.scheduler.has_work:
+        pair.step()
+    expected = list(seq.prompt)
+    while len(expected) < len(seq.prompt) + seq.max_new_tokens:
+        expected.append(expected[-5])
+    assert expected[len(seq.prompt) :] == pair.tokens[seq.seq_id]
+    assert {0} == {pair.used(tier) for tier in pair.engines if pair.scheduler.load(tier)}
+
+
+def test_the_fast_tiers_own_sequences_have_drafts_of_earlier_text() -> None:
+    """Where its text repeats itself and a step over several rows takes hardly longer than one."""
+    pair = Pair()
+    repeating(pair, T, own(0))
+    ended = pair.ended[0]
+    assert ended.accepted_tokens > 100
+    assert 0 == ended.drafted_tokens
+    assert len(pair.steps) < 100
+
+
+def test_a_step_over_rows_that_costs_as_much_as_their_steps_has_no_drafts() -> None:
+    """Text that repeats itself does not pay by itself: it is tried now and then."""
+    pair = Pair(base_s={T: 0.0005, S: 0.1}, row_s={T: 0.01, S: 0.002})
+    repeating(pair, T, own(0))
+    begun = pair.now
+    repeating(pair, T, own(1))
+    assert pair.ended[1].verified_tokens < 50
+    taken_s, begun = pair.now - begun, pair.now
+    repeating(pair, T, replace(own(2), speculates=False))
+    assert taken_s < 1.02 * (pair.now - begun)
+
+
+def test_steps_that_are_as_short_as_a_plan_are_not_planned_for() -> None:
+    """A tiny model's step is over before the host knows whether a draft would be worth it."""
+    pair = Pair(base_s={T: 0.0005, S: 0.1}, row_s={T: 0.0, S: 0.002})
+    repeating(pair, T, own(0))
+    assert 0 == pair.ended[0].verified_tokens
+    # A drafter saves deep steps, whatever its own take.
+    pair.run(asked(2))
+    assert pair.ended[2].accepted_tokens > 0
+
+
+@pytest.mark.parametrize("why", ["down", "busy", "of other tokens"])
+def test_earlier_text_serves_a_deep_sequence_without_its_drafter(why: str) -> None:
+    """The tactical tier has failed, has no block left, or cannot draft for it at all."""
+    pair = Pair(num_blocks=16)
+    drafter = None if why == "of other tokens" else T
+    if why == "down":
+        pair.scheduler.close_tier(T, EndReason.FAILED, 0.0)
+    elif why == "busy":
+        pair.add(spec(9, T, prompt=8, new=240))
+        pair.step()
+        assert pair.num_blocks == pair.used(T) // BLOCK_SIZE
+    repeating(pair, S, asked(0, 200, prompt=8, drafter=drafter))
+    ended = pair.ended[0]
+    assert 0 == ended.drafted_tokens
+    assert ended.accepted_tokens > 100
 
 
 class Foreign(FakeEngine):

@@ -158,7 +158,7 @@ def footer(answer: Answer, width: int) -> list[str]:
         f"first after {format_seconds(timing.time_to_first_token_s)}" * bool(usage.output_tokens),
         f"{rate} tok/s" if rate else "",
         finished.stop_reason.value.replace("_", " "),
-        _charged(started.route, finished.price),
+        _charged(finished.price),
         f"{format_atp(finished.balance_uatp)} left",
     ]
     if started.replayed:
@@ -192,9 +192,9 @@ def _drafted(route: Route, finished: Finished) -> str:
     return f", {accepted} of them drafted by {' and '.join(sorted(drafters, reverse=True))}"
 
 
-def _charged(route: Route, price: Price) -> str:
-    """What it cost, and what one tier alone would have, where two worked."""
-    if route.mode is Mode.SINGLE or price.single_uatp in (0, price.charged_uatp):
+def _charged(price: Price) -> str:
+    """What it cost, and what it would have without drafts, where some were accepted."""
+    if price.single_uatp in (0, price.charged_uatp):
         return f"{format_atp(price.charged_uatp)} charged"
     return f"{format_atp(price.charged_uatp)} instead of {atp_number(price.single_uatp)}"
 

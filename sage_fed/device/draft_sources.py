@@ -171,7 +171,8 @@ class FreeDrafts:
         self._answer = SuffixIndex()
         self._answer.extend(answer)
         self._text = SuffixIndex()
-        self._text.extend(prompt)
+        self._unread_prompt = prompt
+        """Indexed when it is first searched: what waits in a queue needs no index."""
         self._num_prompt = len(prompt)
         self._at = 0
         """Where the answer goes on, as it is aligned now."""
@@ -180,6 +181,7 @@ class FreeDrafts:
 
     def note(self, token_ids: Sequence[int]) -> None:
         """Take in new output, in order."""
+        self._read_prompt()
         for token_id in token_ids:
             self._text.extend((token_id,))
             answer = self._answer.token_ids
@@ -197,6 +199,7 @@ class FreeDrafts:
         answer = self._answer.token_ids[self._at : self._at + longest]
         if answer and (self._match or self._at == 0):
             return Source(DraftOrigin.ANSWER, _bucket(self._match)), tuple(answer)
+        self._read_prompt()
         text = self._text.token_ids
         at, match = self._text.find(text)
         if match >= 2:
@@ -204,6 +207,11 @@ class FreeDrafts:
         if answer:
             return Source(DraftOrigin.ANSWER, 0), tuple(answer)
         return None
+
+    def _read_prompt(self) -> None:
+        if self._unread_prompt:
+            self._text.extend(self._unread_prompt)
+            self._unread_prompt = ()
 
 
 def _bucket(match: int) -> int:

@@ -61,6 +61,12 @@ _OFTEN = 3
 _RELAXED = 0.9
 """What is assumed of a time that has not been measured for long, each time that this matters."""
 
+_LEAST_STEP_S = 0.002
+"""A decode step from which on sequences without a drafter look for drafts in earlier text.
+
+The host takes some 50 us for a plan, a good part of a shorter step. What has not been measured is
+not planned for, either."""
+
 _STALE_STEPS = 200
 """Steps of other numbers of rows after which it is not: the machine may have been busy then."""
 
@@ -216,6 +222,10 @@ class TierScheduler:
         if not all(map(self.limits.has_row, spec.draft_tokens)):
             known = tuple(filter(self.limits.has_row, spec.draft_tokens))
             spec = replace(spec, draft_tokens=known)
+        if spec.speculates and spec.drafter is None and not spec.draft_tokens:
+            step_s = self.rates.decode_s(1)
+            if step_s is None or step_s < _LEAST_STEP_S:
+                spec = replace(spec, speculates=False)
         self.queue.add(Sequence(spec, submitted_s, next(self._orders), self.estimates))
 
     def find(self, seq_id: int) -> Sequence | None:

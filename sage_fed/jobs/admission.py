@@ -122,7 +122,8 @@ class Experience:
     def note(self, card: RateCard, route: Route, usage: Usage, max_new_tokens: int) -> None:
         """Take in a job that has come to its end."""
         self.output += _NEWEST * (usage.output_tokens / max_new_tokens - self.output)
-        if (share := _speculation_share(card, usage, route.tier)) is None:
+        share = _speculation_share(card, usage, route.tier)
+        if share is None or route.mode is Mode.SINGLE:
             return
         if route.mode is Mode.CASCADE:
             self.escalated += _NEWEST * (share - self.escalated)
@@ -177,7 +178,7 @@ class Admission:
         max_jobs: accepted and not ended, over all tiers and accounts.
         max_account_jobs: accepted and not ended, or ended and not read, of one account; 0 is no
             limit.
-        speculates: whether jobs of a deeper tier use drafts where they do not say.
+        speculates: whether jobs use drafts where they do not say.
         max_error: the probability of a wrong answer that an account puts up with where a job does
             not say.
     """
@@ -365,7 +366,10 @@ class Admission:
         return round(total)
 
     def _mode_of(self, program: Program) -> Mode:
-        return Mode.SPECULATIVE if program.stages[-1].speculates else Mode.SINGLE
+        last = program.stages[-1]
+        # Drafts from earlier text leave the lowest tier the only one that works.
+        lowest = last.tier == min(self.encoder.tokenizers)
+        return Mode.SPECULATIVE if last.speculates and not lowest else Mode.SINGLE
 
     def _check_mode(self, spec: JobSpec) -> None:
         """Refuse a mode that cannot be had.
@@ -397,9 +401,9 @@ class Admission:
 
         It is asked with empty prompts, too, for the tiers that the job will need.
         """
-        asked = self._speculates if spec.mode is None else spec.mode is not Mode.SINGLE
-        # Without a drafter, earlier text is still a source of drafts, and costs no step.
-        speculates = asked and tier != min(self.encoder.tokenizers)
+        speculates = self._speculates if spec.mode is None else spec.mode is not Mode.SINGLE
+        # Without a drafter, as on the lowest tier, earlier text is still a source of drafts, and
+        # costs no step.
         drafter = self._drafters.get(tier) if speculates else None
         return Program((Stage(tier, ids[tier], new, speculates=speculates, drafter=drafter),))
 
@@ -607,8 +611,10 @@ def _cascade(draft: Draft, quality: QualityCard, lowest: Tier, deepest: Tier) ->
     def doubt(answer: Delta) -> float:
         return quality.p_wrong(task_class, AnswerFeatures.of(answer.logprobs))
 
+    # The price of drafts has a cap by the output of the stage that answers: the first has none.
+    first = replace(first, needs_logprobs=True, speculates=False)
     escalated = replace(then, speculates=True, drafter=lowest)
-    return Program((replace(first, needs_logprobs=True), escalated), decide, doubt)
+    return Program((first, escalated), decide, doubt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,11 +273,12 @@ class Metrics:
             self._series.count("atp_refunded_total", (held - charged) / UATP_PER_ATP, tier.name)
 
     def price_compared(self, mode: Mode, price: Price) -> None:
-        """Count what a job of two tiers has cost less, or more, than one of them alone."""
-        if mode is not Mode.SINGLE:
-            saved_atp = (price.single_uatp - price.charged_uatp) / UATP_PER_ATP
-            name = "atp_saved_total" if saved_atp >= 0 else "atp_extra_total"
-            self._series.count(name, abs(saved_atp), mode.value)
+        """Count what a job has cost less, or more, than one tier alone without drafts."""
+        saved_atp = (price.single_uatp - price.charged_uatp) / UATP_PER_ATP
+        if saved_atp > 0:
+            self._series.count("atp_saved_total", saved_atp, mode.value)
+        elif saved_atp < 0 and mode is not Mode.SINGLE:
+            self._series.count("atp_extra_total", -saved_atp, mode.value)
 
     def balance_changed(self, account: str, balance_uatp: int) -> None:
         """Show an account's balance, where the operator wants account names in metrics."""

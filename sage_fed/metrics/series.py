@@ -41,6 +41,7 @@ REFUSALS = (
 CONTENDED = ("false", "true")
 ORIGINS = tuple(origin.value for origin in DraftOrigin)
 DRAFTED, ACCEPTED, REJECTED = "drafted", "accepted", "rejected"
+MODES = tuple(mode.value for mode in Mode)
 TWO_TIER_MODES = tuple(mode.value for mode in Mode if mode is not Mode.SINGLE)
 RELOADED, RELOAD_FAILED = "done", "failed"
 
@@ -152,14 +153,14 @@ COUNTERS = {
         known={"reason": ("below_floor", "above_max_cost", "cannot_afford")},
     ),
     "atp_saved_total": Spec(
-        "What one tier alone would have charged for the same output, less the charge, of jobs "
-        "that cost less than that.",
+        "What one tier without drafts would have charged for the same output, less the charge, of "
+        "jobs that cost less than that.",
         "mode",
-        known={"mode": TWO_TIER_MODES},
+        known={"mode": MODES},
     ),
     "atp_extra_total": Spec(
-        "The charge less what one tier alone would have charged for the same output, of jobs that "
-        "cost more than that: cascades that had to escalate.",
+        "The charge less what one tier would have charged for the same output, of jobs that cost "
+        "more than that: cascades that had to escalate.",
         "mode",
         known={"mode": TWO_TIER_MODES},
     ),

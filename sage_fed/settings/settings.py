@@ -249,7 +249,8 @@ class RoutingSettings(Section):
     )
     speculation: bool = Field(
         default=True,
-        description="Whether the tactical tier drafts for strategic jobs that name no mode.",
+        description="Whether jobs that name no mode verify drafts: of earlier text, and strategic "
+        "ones of the tactical tier.",
     )
 
 
