@@ -15,8 +15,8 @@ Does not know what the work is. Fails with `RateLimited`, and with what the work
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-import itertools
 import math
 import time
 from collections import deque
@@ -56,9 +56,8 @@ _CALM_S = 0.5
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """One piece of work; `number` is its place in the order of arrival."""
+    """One piece of work."""
 
-    number: int
     size: int
     work: Callable[[], Any]
     done: asyncio.Future[Any]
@@ -85,28 +84,12 @@ class _Account:
     served: int
     rested_s: float = 0.0
     rivals_s: float = -math.inf
-    small: deque[_Piece] = field(default_factory=deque)
-    large: deque[_Piece] = field(default_factory=deque)
-    num_waiting: int = 0
-    size_waiting: int = 0
+    waiting: deque[_Piece] = field(default_factory=deque)
 
-    def queues(self, *, small_only: bool) -> list[deque[_Piece]]:
-        """Return the queues that have something for a thread."""
-        queues = (self.small,) if small_only else (self.small, self.large)
-        return [queue for queue in queues if queue]
-
-    def add(self, piece: _Piece) -> None:
-        (self.small if piece.size <= SMALL_SIZE else self.large).append(piece)
-        self.num_waiting += 1
-        self.size_waiting += piece.size
-
-    def remove(self, piece: _Piece) -> None:
-        """Forget a piece that waits; one that has begun is forgotten already."""
-        queue = self.small if piece.size <= SMALL_SIZE else self.large
-        if piece in queue:
-            queue.remove(piece)
-            self.num_waiting -= 1
-            self.size_waiting -= piece.size
+    def first(self, *, small_only: bool) -> _Piece | None:
+        """Return what a thread is to do next for it."""
+        largest = SMALL_SIZE if small_only else math.inf
+        return next((piece for piece in self.waiting if piece.size <= largest), None)
 
 
 class Workers:
@@ -133,7 +116,6 @@ class Workers:
         self._has_rivals = has_rivals
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="sage-fed-worker")
         self._accounts: dict[str, _Account] = {}
-        self._numbers = itertools.count()
         self._now = 0
         # Which threads have nothing to do, by whether they take small work only.
         self._idle = [True, False]
@@ -148,16 +130,17 @@ class Workers:
             RateLimited: it says when there may be room.
         """
         known = self._accounts.get(account)
-        if known is None or not known.num_waiting:
+        if known is None or not known.waiting:
             return
-        if known.num_waiting >= self._max_calls:
+        size_waiting = sum(piece.size for piece in known.waiting)
+        if len(known.waiting) >= self._max_calls:
             limit, allowed, what = "max_waiting_calls", self._max_calls, "call"
-        elif known.size_waiting + size > self._max_size:
+        elif size_waiting + size > self._max_size:
             limit, allowed, what = "max_waiting_chars", self._max_size, "character"
         else:
             return
         self._on_refused()
-        busy = sum(1 for other in self._accounts.values() if other.num_waiting)
+        busy = sum(1 for other in self._accounts.values() if other.waiting)
         if self._had_rivals(known):
             busy = max(busy, _PART)
         raise RateLimited(
@@ -165,7 +148,7 @@ class Workers:
             account=account,
             limit=limit,
             allowed=allowed,
-            retry_after_s=max(known.size_waiting * busy / _SIZE_PER_S, _SHORTEST_RETRY_S),
+            retry_after_s=max(size_waiting * busy / _SIZE_PER_S, _SHORTEST_RETRY_S),
         )
 
     async def run(self, account: str, size: int, work: Callable[[], T]) -> T:
@@ -174,19 +157,20 @@ class Workers:
         Cancelled while it waits, it is not done at all.
         """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        piece = _Piece(next(self._numbers), size, work, done)
+        piece = _Piece(size, work, done)
         owner = self._accounts.get(account)
         if owner is None:
             owner = self._accounts[account] = _Account(account, self._now)
-        elif not owner.num_waiting:
+        elif not owner.waiting:
             # One that did not ask for a while has saved nothing up.
             owner.served = max(owner.served, self._now)
-        owner.add(piece)
+        owner.waiting.append(piece)
         self._fill()
         try:
             return await done
         finally:
-            owner.remove(piece)
+            with contextlib.suppress(ValueError):  # one that has begun waits no more
+                owner.waiting.remove(piece)
 
     def _fill(self) -> None:
         """Give every idle thread what is next for it."""
@@ -203,9 +187,9 @@ class Workers:
     def _take(self, *, small_only: bool) -> tuple[_Account, _Piece] | None:
         """Take the first piece of the account that was served least, of those that do not rest."""
         waiting = [
-            (owner, queues)
+            (owner, piece)
             for owner in self._accounts.values()
-            if (queues := owner.queues(small_only=small_only))
+            if (piece := owner.first(small_only=small_only)) is not None
         ]
         ready = [found for found in waiting if not self._rests(found[0])]
         if not ready:
@@ -214,9 +198,8 @@ class Workers:
                     min(self._owed_s(owner) for owner, _ in waiting), self._look_again
                 )
             return None
-        owner, queues = min(ready, key=lambda found: found[0].served)
-        piece = min(queues, key=lambda queue: queue[0].number)[0]
-        owner.remove(piece)
+        owner, piece = min(ready, key=lambda found: found[0].served)
+        owner.waiting.remove(piece)
         self._now = max(self._now, owner.served)
         owner.served += piece.size + _CALL_SIZE
         return owner, piece
@@ -264,7 +247,7 @@ class Workers:
         # While a thread is at work, one that was served beyond `_now` must not be served as new.
         idle, now_s = len(self._idle) == 2, time.monotonic()
         for name, owner in tuple(self._accounts.items()):
-            if owner.num_waiting or owner.rested_s > now_s:
+            if owner.waiting or owner.rested_s > now_s:
                 continue
             if idle or owner.served <= self._now:
                 del self._accounts[name]
