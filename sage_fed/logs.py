@@ -13,13 +13,13 @@ import contextlib
 import copy
 import logging
 import os
-import queue
 import re
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from logging.handlers import QueueHandler, QueueListener
+from queue import Full, Queue
 from typing import TextIO
 
 # The formatter of JSON lines with the longest upkeep; logging's own module has none.
@@ -71,10 +71,7 @@ def story_of(error: BaseException, *, words: bool = False) -> str:
 class _Sender(QueueHandler):
     """Cleans a record and hands it to the writer; never waits."""
 
-    def __init__(self, records: queue.Queue[logging.LogRecord | None]) -> None:
-        super().__init__(records)
-        self._records = records
-        self._num_lost = 0
+    _num_lost = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """The record as it may be written."""
@@ -93,10 +90,10 @@ class _Sender(QueueHandler):
         """Hand it over, or count it."""
         try:
             if self._num_lost:
-                self._records.put_nowait(self._notice())
+                self.queue.put_nowait(self._notice())
                 self._num_lost = 0
-            self._records.put_nowait(record)
-        except queue.Full:
+            self.queue.put_nowait(record)
+        except Full:
             self._num_lost += 1
 
     def _notice(self) -> logging.LogRecord:
@@ -107,15 +104,11 @@ class _Sender(QueueHandler):
 class _Writer(QueueListener):
     """Writes what was handed over, in its own thread."""
 
-    def __init__(
-        self, records: queue.Queue[logging.LogRecord | None], handler: logging.Handler
-    ) -> None:
-        super().__init__(records, handler)
-        self._records = records
+    queue: Queue[logging.LogRecord | None]
 
     def enqueue_sentinel(self) -> None:
         """Ask the thread to end, however much it still has to write."""
-        self._records.put(None)
+        self.queue.put(None)
 
 
 class _Json(JsonFormatter):
@@ -142,9 +135,9 @@ def logging_to(
     """Log from `level` on while the block runs, to stderr or to the given handler."""
     if handler is None or as_json:
         handler = logging.StreamHandler(sys.stderr)
-        journal = reads_journal(os.environ, _descriptor(sys.stderr))
+        journal = reads_journal(os.environ, sys.stderr)
         handler.setFormatter(_Json(journal=journal) if as_json else logging.Formatter(_PLAIN))
-    records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_PENDING)
+    records: Queue[logging.LogRecord | None] = Queue(MAX_PENDING)
     sender, writer = _Sender(records), _Writer(records, handler)
     root = logging.getLogger()
     before = root.level
@@ -164,18 +157,10 @@ def logging_to(
         ending.join(_FLUSH_S)
 
 
-def _descriptor(stream: TextIO) -> int:
-    """The stream's own; -1 for one in memory, which no journal reads."""
+def reads_journal(environ: Mapping[str, str], stream: TextIO) -> bool:
+    """Whether the stream is the journal, which systemd names by device and inode."""
     try:
-        return stream.fileno()
-    except OSError:
-        return -1
-
-
-def reads_journal(environ: Mapping[str, str], descriptor: int) -> bool:
-    """Whether the descriptor is the journal, which systemd names by device and inode."""
-    try:
-        stat = os.fstat(descriptor)
-    except OSError:
+        stat = os.fstat(stream.fileno())
+    except OSError:  # one in memory has no descriptor
         return False
     return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -142,10 +143,10 @@ def test_the_journal_is_known_by_what_systemd_says(tmp_path: Path) -> None:
     with (tmp_path / "journal").open("w") as journal, (tmp_path / "pipe").open("w") as pipe:
         stat = os.fstat(journal.fileno())
         environ = {"JOURNAL_STREAM": f"{stat.st_dev}:{stat.st_ino}"}
-        assert reads_journal(environ, journal.fileno())
-        assert not reads_journal(environ, pipe.fileno())
-        assert not reads_journal({}, journal.fileno())
-    assert not reads_journal(environ, -1)
+        assert reads_journal(environ, journal)
+        assert not reads_journal(environ, pipe)
+        assert not reads_journal({}, journal)
+    assert not reads_journal(environ, io.StringIO())
 
 
 def test_a_journal_gets_priorities(
