@@ -129,17 +129,15 @@ class LiveRates:
             return tuple(reports[tier])
 
 
-def _phase_tokens(reports: Iterable[StepReport]) -> Mapping[Phase, int]:
-    reports = tuple(reports)
+def _phase_tokens(reports: Sequence[StepReport]) -> Mapping[Phase, int]:
     return {
         Phase.PREFILL: sum(report.num_prefill_tokens for report in reports),
         Phase.DECODE: sum(report.num_decode_tokens for report in reports),
     }
 
 
-def _phase_seconds(reports: Iterable[StepReport]) -> Mapping[Phase, float]:
+def _phase_seconds(reports: Sequence[StepReport]) -> Mapping[Phase, float]:
     """Divide the reports' time between prefill and decode."""
-    reports = tuple(reports)
     prefill_cost, decode_cost = _token_costs(reports)
     prefill_s = decode_s = 0.0
     for report in reports:
@@ -179,9 +177,6 @@ def _token_costs(reports: Iterable[StepReport]) -> tuple[float, float]:
     if decode_cost < 0:
         return 1.0, 0.0
     return prefill_cost, decode_cost
-
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 # Name, help text, and the value of a tier's load.

@@ -129,7 +129,7 @@ class Metrics:
         for file in ("tokens", "certificate"):
             self._series.show("last_reload_successful", 1, file)
         for requested, chosen, reason in decisions:
-            labels = (_requested(requested), _name(chosen), str(reason))
+            labels = (_name(requested, "auto"), _name(chosen), str(reason))
             self._series.count("route_decisions_total", 0, *labels)
 
     # Jobs
@@ -140,7 +140,7 @@ class Metrics:
         """Count a decision and, if it denied money, what the job would have cost."""
         chosen = decision.tier if isinstance(decision, Route) else None
         reason = decision.reason
-        labels = (_requested(requested), _name(chosen), reason)
+        labels = (_name(requested, "auto"), _name(chosen), reason)
         self._series.count("route_decisions_total", 1, *labels)
         self._series.observe("route_decision_seconds", seconds)
         if isinstance(decision, Refusal) and decision.denied_uatp:
@@ -333,13 +333,12 @@ class Metrics:
         """Count one step, or several of a kind."""
         series, name, steps = self._series, report.tier.name, report.num_steps
         self._live.add(report)
-        if report.out_of_memory:
-            series.count("oom_total", 1, name)
         if steps:
             kind, mean_s = report.kind.value, report.elapsed_s / steps
             series.observe("engine_step_seconds", mean_s, name, kind, count=steps)
             series.show("batch_size", report.num_sequences / steps, name)
-        counts = (
+        counts: list[tuple[int, str, *tuple[str, ...]]] = [
+            (report.out_of_memory, "oom_total", name),
             (report.num_prefill_tokens, "engine_tokens_total", name, Phase.PREFILL.value),
             (report.num_decode_tokens, "engine_tokens_total", name, Phase.DECODE.value),
             (report.num_draft_tokens, "engine_tokens_total", name, Phase.DRAFT.value),
@@ -347,47 +346,24 @@ class Metrics:
             (report.num_preempted, "preemptions_total", name),
             (report.num_queried_tokens, "prefix_cache_queried_tokens_total", name),
             (report.num_hit_tokens, "prefix_cache_hit_tokens_total", name),
-        )
-        for number, counter, *labels in counts:
+        ]
+        drafts_total = "speculative_tokens_total"
+        if report.drafts_for is not None:
+            labels = (report.drafts_for.name, DraftOrigin.DRAFTER.value)
+            counts.append((report.num_draft_tokens, drafts_total, *labels, DRAFTED))
+        for drafts in report.verified:
+            labels = (name, drafts.origin.value)
+            accepted = drafts.num_accepted * drafts.num_drafts
+            if drafts.origin is not DraftOrigin.DRAFTER:  # whose own steps have told of its drafts
+                counts.append((drafts.num_tokens, drafts_total, *labels, DRAFTED))
+            counts.append((accepted, drafts_total, *labels, ACCEPTED))
+            counts.append((drafts.num_tokens - accepted, drafts_total, *labels, REJECTED))
+            accepted_each, times = drafts.num_accepted, drafts.num_drafts
+            series.observe("accepted_draft_tokens", accepted_each, *labels, count=times)
+        for number, counter, *of in counts:
             # Most steps only decode: the others have nothing to add.
             if number:
-                series.count(counter, number, *labels)
-        if report.drafts_for is not None:
-            self._count_drafts(
-                report.drafts_for, DraftOrigin.DRAFTER, drafted=report.num_draft_tokens
-            )
-        for drafts in report.verified:
-            accepted = drafts.num_accepted * drafts.num_drafts
-            free = drafts.origin is not DraftOrigin.DRAFTER
-            self._count_drafts(
-                report.tier,
-                drafts.origin,
-                drafted=drafts.num_tokens if free else 0,
-                accepted=accepted,
-                rejected=drafts.num_tokens - accepted,
-            )
-            series.observe(
-                "accepted_draft_tokens",
-                drafts.num_accepted,
-                name,
-                drafts.origin.value,
-                count=drafts.num_drafts,
-            )
-
-    def _count_drafts(
-        self,
-        tier: Tier,
-        origin: DraftOrigin,
-        *,
-        drafted: int = 0,
-        accepted: int = 0,
-        rejected: int = 0,
-    ) -> None:
-        counts = ((DRAFTED, drafted), (ACCEPTED, accepted), (REJECTED, rejected))
-        for outcome, number in counts:
-            if number:
-                labels = (tier.name, origin.value, outcome)
-                self._series.count("speculative_tokens_total", number, *labels)
+                series.count(counter, number, *of)
 
     def tier_changed(self, status: TierStatus) -> None:
         """Show a tier's state, its progress and, once loaded, its model."""
@@ -516,9 +492,5 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _name(tier: Tier | None) -> str:
-    return NO_TIER if tier is None else tier.name
-
-
-def _requested(tier: Tier | None) -> str:
-    return "auto" if tier is None else tier.name
+def _name(tier: Tier | None, none: str = NO_TIER) -> str:
+    return none if tier is None else tier.name
