@@ -66,7 +66,7 @@ class Scheduler:
         """By rank."""
         self._drafting: dict[Tier, Drafting] = {}
         self._leaving: list[Drafting] = []
-        """Of closed tiers, with a drafter's step in flight."""
+        """Of closed tiers, whose drafter still has a step on the device."""
         self._claims: dict[Tier, DeviceClaim] = {}
         self._seen_s: dict[Tier, float] = {}
         """When each tier last had work."""
