@@ -13,7 +13,8 @@ from service_harness import token as known
 
 from sage_fed.auth import Register
 from sage_fed.core import Caller, Role
-from sage_fed.service.edge import OPEN, RULES
+from sage_fed.service.edge import OPEN
+from sage_fed.service.services import RULES
 
 
 class Registered:
@@ -81,7 +82,7 @@ async def test_a_method_without_a_rule_cannot_be_served(
 ) -> None:
     """Forgetting a rule fails every start, and is no open door."""
     fewer = {path: role for path, role in RULES.items() if not path.endswith("/Quote")}
-    monkeypatch.setattr("sage_fed.service.edge.RULES", fewer)
+    monkeypatch.setattr("sage_fed.service.grpc_server.RULES", fewer)
     with pytest.raises(AssertionError, match=r"no rule names .*/Quote"):
         async with serving(tmp_path):
             pass

@@ -1,10 +1,10 @@
 """How a call enters and ends: its rule, its request, its method, its one status.
 
-Owns what every RPC has in common, so that no method can forget it: the table of who may call what;
-the caller is known, allowed and counted by the headers alone, before anything of the request is
-received; a request's fields are counted in its bytes before an object is made of any; an error
-becomes a status by the one table, and only the client's own cancellation leaves a handler as
-CancelledError (any other would leave the client waiting for a status for ever).
+Owns what every RPC has in common, so that no method can forget it: one without a rule of who may
+call it is not served; the caller is known, allowed and counted by the headers alone, before
+anything of the request is received; a request's fields are counted in its bytes before an object
+is made of any; an error becomes a status by the one table, and only the client's own cancellation
+leaves a handler as CancelledError (any other would leave the client waiting for a status for ever).
 To gRPC every method is a stream in and a stream out, which is the same on the wire: only so does
 our code run before the request has arrived, and read it when it may
 ([why so](../../docs/decisions/0020-headers-first.md)).
@@ -30,7 +30,6 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -85,6 +84,7 @@ class Edge:
 
     Args:
         authenticator: who calls.
+        rules: full method name -> the role that it takes, `OPEN` for none.
         calls: counts what is open, and ends what takes too long.
         limits: of a request's fields.
         throttle: how often they may; None is as often as they like.
@@ -96,6 +96,7 @@ class Edge:
     def __init__(
         self,
         authenticator: Authenticator,
+        rules: Mapping[str, Role | None],
         calls: OpenCalls,
         limits: LimitSettings,
         *,
@@ -107,6 +108,7 @@ class Edge:
     ) -> None:
         self._tiers = tiers
         self._authenticator = authenticator
+        self._rules = rules
         self._calls = calls
         self._limits = limits
         self._throttle = throttle
@@ -195,8 +197,8 @@ class Edge:
         self, path: str, work: Work, tracing: Tracing | None
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Admit a call by the rule that names its method, do the work, and end it."""
-        assert path in RULES, f"no rule names {path}"
-        role, name = RULES[path], path.removeprefix("/")
+        assert path in self._rules, f"no rule names {path}"
+        role, name = self._rules[path], path.removeprefix("/")
 
         async def handle(context: Context, traced: TracedCall | None, headers: Headers) -> None:
             open_call = None
@@ -241,7 +243,8 @@ class Edge:
 
         The call itself was counted with its headers; `again` is a message after its first.
         """
-        if self._throttle is None or call is None or RULES[f"/{open_call.method}"] is not Role.USER:
+        role = self._rules[f"/{open_call.method}"]
+        if self._throttle is None or call is None or role is not Role.USER:
             return
         account = call.caller.account
         try:
@@ -347,33 +350,6 @@ def _client_left(context: Context) -> bool:
 
 OPEN = None
 """No caller is asked for."""
-
-RULES: Mapping[str, Role | None] = MappingProxyType(
-    {
-        "/sage_fed.v1.InferenceService/Generate": Role.USER,
-        "/sage_fed.v1.InferenceService/GenerateStream": Role.USER,
-        "/sage_fed.v1.InferenceService/Quote": Role.USER,
-        "/sage_fed.v1.InferenceService/CountTokens": Role.USER,
-        "/sage_fed.v1.BudgetService/GetBudget": Role.USER,
-        "/sage_fed.v1.BudgetService/ListEntries": Role.USER,
-        "/sage_fed.v1.ModelService/ListModels": Role.USER,
-        "/sage_fed.v1.ModelService/GetModel": Role.USER,
-        "/sage_fed.v1.ModelService/GetStatus": Role.USER,
-        "/sage_fed.v1.AdminService/Abort": Role.ADMIN,
-        "/sage_fed.v1.AdminService/Drain": Role.ADMIN,
-        "/sage_fed.v1.AdminService/SetBudget": Role.ADMIN,
-        "/sage_fed.v1.AdminService/GetLoad": Role.ADMIN,
-        "/sage_fed.v1.AdminService/Calibrate": Role.ADMIN,
-        "/sage_fed.v1.AdminService/AdoptRateCard": Role.ADMIN,
-        "/sage_fed.v1.AdminService/AdoptQualityCard": Role.ADMIN,
-        "/grpc.health.v1.Health/Check": OPEN,
-        "/grpc.health.v1.Health/List": OPEN,
-        "/grpc.health.v1.Health/Watch": OPEN,
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": Role.USER,
-        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.USER,
-    }
-)
-"""Full method name -> the role that it takes."""
 
 
 INFERENCE_SERVICE: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]

@@ -44,6 +44,7 @@ from sage_fed.service.edge import (
     Edge,
 )
 from sage_fed.service.services import (
+    RULES,
     AdminService,
     BudgetService,
     InferenceService,
@@ -118,6 +119,7 @@ async def build_server(
     calls = OpenCalls(limits, connections, metrics)
     edge = Edge(
         authenticator,
+        RULES,
         calls,
         limits,
         throttle=throttle,

@@ -1,8 +1,8 @@
 """The four services: jobs, the caller's account, the models, and the operator's commands.
 
-Owns the shape of the answers (a stream event by event, or gathered into one reply), the names of a
-prompt's errors, what an operator may set together, and the paging of entries: a page token is
-opaque to clients and names the last entry or day seen.
+Owns the rule of who may call each method, the shape of the answers (a stream event by event, or
+gathered into one reply), the names of a prompt's errors, what an operator may set together, and
+the paging of entries: a page token is opaque to clients and names the last entry or day seen.
 A request has been checked, and its caller's role, when it comes here (`edge`).
 Fails as the job's stream and the ledger do, and with `InvalidField` where fields do not go
 together; a client that goes away is passed on as `cancel`, and the job's own task settles.
@@ -15,8 +15,9 @@ import binascii
 import contextlib
 import functools
 import struct
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -36,13 +37,14 @@ from sage_fed.core import (
     LoadReport,
     ModelStatus,
     QualityCardStatus,
+    Role,
     Tier,
     TokenCount,
 )
 from sage_fed.errors import InvalidField, NoSuchAccount, NotFound
 from sage_fed.ledger import Ledger, Page, Place
 from sage_fed.service.calls import OpenCalls
-from sage_fed.service.edge import Call
+from sage_fed.service.edge import OPEN, Call
 from sage_fed.settings import LimitSettings
 from sage_fed.v1 import admin_pb2, budget_pb2, inference_pb2, model_pb2, types_pb2
 from sage_fed.wire.codec import decode, encode
@@ -53,6 +55,33 @@ if TYPE_CHECKING:
     from sage_fed.jobs.outgoing import OutgoingStream
 
 M = TypeVar("M", bound=Message)
+
+RULES: Mapping[str, Role | None] = MappingProxyType(
+    {
+        "/sage_fed.v1.InferenceService/Generate": Role.USER,
+        "/sage_fed.v1.InferenceService/GenerateStream": Role.USER,
+        "/sage_fed.v1.InferenceService/Quote": Role.USER,
+        "/sage_fed.v1.InferenceService/CountTokens": Role.USER,
+        "/sage_fed.v1.BudgetService/GetBudget": Role.USER,
+        "/sage_fed.v1.BudgetService/ListEntries": Role.USER,
+        "/sage_fed.v1.ModelService/ListModels": Role.USER,
+        "/sage_fed.v1.ModelService/GetModel": Role.USER,
+        "/sage_fed.v1.ModelService/GetStatus": Role.USER,
+        "/sage_fed.v1.AdminService/Abort": Role.ADMIN,
+        "/sage_fed.v1.AdminService/Drain": Role.ADMIN,
+        "/sage_fed.v1.AdminService/SetBudget": Role.ADMIN,
+        "/sage_fed.v1.AdminService/GetLoad": Role.ADMIN,
+        "/sage_fed.v1.AdminService/Calibrate": Role.ADMIN,
+        "/sage_fed.v1.AdminService/AdoptRateCard": Role.ADMIN,
+        "/sage_fed.v1.AdminService/AdoptQualityCard": Role.ADMIN,
+        "/grpc.health.v1.Health/Check": OPEN,
+        "/grpc.health.v1.Health/List": OPEN,
+        "/grpc.health.v1.Health/Watch": OPEN,
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": Role.USER,
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.USER,
+    }
+)
+"""Full method name -> the role that it takes."""
 
 JobRequest = (
     inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest | inference_pb2.QuoteRequest
