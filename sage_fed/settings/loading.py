@@ -3,6 +3,8 @@
 Owns the order, the merge, the origin and the printed form of every value, and the wording of a
 mistake: the dotted key, where its value came from, what is wrong and what would be right.
 Reads one file at most besides the packaged profile, and no environment but the one passed in.
+Pydantic checks the values; their sources are ours
+([why so](../../docs/decisions/0042-sources-of-settings.md)).
 Never repeats the value of an unknown or a secret key.
 Fails with `ConfigError` for everything: a missing file, bad TOML, unknown keys or variables.
 """
