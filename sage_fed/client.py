@@ -49,6 +49,7 @@ from sage_fed.core import (
     Message,
     Mode,
     ModelStatus,
+    ModeReturns,
     Priority,
     Prompt,
     QualityCardStatus,
@@ -189,6 +190,11 @@ class Client:
     def status(self) -> DaemonStatus:
         """Return the daemon at a glance."""
         return decode(DaemonStatus, self._ask(_MODEL["GetStatus"], model_pb2.GetStatusRequest()))
+
+    def compare_modes(self, *, task_class: str = "", max_error: float | None = None) -> ModeReturns:
+        """Return what an answer costs in each mode, and how often it is right."""
+        request = build(model_pb2.CompareModesRequest, task_class=task_class, max_error=max_error)
+        return decode(ModeReturns, self._ask(_MODEL["CompareModes"], request))
 
     def abort(self, job_id: str) -> bool:
         """End a job of any account (admins only); False where no such job runs."""

@@ -33,7 +33,10 @@ from sage_fed.core import (
     JobSpec,
     Logprob,
     MeasuredPoint,
+    Mode,
     ModelStatus,
+    ModeReturn,
+    ModeReturns,
     Phase,
     Price,
     Priority,
@@ -232,11 +235,23 @@ class ScriptedJobs:
         return (RUNNING,)
 
 
+RETURNS = ModeReturns(
+    "demo-1", "card-1", "any", 30, 0.1, 0.25, None, "no sensor",
+    (
+        ModeReturn(Tier.TACTICAL, Mode.SINGLE, 9_000_000, 0.7, 0.6, 0.8, 8.0, 0.08, 3, 0.1, None,
+                   None),
+        ModeReturn(Tier.STRATEGIC, Mode.CASCADE, 20_000_000, 0.8, None, None, 8.0, 0.04, 0, None,
+                   None, None),
+    ),
+)  # fmt: skip
+
+
 @dataclass
 class ScriptedOperations:
     """A daemon that stands still."""
 
     drained: list[float | None] = field(default_factory=list)
+    compared: list[tuple[str, str, float | None]] = field(default_factory=list)
     shown: tuple[ModelStatus, ...] = MODELS
     calibrated: list[tuple[bool, bool]] = field(default_factory=list)
     calibration_error: BaseException | None = None
@@ -250,6 +265,13 @@ class ScriptedOperations:
     def status(self) -> DaemonStatus:
         """Always the same."""
         return STATUS
+
+    def compare_modes(self, account: str, task_class: str, max_error: float | None) -> ModeReturns:
+        """There is a card for one class of tasks; notes who asked."""
+        if task_class == "unknown":
+            raise NotFound("no quality card is in force")
+        self.compared.append((account, task_class, max_error))
+        return RETURNS
 
     async def calibrate(
         self, *, quick: bool, adopt: bool

@@ -22,7 +22,7 @@ from sage_fed.cards.quality_card import ANY_CLASS, QUALITY_FOLDER, AnswerFeature
 from sage_fed.cli.app import build_app
 from sage_fed.cli.exits import ExitCode
 from sage_fed.client import Client
-from sage_fed.core import Tier
+from sage_fed.core import TIER_ROLES, Tier
 from sage_fed.errors import Forbidden, InvalidField, NotFound
 
 FLAGS = ("--set", "budget.initial_atp=1000000", "--set", "budget.capacity_atp=1000000")
@@ -133,6 +133,31 @@ def test_it_is_in_force_and_shown(daemon: DaemonProcess, made: dict[str, object]
     environ = {"SAGE_FED_ADDRESS": daemon.address}
     shown = CliRunner(env=environ).invoke(build_app(), ("status",)).stdout
     assert f"quality card  {made['version']}: measured on this pair" in shown
+
+
+def test_what_each_mode_returns_is_of_the_card_and_of_the_jobs_here(
+    daemon: DaemonProcess, made: dict[str, object]
+) -> None:
+    """Accuracy by the card, prices by the rate card; time of the jobs that asked the tasks."""
+    card = QualityCard.load(str(made["version"]), daemon.state_dir / "cards")
+    environ = {"SAGE_FED_ADDRESS": daemon.address}
+    asked = ("models", "--roi", "--json", "--max-error", "0.1")
+    found = json.loads(CliRunner(env=environ).invoke(build_app(), asked).stdout)
+    assert (card.version, "any", 0.1) == (
+        found["quality_card"], found["task_class"], found["max_error"],
+    )  # fmt: skip
+    assert card.cascade("any", 0.1).escalated == pytest.approx(found["escalated"])
+    modes = {(one["tier"], one["mode"]): one for one in found["modes"]}
+    tactical, strategic = (modes[tier.name, "single"] for tier in TIER_ROLES)
+    assert {("strategic", mode) for mode in ("single", "speculative", "cascade")} < modes.keys()
+    for tier, one in zip(TIER_ROLES, (tactical, strategic), strict=True):
+        assert one["accuracy"] == pytest.approx(1 - card.expected_error(tier))
+        assert one["num_jobs"] >= NUM_TASKS
+        assert one["device_s"] > 0
+        assert (one["joules"] is None) == (found["watts"] is None)
+    assert tactical["expected_uatp"] <= modes["strategic", "cascade"]["expected_uatp"]
+    assert tactical["right_per_atp"] > strategic["right_per_atp"]
+    assert found["power_note"]
 
 
 def test_tasks_are_ordinary_jobs_and_asked_once(

@@ -13,6 +13,7 @@ from sage_fed.metrics.collectors import (
     Sensor,
     driver_sensor,
     find_sensor,
+    processor_sensor,
     rails,
 )
 
@@ -88,10 +89,10 @@ def meter(*watts: float | None, joules: float | None = None) -> Sensor:
     return Sensor("script", lambda: next(readings, None), lambda: joules)
 
 
-def read(sensor: Sensor, *at_s: float) -> PowerCollector:
+def read(sensor: Sensor, *at_s: float, busy_s: tuple[float, ...] = ()) -> PowerCollector:
     """A collector whose thread has not run: readings are taken at these moments."""
-    times = iter(at_s)
-    collector = PowerCollector(sensor, clock=lambda: next(times))
+    times, busy = iter(at_s), iter(busy_s)
+    collector = PowerCollector(sensor, lambda: next(busy, 0.0), clock=lambda: next(times))
     collector.close()
     for _ in at_s:
         collector.add_reading()
@@ -117,10 +118,59 @@ def test_energy_that_nobody_measured_is_not_guessed() -> None:
 
 def test_a_sensor_that_counts_is_believed() -> None:
     """The driver's own count of energy is shown as it is."""
-    collector = PowerCollector(meter(5.0, joules=1234.5))
+    collector = read(meter(5.0, joules=1234.5))
     power, counted = collector.collect()
 
     assert [5.0] == [sample.value for sample in power.samples]
     assert [("sage_fed_energy_joules_total", 1234.5)] == [
         (sample.name, sample.value) for sample in counted.samples
     ]
+
+
+def test_power_at_work_is_of_the_seconds_in_which_the_device_worked() -> None:
+    """Half of one at 100 W, all of the next at 60 W, and nothing of an idle one at 10 W."""
+    watts = (100.0, 100.0, 20.0, 0.0)
+    collector = read(meter(*watts), 0.0, 1.0, 2.0, 3.0, busy_s=(5.0, 5.5, 6.5, 6.5))
+    assert pytest.approx((0.5 * 100 + 1.0 * 60) / 1.5) == collector.watts_at_work
+
+
+def test_what_the_sensor_counts_is_the_energy_at_work() -> None:
+    """Of a driver that counts, two seconds of work; a step that ends late is no third one."""
+    counted = iter((10.0, 110.0, 310.0))
+    sensor = Sensor("script", lambda: 1.0, lambda: next(counted))
+    collector = read(sensor, 0.0, 1.0, 2.0, busy_s=(0.0, 1.0, 9.0))
+    assert 150.0 == collector.watts_at_work
+
+
+def test_power_at_work_is_not_known_before_a_second_of_work() -> None:
+    """A moment of work is no measurement."""
+    collector = read(meter(10.0, 10.0), 0.0, 1.0, busy_s=(0.0, 0.9))
+    assert collector.watts_at_work is None
+
+
+def test_the_metrics_say_why_power_is_not_known() -> None:
+    """Nothing is made up for a machine that does not tell."""
+    watts, note = Metrics().power_at_work
+    assert watts is None
+    assert "no sensor" in note
+
+
+def test_processors_count_their_energy_where_it_is_ours_to_read(tmp_path: Path) -> None:
+    """Packages are added up, parts of one and a counter that cannot be read are left out."""
+    assert processor_sensor(tmp_path) is None
+    board(tmp_path, "intel-rapl:0", name="package-0", energy_uj="5000000")
+    board(tmp_path, "intel-rapl:0:0", name="core", energy_uj="4000000")
+    board(tmp_path, "intel-rapl:1", name="package-1", energy_uj="2500000")
+    sensor = processor_sensor(tmp_path)
+    assert sensor is not None
+    assert ("package-0 and package-1", None, 7.5) == (sensor.name, sensor.watts(), sensor.joules())
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert sensor.joules() is None
+
+
+def test_a_counter_that_begins_anew_adds_nothing() -> None:
+    """Of three seconds at work the second is not known."""
+    counted = iter((100.0, 150.0, 10.0, 60.0))
+    sensor = Sensor("package-0", lambda: None, lambda: next(counted))
+    collector = read(sensor, 0.0, 1.0, 2.0, 3.0, busy_s=(0.0, 1.0, 2.0, 3.0))
+    assert 50.0 == collector.watts_at_work

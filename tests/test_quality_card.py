@@ -16,6 +16,7 @@ from sage_fed.cards.quality_card import (
     FEATURES,
     QUALITY_FOLDER,
     AnswerFeatures,
+    AnswerTokens,
     Estimate,
     Evidence,
     FeatureCollector,
@@ -59,8 +60,10 @@ def task_class(
     """A class whose score is the least margin."""
     counts = tuple(10 for _ in scores)
     errors = {Tier.TACTICAL: HALF, Tier.STRATEGIC: Estimate(0.3, 0.2, 0.4)}
+    tokens = {tier: AnswerTokens(20.0, tuple(8.0 for _ in scores)) for tier in TIER_ROLES}
     return TaskClass(
-        sum(counts), {"least_margin": 1.0}, scores, p_wrong, deepest, counts, errors, EVIDENCE
+        *(sum(counts), {"least_margin": 1.0}, scores, p_wrong, deepest, counts, errors, tokens),
+        EVIDENCE,
     )
 
 
@@ -234,6 +237,7 @@ FAULTS = [
     ("counts = [10,", "counts = [11,", "any.counts: must add up to num_tasks, 30"),
     ("least_margin = 1.0", "luck = 1.0", f"any.weights: must be of {', '.join(FEATURES)}"),
     ("temperature = 0.0", "temperature = 0.5", "fingerprint.id: must be "),
+    ("output = [8.0,", "output = [", "any.tokens.tactical.output: must be as many as the scores"),
     ("[classes.any]", "[classes.sums]", "classes.any: is missing"),
     ('version = "demo-1"', 'version = "demo-2"', "version: must be the file's name, demo-1"),
     ('title = "demo"', 'title = "demo"\nluck = 1', "luck: unknown key"),

@@ -71,8 +71,8 @@ def judged(
         found.append(
             Judged(
                 task,
-                {"tactical": TierAnswer("x", features, 1_000_000),
-                 "strategic": TierAnswer("x", features, 6_000_000)},
+                {"tactical": TierAnswer("x", features, 1_000_000, 12),
+                 "strategic": TierAnswer("x", features, 6_000_000, 12)},
                 {"tactical": not wrong, "strategic": not wrong or bool(rng.random() < 0.5)},
             )
         )  # fmt: skip

@@ -31,6 +31,7 @@ TRAVELLERS: list[tuple[Any, type[ProtoMessage]]] = [
     (core.EntryPage, budget_pb2.ListEntriesResponse),
     (core.ModelStatus, model_pb2.Model),
     (core.DaemonStatus, model_pb2.GetStatusResponse),
+    (core.ModeReturns, model_pb2.CompareModesResponse),
     (core.LoadReport, admin_pb2.GetLoadResponse),
     (core.CalibrationEvent, admin_pb2.CalibrateResponse),
     (core.CardStatus, admin_pb2.AdoptRateCardResponse),

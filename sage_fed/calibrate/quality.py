@@ -298,6 +298,7 @@ class TierAnswer:
     text: str
     features: AnswerFeatures
     charged_uatp: int
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +377,12 @@ class AnswerFile:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     features = AnswerFeatures(**entry["features"])
-                    answer = TierAnswer(str(entry["text"]), features, int(entry["charged_uatp"]))
+                    answer = TierAnswer(
+                        str(entry["text"]),
+                        features,
+                        int(entry["charged_uatp"]),
+                        int(entry["prompt_tokens"]),
+                    )
                     self._answers[entry["task"], entry["tier"]] = answer
 
 
@@ -496,6 +502,10 @@ def _answer(ask: Ask, job: JobSpec, stop: threading.Event) -> TierAnswer:
                 raise
             if stop.wait(max(wait_s, 0.05)):
                 raise
+    finished = answer.finished
     return TierAnswer(
-        answer.text, AnswerFeatures.of(answer.logprobs), answer.finished.price.charged_uatp
+        answer.text,
+        AnswerFeatures.of(answer.logprobs),
+        finished.price.charged_uatp,
+        finished.usage.prompt_tokens,
     )

@@ -27,6 +27,7 @@ from sage_fed.calibrate.quality import Judged
 from sage_fed.cards.quality_card import (
     ANY_CLASS,
     AnswerFeatures,
+    AnswerTokens,
     Estimate,
     Evidence,
     Measured,
@@ -454,6 +455,7 @@ def _fit_class(own: Sequence[Judged], tiers: Sequence[Tier]) -> ClassFit:
         errors=MappingProxyType(
             {tier: share_of(int(wrong[tier.name].sum()), len(own)) for tier in tiers}
         ),
+        tokens=MappingProxyType({tier: _tokens(own, tier, scores, blocks) for tier in tiers}),
         evidence=_evidence(p_wrong, sample.wrong),
     )
     uatp = {t.name: np.array([e.answers[t.name].charged_uatp for e in own]) for t in tiers}
@@ -463,6 +465,19 @@ def _fit_class(own: Sequence[Judged], tiers: Sequence[Tier]) -> ClassFit:
         for share in SHARES
     )  # fmt: skip
     return ClassFit(known, score, tried, reliability(p_wrong, sample.wrong), curve)
+
+
+def _tokens(own: Sequence[Judged], tier: Tier, scores: Array, blocks: Blocks) -> AnswerTokens:
+    """Return a tier's mean tokens: of all prompts, and of the answers of each block."""
+    answers = [each.answers[tier.name] for each in own]
+    output = np.array([float(each.features.num_tokens) for each in answers])
+    # A block is a run of tasks in the order of their scores.
+    order = np.argsort(np.round(scores, _DIGITS), kind="stable")
+    ends = np.cumsum(blocks.counts).astype(np.int64)
+    begins = np.concatenate(([0], ends[:-1]))
+    means = np.add.reduceat(output[order], begins) / blocks.counts
+    prompt = float(np.mean([each.prompt_tokens for each in answers]))
+    return AnswerTokens(round(prompt, 3), tuple(float(x) for x in np.round(means, 3)))
 
 
 def _evidence(p_wrong: Array, wrong: Flags) -> Evidence:

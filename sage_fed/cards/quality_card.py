@@ -248,13 +248,27 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerTokens:
+    """How many tokens a tier's prompts have, and its answers by the score of the lowest's; means.
+
+    What an answer costs is these by the rate card in force: a card of quality has no prices.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    prompt: Number
+    output: tuple[Number, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TaskClass:
     """The map of one class of tasks: a score of the features, and P(wrong) by score.
 
     `weights` make the score, by feature; more is surer. Between the `scores`, in ascending order,
     P(wrong) of the lowest tier's answer (`p_wrong`) and of the deepest tier's in its place
     (`p_wrong_deepest`) are interpolated; outside they stand still. `counts` are the tasks that
-    each score was fitted to, `errors` the tiers' shares of wrong answers.
+    each score was fitted to, `errors` the tiers' shares of wrong answers, `tokens` how long prompts
+    and answers were.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -266,7 +280,20 @@ class TaskClass:
     p_wrong_deepest: tuple[Share, ...]
     counts: tuple[Positive, ...]
     errors: ByTier[Estimate]
+    tokens: ByTier[AnswerTokens]
     evidence: Evidence
+
+    def escalated(self, max_error: float) -> tuple[bool, ...]:
+        """Return for each score whether an answer there is escalated, as `escalates` says."""
+        pairs = zip(self.p_wrong, self.p_wrong_deepest, strict=True)
+        return tuple(first > max_error and second < first for first, second in pairs)
+
+    def mean_output(self, tier: Tier, chosen: Sequence[bool] | None = None) -> float:
+        """Return a tier's output tokens a task; only answers at the chosen scores count."""
+        output = self.tokens[tier].output
+        used = chosen or (True,) * len(output)
+        parts = zip(self.counts, output, used, strict=True)
+        return math.fsum(count * mean for count, mean, one in parts if one) / sum(self.counts)
 
     def score(self, features: AnswerFeatures) -> float:
         """Return how sure the answer looks."""
@@ -357,15 +384,18 @@ class QualityCard:
     def cascade(self, task_class: str, max_error: float) -> Outlook:
         """Return what escalating by `escalates` is expected to do to the class's tasks."""
         known = self.of_class(task_class)
-        escalated, errors = 0, []
-        for count, first, second in zip(
-            known.counts, known.p_wrong, known.p_wrong_deepest, strict=True
-        ):
-            escalates = first > max_error and second < first
-            escalated += count * escalates
-            errors.append(count * (second if escalates else first))
+        escalates = known.escalated(max_error)
+        errors = [
+            count * (second if again else first)
+            for count, first, second, again in zip(
+                known.counts, known.p_wrong, known.p_wrong_deepest, escalates, strict=True
+            )
+        ]
         total = sum(known.counts)
-        return Outlook(escalated / total, min(1.0, math.fsum(errors) / total))
+        num_escalated = sum(
+            count for count, again in zip(known.counts, escalates, strict=True) if again
+        )
+        return Outlook(num_escalated / total, min(1.0, math.fsum(errors) / total))
 
     def of_class(self, task_class: str) -> TaskClass:
         """Return the class's map; that of all tasks where the card has none of its own."""
@@ -500,5 +530,8 @@ def _faults(known: TaskClass) -> Iterable[tuple[str, str]]:
     for key in ("p_wrong", "p_wrong_deepest"):
         if any(a < b for a, b in pairwise(getattr(known, key))):
             yield key, "must not rise: a surer answer is not wrong more often"
+    for tier, tokens in known.tokens.items():
+        if len(tokens.output) != len(known.scores):
+            yield f"tokens.{tier.name}.output", "must be as many as the scores"
     if sum(known.counts) != known.num_tasks:
         yield "counts", f"must add up to num_tasks, {known.num_tasks}"

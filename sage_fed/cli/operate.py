@@ -46,6 +46,7 @@ from sage_fed.core import (
     DaemonStatus,
     Day,
     ModelStatus,
+    ModeReturns,
     OpenReply,
     PhaseTokens,
     Role,
@@ -71,10 +72,73 @@ def _amount(flag: str, help_text: str) -> Any:  # noqa: ANN401 - as typer has it
     return option(flag, help_text, "ATP", parser=options.atp_amount)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoiOptions(OptionGroup):
+    """Whether the modes are compared, and on which tasks."""
+
+    roi: bool = option(
+        "--roi",
+        "What an answer costs in each mode and how often it is right, on the quality card's tasks.",
+        default=False,
+    )
+    task_class: str = option("--task-class", "With --roi: of these tasks.", "CLASS", default="")
+    max_error: float | None = option(
+        "--max-error",
+        "With --roi: the probability of a wrong answer that a cascade puts up with.",
+        "P",
+        min=0.0,
+        max=1.0,
+    )
+
+
 @grouped
-def models(*, daemon: Caller) -> None:
-    """Show the model of each tier."""
+def models(*, compare: RoiOptions, daemon: Caller) -> None:
+    """Show the model of each tier, or with --roi what each mode returns for its price."""
+    if compare.roi:
+        daemon.report(
+            lambda client: client.compare_modes(
+                task_class=compare.task_class, max_error=compare.max_error
+            ),
+            _print_returns,
+        )
+        return
+    if compare != RoiOptions():
+        raise typer.BadParameter("goes with --roi", param_hint="--task-class or --max-error")
     daemon.report(lambda client: client.models(), _print_models, lambda listed: {"models": listed})
+
+
+def _print_returns(found: ModeReturns) -> None:
+    print_table(
+        {
+            "tier": one.tier.name,
+            "mode": one.mode.value,
+            ">ATP an answer": atp_number(one.expected_uatp),
+            ">right": f"{one.accuracy:.1%}",
+            ">per 1,000 ATP": _figure(1000 * one.right_per_atp),
+            ">device time": "-" if one.device_s is None else format_seconds(one.device_s),
+            ">J an answer": _figure(one.joules),
+            ">per kJ": _figure(one.right_per_joule and 1000 * one.right_per_joule),
+            ">jobs here": f"{one.num_jobs:,}",
+        }
+        for one in found.modes
+    )
+    typer.echo()
+    power = "" if found.watts is None else f"{found.watts:.1f} W, "
+    print_fields(
+        (
+            ("tasks", f"{found.num_tasks:,} of class {found.task_class}, {found.quality_card}"),
+            ("cascade", f"escalates {found.escalated:.1%} at --max-error {found.max_error:g}"),
+            ("prices", found.rate_card),
+            ("power", f"{power}{found.power_note}"),
+        )
+    )
+
+
+def _figure(value: float | None) -> str:
+    """Three digits; a dash for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _print_models(listed: Sequence[ModelStatus]) -> None:

@@ -278,6 +278,50 @@ class Quote:
     balance_uatp: int
 
 
+@dataclass(frozen=True, slots=True)
+class ModeReturn:
+    """What an answer in one mode costs and takes on average, and how often it is right.
+
+    On a quality card's tasks, of `output_tokens` each. The cascade's accuracy is expected, not
+    counted, and has no interval. `num_jobs` of this mode have ended since the daemon's start: what
+    drafts save, and `device_s`, rest on them. `joules` is None where the power cannot be read, or
+    no job has run.
+    """
+
+    tier: Tier
+    mode: Mode
+    expected_uatp: int
+    accuracy: float
+    accuracy_low: float | None
+    accuracy_high: float | None
+    output_tokens: float
+    right_per_atp: float
+    num_jobs: int
+    device_s: float | None
+    joules: float | None
+    right_per_joule: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModeReturns:
+    """Every mode's return on a quality card's tasks, by the rate card in force.
+
+    Of `num_tasks` tasks of `task_class` a cascade with `max_error` escalates the share `escalated`.
+    `watts` is the device's power while it works; `power_note` says where it was read, or why it is
+    not known.
+    """
+
+    quality_card: str
+    rate_card: str
+    task_class: str
+    num_tasks: int
+    max_error: float
+    escalated: float
+    watts: float | None
+    power_note: str
+    modes: tuple[ModeReturn, ...]
+
+
 class StopReason(enum.Enum):
     """Why a job that delivered an ending stopped."""
 

@@ -138,12 +138,11 @@ def build_metrics(settings: Settings) -> Metrics:
 def start_watching(
     settings: Settings, device: DeviceDescription, metrics: Metrics, stack: AsyncExitStack
 ) -> Tracing | None:
-    """Show the GPU's power, and trace if an endpoint is set, until the stack unwinds.
+    """Read the device's power, and trace if an endpoint is set, until the stack unwinds.
 
     Entered first, so that what everything else says in its last moments is still exported.
     """
-    if device.gpu_uuid:
-        stack.enter_context(metrics.watch_power(device.gpu_uuid))
+    stack.enter_context(metrics.watch_power(device.gpu_uuid))
     if settings.tracing.otlp_endpoint is None:
         return None
     try:

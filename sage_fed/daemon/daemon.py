@@ -212,7 +212,7 @@ class _Daemon:
                 has_rivals=lambda account: self.broker.has_rivals(account),  # noqa: PLW0108 - made below
             )
         )
-        admission = Admission(
+        self.admission = admission = Admission(
             Encoder(self.tokenizers, self.workers),
             self.executor,
             self.cards.card,
@@ -252,6 +252,8 @@ class _Daemon:
             self.cards,
             Calibrator(executor, site, self.cards.adopt),
             quality=self.quality,
+            admission=self.admission,
+            metrics=metrics,
             lifecycle=self.lifecycle,
             tokenizers=self.tokenizers,
             ledger=self.ledger,

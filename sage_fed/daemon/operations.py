@@ -26,6 +26,7 @@ from sage_fed.core import (
     EndToken,
     ModelInfo,
     ModelStatus,
+    ModeReturns,
     Phase,
     QualityCardStatus,
     Tier,
@@ -35,6 +36,7 @@ from sage_fed.core import (
 from sage_fed.daemon.readiness import Lifecycle
 from sage_fed.device import Executor
 from sage_fed.errors import ConfigError, InvalidField, NotFound, TierUnavailable
+from sage_fed.jobs.admission import Admission
 from sage_fed.jobs.broker import Broker
 from sage_fed.ledger import Ledger
 from sage_fed.metrics import Metrics
@@ -60,6 +62,8 @@ class Operations:
         calibrator: Calibrator,
         *,
         quality: QualityInForce,
+        admission: Admission,
+        metrics: Metrics,
         lifecycle: Lifecycle,
         tokenizers: Mapping[Tier, Tokenizer],
         ledger: Ledger,
@@ -71,6 +75,8 @@ class Operations:
         self._broker = broker
         self._cards = cards
         self._quality = quality
+        self._admission = admission
+        self._metrics = metrics
         self._calibrator = calibrator
         self._tokenizers = tokenizers
         self._ledger = ledger
@@ -99,6 +105,13 @@ class Operations:
             recovered_uatp=self._ledger.recovery.voided_uatp,
             quality_card=self._quality.status.version,
             quality_card_note=self._quality.status.note,
+        )
+
+    def compare_modes(self, account: str, task_class: str, max_error: float | None) -> ModeReturns:
+        """Return what each mode gives for what it takes."""
+        watts, note = self._metrics.power_at_work
+        return self._admission.compare_modes(
+            account, task_class, max_error, watts=watts, power_note=note
         )
 
     def drain(self, grace_s: float | None) -> int:

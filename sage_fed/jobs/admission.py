@@ -22,12 +22,13 @@ from sage_fed.cards.quality_card import (
     AnswerFeatures,
     QualityCard,
 )
-from sage_fed.cards.rate_card import RateCard, quote, quote_program, single_uatp
+from sage_fed.cards.rate_card import RateCard, quote, quote_program
 from sage_fed.core import (
     Budget,
     Delta,
     JobSpec,
     Mode,
+    ModeReturns,
     Offer,
     Phase,
     Program,
@@ -40,12 +41,12 @@ from sage_fed.core import (
     Stage,
     Tier,
     TierLoad,
-    Usage,
     counted,
 )
 from sage_fed.device import Executor, SequenceSpec, TokenWeights
-from sage_fed.errors import InvalidField
+from sage_fed.errors import InvalidField, NotFound
 from sage_fed.jobs.results import most_answer_bytes
+from sage_fed.jobs.returns import Experience, compare_modes
 from sage_fed.routing import (
     Reason,
     RouteRequest,
@@ -106,44 +107,6 @@ class Draft:
             assert self.cascade_offer is not None, "a cascade was offered"
             return self.cascade_offer
         return self.offers[route.tier]
-
-
-class Experience:
-    """What jobs have made and cost here, as shares of the most they could; moving averages.
-
-    `output` is of `max_new_tokens`, `speculated` and `escalated` of the price without drafts.
-    """
-
-    def __init__(self) -> None:
-        self.output = 0.5
-        self.speculated = 1.0
-        self.escalated = 1.0
-
-    def note(self, card: RateCard, route: Route, usage: Usage, max_new_tokens: int) -> None:
-        """Take in a job that has come to its end."""
-        self.output += _NEWEST * (usage.output_tokens / max_new_tokens - self.output)
-        share = _speculation_share(card, usage, route.tier)
-        if share is None or route.mode is Mode.SINGLE:
-            return
-        if route.mode is Mode.CASCADE:
-            self.escalated += _NEWEST * (share - self.escalated)
-        else:
-            self.speculated += _NEWEST * (share - self.speculated)
-
-
-_NEWEST = 0.02
-"""The newest job's weight in what is expected of the next."""
-
-
-def _speculation_share(card: RateCard, usage: Usage, tier: Tier) -> float | None:
-    """Return the price of speculated output over that of the same output without drafts."""
-    alone_uatp = single_uatp(card, usage, tier)
-    speculated = [done for done in usage.by_phase if done.phase in (Phase.VERIFY, Phase.DRAFT)]
-    if not speculated or not alone_uatp:
-        return None
-    own = [d for d in usage.by_phase if (d.tier, d.phase) == (tier, Phase.DECODE)]
-    uatp = sum(card.lines[d.tier][d.phase].uatp * d.tokens for d in (*speculated, *own))
-    return min(uatp / alone_uatp, 1.0)
 
 
 class Place:
@@ -520,6 +483,38 @@ class Admission:
             prompt_tokens=size.prompt_tokens,
             max_new_tokens=size.max_new_tokens,
             balance_uatp=budget.balance_uatp,
+        )
+
+    def compare_modes(
+        self,
+        account: str,
+        task_class: str,
+        max_error: float | None,
+        *,
+        watts: float | None,
+        power_note: str,
+    ) -> ModeReturns:
+        """Return what each mode gives for what it takes, on the quality card's tasks.
+
+        `max_error` None is the account's.
+
+        Raises:
+            NotFound: no quality card is in force.
+        """
+        if self.quality is None:
+            raise NotFound(
+                "no quality card is in force, so it is not known how often answers are right; "
+                "`sage-fed status` says why, `sage-fed calibrate --quality` makes one"
+            )
+        return compare_modes(
+            self.card,
+            self.quality,
+            self.experience,
+            task_class=task_class,
+            max_error=self._max_error(account) if max_error is None else max_error,
+            cascades=max(self.encoder.tokenizers) in self._drafters,
+            watts=watts,
+            power_note=power_note,
         )
 
     def _loads(self) -> dict[Tier, TierLoad]:

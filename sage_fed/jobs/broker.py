@@ -565,7 +565,7 @@ class Job:
             services.metrics.hold_settled(self._held_uatp, charged_by_tier)
             services.metrics.price_compared(route.mode, finished.price)
             services.admission.experience.note(
-                draft.card, route, self._usage, started.max_new_tokens
+                draft.card, route, self._usage, started.max_new_tokens, finished.timing.device_s
             )
         services.metrics.job_finished(
             route.tier, finished, contended=self._delivery.contended, exemplar=self._exemplar

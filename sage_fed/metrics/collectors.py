@@ -32,6 +32,7 @@ MIN_RATIO_TOKENS = 64
 
 _MEMINFO = Path("/proc/meminfo")
 _HWMON = Path("/sys/class/hwmon")
+_POWERCAP = Path("/sys/class/powercap")
 _POWER_INTERVAL_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -425,23 +426,88 @@ def _number(path: Path) -> float | None:
         return None
 
 
-class PowerCollector(Collector):
-    """The sensor's two series.
+def processor_sensor(powercap: Path = _POWERCAP) -> Sensor | None:
+    """Return the processors' own count of energy (RAPL); None where it is not ours to read.
 
-    Where the sensor does not count energy, a thread reads the power once a second and adds it up,
-    until `close`.
+    It is of whole packages, whoever uses them, and most kernels show it to root alone.
+    """
+    packages = [
+        zone
+        for zone in sorted(powercap.glob("intel-rapl:*"))
+        if _text(zone / "name").startswith("package") and _number(zone / "energy_uj") is not None
+    ]
+    if not packages:
+        return None
+
+    def joules() -> float | None:
+        counts = [_number(zone / "energy_uj") for zone in packages]
+        known = [count for count in counts if count is not None]
+        return sum(known) / 1e6 if len(known) == len(counts) else None
+
+    names = " and ".join(_text(zone / "name") for zone in packages)
+    return Sensor(names, lambda: None, joules)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The sensor and the device's work at one moment."""
+
+    at_s: float
+    watts: float | None
+    joules: float | None
+    busy_s: float
+
+    def used_since(self, before: _Reading) -> float | None:
+        """Return the joules since then: as counted, else by the mean of both powers."""
+        if self.joules is not None and before.joules is not None:
+            used = self.joules - before.joules
+            return used if used >= 0 else None  # a counter that begins anew tells nothing
+        if self.watts is None or before.watts is None:
+            return None
+        return (self.at_s - before.at_s) * (self.watts + before.watts) / 2
+
+
+class PowerCollector(Collector):
+    """The sensor's two series, and the power that the device draws while it works.
+
+    A thread reads the sensor once a second, until `close`. It adds the energy up where the sensor
+    does not count it, and takes each second's power for as much of it as the device worked:
+    `busy_s` says for how many seconds it has, so far.
     """
 
-    def __init__(self, sensor: Sensor, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        sensor: Sensor,
+        busy_s: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._sensor = sensor
+        self._busy_s = busy_s
         self._clock = clock
         self._joules = 0.0
-        self._last: tuple[float, float] | None = None
+        self._at_work_joules = 0.0
+        self._at_work_s = 0.0
+        self._last: _Reading | None = None
         self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
-        if sensor.joules() is None:
-            self._thread = threading.Thread(target=self._add_up, name="power", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._read_on, name="power", daemon=True)
+        self._thread.start()
+
+    @property
+    def sensor_name(self) -> str:
+        """The sensor's own name."""
+        return self._sensor.name
+
+    @property
+    def watts_at_work(self) -> float | None:
+        """Mean power over the time in which the device worked; None before it has for a second."""
+        return self._at_work_joules / self._at_work_s if self._at_work_s >= 1.0 else None
 
     def describe(self) -> list[Metric]:
         """Return nothing: else registering would already read the sensor."""
@@ -465,23 +531,29 @@ class PowerCollector(Collector):
         yield energy
 
     def add_reading(self) -> None:
-        """Add the energy since the last reading, by the mean of the two."""
-        now, watts = self._clock(), self._sensor.watts()
-        if watts is None:
-            # What was used meanwhile is not known, so it is not guessed.
+        """Add the energy since the last reading; what nobody measured is not guessed."""
+        watts, joules = self._sensor.watts(), self._sensor.joules()
+        if watts is None and joules is None:
             self._last = None
             return
-        if self._last is not None:
-            before_s, before_watts = self._last
-            self._joules += (now - before_s) * (watts + before_watts) / 2
-        self._last = now, watts
+        now = _Reading(self._clock(), watts, joules, self._busy_s())
+        before, self._last = self._last, now
+        if before is None or now.at_s <= before.at_s:
+            return
+        if (used := now.used_since(before)) is None:
+            return
+        self._joules += used
+        took_s = now.at_s - before.at_s
+        # A step counts when it has ended, also where it began before the last reading.
+        share = min(max(now.busy_s - before.busy_s, 0.0) / took_s, 1.0)
+        self._at_work_joules += share * used
+        self._at_work_s += share * took_s
 
     def close(self) -> None:
-        """Stop adding up."""
+        """Stop reading."""
         self._closed.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        self._thread.join(timeout=5)
 
-    def _add_up(self) -> None:
+    def _read_on(self) -> None:
         while not self._closed.wait(_POWER_INTERVAL_S):
             self.add_reading()

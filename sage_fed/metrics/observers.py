@@ -47,6 +47,7 @@ from sage_fed.metrics.collectors import (
     Sensor,
     Snapshot,
     find_sensor,
+    processor_sensor,
 )
 from sage_fed.metrics.page import OPEN_PAGE, MetricsServer, PageAccess
 from sage_fed.metrics.series import (
@@ -124,6 +125,9 @@ class Metrics:
         self._wait_of = {tier: self._waits.labels(tier.name, "false") for tier in tiers}
         self._model_labels: dict[Tier, tuple[str, ...]] = {}
         self._restarts = dict.fromkeys(tiers, 0)
+        self._busy_s = 0.0
+        """Of the device, since the start."""
+        self._power: PowerCollector | None = None
         self._series.show("build_info", 1, version)
         self._series.show("ledger_writable", 1)
         for file in ("tokens", "certificate"):
@@ -333,6 +337,7 @@ class Metrics:
         """Count one step, or several of a kind."""
         series, name, steps = self._series, report.tier.name, report.num_steps
         self._live.add(report)
+        self._busy_s += report.elapsed_s
         if steps:
             kind, mean_s = report.kind.value, report.elapsed_s / steps
             series.observe("engine_step_seconds", mean_s, name, kind, count=steps)
@@ -403,18 +408,34 @@ class Metrics:
 
     @contextlib.contextmanager
     def watch_power(self, gpu_uuid: str) -> Iterator[Sensor | None]:
-        """Show what a GPU draws, while the context lasts and if a sensor says so."""
-        sensor = find_sensor(gpu_uuid)
+        """Read what the device draws, while the context lasts and if a sensor says so.
+
+        Without a GPU ("") that is the processors; the series are of GPUs only.
+        """
+        sensor = find_sensor(gpu_uuid) if gpu_uuid else processor_sensor()
         if sensor is None:
             yield None
             return
-        collector = PowerCollector(sensor)
-        self.registry.register(collector)
+        self._power = collector = PowerCollector(sensor, lambda: self._busy_s)
+        if gpu_uuid:
+            self.registry.register(collector)
         try:
             yield sensor
         finally:
-            self.registry.unregister(collector)
+            self._power = None
+            if gpu_uuid:
+                self.registry.unregister(collector)
             collector.close()
+
+    @property
+    def power_at_work(self) -> tuple[float | None, str]:
+        """The device's mean power while it worked, and where that was read or why it is None."""
+        if self._power is None:
+            return None, "no sensor of this device's power can be read"
+        watts, name = self._power.watts_at_work, self._power.sensor_name
+        if watts is None:
+            return None, f"{name} can be read, and the device has not worked for a second yet"
+        return watts, f"mean of {name} while the device worked"
 
     # Calls, credentials and the event loop
 

@@ -36,6 +36,7 @@ from sage_fed.core import (
     JobSpec,
     LoadReport,
     ModelStatus,
+    ModeReturns,
     QualityCardStatus,
     Role,
     Tier,
@@ -67,6 +68,7 @@ RULES: Mapping[str, Role | None] = MappingProxyType(
         "/sage_fed.v1.ModelService/ListModels": Role.USER,
         "/sage_fed.v1.ModelService/GetModel": Role.USER,
         "/sage_fed.v1.ModelService/GetStatus": Role.USER,
+        "/sage_fed.v1.ModelService/CompareModes": Role.USER,
         "/sage_fed.v1.AdminService/Abort": Role.ADMIN,
         "/sage_fed.v1.AdminService/Drain": Role.ADMIN,
         "/sage_fed.v1.AdminService/SetBudget": Role.ADMIN,
@@ -253,6 +255,9 @@ class Operations(Protocol):
     def status(self) -> DaemonStatus:
         """Return the daemon at a glance."""
 
+    def compare_modes(self, account: str, task_class: str, max_error: float | None) -> ModeReturns:
+        """Return what each mode gives for what it takes; `NotFound` without a quality card."""
+
     def drain(self, grace_s: float | None) -> int:
         """Start to drain (idempotent; None is the setting's grace); jobs still running."""
 
@@ -328,7 +333,7 @@ def read_page_token(token: str) -> Place | None:
 
 
 class ModelService:
-    """ListModels, GetModel and GetStatus."""
+    """ListModels, GetModel, GetStatus and CompareModes."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
@@ -353,6 +358,15 @@ class ModelService:
     async def get_status(self, _: object, __: Call) -> model_pb2.GetStatusResponse:
         """Return the daemon at a glance."""
         return encode(self._operations.status(), model_pb2.GetStatusResponse)
+
+    async def compare_modes(
+        self, request: model_pb2.CompareModesRequest, call: Call
+    ) -> model_pb2.CompareModesResponse:
+        """Return what each mode gives for what it takes."""
+        max_error = request.max_error if request.HasField("max_error") else None
+        account = call.caller.account
+        found = self._operations.compare_modes(account, request.task_class, max_error)
+        return encode(found, model_pb2.CompareModesResponse)
 
 
 class AdminService:

@@ -182,3 +182,63 @@ class DraftAcceptance(_message.Message):
     origin: _types_pb2.DraftOrigin
     share: float
     def __init__(self, origin: _Optional[_Union[_types_pb2.DraftOrigin, str]] = ..., share: _Optional[float] = ...) -> None: ...
+
+class CompareModesRequest(_message.Message):
+    __slots__ = ("task_class", "max_error")
+    TASK_CLASS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
+    task_class: str
+    max_error: float
+    def __init__(self, task_class: _Optional[str] = ..., max_error: _Optional[float] = ...) -> None: ...
+
+class CompareModesResponse(_message.Message):
+    __slots__ = ("quality_card", "rate_card", "task_class", "num_tasks", "max_error", "escalated", "watts", "power_note", "modes")
+    QUALITY_CARD_FIELD_NUMBER: _ClassVar[int]
+    RATE_CARD_FIELD_NUMBER: _ClassVar[int]
+    TASK_CLASS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TASKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ESCALATED_FIELD_NUMBER: _ClassVar[int]
+    WATTS_FIELD_NUMBER: _ClassVar[int]
+    POWER_NOTE_FIELD_NUMBER: _ClassVar[int]
+    MODES_FIELD_NUMBER: _ClassVar[int]
+    quality_card: str
+    rate_card: str
+    task_class: str
+    num_tasks: int
+    max_error: float
+    escalated: float
+    watts: float
+    power_note: str
+    modes: _containers.RepeatedCompositeFieldContainer[ModeReturn]
+    def __init__(self, quality_card: _Optional[str] = ..., rate_card: _Optional[str] = ..., task_class: _Optional[str] = ..., num_tasks: _Optional[int] = ..., max_error: _Optional[float] = ..., escalated: _Optional[float] = ..., watts: _Optional[float] = ..., power_note: _Optional[str] = ..., modes: _Optional[_Iterable[_Union[ModeReturn, _Mapping]]] = ...) -> None: ...
+
+class ModeReturn(_message.Message):
+    __slots__ = ("tier", "tier_name", "mode", "expected_uatp", "accuracy", "accuracy_low", "accuracy_high", "output_tokens", "right_per_atp", "num_jobs", "device_s", "joules", "right_per_joule")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_UATP_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_LOW_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_HIGH_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_PER_ATP_FIELD_NUMBER: _ClassVar[int]
+    NUM_JOBS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_S_FIELD_NUMBER: _ClassVar[int]
+    JOULES_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_PER_JOULE_FIELD_NUMBER: _ClassVar[int]
+    tier: _types_pb2.Tier
+    tier_name: str
+    mode: _types_pb2.Mode
+    expected_uatp: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    output_tokens: float
+    right_per_atp: float
+    num_jobs: int
+    device_s: float
+    joules: float
+    right_per_joule: float
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ..., expected_uatp: _Optional[int] = ..., accuracy: _Optional[float] = ..., accuracy_low: _Optional[float] = ..., accuracy_high: _Optional[float] = ..., output_tokens: _Optional[float] = ..., right_per_atp: _Optional[float] = ..., num_jobs: _Optional[int] = ..., device_s: _Optional[float] = ..., joules: _Optional[float] = ..., right_per_joule: _Optional[float] = ...) -> None: ...

@@ -49,6 +49,11 @@ class ModelServiceStub:
                 request_serializer=sage__fed_dot_v1_dot_model__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=sage__fed_dot_v1_dot_model__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.CompareModes = channel.unary_unary(
+                '/sage_fed.v1.ModelService/CompareModes',
+                request_serializer=sage__fed_dot_v1_dot_model__pb2.CompareModesRequest.SerializeToString,
+                response_deserializer=sage__fed_dot_v1_dot_model__pb2.CompareModesResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -73,6 +78,14 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CompareModes(self, request, context):
+        """What an answer costs and takes in each mode, and how often it is right, on the tasks of the
+        quality card in force. NOT_FOUND where there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +103,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=sage__fed_dot_v1_dot_model__pb2.GetStatusRequest.FromString,
                     response_serializer=sage__fed_dot_v1_dot_model__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'CompareModes': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompareModes,
+                    request_deserializer=sage__fed_dot_v1_dot_model__pb2.CompareModesRequest.FromString,
+                    response_serializer=sage__fed_dot_v1_dot_model__pb2.CompareModesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +191,33 @@ class ModelService:
             '/sage_fed.v1.ModelService/GetStatus',
             sage__fed_dot_v1_dot_model__pb2.GetStatusRequest.SerializeToString,
             sage__fed_dot_v1_dot_model__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompareModes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sage_fed.v1.ModelService/CompareModes',
+            sage__fed_dot_v1_dot_model__pb2.CompareModesRequest.SerializeToString,
+            sage__fed_dot_v1_dot_model__pb2.CompareModesResponse.FromString,
             options,
             channel_credentials,
             insecure,

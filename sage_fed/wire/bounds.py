@@ -181,6 +181,8 @@ BOUNDS: Mapping[str, tuple[Bound, ...]] = MappingProxyType(
         "CountTokensRequest.text": (Count(1, "max_prompt_chars"),),
         "CountTokensRequest.tier_name": (TierName(),),
         "GetModelRequest.tier_name": (TierName(),),
+        "CompareModesRequest.task_class": (Count(0, 64, printable=True),),
+        "CompareModesRequest.max_error": (Number(0.0, 1.0),),
         "ListEntriesRequest.page_size": (Number(1, MAX_PAGE_SIZE, unset=True),),
         "AbortRequest.job_id": (Count(0, 256),),
         "AbortRequest.call_id": (Count(0, 256),),
