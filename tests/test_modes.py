@@ -186,6 +186,24 @@ async def test_a_sound_answer_is_kept(tmp_path: Path) -> None:
             origin for event in events if isinstance(event, Delta) for origin in event.origins
         }
         assert all(not event.logprobs for event in events if isinstance(event, Delta))
+        (stage,) = finished.timing.stages
+        made_s = stage.begin_s + stage.queue_s + stage.prefill_s + stage.decode_s
+        assert made_s <= finished.timing.time_to_first_token_s, "it was hidden until it was whole"
+
+
+async def test_an_operator_sees_a_cascade_where_it_runs(tmp_path: Path) -> None:
+    """On the tactical tier first, then on the strategic one."""
+    async with rig(tmp_path) as r:
+        r.broker._admission.quality = doubtful(0.9)
+        seen: dict[Tier, set[tuple[Tier, Mode]]] = {T: set(), S: set()}
+        for tier in (T, S):
+            r.engines[tier].fail = lambda step: seen[step.tier].update(
+                (job.tier, job.mode) for job in r.broker.running()
+            )
+        await answer(r, new=20, requested=None, mode=Mode.CASCADE, max_error=0.1)
+    # A drafter's steps are the tactical tier's, for a job on the strategic one.
+    assert (T, Mode.CASCADE) in seen[T]
+    assert {(S, Mode.CASCADE)} == seen[S]
 
 
 @pytest.mark.parametrize("accepts", [False, True])

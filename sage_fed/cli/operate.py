@@ -267,6 +267,7 @@ def _print_jobs(jobs: Sequence[RunningJob]) -> None:
             "job": job.job_id,
             "account": job.account,
             "tier": job.tier.name,
+            "mode": job.mode.value,
             "priority": job.priority.name.lower(),
             ">age": format_seconds(job.age_s),
             ">tokens": f"{job.prompt_tokens} + {job.output_tokens}",

@@ -206,7 +206,7 @@ class OpenReply:
 
 @dataclass(frozen=True, slots=True)
 class RunningJob:
-    """One accepted job that has not ended, as an operator sees it."""
+    """One accepted job that has not ended, as an operator sees it; `tier` is its stage's now."""
 
     job_id: str
     account: str
@@ -216,6 +216,7 @@ class RunningJob:
     prompt_tokens: int
     output_tokens: int
     held_uatp: int
+    mode: Mode = Mode.SINGLE
 
 
 @dataclass(frozen=True, slots=True)

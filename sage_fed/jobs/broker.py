@@ -306,8 +306,12 @@ class Job:
         self._endings: list[tuple[Stage, Ended]] = []
         self._answered: Ended | None = None
         """The last one that came to an end."""
+        self._tier: Tier | None = None
+        """Where its newest stage runs."""
         self._cascade: CascadeOutcome | None = None
         self._error_probability: float | None = None
+        self._shown_s = 0.0
+        """When a hidden answer was shown."""
         # What a slow bucket shows: the id that the ledger, the log and the client know, too.
         self._exemplar = {"job_id": job_id}
         if spec.trace is not None:
@@ -336,12 +340,13 @@ class Job:
         return RunningJob(
             job_id=self.job_id,
             account=self.spec.account,
-            tier=started.route.tier,
+            tier=self._tier or started.route.tier,
             priority=self.spec.priority,
             age_s=now - self._arrived_s,
             prompt_tokens=started.prompt_tokens,
             output_tokens=self.stream.num_tokens,
             held_uatp=started.held_uatp,
+            mode=started.route.mode,
         )
 
     async def run(self) -> None:
@@ -487,6 +492,8 @@ class Job:
             stage, shown, self._cascade = following, True, CascadeOutcome.ESCALATED
         self._place.release()
         if delivery.stop_reason is not StopReason.CANCELLED:
+            if not shown:
+                self._shown_s = time.monotonic()
             delivery.show()
 
     async def _run_stage(
@@ -499,6 +506,7 @@ class Job:
         """
         services = self._services
         sequence = services.admission.sequence(draft, stage, next(services.seq_ids))
+        self._tier = stage.tier
         tokenizer = services.admission.encoder.tokenizers[stage.tier]
         ended = await self._delivery.run(sequence, tokenizer.decoder(), started, shown=shown)
         if ended is None:
@@ -534,7 +542,7 @@ class Job:
                 self.spec.sampling.stop_token_ids,
             ),
             usage=self._usage,
-            timing=timing_of(self._endings, self._arrived_s, time.monotonic()),
+            timing=timing_of(self._endings, self._arrived_s, time.monotonic(), self._shown_s),
             price=Price(
                 charged_uatp,
                 started.held_uatp,
@@ -668,10 +676,13 @@ def _stop_reason_of(
     return asked or StopReason.ABORTED
 
 
-def timing_of(endings: Sequence[tuple[Stage, Ended]], arrived_s: float, now: float) -> Timing:
-    """Return a job's durations; `arrived_s` and `now` are on the executor's clock.
+def timing_of(
+    endings: Sequence[tuple[Stage, Ended]], arrived_s: float, now: float, shown_s: float = 0.0
+) -> Timing:
+    """Return a job's durations; `arrived_s`, `now` and `shown_s` are on the executor's clock.
 
-    Where it ran several sequences, theirs together; the first token is the answer's.
+    Where it ran several sequences, theirs together. The first token is the answer's; one that was
+    hidden until it was decided on came to its client at `shown_s`.
     """
     stages = tuple(_stage_timing(stage, ended, arrived_s) for stage, ended in endings)
     first_s = endings[-1][1].first_token_s if endings else None
@@ -679,7 +690,7 @@ def timing_of(endings: Sequence[tuple[Stage, Ended]], arrived_s: float, now: flo
         queue_s=sum(stage.queue_s for stage in stages),
         prefill_s=sum(stage.prefill_s for stage in stages),
         decode_s=sum(stage.decode_s for stage in stages),
-        time_to_first_token_s=0.0 if first_s is None else first_s - arrived_s,
+        time_to_first_token_s=0.0 if first_s is None else max(first_s, shown_s) - arrived_s,
         total_s=now - arrived_s,
         device_s=sum(stage.device_s + stage.draft_s for stage in stages),
         stages=stages,

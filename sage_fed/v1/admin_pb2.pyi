@@ -99,7 +99,7 @@ class UnreadReply(_message.Message):
     def __init__(self, call_id: _Optional[str] = ..., account: _Optional[str] = ..., connection: _Optional[str] = ..., method: _Optional[str] = ..., job_id: _Optional[str] = ..., age_s: _Optional[float] = ..., unread_s: _Optional[float] = ..., unread_bytes: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class RunningJob(_message.Message):
-    __slots__ = ("job_id", "account", "tier", "age_s", "prompt_tokens", "output_tokens", "held_uatp", "priority", "tier_name")
+    __slots__ = ("job_id", "account", "tier", "age_s", "prompt_tokens", "output_tokens", "held_uatp", "priority", "tier_name", "mode")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class RunningJob(_message.Message):
     HELD_UATP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     account: str
     tier: _types_pb2.Tier
@@ -118,7 +119,8 @@ class RunningJob(_message.Message):
     held_uatp: int
     priority: _types_pb2.Priority
     tier_name: str
-    def __init__(self, job_id: _Optional[str] = ..., account: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., age_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., held_uatp: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tier_name: _Optional[str] = ...) -> None: ...
+    mode: _types_pb2.Mode
+    def __init__(self, job_id: _Optional[str] = ..., account: _Optional[str] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., age_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., held_uatp: _Optional[int] = ..., priority: _Optional[_Union[_types_pb2.Priority, str]] = ..., tier_name: _Optional[str] = ..., mode: _Optional[_Union[_types_pb2.Mode, str]] = ...) -> None: ...
 
 class CalibrateRequest(_message.Message):
     __slots__ = ("quick", "adopt")
