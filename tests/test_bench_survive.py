@@ -57,7 +57,7 @@ def test_an_overloaded_daemon_refuses_in_words_and_recovers(script: Script, tmp_
     """Ten times its capacity for some seconds: every refusal says when to come back."""
     output = tmp_path / "overload.json"
     overload = script("overload")
-    jobs = overload.Jobs(overload.NEW_TOKENS, None, "fp32", mixed=True)
+    jobs = overload.Jobs(48, None, "fp32", mixed=True)
     assert 0 == asyncio.run(overload.main(4.0, 10.0, 2.0, jobs, output))
     seen = result(output)["overloaded"]["codes"]
     assert {"OK", "RESOURCE_EXHAUSTED"} == seen.keys()
