@@ -126,15 +126,16 @@ def repeating(r: Rig) -> None:
 async def test_earlier_text_drafts_at_no_step_of_a_model(tmp_path: Path, tier: Tier) -> None:
     """The tactical tier's own jobs, and strategic ones while it is down, are cheaper for it."""
     async with rig(tmp_path) as r:
+        repeating(r)
         if tier == S:
 
             def broken(_step: object) -> None:
                 raise RuntimeError("a broken device")
 
+            # It is loaded again in a second, and breaks again at the first draft.
             r.engines[T].fail = broken
             with pytest.raises(TierUnavailable):
                 await r.run(job())
-        repeating(r)
         before_uatp = await r.spent_uatp()
         plain, expected = await answer(r, new=80, requested=tier, mode=Mode.SINGLE)
         drafted, tokens = await answer(r, new=80, requested=tier)
