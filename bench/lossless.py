@@ -45,7 +45,7 @@ from sage_fed.core import Logprob, Message, Priority, Sampling, Tier
 from sage_fed.device import Ended, EndReason, Scheduler, SequenceSpec, TierLimits
 from sage_fed.engine import Engine, EngineOptions, load_engine
 from sage_fed.engine.cuda_graphs import EagerCapture
-from sage_fed.engine.draws import draw_key, noise
+from sage_fed.engine.sampling import draw_key, noise
 from sage_fed.steps import BLOCK_SIZE, Chunk, Draw, History, InFlightStep, SampledToken, Step
 from sage_fed.text import StopMatcher, Tokenizer
 

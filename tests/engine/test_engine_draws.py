@@ -12,10 +12,19 @@ import torch
 from test_engine_sampling import FILTERS, chi_square, reference_probabilities
 
 from sage_fed.core import DRAW_VERSION, Sampling
-from sage_fed.engine.draws import NOISE_MAX, draw_key, gumbel, ids_of, noise, ranks, weights
 from sage_fed.engine.native import Library, load_library
 from sage_fed.engine.native.library import DrawRowStruct
-from sage_fed.engine.sampling import choose, pick
+from sage_fed.engine.sampling import (
+    NOISE_MAX,
+    choose,
+    draw_key,
+    gumbel,
+    ids_of,
+    noise,
+    pick,
+    ranks,
+    weights,
+)
 from sage_fed.steps import Draw
 
 NUM_DRAWS = 1_000_000

@@ -1,4 +1,4 @@
-// One token a row of logits: filters and Gumbel-max, bit by bit as sampling.py and draws.py do it.
+// One token a row of logits: filters and Gumbel-max, bit by bit as sampling.py does it.
 //
 // Floating-point operations that decide anything are rounded one by one: `mul`, `add` and `sub` say
 // their rounding, so that no compiler contracts two of them into a fused one.
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 constexpr int64_t kBlock = 64;           // logits that are skipped together
-constexpr float kNoiseMax = 22.875f;     // as in draws.py
+constexpr float kNoiseMax = 22.875f;     // as in sampling.py
 constexpr float kNoWeight = -30.6f;      // exp of less, times 2^44, is below 1
 constexpr int32_t kFirstBin = 117 << 6;  // of 2^-10 in `bins_of`: 64 bins an octave up to 2^5
 constexpr int32_t kLastBin = 960;

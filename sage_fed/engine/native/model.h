@@ -72,7 +72,7 @@ struct Step {
   int64_t* best;  // [draws]: the first id of the highest logit; -1: no numbers
 };
 
-// How one row's token is drawn; see draws.py and sampling.py for what each means.
+// How one row's token is drawn; see sampling.py for what each means.
 struct DrawRow {
   uint64_t key;
   double top_p;
