@@ -45,7 +45,8 @@ from transformers import (
 from sage_fed.core import Sampling, Tier
 from sage_fed.device import Scheduler, SequenceSpec, TierLimits
 from sage_fed.engine import PRECISIONS as PRECISION_TYPES
-from sage_fed.engine import Engine, EngineOptions, load_engine, quantised
+from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine import precision as numbers
 from sage_fed.engine.cuda_graphs import EagerCapture, GraphForward
 from sage_fed.engine.decoder import TorchForward
 from sage_fed.steps import BLOCK_SIZE, SampledToken
@@ -194,8 +195,8 @@ def narrowed(reference: PreTrainedModel, precision: str) -> PreTrainedModel:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             kind = own.head if name.endswith("lm_head") else own.layers
-            made = getattr(quantised, f"quantise_{kind}")(module.weight.detach())
-            wide = getattr(quantised, f"dequantise_{kind}")(*made)
+            made = getattr(numbers, f"quantise_{kind}")(module.weight.detach())
+            wide = getattr(numbers, f"dequantise_{kind}")(*made)
             with torch.no_grad():
                 module.weight.copy_(wide[:, : module.in_features])
     return model

@@ -10,9 +10,10 @@ from engine_driver import Driver, generate
 from tiny_models import Checkpoint, prompt_of
 
 from sage_fed.core import Sampling, Tier
-from sage_fed.engine import Engine, EngineOptions, load_engine, quantised
+from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine import precision as numbers
 from sage_fed.engine.cuda_graphs import EagerCapture
-from sage_fed.engine.quantised import QuantisedFormat
+from sage_fed.engine.precision import QuantisedFormat
 from sage_fed.steps import PENDING, Chunk, Draw, Step
 
 pytestmark = [
@@ -87,7 +88,7 @@ def test_quantised_products_are_those_of_the_dequantised_weights(kind: str, rows
     builder.place_bias(0, bias)
     layer = builder.build()
     x = torch.randn(rows, 896, generator=generator).bfloat16()
-    wide = getattr(quantised, f"dequantise_{kind}")(*getattr(quantised, f"quantise_{kind}")(w))
+    wide = getattr(numbers, f"dequantise_{kind}")(*getattr(numbers, f"quantise_{kind}")(w))
     expected = x.float() @ wide.t() + bias
     found = layer(x.to(device)).float().cpu()
     bound = 0.05 if kind == "fp8" else 0.01

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sage_fed.engine import quantised
+from sage_fed.engine import precision as numbers
 from sage_fed.engine.cuda_graphs import compiled_by_rows
 from sage_fed.engine.linear import Linear
-from sage_fed.engine.quantised import (
+from sage_fed.engine.precision import (
     AtenInt4Linear,
     Fp8Linear,
     QuantisedFormat,
@@ -30,10 +30,10 @@ def weights(out: int, inputs: int) -> torch.Tensor:
 def test_widened_products_are_those_of_the_dequantised_weights(scheme: str, rows: int) -> None:
     """Scaling the product is scaling the weights, but for bf16's rounding."""
     w, bias = weights(48, 96), torch.randn(48)
-    values, scales = getattr(quantised, f"quantise_{scheme}")(w)
+    values, scales = getattr(numbers, f"quantise_{scheme}")(w)
     layer = WidenedLinear(values, scales, bias)
     x = torch.randn(rows, 96).bfloat16()
-    wide = getattr(quantised, f"dequantise_{scheme}")(values, scales)
+    wide = getattr(numbers, f"dequantise_{scheme}")(values, scales)
     expected = x.float() @ wide.t() + bias
     torch.testing.assert_close(layer(x).float(), expected, atol=0.02, rtol=0.02)
     torch.testing.assert_close(
@@ -47,7 +47,7 @@ def test_widened_products_are_those_of_the_dequantised_weights(scheme: str, rows
 def test_one_row_of_fp8_is_widened_where_that_is_compiled() -> None:
     """Its activations are not rounded then, and neither is another function traced."""
     w = weights(48, 96)
-    values, scales = quantised.quantise_fp8(w)
+    values, scales = numbers.quantise_fp8(w)
     layer = Fp8Linear(values, scales, None)
 
     def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -62,7 +62,7 @@ def test_one_row_of_fp8_is_widened_where_that_is_compiled() -> None:
 def test_int4_bytes_are_turned_for_the_kernel_that_has_the_even_input_first() -> None:
     """Read high half first, they are the canonical numbers in their order."""
     values = torch.randint(0, 16, (6, 64), dtype=torch.uint8)
-    turned = high_first(quantised.pack_int4(values))
+    turned = high_first(numbers.pack_int4(values))
     read = torch.stack((turned >> 4, turned & 15), dim=-1).view(6, 64)
     assert torch.equal(values, read)
 

@@ -13,7 +13,8 @@ from tiny_models import CONFIGS, SHAPE, Checkpoint, prompt_of, save_random
 from transformers import Qwen3Config
 
 from sage_fed.core import Sampling
-from sage_fed.engine import Engine, EngineOptions, load_engine, quantised
+from sage_fed.engine import Engine, EngineOptions, load_engine
+from sage_fed.engine import precision as numbers
 from sage_fed.engine.native import Library, Unavailable
 from sage_fed.engine.native import forward as native_forward
 from sage_fed.engine.native import library as kernels
@@ -90,9 +91,9 @@ def test_quantised_weights_are_the_canonical_ones(library: Library, shape: tuple
     weight[0] = 0.0
     weight[-1, : shape[1] // 2] = -0.25
     bias = torch.zeros(shape[0])
-    expected = quantised.dequantise_int8(*quantised.quantise_int8(weight))
+    expected = numbers.dequantise_int8(*numbers.quantise_int8(weight))
     assert torch.equal(expected, stored(packed(library, "int8", weight, bias)))
-    expected = quantised.dequantise_int4(*quantised.quantise_int4(weight))[:, : shape[1]]
+    expected = numbers.dequantise_int4(*numbers.quantise_int4(weight))[:, : shape[1]]
     assert torch.equal(expected, stored(packed(library, "int4", weight, bias)))
 
 

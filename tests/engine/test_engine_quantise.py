@@ -12,9 +12,10 @@ from engine_driver import logits
 from tiny_models import CONFIGS, Checkpoint, prompt_of
 from transformers import PreTrainedModel
 
-from sage_fed.engine import EngineOptions, load_engine, quantised
+from sage_fed.engine import EngineOptions, load_engine
+from sage_fed.engine import precision as numbers
 from sage_fed.engine.linear import DenseFormat, LinearFormat
-from sage_fed.engine.quantised import AtenInt4Linear, Int4Linear, QuantisedFormat
+from sage_fed.engine.precision import AtenInt4Linear, Int4Linear, QuantisedFormat
 from sage_fed.errors import ModelLoadError
 
 CPU = torch.device("cpu")
@@ -29,8 +30,8 @@ def weights(rows: int, columns: int) -> torch.Tensor:
 def test_int8_is_within_half_a_step(size: tuple[int, int]) -> None:
     """Every weight comes back within half of its row's scale, and the largest exactly."""
     w = weights(*size)
-    values, scales = quantised.quantise_int8(w)
-    error = (quantised.dequantise_int8(values, scales) - w).abs()
+    values, scales = numbers.quantise_int8(w)
+    error = (numbers.dequantise_int8(values, scales) - w).abs()
     assert (error <= 0.5001 * scales[:, None]).all()
     torch.testing.assert_close(scales * 127, w.abs().amax(-1))
     assert 127 == values.abs().max()
@@ -40,11 +41,11 @@ def test_int8_is_within_half_a_step(size: tuple[int, int]) -> None:
 def test_int4_is_within_a_step_where_it_is_cut_and_half_elsewhere(size: tuple[int, int]) -> None:
     """A group's extreme lands on -8; only values that its other side has no number for are cut."""
     w = weights(*size)
-    packed, scales = quantised.quantise_int4(w)
-    groups = quantised.num_groups(size[1])
+    packed, scales = numbers.quantise_int4(w)
+    groups = numbers.num_groups(size[1])
     assert (size[0], groups * 16) == packed.shape
     assert (size[0], groups) == scales.shape
-    back = quantised.dequantise_int4(packed, scales)
+    back = numbers.dequantise_int4(packed, scales)
     assert not back[:, size[1] :].any()
     step = scales.float().abs().repeat_interleave(32, dim=1)[:, : size[1]]
     error = (back[:, : size[1]] - w).abs()
@@ -58,15 +59,15 @@ def test_zeros_stay_zero() -> None:
     w = torch.zeros(3, 64)
     w[1, 40] = 0.5
     for scheme in ("int8", "fp8", "int4"):
-        make = getattr(quantised, f"quantise_{scheme}")
-        back = getattr(quantised, f"dequantise_{scheme}")(*make(w))
+        make = getattr(numbers, f"quantise_{scheme}")
+        back = getattr(numbers, f"dequantise_{scheme}")(*make(w))
         assert torch.equal(w, back), scheme
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """So a layer may be quantised in any pieces."""
     w = weights(40, 96)
-    for make in (quantised.quantise_int8, quantised.quantise_int4):
+    for make in (numbers.quantise_int8, numbers.quantise_int4):
         whole = make(w)
         for part in (slice(0, 1), slice(7, 30)):
             pieces = make(w[part])
@@ -77,7 +78,7 @@ def test_quantising_leaves_its_source_alone() -> None:
     """The rows belong to whoever reads them."""
     w = weights(8, 64)
     before = w.clone()
-    for make in (quantised.quantise_int8, quantised.quantise_int4, quantised.quantise_fp8):
+    for make in (numbers.quantise_int8, numbers.quantise_int4, numbers.quantise_fp8):
         make(w)
         assert torch.equal(before, w)
 
@@ -85,9 +86,9 @@ def test_quantising_leaves_its_source_alone() -> None:
 def test_four_bits_pack_and_unpack() -> None:
     """The even input is in the low half of a byte."""
     values = torch.arange(16, dtype=torch.uint8).view(1, 16)
-    packed = quantised.pack_int4(values)
+    packed = numbers.pack_int4(values)
     assert 0x10 == packed[0, 0]
-    assert torch.equal(values, quantised.unpack_int4(packed))
+    assert torch.equal(values, numbers.unpack_int4(packed))
 
 
 def filled(form: LinearFormat, w: torch.Tensor, bias: torch.Tensor | None) -> object:
@@ -111,7 +112,7 @@ def test_a_product_is_that_of_the_dequantised_weights(
     bias = weights(1, size[0])[0].bfloat16() if biased else None
     layer = filled(QuantisedFormat(kind, torch.bfloat16, CPU), w, bias)
     x = torch.randn(tokens, size[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-    make, back = getattr(quantised, f"quantise_{kind}"), getattr(quantised, f"dequantise_{kind}")
+    make, back = getattr(numbers, f"quantise_{kind}"), getattr(numbers, f"dequantise_{kind}")
     expected = x.float() @ back(*make(w))[:, : size[1]].T
     if bias is not None:
         expected += bias
@@ -133,7 +134,7 @@ def test_rows_are_the_dequantised_ones(kind: str) -> None:
     """What a tied embedding looks up is what the head multiplies by."""
     w = weights(130, 64)
     layer = filled(QuantisedFormat(kind, torch.bfloat16, CPU), w, None)
-    make, back = getattr(quantised, f"quantise_{kind}"), getattr(quantised, f"dequantise_{kind}")
+    make, back = getattr(numbers, f"quantise_{kind}"), getattr(numbers, f"dequantise_{kind}")
     ids = torch.tensor([3, 129, 3])
     assert torch.equal(back(*make(w))[ids].bfloat16(), layer.rows(ids))
 
@@ -170,7 +171,7 @@ def as_stored(source: Checkpoint, precision: str) -> PreTrainedModel:
             if scheme == "bf16":
                 parameter.copy_(parameter.bfloat16())
                 continue
-            make, back = (getattr(quantised, f"{do}quantise_{scheme}") for do in ("", "de"))
+            make, back = (getattr(numbers, f"{do}quantise_{scheme}") for do in ("", "de"))
             parameter.copy_(back(*make(parameter))[:, : parameter.shape[1]])
     return model
 
