@@ -60,15 +60,17 @@ async def two_stages(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     decide: Decide,
+    num_before: int = 1,
     **options: Any,  # noqa: ANN401 - the rig's
 ) -> AsyncIterator[Rig]:
-    """Jobs for the strategic tier ask the tactical one first."""
+    """Jobs for the strategic tier ask the tactical one first, `num_before` times."""
 
     def program(_: Admission, _spec: JobSpec, tier: Tier, ids: Any, new: int) -> Program:  # noqa: ANN401 - a mapping
         last = Stage(tier, ids[tier], new)
         if tier == T:
             return Program((last,))
-        return Program((Stage(T, ids[T], new), replace(last, speculates=True)), decide)
+        before = (Stage(T, ids[T], new),) * num_before
+        return Program((*before, replace(last, speculates=True)), decide)
 
     monkeypatch.setattr(Admission, "program", program)
     async with rig(tmp_path, **options) as r:
@@ -122,6 +124,19 @@ async def test_an_answer_that_is_kept_is_shown_at_once_and_alone(
         finished = finished_of(events)
         assert 6 == len(tokens_of(events))
         assert Usage.single(T, 5, 0, 6) == finished.usage
+        assert charge(CARD, finished.usage) == await r.spent_uatp()
+
+
+async def test_of_three_stages_the_last_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may decide more than once; what is hidden of it is paid like any stage."""
+    expected = await alone(tmp_path, new=6)
+    async with two_stages(tmp_path, monkeypatch, escalate, num_before=2) as r:
+        events = await r.run(job(new=6, requested=S))
+        finished = finished_of(events)
+        assert expected == tokens_of(events)
+        assert 12 == usage(T, Phase.DECODE, finished.usage)
         assert charge(CARD, finished.usage) == await r.spent_uatp()
 
 

@@ -489,7 +489,8 @@ class Job:
             if following is None:
                 self._cascade = CascadeOutcome.KEPT
                 break
-            stage, shown, self._cascade = following, True, CascadeOutcome.ESCALATED
+            stage, self._cascade = following, CascadeOutcome.ESCALATED
+            shown = not planned or self.spec.accept_revisions
         self._place.release()
         if delivery.stop_reason is not StopReason.CANCELLED:
             if not shown:
