@@ -15,7 +15,6 @@ Does not know what the work is. Fails with `RateLimited`, and with what the work
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import math
 import time
@@ -169,7 +168,9 @@ class Workers:
         try:
             return await done
         finally:
-            with contextlib.suppress(ValueError):  # one that has begun waits no more
+            # One that has begun waits no more. Not by the error of `remove`: its text has the repr
+            # of the piece in it, and so of the whole result.
+            if piece in owner.waiting:
                 owner.waiting.remove(piece)
 
     def _fill(self) -> None:
