@@ -429,7 +429,7 @@ def _number(path: Path) -> float | None:
 def processor_sensor(powercap: Path = _POWERCAP) -> Sensor | None:
     """Return the processors' own count of energy (RAPL); None where it is not ours to read.
 
-    It is of whole packages, whoever uses them, and most kernels show it to root alone.
+    It is of whole packages, whatever uses them, and most kernels show it to root alone.
     """
     packages = [
         zone
@@ -531,7 +531,7 @@ class PowerCollector(Collector):
         yield energy
 
     def add_reading(self) -> None:
-        """Add the energy since the last reading; what nobody measured is not guessed."""
+        """Add the energy since the last reading; what was not measured is not guessed."""
         watts, joules = self._sensor.watts(), self._sensor.joules()
         if watts is None and joules is None:
             self._last = None
