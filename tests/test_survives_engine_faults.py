@@ -20,7 +20,7 @@ from waiting import WAIT_S, until
 
 from sage_fed.cli import top
 from sage_fed.client import Client
-from sage_fed.core import TIER_ROLES, Delta, Event, Finished, StopReason, Tier
+from sage_fed.core import TIER_ROLES, Delta, Event, Finished, Mode, StopReason, Tier
 from sage_fed.errors import DeviceOutOfMemory, NotFinite, SageFedError, TierUnavailable
 from sage_fed.ledger import check
 
@@ -94,8 +94,10 @@ class Desk:
         self.client.close()
 
     def stream(self, tier: Tier, num_tokens: int) -> Iterator[Event]:
-        """A stream that has begun to deliver."""
-        events = self.client.stream("count", tier=tier, max_new_tokens=num_tokens, ignore_eos=True)
+        """A stream that has begun to deliver; single, as a drafter's step would take an order."""
+        events = self.client.stream(
+            "count", tier=tier, mode=Mode.SINGLE, max_new_tokens=num_tokens, ignore_eos=True
+        )
         for event in events:
             if isinstance(event, Delta):
                 return events
